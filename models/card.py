@@ -1,0 +1,242 @@
+"""The card: every fact about a model that is not a weight, as frozen values with a strict JSON form.
+
+A checkpoint carries a card in its metadata (`export` is None), an artifact carries it as `card.json`
+with `export` filled in. Reading is strict: an unknown, missing or mistyped field is an error that names it.
+"""
+
+import dataclasses
+import json
+import types
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from models.errors import BadArtifact
+
+CARD_FORMAT = 1
+IGNORE = 255
+"""Label of pixels that are void in the data or abstained in an answer; hence at most 255 classes."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class ClassInfo:
+    """One class: its name and its colour in indexed PNGs and overlays (RGB, 0..255)."""
+
+    name: str
+    color: tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class InputSpec:
+    """How pixels become network input: (uint8 / scale - mean) / std, per channel in `order`."""
+
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    scale: float = 255.0
+    order: Literal["RGB", "BGR"] = "RGB"
+
+
+@dataclass(frozen=True, slots=True)
+class WindowSpec:
+    """How an image is cut into windows and stitched again.
+
+    height, width: px; both 0 means one window of the image's own size (a published whole-image protocol).
+    overlap: share of a window that its neighbour covers again, [0, 0.9].
+    blend: weight of a pixel by its place in the window; `gaussian` has sigma = window / 8.
+    padding: what stands beyond an image smaller than its window. `mirror` repeats the picture, `mean` puts
+    zeros after normalisation, `black` zeros before it. centred: half of it before the image, half after.
+    """
+
+    height: int
+    width: int
+    overlap: float = 0.25
+    blend: Literal["gaussian", "uniform"] = "gaussian"
+    padding: Literal["mirror", "mean", "black"] = "mirror"
+    centred: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What the sample axis S is: draws of a latent, dropout masks, named members, or a single pass.
+
+    noise_length: L of noise_SBL. noise_per: whether windows of one image share a draw or have their own.
+    keep: probability that a channel survives (dropout only). default_samples: S when a request names none.
+    """
+
+    kind: Literal["latent", "dropout", "members", "single"] = "single"
+    noise_length: int = 0
+    noise_per: Literal["image", "window"] = "image"
+    keep: float = 1.0
+    members: tuple[str, ...] = ()
+    default_samples: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Readout:
+    """How logits become probabilities.
+
+    softmax_at `window`: logits are resized to the window, then softmax (exact for mutual information).
+    `feature`: softmax first, then resize (only where a published protocol demands it).
+    align_corners: of the bilinear resize. temperature: logits are divided by it before the softmax.
+    """
+
+    softmax_at: Literal["window", "feature"] = "window"
+    align_corners: bool = True
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where the weights come from. metrics: measured figures, named, on the split that the key names."""
+
+    data: str = ""
+    licence: str = ""
+    recipe: str = ""
+    commit: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """How far an exported pair of graphs is from its checkpoint, on the golden window, same noise."""
+
+    max_abs: float
+    relative: float
+    label_flips_percent: float
+    entropy_rank_correlation: float
+    variance_ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class ExportFacts:
+    """What makes a card an artifact's: backend, precision, sha256 per file, and the parity figures."""
+
+    backend: str
+    precision: str
+    torch: str
+    files: dict[str, str]
+    parity: Parity
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """The facts about one model. `config` are the hyperparameters that rebuild its network."""
+
+    name: str
+    version: int
+    method: str
+    config: dict[str, Any]
+    classes: tuple[ClassInfo, ...]
+    input: InputSpec
+    window: WindowSpec
+    sampling: Sampling
+    readout: Readout
+    provenance: Provenance = field(default_factory=Provenance)
+    export: ExportFacts | None = None
+    format: int = CARD_FORMAT
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+
+def dump_card(card: Card) -> str:
+    """The card as JSON text that `parse_card` reads back to an equal value."""
+    return json.dumps(dataclasses.asdict(card), indent=2, ensure_ascii=False) + "\n"
+
+
+def parse_card(text: str) -> Card:
+    """Read a card strictly.
+
+    Raises BadArtifact: not JSON, another format version, an unknown, missing or mistyped field, or facts
+    that contradict each other.
+    """
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise BadArtifact(f"the card is not valid JSON ({error})") from None
+    if isinstance(data, dict) and data.get("format") != CARD_FORMAT:
+        raise BadArtifact(
+            f"the card has format {data.get('format')!r}; this Penumbra reads format {CARD_FORMAT}"
+        )
+    card = read_strict(Card, data, where="card")
+    _check_facts(card)
+    return card
+
+
+def read_strict(kind: type[T], data: Any, *, where: str) -> T:
+    """Build the dataclass `kind` from parsed JSON; `where` names the place in error messages.
+
+    Raises BadArtifact naming the first field that is unknown, missing or of the wrong type.
+    """
+    if not isinstance(data, dict):
+        raise BadArtifact(f"{where} is {_kind_name(data)}; an object is wanted")
+    hints = get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for name in data:
+        if name not in fields:
+            raise BadArtifact(f"{where} has an unknown field {name!r}; known are {', '.join(fields)}")
+    for name, f in fields.items():
+        no_default = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if name not in data and no_default:
+            raise BadArtifact(f"{where} lacks the field {name!r}")
+    return kind(**{k: _read(hints[k], v, where=f"{where}.{k}") for k, v in data.items()})
+
+
+def _read(hint: Any, value: Any, *, where: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return read_strict(hint, value, where=where)  # type: ignore[arg-type]
+    if origin is Literal:
+        if value not in args:
+            raise BadArtifact(f"{where} is {value!r}; one of {', '.join(map(repr, args))} is wanted")
+        return value
+    if origin in (Union, types.UnionType):
+        return None if value is None else _read(args[0], value, where=where)
+    if origin is tuple:
+        return _read_tuple(args, value, where=where)
+    if origin is dict and isinstance(value, dict):
+        return {k: _read(args[1], v, where=f"{where}.{k}") for k, v in value.items()}
+    return _read_plain(origin or hint, value, where=where)
+
+
+def _read_tuple(args: tuple[Any, ...], value: Any, *, where: str) -> tuple[Any, ...]:
+    endless = len(args) == 2 and args[1] is Ellipsis
+    if not isinstance(value, (list, tuple)) or (not endless and len(value) != len(args)):
+        wanted = "a list" if endless else f"a list of {len(args)}"
+        raise BadArtifact(f"{where} is {value!r}; {wanted} is wanted")
+    hints = [args[0]] * len(value) if endless else list(args)
+    return tuple(_read(h, v, where=f"{where}[{i}]") for i, (h, v) in enumerate(zip(hints, value, strict=True)))
+
+
+def _read_plain(kind: Any, value: Any, *, where: str) -> Any:
+    if kind is Any:
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise BadArtifact(f"{where} is {_kind_name(value)}; {kind.__name__} is wanted")
+    return value
+
+
+def _kind_name(value: Any) -> str:
+    return f"{value!r} ({type(value).__name__})"
+
+
+def _check_facts(card: Card) -> None:
+    if not 1 <= card.num_classes <= IGNORE:
+        raise BadArtifact(f"the card has {card.num_classes} classes; 1 to {IGNORE} can be served")
+    if (card.window.height == 0) != (card.window.width == 0) or min(card.window.height, card.window.width) < 0:
+        raise BadArtifact(f"the card's window is {card.window.height}x{card.window.width}; both 0 or both positive")
+    if not 0 <= card.window.overlap <= 0.9:
+        raise BadArtifact(f"the card's overlap is {card.window.overlap}; 0 to 0.9 is possible")
+    if not card.readout.temperature > 0:
+        raise BadArtifact(f"the card's temperature is {card.readout.temperature}; it must be positive")
+    if card.sampling.kind == "members" and card.sampling.default_samples != len(card.sampling.members):
+        raise BadArtifact(
+            f"the card has {len(card.sampling.members)} members and {card.sampling.default_samples} "
+            "default_samples; members fix the number of samples"
+        )
+    if card.sampling.default_samples < 1:
+        raise BadArtifact(f"the card's default_samples is {card.sampling.default_samples}; at least 1 is needed")

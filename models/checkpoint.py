@@ -1,0 +1,71 @@
+"""Checkpoints: one `.safetensors` file, its weights beside its card. Never a pickle."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from models import find_method
+from models.card import Card, dump_card, parse_card, read_strict
+from models.contract import Network
+from models.errors import BadArtifact, BadCheckpoint
+
+
+def save_checkpoint(path: Path, card: Card, network: Network, *, half: bool = False) -> None:
+    """Write weights and card. half: store floats as fp16 (they are fp32 again when loaded)."""
+    tensors = {
+        key: value.half().contiguous() if half and value.is_floating_point() else value.contiguous()
+        for key, value in network.state_dict().items()
+        if not key.endswith("num_batches_tracked")
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata={"card": dump_card(card)})
+
+
+def read_card(path: Path) -> Card:
+    """The card of a checkpoint, without its weights. Raises BadCheckpoint."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("card")
+    except FileNotFoundError:
+        raise BadCheckpoint(f"there is no checkpoint {path}") from None
+    except (SafetensorError, OSError) as error:
+        raise BadCheckpoint(f"{path} is not a safetensors file ({error})") from None
+    if text is None:
+        raise BadCheckpoint(f"{path} carries no card; only files written by Penumbra can be read")
+    try:
+        return parse_card(text)
+    except BadArtifact as error:
+        raise BadCheckpoint(f"{path}: {error}") from None
+
+
+def build_network(card: Card) -> Network:
+    """The card's network in eval mode with fresh weights. Raises BadArtifact if config or sampling do not fit."""
+    method = find_method(card.method)
+    network = method.build(read_strict(method.config, card.config, where="card.config")).eval()
+    return network
+
+
+def load_checkpoint(path: Path) -> tuple[Card, Network]:
+    """Card and network (eval mode, fp32, CPU).
+
+    Raises BadCheckpoint: a tensor is missing, extra, of the wrong shape, or holds NaN or infinity.
+    """
+    card = read_card(path)
+    network = build_network(card)
+    wanted = {k: v for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
+    with safe_open(path, framework="pt") as file:
+        stored = set(file.keys())
+        for key in sorted(stored ^ wanted.keys()):
+            problem = "lacks the tensor" if key in wanted else "has a tensor that the network lacks:"
+            raise BadCheckpoint(f"{path} {problem} {key}")
+        for key, parameter in wanted.items():
+            shape = tuple(file.get_slice(key).get_shape())
+            if shape != tuple(parameter.shape):
+                raise BadCheckpoint(f"{path}: {key} is {list(shape)}; {list(parameter.shape)} is wanted")
+            value = file.get_tensor(key)
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise BadCheckpoint(f"{path}: {key} holds NaN or infinity")
+            parameter.copy_(value)
+    return card, network.requires_grad_(False)

@@ -1,0 +1,55 @@
+"""The model contract: a network is cut where its randomness begins.
+
+    encode(image_B3hw)           -> features      deterministic, once per window
+    decode(features, noise_SBL)  -> logits_SBKhw  a pure function of its noise, all S samples in one call
+
+Shape letters: B windows, S samples, K classes, D channels, L noise length, H W image px, h w px of a window
+or of its feature map; a suffix names the axes in memory order. Every feature tensor has the window axis B
+first, so features can be split and joined by window. There is no random number in a network: noise is an
+input, so eager, TorchScript and every other export agree sample by sample.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from models.card import Sampling
+
+Features = tuple[Tensor, ...]
+
+
+class Network(nn.Module):
+    """What every method's network offers.
+
+    sampling: what its sample axis is. `decode` may return logits at a feature resolution below the
+    window's; resizing and softmax belong to whoever reads them out (`serving.engine.moments`).
+    """
+
+    sampling: Sampling
+
+    def encode(self, image_B3hw: Tensor) -> Features:
+        """Everything that does not depend on the sample. image_B3hw: float32, normalised as the card says."""
+        raise NotImplementedError
+
+    def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
+        """logits_SBKhw for S samples. Members and single passes ignore the noise's values, not its S and B."""
+        raise NotImplementedError
+
+    def forward(self, image_B3hw: Tensor, noise_SBL: Tensor) -> Tensor:
+        """decode(encode(image), noise)."""
+        return self.decode(self.encode(image_B3hw), noise_SBL)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One research method: its name, its paper, its configuration type and how to build its network.
+
+    config: a frozen dataclass whose first field is `num_classes`; it is stored in checkpoints as JSON.
+    """
+
+    name: str
+    citation: str
+    config: type
+    build: Callable[[Any], Network]

@@ -1,0 +1,11 @@
+"""Cross Pseudo Supervision (Chen, Yuan, Zeng, Wang, CVPR 2021): two networks supervising each other."""
+
+from models.contract import Method
+from models.cps.net import CpsConfig, CpsNetwork
+
+METHOD = Method(
+    name="cps",
+    citation="Chen, Yuan, Zeng, Wang. Semi-Supervised Semantic Segmentation with Cross Pseudo Supervision. CVPR 2021.",
+    config=CpsConfig,
+    build=CpsNetwork,
+)

@@ -1,0 +1,98 @@
+"""The CPS network: independent DeepLabv3+ branches of equal shape; their disagreement is the uncertainty.
+
+The published evaluation uses branch1 alone (`branches=1`); both branches make two members.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.blocks.layers import conv_norm_act, resize_like
+from models.blocks.resnet import ResNet, ResNetConfig
+from models.card import Sampling
+from models.contract import Features, Network
+
+
+@dataclass(frozen=True, slots=True)
+class CpsConfig:
+    """Shape of the branches. The defaults are the published ResNet-50 net (81 M parameters in two branches)."""
+
+    num_classes: int
+    branches: int = 2
+    backbone: ResNetConfig = field(default_factory=ResNetConfig)
+    aspp_channels: int = 256
+    aspp_rates: tuple[int, int, int] = (6, 12, 18)
+    low_channels: int = 48
+    decoder_channels: int = 256
+
+
+class CpsNetwork(Network):
+    """encode runs every branch to its stride-4 logits; decode stacks them as members."""
+
+    def __init__(self, config: CpsConfig) -> None:
+        super().__init__()
+        names = tuple(f"branch{i + 1}" for i in range(config.branches))
+        self.sampling = (
+            Sampling(kind="members", members=names, default_samples=len(names))
+            if len(names) > 1
+            else Sampling(kind="single")
+        )
+        for name in names:
+            self.add_module(name, Branch(config))
+        self.names = names
+
+    def encode(self, image_B3hw: Tensor) -> Features:
+        return tuple(self.get_submodule(name)(image_B3hw) for name in self.names)
+
+    def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
+        return torch.stack(features)
+
+
+class Branch(nn.Module):
+    """DeepLabv3+ as in CPS: image_B3hw -> logits_BKhw at stride 4."""
+
+    def __init__(self, config: CpsConfig) -> None:
+        super().__init__()
+        decoder = config.decoder_channels
+        self.backbone = ResNet(config.backbone)
+        self.aspp = Aspp(config.backbone.high_channels, config.aspp_channels, config.aspp_rates)
+        self.low = conv_norm_act(config.backbone.low_channels, config.low_channels, 1)
+        self.fuse = nn.Sequential(
+            *conv_norm_act(config.aspp_channels + config.low_channels, decoder, 3),
+            *conv_norm_act(decoder, decoder, 3),
+        )
+        self.classifier = nn.Conv2d(decoder, config.num_classes, 1)
+
+    def forward(self, image_B3hw: Tensor) -> Tensor:
+        low, high = self.backbone(image_B3hw)
+        low = self.low(low)
+        high = resize_like(self.aspp(high), low)
+        return self.classifier(self.fuse(torch.cat((high, low), dim=1)))
+
+
+class Aspp(nn.Module):
+    """Atrous spatial pyramid as in CPS: one BatchNorm over the joined branches, the pooled branch is added.
+
+    LeakyReLU slope 0.01; no dropout anywhere in this network.
+    """
+
+    def __init__(self, channels: int, out_channels: int, rates: tuple[int, ...]) -> None:
+        super().__init__()
+        convs = [nn.Conv2d(channels, out_channels, 1, bias=False)]
+        convs += [nn.Conv2d(channels, out_channels, 3, padding=r, dilation=r, bias=False) for r in rates]
+        self.map_convs = nn.ModuleList(convs)
+        self.map_bn = nn.BatchNorm2d(out_channels * len(convs))
+        self.red_conv = nn.Conv2d(out_channels * len(convs), out_channels, 1, bias=False)
+        self.global_pooling_conv = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.global_pooling_bn = nn.BatchNorm2d(out_channels)
+        self.pool_red_conv = nn.Conv2d(out_channels, out_channels, 1, bias=False)
+        self.red_bn = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        joined = torch.cat([conv(x) for conv in self.map_convs], dim=1)
+        local = self.red_conv(F.leaky_relu(self.map_bn(joined), 0.01))
+        pooled = self.global_pooling_conv(x.mean((2, 3), keepdim=True))
+        pooled = self.pool_red_conv(F.leaky_relu(self.global_pooling_bn(pooled), 0.01))
+        return F.leaky_relu(self.red_bn(local + pooled), 0.01)

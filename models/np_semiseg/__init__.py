@@ -1,0 +1,14 @@
+"""NP-SemiSeg (Wang, Massiceti, Hu, Pavlovic, Lukasiewicz, ICML 2023): a neural-process head, one latent per image."""
+
+from models.contract import Method
+from models.np_semiseg.net import NpConfig, NpNetwork
+
+METHOD = Method(
+    name="np_semiseg",
+    citation=(
+        "Wang, Massiceti, Hu, Pavlovic, Lukasiewicz. NP-SemiSeg: When Neural Processes meet Semi-Supervised "
+        "Semantic Segmentation. ICML 2023."
+    ),
+    config=NpConfig,
+    build=NpNetwork,
+)

@@ -1,0 +1,11 @@
+"""The toy method: closed-form logits of pixel and noise, no weights. The whole server is tested against it."""
+
+from models.contract import Method
+from models.toy.net import ToyConfig, ToyNetwork
+
+METHOD = Method(
+    name="toy",
+    citation="None: closed forms that make every answer of the server predictable.",
+    config=ToyConfig,
+    build=ToyNetwork,
+)

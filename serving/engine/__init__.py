@@ -1,0 +1,1 @@
+"""The way of one image, usable without a server: decode, plan, schedule, run, stitch, read out."""
