@@ -1,0 +1,207 @@
+"""Training of NP-SemiSeg (Wang et al. 2023, sec. 3.3) with the film head, so that the latent keeps a meaning.
+
+    L = L_s + w(t) * L_u + beta * KL(q_target || q_context)
+    L_s  multi-sample likelihood bound on labelled pictures
+    L_u  the same on CutMix-ed, recoloured unlabelled pictures against the averaged network's confident labels
+    q_target, q_context  the latent's Gaussian from the target and the context bank
+
+The target bank holds labelled and confident pseudo-labelled pixels, the context bank labelled pixels.
+DEVIATION: the paper takes the cross-entropy of the mean of T logits, whose best answer is a latent without
+variance. We maximise the multi-sample bound of importance-weighted autoencoders (Burda et al. 2016), the
+"NPML" objective of neural processes (Foong et al. 2020), tempered by b: see `multi_sample_loss`.
+DEVIATION: banks keep per-pixel vectors; the released `masked_select` and reshape mixes pixels of one channel.
+DEVIATION: KL with variances; the released code puts sigma where sigma^2 belongs.
+DEVIATION: banks and class attention see every other row and column of the feature map, to halve a step's time.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.card import IGNORE, read_strict
+from models.np_semiseg.heads import LatentPath, attend
+from models.np_semiseg.net import NpNetwork
+
+CONTEXT, TARGET = 0, 1
+
+
+@dataclass(frozen=True, slots=True)
+class NpOptions:
+    """samples: T. sharpness: b. confidence: least teacher probability of a pseudo label.
+
+    start, full: shares of the schedule at which L_u begins to count and counts fully.
+    bank_rows: Q of the paper. pixels_per_class: new rows per step, class and bank.
+    """
+
+    samples: int = 4
+    sharpness: float = 30.0
+    unlabelled_weight: float = 1.0
+    confidence: float = 0.9
+    kl_weight: float = 0.005
+    start: float = 0.1
+    full: float = 0.25
+    bank_rows: int = 2560
+    pixels_per_class: int = 64
+
+
+class Views(Protocol):
+    """What a batch offers (see training.objective.Batch)."""
+
+    image_B3hw: Tensor
+    label_Bhw: Tensor
+    strong_B3hw: Tensor
+    weak_B3hw: Tensor
+    inside_Bhw: Tensor
+    mix_B1hw: Tensor
+
+
+class NpObjective(nn.Module):
+    """Holds the network, its running average (the teacher, and what is served) and the banks.
+
+    Called by the loop only, once per step; every call adds to the banks and moves the class centres.
+    """
+
+    def __init__(self, network: NpNetwork, average: NpNetwork, options: NpOptions) -> None:
+        super().__init__()
+        self.network, self.average, self.options = network, average, options
+        num_classes, length = network.head.latent.latent_centres.shape
+        self.bank_2KQL = nn.Buffer(torch.zeros(2, num_classes, options.bank_rows, length))
+        self.count_2K = nn.Buffer(torch.zeros(2, num_classes, dtype=torch.int64))
+
+    def forward(self, batch: Views, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
+        num, weight = len(batch.image_B3hw), self._unlabelled_weight(progress)
+        image_B3hw, label_Bhw, area_B = batch.image_B3hw, batch.label_Bhw, (batch.label_Bhw != IGNORE).sum((1, 2))
+        if weight > 0:
+            mixed_B3hw, pseudo_Bhw = self._mixed(batch, generator)
+            image_B3hw, label_Bhw = torch.cat((image_B3hw, mixed_B3hw)), torch.cat((label_Bhw, pseudo_Bhw))
+            # Rejected pixels count in the denominator, so that few confident pixels weigh little.
+            area_B = torch.cat((area_B, batch.inside_Bhw.sum((1, 2))))
+        x_BDhw = self.network.host(image_B3hw)
+        query_BLhw = self.network.head.latent.reduce(x_BDhw.detach()[:, :, ::2, ::2]).float()
+        self._remember(query_BLhw.detach(), label_Bhw, num_labelled=num, generator=generator)
+        logits_SBKhw, kl_B = self._predict(x_BDhw, query_BLhw, generator)
+        loss_B = self._loss(logits_SBKhw, label_Bhw, area_B)
+        kl, supervised = kl_B.mean(), loss_B[:num].mean()
+        parts = {"supervised": supervised, "kl": kl, "spread": sample_spread(logits_SBKhw.detach())}
+        total = supervised + self.options.kl_weight * kl
+        if weight > 0:
+            parts["unlabelled"] = loss_B[num:].mean()
+            parts["kept"] = (pseudo_Bhw != IGNORE).float().mean()
+            total = total + weight * parts["unlabelled"]
+        return {"total": total, **parts}
+
+    def _unlabelled_weight(self, progress: float) -> float:
+        o = self.options
+        return o.unlabelled_weight * min(max((progress - o.start) / max(o.full - o.start, 1e-9), 0.0), 1.0)
+
+    @torch.no_grad()
+    def _mixed(self, batch: Views, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """CutMix-ed strong views, and the teacher's labels of the weak ones, mixed alike, IGNORE if unsure."""
+        noise_SBL = self._noise(len(batch.weak_B3hw), generator, like=batch.weak_B3hw)
+        logits_SBKhw = self.average(batch.weak_B3hw, noise_SBL).float()
+        prob_BKhw = logits_SBKhw.softmax(2).mean(0)
+        prob_BKhw = F.interpolate(prob_BKhw, batch.label_Bhw.shape[-2:], mode="bilinear", align_corners=True)
+        confidence_Bhw, label_Bhw = prob_BKhw.max(1)
+        unsure_Bhw = (confidence_Bhw < self.options.confidence) | ~batch.inside_Bhw
+        label_Bhw = label_Bhw.masked_fill(unsure_Bhw, IGNORE)
+        mix = batch.mix_B1hw
+        return (
+            torch.where(mix, batch.strong_B3hw.roll(1, 0), batch.strong_B3hw),
+            torch.where(mix[:, 0], label_Bhw.roll(1, 0), label_Bhw),
+        )
+
+    def _predict(self, x_BDhw: Tensor, query_BLhw: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """logits_SBKhw with z ~ q_target, and KL(q_target || q_context) per picture."""
+        head, latent = self.network.head, self.network.head.latent
+        mean_BL, sigma_BL = _gaussian(latent, attend(query_BLhw, latent.latent_centres))
+        context_BL = attend(query_BLhw, latent.context_centres)
+        noise_SBL = self._noise(len(x_BDhw), generator, like=mean_BL)
+        logits_SBKhw = head.decode((head.shared(x_BDhw), mean_BL, sigma_BL, context_BL), noise_SBL)
+        kl_B = gaussian_kl((mean_BL, sigma_BL), _gaussian(latent, context_BL))
+        return logits_SBKhw.float(), kl_B
+
+    def _noise(self, num: int, generator: torch.Generator, *, like: Tensor) -> Tensor:
+        shape = (self.options.samples, num, self.network.sampling.noise_length)
+        return torch.randn(shape, generator=generator).to(like.device)
+
+    def _loss(self, logits_SBKhw: Tensor, label_Bhw: Tensor, area_B: Tensor) -> Tensor:
+        """The bound per picture, on a grid of every other pixel: the map is four times coarser anyway."""
+        num_samples, height, width = len(logits_SBKhw), *(2 * n for n in logits_SBKhw.shape[-2:])
+        logits_NKhw = F.interpolate(
+            logits_SBKhw.flatten(0, 1), size=(height, width), mode="bilinear", align_corners=True
+        )
+        coarse_Bhw = at_grid(label_Bhw, height, width)
+        share = height * width / label_Bhw[0].numel()
+        loss_NHw = F.cross_entropy(
+            logits_NKhw, coarse_Bhw.repeat(num_samples, 1, 1), ignore_index=IGNORE, reduction="none"
+        )
+        mean_SB = loss_NHw.sum((1, 2)).unflatten(0, (num_samples, -1)) / (share * area_B).clamp(min=1)
+        return multi_sample_loss(-mean_SB, self.options.sharpness)
+
+    @torch.no_grad()
+    def _remember(
+        self, query_BLhw: Tensor, label_Bhw: Tensor, *, num_labelled: int, generator: torch.Generator
+    ) -> None:
+        """Push pixels of every class into the banks and set the network's centres to the banks' means."""
+        label_Bhw = at_grid(label_Bhw, *query_BLhw.shape[-2:])
+        for bank, num in ((CONTEXT, num_labelled), (TARGET, len(label_Bhw))):
+            query_PL, label_P = query_BLhw[:num].movedim(1, -1).flatten(0, 2), label_Bhw[:num].flatten()
+            for k in range(self.bank_2KQL.shape[1]):
+                rows = (label_P == k).nonzero()[:, 0]
+                order = torch.randperm(len(rows), generator=generator)[: self.options.pixels_per_class]
+                push(self.bank_2KQL[bank, k], self.count_2K[bank, k], query_PL[rows[order.to(rows.device)]])
+        filled_2K1 = self.count_2K.clamp(1, self.options.bank_rows)[..., None]
+        centres_2KL = self.bank_2KQL.sum(2) / filled_2K1
+        self.network.head.latent.context_centres.copy_(centres_2KL[CONTEXT])
+        self.network.head.latent.latent_centres.copy_(centres_2KL[TARGET])
+
+
+def build_objective(network: NpNetwork, average: NpNetwork, options: Mapping[str, Any]) -> NpObjective:
+    """The objective from a recipe's options. Raises BadArtifact naming an unknown or mistyped one."""
+    return NpObjective(network, average, read_strict(NpOptions, dict(options), where="recipe.objective"))
+
+
+def multi_sample_loss(log_prob_SB: Tensor, sharpness: float) -> Tensor:
+    """-(1/b) log mean_s exp(b * mean log-likelihood of sample s), per picture: loss_B.
+
+    b = number of pixels is the likelihood of the whole picture (Burda et al. 2016, eq. 8); b -> 0 is the mean
+    over samples. In between, samples may specialise where the picture is ambiguous, and all still learn.
+    """
+    num_samples = torch.tensor(float(len(log_prob_SB)))
+    return -(torch.logsumexp(sharpness * log_prob_SB, dim=0) - num_samples.log()) / sharpness
+
+
+def gaussian_kl(q: tuple[Tensor, Tensor], p: tuple[Tensor, Tensor]) -> Tensor:
+    """KL(q || p) of diagonal Gaussians given as (mean_BL, sigma_BL), summed over L: kl_B."""
+    (mean_q, sigma_q), (mean_p, sigma_p) = q, p
+    ratio = (sigma_q / sigma_p).square()
+    return 0.5 * (ratio - 1 - ratio.log() + ((mean_q - mean_p) / sigma_p).square()).sum(-1)
+
+
+def sample_spread(logits_SBKhw: Tensor) -> Tensor:
+    """Mean over some pixels and all classes of the standard deviation of p over samples: how much the latent matters."""
+    return logits_SBKhw[..., ::4, ::4].softmax(2).std(0, correction=0).mean()
+
+
+def at_grid(label_Bhw: Tensor, height: int, width: int) -> Tensor:
+    """Labels at the pixels nearest to the points of an align_corners=True grid of height x width."""
+    rows = torch.linspace(0, label_Bhw.shape[1] - 1, height, device=label_Bhw.device).round().long()
+    columns = torch.linspace(0, label_Bhw.shape[2] - 1, width, device=label_Bhw.device).round().long()
+    return label_Bhw[:, rows[:, None], columns]
+
+
+def push(bank_QL: Tensor, count: Tensor, rows_PL: Tensor) -> None:
+    """Write rows into the ring `bank_QL`, oldest first out; `count` is how many were ever written. In place."""
+    size = len(bank_QL)
+    places = (int(count) + torch.arange(len(rows_PL), device=bank_QL.device)) % size
+    bank_QL[places] = rows_PL.to(bank_QL.dtype)
+    count += len(rows_PL)
+
+
+def _gaussian(latent: LatentPath, aggregate_BL: Tensor) -> tuple[Tensor, Tensor]:
+    mean_BL, sigma_BL = latent.distribution(aggregate_BL)
+    return mean_BL.float(), sigma_BL.float()

@@ -1,0 +1,1 @@
+"""From data to a checkpoint and measured numbers: recipe -> frames -> batches -> objective -> loop -> checkpoint."""

@@ -1,0 +1,81 @@
+"""Measured numbers of a network on labelled frames: accuracy, and what its samples say."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.card import IGNORE, InputSpec
+from models.contract import Network
+from training.augment import normalise
+from training.data.frames import Frames
+
+BORDER_PX = 32
+"""Left out of `sample_spread`: what zero padding does at a picture's edge is no opinion of a latent."""
+
+
+@torch.inference_mode()
+def measure(network: Network, frames: Frames, *, num_classes: int, every: int = 1, seed: int = 0) -> dict[str, float]:
+    """Figures of the mean probability of the default number of samples, on whole frames (every n-th only).
+
+    mIoU and accuracy in [0, 1]; sample_spread: standard deviation over samples of the winning class's
+    probability, inside the border; mutual_information_nats, entropy_nats: means over labelled pixels;
+    nll_nats: mean of -log p(truth). One float32 draw of noise per frame, from `seed`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    device = next(network.parameters()).device
+    confusion_KK = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    sums, num_frames = torch.zeros(4, dtype=torch.float64), 0
+    for i in range(0, len(frames), every):
+        image_B3hw = normalise(frames.image_N3HW[i : i + 1].float() / 255, InputSpec()).to(device)
+        label_hw = frames.label_NHW[i].long()
+        noise_SBL = torch.randn(network.sampling.default_samples, 1, network.sampling.noise_length, generator=generator)
+        logits_SBKhw = network(image_B3hw, noise_SBL.to(device)).float()
+        mean_Khw, expected_hw, spread = summarise(logits_SBKhw[:, 0], size=label_hw.shape)
+        confusion_KK += confusion(mean_Khw.argmax(0), label_hw, num_classes=num_classes)
+        known_hw = label_hw != IGNORE
+        entropy_hw = -torch.special.xlogy(mean_Khw, mean_Khw).sum(0)
+        truth_hw = mean_Khw.gather(0, label_hw.clamp(max=num_classes - 1)[None])[0]
+        sums += torch.tensor([
+            spread, (entropy_hw - expected_hw)[known_hw].mean(), entropy_hw[known_hw].mean(),
+            -truth_hw[known_hw].clamp(min=1e-7).log().mean(),
+        ])  # fmt: skip
+        num_frames += 1
+    iou_K = intersection_over_union(confusion_KK)
+    names = ("sample_spread", "mutual_information_nats", "entropy_nats", "nll_nats")
+    return {
+        "mIoU": float(iou_K.nanmean()),
+        "accuracy": float(confusion_KK.diag().sum() / confusion_KK.sum()),
+        **dict(zip(names, (sums / num_frames).tolist(), strict=True)),
+        **{f"IoU/{k}": float(iou) for k, iou in enumerate(iou_K)},
+    }
+
+
+def summarise(logits_SKhw: Tensor, *, size: torch.Size) -> tuple[Tensor, Tensor, float]:
+    """Mean probability_Khw, expected entropy_hw and spread at `size`; softmax there, one sample at a time (CPU)."""
+    total_Khw, squares_Khw, entropy_hw = 0.0, 0.0, 0.0
+    for logits_Khw in logits_SKhw:
+        full = F.interpolate(logits_Khw[None], size=size, mode="bilinear", align_corners=True)[0]
+        log_prob = full.log_softmax(0)
+        prob_Khw = log_prob.exp()
+        total_Khw, squares_Khw = total_Khw + prob_Khw, squares_Khw + prob_Khw.square()
+        entropy_hw = entropy_hw - (prob_Khw * log_prob).sum(0)
+    num = len(logits_SKhw)
+    mean_Khw = total_Khw / num
+    winner = mean_Khw.argmax(0, keepdim=True)
+    variance_hw = (squares_Khw / num - mean_Khw.square()).gather(0, winner)[0]
+    inner = variance_hw[BORDER_PX:-BORDER_PX, BORDER_PX:-BORDER_PX]
+    spread = float(inner.clamp(min=0).sqrt().mean()) if inner.numel() else 0.0
+    return mean_Khw.cpu(), (entropy_hw / num).cpu(), spread
+
+
+def confusion(predicted_hw: Tensor, label_hw: Tensor, *, num_classes: int) -> Tensor:
+    """Counts_KK[truth, prediction] of pixels that have a label."""
+    known_hw = label_hw != IGNORE
+    pairs = label_hw[known_hw] * num_classes + predicted_hw[known_hw]
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def intersection_over_union(confusion_KK: Tensor) -> Tensor:
+    """IoU_K; NaN for a class that is neither there nor predicted."""
+    hits_K = confusion_KK.diag().double()
+    return hits_K / (confusion_KK.sum(0) + confusion_KK.sum(1) - hits_K)

@@ -1,0 +1,237 @@
+"""The loop: a recipe and a data folder to a checkpoint, resumable. Knows objectives, not methods."""
+
+import copy
+import dataclasses
+import math
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from models import find_method
+from models.card import Card, InputSpec, Provenance, Readout, read_strict
+from models.checkpoint import load_checkpoint, save_checkpoint
+from models.contract import Network
+from models.errors import BadArtifact, BadOption
+from serving.engine.allocator import keep_freed_memory
+from training.batches import Batches
+from training.data import DataSet, find_data
+from training.data.frames import Frames, split_labelled, write_split
+from training.evaluate import measure
+from training.objective import build_objective, update_average
+from training.recipe import Recipe
+
+MAX_GRADIENT_NORM = 5.0
+"""As in NP-SemiSeg's released training; it only matters in the first steps."""
+
+REPORT_EVERY_STEPS = 50
+
+Report = Callable[[float, str], None]
+"""Called with the share that is done and a line about it."""
+
+
+class Training:
+    """One run's state: objective, optimiser, stream of batches, step and seconds so far. One thread only."""
+
+    def __init__(self, recipe: Recipe, train: Frames, num_classes: int) -> None:
+        self.recipe, self.step, self.elapsed_s = recipe, 0, 0.0
+        self.generator = torch.Generator().manual_seed(recipe.seed)
+        self.split = split_labelled(train, fraction=recipe.labelled_fraction, seed=recipe.seed)
+        self.batches = Batches(train, self.split, recipe, self.generator)
+        network = build_network(recipe, num_classes).to(memory_format=torch.channels_last)
+        average = copy.deepcopy(network).requires_grad_(False).eval()
+        self.objective = build_objective(recipe.method, network, average, recipe.objective)
+        optimizer = torch.optim.AdamW(decay_groups(network, recipe.weight_decay), lr=recipe.learning_rate)
+        self.fabric = Fabric(accelerator="auto", devices=1, precision=recipe.precision)
+        self.forward, self.optimizer = self.fabric.setup(self.objective, optimizer)
+
+    @property
+    def average(self) -> Network:
+        """The running average of the weights: what is measured and written."""
+        return self.objective.average
+
+    def advance(self, progress: float) -> dict[str, float]:
+        """One step at the learning rate of `progress`; returns the named losses."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.learning_rate * schedule(progress, warmup=self.recipe.warmup)
+        self.objective.train()
+        self.average.eval()
+        losses = self.forward(self.fabric.to_device(self.batches.draw()), progress, self.generator)
+        self.fabric.backward(losses["total"])
+        self.fabric.clip_gradients(self.forward, self.optimizer, max_norm=MAX_GRADIENT_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        # The average of the first steps must not remember the random start.
+        decay = min(1 - 1 / (self.step + 1), self.recipe.average_decay)
+        update_average(self.average, self.objective.network, decay=decay)
+        return {name: float(value.detach()) for name, value in losses.items()}
+
+    def save(self, path: Path) -> None:
+        """Write everything that `resume` needs; the old file stays until the new one is whole."""
+        state = {
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "step": self.step,
+            "elapsed_s": self.elapsed_s,
+        }
+        fresh = path.with_suffix(".new")
+        torch.save(state, fresh)
+        fresh.replace(path)
+
+    def resume(self, path: Path) -> None:
+        """Go on where `save` was called. Raises BadOption if the file is of another recipe."""
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            self.objective.load_state_dict(state["objective"])
+        except RuntimeError:
+            raise BadOption(f"{path} is of another network; remove it to start anew") from None
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.step, self.elapsed_s = state["step"], state["elapsed_s"]
+
+
+def train(
+    recipe: Recipe,
+    data_dir: Path,
+    *,
+    runs_dir: Path = Path("runs"),
+    threads: int | None = None,
+    minutes: float | None = None,
+    report: Report = lambda share, line: None,
+) -> Path:
+    """Train, or go on after an interruption, and return the path of the final checkpoint.
+
+    minutes: length of the schedule by the clock, instead of the recipe's steps. Raises BadOption, BadData.
+    """
+    keep_freed_memory()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    data = find_data(recipe.data)
+    frames, val = data.load(data_dir, "train"), data.load(data_dir, "val")
+    run_dir = runs_dir / recipe.name
+    run_dir.mkdir(parents=True, exist_ok=True)
+    training = Training(recipe, frames, len(data.classes))
+    write_split(run_dir / "labelled.txt", frames, training.split[0])
+    if (run_dir / "state.ckpt").exists():
+        training.resume(run_dir / "state.ckpt")
+    card = describe(recipe, data, num_frames=len(frames), num_labelled=len(training.split[0]), network=training.average)
+    run(training, card, val, run_dir, minutes=minutes, report=report)
+    path = Path(recipe.checkpoint)
+    report(1.0, f"wrote {path}: {brief(export(path, card, training.average, val))}")
+    (run_dir / "state.ckpt").unlink(missing_ok=True)
+    return path
+
+
+def run(training: Training, card: Card, val: Frames, run_dir: Path, *, minutes: float | None, report: Report) -> None:
+    """Advance until the schedule is over; save and validate every few minutes."""
+    recipe, last = training.recipe, time.perf_counter()
+    next_save_s = training.elapsed_s + 60 * recipe.validate_every_minutes
+    while (progress := share_done(training, minutes)) < 1:
+        losses = training.advance(progress)
+        now = time.perf_counter()
+        training.elapsed_s, last = training.elapsed_s + now - last, now
+        if training.step % REPORT_EVERY_STEPS == 0:
+            report(progress, f"step {training.step}, {training.elapsed_s:.0f} s: {brief(losses)}")
+        if training.elapsed_s >= next_save_s:
+            next_save_s += 60 * recipe.validate_every_minutes
+            training.save(run_dir / "state.ckpt")
+            figures = export(run_dir / "latest.safetensors", card, training.average, val, every=4)
+            report(progress, f"validation on every 4th frame: {brief(figures)}")
+    training.save(run_dir / "state.ckpt")
+
+
+def share_done(training: Training, minutes: float | None) -> float:
+    """Progress of the schedule, [0, 1]."""
+    if minutes is None:
+        return min(training.step / training.recipe.steps, 1.0)
+    return min(training.elapsed_s / (60 * minutes), 1.0)
+
+
+def schedule(progress: float, *, warmup: float) -> float:
+    """Factor on the learning rate: a linear rise, then a cosine to 0."""
+    if progress < warmup:
+        return (progress + 1e-3) / (warmup + 1e-3)
+    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+def decay_groups(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Weights decay, biases and norms do not."""
+    parameters = list(network.parameters())
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def build_network(recipe: Recipe, num_classes: int) -> Network:
+    """The recipe's network with fresh weights from its seed; the global generator is left as it was."""
+    method = find_method(recipe.method)
+    try:
+        config = read_strict(method.config, {"num_classes": num_classes, **recipe.config}, where="recipe.config")
+    except BadArtifact as error:
+        raise BadOption(str(error)) from None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        network = method.build(config)
+        initialise(network)
+    return network
+
+
+def initialise(network: nn.Module) -> None:
+    """He et al. 2015 for convolutions: torch's default start is too small to train a deep net from scratch."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and module.bias is None:
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def describe(recipe: Recipe, data: DataSet, *, num_frames: int, num_labelled: int, network: Network) -> Card:
+    """The card of the recipe's checkpoint, without figures."""
+    method = find_method(recipe.method)
+    config = read_strict(method.config, {"num_classes": len(data.classes), **recipe.config}, where="recipe.config")
+    sentence = (
+        f"{data.title} train, {num_labelled} of {num_frames} frames labelled "
+        f"({recipe.labelled_fraction:g}, seed {recipe.seed}), the rest unlabelled"
+    )
+    return Card(
+        name=recipe.name,
+        version=1,
+        method=recipe.method,
+        config=dataclasses.asdict(config),
+        classes=data.classes,
+        input=InputSpec(),
+        window=recipe.window,
+        sampling=network.sampling,
+        readout=Readout(align_corners=True),
+        provenance=Provenance(sentence, data.licence, f"training/recipes/{recipe.name}.yaml", git_commit()),
+    )
+
+
+def export(path: Path, card: Card, network: Network, val: Frames, *, every: int = 1) -> dict[str, float]:
+    """Write the checkpoint in fp16, measure what can be read back, and write it again with the figures."""
+    save_checkpoint(path, card, network, half=True)
+    _, stored = load_checkpoint(path)
+    figures = measure(stored.to(memory_format=torch.channels_last), val, num_classes=card.num_classes, every=every)
+    metrics = {f"val/seg/{name}": round(value, 5) for name, value in figures.items() if math.isfinite(value)}
+    provenance = dataclasses.replace(card.provenance, metrics=metrics)
+    save_checkpoint(path, dataclasses.replace(card, provenance=provenance), stored, half=True)
+    return figures
+
+
+def git_commit() -> str:
+    """The commit of the code that trains, or nothing outside a repository."""
+    try:
+        answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return answer.stdout.strip()
+
+
+def brief(figures: dict[str, float]) -> str:
+    """Figures as one line, per-class ones left out."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in figures.items() if "/" not in name)

@@ -1,0 +1,62 @@
+"""What the loop knows of a method: an objective that turns a batch into losses."""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.contract import Network
+from models.errors import BadOption
+
+
+class Batch(NamedTuple):
+    """Normalised pictures (float32) and int64 labels (255 = void).
+
+    weak and strong show the same unlabelled frames, strong with changed colours; inside_Bhw (bool) is False
+    beyond the picture; mix_B1hw (bool) says where frame i shows frame i - 1 instead (CutMix).
+    """
+
+    image_B3hw: Tensor
+    label_Bhw: Tensor
+    weak_B3hw: Tensor
+    strong_B3hw: Tensor
+    inside_Bhw: Tensor
+    mix_B1hw: Tensor
+
+
+class Objective(nn.Module):
+    """The form of every method's objective: a module that holds the network, its average, and own state.
+
+    forward(batch, progress, generator) -> named scalars; `total` is minimised, the rest is only reported.
+    progress: share of the schedule that is over, [0, 1]. generator: the only source of randomness.
+    """
+
+    network: Network
+    average: Network
+
+    def forward(self, batch: Batch, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+def build_objective(method: str, network: Network, average: Network, options: Mapping[str, Any]) -> Objective:
+    """`models.<method>.objective.build_objective`. Raises BadOption if the method cannot be trained here."""
+    try:
+        module = importlib.import_module(f"models.{method}.objective")
+    except ModuleNotFoundError as error:
+        if error.name != f"models.{method}.objective":
+            raise
+        raise BadOption(f"the method {method!r} has no objective; it can be imported but not trained") from None
+    objective: Objective = module.build_objective(network, average, options)
+    return objective
+
+
+def update_average(average: nn.Module, network: nn.Module, *, decay: float) -> None:
+    """average = decay * average + (1 - decay) * network, in place, for weights and float buffers."""
+    ours, theirs = average.state_dict(), network.state_dict()
+    for key, value in ours.items():
+        if value.is_floating_point():
+            value.lerp_(theirs[key].to(value.dtype), 1 - decay)
+        else:
+            value.copy_(theirs[key])

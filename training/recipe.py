@@ -1,0 +1,60 @@
+"""A recipe: every choice of one training, read strictly from YAML."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from models.card import WindowSpec, read_strict
+from models.errors import BadArtifact, BadOption
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What is trained, on what, and how long.
+
+    config, objective: the method's network configuration and objective options.
+    labelled_fraction: of the training frames, drawn by `seed`; the others are used without their masks.
+    crop: height and width of the views in px. scale: range of their magnification.
+    jitter, strong_jitter: colour strength of labelled and of unlabelled views.
+    steps: length of the schedule, unless the caller limits the minutes. warmup: its share with rising rate.
+    average_decay: of the running average of the weights, which is what is written in the end.
+    """
+
+    name: str
+    method: str
+    config: dict[str, Any]
+    data: str
+    checkpoint: str
+    window: WindowSpec
+    crop: tuple[int, int]
+    steps: int
+    labelled_fraction: float = 0.25
+    seed: int = 0
+    scale: tuple[float, float] = (0.5, 1.5)
+    jitter: float = 0.25
+    strong_jitter: float = 0.5
+    labelled_batch: int = 4
+    unlabelled_batch: int = 4
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.03
+    average_decay: float = 0.995
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "bf16-mixed"
+    objective: dict[str, Any] = field(default_factory=dict)
+    validate_every_minutes: float = 8.0
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Raises BadOption: no such file, not YAML, or a field that is unknown, missing or mistyped."""
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise BadOption(f"the recipe {path} cannot be read ({error.strerror})") from None
+    except yaml.YAMLError as error:
+        raise BadOption(f"the recipe {path} is not valid YAML ({' '.join(str(error).split())})") from None
+    try:
+        return read_strict(Recipe, data, where="recipe")
+    except BadArtifact as error:
+        raise BadOption(f"{path}: {error}") from None
