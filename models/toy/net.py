@@ -3,7 +3,7 @@
 `pointwise`  logits = gain * x                                  S = 1
 `latent`     logits = gain * x + noise_SBL, L = 3               any S
 `opposed`    logits = +gain * x and -gain * x                   two members that disagree
-`nan`        logits = NaN wherever the first channel exceeds 0.9: a model that breaks on some input
+`nan`        as pointwise, but NaN at pure white pixels: a model that breaks on some input
 """
 
 from dataclasses import dataclass
@@ -43,8 +43,8 @@ class ToyNetwork(Network):
     def encode(self, image_B3hw: Tensor) -> Features:
         logits = self.config.gain * image_B3hw
         if self.config.form == "nan":
-            broken = image_B3hw[:, :1] > 0.9
-            logits = torch.where(broken, torch.full_like(logits, torch.nan), logits)
+            white = (image_B3hw - 1).abs().amax(1, keepdim=True) < 1e-4
+            logits = torch.where(white, torch.full_like(logits, torch.nan), logits)
         return (logits,)
 
     def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:

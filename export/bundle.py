@@ -1,0 +1,111 @@
+"""A checkpoint becomes an artifact: graphs, golden window, parity gate, card. All or nothing."""
+
+import dataclasses
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from export.parity import check_parity, measure_parity
+from export.torchscript import write_torchscript
+from models.card import Card, ExportFacts, Parity, dump_card
+from models.checkpoint import load_checkpoint
+from models.contract import Network
+from models.errors import BadOption
+from serving.engine.backend import load_backend
+from serving.engine.noise import SeededNoise
+from serving.engine.store import CARD, GOLDEN, open_artifact, sha256_of, versions
+
+WRITERS = {"torchscript": write_torchscript}
+GOLDEN_WINDOWS, GOLDEN_SAMPLES = 2, 3
+WHOLE_IMAGE_EXAMPLE = (128, 160)
+"""Golden size for models whose window is the whole image."""
+
+
+def export_checkpoint(checkpoint: Path, store: Path, *, backend: str = "torchscript") -> Path:
+    """Write the next version of the checkpoint's model into a store; returns its directory.
+
+    Raises BadOption (unknown backend), BadCheckpoint, and ParityFailed, in which case nothing is written.
+    """
+    if backend not in WRITERS:
+        raise BadOption(f"there is no backend {backend!r}; known are {', '.join(WRITERS)}")
+    card, network = load_checkpoint(checkpoint)
+    return export_network(network, card, store, backend=backend)
+
+
+def export_network(network: Network, card: Card, store: Path, *, backend: str = "torchscript") -> Path:
+    """As `export_checkpoint`, from a network in memory."""
+    card = dataclasses.replace(card, version=max(versions(store).get(card.name, [0])) + 1, export=None)
+    network = network.eval().requires_grad_(False)
+    place = store / card.name
+    place.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=place))
+    try:
+        _write(network, card, draft, backend=backend)
+        os.replace(draft, place / str(card.version))
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        if not any(place.iterdir()):
+            place.rmdir()
+    return place / str(card.version)
+
+
+def verify_artifact(directory: Path) -> Parity:
+    """Check hashes and card, run the golden window on this machine, and measure it against the checkpoint's logits."""
+    artifact = open_artifact(directory)
+    golden = artifact.golden
+    parity = _measure(artifact.card, directory, golden.image_B3hw, golden.noise_SBL, golden.logits_SBKhw)
+    check_parity(parity, artifact.card)
+    return parity
+
+
+def _write(network: Network, card: Card, draft: Path, *, backend: str) -> None:
+    image_B3hw, noise_SBL = golden_input(card)
+    with torch.inference_mode():
+        logits_SBKhw = network(image_B3hw, noise_SBL)
+    WRITERS[backend](network, image_B3hw, noise_SBL, draft)
+    save_file(
+        {"image_B3hw": image_B3hw, "noise_SBL": noise_SBL, "logits_SBKhw": logits_SBKhw.contiguous()}, draft / GOLDEN
+    )
+    names = sorted(path.name for path in draft.iterdir())
+    files = {name: sha256_of(draft / name) for name in names}
+    unproved = ExportFacts(backend, "fp32", torch.__version__, files, Parity(0, 0, 0, 0, 0))
+    parity = _measure(dataclasses.replace(card, export=unproved), draft, image_B3hw, noise_SBL, logits_SBKhw)
+    check_parity(parity, card)
+    proved = dataclasses.replace(card, export=dataclasses.replace(unproved, parity=parity))
+    (draft / CARD).write_text(dump_card(proved), "utf-8")
+
+
+def _measure(card: Card, directory: Path, image_B3hw: Tensor, noise_SBL: Tensor, logits_SBKhw: Tensor) -> Parity:
+    """Run the graphs at another S and B than they were traced with where the law allows, and compare."""
+    graphs = load_backend(card, directory, torch.device("cpu"))
+    if card.sampling.kind in ("latent", "dropout"):
+        parts = [
+            torch.cat([graphs.decode(graphs.encode(image_B3hw[b : b + 1]), noise_BL[None, b : b + 1]) for noise_BL in noise_SBL])
+            for b in range(len(image_B3hw))
+        ]
+        got_SBKhw = torch.cat(parts, dim=1)
+    else:
+        got_SBKhw = graphs.decode(graphs.encode(image_B3hw), noise_SBL)
+    return measure_parity(logits_SBKhw, got_SBKhw, card, height=image_B3hw.shape[2], width=image_B3hw.shape[3])
+
+
+def golden_input(card: Card) -> tuple[Tensor, Tensor]:
+    """A reproducible smooth picture with edges, normalised, B = 2, and noise by the card's law, S = 3 where free."""
+    height, width = (card.window.height, card.window.width) if card.window.height else WHOLE_IMAGE_EXAMPLE
+    rng = np.random.Generator(np.random.PCG64(0))
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    planes = []
+    for _ in range(GOLDEN_WINDOWS * 3):
+        fy, fx, phase, cut = rng.uniform(0.005, 0.06), rng.uniform(0.005, 0.06), rng.uniform(0, 6.28), rng.uniform(0.2, 0.8)
+        planes.append(np.sin(fy * y + fx * x + phase) + np.where(x < cut * width, 0.5, -0.5) + rng.normal(0, 0.1, y.shape))
+    image_B3hw = torch.from_numpy(np.stack(planes).reshape(GOLDEN_WINDOWS, 3, height, width)).float()
+    fixed = card.sampling.kind in ("members", "single")
+    num_samples = card.sampling.default_samples if fixed else GOLDEN_SAMPLES
+    noises = [SeededNoise(card.sampling, seed=b, num_samples=num_samples).draw(0) for b in range(GOLDEN_WINDOWS)]
+    return image_B3hw, torch.from_numpy(np.stack(noises, axis=1))

@@ -1,0 +1,72 @@
+"""Stitching: windows' moments become rows of an image, in memory of one window's height.
+
+The canvas holds only rows that a coming window can still touch, as [rows, K, W] next to each other; its size
+depends on the image's width and not on its height. Windows arrive in the plan's order.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from serving.engine import kernels
+from serving.engine.kernels import FloatArray
+from serving.engine.moments import Moments
+from serving.engine.windows import Window, WindowPlan
+
+
+class Canvas:
+    """Accumulates windows and hands finished rows out. Used by one thread: the request's."""
+
+    def __init__(self, plan: WindowPlan, num_classes: int) -> None:
+        self._plan = plan
+        self._top = 0
+        """Image row of the canvas' first row."""
+        rows = min(plan.window_height, plan.height)
+        self._prob_hKW = np.zeros((rows, num_classes, plan.width), np.float32)
+        self._entropy_hW = np.zeros((rows, plan.width), np.float32)
+
+    @property
+    def nbytes(self) -> int:
+        return self._prob_hKW.nbytes + self._entropy_hW.nbytes
+
+    def add(self, window: Window, moments: Moments) -> None:
+        """Blend a window in. Only the part of it that lies in the image counts."""
+        plan = self._plan
+        inside_y = slice(max(-window.y0, 0), min(plan.height - window.y0, plan.window_height))
+        inside_x = slice(max(-window.x0, 0), min(plan.width - window.x0, plan.window_width))
+        y = max(window.y0, 0) - self._top
+        rows = slice(y, y + inside_y.stop - inside_y.start)
+        columns = slice(max(window.x0, 0), window.x0 + inside_x.stop)
+        row_weight = plan.weights_y[window.row][inside_y] * np.float32(1 / moments.num_samples)
+        column_weight = plan.weights_x[window.column][inside_x]
+        blend(self._prob_hKW[rows, :, columns], moments.prob_hKw[inside_y, :, inside_x], row_weight, column_weight)
+        blend(
+            self._entropy_hW[rows, None, columns], moments.entropy_hw[inside_y, None, inside_x],
+            row_weight, column_weight,
+        )  # fmt: skip
+
+    def finished(self, window: Window) -> Iterator[tuple[int, FloatArray, FloatArray]]:
+        """After adding `window`: rows that no later window touches, as (y0, pbar_hKW, expected_entropy_hW).
+
+        At most one band: nothing unless the window was the last of its row. pbar is a view that is valid until
+        the iterator goes on.
+        """
+        plan = self._plan
+        if window.column + 1 < len(plan.starts_x):
+            return
+        last = window.row + 1 == len(plan.starts_y)
+        num_rows = (plan.height if last else plan.starts_y[window.row + 1]) - self._top
+        yield self._top, self._prob_hKW[:num_rows], self._entropy_hW[:num_rows].copy()
+        self._top += num_rows
+        for rows in (self._prob_hKW, self._entropy_hW):
+            kept = len(rows) - num_rows
+            rows[:kept] = rows[num_rows:]
+            rows[kept:] = 0
+
+
+def blend(canvas_hKw: FloatArray, piece_hKw: FloatArray, row_weight: FloatArray, column_weight: FloatArray) -> None:
+    """canvas += piece * row_weight * column_weight, in one pass where compiled. Changes canvas."""
+    if kernels.COMPILED:
+        kernels.blend(canvas_hKw, piece_hKw, row_weight, column_weight)
+    else:
+        canvas_hKw += piece_hKw * (row_weight[:, None, None] * column_weight)

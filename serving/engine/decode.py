@@ -1,0 +1,73 @@
+"""From bytes to pixels: any common picture becomes uint8 [H, W, 3] RGB, or one sentence why not.
+
+The header is checked before a pixel is decoded. Orientation (EXIF) is applied, so an answer has the size that
+a viewer shows. Grey is repeated to three channels, 16-bit values keep their high byte, palettes and CMYK are
+converted, alpha is dropped, and of several frames the first is taken.
+"""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from models.errors import BadImage, TooLarge
+from serving.engine.options import Limits
+
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
+PILLOW_FAULTS = (OSError, ValueError, SyntaxError, TypeError, EOFError, KeyError, IndexError, OverflowError,
+                 MemoryError, NotImplementedError, RuntimeError, struct.error, zlib.error)  # fmt: skip
+"""What Pillow raises on malformed files; hostile ones reach corners that its own exception types do not name."""
+
+
+def decode_image(data: bytes, limits: Limits) -> NDArray[np.uint8]:
+    """Pixels of an encoded picture. Raises BadImage, and TooLarge before decoding pixels over the limit."""
+    if not data:
+        raise BadImage(f"the image is empty (0 bytes); one of {', '.join(FORMATS)} is wanted")
+    try:
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise TooLarge(_pixels_sentence("more than 178,956,970", limits)) from None
+    except PILLOW_FAULTS:
+        raise BadImage(
+            f"the image cannot be read: {len(data)} bytes starting {data[:8]!r} are none of {', '.join(FORMATS)}"
+        ) from None
+    check_pixels(picture.height, picture.width, limits)
+    try:
+        return _to_rgb(ImageOps.exif_transpose(picture))
+    except PILLOW_FAULTS as error:
+        reason = str(error).partition("\n")[0][:120] or type(error).__name__
+        raise BadImage(f"the {picture.format} image is damaged or truncated ({reason})") from None
+
+
+def check_pixels(height: int, width: int, limits: Limits) -> None:
+    """Raises TooLarge when an image has more pixels than one request may have."""
+    if height * width > limits.pixels:
+        raise TooLarge(_pixels_sentence(f"{width}x{height} = {width * height:,}", limits))
+
+
+def _pixels_sentence(measured: str, limits: Limits) -> str:
+    return f"the image has {measured} pixels and the limit is {limits.pixels:,}; send a smaller image or parts of it"
+
+
+def check_array(image: NDArray[np.uint8], limits: Limits) -> NDArray[np.uint8]:
+    """The array itself if it is an image (uint8 [H, W, 3], not empty). Raises BadImage or TooLarge."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise BadImage(f"the image is {image.dtype} {list(image.shape)}; uint8 [height, width, 3] is wanted")
+    check_pixels(image.shape[0], image.shape[1], limits)
+    return np.ascontiguousarray(image)
+
+
+def _to_rgb(picture: Image.Image) -> NDArray[np.uint8]:
+    if picture.mode.startswith("I") or picture.mode == "F":
+        return _from_deep_grey(np.asarray(picture), picture.mode)
+    return np.asarray(picture.convert("RGB"))
+
+
+def _from_deep_grey(values: NDArray[np.generic], mode: str) -> NDArray[np.uint8]:
+    if mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"pixel mode {mode} with values outside 0..65535 is not read; 8 or 16 bits are")
+    grey = (values.astype(np.uint16) >> 8).astype(np.uint8)
+    return np.repeat(grey[:, :, None], 3, axis=2)

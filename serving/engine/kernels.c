@@ -1,0 +1,176 @@
+/* The per-pixel arithmetic, fused. Every function has a plain form in Python beside its caller, which is its
+ * oracle in the tests and takes its place where this file was not compiled.
+ *
+ * Layout: probabilities are [rows][classes][columns], so that every inner loop runs along a row and the
+ * compiler vectorises it. Compiled without -ffast-math: the rounding trick in exp_nonpositive needs it so.
+ */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define FOR_EACH_CPU __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define FOR_EACH_CPU
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+/* exp(x) for x <= 0: 2^n * e^r with |r| <= ln 2 / 2 and a polynomial of degree 6; relative error < 1e-7. */
+INLINE float exp_nonpositive(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691e-4f;
+    p = p * r + 1.3981999e-3f;
+    p = p * r + 8.3334519e-3f;
+    p = p * r + 4.1665796e-2f;
+    p = p * r + 1.6666665e-1f;
+    p = p * r + 5.0000001e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return p * power;
+}
+
+/* log(x) for normal x > 0: exponent plus a polynomial on the mantissa in [sqrt 1/2, sqrt 2). */
+INLINE float log_positive(float x) {
+    int32_t bits;
+    memcpy(&bits, &x, 4);
+    int32_t e = (bits - 0x3f3504f3) >> 23;
+    bits -= (int32_t)((uint32_t)e << 23);
+    float m;
+    memcpy(&m, &bits, 4);
+    m -= 1.0f;
+    float p = 7.0376836e-2f;
+    p = p * m - 1.1514610e-1f;
+    p = p * m + 1.1676998e-1f;
+    p = p * m - 1.2420141e-1f;
+    p = p * m + 1.4249323e-1f;
+    p = p * m - 1.6668057e-1f;
+    p = p * m + 2.0000714e-1f;
+    p = p * m - 2.4999994e-1f;
+    p = p * m + 3.3333331e-1f;
+    float z = m * m, n = (float)e;
+    return (p * m * z - 2.12194440e-4f * n - 0.5f * z) + m + 0.693359375f * n;
+}
+
+/* Where output pixel i of `size` lies in an input of `length`, as in bilinear resizing; in float, as torch
+ * computes it, so that a published net's numbers are met to the last digits. */
+INLINE void source(long i, long length, long size, int align_corners, long *below, float *fraction) {
+    float scale = align_corners ? (size > 1 ? (float)(length - 1) / (float)(size - 1) : 0.0f) : (float)length / (float)size;
+    float at = align_corners ? scale * (float)i : scale * ((float)i + 0.5f) - 0.5f;
+    if (at < 0) at = 0;
+    *below = (long)at;
+    if (*below > length - 1) *below = length - 1;
+    *fraction = at - (float)*below;
+}
+
+/* Adds, for output rows [y0, y1), the softmax of every resized sample to prob[h][K][w] and its entropy (nats)
+ * to entropy[h][w]. logits: [S][K][fh][fw]. Returns 0, or 1 when out of memory. */
+FOR_EACH_CPU int penumbra_accumulate(
+    const float *restrict logits, long S, long K, long fh, long fw, float *restrict prob, float *restrict entropy,
+    long h, long w, long y0, long y1, int align_corners, float inverse_temperature) {
+    (void)h;
+    int32_t *restrict at = malloc(w * sizeof *at);
+    float *restrict scratch = malloc((5 * w + K * w + fw + 1) * sizeof *scratch);
+    if (!at || !scratch) { free(at); free(scratch); return 1; }
+    float *restrict fraction = scratch, *restrict top = fraction + w, *restrict sum = top + w;
+    float *restrict dot = sum + w, *restrict inverse = dot + w, *restrict e = inverse + w;
+    float *restrict line = e + K * w;
+    for (long x = 0; x < w; x++) {
+        long below;
+        source(x, fw, w, align_corners, &below, &fraction[x]);
+        at[x] = (int32_t)below;
+    }
+    for (long y = y0; y < y1; y++) {
+        long row;
+        float fy;
+        source(y, fh, h, align_corners, &row, &fy);
+        long next = row + 1 < fh ? row + 1 : row;
+        float *restrict out = prob + y * K * w, *restrict nats = entropy + y * w;
+        for (long s = 0; s < S; s++) {
+            for (long k = 0; k < K; k++) {
+                const float *a = logits + ((s * K + k) * fh + row) * fw, *b = logits + ((s * K + k) * fh + next) * fw;
+                for (long j = 0; j < fw; j++) line[j] = (a[j] + (b[j] - a[j]) * fy) * inverse_temperature;
+                line[fw] = line[fw - 1];
+                float *restrict ek = e + k * w;
+                if (k == 0) {
+                    for (long x = 0; x < w; x++) ek[x] = line[at[x]] + (line[at[x] + 1] - line[at[x]]) * fraction[x];
+                    memcpy(top, ek, w * sizeof *top);
+                } else {
+                    for (long x = 0; x < w; x++) {
+                        float v = line[at[x]] + (line[at[x] + 1] - line[at[x]]) * fraction[x];
+                        ek[x] = v;
+                        top[x] = v > top[x] ? v : top[x];
+                    }
+                }
+            }
+            memset(sum, 0, 2 * w * sizeof *sum); /* sum and dot */
+            for (long k = 0; k < K; k++) {
+                float *restrict ek = e + k * w;
+                for (long x = 0; x < w; x++) {
+                    float d = ek[x] - top[x], v = exp_nonpositive(d);
+                    ek[x] = v;
+                    sum[x] += v;
+                    dot[x] += v * d;
+                }
+            }
+            for (long x = 0; x < w; x++) {
+                inverse[x] = 1.0f / sum[x];
+                nats[x] += log_positive(sum[x]) - dot[x] * inverse[x];
+            }
+            for (long k = 0; k < K; k++)
+                for (long x = 0; x < w; x++) out[k * w + x] += e[k * w + x] * inverse[x];
+        }
+    }
+    free(at);
+    free(scratch);
+    return 0;
+}
+
+/* canvas[row][k][x] += piece[row][k][x] * row_weight[row] * column_weight[x]; strides in floats. */
+FOR_EACH_CPU void penumbra_blend(
+    float *canvas, long canvas_row, long canvas_class, const float *piece, long piece_row, long piece_class,
+    long rows, long K, long columns, const float *row_weight, const float *column_weight) {
+    for (long y = 0; y < rows; y++)
+        for (long k = 0; k < K; k++) {
+            float *restrict to = canvas + y * canvas_row + k * canvas_class;
+            const float *restrict from = piece + y * piece_row + k * piece_class;
+            float weight = row_weight[y];
+            for (long x = 0; x < columns; x++) to[x] += from[x] * (weight * column_weight[x]);
+        }
+}
+
+/* From mean probabilities [rows][K][W] and mean sample entropies [rows][W]: the maps, each [rows][W].
+ * Ties go to the lowest class. Zero probabilities add no entropy; mutual information is clamped at 0. */
+FOR_EACH_CPU void penumbra_read_out(
+    const float *restrict prob, const float *restrict expected, long rows, long K, long W, uint8_t *restrict labels,
+    float *restrict confidence, float *restrict margin, float *restrict entropy, float *restrict information) {
+    int32_t best[256];
+    float second[256];
+    for (long y = 0; y < rows; y++)
+        for (long x0 = 0; x0 < W; x0 += 256) {
+            long n = W - x0 < 256 ? W - x0 : 256;
+            float *restrict c = confidence + y * W + x0, *restrict nats = entropy + y * W + x0;
+            for (long x = 0; x < n; x++) { best[x] = 0; second[x] = 0; c[x] = -1; nats[x] = 0; }
+            for (long k = 0; k < K; k++) {
+                const float *restrict p = prob + (y * K + k) * W + x0;
+                for (long x = 0; x < n; x++) {
+                    float v = p[x], safe = v > 1e-37f ? v : 1.0f, was = c[x];
+                    nats[x] -= safe == 1.0f ? 0.0f : v * log_positive(safe);
+                    float beaten = v > was ? was : v;
+                    second[x] = beaten > second[x] ? beaten : second[x];
+                    best[x] = v > was ? (int32_t)k : best[x];
+                    c[x] = v > was ? v : was;
+                }
+            }
+            for (long x = 0; x < n; x++) {
+                long i = y * W + x0 + x;
+                float difference = nats[x] - expected[i];
+                labels[i] = (uint8_t)best[x];
+                margin[i] = c[x] - second[x];
+                information[i] = difference > 0 ? difference : 0;
+            }
+        }
+}

@@ -1,0 +1,120 @@
+"""From logits to what the samples' distribution needs: per pixel, the sum of p and the sum of H(p).
+
+Both are linear, so they add up over samples, over chunks of samples and, weighted, over windows; memory does
+not grow with S. The softmax is taken at window resolution in bands of rows: softmax at feature resolution and
+a resize afterwards makes the mutual information wrong by several times its own mean.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.card import Readout
+from serving.engine import kernels
+from serving.engine.kernels import FloatArray
+
+BAND = 16
+"""Rows per band of the plain form: measured best in memory, and in time with the default allocator."""
+
+Spread = Callable[[Callable[[range], None], Iterable[range]], object]
+"""Runs a function on every range, e.g. the `map` of a thread pool."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Sums over `num_samples` samples of one window: p as prob_hKw, H(p) in nats as entropy_hw."""
+
+    prob_hKw: FloatArray
+    entropy_hw: FloatArray
+    num_samples: int
+
+
+def empty_sums(num_classes: int, height: int, width: int) -> tuple[FloatArray, FloatArray]:
+    """Zeroed prob_hKw and entropy_hw to accumulate into."""
+    return np.zeros((height, num_classes, width), np.float32), np.zeros((height, width), np.float32)
+
+
+def accumulate(
+    logits_SKhw: Tensor, prob_hKw: FloatArray, entropy_hw: FloatArray, *, readout: Readout, spread: Spread
+) -> None:
+    """Add the samples' softmax and entropy at the size of the sums. Changes prob and entropy.
+
+    logits: any device and float dtype; `spread` shares bands of rows out to threads (compiled form only).
+    """
+    if readout.softmax_at == "feature":
+        _accumulate_features(logits_SKhw, prob_hKw, entropy_hw, readout=readout)
+    elif kernels.COMPILED and logits_SKhw.device.type == "cpu":
+        _accumulate_compiled(logits_SKhw, prob_hKw, entropy_hw, readout=readout, spread=spread)
+    else:
+        accumulate_banded(logits_SKhw, prob_hKw, entropy_hw, readout=readout)
+
+
+def _accumulate_compiled(
+    logits_SKhw: Tensor, prob_hKw: FloatArray, entropy_hw: FloatArray, *, readout: Readout, spread: Spread
+) -> None:
+    logits = logits_SKhw.float().contiguous().numpy()
+
+    def add(rows: range) -> None:
+        kernels.accumulate(
+            logits, prob_hKw, entropy_hw, rows,
+            align_corners=readout.align_corners, temperature=readout.temperature,
+        )  # fmt: skip
+
+    height, half = len(prob_hKw), (len(prob_hKw) + 1) // 2
+    for _ in spread(add, (range(0, half), range(half, height))):  # type: ignore[attr-defined]
+        pass
+
+
+def accumulate_banded(
+    logits_SKhw: Tensor, prob_hKw: FloatArray, entropy_hw: FloatArray, *, readout: Readout
+) -> None:
+    """The plain form: resize, softmax and entropy, one band of output rows after another, on any device."""
+    height, width = entropy_hw.shape
+    logits = logits_SKhw.float() / readout.temperature
+    below, above, fraction = _sources(logits.shape[2], height, align_corners=readout.align_corners)
+    fraction_h1 = fraction.to(logits.device)[:, None]
+    for y in range(0, height, BAND):
+        rows = slice(y, min(y + BAND, height))
+        low, high = logits[:, :, below[rows]], logits[:, :, above[rows]]
+        lines = low + (high - low) * fraction_h1[rows]
+        wide = _resize_columns(lines, width, align_corners=readout.align_corners)
+        log_p = torch.log_softmax(wide, dim=1)
+        p_SKhw = log_p.exp()
+        prob_hKw[rows] += p_SKhw.sum(0).permute(1, 0, 2).cpu().numpy()
+        entropy_hw[rows] -= (p_SKhw * log_p).sum((0, 1)).cpu().numpy()
+
+
+def _resize_columns(lines_SKhw: Tensor, width: int, *, align_corners: bool) -> Tensor:
+    if lines_SKhw.shape[3] == width:
+        return lines_SKhw
+    size = (lines_SKhw.shape[2], width)
+    return F.interpolate(lines_SKhw, size=size, mode="bilinear", align_corners=align_corners)
+
+
+def _sources(length: int, size: int, *, align_corners: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """For every output position: the input positions around it, and how far it is from the first (as torch)."""
+    at = torch.arange(size, dtype=torch.float32)
+    if align_corners:
+        at = at * (torch.tensor(length - 1.0) / max(size - 1, 1))
+    else:
+        at = (at + 0.5) * (torch.tensor(float(length)) / size) - 0.5
+    at = at.clamp(0, length - 1)
+    below = at.long()
+    return below, (below + 1).clamp(max=length - 1), at - below
+
+
+def _accumulate_features(
+    logits_SKhw: Tensor, prob_hKw: FloatArray, entropy_hw: FloatArray, *, readout: Readout
+) -> None:
+    """A published protocol's order: softmax at feature resolution, mean over samples, then the resize."""
+    log_p = torch.log_softmax(logits_SKhw.float() / readout.temperature, dim=1)
+    p_SKhw = log_p.exp()
+    entropy_hw_low = -(p_SKhw * log_p).sum((0, 1))
+    sums = torch.cat((p_SKhw.sum(0), entropy_hw_low[None]))[None]
+    full = F.interpolate(sums, size=entropy_hw.shape, mode="bilinear", align_corners=readout.align_corners)[0]
+    prob_hKw += full[:-1].permute(1, 0, 2).cpu().numpy()
+    entropy_hw += full[-1].cpu().numpy()

@@ -1,0 +1,48 @@
+"""Where samples come from: counter-based noise, made outside the graph.
+
+A draw depends on (seed, sample, and for laws that need it the window) and on nothing else, so an answer does
+not depend on which other requests shared its batch, nor on how its samples were cut into calls.
+"""
+
+from typing import Protocol
+
+import numpy as np
+
+from models.card import Sampling
+from serving.engine.kernels import FloatArray
+
+
+class NoiseSource(Protocol):
+    """Gives noise_SL of one window, for all samples of a request."""
+
+    def draw(self, window_index: int) -> FloatArray: ...
+
+
+class SeededNoise:
+    """Noise of one request by the card's law: standard normal latents, dropout masks, or nothing ([S, 0]).
+
+    Masks are 0 or 1 / keep, so that the expected activation is unchanged.
+    """
+
+    def __init__(self, sampling: Sampling, *, seed: int, num_samples: int) -> None:
+        self._sampling, self._seed, self._num_samples = sampling, seed, num_samples
+        self._of_image: FloatArray | None = None
+
+    def draw(self, window_index: int) -> FloatArray:
+        if self._sampling.noise_per == "window":
+            return self._draw_all(window_index + 1)
+        if self._of_image is None:
+            self._of_image = self._draw_all(0)
+        return self._of_image
+
+    def _draw_all(self, stream: int) -> FloatArray:
+        if self._sampling.noise_length == 0:
+            return np.zeros((self._num_samples, 0), np.float32)
+        return np.stack([self._draw_one(sample, stream) for sample in range(self._num_samples)])
+
+    def _draw_one(self, sample: int, stream: int) -> FloatArray:
+        rng = np.random.Generator(np.random.Philox(key=self._seed, counter=[0, 0, stream, sample]))
+        length, keep = self._sampling.noise_length, self._sampling.keep
+        if self._sampling.kind == "dropout":
+            return ((rng.random(length) < keep) / keep).astype(np.float32)
+        return rng.standard_normal(length, dtype=np.float32)

@@ -1,0 +1,219 @@
+"""The engine's front: pictures in, predictions out. The server uses exactly this, and so can a notebook.
+
+    from serving.engine.segmenter import Segmenter
+    with Segmenter.open(Path("store")) as segmenter:
+        prediction = segmenter.segment(image_HW3, SegmentOptions(model="np_semiseg-camvid", samples=8))
+        prediction.labels_HW, prediction.maps["mutual_information"]
+"""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from models.card import Card
+from models.errors import BadOption, TooLarge, UnknownModel
+from serving.engine.allocator import keep_freed_memory
+from serving.engine.canvas import Canvas
+from serving.engine.decode import check_array
+from serving.engine.kernels import FloatArray
+from serving.engine.noise import NoiseSource, SeededNoise
+from serving.engine.observer import Observer
+from serving.engine.options import Limits, SegmentOptions, check_options
+from serving.engine.runtime import Runtime
+from serving.engine.scheduler import Scheduler, Work
+from serving.engine.store import find_artifact, open_artifact, versions
+from serving.engine.uncertainty import Band, read_out
+from serving.engine.windows import count_windows, cover
+
+WARM_UP_S = 1.0
+"""Time per model for choosing batch and chunk by measurement; on a GPU a larger budget pays."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One image's answer at the image's size.
+
+    labels_HW: uint8 class ids. maps: float32 [H, W] by name, uncertainties in nats (`serving.engine.uncertainty`).
+    timing_ms: milliseconds by phase. num_windows: windows that were run.
+    """
+
+    card: Card
+    seed: int
+    num_samples: int
+    num_windows: int
+    labels_HW: NDArray[np.uint8]
+    maps: dict[str, FloatArray]
+    timing_ms: dict[str, float]
+
+
+class BandStream:
+    """The rows of one answer as they become final, and how long each phase took so far."""
+
+    def __init__(self, segmenter: "Segmenter", work: Work) -> None:
+        self._work = work
+        self._stream = segmenter.scheduler.submit(work)
+        self._started = time.perf_counter()
+        self.timing_ms: dict[str, float] = {"queue": 0.0, "run": 0.0, "stitch": 0.0, "read_out": 0.0, "total": 0.0}
+
+    def __iter__(self) -> Iterator[Band]:
+        canvas = Canvas(self._work.plan, self._work.runtime.card.num_classes)
+        with self._stream as finished_windows:
+            for window, moments in finished_windows:
+                with self._clock("stitch"):
+                    canvas.add(window, moments)
+                for y0, prob_hKW, expected_hW in canvas.finished(window):
+                    with self._clock("read_out"):
+                        band = read_out(y0, prob_hKW, expected_hW)
+                    yield band
+        self.timing_ms["queue"] = 1e3 * self._stream.queue_s
+        self.timing_ms["run"] = 1e3 * self._stream.run_s
+        self.timing_ms["total"] = 1e3 * (time.perf_counter() - self._started)
+
+    def _clock(self, phase: str) -> "_Clock":
+        return _Clock(self.timing_ms, phase)
+
+
+class _Clock:
+    """Adds the time spent in a `with` block to a phase."""
+
+    def __init__(self, timing_ms: dict[str, float], phase: str) -> None:
+        self._timing_ms, self._phase = timing_ms, phase
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._timing_ms[self._phase] += 1e3 * (time.perf_counter() - self._started)
+
+
+class Segmenter:
+    """Loaded models and the scheduler that runs them. Methods may be called from any thread."""
+
+    def __init__(
+        self, *, limits: Limits | None = None, device: str | None = None, threads: int | None = None,
+        deterministic: bool = False, observer: Observer | None = None,
+    ) -> None:  # fmt: skip
+        """device: "cpu" or "cuda[:n]", by default CUDA where there is one. threads: of the inference thread, by
+        default one per core this process may use. deterministic: same bytes whatever else is in the batch."""
+        keep_freed_memory()
+        self.limits = limits or Limits()
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._threads = threads or len(os.sched_getaffinity(0))
+        self._deterministic = deterministic
+        self._observer = observer or Observer()
+        self._runtimes: dict[str, dict[int, Runtime]] = {}
+        self.scheduler = Scheduler(
+            queue_samples=self.limits.queue_samples, threads=self._threads, observer=self._observer
+        )
+
+    @classmethod
+    def open(cls, store: Path, **options: object) -> "Segmenter":
+        """A segmenter with the newest version of every model in a store. Raises BadArtifact."""
+        segmenter = cls(**options)  # type: ignore[arg-type]
+        for name in versions(store):
+            segmenter.load(find_artifact(store, name))
+        return segmenter
+
+    def load(self, directory: Path) -> Card:
+        """Open an artifact, reproduce its golden window, warm it up, then make it available. Raises BadArtifact."""
+        started = time.perf_counter()
+        artifact = open_artifact(directory)
+
+        def make_ready() -> Runtime:
+            runtime = Runtime(artifact, device=self._device, threads=self._threads)
+            runtime.check_golden()
+            runtime.warm_up(budget_s=WARM_UP_S, deterministic=self._deterministic)
+            return runtime
+
+        runtime = self.scheduler.call(make_ready)
+        card = artifact.card
+        self._runtimes.setdefault(card.name, {})[card.version] = runtime
+        self._observer.model_loaded(card.name, seconds=time.perf_counter() - started)
+        return card
+
+    def cards(self) -> list[Card]:
+        """Cards of all loaded models, by name and version."""
+        return [self._runtimes[n][v].card for n in sorted(self._runtimes) for v in sorted(self._runtimes[n])]
+
+    def find(self, name: str | None, version: int | None = None) -> Runtime:
+        """A loaded model; None stands for the only one, and for its newest version. Raises UnknownModel, BadOption."""
+        known = ", ".join(sorted(self._runtimes)) or "none"
+        if name is None:
+            if len(self._runtimes) != 1:
+                raise BadOption(f"several models are served, so the option model is needed; there are {known}")
+            (name,) = self._runtimes
+        if name not in self._runtimes:
+            raise UnknownModel(f"there is no model {name[:60]!r}; there are {known}")
+        loaded = self._runtimes[name]
+        if version is not None and version not in loaded:
+            raise UnknownModel(f"{name} has no version {version}; loaded are {', '.join(map(str, sorted(loaded)))}")
+        return loaded[max(loaded) if version is None else version]
+
+    def check(self, height: int, width: int, options: SegmentOptions) -> tuple[Runtime, int]:
+        """Everything that can be refused before the pixels are looked at; returns the model and S."""
+        runtime = self.find(options.model, options.version)
+        num_samples = check_options(options, runtime.card, self.limits)
+        num_windows = count_windows(height, width, runtime.card.window, options.overlap)
+        if num_windows > self.limits.windows:
+            raise TooLarge(
+                f"the image needs {num_windows} windows and the limit is {self.limits.windows}; lower the overlap, "
+                "or send a smaller image or parts of it"
+            )
+        return runtime, num_samples
+
+    def bands(
+        self, image_HW3: NDArray[np.uint8], options: SegmentOptions, *, noise: NoiseSource | None = None,
+        cancelled: threading.Event | None = None, deadline: float = float("inf"),
+    ) -> tuple[Work, BandStream]:  # fmt: skip
+        """The answer in bands of rows, for images that are not to be held in memory twice.
+
+        noise: replaces the seeded noise, for protocols that prescribe their own. Raises any PenumbraError.
+        """
+        image = check_array(image_HW3, self.limits)
+        runtime, num_samples = self.check(*image.shape[:2], options)
+        work = Work(
+            runtime, image, cover(*image.shape[:2], runtime.card.window, options.overlap),
+            noise or SeededNoise(runtime.card.sampling, seed=options.seed, num_samples=num_samples),
+            num_samples, cancelled or threading.Event(), deadline,
+        )  # fmt: skip
+        return work, BandStream(self, work)
+
+    def segment(
+        self, image_HW3: NDArray[np.uint8], options: SegmentOptions, *, noise: NoiseSource | None = None,
+        cancelled: threading.Event | None = None, deadline: float = float("inf"),
+    ) -> Prediction:  # fmt: skip
+        """Labels and uncertainty of one image: uint8 RGB [H, W, 3]. Raises any PenumbraError."""
+        work, bands = self.bands(image_HW3, options, noise=noise, cancelled=cancelled, deadline=deadline)
+        height, width = image_HW3.shape[:2]
+        labels_HW = np.empty((height, width), np.uint8)
+        maps = {name: np.empty((height, width), np.float32) for name in options.outputs}
+        with closing(iter(bands)) as rows:  # type: ignore[type-var]
+            for band in rows:
+                place = slice(band.y0, band.y0 + len(band.labels))
+                labels_HW[place] = band.labels
+                for name, values in maps.items():
+                    values[place] = band.maps[name]
+        return Prediction(
+            work.runtime.card, options.seed, work.num_samples, work.plan.num_windows, labels_HW, maps, bands.timing_ms
+        )
+
+    def close(self) -> None:
+        """Finish accepted work and release the models."""
+        self.scheduler.close()
+        for runtime in [r for loaded in self._runtimes.values() for r in loaded.values()]:
+            runtime.close()
+
+    def __enter__(self) -> "Segmenter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

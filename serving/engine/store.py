@@ -1,0 +1,90 @@
+"""Artifacts on disk: `store/<name>/<version>/` with card.json, the graphs and a golden window.
+
+Opening one checks everything that can be checked without running it; the golden window is run at load.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from models.card import Card, parse_card
+from models.errors import BadArtifact, UnknownModel
+
+CARD = "card.json"
+GOLDEN = "golden.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Golden:
+    """One recorded call: image_B3hw (normalised), noise_SBL and the checkpoint's logits_SBKhw."""
+
+    image_B3hw: Tensor
+    noise_SBL: Tensor
+    logits_SBKhw: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """An exported model whose files are the ones its card names."""
+
+    directory: Path
+    card: Card
+    golden: Golden
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_artifact(directory: Path) -> Artifact:
+    """Read and check an artifact. Raises BadArtifact: a missing file, a wrong hash, a card that does not read."""
+    try:
+        card = parse_card((directory / CARD).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError):
+        raise BadArtifact(f"{directory} has no readable {CARD}; export the checkpoint again") from None
+    except BadArtifact as error:
+        raise BadArtifact(f"{directory}: {error}") from None
+    if card.export is None or GOLDEN not in card.export.files:
+        raise BadArtifact(f"{directory}: the card names no exported files; export the checkpoint again")
+    for name, wanted in card.export.files.items():
+        path = directory / name
+        if Path(name).name != name or not path.is_file():
+            raise BadArtifact(f"{directory} lacks the file {name} that its card names; export the checkpoint again")
+        if sha256_of(path) != wanted:
+            raise BadArtifact(f"{path} was changed after its export (sha256 differs from the card); export it again")
+    return Artifact(directory, card, _read_golden(directory / GOLDEN))
+
+
+def _read_golden(path: Path) -> Golden:
+    try:
+        tensors = load_file(path)
+        return Golden(tensors["image_B3hw"], tensors["noise_SBL"], tensors["logits_SBKhw"])
+    except (SafetensorError, KeyError):
+        raise BadArtifact(f"{path} does not hold a golden window; export the checkpoint again") from None
+
+
+def versions(store: Path) -> dict[str, list[int]]:
+    """Names in the store with their versions in ascending order. An absent store is empty."""
+    if not store.is_dir():
+        return {}
+    found: dict[str, list[int]] = {}
+    for card in store.glob(f"*/*/{CARD}"):
+        if card.parent.name.isdigit():
+            found.setdefault(card.parent.parent.name, []).append(int(card.parent.name))
+    return {name: sorted(numbers) for name, numbers in sorted(found.items())}
+
+
+def find_artifact(store: Path, name: str, version: int | None = None) -> Path:
+    """Directory of a model, its newest version unless one is named. Raises UnknownModel naming what there is."""
+    known = versions(store)
+    if name not in known:
+        raise UnknownModel(f"there is no model {name[:60]!r} in {store}; there are {', '.join(known) or 'none'}")
+    if version is not None and version not in known[name]:
+        there = ", ".join(map(str, known[name]))
+        raise UnknownModel(f"{name} has no version {version}; it has {there}")
+    return store / name / str(known[name][-1] if version is None else version)

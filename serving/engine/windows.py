@@ -1,0 +1,139 @@
+"""Geometry as a value: which windows cover an image, and with what weight each counts at every pixel.
+
+The blend weight of a window is separable, and so is the sum of all weights over a grid of windows. So rows
+and columns are normalised apart, and the weighted sum over windows is a mean without a division per pixel.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.card import InputSpec, WindowSpec
+from serving.engine.kernels import FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """One piece of an image: its number in the plan, and the place of its first pixel in the image.
+
+    y0 and x0 are negative where a window centred on a smaller image begins before it.
+    """
+
+    index: int
+    row: int
+    column: int
+    y0: int
+    x0: int
+
+
+@dataclass(frozen=True, slots=True)
+class WindowPlan:
+    """All windows of one image, in row-major order.
+
+    starts_y, starts_x: first pixel of every row and column of windows. weights_y[r], weights_x[c]: normalised
+    blend weights [window height] and [window width]; over all windows they sum to 1 at every pixel.
+    """
+
+    height: int
+    width: int
+    window_height: int
+    window_width: int
+    starts_y: tuple[int, ...]
+    starts_x: tuple[int, ...]
+    weights_y: tuple[FloatArray, ...]
+    weights_x: tuple[FloatArray, ...]
+
+    @property
+    def num_windows(self) -> int:
+        return len(self.starts_y) * len(self.starts_x)
+
+    def __iter__(self) -> Iterator[Window]:
+        for row, y0 in enumerate(self.starts_y):
+            for column, x0 in enumerate(self.starts_x):
+                yield Window(row * len(self.starts_x) + column, row, column, y0, x0)
+
+
+def cover(height: int, width: int, spec: WindowSpec, overlap: float | None = None) -> WindowPlan:
+    """The windows of a height x width image. `overlap` in [0, 0.9] overrides the card's.
+
+    Every pixel is covered; the last row and column of windows are shifted inward to end at the border.
+    """
+    if spec.height == 0:
+        spec = replace(spec, height=height, width=width)
+    share = spec.overlap if overlap is None else overlap
+    starts_y = _starts(height, spec.height, share, centred=spec.centred)
+    starts_x = _starts(width, spec.width, share, centred=spec.centred)
+    return WindowPlan(
+        height, width, spec.height, spec.width, starts_y, starts_x,
+        _weights(height, spec.height, starts_y, spec.blend), _weights(width, spec.width, starts_x, spec.blend),
+    )  # fmt: skip
+
+
+def count_windows(height: int, width: int, spec: WindowSpec, overlap: float | None = None) -> int:
+    """How many windows `cover` would give, without making the plan."""
+    if spec.height == 0:
+        return 1
+    share = spec.overlap if overlap is None else overlap
+    return _count(height, spec.height, share) * _count(width, spec.width, share)
+
+
+def _stride(window: int, overlap: float) -> int:
+    """ceil(window * (1 - overlap)), at least 1; the epsilon keeps 513 * (1 - 1/3) at 342."""
+    return max(1, math.ceil(window * (1 - overlap) - 1e-6))
+
+
+def _count(length: int, window: int, overlap: float) -> int:
+    return 1 if length <= window else math.ceil((length - window) / _stride(window, overlap)) + 1
+
+
+def _starts(length: int, window: int, overlap: float, *, centred: bool) -> tuple[int, ...]:
+    if length <= window:
+        return (-((window - length) // 2) if centred else 0,)
+    stride = _stride(window, overlap)
+    return tuple(min(i * stride, length - window) for i in range(_count(length, window, overlap)))
+
+
+def _weights(length: int, window: int, starts: tuple[int, ...], blend: str) -> tuple[FloatArray, ...]:
+    weight = np.ones(window)
+    if blend == "gaussian":
+        centre = (window - 1) / 2
+        weight = np.maximum(np.exp(-0.5 * ((np.arange(window) - centre) / (window / 8)) ** 2), 1e-3)
+    first = min(starts[0], 0)
+    total = np.zeros(max(length, starts[-1] + window) - first)
+    for start in starts:
+        total[start - first : start - first + window] += weight
+    return tuple((weight / total[s - first : s - first + window]).astype(np.float32) for s in starts)
+
+
+def cut(image_HW3: NDArray[np.uint8], window: Window, plan: WindowPlan, *, spec: WindowSpec, norm: InputSpec) -> FloatArray:
+    """One window as the network wants it: normalised float32 [h, w, 3], padded as the card says."""
+    y0, x0 = max(window.y0, 0), max(window.x0, 0)
+    y1, x1 = min(window.y0 + plan.window_height, plan.height), min(window.x0 + plan.window_width, plan.width)
+    pixels = normalise(image_HW3[y0:y1, x0:x1], norm)
+    before = (y0 - window.y0, x0 - window.x0)
+    after = (window.y0 + plan.window_height - y1, window.x0 + plan.window_width - x1)
+    if not any(before + after):
+        return pixels
+    pad = ((before[0], after[0]), (before[1], after[1]), (0, 0))
+    if spec.padding == "mirror":
+        return np.pad(pixels, pad, mode="symmetric")
+    padded = np.zeros((plan.window_height, plan.window_width, 3), np.float32)
+    if spec.padding == "black":
+        padded += normalise(np.zeros((1, 1, 3), np.uint8), norm)
+    padded[before[0] : before[0] + y1 - y0, before[1] : before[1] + x1 - x0] = pixels
+    return padded
+
+
+def normalise(pixels_hw3: NDArray[np.uint8], norm: InputSpec) -> FloatArray:
+    """(pixels / scale - mean) / std in the card's channel order, as float32 [h, w, 3]."""
+    if norm.order == "BGR":
+        pixels_hw3 = pixels_hw3[:, :, ::-1]
+    std = np.asarray(norm.std, np.float64)
+    factor = (1 / (norm.scale * std)).astype(np.float32)
+    offset = (-np.asarray(norm.mean) / std).astype(np.float32)
+    normalised: FloatArray = pixels_hw3 * factor
+    normalised += offset
+    return normalised
