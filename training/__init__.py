@@ -1,1 +1,1 @@
-"""From data to a checkpoint and measured numbers: recipe -> frames -> batches -> objective -> loop -> checkpoint."""
+"""From data to a checkpoint and its figures: recipe -> frames -> batches -> objective -> loop."""

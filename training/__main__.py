@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from models.errors import PenumbraError
-from training.loop import Report, train
+from training.loop import train
 from training.recipe import Recipe, read_recipe
 
 
@@ -16,7 +16,9 @@ from training.recipe import Recipe, read_recipe
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder of the data set.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; all cores by default.")
-@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Length by the clock instead of steps.")
+@click.option(
+    "--minutes", type=click.FloatRange(min=0, min_open=True), help="Length by the clock instead of steps."
+)
 def main(recipe: Path, data: Path, threads: int | None, minutes: float | None) -> None:
     """Train RECIPE (a YAML file) on the data in DIR; run it again to go on after an interruption."""
     try:
@@ -34,7 +36,10 @@ def follow(recipe: Recipe, data: Path, *, threads: int | None, minutes: float | 
     columns = (TextColumn(recipe.name), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("loading", total=1.0)
-        report: Report = lambda share, line: bar.update(task, completed=share, description=line)  # noqa: E731
+
+        def report(share: float, line: str) -> None:
+            bar.update(task, completed=share, description=line)
+
         return train(recipe, data, threads=threads, minutes=minutes, report=report)
 
 

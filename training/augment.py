@@ -42,14 +42,15 @@ def random_view(
 
 
 def jitter_color(image_B3hw: Tensor, *, strength: float, generator: torch.Generator) -> Tensor:
-    """Brightness, contrast and saturation of every picture times a factor in 1 +- strength, clipped to [0, 1]."""
+    """Brightness, contrast and saturation of every picture times 1 +- strength, clipped to [0, 1]."""
     factor_3B = 1 + strength * (2 * torch.rand(3, len(image_B3hw), generator=generator) - 1)
     brightness, contrast, saturation = factor_3B[:, :, None, None, None]
     image = image_B3hw * brightness
     centre = image.mean((1, 2, 3), keepdim=True)
     image = centre + (image - centre) * contrast
     grey = image.mean(1, keepdim=True)
-    return (grey + (image - grey) * saturation).clamp(0, 1)
+    colored: Tensor = grey + (image - grey) * saturation
+    return colored.clamp(0, 1)
 
 
 def cutmix_masks(num: int, size: tuple[int, int], *, generator: torch.Generator) -> Tensor:
@@ -72,7 +73,8 @@ def cutmix_masks(num: int, size: tuple[int, int], *, generator: torch.Generator)
 def normalise(image_B3hw: Tensor, spec: InputSpec) -> Tensor:
     """(x - mean) / std of pictures in [0, 1], channels-last because CPU convolutions want it so."""
     mean, std = torch.tensor(spec.mean)[:, None, None], torch.tensor(spec.std)[:, None, None]
-    return ((image_B3hw - mean) / std).contiguous(memory_format=torch.channels_last)
+    normal_B3hw: Tensor = (image_B3hw - mean) / std
+    return normal_B3hw.contiguous(memory_format=torch.channels_last)
 
 
 def _cut(x: Tensor, top: int, left: int, height: int, width: int, *, fill: int) -> Tensor:

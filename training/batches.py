@@ -11,9 +11,11 @@ from training.recipe import Recipe
 
 
 class Batches:
-    """An endless supply of batches; all randomness comes from `generator`, so its state is the place in the stream."""
+    """An endless supply of batches; the state of `generator` is the place in the stream."""
 
-    def __init__(self, frames: Frames, split: tuple[Tensor, Tensor], recipe: Recipe, generator: torch.Generator) -> None:
+    def __init__(
+        self, frames: Frames, split: tuple[Tensor, Tensor], recipe: Recipe, generator: torch.Generator
+    ) -> None:
         self.frames, self.recipe, self.generator = frames, recipe, generator
         self.labelled, self.unlabelled = split
 
@@ -33,7 +35,7 @@ class Batches:
         )
 
     def _views(self, indices: Tensor, num: int, *, blind: bool = False) -> tuple[Tensor, Tensor]:
-        """Views of `num` frames drawn from `indices`. blind: labels are 0 inside the picture, IGNORE beyond it."""
+        """Views of `num` frames out of `indices`. blind: label 0 inside the picture, IGNORE beyond it."""
         chosen = indices[torch.randint(len(indices), (num,), generator=self.generator)]
         views = [
             random_view(

@@ -14,7 +14,9 @@ BORDER_PX = 32
 
 
 @torch.inference_mode()
-def measure(network: Network, frames: Frames, *, num_classes: int, every: int = 1, seed: int = 0) -> dict[str, float]:
+def measure(
+    network: Network, frames: Frames, *, num_classes: int, every: int = 1, seed: int = 0
+) -> dict[str, float]:
     """Figures of the mean probability of the default number of samples, on whole frames (every n-th only).
 
     mIoU and accuracy in [0, 1]; sample_spread: standard deviation over samples of the winning class's
@@ -28,7 +30,9 @@ def measure(network: Network, frames: Frames, *, num_classes: int, every: int = 
     for i in range(0, len(frames), every):
         image_B3hw = normalise(frames.image_N3HW[i : i + 1].float() / 255, InputSpec()).to(device)
         label_hw = frames.label_NHW[i].long()
-        noise_SBL = torch.randn(network.sampling.default_samples, 1, network.sampling.noise_length, generator=generator)
+        noise_SBL = torch.randn(
+            network.sampling.default_samples, 1, network.sampling.noise_length, generator=generator
+        )
         logits_SBKhw = network(image_B3hw, noise_SBL.to(device)).float()
         mean_Khw, expected_hw, spread = summarise(logits_SBKhw[:, 0], size=label_hw.shape)
         confusion_KK += confusion(mean_Khw.argmax(0), label_hw, num_classes=num_classes)
@@ -51,8 +55,9 @@ def measure(network: Network, frames: Frames, *, num_classes: int, every: int = 
 
 
 def summarise(logits_SKhw: Tensor, *, size: torch.Size) -> tuple[Tensor, Tensor, float]:
-    """Mean probability_Khw, expected entropy_hw and spread at `size`; softmax there, one sample at a time (CPU)."""
-    total_Khw, squares_Khw, entropy_hw = 0.0, 0.0, 0.0
+    """Mean probability_Khw, expected entropy_hw and spread at `size`, where the softmax is taken."""
+    total_Khw = squares_Khw = logits_SKhw.new_zeros(logits_SKhw.shape[1], *size)
+    entropy_hw = logits_SKhw.new_zeros(size)
     for logits_Khw in logits_SKhw:
         full = F.interpolate(logits_Khw[None], size=size, mode="bilinear", align_corners=True)[0]
         log_prob = full.log_softmax(0)

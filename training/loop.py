@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -42,7 +43,7 @@ class Training:
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.split = split_labelled(train, fraction=recipe.labelled_fraction, seed=recipe.seed)
         self.batches = Batches(train, self.split, recipe, self.generator)
-        network = build_network(recipe, num_classes).to(memory_format=torch.channels_last)
+        network = channels_last(build_network(recipe, num_classes))
         average = copy.deepcopy(network).requires_grad_(False).eval()
         self.objective = build_objective(recipe.method, network, average, recipe.objective)
         optimizer = torch.optim.AdamW(decay_groups(network, recipe.weight_decay), lr=recipe.learning_rate)
@@ -74,6 +75,7 @@ class Training:
     def save(self, path: Path) -> None:
         """Write everything that `resume` needs; the old file stays until the new one is whole."""
         state = {
+            "recipe": dataclasses.asdict(self.recipe),
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
@@ -87,10 +89,9 @@ class Training:
     def resume(self, path: Path) -> None:
         """Go on where `save` was called. Raises BadOption if the file is of another recipe."""
         state = torch.load(path, map_location="cpu", weights_only=True)
-        try:
-            self.objective.load_state_dict(state["objective"])
-        except RuntimeError:
-            raise BadOption(f"{path} is of another network; remove it to start anew") from None
+        if state["recipe"] != dataclasses.asdict(self.recipe):
+            raise BadOption(f"{path} was begun with another recipe; remove it to start anew")
+        self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
@@ -120,7 +121,9 @@ def train(
     write_split(run_dir / "labelled.txt", frames, training.split[0])
     if (run_dir / "state.ckpt").exists():
         training.resume(run_dir / "state.ckpt")
-    card = describe(recipe, data, num_frames=len(frames), num_labelled=len(training.split[0]), network=training.average)
+    card = describe(
+        recipe, data, num_frames=len(frames), num_labelled=len(training.split[0]), network=training.average
+    )
     run(training, card, val, run_dir, minutes=minutes, report=report)
     path = Path(recipe.checkpoint)
     report(1.0, f"wrote {path}: {brief(export(path, card, training.average, val))}")
@@ -128,7 +131,9 @@ def train(
     return path
 
 
-def run(training: Training, card: Card, val: Frames, run_dir: Path, *, minutes: float | None, report: Report) -> None:
+def run(
+    training: Training, card: Card, val: Frames, run_dir: Path, *, minutes: float | None, report: Report
+) -> None:
     """Advance until the schedule is over; save and validate every few minutes."""
     recipe, last = training.recipe, time.perf_counter()
     next_save_s = training.elapsed_s + 60 * recipe.validate_every_minutes
@@ -173,7 +178,9 @@ def build_network(recipe: Recipe, num_classes: int) -> Network:
     """The recipe's network with fresh weights from its seed; the global generator is left as it was."""
     method = find_method(recipe.method)
     try:
-        config = read_strict(method.config, {"num_classes": num_classes, **recipe.config}, where="recipe.config")
+        config: Any = read_strict(
+            method.config, {"num_classes": num_classes, **recipe.config}, where="recipe.config"
+        )
     except BadArtifact as error:
         raise BadOption(str(error)) from None
     with torch.random.fork_rng(devices=[]):
@@ -183,8 +190,13 @@ def build_network(recipe: Recipe, num_classes: int) -> Network:
     return network
 
 
+def channels_last(network: Network) -> Network:
+    """The network with its weights in the memory format that convolutions are fastest in."""
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
 def initialise(network: nn.Module) -> None:
-    """He et al. 2015 for convolutions: torch's default start is too small to train a deep net from scratch."""
+    """He et al. 2015 for convolutions: torch's default is too small to train a deep net from scratch."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d) and module.bias is None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -193,7 +205,9 @@ def initialise(network: nn.Module) -> None:
 def describe(recipe: Recipe, data: DataSet, *, num_frames: int, num_labelled: int, network: Network) -> Card:
     """The card of the recipe's checkpoint, without figures."""
     method = find_method(recipe.method)
-    config = read_strict(method.config, {"num_classes": len(data.classes), **recipe.config}, where="recipe.config")
+    config: Any = read_strict(
+        method.config, {"num_classes": len(data.classes), **recipe.config}, where="recipe.config"
+    )
     sentence = (
         f"{data.title} train, {num_labelled} of {num_frames} frames labelled "
         f"({recipe.labelled_fraction:g}, seed {recipe.seed}), the rest unlabelled"
@@ -216,7 +230,7 @@ def export(path: Path, card: Card, network: Network, val: Frames, *, every: int 
     """Write the checkpoint in fp16, measure what can be read back, and write it again with the figures."""
     save_checkpoint(path, card, network, half=True)
     _, stored = load_checkpoint(path)
-    figures = measure(stored.to(memory_format=torch.channels_last), val, num_classes=card.num_classes, every=every)
+    figures = measure(channels_last(stored), val, num_classes=card.num_classes, every=every)
     metrics = {f"val/seg/{name}": round(value, 5) for name, value in figures.items() if math.isfinite(value)}
     provenance = dataclasses.replace(card.provenance, metrics=metrics)
     save_checkpoint(path, dataclasses.replace(card, provenance=provenance), stored, half=True)

@@ -3,7 +3,7 @@
     L = L_s + lambda * L_cps
     L_s    CE(branch1(labelled), Y*) + CE(branch2(labelled), Y*), Y* the ground truth
     L_cps  CE(branch1(mixed), Y2) + CE(branch2(mixed), Y1)
-    Y_i    argmax of branch i on the two unmixed pictures, mixed with the same mask; no gradient flows through it
+    Y_i    argmax of branch i on the two unmixed pictures, mixed with the same mask; it carries no gradient
 
 DEVIATION: the second picture of a mix is the batch rolled by one instead of a second batch, and labelled and
 mixed pictures share one forward pass (and so BatchNorm statistics): half the cost on two cores.
@@ -24,7 +24,7 @@ from models.contract import Network
 
 @dataclass(frozen=True, slots=True)
 class CpsOptions:
-    """cps_weight: lambda. start, full: shares of the schedule at which lambda begins to grow and is reached."""
+    """cps_weight: lambda. start, full: shares of the schedule where it begins to grow and is reached."""
 
     cps_weight: float = 1.5
     start: float = 0.1
@@ -43,7 +43,7 @@ class Views(Protocol):
 
 
 class CpsObjective(nn.Module):
-    """Holds the network and its running average, which is served but teaches nobody. Called by the loop only."""
+    """Holds the network and its running average, which is served but teaches nobody. For the loop only."""
 
     def __init__(self, network: Network, average: Network, options: CpsOptions) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ variance. We maximise the multi-sample bound of importance-weighted autoencoders
 "NPML" objective of neural processes (Foong et al. 2020), tempered by b: see `multi_sample_loss`.
 DEVIATION: banks keep per-pixel vectors; the released `masked_select` and reshape mixes pixels of one channel.
 DEVIATION: KL with variances; the released code puts sigma where sigma^2 belongs.
-DEVIATION: banks and class attention see every other row and column of the feature map, to halve a step's time.
+DEVIATION: banks and class attention see every other row and column of the feature map, for speed.
 """
 
 from collections.abc import Mapping
@@ -74,7 +74,11 @@ class NpObjective(nn.Module):
 
     def forward(self, batch: Views, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
         num, weight = len(batch.image_B3hw), self._unlabelled_weight(progress)
-        image_B3hw, label_Bhw, area_B = batch.image_B3hw, batch.label_Bhw, (batch.label_Bhw != IGNORE).sum((1, 2))
+        image_B3hw, label_Bhw, area_B = (
+            batch.image_B3hw,
+            batch.label_Bhw,
+            (batch.label_Bhw != IGNORE).sum((1, 2)),
+        )
         if weight > 0:
             mixed_B3hw, pseudo_Bhw = self._mixed(batch, generator)
             image_B3hw, label_Bhw = torch.cat((image_B3hw, mixed_B3hw)), torch.cat((label_Bhw, pseudo_Bhw))
@@ -100,7 +104,7 @@ class NpObjective(nn.Module):
 
     @torch.no_grad()
     def _mixed(self, batch: Views, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """CutMix-ed strong views, and the teacher's labels of the weak ones, mixed alike, IGNORE if unsure."""
+        """CutMix-ed strong views, and the teacher's labels of the weak ones mixed alike; IGNORE if unsure."""
         noise_SBL = self._noise(len(batch.weak_B3hw), generator, like=batch.weak_B3hw)
         logits_SBKhw = self.average(batch.weak_B3hw, noise_SBL).float()
         prob_BKhw = logits_SBKhw.softmax(2).mean(0)
@@ -114,7 +118,9 @@ class NpObjective(nn.Module):
             torch.where(mix[:, 0], label_Bhw.roll(1, 0), label_Bhw),
         )
 
-    def _predict(self, x_BDhw: Tensor, query_BLhw: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _predict(
+        self, x_BDhw: Tensor, query_BLhw: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         """logits_SBKhw with z ~ q_target, and KL(q_target || q_context) per picture."""
         head, latent = self.network.head, self.network.head.latent
         mean_BL, sigma_BL = _gaussian(latent, attend(query_BLhw, latent.latent_centres))
@@ -139,8 +145,8 @@ class NpObjective(nn.Module):
         loss_NHw = F.cross_entropy(
             logits_NKhw, coarse_Bhw.repeat(num_samples, 1, 1), ignore_index=IGNORE, reduction="none"
         )
-        mean_SB = loss_NHw.sum((1, 2)).unflatten(0, (num_samples, -1)) / (share * area_B).clamp(min=1)
-        return multi_sample_loss(-mean_SB, self.options.sharpness)
+        sum_SB = loss_NHw.sum((1, 2)).view(num_samples, -1)
+        return multi_sample_loss(-sum_SB / (share * area_B).clamp(min=1), self.options.sharpness)
 
     @torch.no_grad()
     def _remember(
@@ -183,7 +189,7 @@ def gaussian_kl(q: tuple[Tensor, Tensor], p: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def sample_spread(logits_SBKhw: Tensor) -> Tensor:
-    """Mean over some pixels and all classes of the standard deviation of p over samples: how much the latent matters."""
+    """How much the latent matters: standard deviation of p over samples, mean of classes and some pixels."""
     return logits_SBKhw[..., ::4, ::4].softmax(2).std(0, correction=0).mean()
 
 
@@ -195,7 +201,7 @@ def at_grid(label_Bhw: Tensor, height: int, width: int) -> Tensor:
 
 
 def push(bank_QL: Tensor, count: Tensor, rows_PL: Tensor) -> None:
-    """Write rows into the ring `bank_QL`, oldest first out; `count` is how many were ever written. In place."""
+    """Write rows into the ring `bank_QL` in place, oldest first out; `count` ever written grows."""
     size = len(bank_QL)
     places = (int(count) + torch.arange(len(rows_PL), device=bank_QL.device)) % size
     bank_QL[places] = rows_PL.to(bank_QL.dtype)

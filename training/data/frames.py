@@ -27,12 +27,15 @@ class Frames:
 def load_frames(folder: Path, *, num_classes: int, void: int) -> Frames:
     """Read `folder/images/*.jpg` with `folder/masks/*.png`; label `void` becomes IGNORE.
 
-    Raises BadData naming the first file that is missing, unreadable, of another size or holds an unknown label.
+    Raises BadData naming the first file that is missing, unreadable, of another size or of unknown labels.
     """
     pictures = sorted((folder / "images").glob("*.jpg"))
     if not pictures:
-        raise BadData(f"{folder / 'images'} holds no .jpg pictures; a folder with images/ and masks/ is wanted")
-    images, labels = [], []
+        raise BadData(
+            f"{folder / 'images'} holds no .jpg pictures; a folder with images/ and masks/ is wanted"
+        )
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
     for path in pictures:
         mask_path = folder / "masks" / f"{path.stem}.png"
         if not mask_path.is_file():
@@ -48,10 +51,12 @@ def load_frames(folder: Path, *, num_classes: int, void: int) -> Frames:
 
 
 def split_labelled(frames: Frames, *, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the labelled and of the unlabelled frames; the same for the same names, fraction and seed."""
+    """Indices of the labelled and of the unlabelled frames (all frames, if every one is labelled)."""
     count = round(fraction * len(frames))
     if not 1 <= count <= len(frames):
-        raise BadOption(f"labelled_fraction {fraction} leaves {count} of {len(frames)} frames; at least 1 is needed")
+        raise BadOption(
+            f"labelled_fraction {fraction} leaves {count} of {len(frames)} frames; at least 1 is needed"
+        )
     order = torch.randperm(len(frames), generator=torch.Generator().manual_seed(seed))
     rest = order[count:] if count < len(frames) else order
     return order[:count].sort().values, rest.sort().values
@@ -72,7 +77,9 @@ def _read_mask(path: Path, *, num_classes: int, void: int) -> Tensor:
     label_HW[label_HW == void] = IGNORE
     unknown = label_HW[(label_HW >= num_classes) & (label_HW != IGNORE)]
     if unknown.numel():
-        raise BadData(f"{path} holds the label {int(unknown[0])}; 0 to {num_classes - 1} and {void} (void) are known")
+        raise BadData(
+            f"{path} holds the label {int(unknown[0])}; 0 to {num_classes - 1} and {void} (void) are known"
+        )
     return label_HW
 
 

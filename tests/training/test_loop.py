@@ -1,0 +1,107 @@
+"""A run can be killed at any step, learns something, and writes a checkpoint that says what it is."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from models.checkpoint import load_checkpoint
+from models.errors import BadOption
+from tests.training import tiny
+from training.__main__ import main
+from training.data import find_data
+from training.evaluate import confusion, intersection_over_union, summarise
+from training.loop import Training, schedule, train
+from training.recipe import read_recipe
+
+METHODS = ("np_semiseg", "cps")
+RECIPES = Path(__file__).parents[2] / "training" / "recipes"
+
+
+def _training(method: str, folder: Path) -> Training:
+    data = find_data("shapes")
+    return Training(tiny.recipe(method, folder, steps=8), data.load(folder, "train"), len(data.classes))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_goes_on_with_identical_numbers(method: str, tmp_path: Path) -> None:
+    whole, killed, resumed = (_training(method, tmp_path) for _ in range(3))
+    expected = [whole.advance(step / 4) for step in range(4)]
+    first = [killed.advance(step / 4) for step in range(2)]
+    killed.save(tmp_path / "state.ckpt")
+    resumed.resume(tmp_path / "state.ckpt")
+    assert first + [resumed.advance(step / 4) for step in (2, 3)] == expected
+    for ours, theirs in zip(
+        whole.average.state_dict().values(), resumed.average.state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_few_steps_lower_the_loss(method: str, tmp_path: Path) -> None:
+    training = _training(method, tmp_path)
+    losses = [training.advance(0.2)["supervised"] for _ in range(32)]
+    assert sum(losses[-4:]) < 0.75 * sum(losses[:4])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_writes_a_checkpoint_whose_card_states_data_and_figures(method: str, tmp_path: Path) -> None:
+    lines: list[str] = []
+    recipe = tiny.recipe(method, tmp_path, steps=3)
+    path = train(recipe, tmp_path, runs_dir=tmp_path / "runs", report=lambda share, line: lines.append(line))
+    card, network = load_checkpoint(path)
+    assert card.provenance.data.startswith("procedural shapes train, 4 of 16 frames labelled (0.25, seed 0)")
+    assert 0 <= card.provenance.metrics["val/seg/mIoU"] <= 1
+    assert card.sampling == network.sampling and card.method == method
+    assert (tmp_path / "runs" / recipe.name / "labelled.txt").read_text().count("\n") == 4
+    assert lines[-1].startswith("wrote ")
+
+
+def test_a_state_of_another_recipe_is_refused_with_a_sentence(tmp_path: Path) -> None:
+    _training("cps", tmp_path).save(tmp_path / "state.ckpt")
+    with pytest.raises(BadOption, match=r"state\.ckpt was begun with another recipe"):
+        _training("np_semiseg", tmp_path).resume(tmp_path / "state.ckpt")
+
+
+def test_the_rate_rises_then_falls_to_zero() -> None:
+    assert schedule(0.0, warmup=0.1) < 0.02
+    assert schedule(0.1, warmup=0.1) == pytest.approx(1)
+    assert schedule(0.55, warmup=0.1) == pytest.approx(0.5)
+    assert schedule(1.0, warmup=0.1) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_valid_and_named_after_its_file(path: Path) -> None:
+    recipe = read_recipe(path)
+    assert recipe.name == path.stem and find_data(recipe.data)
+
+
+def test_a_misspelt_recipe_field_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text((RECIPES / "cps-camvid.yaml").read_text() + "learning_rat: 1\n")
+    with pytest.raises(BadOption, match="unknown field 'learning_rat'"):
+        read_recipe(path)
+
+
+def test_the_command_answers_a_mistake_with_one_sentence_and_exit_code_1(tmp_path: Path) -> None:
+    answer = CliRunner().invoke(main, [str(tmp_path / "none.yaml"), "--data", str(tmp_path)])
+    assert answer.exit_code == 1
+    assert answer.stderr.strip().startswith("error: the recipe") and answer.stderr.count("\n") == 1
+
+
+def test_two_samples_that_disagree_completely_carry_ln2_nats() -> None:
+    logits_SKhw = torch.full((2, 2, 80, 80), -50.0)
+    logits_SKhw[0, 0], logits_SKhw[1, 1] = 50.0, 50.0
+    mean_Khw, expected_hw, spread = summarise(logits_SKhw, size=torch.Size((80, 80)))
+    entropy_hw = -torch.special.xlogy(mean_Khw, mean_Khw).sum(0)
+    assert torch.allclose(entropy_hw - expected_hw, torch.tensor(math.log(2))) and spread == pytest.approx(
+        0.5
+    )
+
+
+def test_intersection_over_union_ignores_void_and_absent_classes() -> None:
+    label_hw, predicted_hw = torch.tensor([[0, 0, 1, 255]]), torch.tensor([[0, 1, 1, 0]])
+    iou_K = intersection_over_union(confusion(predicted_hw, label_hw, num_classes=3))
+    assert iou_K[:2].tolist() == [0.5, 0.5] and iou_K[2].isnan()
