@@ -35,18 +35,20 @@ def export_checkpoint(checkpoint: Path, store: Path, *, backend: str = "torchscr
     if backend not in WRITERS:
         raise BadOption(f"there is no backend {backend!r}; known are {', '.join(WRITERS)}")
     card, network = load_checkpoint(checkpoint)
-    return export_network(network, card, store, backend=backend)
+    return export_network(network, card, store, backend=backend, source=sha256_of(checkpoint))
 
 
-def export_network(network: Network, card: Card, store: Path, *, backend: str = "torchscript") -> Path:
-    """As `export_checkpoint`, from a network in memory."""
+def export_network(
+    network: Network, card: Card, store: Path, *, backend: str = "torchscript", source: str = ""
+) -> Path:
+    """As `export_checkpoint`, from a network in memory; source: sha256 of the file it came from, if any."""
     card = dataclasses.replace(card, version=max(versions(store).get(card.name, [0])) + 1, export=None)
     network = network.eval().requires_grad_(False)
     place = store / card.name
     place.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=place))
     try:
-        _write(network, card, draft, backend=backend)
+        _write(network, card, draft, backend=backend, source=source)
         os.replace(draft, place / str(card.version))
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -64,7 +66,7 @@ def verify_artifact(directory: Path) -> Parity:
     return parity
 
 
-def _write(network: Network, card: Card, draft: Path, *, backend: str) -> None:
+def _write(network: Network, card: Card, draft: Path, *, backend: str, source: str) -> None:
     image_B3hw, noise_SBL = golden_input(card)
     with torch.inference_mode():
         logits_SBKhw = network(image_B3hw, noise_SBL)
@@ -74,7 +76,7 @@ def _write(network: Network, card: Card, draft: Path, *, backend: str) -> None:
     )
     names = sorted(path.name for path in draft.iterdir())
     files = {name: sha256_of(draft / name) for name in names}
-    unproved = ExportFacts(backend, "fp32", torch.__version__, files, Parity(0, 0, 0, 0, 0))
+    unproved = ExportFacts(backend, "fp32", torch.__version__, files, Parity(0, 0, 0, 0, 0), source)
     parity = _measure(dataclasses.replace(card, export=unproved), draft, image_B3hw, noise_SBL, logits_SBKhw)
     check_parity(parity, card)
     proved = dataclasses.replace(card, export=dataclasses.replace(unproved, parity=parity))

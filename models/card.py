@@ -110,13 +110,17 @@ class Parity:
 
 @dataclass(frozen=True, slots=True)
 class ExportFacts:
-    """What makes a card an artifact's: backend, precision, sha256 per file, and the parity figures."""
+    """What makes a card an artifact's: backend, precision, sha256 per file, and the parity figures.
+
+    checkpoint: sha256 of the file it was exported from; empty for a network that was in memory.
+    """
 
     backend: str
     precision: str
     torch: str
     files: dict[str, str]
     parity: Parity
+    checkpoint: str = ""
 
 
 @dataclass(frozen=True, slots=True)

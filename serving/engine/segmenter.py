@@ -6,6 +6,7 @@
         prediction.labels_HW, prediction.maps["mutual_information"]
 """
 
+import logging
 import os
 import threading
 import time
@@ -20,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from models.card import Card
-from models.errors import BadOption, TooLarge, UnknownModel
+from models.errors import BadArtifact, BadOption, TooLarge, UnknownModel
 from serving.engine.allocator import keep_freed_memory
 from serving.engine.canvas import Canvas
 from serving.engine.decode import check_array
@@ -33,6 +34,8 @@ from serving.engine.scheduler import Scheduler, Work
 from serving.engine.store import find_artifact, open_artifact, versions
 from serving.engine.uncertainty import Band, read_out
 from serving.engine.windows import count_windows, cover
+
+log = logging.getLogger("penumbra")
 
 WARM_UP_S = 1.0
 """Time per model for choosing batch and chunk by measurement; on a GPU a larger budget pays."""
@@ -111,16 +114,24 @@ class Segmenter:
         self._deterministic = deterministic
         self._observer = observer or Observer()
         self._runtimes: dict[str, dict[int, Runtime]] = {}
+        self.refused: dict[str, str] = {}
         self.scheduler = Scheduler(
             queue_samples=self.limits.queue_samples, threads=self._threads, observer=self._observer
         )
 
     @classmethod
     def open(cls, store: Path, **options: object) -> "Segmenter":
-        """A segmenter with the newest version of every model in a store. Raises BadArtifact."""
+        """A segmenter with the newest version of every model in a store.
+
+        A broken artifact is logged, listed in `refused` with the reason, and does not keep the others away.
+        """
         segmenter = cls(**options)  # type: ignore[arg-type]
         for name in versions(store):
-            segmenter.load(find_artifact(store, name))
+            try:
+                segmenter.load(find_artifact(store, name))
+            except BadArtifact as error:
+                log.error("not served: %s", error)
+                segmenter.refused[name] = str(error)
         return segmenter
 
     def load(self, directory: Path) -> Card:

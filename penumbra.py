@@ -1,0 +1,179 @@
+"""The front door: the `penumbra` command, a table of contents of its verbs.
+
+Exit codes: 0 done, 2 the command line was wrong, 1 it failed; a failure is one sentence on stderr.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+STORE = click.option(
+    "--store", type=click.Path(path_type=Path, file_okay=False), default=Path("store"), envvar="PENUMBRA_STORE",
+    show_default=True, help="Directory of artifacts.",
+)  # fmt: skip
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+
+
+class Verbs(click.Group):
+    """Verbs in the order of the work; a PenumbraError is printed as its sentence."""
+
+    def list_commands(self, _: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, context: click.Context) -> Any:
+        from models.errors import BadOption, PenumbraError, UnknownModel
+
+        try:
+            return super().invoke(context)
+        except PenumbraError as error:
+            click.echo(f"penumbra: {error}", err=True)
+            context.exit(2 if isinstance(error, (BadOption, UnknownModel)) else 1)
+
+
+@click.group(cls=Verbs)
+@click.version_option(package_name="penumbra")
+def main() -> None:
+    """Serve trained segmentation checkpoints and say, per pixel, how sure they are."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+
+
+@main.command()
+@STORE
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind; 0.0.0.0 for all.")
+@click.option("--port", default=3000, show_default=True)
+def serve(store: Path, host: str, port: int) -> None:
+    """Serve a store over HTTP; an empty one is filled with the demo models first."""
+    from export.zoo import fill_store
+
+    fill_store(store)
+    home = Path(tempfile.gettempdir()) / f"penumbra-{os.getuid()}-{port}"
+    home.mkdir(mode=0o700, exist_ok=True)
+    environment = os.environ | {
+        "PENUMBRA_STORE": str(store.resolve()),
+        "BENTOML_HOME": str(home),  # two servers with one home delete each other's files
+        "BENTOML_DO_NOT_TRACK": "True",
+    }
+    root = Path(__file__).resolve().parent
+    command = ["bentoml", "serve", "serving.service:Penumbra", "--host", host, "--port", str(port), "--working-dir", str(root)]
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, "-m", *command], environment)
+
+
+@main.command()
+@click.argument("images", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--model", "-m", help="Which model; may be left out when the store has one.")
+@click.option("--output", "-o", type=click.Path(path_type=Path, file_okay=False), default=Path("out"), show_default=True)
+@click.option("--samples", type=int, help="How many samples to draw.")
+@click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same answer.")
+@click.option("--overlap", type=float, help="Share of a window that its neighbour covers too, 0 to 0.9.")
+@STORE
+@JSON
+def predict(
+    images: tuple[Path, ...], model: str | None, output: Path, samples: int | None, seed: int, overlap: float | None,
+    store: Path, as_json: bool,
+) -> None:  # fmt: skip
+    """Segment picture files without a server; writes labels, overlay and uncertainty maps."""
+    from export.zoo import fill_store
+    from serving.engine.options import SegmentOptions
+    from serving.engine.segmenter import Segmenter
+    from serving.engine.store import find_artifact, versions
+    from serving.offline import describe_prediction, predict_file, report
+
+    fill_store(store)
+    names = list(versions(store))
+    options = SegmentOptions(model or (names[0] if len(names) == 1 else None), samples=samples, seed=seed, overlap=overlap)
+    with Segmenter() as segmenter:
+        if options.model:
+            segmenter.load(find_artifact(store, options.model))
+        segmenter.find(options.model)
+        for path in images:
+            prediction, files = predict_file(segmenter, path, options, output)
+            if as_json:
+                click.echo(json.dumps(describe_prediction(prediction) | {"image": str(path), "files": files}))
+            else:
+                report(prediction, path, files)
+
+
+@main.command()
+@STORE
+@JSON
+def models(store: Path, as_json: bool) -> None:
+    """List the models of a store."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from serving.engine.store import open_artifact, versions
+
+    cards = [open_artifact(store / name / str(v)).card for name, numbers in versions(store).items() for v in numbers]
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(card) for card in cards]))
+        return
+    table = Table("model", "version", "method", "classes", "sampling", "backend", "data")
+    for card in cards:
+        backend = f"{card.export.backend} {card.export.precision}" if card.export else ""
+        table.add_row(
+            card.name, str(card.version), card.method, str(card.num_classes), card.sampling.kind, backend,
+            card.provenance.data,
+        )  # fmt: skip
+    Console().print(table)
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--threads", type=int, default=None, help="Cores to use; all by default.")
+def train(recipe: Path, data: Path, threads: int | None) -> None:
+    """Train a recipe to a checkpoint; a run that was stopped goes on where it was."""
+    from training.__main__ import run
+
+    run(recipe, data, threads=threads)
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--backend", default="torchscript", show_default=True, help="Format of the graphs.")
+@STORE
+@JSON
+def export(checkpoint: Path, backend: str, store: Path, as_json: bool) -> None:
+    """Export a checkpoint into a store, proved against the checkpoint, or not at all."""
+    from export.bundle import export_checkpoint
+    from serving.engine.store import open_artifact
+
+    directory = export_checkpoint(checkpoint, store, backend=backend)
+    card = open_artifact(directory).card
+    assert card.export
+    _print_parity(dataclasses.asdict(card.export.parity), str(directory), as_json=as_json)
+
+
+@main.command()
+@click.argument("name")
+@click.option("--version", type=int, help="The newest by default.")
+@STORE
+@JSON
+def verify(name: str, version: int | None, store: Path, as_json: bool) -> None:
+    """Check an artifact's hashes and measure it on this machine against its checkpoint."""
+    from export.bundle import verify_artifact
+    from serving.engine.store import find_artifact
+
+    directory = find_artifact(store, name, version)
+    _print_parity(dataclasses.asdict(verify_artifact(directory)), str(directory), as_json=as_json)
+
+
+def _print_parity(figures: dict[str, float], directory: str, *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({"directory": directory, "parity": figures}))
+        return
+    click.echo(directory)
+    for name, value in figures.items():
+        click.echo(f"  {name:26} {value:.6g}")
+
+
+if __name__ == "__main__":
+    main()

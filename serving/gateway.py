@@ -1,0 +1,129 @@
+"""What every protocol does with a request: count it, bound it, run it in a thread, time it, name its error.
+
+Protocol files turn their bytes into a call of `answer` and its outcome into their bytes; nothing else differs.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from typing import Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.errors import ModelFault, NotReady, PenumbraError, QueueFull
+from serving.engine.decode import decode_image
+from serving.engine.options import SegmentOptions
+from serving.engine.segmenter import Prediction, Segmenter
+from serving.statuses import status_of
+from serving.telemetry import Telemetry
+
+log = logging.getLogger("penumbra")
+T = TypeVar("T")
+
+
+class Gateway:
+    """Stands between protocols and engine. State: starting -> ready -> draining."""
+
+    def __init__(self, segmenter: Segmenter, telemetry: Telemetry, *, limit_requests: int, timeout_s: float) -> None:
+        self.segmenter, self.telemetry = segmenter, telemetry
+        self.state: Literal["starting", "ready", "draining"] = "starting"
+        self._limit_requests, self._timeout_s = limit_requests, timeout_s
+        self._inflight = 0
+        self._threads = ThreadPoolExecutor(limit_requests, thread_name_prefix="request")
+
+    @property
+    def is_ready(self) -> bool:
+        return self.state == "ready" and self.segmenter.scheduler.is_alive
+
+    @property
+    def is_alive(self) -> bool:
+        return self.segmenter.scheduler.is_alive
+
+    async def answer(
+        self, image: bytes | NDArray[np.uint8], options: SegmentOptions, write: Callable[[Prediction], T], *,
+        protocol: str, gone: Callable[[], Awaitable[None]] | None = None,
+    ) -> tuple[Prediction, T]:  # fmt: skip
+        """Decode, segment and write one request off the event loop.
+
+        gone: returns when the caller has gone away; its windows then leave the queue. Raises PenumbraError;
+        any other failure becomes a ModelFault without internals, and is logged with them.
+        """
+        started = time.perf_counter()
+        self.telemetry.request_started()
+        status, reason, model = 200, None, ""
+        try:
+            prediction, body = await self._run(image, options, write, gone=gone, started=started)
+            model = prediction.card.name
+            return prediction, body
+        except PenumbraError as error:
+            status, reason = status_of(error)[0], type(error).__name__
+            raise
+        except Exception as error:
+            log.exception("a request failed unexpectedly")
+            status, reason = 500, "Unexpected"
+            raise ModelFault("the server failed on this request; its log says why") from error
+        finally:
+            seconds = time.perf_counter() - started
+            self.telemetry.request_ended(model=model, protocol=protocol, status=status, seconds=seconds, reason=reason)
+
+    async def _run(
+        self, image: bytes | NDArray[np.uint8], options: SegmentOptions, write: Callable[[Prediction], T], *,
+        gone: Callable[[], Awaitable[None]] | None, started: float,
+    ) -> tuple[Prediction, T]:  # fmt: skip
+        if self.state == "starting":
+            raise NotReady("the server is still loading its models; try again in a few seconds")
+        if self._inflight >= self._limit_requests:
+            raise QueueFull(
+                f"{self._inflight} requests are being worked on and the limit is {self._limit_requests}; "
+                "try again in 1 s", retry_after_s=1,
+            )  # fmt: skip
+        cancelled = threading.Event()
+        watch = asyncio.ensure_future(_set_when(gone, cancelled)) if gone else None
+        self._inflight += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(
+                self._threads, self._work, image, options, write, cancelled, started
+            )
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+        finally:
+            self._inflight -= 1
+            if watch:
+                watch.cancel()
+
+    def _work(
+        self, image: bytes | NDArray[np.uint8], options: SegmentOptions, write: Callable[[Prediction], T],
+        cancelled: threading.Event, started: float,
+    ) -> tuple[Prediction, T]:  # fmt: skip
+        """In a request thread: the whole way of one image."""
+        begun = time.perf_counter()
+        pixels = decode_image(image, self.segmenter.limits) if isinstance(image, bytes) else image
+        decoded = time.perf_counter()
+        prediction = self.segmenter.segment(
+            pixels, options, cancelled=cancelled, deadline=started + self._timeout_s
+        )
+        timing_ms = {"wait": 1e3 * (begun - started), "decode": 1e3 * (decoded - begun)} | prediction.timing_ms
+        prediction = replace(prediction, timing_ms=timing_ms)
+        writing = time.perf_counter()
+        body = write(prediction)
+        self.telemetry.answered(prediction, timing_ms | {"write": 1e3 * (time.perf_counter() - writing)})
+        return prediction, body
+
+    def close(self) -> None:
+        """Finish accepted work."""
+        self.state = "draining"
+        self._threads.shutdown()
+        self.segmenter.close()
+
+
+async def _set_when(gone: Callable[[], Awaitable[None]], event: threading.Event) -> None:
+    with suppress(asyncio.CancelledError):
+        await gone()
+        event.set()

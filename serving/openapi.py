@@ -1,0 +1,90 @@
+"""The OpenAPI document of the HTTP surface, from one source."""
+
+from typing import Any
+
+from serving.engine.options import DEFAULT_MAPS
+from serving.engine.uncertainty import MAPS
+from serving.guard import BENTO_PATHS
+from serving.render import WRITERS
+
+OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "model": ({"type": "string"}, "Which model; may be left out when one is served."),
+    "version": ({"type": "integer"}, "Its version; the newest when left out."),
+    "samples": ({"type": "integer", "minimum": 1}, "How many samples to draw; fixed for models with members."),
+    "seed": ({"type": "integer", "minimum": 0, "default": 0}, "Of the noise; the same seed gives the same answer."),
+    "overlap": ({"type": "number", "minimum": 0, "maximum": 0.9}, "Share of a window that its neighbour covers too."),
+    "outputs": ({"type": "string", "default": ",".join(DEFAULT_MAPS)}, f"Comma-separated maps for npz: {', '.join(MAPS)}."),
+}
+REFUSALS = {
+    "400": "An option or the image is wrong", "404": "Unknown model", "406": "No acceptable format",
+    "413": "Over a limit", "415": "Body of an unknown kind", "429": "Queue full; see Retry-After",
+    "500": "The model failed on this request", "503": "Loading or draining", "504": "Deadline passed",
+}  # fmt: skip
+ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+
+
+def describe(version: str) -> dict[str, Any]:
+    """The whole document."""
+    return {
+        "openapi": "3.0.3",
+        "info": {"title": "Penumbra", "version": version, "description": "Segmentation that says, per pixel, how sure it is."},
+        "paths": {
+            "/segment": {"post": _segment()},
+            "/models": {"get": _plain("Served models, and those that were refused with the reason.")},
+            "/models/{name}": {"get": _plain("The card of a model: every fact but its weights.", parameter="name")},
+            "/healthz": {"get": _plain("Liveness.")},
+            "/livez": {"get": _plain("Liveness.")},
+            "/readyz": {"get": _plain("Readiness: 200 when models are loaded and verified and no drain has begun.")},
+            "/metrics": {"get": _plain("Prometheus metrics.", media="text/plain")},
+            "/docs.json": {"get": _plain("This document.")},
+            BENTO_PATHS[0]: {"post": _predict()},
+        },
+        "components": {"schemas": {
+            "Error": {"type": "object", "properties": {"error": {"type": "string"}}, "required": ["error"]},
+        }},
+    }  # fmt: skip
+
+
+def _segment() -> dict[str, Any]:
+    parameters = [
+        {"name": name, "in": "query", "schema": schema, "description": text} for name, (schema, text) in OPTIONS.items()
+    ]
+    form = {name: schema | {"description": text} for name, (schema, text) in OPTIONS.items()}
+    form["image"] = {"type": "string", "format": "binary"}
+    picture = {"schema": {"type": "string", "format": "binary"}}
+    return {
+        "summary": "Labels and uncertainty of one picture; the Accept header chooses the form of the answer.",
+        "parameters": parameters,
+        "requestBody": {"required": True, "content": {
+            "multipart/form-data": {"schema": {"type": "object", "properties": form, "required": ["image"]}},
+            "image/jpeg": picture, "image/png": picture, "image/webp": picture, "image/tiff": picture, "image/bmp": picture,
+        }},
+        "responses": {
+            "200": {"description": "The answer", "content": {
+                media: {"schema": {"type": "object"} if media == "application/json" else picture["schema"]} for media in WRITERS
+            }},
+        } | {status: {"description": text, "content": ERROR} for status, text in REFUSALS.items()},
+    }  # fmt: skip
+
+
+def _predict() -> dict[str, Any]:
+    integer = {"type": "integer"}
+    request = {"image": {"type": "array", "items": {"type": "array", "items": {"type": "array", "items": integer}}},
+               "model": {"type": "string"}, "samples": integer | {"nullable": True}, "seed": integer}  # fmt: skip
+    body = {"schema": {"type": "object", "properties": request, "required": ["image"]}}
+    return {
+        "summary": "The same as arrays in JSON, for bentoml.SyncHTTPClient.",
+        "requestBody": {"required": True, "content": {"application/json": body}},
+        "responses": {"200": {"description": "labels, confidence, entropy, mutual_information as nested lists"}}
+        | {status: {"description": text, "content": ERROR} for status, text in REFUSALS.items()},
+    }
+
+
+def _plain(summary: str, *, media: str = "application/json", parameter: str | None = None) -> dict[str, Any]:
+    operation: dict[str, Any] = {
+        "summary": summary, "responses": {"200": {"description": "OK", "content": {media: {"schema": {}}}}},
+    }  # fmt: skip
+    if parameter:
+        operation["parameters"] = [{"name": parameter, "in": "path", "required": True, "schema": {"type": "string"}}]
+        operation["responses"]["404"] = {"description": "Unknown", "content": ERROR}
+    return operation

@@ -1,0 +1,192 @@
+"""HTTP: `POST /segment`, the models, health and metrics. Parsing and formatting only; the rest is the gateway's."""
+
+import dataclasses
+from collections.abc import Mapping
+from html import escape
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import BaseRoute, Match, Route
+from starlette.types import Scope
+
+from models.card import Card
+from models.errors import BadImage, BadOption, PenumbraError, QueueFull, UnsupportedMedia
+from serving.engine.options import parse_options
+from serving.engine.segmenter import Prediction
+from serving.gateway import Gateway
+from serving.guard import BENTO_PATHS
+from serving.openapi import describe
+from serving.render import WRITERS, choose_format
+from serving.statuses import status_of
+
+MAX_FIELDS, MAX_FIELD_BYTES = 16, 64 * 1024
+
+
+def routes(gateway: Gateway, version: str) -> list[BaseRoute]:
+    """All of Penumbra's own HTTP routes over a gateway."""
+    surface = Surface(gateway, version)
+    return [
+        Route("/", surface.docs_page),
+        Route("/segment", surface.segment, methods=["POST"]),
+        Route("/models", surface.models),
+        Route("/models/{name}", surface.model),
+        Route("/healthz", surface.alive),
+        Route("/livez", surface.alive),
+        Route("/readyz", surface.ready),
+        Route("/metrics", surface.metrics),
+        Route("/docs.json", surface.openapi),
+        Elsewhere("/{path:path}", surface.not_found, methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
+    ]
+
+
+class Elsewhere(Route):
+    """Matches every path but those that BentoML answers."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        return (Match.NONE, {}) if scope["path"] in BENTO_PATHS else super().matches(scope)
+
+
+class Surface:
+    """The handlers."""
+
+    def __init__(self, gateway: Gateway, version: str) -> None:
+        self._gateway, self._version = gateway, version
+
+    async def segment(self, request: Request) -> Response:
+        media = choose_format(request.headers.get("accept", ""))
+        data, fields = await read_upload(request)
+        options = parse_options(fields)
+        if media == "application/json":  # its table has these means, whatever maps were asked for
+            options = dataclasses.replace(options, outputs=("confidence", "entropy", "mutual_information"))
+        prediction, body = await self._gateway.answer(
+            data, options, WRITERS[media], protocol="http", gone=lambda: _disconnected(request)
+        )
+        return Response(body, media_type=media, headers=answer_headers(prediction))
+
+    async def models(self, _: Request) -> Response:
+        gateway = self._gateway
+        return JSONResponse({
+            "models": [summary(card) for card in gateway.segmenter.cards()],
+            "refused": [{"name": name, "error": why} for name, why in gateway.segmenter.refused.items()],
+        })  # fmt: skip
+
+    async def model(self, request: Request) -> Response:
+        card = self._gateway.segmenter.find(request.path_params["name"]).card
+        return JSONResponse(dataclasses.asdict(card))
+
+    async def alive(self, _: Request) -> Response:
+        return JSONResponse({"live": self._gateway.is_alive}, 200 if self._gateway.is_alive else 503)
+
+    async def ready(self, _: Request) -> Response:
+        return JSONResponse({"ready": self._gateway.is_ready, "state": self._gateway.state}, 200 if self._gateway.is_ready else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        page, content_type = self._gateway.telemetry.page(request.headers.get("accept", ""))
+        return Response(page, headers={"Content-Type": content_type})
+
+    async def openapi(self, _: Request) -> Response:
+        return JSONResponse(describe(self._version))
+
+    async def docs_page(self, _: Request) -> Response:
+        return HTMLResponse(_docs_html(describe(self._version)))
+
+    async def not_found(self, request: Request) -> Response:
+        return error_response(404, f"there is no {request.method} {request.url.path[:80]}; /docs.json lists what there is")
+
+
+async def read_upload(request: Request) -> tuple[bytes, dict[str, str]]:
+    """The picture's bytes and the options, from a raw body or a multipart form, plus the query.
+
+    Raises UnsupportedMedia, BadImage and BadOption.
+    """
+    fields = _unique(request.query_params.multi_items())
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media.startswith("image/") or media == "application/octet-stream":
+        return await request.body(), fields
+    if media != "multipart/form-data":
+        raise UnsupportedMedia(
+            f"the body is {media[:60] or 'of no type'!r}; send multipart/form-data with a file field image, or an image/* body"
+        )
+    try:
+        async with request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES) as form:
+            upload = form.get("image")
+            if upload is None or isinstance(upload, str):
+                raise BadImage("the form has no file field image; add one that holds the picture")
+            texts = [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
+            return await upload.read(), fields | _unique(texts, beside=fields)
+    except HTTPException as error:
+        raise BadImage(f"the multipart body cannot be read ({error.detail})") from None
+
+
+def _unique(items: list[tuple[str, str]], *, beside: Mapping[str, str] | None = None) -> dict[str, str]:
+    fields: dict[str, str] = {}
+    for name, value in items:
+        if name in fields or name in (beside or {}):
+            raise BadOption(f"the option {name[:40]!r} is given twice; once is enough")
+        fields[name] = value
+    return fields
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def answer_headers(prediction: Prediction) -> dict[str, str]:
+    """Which model answered, with what seed, and how long each phase took (Server-Timing, ms)."""
+    return {
+        "X-Penumbra-Model": prediction.card.name,
+        "X-Penumbra-Version": str(prediction.card.version),
+        "X-Penumbra-Seed": str(prediction.seed),
+        "X-Penumbra-Samples": str(prediction.num_samples),
+        "Server-Timing": ", ".join(f"{phase};dur={ms:.2f}" for phase, ms in prediction.timing_ms.items()),
+    }
+
+
+def summary(card: Card) -> dict[str, object]:
+    """What a list of models says of each."""
+    return {
+        "name": card.name, "version": card.version, "method": card.method,
+        "classes": [c.name for c in card.classes], "sampling": dataclasses.asdict(card.sampling),
+        "window": [card.window.height, card.window.width], "data": card.provenance.data,
+        "licence": card.provenance.licence, "metrics": card.provenance.metrics,
+    }  # fmt: skip
+
+
+def error_response(status: int, sentence: str, headers: Mapping[str, str] | None = None) -> Response:
+    return JSONResponse({"error": sentence}, status, headers=dict(headers or {}))
+
+
+async def on_penumbra_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, PenumbraError)
+    headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, QueueFull) else {}
+    return error_response(status_of(error)[0], str(error), headers)
+
+
+async def on_http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return error_response(error.status_code, str(error.detail), error.headers)
+
+
+async def on_any_error(_: Request, __: Exception) -> Response:
+    return error_response(500, "the server failed on this request; its log says why")
+
+
+ERROR_HANDLERS = {PenumbraError: on_penumbra_error, HTTPException: on_http_error, Exception: on_any_error}
+
+
+def _docs_html(document: dict[str, object]) -> str:
+    """The OpenAPI document as one plain page without external resources."""
+    rows = [
+        f"<tr><td><code>{method.upper()} {escape(path)}</code></td><td>{escape(operation['summary'])}</td></tr>"
+        for path, methods in document["paths"].items()  # type: ignore[attr-defined]
+        for method, operation in methods.items()
+    ]
+    return (
+        "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'><title>Penumbra</title>"
+        "<style>:root{color-scheme:light dark}body{font:16px/1.5 system-ui;max-width:46rem;margin:2rem auto;padding:0 1rem}"
+        "td{padding:.3rem 1rem .3rem 0;vertical-align:top}</style><h1>Penumbra</h1>"
+        f"<p>Segmentation that says, per pixel, how sure it is. Machine-readable: <a href=docs.json>docs.json</a>, "
+        f"<a href=models>models</a>, <a href=metrics>metrics</a>.</p><table>{''.join(rows)}</table>"
+    )

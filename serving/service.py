@@ -1,0 +1,139 @@
+"""How Penumbra sits in BentoML: it owns the process, packaging and lifecycle, and nothing on a request's way.
+
+    bentoml serve serving.service:Penumbra
+
+One worker process per device. Every route is ours (`serving.rest`) on a mounted Starlette app; one typed
+BentoML route serves `bentoml.SyncHTTPClient`. This module is also imported by BentoML's supervisor, so torch and
+the engine are imported where the worker builds its service. BentoML's metrics, UI page, URL inputs, pickle
+bodies, batching and inter-process calls are off.
+"""
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import bentoml
+import numpy as np
+from pydantic import BaseModel
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+
+from serving.guard import Guard
+from serving.settings import Settings
+
+if TYPE_CHECKING:
+    from serving.gateway import Gateway
+
+# BentoML sets this for its own metrics; it would switch prometheus_client to files shared between processes.
+os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
+
+SETTINGS = Settings()
+APP = Starlette()
+"""Carries our routes; they are filled in when the worker has built the engine."""
+
+
+class PredictAnswer(BaseModel):
+    """Answer of the typed route: nested lists [H][W]; uncertainties in nats."""
+
+    labels: list[list[int]]
+    confidence: list[list[float]]
+    entropy: list[list[float]]
+    mutual_information: list[list[float]]
+
+
+@bentoml.asgi_app(APP, path="/")
+@bentoml.service(
+    name="penumbra",
+    workers=1,
+    traffic={"timeout": SETTINGS.timeout_s + 30},
+    metrics={"enabled": False},
+    logging={"access": {"enabled": False}},
+)
+class Penumbra:
+    """Loads the store, then answers."""
+
+    def __init__(self) -> None:
+        from serving.rest import ERROR_HANDLERS, routes
+
+        logging.getLogger("penumbra").setLevel(SETTINGS.log_level)
+        release = version("penumbra")
+        self.gateway = build_gateway(SETTINGS, release)
+        APP.router.routes[:] = routes(self.gateway, release)
+        APP.exception_handlers.update(ERROR_HANDLERS)
+
+    @bentoml.on_startup
+    async def begin(self) -> None:
+        """Ready; on SIGTERM readiness falls first, and connections close `predrain_s` later."""
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 100)  # BentoML keeps ~45 objects per request alive until its timeout
+        stop = signal.getsignal(signal.SIGTERM)
+        loop = asyncio.get_running_loop()
+
+        def drain(signum: int, frame: object) -> None:
+            self.gateway.state = "draining"
+            if callable(stop):
+                loop.call_soon_threadsafe(loop.call_later, SETTINGS.predrain_s, stop, signum, None)
+
+        signal.signal(signal.SIGTERM, drain)
+        self.gateway.state = "ready"
+
+    @bentoml.on_shutdown
+    async def end(self) -> None:
+        await asyncio.to_thread(self.gateway.close)
+
+    @bentoml.api
+    async def predict(self, image: np.ndarray[Any, Any], model: str = "", samples: int | None = None, seed: int = 0) -> PredictAnswer:
+        """Labels and uncertainty of one image, uint8 [H, W, 3], as arrays."""
+        from models.errors import PenumbraError
+        from serving.engine.options import SegmentOptions
+        from serving.statuses import status_of
+
+        try:
+            options = SegmentOptions(model=model or None, samples=samples, seed=seed)
+            _, answer = await self.gateway.answer(_as_bytes(image), options, _as_lists, protocol="bentoml")
+        except PenumbraError as error:
+            return JSONResponse({"error": str(error)}, status_of(error)[0])  # type: ignore[return-value]
+        return answer
+
+
+def _as_bytes(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """JSON integers arrive as int64; those that are pixel values become uint8, others are left to be refused."""
+    fits = image.dtype.kind in "iu" and image.size and image.min() >= 0 and image.max() <= 255
+    return image.astype(np.uint8) if fits else image
+
+
+def _as_lists(prediction: Any) -> PredictAnswer:
+    maps = {name: values.tolist() for name, values in prediction.maps.items()}
+    return PredictAnswer(labels=prediction.labels_HW.tolist(), **maps)
+
+
+def build_gateway(settings: Settings, release: str) -> "Gateway":
+    """The engine over the store, and the gateway over the engine. A store without one good model is an error."""
+    import torch
+
+    from models.errors import BadArtifact
+    from serving.engine.options import Limits
+    from serving.engine.segmenter import Segmenter
+    from serving.gateway import Gateway
+    from serving.telemetry import Telemetry
+
+    torch.set_num_threads(1)  # only the inference thread enters parallel regions; two teams of threads would fight
+    telemetry = Telemetry()
+    limits = Limits(settings.limit_pixels, settings.limit_windows, settings.limit_samples, settings.limit_queue_samples)
+    segmenter = Segmenter.open(
+        settings.store, limits=limits, device=settings.device or None, threads=settings.threads or None,
+        deterministic=settings.deterministic, observer=telemetry,
+    )  # fmt: skip
+    if not segmenter.cards():
+        reasons = "; ".join(segmenter.refused.values()) or "it is empty"
+        raise BadArtifact(f"the store {settings.store} has no model to serve: {reasons}")
+    telemetry.describe_build(release, segmenter)
+    return Gateway(segmenter, telemetry, limit_requests=settings.limit_requests, timeout_s=settings.timeout_s)
+
+
+Penumbra.add_asgi_middleware(Guard, body_bytes=SETTINGS.limit_body_bytes)

@@ -1,0 +1,33 @@
+"""How this process runs: every `PENUMBRA_*` variable, read once. Nothing else is read from the environment."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Each field is the environment variable PENUMBRA_<NAME>; the CLI's flags set the same fields.
+
+    store: directory of artifacts. device: "cpu" or "cuda[:n]"; empty takes CUDA where there is one. threads: of
+    the inference thread; 0 takes one per usable core. deterministic: bytes of an answer never depend on what
+    else is in its batch; costs the batch sizes that this machine's kernels round differently.
+    limit_*: see docs/limits.md. predrain_s: how long readiness is down before connections are closed on SIGTERM.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="PENUMBRA_", frozen=True, extra="ignore")
+
+    store: Path = Path("store")
+    device: str = ""
+    threads: int = Field(0, ge=0)
+    deterministic: bool = False
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    limit_body_bytes: int = Field(64 * 2**20, ge=1)
+    limit_pixels: int = Field(64_000_000, ge=1)
+    limit_windows: int = Field(4096, ge=1)
+    limit_samples: int = Field(64, ge=1)
+    limit_queue_samples: int = Field(65_536, ge=1)
+    limit_requests: int = Field(64, ge=1)
+    timeout_s: float = Field(300.0, gt=0)
+    predrain_s: float = Field(2.0, ge=0)

@@ -1,0 +1,24 @@
+"""The one table from errors to statuses of every transport. A test demands that it is total."""
+
+from models import errors
+
+STATUSES: dict[type[errors.PenumbraError], tuple[int, str]] = {
+    errors.BadOption: (400, "INVALID_ARGUMENT"),
+    errors.BadImage: (400, "INVALID_ARGUMENT"),
+    errors.UnknownModel: (404, "NOT_FOUND"),
+    errors.NotAcceptable: (406, "INVALID_ARGUMENT"),
+    errors.TooLarge: (413, "RESOURCE_EXHAUSTED"),
+    errors.UnsupportedMedia: (415, "INVALID_ARGUMENT"),
+    errors.QueueFull: (429, "RESOURCE_EXHAUSTED"),
+    errors.Cancelled: (499, "CANCELLED"),
+    errors.NotReady: (503, "UNAVAILABLE"),
+    errors.DeadlineExceeded: (504, "DEADLINE_EXCEEDED"),
+    errors.ModelFault: (500, "INTERNAL"),
+    errors.Refused: (500, "INTERNAL"),
+}
+"""Error class -> (HTTP status, gRPC status name); a subclass without a row has its parent's."""
+
+
+def status_of(error: errors.PenumbraError) -> tuple[int, str]:
+    """HTTP status and gRPC status name of an error."""
+    return next(STATUSES[kind] for kind in type(error).__mro__ if kind in STATUSES)
