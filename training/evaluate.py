@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.card import IGNORE, InputSpec
+from models.card import IGNORE, ClassInfo, InputSpec
 from models.contract import Network
 from training.augment import normalise
 from training.data.frames import Frames
@@ -15,7 +15,7 @@ BORDER_PX = 32
 
 @torch.inference_mode()
 def measure(
-    network: Network, frames: Frames, *, num_classes: int, every: int = 1, seed: int = 0
+    network: Network, frames: Frames, *, classes: tuple[ClassInfo, ...], every: int = 1, seed: int = 0
 ) -> dict[str, float]:
     """Figures of the mean probability of the default number of samples, on whole frames (every n-th only).
 
@@ -24,6 +24,7 @@ def measure(
     nll_nats: mean of -log p(truth). One float32 draw of noise per frame, from `seed`.
     """
     generator = torch.Generator().manual_seed(seed)
+    num_classes = len(classes)
     device = next(network.parameters()).device
     confusion_KK = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     sums, num_frames = torch.zeros(4, dtype=torch.float64), 0
@@ -36,13 +37,7 @@ def measure(
         logits_SBKhw = network(image_B3hw, noise_SBL.to(device)).float()
         mean_Khw, expected_hw, spread = summarise(logits_SBKhw[:, 0], size=label_hw.shape)
         confusion_KK += confusion(mean_Khw.argmax(0), label_hw, num_classes=num_classes)
-        known_hw = label_hw != IGNORE
-        entropy_hw = -torch.special.xlogy(mean_Khw, mean_Khw).sum(0)
-        truth_hw = mean_Khw.gather(0, label_hw.clamp(max=num_classes - 1)[None])[0]
-        sums += torch.tensor([
-            spread, (entropy_hw - expected_hw)[known_hw].mean(), entropy_hw[known_hw].mean(),
-            -truth_hw[known_hw].clamp(min=1e-7).log().mean(),
-        ])  # fmt: skip
+        sums += torch.tensor([spread, *means_in_nats(mean_Khw, expected_hw, label_hw)])
         num_frames += 1
     iou_K = intersection_over_union(confusion_KK)
     names = ("sample_spread", "mutual_information_nats", "entropy_nats", "nll_nats")
@@ -50,7 +45,7 @@ def measure(
         "mIoU": float(iou_K.nanmean()),
         "accuracy": float(confusion_KK.diag().sum() / confusion_KK.sum()),
         **dict(zip(names, (sums / num_frames).tolist(), strict=True)),
-        **{f"IoU/{k}": float(iou) for k, iou in enumerate(iou_K)},
+        **{f"IoU/{info.name}": float(iou) for info, iou in zip(classes, iou_K, strict=True)},
     }
 
 
@@ -71,6 +66,16 @@ def summarise(logits_SKhw: Tensor, *, size: torch.Size) -> tuple[Tensor, Tensor,
     inner = variance_hw[BORDER_PX:-BORDER_PX, BORDER_PX:-BORDER_PX]
     spread = float(inner.clamp(min=0).sqrt().mean()) if inner.numel() else 0.0
     return mean_Khw.cpu(), (entropy_hw / num).cpu(), spread
+
+
+def means_in_nats(mean_Khw: Tensor, expected_hw: Tensor, label_hw: Tensor) -> tuple[float, float, float]:
+    """Mutual information, entropy and -log p(truth), each averaged over the pixels that have a label."""
+    known_hw = label_hw != IGNORE
+    entropy_hw = -torch.special.xlogy(mean_Khw, mean_Khw).sum(0)
+    truth_hw = mean_Khw.gather(0, label_hw.clamp(max=len(mean_Khw) - 1)[None])[0].clamp(min=1e-7)
+    maps = (entropy_hw - expected_hw, entropy_hw, -truth_hw.log())
+    mutual, entropy, nll = (float(x_hw[known_hw].mean()) for x_hw in maps)
+    return mutual, entropy, nll
 
 
 def confusion(predicted_hw: Tensor, label_hw: Tensor, *, num_classes: int) -> Tensor:

@@ -126,7 +126,7 @@ def train(
     )
     run(training, card, val, run_dir, minutes=minutes, report=report)
     path = Path(recipe.checkpoint)
-    report(1.0, f"wrote {path}: {brief(export(path, card, training.average, val))}")
+    report(1.0, f"wrote {path}: {brief(write_measured(path, card, training.average, val))}")
     (run_dir / "state.ckpt").unlink(missing_ok=True)
     return path
 
@@ -146,7 +146,7 @@ def run(
         if training.elapsed_s >= next_save_s:
             next_save_s += 60 * recipe.validate_every_minutes
             training.save(run_dir / "state.ckpt")
-            figures = export(run_dir / "latest.safetensors", card, training.average, val, every=4)
+            figures = write_measured(run_dir / "latest.safetensors", card, training.average, val, every=4)
             report(progress, f"validation on every 4th frame: {brief(figures)}")
     training.save(run_dir / "state.ckpt")
 
@@ -226,12 +226,15 @@ def describe(recipe: Recipe, data: DataSet, *, num_frames: int, num_labelled: in
     )
 
 
-def export(path: Path, card: Card, network: Network, val: Frames, *, every: int = 1) -> dict[str, float]:
+def write_measured(
+    path: Path, card: Card, network: Network, val: Frames, *, every: int = 1
+) -> dict[str, float]:
     """Write the checkpoint in fp16, measure what can be read back, and write it again with the figures."""
     save_checkpoint(path, card, network, half=True)
     _, stored = load_checkpoint(path)
-    figures = measure(channels_last(stored), val, num_classes=card.num_classes, every=every)
-    metrics = {f"val/seg/{name}": round(value, 5) for name, value in figures.items() if math.isfinite(value)}
+    figures = measure(channels_last(stored), val, classes=card.classes, every=every)
+    split = "val/seg" if every == 1 else f"val[::{every}]/seg"
+    metrics = {f"{split}/{name}": round(value, 5) for name, value in figures.items() if math.isfinite(value)}
     provenance = dataclasses.replace(card.provenance, metrics=metrics)
     save_checkpoint(path, dataclasses.replace(card, provenance=provenance), stored, half=True)
     return figures
