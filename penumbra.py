@@ -61,7 +61,17 @@ def serve(store: Path, host: str, port: int) -> None:
         "BENTOML_DO_NOT_TRACK": "True",
     }
     root = Path(__file__).resolve().parent
-    command = ["bentoml", "serve", "serving.service:Penumbra", "--host", host, "--port", str(port), "--working-dir", str(root)]
+    command = [
+        "bentoml",
+        "serve",
+        "serving.service:Penumbra",
+        "--host",
+        host,
+        "--port",
+        str(port),
+        "--working-dir",
+        str(root),
+    ]
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, "-m", *command], environment)
 
@@ -69,7 +79,9 @@ def serve(store: Path, host: str, port: int) -> None:
 @main.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--model", "-m", help="Which model; may be left out when the store has one.")
-@click.option("--output", "-o", type=click.Path(path_type=Path, file_okay=False), default=Path("out"), show_default=True)
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path, file_okay=False), default=Path("out"), show_default=True
+)
 @click.option("--samples", type=int, help="How many samples to draw.")
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same answer.")
 @click.option("--overlap", type=float, help="Share of a window that its neighbour covers too, 0 to 0.9.")
@@ -88,7 +100,9 @@ def predict(
 
     fill_store(store)
     names = list(versions(store))
-    options = SegmentOptions(model or (names[0] if len(names) == 1 else None), samples=samples, seed=seed, overlap=overlap)
+    options = SegmentOptions(
+        model or (names[0] if len(names) == 1 else None), samples=samples, seed=seed, overlap=overlap
+    )
     with Segmenter() as segmenter:
         if options.model:
             segmenter.load(find_artifact(store, options.model))

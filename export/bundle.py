@@ -88,7 +88,12 @@ def _measure(card: Card, directory: Path, image_B3hw: Tensor, noise_SBL: Tensor,
     graphs = load_backend(card, directory, torch.device("cpu"))
     if card.sampling.kind in ("latent", "dropout"):
         parts = [
-            torch.cat([graphs.decode(graphs.encode(image_B3hw[b : b + 1]), noise_BL[None, b : b + 1]) for noise_BL in noise_SBL])
+            torch.cat(
+                [
+                    graphs.decode(graphs.encode(image_B3hw[b : b + 1]), noise_BL[None, b : b + 1])
+                    for noise_BL in noise_SBL
+                ]
+            )
             for b in range(len(image_B3hw))
         ]
         got_SBKhw = torch.cat(parts, dim=1)
@@ -104,8 +109,15 @@ def golden_input(card: Card) -> tuple[Tensor, Tensor]:
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     planes = []
     for _ in range(GOLDEN_WINDOWS * 3):
-        fy, fx, phase, cut = rng.uniform(0.005, 0.06), rng.uniform(0.005, 0.06), rng.uniform(0, 6.28), rng.uniform(0.2, 0.8)
-        planes.append(np.sin(fy * y + fx * x + phase) + np.where(x < cut * width, 0.5, -0.5) + rng.normal(0, 0.1, y.shape))
+        fy, fx, phase, cut = (
+            rng.uniform(0.005, 0.06),
+            rng.uniform(0.005, 0.06),
+            rng.uniform(0, 6.28),
+            rng.uniform(0.2, 0.8),
+        )
+        planes.append(
+            np.sin(fy * y + fx * x + phase) + np.where(x < cut * width, 0.5, -0.5) + rng.normal(0, 0.1, y.shape)
+        )
     image_B3hw = torch.from_numpy(np.stack(planes).reshape(GOLDEN_WINDOWS, 3, height, width)).float()
     fixed = card.sampling.kind in ("members", "single")
     num_samples = card.sampling.default_samples if fixed else GOLDEN_SAMPLES

@@ -33,12 +33,15 @@ def write_torchscript(network: Network, image_B3hw: Tensor, noise_SBL: Tensor, d
     The example's B and S must be 2 or more: a size of 1 would be taken for a constant. The graphs are saved
     before any `optimize_for_inference`, which loses their weights silently.
     """
-    network = network.to(memory_format=torch.channels_last)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     image_B3hw = image_B3hw.contiguous(memory_format=torch.channels_last)
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated", category=DeprecationWarning)
         features = network.encode(image_B3hw)
-        halves = {"encode.ts": (_Encode(network), (image_B3hw,)), "decode.ts": (_Decode(network), (features, noise_SBL))}
+        halves = {
+            "encode.ts": (_Encode(network), (image_B3hw,)),
+            "decode.ts": (_Decode(network), (features, noise_SBL)),
+        }
         for name, (half, example) in halves.items():
-            traced = torch.jit.trace(half.eval(), example, check_trace=False)
+            traced = torch.jit.trace(half.eval(), example, check_trace=False)  # type: ignore[no-untyped-call]
             torch.jit.save(torch.jit.freeze(traced), directory / name)

@@ -161,9 +161,7 @@ def parse_card(text: str) -> Card:
     except ValueError as error:
         raise BadArtifact(f"the card is not valid JSON ({error})") from None
     if isinstance(data, dict) and data.get("format") != CARD_FORMAT:
-        raise BadArtifact(
-            f"the card has format {data.get('format')!r}; this Penumbra reads format {CARD_FORMAT}"
-        )
+        raise BadArtifact(f"the card has format {data.get('format')!r}; this Penumbra reads format {CARD_FORMAT}")
     card = read_strict(Card, data, where="card")
     _check_facts(card)
     return card

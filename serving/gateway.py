@@ -20,8 +20,7 @@ from models.errors import ModelFault, NotReady, PenumbraError, QueueFull
 from serving.engine.decode import decode_image
 from serving.engine.options import SegmentOptions
 from serving.engine.segmenter import Prediction, Segmenter
-from serving.statuses import status_of
-from serving.telemetry import Telemetry
+from serving.telemetry import Request, Telemetry
 
 log = logging.getLogger("penumbra")
 T = TypeVar("T")
@@ -47,35 +46,13 @@ class Gateway:
 
     async def answer(
         self, image: bytes | NDArray[np.uint8], options: SegmentOptions, write: Callable[[Prediction], T], *,
-        protocol: str, gone: Callable[[], Awaitable[None]] | None = None,
+        request: Request, gone: Callable[[], Awaitable[None]] | None = None,
     ) -> tuple[Prediction, T]:  # fmt: skip
-        """Decode, segment and write one request off the event loop.
+        """Decode, segment and write one tracked request off the event loop.
 
         gone: returns when the caller has gone away; its windows then leave the queue. Raises PenumbraError;
-        any other failure becomes a ModelFault without internals, and is logged with them.
+        any other failure is logged and becomes a ModelFault without internals.
         """
-        started = time.perf_counter()
-        self.telemetry.request_started()
-        status, reason, model = 200, None, ""
-        try:
-            prediction, body = await self._run(image, options, write, gone=gone, started=started)
-            model = prediction.card.name
-            return prediction, body
-        except PenumbraError as error:
-            status, reason = status_of(error)[0], type(error).__name__
-            raise
-        except Exception as error:
-            log.exception("a request failed unexpectedly")
-            status, reason = 500, "Unexpected"
-            raise ModelFault("the server failed on this request; its log says why") from error
-        finally:
-            seconds = time.perf_counter() - started
-            self.telemetry.request_ended(model=model, protocol=protocol, status=status, seconds=seconds, reason=reason)
-
-    async def _run(
-        self, image: bytes | NDArray[np.uint8], options: SegmentOptions, write: Callable[[Prediction], T], *,
-        gone: Callable[[], Awaitable[None]] | None, started: float,
-    ) -> tuple[Prediction, T]:  # fmt: skip
         if self.state == "starting":
             raise NotReady("the server is still loading its models; try again in a few seconds")
         if self._inflight >= self._limit_requests:
@@ -83,17 +60,21 @@ class Gateway:
                 f"{self._inflight} requests are being worked on and the limit is {self._limit_requests}; "
                 "try again in 1 s", retry_after_s=1,
             )  # fmt: skip
-        cancelled = threading.Event()
+        started, cancelled = time.perf_counter(), threading.Event()
         watch = asyncio.ensure_future(_set_when(gone, cancelled)) if gone else None
         self._inflight += 1
         try:
+            request.model = self.segmenter.find(options.model, options.version).card.name
             return await asyncio.get_running_loop().run_in_executor(
                 self._threads, self._work, image, options, write, cancelled, started
             )
-        except asyncio.CancelledError:
-            cancelled.set()
+        except PenumbraError:
             raise
+        except Exception:
+            log.exception("a request failed unexpectedly")
+            raise ModelFault("the server failed on this request; its log says why") from None
         finally:
+            cancelled.set()  # also when this coroutine is cancelled: the thread must not work for nobody
             self._inflight -= 1
             if watch:
                 watch.cancel()
@@ -106,9 +87,7 @@ class Gateway:
         begun = time.perf_counter()
         pixels = decode_image(image, self.segmenter.limits) if isinstance(image, bytes) else image
         decoded = time.perf_counter()
-        prediction = self.segmenter.segment(
-            pixels, options, cancelled=cancelled, deadline=started + self._timeout_s
-        )
+        prediction = self.segmenter.segment(pixels, options, cancelled=cancelled, deadline=started + self._timeout_s)
         timing_ms = {"wait": 1e3 * (begun - started), "decode": 1e3 * (decoded - begun)} | prediction.timing_ms
         prediction = replace(prediction, timing_ms=timing_ms)
         writing = time.perf_counter()

@@ -1,10 +1,18 @@
 """What stands before every route: a bound on the body, and on what BentoML's own routes may be sent."""
 
+from contextlib import suppress
+
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from models.errors import PenumbraError, TooLarge, UnsupportedMedia
+from serving.statuses import status_of
+from serving.telemetry import Telemetry
+
 BENTO_PATHS = ("/predict", "/schema.json")
 """Routes that BentoML itself answers; everything else is ours (`serving.rest`)."""
+HEALTH_PATHS = ("/healthz", "/livez", "/readyz")
+"""BentoML has these too, before ours and with other bodies; they go straight to ours."""
 
 
 class Guard:
@@ -13,44 +21,46 @@ class Guard:
     BentoML's typed route takes JSON alone: its pickle, multipart and URL-fetching readers are closed off (415).
     """
 
-    def __init__(self, app: ASGIApp, *, body_bytes: int) -> None:
-        self._app, self._body_bytes = app, body_bytes
+    def __init__(self, app: ASGIApp, *, ours: ASGIApp, telemetry: Telemetry, body_bytes: int) -> None:
+        self._app, self._ours, self._telemetry, self._body_bytes = app, ours, telemetry, body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
-            await self._app(scope, receive, send)
+            app = self._ours if scope.get("path") in HEALTH_PATHS else self._app
+            await app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        media = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-        if scope["path"] in BENTO_PATHS and media != b"application/json":
-            sentence = f"the body is {media[:60].decode('latin-1') or 'of no type'}; {scope['path']} takes application/json"
-            await JSONResponse({"error": sentence}, 415)(scope, receive, send)
-            return
-        declared = headers.get(b"content-length", b"0")
-        size = int(declared) if declared.isdigit() and len(declared) < 20 else 0
-        body = None if size > self._body_bytes else await self._read(receive)
-        if body is None:
-            sentence = (
-                f"the body has {f'{size:,}' if size else f'more than {self._body_bytes:,}'} bytes and the limit is "
-                f"{self._body_bytes:,}; send a smaller or better compressed image, or parts of it"
-            )
-            await JSONResponse({"error": sentence}, 413, {"Connection": "close"})(scope, receive, send)
+        try:
+            self._check_media(scope["path"], headers.get(b"content-type", b""))
+            body = await self._read(receive, declared=headers.get(b"content-length", b""))
+        except PenumbraError as error:
+            with suppress(PenumbraError), self._telemetry.track("http"):
+                raise error
+            refusal = JSONResponse({"error": str(error)}, status_of(error)[0], {"Connection": "close"})
+            await refusal(scope, receive, send)
             return
         await self._app(scope, _Replay(body, receive), send)
 
-    async def _read(self, receive: Receive) -> bytes | None:
-        """The whole body, or None when it is longer than the limit."""
-        chunks, size = [], 0
-        while True:
+    def _check_media(self, path: str, content_type: bytes) -> None:
+        media = content_type.split(b";")[0].strip().lower().decode("latin-1")
+        if path in BENTO_PATHS and media != "application/json":
+            raise UnsupportedMedia(f"the body is {media[:60] or 'of no type'}; {path} takes application/json")
+
+    async def _read(self, receive: Receive, *, declared: bytes) -> bytes:
+        """The whole body. Raises TooLarge from its declared length, else as soon as more has arrived."""
+        limit = self._body_bytes
+        remedy = f"bytes and the limit is {limit:,}; send a smaller or better compressed image, or parts of it"
+        if declared.isdigit() and (len(declared) > 18 or int(declared) > limit):
+            raise TooLarge(f"the body has {declared[:18].decode()} {remedy}")
+        chunks: list[bytes] = []
+        size, more = 0, True
+        while more:
             message = await receive()
-            if message["type"] == "http.disconnect":
-                return b"".join(chunks)
-            size += len(message.get("body", b""))
-            if size > self._body_bytes:
-                return None
             chunks.append(message.get("body", b""))
-            if not message.get("more_body"):
-                return b"".join(chunks)
+            size, more = size + len(chunks[-1]), message.get("more_body", False)
+            if size > limit:
+                raise TooLarge(f"the body has more than {limit:,} {remedy}")
+        return b"".join(chunks)
 
 
 class _Replay:

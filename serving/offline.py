@@ -17,7 +17,9 @@ BRIGHTEST_PERCENTILE = 99.5
 """What of a map is drawn white; the few pixels above would leave the rest dark."""
 
 
-def predict_file(segmenter: Segmenter, path: Path, options: SegmentOptions, output: Path) -> tuple[Prediction, dict[str, str]]:
+def predict_file(
+    segmenter: Segmenter, path: Path, options: SegmentOptions, output: Path
+) -> tuple[Prediction, dict[str, str]]:
     """Segment one picture file and write `<stem>_*.png` and `<stem>_maps.npz` into `output`.
 
     Returns the prediction and the files by what they hold; a map's entry says which value is drawn white.

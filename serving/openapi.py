@@ -13,7 +13,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "samples": ({"type": "integer", "minimum": 1}, "How many samples to draw; fixed for models with members."),
     "seed": ({"type": "integer", "minimum": 0, "default": 0}, "Of the noise; the same seed gives the same answer."),
     "overlap": ({"type": "number", "minimum": 0, "maximum": 0.9}, "Share of a window that its neighbour covers too."),
-    "outputs": ({"type": "string", "default": ",".join(DEFAULT_MAPS)}, f"Comma-separated maps for npz: {', '.join(MAPS)}."),
+    "outputs": (
+        {"type": "string", "default": ",".join(DEFAULT_MAPS)},
+        f"Comma-separated maps for npz: {', '.join(MAPS)}.",
+    ),
 }
 REFUSALS = {
     "400": "An option or the image is wrong", "404": "Unknown model", "406": "No acceptable format",
@@ -27,7 +30,10 @@ def describe(version: str) -> dict[str, Any]:
     """The whole document."""
     return {
         "openapi": "3.0.3",
-        "info": {"title": "Penumbra", "version": version, "description": "Segmentation that says, per pixel, how sure it is."},
+        "info": {
+            "title": "Penumbra", "version": version,
+            "description": "Segmentation that says, per pixel, how sure it is.",
+        },
         "paths": {
             "/segment": {"post": _segment()},
             "/models": {"get": _plain("Served models, and those that were refused with the reason.")},
@@ -57,11 +63,10 @@ def _segment() -> dict[str, Any]:
         "parameters": parameters,
         "requestBody": {"required": True, "content": {
             "multipart/form-data": {"schema": {"type": "object", "properties": form, "required": ["image"]}},
-            "image/jpeg": picture, "image/png": picture, "image/webp": picture, "image/tiff": picture, "image/bmp": picture,
-        }},
+        } | {f"image/{kind}": picture for kind in ("jpeg", "png", "webp", "tiff", "bmp")}},
         "responses": {
             "200": {"description": "The answer", "content": {
-                media: {"schema": {"type": "object"} if media == "application/json" else picture["schema"]} for media in WRITERS
+                media: {"schema": {"type": "object"}} if media == "application/json" else picture for media in WRITERS
             }},
         } | {status: {"description": text, "content": ERROR} for status, text in REFUSALS.items()},
     }  # fmt: skip

@@ -12,7 +12,7 @@ from starlette.types import Scope
 
 from models.card import Card
 from models.errors import BadImage, BadOption, PenumbraError, QueueFull, UnsupportedMedia
-from serving.engine.options import parse_options
+from serving.engine.options import DEFAULT_MAPS, parse_options
 from serving.engine.segmenter import Prediction
 from serving.gateway import Gateway
 from serving.guard import BENTO_PATHS
@@ -54,14 +54,15 @@ class Surface:
         self._gateway, self._version = gateway, version
 
     async def segment(self, request: Request) -> Response:
-        media = choose_format(request.headers.get("accept", ""))
-        data, fields = await read_upload(request)
-        options = parse_options(fields)
-        if media == "application/json":  # its table has these means, whatever maps were asked for
-            options = dataclasses.replace(options, outputs=("confidence", "entropy", "mutual_information"))
-        prediction, body = await self._gateway.answer(
-            data, options, WRITERS[media], protocol="http", gone=lambda: _disconnected(request)
-        )
+        with self._gateway.telemetry.track("http") as tracked:
+            media = choose_format(request.headers.get("accept", ""))
+            data, fields = await read_upload(request)
+            options = parse_options(fields)
+            if media == "application/json":  # its table has these means, whatever maps were asked for
+                options = dataclasses.replace(options, outputs=DEFAULT_MAPS)
+            prediction, body = await self._gateway.answer(
+                data, options, WRITERS[media], request=tracked, gone=lambda: _disconnected(request)
+            )
         return Response(body, media_type=media, headers=answer_headers(prediction))
 
     async def models(self, _: Request) -> Response:
@@ -79,7 +80,9 @@ class Surface:
         return JSONResponse({"live": self._gateway.is_alive}, 200 if self._gateway.is_alive else 503)
 
     async def ready(self, _: Request) -> Response:
-        return JSONResponse({"ready": self._gateway.is_ready, "state": self._gateway.state}, 200 if self._gateway.is_ready else 503)
+        return JSONResponse(
+            {"ready": self._gateway.is_ready, "state": self._gateway.state}, 200 if self._gateway.is_ready else 503
+        )
 
     async def metrics(self, request: Request) -> Response:
         page, content_type = self._gateway.telemetry.page(request.headers.get("accept", ""))
@@ -92,7 +95,9 @@ class Surface:
         return HTMLResponse(_docs_html(describe(self._version)))
 
     async def not_found(self, request: Request) -> Response:
-        return error_response(404, f"there is no {request.method} {request.url.path[:80]}; /docs.json lists what there is")
+        return error_response(
+            404, f"there is no {request.method} {request.url.path[:80]}; /docs.json lists what there is"
+        )
 
 
 async def read_upload(request: Request) -> tuple[bytes, dict[str, str]]:
@@ -106,7 +111,8 @@ async def read_upload(request: Request) -> tuple[bytes, dict[str, str]]:
         return await request.body(), fields
     if media != "multipart/form-data":
         raise UnsupportedMedia(
-            f"the body is {media[:60] or 'of no type'!r}; send multipart/form-data with a file field image, or an image/* body"
+            f"the body is {media[:60] or 'of no type'!r}; send multipart/form-data with a file field image, "
+            "or an image/* body"
         )
     try:
         async with request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES) as form:
@@ -185,8 +191,8 @@ def _docs_html(document: dict[str, object]) -> str:
     ]
     return (
         "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'><title>Penumbra</title>"
-        "<style>:root{color-scheme:light dark}body{font:16px/1.5 system-ui;max-width:46rem;margin:2rem auto;padding:0 1rem}"
-        "td{padding:.3rem 1rem .3rem 0;vertical-align:top}</style><h1>Penumbra</h1>"
+        "<style>:root{color-scheme:light dark}body{font:16px/1.5 system-ui;max-width:46rem;margin:2rem auto;"
+        "padding:0 1rem}td{padding:.3rem 1rem .3rem 0;vertical-align:top}</style><h1>Penumbra</h1>"
         f"<p>Segmentation that says, per pixel, how sure it is. Machine-readable: <a href=docs.json>docs.json</a>, "
         f"<a href=models>models</a>, <a href=metrics>metrics</a>.</p><table>{''.join(rows)}</table>"
     )

@@ -11,7 +11,6 @@ bodies, batching and inter-process calls are off.
 import asyncio
 import gc
 import logging
-import os
 import signal
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -22,16 +21,17 @@ from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 
+from models.errors import BadArtifact, PenumbraError
 from serving.guard import Guard
 from serving.settings import Settings
+from serving.statuses import status_of
+from serving.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from serving.gateway import Gateway
 
-# BentoML sets this for its own metrics; it would switch prometheus_client to files shared between processes.
-os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
-
 SETTINGS = Settings()
+TELEMETRY = Telemetry()
 APP = Starlette()
 """Carries our routes; they are filled in when the worker has built the engine."""
 
@@ -61,11 +61,13 @@ class Penumbra:
 
         logging.getLogger("penumbra").setLevel(SETTINGS.log_level)
         release = version("penumbra")
-        self.gateway = build_gateway(SETTINGS, release)
+        self.gateway = build_gateway(SETTINGS, TELEMETRY)
+        scheduler = self.gateway.segmenter.scheduler
+        TELEMETRY.describe(version=release, queued_windows=lambda: scheduler.queued[0])
         APP.router.routes[:] = routes(self.gateway, release)
         APP.exception_handlers.update(ERROR_HANDLERS)
 
-    @bentoml.on_startup
+    @bentoml.on_startup  # type: ignore[untyped-decorator]
     async def begin(self) -> None:
         """Ready; on SIGTERM readiness falls first, and connections close `predrain_s` later."""
         gc.collect()
@@ -82,26 +84,27 @@ class Penumbra:
         signal.signal(signal.SIGTERM, drain)
         self.gateway.state = "ready"
 
-    @bentoml.on_shutdown
+    @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def end(self) -> None:
         await asyncio.to_thread(self.gateway.close)
 
-    @bentoml.api
-    async def predict(self, image: np.ndarray[Any, Any], model: str = "", samples: int | None = None, seed: int = 0) -> PredictAnswer:
+    @bentoml.api  # type: ignore[untyped-decorator]
+    async def predict(
+        self, image: np.ndarray, model: str = "", samples: int | None = None, seed: int = 0
+    ) -> PredictAnswer:
         """Labels and uncertainty of one image, uint8 [H, W, 3], as arrays."""
-        from models.errors import PenumbraError
         from serving.engine.options import SegmentOptions
-        from serving.statuses import status_of
 
+        options = SegmentOptions(model=model or None, samples=samples, seed=seed)
         try:
-            options = SegmentOptions(model=model or None, samples=samples, seed=seed)
-            _, answer = await self.gateway.answer(_as_bytes(image), options, _as_lists, protocol="bentoml")
+            with TELEMETRY.track("bentoml") as tracked:
+                _, answer = await self.gateway.answer(_as_pixels(image), options, _as_lists, request=tracked)
         except PenumbraError as error:
             return JSONResponse({"error": str(error)}, status_of(error)[0])  # type: ignore[return-value]
         return answer
 
 
-def _as_bytes(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _as_pixels(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """JSON integers arrive as int64; those that are pixel values become uint8, others are left to be refused."""
     fits = image.dtype.kind in "iu" and image.size and image.min() >= 0 and image.max() <= 255
     return image.astype(np.uint8) if fits else image
@@ -112,18 +115,15 @@ def _as_lists(prediction: Any) -> PredictAnswer:
     return PredictAnswer(labels=prediction.labels_HW.tolist(), **maps)
 
 
-def build_gateway(settings: Settings, release: str) -> "Gateway":
+def build_gateway(settings: Settings, telemetry: Telemetry) -> "Gateway":
     """The engine over the store, and the gateway over the engine. A store without one good model is an error."""
     import torch
 
-    from models.errors import BadArtifact
     from serving.engine.options import Limits
     from serving.engine.segmenter import Segmenter
     from serving.gateway import Gateway
-    from serving.telemetry import Telemetry
 
     torch.set_num_threads(1)  # only the inference thread enters parallel regions; two teams of threads would fight
-    telemetry = Telemetry()
     limits = Limits(settings.limit_pixels, settings.limit_windows, settings.limit_samples, settings.limit_queue_samples)
     segmenter = Segmenter.open(
         settings.store, limits=limits, device=settings.device or None, threads=settings.threads or None,
@@ -132,8 +132,9 @@ def build_gateway(settings: Settings, release: str) -> "Gateway":
     if not segmenter.cards():
         reasons = "; ".join(segmenter.refused.values()) or "it is empty"
         raise BadArtifact(f"the store {settings.store} has no model to serve: {reasons}")
-    telemetry.describe_build(release, segmenter)
     return Gateway(segmenter, telemetry, limit_requests=settings.limit_requests, timeout_s=settings.timeout_s)
 
 
-Penumbra.add_asgi_middleware(Guard, body_bytes=SETTINGS.limit_body_bytes)
+Penumbra.add_asgi_middleware(  # type: ignore[attr-defined]
+    Guard, ours=APP, telemetry=TELEMETRY, body_bytes=SETTINGS.limit_body_bytes
+)

@@ -4,14 +4,28 @@ Our own registry, in one worker process: BentoML's metrics label by raw path, wh
 """
 
 import logging
-from collections.abc import Mapping
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+# BentoML sets this for its own metrics; at its first import prometheus_client would switch to shared files.
+os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, PlatformCollector, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 
+from models.errors import PenumbraError
 from serving.engine.observer import Observer
-from serving.engine.segmenter import Prediction, Segmenter
+from serving.statuses import status_of
+
+if TYPE_CHECKING:
+    from serving.engine.segmenter import Prediction
 
 log = logging.getLogger("penumbra")
 
@@ -21,32 +35,45 @@ RATIO = (0.1, 0.25, 0.5, 0.75, 0.9, 1)
 POWERS = (1, 2, 4, 8, 16, 32, 64)
 
 
+@dataclass(slots=True)
+class Request:
+    """What becomes known of a request while it is tracked; `model` stays empty until one is found."""
+
+    model: str = ""
+
+
 class Telemetry(Observer):
     """Counts and times; safe from any thread. Label values come from loaded models and fixed lists only."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        own = {"registry": self.registry, "namespace": "penumbra"}
-        self._request_seconds = Histogram("request_seconds", "From the request's body to the answer's.", ["model", "protocol", "status"], buckets=SECONDS, **own)  # type: ignore[arg-type]
-        self._phase_seconds = Histogram("phase_seconds", "Time of one request in one phase.", ["phase"], buckets=SECONDS, **own)  # type: ignore[arg-type]
-        self._batch_windows = Histogram("batch_windows", "Windows per batch.", ["model"], buckets=POWERS, **own)  # type: ignore[arg-type]
-        self._batch_fill = Histogram("batch_fill_ratio", "Windows per batch over the batch's capacity.", ["model"], buckets=RATIO, **own)  # type: ignore[arg-type]
-        self._queue_windows = Gauge("queue_windows", "Windows accepted and not yet answered.", **own)  # type: ignore[arg-type]
-        self._inflight = Gauge("inflight", "Requests being worked on.", **own)  # type: ignore[arg-type]
-        self._rejected = Counter("rejected", "Requests refused or failed, by kind of error.", ["reason"], **own)  # type: ignore[arg-type]
-        self._cancelled = Counter("cancelled", "Requests whose caller went away.", **own)  # type: ignore[arg-type]
-        self._oom = Counter("oom", "Batches that did not fit and were run in halves.", ["model"], **own)  # type: ignore[arg-type]
-        self._windows = Counter("windows", "Windows run.", ["model"], **own)  # type: ignore[arg-type]
-        self._samples = Counter("samples", "Samples drawn: windows x S.", ["model"], **own)  # type: ignore[arg-type]
-        self._load_seconds = Gauge("model_load_seconds", "Open, check, warm up.", ["model"], **own)  # type: ignore[arg-type]
-        self._entropy = Histogram("entropy_mean", "Mean entropy of an answer, nats.", ["model"], buckets=NATS, **own)  # type: ignore[arg-type]
-        self._build = Info("build", "Version of the server.", **own)  # type: ignore[arg-type]
+        histogram = partial(Histogram, namespace="penumbra", registry=self.registry)
+        counter = partial(Counter, namespace="penumbra", registry=self.registry)
+        gauge = partial(Gauge, namespace="penumbra", registry=self.registry)
+        of_request = ["model", "protocol", "status"]
+        self._request_seconds = histogram(
+            "request_seconds", "From a request's body to its answer.", of_request, buckets=SECONDS
+        )
+        self._phase_seconds = histogram("phase_seconds", "Time of a request in a phase.", ["phase"], buckets=SECONDS)
+        self._batch_windows = histogram("batch_windows", "Windows per batch.", ["model"], buckets=POWERS)
+        self._batch_fill = histogram("batch_fill_ratio", "Share of a batch's capacity used.", ["model"], buckets=RATIO)
+        self._queue_windows = gauge("queue_windows", "Windows accepted and not yet answered.")
+        self._inflight = gauge("inflight", "Requests being worked on.")
+        self._rejected = counter("rejected", "Requests refused or failed, by kind of error.", ["reason"])
+        self._cancelled = counter("cancelled", "Requests whose caller went away.")
+        self._oom = counter("oom", "Batches that did not fit and were run in halves.", ["model"])
+        self._windows = counter("windows", "Windows run.", ["model"])
+        self._samples = counter("samples", "Samples drawn: windows x S.", ["model"])
+        self._load_seconds = gauge("model_load_seconds", "Time to open, check and warm up.", ["model"])
+        self._entropy = histogram("entropy_mean", "Mean entropy of an answer, nats.", ["model"], buckets=NATS)
+        self._build = Info("build", "Version of the server.", namespace="penumbra", registry=self.registry)
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
 
-    def describe_build(self, version: str, segmenter: Segmenter) -> None:
+    def describe(self, *, version: str, queued_windows: Callable[[], int]) -> None:
+        """Facts that are known once the engine stands."""
         self._build.info({"version": version})
-        self._queue_windows.set_function(lambda: segmenter.scheduler.queued[0])
+        self._queue_windows.set_function(queued_windows)
 
     def batch_done(self, model: str, *, windows: int, capacity: int, samples: int) -> None:
         self._batch_windows.labels(model).observe(windows)
@@ -60,20 +87,33 @@ class Telemetry(Observer):
     def model_loaded(self, model: str, *, seconds: float) -> None:
         self._load_seconds.labels(model).set(seconds)
 
-    def request_started(self) -> None:
+    @contextmanager
+    def track(self, protocol: str) -> Iterator["Request"]:
+        """Count, time and log what happens in the block as one request; errors pass through."""
+        request, started = Request(), time.perf_counter()
+        status, reason = 499, "Cancelled"
         self._inflight.inc()
+        try:
+            yield request
+            status, reason = 200, ""
+        except PenumbraError as error:
+            status, reason = status_of(error)[0], type(error).__name__
+            raise
+        except Exception as error:
+            status, reason = 500, type(error).__name__
+            raise
+        finally:
+            self._inflight.dec()
+            seconds = time.perf_counter() - started
+            self._request_seconds.labels(request.model, protocol, str(status)).observe(seconds)
+            if reason == "Cancelled":
+                self._cancelled.inc()
+            elif reason:
+                self._rejected.labels(reason).inc()
+            said = " ".join(filter(None, (protocol, str(status), f"{1e3 * seconds:.1f} ms", request.model, reason)))
+            log.info("%s", said)
 
-    def request_ended(self, *, model: str, protocol: str, status: int, seconds: float, reason: str | None) -> None:
-        """Close a request: `model` is empty when none was found; `reason` is the error's class, if any."""
-        self._inflight.dec()
-        self._request_seconds.labels(model, protocol, str(status)).observe(seconds)
-        if reason == "Cancelled":
-            self._cancelled.inc()
-        elif reason:
-            self._rejected.labels(reason).inc()
-        log.info("%s %d %.1f ms%s%s", protocol, status, 1e3 * seconds, f" {model}" if model else "", f" {reason}" if reason else "")
-
-    def answered(self, prediction: Prediction, timing_ms: Mapping[str, float]) -> None:
+    def answered(self, prediction: "Prediction", timing_ms: Mapping[str, float]) -> None:
         """Phases of an answer, and its own uncertainty: drift of the input shows there first."""
         for phase, milliseconds in timing_ms.items():
             if phase != "total":

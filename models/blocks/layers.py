@@ -4,7 +4,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def conv_norm_act(channels: int, out_channels: int, kernel: int, *, dilation: int = 1, bias: bool = False) -> nn.Sequential:
+def conv_norm_act(
+    channels: int, out_channels: int, kernel: int, *, dilation: int = 1, bias: bool = False
+) -> nn.Sequential:
     """Convolution that keeps the size, BatchNorm, ReLU."""
     pad = dilation * (kernel // 2)
     return nn.Sequential(

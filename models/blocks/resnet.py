@@ -132,6 +132,4 @@ class Bottleneck(nn.Module):
 def _shortcut(channels: int, out_channels: int, *, stride: int) -> nn.Sequential | None:
     if stride == 1 and channels == out_channels:
         return None
-    return nn.Sequential(
-        nn.Conv2d(channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
-    )
+    return nn.Sequential(nn.Conv2d(channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))

@@ -40,9 +40,7 @@ class NpConfig:
 def u2pl(num_classes: int, depth: Literal[50, 101] = 50) -> NpConfig:
     """The published net on its U2PL host: output stride 8, rates 12/24/36, 512 decoder channels."""
     backbone = ResNetConfig(depth=depth, output_stride=8, ceil_pool=True)
-    return NpConfig(
-        num_classes, backbone, aspp_rates=(12, 24, 36), fuse_kernel=3, low_channels=256, head="published"
-    )
+    return NpConfig(num_classes, backbone, aspp_rates=(12, 24, 36), fuse_kernel=3, low_channels=256, head="published")
 
 
 def augseg(num_classes: int, depth: Literal[50, 101] = 50) -> NpConfig:

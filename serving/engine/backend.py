@@ -33,7 +33,8 @@ class TorchScriptBackend:
             warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated", category=DeprecationWarning)
             try:
                 self._encode, self._decode = (
-                    torch.jit.load(directory / name, map_location=device) for name in ("encode.ts", "decode.ts")
+                    torch.jit.load(directory / name, map_location=device)  # type: ignore[no-untyped-call]
+                    for name in ("encode.ts", "decode.ts")
                 )
             except RuntimeError:
                 raise BadArtifact(f"{directory} holds TorchScript that this torch cannot load") from None

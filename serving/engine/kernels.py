@@ -39,9 +39,7 @@ def accumulate(
         raise MemoryError("no memory for the scratch rows of the moments kernel")
 
 
-def blend(
-    canvas_hKw: FloatArray, piece_hKw: FloatArray, row_weight: FloatArray, column_weight: FloatArray
-) -> None:
+def blend(canvas_hKw: FloatArray, piece_hKw: FloatArray, row_weight: FloatArray, column_weight: FloatArray) -> None:
     """canvas += piece * row_weight * column_weight. Views with unit stride along w are fine. Changes canvas."""
     assert COMPILED and canvas_hKw.shape == piece_hKw.shape
     rows, classes, columns = piece_hKw.shape

@@ -69,9 +69,7 @@ def _accumulate_compiled(
         pass
 
 
-def accumulate_banded(
-    logits_SKhw: Tensor, prob_hKw: FloatArray, entropy_hw: FloatArray, *, readout: Readout
-) -> None:
+def accumulate_banded(logits_SKhw: Tensor, prob_hKw: FloatArray, entropy_hw: FloatArray, *, readout: Readout) -> None:
     """The plain form: resize, softmax and entropy, one band of output rows after another, on any device."""
     height, width = entropy_hw.shape
     logits = logits_SKhw.float() / readout.temperature

@@ -1,7 +1,8 @@
 """What a caller may ask for, and the limits within which it may ask."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from models.card import Card
 from models.errors import BadOption
@@ -41,12 +42,17 @@ def parse_options(fields: Mapping[str, str]) -> SegmentOptions:
 
     Raises BadOption naming the option, its value and what would be right.
     """
-    known = {"model": str, "version": _integer, "samples": _integer, "seed": _integer, "overlap": _share, "outputs": _maps}
+    readers: dict[str, Callable[[str, str], Any]] = {
+        "model": _text, "version": _integer, "samples": _integer, "seed": _integer, "overlap": _share, "outputs": _maps,
+    }  # fmt: skip
     for name in fields:
-        if name not in known:
-            raise BadOption(f"there is no option {name[:40]!r}; known are {', '.join(known)}")
-    values = {name: known[name](text) if known[name] is str else known[name](name, text) for name, text in fields.items()}  # type: ignore[operator]
-    return SegmentOptions(**values)  # type: ignore[arg-type]
+        if name not in readers:
+            raise BadOption(f"there is no option {name[:40]!r}; known are {', '.join(readers)}")
+    return SegmentOptions(**{name: readers[name](name, text) for name, text in fields.items()})
+
+
+def _text(_: str, text: str) -> str:
+    return text
 
 
 def _integer(name: str, text: str) -> int:

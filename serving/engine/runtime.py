@@ -60,7 +60,7 @@ class Runtime:
         features = self._backend.encode(image_B3hw)
         sums = [empty_sums(self.card.num_classes, height, width) for _ in pieces]
         finite = [True] * len(pieces)
-        for chunk in noise_SBL.split(self._chunk(num_samples)):
+        for chunk in torch.split(noise_SBL, self._chunk(num_samples)):
             logits_SBKhw = self._backend.decode(features, chunk)
             for b, (prob_hKw, entropy_hw) in enumerate(sums):
                 logits_SKhw = logits_SBKhw[:, b]

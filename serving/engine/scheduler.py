@@ -90,7 +90,9 @@ class Stream:
     def __enter__(self) -> "Stream":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._scheduler._withdraw(self._job)
 
     def __iter__(self) -> Iterator[tuple[Window, Moments]]:
@@ -272,7 +274,9 @@ class Scheduler:
                 half = len(batch) // 2
                 return self._answer(batch[:half]) + self._answer(batch[half:])
             if len({id(job) for job, _ in batch}) > 1:
-                groups = itertools.groupby(sorted(range(len(batch)), key=lambda i: id(batch[i][0])), lambda i: id(batch[i][0]))
+                groups = itertools.groupby(
+                    sorted(range(len(batch)), key=lambda i: id(batch[i][0])), lambda i: id(batch[i][0])
+                )
                 answers: dict[int, Answer] = {}
                 for _, members in groups:
                     indices = list(members)

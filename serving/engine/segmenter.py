@@ -1,9 +1,9 @@
 """The engine's front: pictures in, predictions out. The server uses exactly this, and so can a notebook.
 
-    from serving.engine.segmenter import Segmenter
-    with Segmenter.open(Path("store")) as segmenter:
-        prediction = segmenter.segment(image_HW3, SegmentOptions(model="np_semiseg-camvid", samples=8))
-        prediction.labels_HW, prediction.maps["mutual_information"]
+from serving.engine.segmenter import Segmenter
+with Segmenter.open(Path("store")) as segmenter:
+    prediction = segmenter.segment(image_HW3, SegmentOptions(model="np_semiseg-camvid", samples=8))
+    prediction.labels_HW, prediction.maps["mutual_information"]
 """
 
 import logging
@@ -190,9 +190,10 @@ class Segmenter:
         noise: replaces the seeded noise, for protocols that prescribe their own. Raises any PenumbraError.
         """
         image = check_array(image_HW3, self.limits)
-        runtime, num_samples = self.check(*image.shape[:2], options)
+        height, width = image.shape[:2]
+        runtime, num_samples = self.check(height, width, options)
         work = Work(
-            runtime, image, cover(*image.shape[:2], runtime.card.window, options.overlap),
+            runtime, image, cover(height, width, runtime.card.window, options.overlap),
             noise or SeededNoise(runtime.card.sampling, seed=options.seed, num_samples=num_samples),
             num_samples, cancelled or threading.Event(), deadline,
         )  # fmt: skip
@@ -226,5 +227,7 @@ class Segmenter:
     def __enter__(self) -> "Segmenter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()

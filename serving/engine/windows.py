@@ -108,7 +108,9 @@ def _weights(length: int, window: int, starts: tuple[int, ...], blend: str) -> t
     return tuple((weight / total[s - first : s - first + window]).astype(np.float32) for s in starts)
 
 
-def cut(image_HW3: NDArray[np.uint8], window: Window, plan: WindowPlan, *, spec: WindowSpec, norm: InputSpec) -> FloatArray:
+def cut(
+    image_HW3: NDArray[np.uint8], window: Window, plan: WindowPlan, *, spec: WindowSpec, norm: InputSpec
+) -> FloatArray:
     """One window as the network wants it: normalised float32 [h, w, 3], padded as the card says."""
     y0, x0 = max(window.y0, 0), max(window.x0, 0)
     y1, x1 = min(window.y0 + plan.window_height, plan.height), min(window.x0 + plan.window_width, plan.width)

@@ -50,7 +50,9 @@ def state_dict(facts: dict, *, tame: bool) -> dict[str, torch.Tensor]:
     return {key: fill(key, entry["shape"], keys, tame=tame) for key, entry in keys.items()}
 
 
-def rename(state: dict[str, torch.Tensor], renames: dict[str, str], dropped: tuple[str, ...]) -> dict[str, torch.Tensor]:
+def rename(
+    state: dict[str, torch.Tensor], renames: dict[str, str], dropped: tuple[str, ...]
+) -> dict[str, torch.Tensor]:
     """Keys as they are called here; a key that no prefix knows is an error."""
     ours = {}
     for key, value in state.items():
@@ -62,4 +64,6 @@ def rename(state: dict[str, torch.Tensor], renames: dict[str, str], dropped: tup
 
 
 def image(height: int, width: int) -> torch.Tensor:
-    return torch.from_numpy(np.random.Generator(np.random.PCG64(0)).normal(0, 1, (1, 3, height, width)).astype(np.float32))
+    return torch.from_numpy(
+        np.random.Generator(np.random.PCG64(0)).normal(0, 1, (1, 3, height, width)).astype(np.float32)
+    )
