@@ -6,6 +6,7 @@ with `export` filled in. Reading is strict: an unknown, missing or mistyped fiel
 
 import dataclasses
 import json
+import math
 import types
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -158,7 +159,7 @@ def parse_card(text: str) -> Card:
     """
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadArtifact(f"the card is not valid JSON ({error})") from None
     if isinstance(data, dict) and data.get("format") != CARD_FORMAT:
         raise BadArtifact(f"the card has format {data.get('format')!r}; this Penumbra reads format {CARD_FORMAT}")
@@ -227,18 +228,24 @@ def _kind_name(value: Any) -> str:
 
 
 def _check_facts(card: Card) -> None:
-    if not 1 <= card.num_classes <= IGNORE:
-        raise BadArtifact(f"the card has {card.num_classes} classes; 1 to {IGNORE} can be served")
-    if (card.window.height == 0) != (card.window.width == 0) or min(card.window.height, card.window.width) < 0:
-        raise BadArtifact(f"the card's window is {card.window.height}x{card.window.width}; both 0 or both positive")
-    if not 0 <= card.window.overlap <= 0.9:
-        raise BadArtifact(f"the card's overlap is {card.window.overlap}; 0 to 0.9 is possible")
-    if not card.readout.temperature > 0:
-        raise BadArtifact(f"the card's temperature is {card.readout.temperature}; it must be positive")
-    if card.sampling.kind == "members" and card.sampling.default_samples != len(card.sampling.members):
-        raise BadArtifact(
-            f"the card has {len(card.sampling.members)} members and {card.sampling.default_samples} "
-            "default_samples; members fix the number of samples"
-        )
-    if card.sampling.default_samples < 1:
-        raise BadArtifact(f"the card's default_samples is {card.sampling.default_samples}; at least 1 is needed")
+    window, sampling, temperature = card.window, card.sampling, card.readout.temperature
+    colors = [value for info in card.classes for value in info.color]
+    num_members = len(sampling.members)
+    failures = {
+        f"has {card.num_classes} classes; 1 to {IGNORE} can be served": not 1 <= card.num_classes <= IGNORE,
+        "has a class with a color outside 0 to 255": not all(0 <= value <= 255 for value in colors),
+        f"has input.std {card.input.std} and input.scale {card.input.scale}; pixels are divided by both":
+            0 in (*card.input.std, card.input.scale),
+        f"window is {window.height}x{window.width}; both 0 or both positive":
+            (window.height == 0) != (window.width == 0) or min(window.height, window.width) < 0,
+        f"overlap is {window.overlap}; 0 to 0.9 is possible": not 0 <= window.overlap <= 0.9,
+        f"temperature is {temperature}; it must be positive": not 0 < temperature < math.inf,
+        f"noise_length is {sampling.noise_length}; 0 or more is possible": sampling.noise_length < 0,
+        f"keep is {sampling.keep}; above 0 and up to 1 is possible": not 0 < sampling.keep <= 1,
+        f"has {num_members} members and {sampling.default_samples} default_samples; members fix the number of samples":
+            sampling.kind == "members" and sampling.default_samples != num_members,
+        f"default_samples is {sampling.default_samples}; at least 1 is needed": sampling.default_samples < 1,
+    }  # fmt: skip
+    for sentence, failed in failures.items():
+        if failed:
+            raise BadArtifact(f"the card of {card.name}: {sentence}")

@@ -1,15 +1,16 @@
 """Checkpoints: one `.safetensors` file, its weights beside its card. Never a pickle."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from models import find_method
-from models.card import Card, dump_card, parse_card, read_strict
+from models.card import Card, Sampling, dump_card, parse_card, read_strict
 from models.contract import Network
-from models.errors import BadArtifact, BadCheckpoint
+from models.errors import BadArtifact, BadCheckpoint, BadOption
 
 
 def save_checkpoint(path: Path, card: Card, network: Network, *, half: bool = False) -> None:
@@ -41,19 +42,36 @@ def read_card(path: Path) -> Card:
 
 
 def build_network(card: Card) -> Network:
-    """The card's network in eval mode with fresh weights. Raises BadArtifact if config or sampling do not fit."""
+    """The card's network in eval mode with fresh weights.
+
+    Raises BadOption (unknown method), and BadArtifact when config, classes or sampling do not fit the network.
+    """
     method = find_method(card.method)
-    network = method.build(read_strict(method.config, card.config, where="card.config")).eval()
+    config: Any = read_strict(method.config, card.config, where="card.config")
+    if config.num_classes != card.num_classes:
+        raise BadArtifact(f"card.config.num_classes is {config.num_classes}; the card names {card.num_classes} classes")
+    network = method.build(config).eval()
+    if _law(network.sampling) != _law(card.sampling):
+        raise BadArtifact(f"card.sampling is {_law(card.sampling)}; the network has {_law(network.sampling)}")
     return network
+
+
+def _law(sampling: Sampling) -> tuple[str, int, tuple[str, ...]]:
+    """What of a sampling is fixed by the network; the rest is the card's to choose."""
+    return sampling.kind, sampling.noise_length, sampling.members
 
 
 def load_checkpoint(path: Path) -> tuple[Card, Network]:
     """Card and network (eval mode, fp32, CPU).
 
-    Raises BadCheckpoint: a tensor is missing, extra, of the wrong shape, or holds NaN or infinity.
+    Raises BadCheckpoint: the card does not fit its network, or a tensor is missing, extra, of the wrong shape, or
+    holds NaN or infinity.
     """
     card = read_card(path)
-    network = build_network(card)
+    try:
+        network = build_network(card)
+    except (BadArtifact, BadOption) as error:
+        raise BadCheckpoint(f"{path}: {error}") from None
     wanted = {k: v for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
     with safe_open(path, framework="pt") as file:
         stored = set(file.keys())

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from export.bundle import export_network
 from models.card import Card, ClassInfo, InputSpec, Readout, WindowSpec
@@ -23,6 +24,12 @@ def toy_card(form: str, *, name: str | None = None, window: WindowSpec | None = 
         sampling=network.sampling, readout=Readout(),
     )  # fmt: skip
     return card, network
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_torch_thread() -> None:
+    """Small nets on a busy machine: a second thread costs more in waiting than it saves."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

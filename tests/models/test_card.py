@@ -1,0 +1,153 @@
+"""The card: what is written is read back, and what is wrong is refused by a sentence that names the field."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from models.card import Card, ExportFacts, Parity, Provenance, dump_card, parse_card
+from models.errors import BadArtifact
+from tests.conftest import toy_card
+
+
+def full_card() -> Card:
+    card, _ = toy_card("opposed")
+    facts = ExportFacts("torchscript", "fp32", "2.13", {"encode.ts": "ab"}, Parity(0, 1e-7, 0, 1, 1), "cd")
+    return dataclasses.replace(card, export=facts, provenance=Provenance("CamVid", "CC", metrics={"miou": 0.5}))
+
+
+def changed(path: str, value: Any) -> str:
+    """The full card's JSON with the field at a dotted path replaced."""
+    return _edited(path, lambda place, key: place.__setitem__(key, value))
+
+
+def without(path: str) -> str:
+    return _edited(path, lambda place, key: place.__delitem__(key))
+
+
+def _edited(path: str, edit: Callable[[Any, Any], None]) -> str:
+    data = place = json.loads(dump_card(full_card()))
+    *parents, key = [int(part) if part.isdigit() else part for part in path.split(".")]
+    for parent in parents:
+        place = place[parent]
+    edit(place, key)
+    return json.dumps(data)
+
+
+def test_a_card_is_read_back_as_it_was_written() -> None:
+    assert parse_card(dump_card(full_card())) == full_card()
+    assert parse_card(dump_card(toy_card("latent")[0])) == toy_card("latent")[0]
+
+
+def test_a_whole_number_is_read_where_a_float_is_wanted() -> None:
+    temperature = parse_card(changed("readout.temperature", 2)).readout.temperature
+    assert temperature == 2.0 and isinstance(temperature, float)
+
+
+@pytest.mark.parametrize("place", ["", "input.", "window.", "sampling.", "readout.", "export.", "export.parity."])
+def test_an_unknown_field_is_named(place: str) -> None:
+    with pytest.raises(BadArtifact, match="unknown field 'colour'"):
+        parse_card(changed(f"{place}colour", 1))
+
+
+@pytest.mark.parametrize("path", ["name", "classes", "window.height", "classes.0.color", "export.parity.max_abs"])
+def test_a_missing_field_is_named(path: str) -> None:
+    with pytest.raises(BadArtifact, match=f"lacks the field '{path.rpartition('.')[2]}'"):
+        parse_card(without(path))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("name", 3),
+        ("version", "1"),
+        ("version", True),
+        ("version", 1.5),
+        ("config", []),
+        ("classes", {}),
+        ("classes.0", "red"),
+        ("classes.0.name", None),
+        ("classes.0.color", [1, 2]),
+        ("classes.0.color.1", "green"),
+        ("input", None),
+        ("input.mean", 0.5),
+        ("input.mean.2", "0.5"),
+        ("input.order", "GBR"),
+        ("window.height", 32.0),
+        ("window.blend", "triangle"),
+        ("window.padding", 0),
+        ("window.centred", 1),
+        ("sampling.kind", "ensemble"),
+        ("sampling.members", "plus"),
+        ("sampling.members.0", 1),
+        ("readout.temperature", "1"),
+        ("readout.softmax_at", None),
+        ("provenance.metrics", []),
+        ("provenance.metrics.miou", "half"),
+        ("export.files", "encode.ts"),
+        ("export.files.encode\u2024ts", 7),
+        ("export.parity", 0),
+    ],
+)
+def test_a_mistyped_field_is_named(path: str, value: Any) -> None:
+    with pytest.raises(BadArtifact) as refusal:
+        parse_card(changed(path, value))
+    for part in path.split("."):
+        assert part in str(refusal.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "null", "[]", '"card"', "7", '{"format": 2}', '{"format": "1"}', "{}"])
+def test_text_that_is_no_card_of_this_format_is_refused(text: str) -> None:
+    with pytest.raises(BadArtifact, match="card"):
+        parse_card(text)
+
+
+def test_deeply_nested_json_is_refused_not_a_crash() -> None:
+    with pytest.raises(BadArtifact, match="JSON"):
+        parse_card("[" * 200_000)
+
+
+@pytest.mark.parametrize("number", [0, 2, None, "one"])
+def test_another_format_version_is_named(number: Any) -> None:
+    with pytest.raises(BadArtifact, match="format"):
+        parse_card(changed("format", number))
+
+
+ONE_CLASS = {"name": "x", "color": [0, 0, 0]}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        ("classes", [], "0 classes"),
+        ("classes", [ONE_CLASS] * 256, "256 classes"),
+        ("classes.1.color.0", 256, "color"),
+        ("classes.1.color.2", -1, "color"),
+        ("window.overlap", 2, "overlap is 2"),
+        ("window.overlap", -0.1, "overlap is -0.1"),
+        ("window.overlap", float("nan"), "overlap is nan"),
+        ("window.height", 0, "window is 0x48"),
+        ("window.width", -8, "window is 32x-8"),
+        ("readout.temperature", 0, "temperature is 0"),
+        ("readout.temperature", -1, "temperature is -1"),
+        ("readout.temperature", float("nan"), "temperature is nan"),
+        ("readout.temperature", float("inf"), "temperature is inf"),
+        ("input.std", [1, 0, 1], "input.std"),
+        ("input.scale", 0, "input.scale"),
+        ("sampling.default_samples", 3, "2 members and 3 default_samples"),
+        ("sampling.members", [], "0 members and 2 default_samples"),
+        ("sampling", {"kind": "latent", "noise_length": 3, "default_samples": 0}, "default_samples is 0"),
+        ("sampling", {"kind": "dropout", "noise_length": 3, "keep": 0}, "keep is 0"),
+        ("sampling", {"kind": "latent", "noise_length": -1}, "noise_length is -1"),
+    ],
+)
+def test_contradictory_facts_are_named(path: str, value: Any, named: str) -> None:
+    with pytest.raises(BadArtifact) as refusal:
+        parse_card(changed(path, value))
+    assert named in str(refusal.value)
+
+
+def test_255_classes_can_be_served() -> None:
+    assert parse_card(changed("classes", [ONE_CLASS] * 255)).num_classes == 255

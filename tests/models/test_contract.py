@@ -1,0 +1,199 @@
+"""Every method keeps the contract: a deterministic encode, and a decode that is a pure function of its noise."""
+
+import dataclasses
+import json
+import math
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from models import find_method, methods
+from models.blocks.resnet import ResNet, ResNetConfig
+from models.card import read_strict
+from models.cps.net import CpsNetwork
+from models.errors import BadOption
+from models.np_semiseg.net import NpConfig, NpNetwork
+from tests.models.small import SMALL, seeded
+
+every_network = pytest.mark.parametrize("name", SMALL)
+SIZE = (37, 53)
+
+
+def image(num_windows: int = 2, size: tuple[int, int] = SIZE) -> Tensor:
+    return torch.randn(num_windows, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+def noise(name: str, num_samples: int, num_windows: int = 2) -> Tensor:
+    sampling = seeded(name).sampling
+    if sampling.kind in ("members", "single"):
+        num_samples = sampling.default_samples
+    length = sampling.noise_length
+    return torch.randn(num_samples, num_windows, length, generator=torch.Generator().manual_seed(2))
+
+
+def close(ours: Tensor, theirs: Tensor) -> bool:
+    return bool((ours - theirs).abs().max() <= 1e-5 * max(1.0, float(theirs.abs().max())))
+
+
+def test_every_discovered_method_is_tested_here() -> None:
+    assert {name.split()[0] for name in SMALL} == set(methods())
+
+
+def test_an_unknown_method_is_named_beside_the_known_ones() -> None:
+    with pytest.raises(BadOption, match=r"'deeplab'; known are cps, np_semiseg, toy"):
+        find_method("deeplab")
+
+
+@every_network
+@torch.inference_mode()
+def test_encoding_twice_gives_the_same_bytes(name: str) -> None:
+    network = seeded(name)
+    once, again = network.encode(image()), network.encode(image())
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    assert all(feature.shape[0] == 2 for feature in once)
+
+
+@every_network
+@torch.inference_mode()
+def test_the_same_noise_gives_the_same_logits_and_leaves_the_features_alone(name: str) -> None:
+    network = seeded(name)
+    features = network.encode(image())
+    before = [feature.clone() for feature in features]
+    once, again = (network.decode(features, noise(name, 3)) for _ in range(2))
+    assert torch.equal(once, again)
+    assert all(torch.equal(a, b) for a, b in zip(features, before, strict=True))
+
+
+@every_network
+@torch.inference_mode()
+def test_a_batch_of_two_windows_equals_two_batches_of_one(name: str) -> None:
+    network, draws = seeded(name), noise(name, 3)
+    together = network(image(), draws)
+    alone = torch.cat([network(image()[b : b + 1], draws[:, b : b + 1]) for b in range(2)], dim=1)
+    assert close(together, alone)
+
+
+@every_network
+@torch.inference_mode()
+def test_features_can_be_split_and_joined_by_window(name: str) -> None:
+    network, draws = seeded(name), noise(name, 3)
+    features = network.encode(image())
+    swapped = network.decode(tuple(feature.flip(0) for feature in features), draws.flip(1))
+    assert close(swapped.flip(1), network.decode(features, draws))
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if seeded(name).sampling.kind == "latent"])
+@torch.inference_mode()
+def test_five_samples_in_one_call_equal_five_calls_of_one(name: str) -> None:
+    network, draws = seeded(name), noise(name, 5)
+    features = network.encode(image())
+    together = network.decode(features, draws)
+    alone = torch.cat([network.decode(features, draw[None]) for draw in draws])
+    assert close(together, alone)
+    assert float(together.var(0).mean()) > 1e-6
+
+
+@every_network
+@torch.inference_mode()
+def test_logits_have_the_axes_that_the_sampling_declares(name: str) -> None:
+    network, draws = seeded(name), noise(name, 4)
+    logits = network(image(), draws)
+    assert logits.shape[:3] == (len(draws), 2, SMALL[name].num_classes)
+    assert torch.isfinite(logits).all()
+    sampling = network.sampling
+    assert (sampling.noise_length > 0) == (sampling.kind in ("latent", "dropout"))
+    if sampling.kind in ("members", "single"):
+        assert len(logits) == sampling.default_samples == max(1, len(sampling.members))
+
+
+@every_network
+def test_weights_survive_a_round_trip_of_the_state_dict(name: str) -> None:
+    first, second = seeded(name, seed=0), seeded(name, seed=1)
+    second.load_state_dict(first.state_dict())
+    with torch.inference_mode():
+        assert torch.equal(first(image(), noise(name, 2)), second(image(), noise(name, 2)))
+
+
+@every_network
+def test_the_configuration_survives_json(name: str) -> None:
+    config = SMALL[name]
+    assert dataclasses.fields(config)[0].name == "num_classes"
+    data = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert read_strict(type(config), data, where="config") == config
+
+
+@torch.inference_mode()
+def test_cps_members_are_its_branches_in_order() -> None:
+    network = seeded("cps")
+    assert isinstance(network, CpsNetwork) and network.sampling.members == ("branch1", "branch2")
+    logits = network(image(), noise("cps", 2))
+    for member, name in enumerate(network.sampling.members):
+        assert close(logits[member], network.get_submodule(name)(image()))
+
+
+# -- does the latent reach the pixels? ------------------------------------------------------------
+
+
+def spread(name: str) -> tuple[Tensor, float]:
+    """Variance over 16 samples per pixel of the stride-4 map, and the variance of the mean logits over the picture."""
+    with torch.inference_mode():
+        logits_SBKhw = seeded(name)(image(1, (128, 128)), noise(name, 16, 1))
+    return logits_SBKhw.double().var(0).mean((0, 1)), float(logits_SBKhw.double().mean(0).var())
+
+
+INTERIOR = (slice(8, -8), slice(8, -8))
+
+
+def test_the_film_heads_latent_moves_the_logits_everywhere() -> None:
+    variance_hw, picture_variance = spread("np_semiseg film")
+    interior = float(variance_hw[INTERIOR].mean())
+    assert interior > 0.3 * picture_variance
+    assert abs(interior / float(variance_hw.mean()) - 1) < 0.1
+
+
+def test_the_published_heads_latent_is_cancelled_inside_and_leaks_in_from_the_border() -> None:
+    """The documented trap: InstanceNorm subtracts what is constant over the picture."""
+    variance_hw, picture_variance = spread("np_semiseg published")
+    interior = float(variance_hw[INTERIOR].mean())
+    border = float(torch.cat((variance_hw[0], variance_hw[-1], variance_hw[:, 0], variance_hw[:, -1])).mean())
+    assert interior < 0.02 * border
+    assert interior < 0.1 * picture_variance
+
+
+@pytest.mark.parametrize("size", [(9, 9), (32, 64), (37, 53)])
+@torch.inference_mode()
+def test_the_split_published_head_equals_the_plain_form(size: tuple[int, int]) -> None:
+    network = seeded("np_semiseg published")
+    assert isinstance(network, NpNetwork)
+    x = network.host(image(2, size))
+    draws = noise("np_semiseg published", 3)
+    plain = network.head.decode_plain(x, draws)  # type: ignore[operator]
+    assert close(network.head.decode(network.head.encode(x), draws), plain)  # type: ignore[operator]
+
+
+# -- backbones ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("depth", "stem", "stride", "ceil_pool"), list(product((18, 50), ("plain", "deep"), (8, 16), (False, True)))
+)
+@torch.inference_mode()
+def test_backbones_run_on_odd_sizes_at_their_strides(depth: int, stem: str, stride: int, ceil_pool: bool) -> None:
+    config = ResNetConfig(depth=depth, stem=stem, width=4, output_stride=stride, ceil_pool=ceil_pool)  # type: ignore[arg-type]
+    low, high = ResNet(config).eval()(image(1))
+    assert low.shape[1] == config.low_channels and high.shape[1] == config.high_channels
+    for feature, factor in ((low, 4), (high, stride)):
+        for have, length in zip(feature.shape[2:], SIZE, strict=True):
+            assert 0 <= have - math.ceil(length / factor) <= ceil_pool
+
+
+@pytest.mark.parametrize("head", ["film", "published"])
+@pytest.mark.parametrize("stride", [8, 16])
+@torch.inference_mode()
+def test_np_nets_of_both_strides_give_logits_at_stride_4(head: str, stride: int) -> None:
+    backbone = ResNetConfig(depth=50, width=4, output_stride=stride)  # type: ignore[arg-type]
+    config = NpConfig(3, backbone, aspp_channels=8, low_channels=8, latent_length=4, hidden=8, head=head)  # type: ignore[arg-type]
+    logits = NpNetwork(config).eval()(image(1), torch.zeros(2, 1, 4))
+    assert logits.shape == (2, 1, 3, math.ceil(SIZE[0] / 4), math.ceil(SIZE[1] / 4))
