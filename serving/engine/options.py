@@ -57,7 +57,7 @@ def _text(_: str, text: str) -> str:
 
 def _integer(name: str, text: str) -> int:
     digits = text.strip()
-    if not digits.isascii() or not digits.lstrip("-").isdigit() or len(digits) > 19:
+    if not digits.isascii() or not digits.removeprefix("-").isdigit() or len(digits) > 19:
         raise BadOption(f"{name} is {text[:40]!r}; a whole number is wanted")
     return int(digits)
 

@@ -1,0 +1,46 @@
+"""The error table is total, and every error says what it is for."""
+
+import inspect
+
+import pytest
+
+from models import errors
+from serving.statuses import STATUSES, status_of
+
+CLASSES = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.PenumbraError)]
+LEAVES = [kind for kind in CLASSES if not kind.__subclasses__()]
+GRPC_STATUSES = {
+    "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS",
+    "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED",
+    "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED",
+}  # fmt: skip
+
+
+def make(kind: type[errors.PenumbraError]) -> errors.PenumbraError:
+    return errors.QueueFull("full", retry_after_s=1) if kind is errors.QueueFull else kind("a sentence")
+
+
+@pytest.mark.parametrize("kind", LEAVES)
+def test_every_error_has_its_own_or_its_parents_row(kind: type[errors.PenumbraError]) -> None:
+    http, grpc = status_of(make(kind))
+    assert 400 <= http <= 599 and grpc in GRPC_STATUSES
+    assert any(parent in STATUSES for parent in (kind, kind.__base__))
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_every_error_says_in_its_docstring_what_it_is(kind: type[errors.PenumbraError]) -> None:
+    assert kind.__doc__ and kind.__doc__.strip().endswith((".", "rate."))
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_every_error_stands_in_the_drawn_tree(kind: type[errors.PenumbraError]) -> None:
+    assert kind.__name__ in (errors.__doc__ or "")
+
+
+def test_the_statuses_are_the_published_ones() -> None:
+    published = {
+        "BadOption": 400, "BadImage": 400, "UnknownModel": 404, "NotAcceptable": 406, "TooLarge": 413,
+        "UnsupportedMedia": 415, "QueueFull": 429, "Cancelled": 499, "ModelFault": 500, "NotReady": 503,
+        "DeadlineExceeded": 504, "BadCheckpoint": 500, "BadArtifact": 500, "BadData": 500, "ParityFailed": 500,
+    }  # fmt: skip
+    assert {kind.__name__: status_of(make(kind))[0] for kind in LEAVES} == published
