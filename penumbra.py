@@ -123,8 +123,11 @@ def models(store: Path, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from models.errors import UnknownModel
     from serving.engine.store import open_artifact, versions
 
+    if not versions(store):
+        raise UnknownModel(f"there are no models in {store}; `penumbra export CHECKPOINT --store {store}` adds one")
     cards = [open_artifact(store / name / str(v)).card for name, numbers in versions(store).items() for v in numbers]
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(card) for card in cards]))

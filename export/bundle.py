@@ -49,6 +49,8 @@ def export_network(
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=place))
     try:
         _write(network, card, draft, backend=backend, source=source)
+        for path in (draft, *draft.iterdir()):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # temporary files are private; servers have other users
         os.replace(draft, place / str(card.version))
     finally:
         shutil.rmtree(draft, ignore_errors=True)

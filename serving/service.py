@@ -12,7 +12,6 @@ import asyncio
 import gc
 import logging
 import signal
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import bentoml
@@ -22,6 +21,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 
 from models.errors import BadArtifact, PenumbraError
+from serving import VERSION
 from serving.guard import Guard
 from serving.settings import Settings
 from serving.statuses import status_of
@@ -60,11 +60,10 @@ class Penumbra:
         from serving.rest import ERROR_HANDLERS, routes
 
         logging.getLogger("penumbra").setLevel(SETTINGS.log_level)
-        release = version("penumbra")
         self.gateway = build_gateway(SETTINGS, TELEMETRY)
         scheduler = self.gateway.segmenter.scheduler
-        TELEMETRY.describe(version=release, queued_windows=lambda: scheduler.queued[0])
-        APP.router.routes[:] = routes(self.gateway, release)
+        TELEMETRY.describe(version=VERSION, queued_windows=lambda: scheduler.queued[0])
+        APP.router.routes[:] = routes(self.gateway, VERSION)
         APP.exception_handlers.update(ERROR_HANDLERS)
 
     @bentoml.on_startup  # type: ignore[untyped-decorator]

@@ -59,10 +59,24 @@ def attend(query_BLhw: Tensor, centres_KL: Tensor) -> Tensor:
     """Attention aggregator, averaged over pixels: [B, L].
 
     Per pixel and per channel d: weights over classes = softmax_k(-(q_d - c_kd)^2), value = sum_k w_k c_kd.
+    q_d^2 cancels in the softmax. Class by class in the query's memory format, this takes a seventh of the time
+    and a K-th of the memory of a softmax over a [B, K, L, h, w] tensor.
     """
-    centres_KL11 = centres_KL[:, :, None, None]
-    weights_BKLhw = torch.softmax(-((query_BLhw[:, None] - centres_KL11) ** 2), dim=1)
-    return (weights_BKLhw * centres_KL11).sum(1).mean((2, 3))
+    centres = [centre_L[:, None, None] for centre_L in centres_KL]
+
+    def score(centre_L11: Tensor) -> Tensor:
+        return torch.addcmul(-(centre_L11**2), query_BLhw, 2 * centre_L11)
+
+    highest = score(centres[0])
+    for centre_L11 in centres[1:]:
+        highest = torch.maximum(highest, score(centre_L11))
+    weight_sum = torch.zeros_like(query_BLhw)
+    value_sum = torch.zeros_like(query_BLhw)
+    for centre_L11 in centres:
+        weight = torch.exp(score(centre_L11) - highest)
+        weight_sum = weight_sum + weight
+        value_sum = torch.addcmul(value_sum, weight, centre_L11)
+    return (value_sum / weight_sum).mean((2, 3))
 
 
 class FilmHead(nn.Module):

@@ -1,0 +1,43 @@
+"""Side-by-side timing: every variant in every round, in shuffled order, medians; ratios survive a noisy machine."""
+
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def measure(variants: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
+    """Median seconds of every variant over shuffled rounds, after one unmeasured call each."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    order = list(variants)
+    for name in order:
+        variants[name]()
+    shuffler = random.Random(0)
+    for _ in range(rounds):
+        shuffler.shuffle(order)
+        for name in order:
+            started = time.perf_counter()
+            variants[name]()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def save(name: str, results: dict[str, Any]) -> None:
+    """Print results, and write them with what they were measured on to benchmarks/results/<name>.json."""
+    machine = {
+        "machine": platform.machine(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(),
+        "torch": torch.__version__, "load_average": os.getloadavg()[0],
+    }  # fmt: skip
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps({"on": machine, **results}, indent=2) + "\n")
+    for key, value in results.items():
+        print(f"{key:58} {value:.4g}" if isinstance(value, float) else f"{key:58} {value}")
