@@ -31,6 +31,7 @@ def accumulate(
     """Add, for output rows `rows`, softmax and entropy of every resized sample. Changes prob and entropy."""
     assert COMPILED and logits_SKhw.flags.c_contiguous and prob_hKw.flags.c_contiguous
     samples, classes, height, width = logits_SKhw.shape
+    assert prob_hKw.shape == (len(entropy_hw), classes, entropy_hw.shape[1]) and rows.stop <= len(entropy_hw)
     failed = COMPILED.penumbra_accumulate(
         _pointer(logits_SKhw), *_longs(samples, classes, height, width), _pointer(prob_hKw), _pointer(entropy_hw),
         *_longs(*entropy_hw.shape, rows.start, rows.stop), int(align_corners), ctypes.c_float(1 / temperature),
@@ -41,7 +42,7 @@ def accumulate(
 
 def blend(canvas_hKw: FloatArray, piece_hKw: FloatArray, row_weight: FloatArray, column_weight: FloatArray) -> None:
     """canvas += piece * row_weight * column_weight. Views with unit stride along w are fine. Changes canvas."""
-    assert COMPILED and canvas_hKw.shape == piece_hKw.shape
+    assert COMPILED and canvas_hKw.shape == piece_hKw.shape == (len(row_weight), piece_hKw.shape[1], len(column_weight))
     rows, classes, columns = piece_hKw.shape
     COMPILED.penumbra_blend(
         _pointer(canvas_hKw), *_longs(canvas_hKw.strides[0] // 4, canvas_hKw.strides[1] // 4),
@@ -56,6 +57,7 @@ def read_out(
     """labels, confidence, margin, entropy and mutual information, each [h, w]."""
     assert COMPILED and prob_hKw.flags.c_contiguous and expected_hw.flags.c_contiguous
     rows, classes, columns = prob_hKw.shape
+    assert expected_hw.shape == (rows, columns)
     labels = np.empty((rows, columns), np.uint8)
     maps = [np.empty((rows, columns), np.float32) for _ in range(4)]
     COMPILED.penumbra_read_out(

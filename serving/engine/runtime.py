@@ -79,6 +79,10 @@ class Runtime:
         golden = self._golden
         got = self._backend.decode(self._backend.encode(golden.image_B3hw), golden.noise_SBL).float().cpu()
         scale = golden.logits_SBKhw.abs().max().clamp(min=1e-6)
+        if got.shape[2] != self.card.num_classes:
+            raise BadArtifact(
+                f"{self.card.name} gives logits of {got.shape[2]} classes; its card names {self.card.num_classes}"
+            )
         if got.shape != golden.logits_SBKhw.shape or not torch.isfinite(got).all():
             raise BadArtifact(f"{self.card.name} does not reproduce its golden window: wrong shape or not finite")
         error = float((got - golden.logits_SBKhw).abs().max() / scale)
