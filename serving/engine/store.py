@@ -4,6 +4,7 @@ Opening one checks everything that can be checked without running it; the golden
 """
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,13 +43,18 @@ def sha256_of(path: Path) -> str:
 
 
 def open_artifact(directory: Path) -> Artifact:
-    """Read and check an artifact. Raises BadArtifact: a missing file, a wrong hash, a card that does not read."""
+    """Read and check an artifact, a directory store/<name>/<version>.
+
+    Raises BadArtifact: a missing file, a wrong hash, a card that does not read or belongs elsewhere.
+    """
     try:
         card = parse_card((directory / CARD).read_text("utf-8"))
     except (OSError, UnicodeDecodeError):
         raise BadArtifact(f"{directory} has no readable {CARD}; export the checkpoint again") from None
     except BadArtifact as error:
         raise BadArtifact(f"{directory}: {error}") from None
+    if directory.parts[-2:] != (card.name, str(card.version)):
+        raise BadArtifact(f"{directory} holds {card.name} version {card.version}; its directories must be named so")
     if card.export is None or GOLDEN not in card.export.files:
         raise BadArtifact(f"{directory}: the card names no exported files; export the checkpoint again")
     for name, wanted in card.export.files.items():
@@ -74,7 +80,7 @@ def versions(store: Path) -> dict[str, list[int]]:
         return {}
     found: dict[str, list[int]] = {}
     for card in store.glob(f"*/*/{CARD}"):
-        if card.parent.name.isdigit():
+        if re.fullmatch("[1-9][0-9]*", card.parent.name):
             found.setdefault(card.parent.parent.name, []).append(int(card.parent.name))
     return {name: sorted(numbers) for name, numbers in sorted(found.items())}
 
