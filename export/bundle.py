@@ -13,7 +13,7 @@ from torch import Tensor
 
 from export.parity import check_parity, measure_parity
 from export.torchscript import write_torchscript
-from models.card import Card, ExportFacts, Parity, dump_card
+from models.card import Card, ExportFacts, Parity, check_facts, dump_card
 from models.checkpoint import load_checkpoint
 from models.contract import Network
 from models.errors import BadOption
@@ -42,6 +42,7 @@ def export_network(
     network: Network, card: Card, store: Path, *, backend: str = "torchscript", source: str = ""
 ) -> Path:
     """As `export_checkpoint`, from a network in memory; source: sha256 of the file it came from, if any."""
+    check_facts(card)
     card = dataclasses.replace(card, version=max(versions(store).get(card.name, [0])) + 1, export=None)
     network = network.eval().requires_grad_(False)
     place = store / card.name

@@ -37,6 +37,8 @@ def write_torchscript(network: Network, image_B3hw: Tensor, noise_SBL: Tensor, d
     image_B3hw = image_B3hw.contiguous(memory_format=torch.channels_last)
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated", category=DeprecationWarning)
+        # Tracing guesses which sizes may be wrong constants; the parity gate runs other sizes, and knows.
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
         features = network.encode(image_B3hw)
         halves = {
             "encode.ts": (_Encode(network), (image_B3hw,)),

@@ -7,6 +7,7 @@ with `export` filled in. Reading is strict: an unknown, missing or mistyped fiel
 import dataclasses
 import json
 import math
+import re
 import types
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -16,6 +17,8 @@ from models.errors import BadArtifact
 CARD_FORMAT = 1
 IGNORE = 255
 """Label of pixels that are void in the data or abstained in an answer; hence at most 255 classes."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+"""A model's name is a directory, a label of metrics and a part of URLs."""
 
 T = TypeVar("T")
 
@@ -164,7 +167,7 @@ def parse_card(text: str) -> Card:
     if isinstance(data, dict) and data.get("format") != CARD_FORMAT:
         raise BadArtifact(f"the card has format {data.get('format')!r}; this Penumbra reads format {CARD_FORMAT}")
     card = read_strict(Card, data, where="card")
-    _check_facts(card)
+    check_facts(card)
     return card
 
 
@@ -227,11 +230,13 @@ def _kind_name(value: Any) -> str:
     return f"{value!r} ({type(value).__name__})"
 
 
-def _check_facts(card: Card) -> None:
+def check_facts(card: Card) -> None:
+    """Raises BadArtifact naming the first fact that is impossible or contradicts another."""
     window, sampling, temperature = card.window, card.sampling, card.readout.temperature
     colors = [value for info in card.classes for value in info.color]
     num_members = len(sampling.members)
     failures = {
+        "name is no directory's; up to 100 letters, digits, '.', '_' and '-' are": not NAME.fullmatch(card.name),
         f"has {card.num_classes} classes; 1 to {IGNORE} can be served": not 1 <= card.num_classes <= IGNORE,
         "has a class with a color outside 0 to 255": not all(0 <= value <= 255 for value in colors),
         f"has input.std {card.input.std} and input.scale {card.input.scale}; pixels are divided by both":
@@ -248,4 +253,4 @@ def _check_facts(card: Card) -> None:
     }  # fmt: skip
     for sentence, failed in failures.items():
         if failed:
-            raise BadArtifact(f"the card of {card.name}: {sentence}")
+            raise BadArtifact(f"the card of {card.name[:60]!r}: {sentence}")

@@ -121,6 +121,7 @@ ONE_CLASS = {"name": "x", "color": [0, 0, 0]}
 @pytest.mark.parametrize(
     ("path", "value", "named"),
     [
+        *[("name", name, "name") for name in ("../escape", "a/b", "", ".hidden", "..", "a b", "x" * 200, "a\n")],
         ("classes", [], "0 classes"),
         ("classes", [ONE_CLASS] * 256, "256 classes"),
         ("classes.1.color.0", 256, "color"),

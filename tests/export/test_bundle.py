@@ -1,0 +1,158 @@
+"""Export: the artifact reproduces its network at any B and S, or nothing is written."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from export.bundle import export_checkpoint, export_network, verify_artifact
+from models.card import Card, ClassInfo, InputSpec, Readout, WindowSpec
+from models.checkpoint import save_checkpoint
+from models.contract import Features, Network
+from models.errors import BadArtifact, BadCheckpoint, BadOption, ParityFailed
+from models.toy.net import ToyConfig, ToyNetwork
+from serving.engine.backend import load_backend
+from serving.engine.store import open_artifact, sha256_of, versions
+from tests.conftest import toy_card
+from tests.models.small import SMALL, seeded
+
+
+def small_card(name: str, network: Network) -> Card:
+    classes = tuple(ClassInfo(f"class {k}", (k, k, k)) for k in range(3))
+    return Card(
+        name.replace(" ", "-"), 1, name.split()[0], dataclasses.asdict(SMALL[name]), classes, InputSpec(),
+        WindowSpec(64, 80), network.sampling, Readout(),
+    )  # fmt: skip
+
+
+def same_contents(store: Path) -> list[Path]:
+    return sorted(store.rglob("*"))
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "toy"])
+@torch.inference_mode()
+def test_graphs_agree_with_their_network_at_batches_and_samples_other_than_traced(name: str, tmp_path: Path) -> None:
+    network = seeded(name)
+    artifact = open_artifact(export_network(network, small_card(name, network), tmp_path))
+    graphs = load_backend(artifact.card, artifact.directory, torch.device("cpu"))
+    generator, sampling = torch.Generator().manual_seed(3), network.sampling
+    for num_windows, num_samples in ((1, 1), (5, 1), (1, 5), (5, 5)):
+        if sampling.kind in ("members", "single"):
+            num_samples = sampling.default_samples
+        image = torch.randn(num_windows, 3, 64, 80, generator=generator)
+        noise = torch.randn(num_samples, num_windows, sampling.noise_length, generator=generator)
+        wanted = network(image, noise)
+        got = graphs.decode(graphs.encode(image), noise)
+        assert got.shape == wanted.shape
+        assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+def test_the_artifacts_card_says_where_it_comes_from_and_how_near_it_is(tmp_path: Path) -> None:
+    checkpoint, store = tmp_path / "toy.safetensors", tmp_path / "store"
+    save_checkpoint(checkpoint, *toy_card("latent"))
+    directory = export_checkpoint(checkpoint, store)
+    facts = open_artifact(directory).card.export
+    assert facts and facts.checkpoint == sha256_of(checkpoint)
+    assert facts.backend == "torchscript" and facts.precision == "fp32" and facts.torch == torch.__version__
+    assert facts.files == {path.name: sha256_of(path) for path in directory.iterdir() if path.name != "card.json"}
+    assert facts.parity.label_flips_percent == 0 and facts.parity.variance_ratio == pytest.approx(1)
+
+
+def test_every_export_is_the_next_version_and_leaves_the_former_alone(tmp_path: Path) -> None:
+    card, network = toy_card("pointwise")
+    first = export_network(network, card, tmp_path)
+    before = {path.name: path.read_bytes() for path in first.iterdir()}
+    second = export_network(network, card, tmp_path)
+    assert (first.name, second.name) == ("1", "2")
+    assert open_artifact(second).card.version == 2
+    assert {path.name: path.read_bytes() for path in first.iterdir()} == before
+    assert versions(tmp_path) == {"toy-pointwise": [1, 2]}
+
+
+class Restless(ToyNetwork):
+    """Its encode depends on how often it was called: no graph can reproduce it."""
+
+    calls = 0
+
+    def encode(self, image_B3hw: Tensor) -> Features:
+        self.calls += 1
+        return (super().encode(image_B3hw)[0] + self.calls,)
+
+
+class Random(ToyNetwork):
+    """Draws its own noise, against the contract."""
+
+    def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
+        logits = super().decode(features, noise_SBL)
+        return logits + torch.rand_like(logits)
+
+
+class Deaf(ToyNetwork):
+    """Its latent has no effect."""
+
+    def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
+        return super().decode(features, 0 * noise_SBL)
+
+
+class Broken(ToyNetwork):
+    """Gives NaN."""
+
+    def encode(self, image_B3hw: Tensor) -> Features:
+        return (super().encode(image_B3hw)[0] * torch.nan,)
+
+
+@pytest.mark.parametrize("kind", [Restless, Random, Deaf, Broken])
+def test_an_export_that_fails_writes_nothing(kind: type[ToyNetwork], tmp_path: Path) -> None:
+    card, _ = toy_card("latent")
+    with pytest.raises(ParityFailed):
+        export_network(kind(ToyConfig(form="latent")), card, tmp_path)
+    assert same_contents(tmp_path) == []
+
+
+def test_an_export_that_fails_leaves_former_versions_alone(tmp_path: Path) -> None:
+    card, network = toy_card("latent")
+    export_network(network, card, tmp_path)
+    before = same_contents(tmp_path)
+    with pytest.raises(ParityFailed):
+        export_network(Deaf(ToyConfig(form="latent")), card, tmp_path)
+    assert same_contents(tmp_path) == before
+
+
+def test_an_unknown_backend_or_a_bad_checkpoint_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    checkpoint, store = tmp_path / "toy.safetensors", tmp_path / "store"
+    save_checkpoint(checkpoint, *toy_card("latent"))
+    with pytest.raises(BadOption, match="no backend 'caffe'; known are torchscript"):
+        export_checkpoint(checkpoint, store, backend="caffe")
+    checkpoint.write_bytes(b"not a checkpoint")
+    with pytest.raises(BadCheckpoint):
+        export_checkpoint(checkpoint, store)
+    assert not store.exists()
+
+
+@pytest.mark.parametrize("name", ["../escape", "a/b", "", ".hidden", "..", "a b", "x" * 200])
+def test_a_model_name_that_is_no_directory_name_is_refused(name: str, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    card, network = toy_card("pointwise")
+    with pytest.raises(BadArtifact, match="name"):
+        export_network(network, dataclasses.replace(card, name=name), store)
+    assert not same_contents(tmp_path)
+
+
+def test_verifying_measures_the_artifact_here(tmp_path: Path) -> None:
+    card, network = toy_card("latent")
+    directory = export_network(network, card, tmp_path)
+    parity = verify_artifact(directory)
+    assert parity.label_flips_percent == 0 and parity.relative < 1e-5
+    assert parity == open_artifact(directory).card.export.parity  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["encode.ts", "decode.ts", "golden.safetensors"])
+def test_verifying_refuses_a_flipped_bit(name: str, tmp_path: Path) -> None:
+    directory = export_network(*reversed(toy_card("latent")), tmp_path)
+    data = bytearray((directory / name).read_bytes())
+    data[len(data) // 2] ^= 4
+    (directory / name).write_bytes(data)
+    with pytest.raises(BadArtifact, match=f"{name} was changed"):
+        verify_artifact(directory)

@@ -1,0 +1,108 @@
+"""The parity gate: equal logits measure as equal, and what users would notice is refused by figure."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from export.parity import check_parity, measure_parity, rank_correlation
+from models.card import Parity
+from models.errors import ParityFailed
+from tests.conftest import toy_card
+
+CARD = toy_card("latent")[0]
+SINGLE = toy_card("pointwise")[0]
+EQUAL = Parity(max_abs=0, relative=0, label_flips_percent=0, entropy_rank_correlation=1, variance_ratio=1)
+
+
+def logits(num_samples: int = 3) -> Tensor:
+    return 4 * torch.randn(num_samples, 2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+
+
+def measure(wanted: Tensor, got: Tensor) -> Parity:
+    return measure_parity(wanted, got, CARD, height=32, width=48)
+
+
+def test_identical_logits_differ_in_nothing() -> None:
+    assert measure(logits(), logits()) == EQUAL
+    check_parity(EQUAL, CARD)
+
+
+def test_a_small_error_is_measured_and_passes() -> None:
+    got = logits()
+    got[0, 0, 0, 0, 0] += 1e-4
+    parity = measure(logits(), got)
+    assert parity.max_abs == pytest.approx(1e-4, rel=1e-2)
+    assert parity.relative == pytest.approx(1e-4 / float(logits().abs().max()), rel=1e-2)
+    check_parity(parity, CARD)
+
+
+def test_swapped_classes_flip_labels() -> None:
+    parity = measure(logits(), logits().flip(2))
+    assert parity.label_flips_percent > 50
+    with pytest.raises(ParityFailed, match="toy-latent does not reproduce its checkpoint"):
+        check_parity(parity, CARD)
+
+
+def test_a_collapsed_latent_is_refused() -> None:
+    collapsed = logits().mean(0, keepdim=True).expand(3, -1, -1, -1, -1)
+    parity = measure(logits(), collapsed)
+    assert parity.variance_ratio < 1e-6
+    small = dataclasses.replace(EQUAL, variance_ratio=parity.variance_ratio)
+    with pytest.raises(ParityFailed, match=r"sample variance is 0\.000 of the checkpoint's"):
+        check_parity(small, CARD)
+
+
+def test_a_checkpoint_whose_latent_does_nothing_is_refused() -> None:
+    collapsed = logits()[:1].expand(3, -1, -1, -1, -1)
+    with pytest.raises(ParityFailed, match="no effect on the logits"):
+        measure(collapsed, collapsed)
+
+
+def test_one_sample_has_no_variance_to_compare() -> None:
+    assert measure_parity(logits(1), logits(1), SINGLE, height=32, width=48) == EQUAL
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 3, 16, 23), (2, 2, 3, 16, 24), (3, 2, 2, 16, 24)])
+def test_other_shapes_are_refused_with_both(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ParityFailed) as refusal:
+        measure(logits(), torch.zeros(shape))
+    assert str(list(shape)) in str(refusal.value) and "[3, 2, 3, 16, 24]" in str(refusal.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(value: float) -> None:
+    got = logits()
+    got[1, 1, 1, 1, 1] = value
+    with pytest.raises(ParityFailed, match="not finite"):
+        measure(logits(), got)
+
+
+@pytest.mark.parametrize(
+    ("figure", "value", "sentence"),
+    [
+        ("relative", 2e-3, "relative error 2.0e-03, 1e-03 allowed"),
+        ("relative", float("nan"), "relative error nan"),
+        ("label_flips_percent", 0.02, "0.020 % of labels flip"),
+        ("entropy_rank_correlation", 0.99, "entropy rank correlation 0.990000"),
+        ("entropy_rank_correlation", float("nan"), "entropy rank correlation nan"),
+        ("variance_ratio", 0.5, "sample variance is 0.500"),
+        ("variance_ratio", 2.0, "sample variance is 2.000"),
+        ("variance_ratio", float("nan"), "sample variance is nan"),
+    ],
+)
+def test_each_figure_outside_its_tolerance_is_named(figure: str, value: float, sentence: str) -> None:
+    with pytest.raises(ParityFailed) as refusal:
+        check_parity(dataclasses.replace(EQUAL, **{figure: value}), CARD)
+    assert sentence in str(refusal.value)
+
+
+def test_rank_correlation_of_orders() -> None:
+    values = np.random.Generator(np.random.PCG64(0)).normal(size=1000)
+    assert rank_correlation(values, values) == 1
+    assert rank_correlation(values, np.exp(values)) == pytest.approx(1)
+    assert rank_correlation(values, -values) == pytest.approx(-1)
+    assert abs(rank_correlation(values, np.roll(values, 1))) < 0.1
+    assert rank_correlation(np.zeros(5), np.zeros(5)) == 1
