@@ -1,5 +1,6 @@
 # The two commands of the README are `make serve` and `make test`; both set the environment up first.
 PORT ?= 3000
+GRPC_PORT ?= 3001
 STORE ?= store
 BIN := .venv/bin
 
@@ -15,7 +16,7 @@ setup: .venv/ready
 	@touch $@
 
 serve: setup
-	$(BIN)/penumbra serve --port $(PORT) --store $(STORE)
+	$(BIN)/penumbra serve --port $(PORT) --grpc-port $(GRPC_PORT) --store $(STORE)
 
 test: setup
 	$(BIN)/pytest

@@ -47,9 +47,10 @@ def main() -> None:
 @main.command()
 @STORE
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind; 0.0.0.0 for all.")
-@click.option("--port", default=3000, show_default=True)
-def serve(store: Path, host: str, port: int) -> None:
-    """Serve a store over HTTP; an empty one is filled with the demo models first."""
+@click.option("--port", default=3000, show_default=True, help="Of HTTP.")
+@click.option("--grpc-port", default=3001, show_default=True, help="Of gRPC; 0 for none.")
+def serve(store: Path, host: str, port: int, grpc_port: int) -> None:
+    """Serve a store over HTTP and gRPC; an empty one is filled with the demo models first."""
     from export.zoo import fill_store
 
     fill_store(store)
@@ -57,6 +58,7 @@ def serve(store: Path, host: str, port: int) -> None:
     home.mkdir(mode=0o700, exist_ok=True)
     environment = os.environ | {
         "PENUMBRA_STORE": str(store.resolve()),
+        "PENUMBRA_GRPC_ADDRESS": f"{host}:{grpc_port}" if grpc_port else "",
         "BENTOML_HOME": str(home),  # two servers with one home delete each other's files
         "BENTOML_DO_NOT_TRACK": "True",
     }

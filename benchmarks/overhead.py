@@ -103,7 +103,18 @@ def start_server(store: Path) -> tuple[subprocess.Popen[bytes], int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "penumbra", "serve", "--store", str(store), "--port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "penumbra",
+        "serve",
+        "--store",
+        str(store),
+        "--port",
+        str(port),
+        "--grpc-port",
+        "0",
+    ]
     environment = os.environ | {"PENUMBRA_LOG_LEVEL": "WARNING", "PENUMBRA_PREDRAIN_S": "0"}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     for _ in range(240):

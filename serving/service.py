@@ -2,10 +2,10 @@
 
     bentoml serve serving.service:Penumbra
 
-One worker process per device. Every route is ours (`serving.rest`) on a mounted Starlette app; one typed
-BentoML route serves `bentoml.SyncHTTPClient`. This module is also imported by BentoML's supervisor, so torch and
-the engine are imported where the worker builds its service. BentoML's metrics, UI page, URL inputs, pickle
-bodies, batching and inter-process calls are off.
+One worker process per device. Every route is ours (`serving.rest`) on a mounted Starlette app, gRPC runs in the
+same event loop (`serving.oip_grpc`), and one typed BentoML route serves `bentoml.SyncHTTPClient`. This module is also
+imported by BentoML's supervisor, so torch and the engine are imported where the worker builds its service. BentoML's
+metrics, UI page, URL inputs, pickle bodies, batching and inter-process calls are off.
 """
 
 import asyncio
@@ -29,6 +29,7 @@ from serving.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from serving.gateway import Gateway
+    from serving.oip_grpc import GrpcServer
 
 SETTINGS = Settings()
 TELEMETRY = Telemetry()
@@ -63,6 +64,7 @@ class Penumbra:
         self.gateway = build_gateway(SETTINGS, TELEMETRY)
         scheduler = self.gateway.segmenter.scheduler
         TELEMETRY.describe(version=VERSION, queued_windows=lambda: scheduler.queued[0])
+        self.grpc: GrpcServer | None = None
         APP.router.routes[:] = routes(self.gateway, VERSION)
         APP.exception_handlers.update(ERROR_HANDLERS)
 
@@ -74,17 +76,29 @@ class Penumbra:
         gc.set_threshold(50_000, 20, 100)  # BentoML keeps ~45 objects per request alive until its timeout
         stop = signal.getsignal(signal.SIGTERM)
         loop = asyncio.get_running_loop()
+        await self._start_grpc()
 
         def drain(signum: int, frame: object) -> None:
             self.gateway.state = "draining"
+            if self.grpc:
+                self.grpc.set_serving(False)
             if callable(stop):
                 loop.call_soon_threadsafe(loop.call_later, SETTINGS.predrain_s, stop, signum, None)
 
         signal.signal(signal.SIGTERM, drain)
         self.gateway.state = "ready"
 
+    async def _start_grpc(self) -> None:
+        from serving.oip_grpc import GrpcServer
+
+        if SETTINGS.grpc_address:
+            self.grpc = GrpcServer(self.gateway, address=SETTINGS.grpc_address, message_bytes=SETTINGS.limit_body_bytes)
+            await self.grpc.start()
+
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def end(self) -> None:
+        if self.grpc:
+            await self.grpc.stop(grace_s=SETTINGS.timeout_s)
         await asyncio.to_thread(self.gateway.close)
 
     @bentoml.api  # type: ignore[untyped-decorator]

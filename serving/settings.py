@@ -10,15 +10,17 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 class Settings(BaseSettings):
     """Each field is the environment variable PENUMBRA_<NAME>; the CLI's flags set the same fields.
 
-    store: directory of artifacts. device: "cpu" or "cuda[:n]"; empty takes CUDA where there is one. threads: of
-    the inference thread; 0 takes one per usable core. deterministic: bytes of an answer never depend on what
-    else is in its batch; costs the batch sizes that this machine's kernels round differently.
-    limit_*: see docs/limits.md. predrain_s: how long readiness is down before connections are closed on SIGTERM.
+    store: directory of artifacts. grpc_address: host:port of gRPC, empty for none. device: "cpu" or "cuda[:n]";
+    empty takes CUDA where there is one. threads: of the inference thread; 0 takes one per usable core.
+    deterministic: bytes of an answer never depend on what else is in its batch; costs the batch sizes that this
+    machine's kernels round differently. limit_*: see docs/limits.md. predrain_s: how long readiness is down before
+    connections are closed on SIGTERM.
     """
 
     model_config = SettingsConfigDict(env_prefix="PENUMBRA_", frozen=True, extra="ignore")
 
     store: Path = Path("store")
+    grpc_address: str = "127.0.0.1:3001"
     device: str = ""
     threads: int = Field(0, ge=0)
     deterministic: bool = False

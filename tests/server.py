@@ -20,6 +20,7 @@ READY_S = 90
 @dataclass(frozen=True)
 class Server:
     port: int
+    grpc_port: int
     process: subprocess.Popen[bytes]
     log: Path
 
@@ -37,16 +38,17 @@ def free_port() -> int:
 @contextmanager
 def running_server(store: Path, **settings: str) -> Iterator[Server]:
     """`penumbra serve` over a store, with settings as environment; SIGTERM at the end, SIGKILL if that is ignored."""
-    port = free_port()
+    port, grpc_port = free_port(), free_port()
     log = store.parent / f"server-{port}.log"
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PENUMBRA_", "BENTOML_"))}
     environment |= {"PENUMBRA_PREDRAIN_S": "0.5", **settings}
     command = [sys.executable, "-m", "penumbra", "serve", "--store", str(store), "--port", str(port)]
+    command += ["--grpc-port", str(grpc_port)]
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=Path(__file__).parents[1]
         )
-    server = Server(port, process, log)
+    server = Server(port, grpc_port, process, log)
     try:
         _wait_until_ready(server)
         yield server

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.server import running_server
+from tests.server import Server, running_server
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -26,14 +26,15 @@ def workplace(tmp_path_factory: pytest.TempPathFactory):
     tiles.resize((480, 360), Image.Resampling.BICUBIC).save(folder / "street.jpg")
     (folder / "models").symlink_to(ROOT / "models")
     with running_server(folder / "store") as server:
-        yield folder, server.port
+        yield folder, server
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("language", "code"), BLOCKS, ids=[code.split("\n")[0][:40] for _, code in BLOCKS])
-def test_a_code_block_of_the_readme_runs(workplace: tuple[Path, int], language: str, code: str) -> None:
-    folder, port = workplace
-    code = code.replace("localhost:3000", f"127.0.0.1:{port}")
+def test_a_code_block_of_the_readme_runs(workplace: tuple[Path, Server], language: str, code: str) -> None:
+    folder, server = workplace
+    code = code.replace("localhost:3000", f"127.0.0.1:{server.port}")
+    code = code.replace("localhost:3001", f"127.0.0.1:{server.grpc_port}")
     command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euo", "pipefail", "-c", code]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PENUMBRA_")} | {
@@ -44,7 +45,7 @@ def test_a_code_block_of_the_readme_runs(workplace: tuple[Path, int], language: 
 
 
 @pytest.mark.slow
-def test_the_blocks_leave_the_pictures_the_readme_speaks_of(workplace: tuple[Path, int]) -> None:
+def test_the_blocks_leave_the_pictures_the_readme_speaks_of(workplace: tuple[Path, Server]) -> None:
     folder, _ = workplace
     with Image.open(folder / "labels.png") as labels:
         assert labels.mode == "P"
