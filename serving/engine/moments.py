@@ -70,11 +70,15 @@ def _accumulate_compiled(
 
 
 def accumulate_banded(logits_SKhw: Tensor, prob_hKw: FloatArray, entropy_hw: FloatArray, *, readout: Readout) -> None:
-    """The plain form: resize, softmax and entropy, one band of output rows after another, on any device."""
+    """The plain form: resize, softmax and entropy, one band of output rows after another, on any device.
+
+    Bands are summed where the logits are, and leave the device once.
+    """
     height, width = entropy_hw.shape
     logits = logits_SKhw.float() / readout.temperature
     below, above, fraction = _sources(logits.shape[2], height, align_corners=readout.align_corners)
     fraction_h1 = fraction.to(logits.device)[:, None]
+    prob, entropy = logits.new_empty(prob_hKw.shape), logits.new_empty(entropy_hw.shape)
     for y in range(0, height, BAND):
         rows = slice(y, min(y + BAND, height))
         low, high = logits[:, :, below[rows]], logits[:, :, above[rows]]
@@ -82,8 +86,10 @@ def accumulate_banded(logits_SKhw: Tensor, prob_hKw: FloatArray, entropy_hw: Flo
         wide = _resize_columns(lines, width, align_corners=readout.align_corners)
         log_p = torch.log_softmax(wide, dim=1)
         p_SKhw = log_p.exp()
-        prob_hKw[rows] += p_SKhw.sum(0).permute(1, 0, 2).cpu().numpy()
-        entropy_hw[rows] -= (p_SKhw * log_p).sum((0, 1)).cpu().numpy()
+        prob[rows] = p_SKhw.sum(0).permute(1, 0, 2)
+        entropy[rows] = -(p_SKhw * log_p).sum((0, 1))
+    prob_hKw += prob.cpu().numpy()
+    entropy_hw += entropy.cpu().numpy()
 
 
 def _resize_columns(lines_SKhw: Tensor, width: int, *, align_corners: bool) -> Tensor:
