@@ -95,6 +95,7 @@ def predict(
 ) -> None:  # fmt: skip
     """Segment picture files without a server; writes labels, overlay and uncertainty maps."""
     from export.zoo import fill_store
+    from models.errors import BadOption
     from serving.engine.options import SegmentOptions
     from serving.engine.segmenter import Segmenter
     from serving.engine.store import find_artifact, versions
@@ -102,13 +103,11 @@ def predict(
 
     fill_store(store)
     names = list(versions(store))
-    options = SegmentOptions(
-        model or (names[0] if len(names) == 1 else None), samples=samples, seed=seed, overlap=overlap
-    )
+    if model is None and len(names) > 1:
+        raise BadOption(f"{store} has several models, so --model is needed; there are {', '.join(names)}")
+    options = SegmentOptions(model or "".join(names), samples=samples, seed=seed, overlap=overlap)
     with Segmenter() as segmenter:
-        if options.model:
-            segmenter.load(find_artifact(store, options.model))
-        segmenter.find(options.model)
+        segmenter.load(find_artifact(store, options.model or ""))
         for path in images:
             prediction, files = predict_file(segmenter, path, options, output)
             if as_json:
@@ -125,12 +124,17 @@ def models(store: Path, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from models.errors import UnknownModel
+    from models.errors import BadArtifact, UnknownModel
     from serving.engine.store import open_artifact, versions
 
     if not versions(store):
         raise UnknownModel(f"there are no models in {store}; `penumbra export CHECKPOINT --store {store}` adds one")
-    cards = [open_artifact(store / name / str(v)).card for name, numbers in versions(store).items() for v in numbers]
+    cards = []
+    for directory in [store / name / str(v) for name, numbers in versions(store).items() for v in numbers]:
+        try:
+            cards.append(open_artifact(directory).card)
+        except BadArtifact as error:  # said beside the list, so that one broken model does not hide the others
+            click.echo(f"penumbra: {error}", err=True)
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(card) for card in cards]))
         return
@@ -147,12 +151,14 @@ def models(store: Path, as_json: bool) -> None:
 @main.command()
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--threads", type=int, default=None, help="Cores to use; all by default.")
-def train(recipe: Path, data: Path, threads: int | None) -> None:
+@click.option("--threads", type=click.IntRange(min=1), help="Cores to use; all by default.")
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Length by the clock instead of steps.")
+def train(recipe: Path, data: Path, threads: int | None, minutes: float | None) -> None:
     """Train a recipe to a checkpoint; a run that was stopped goes on where it was."""
-    from training.__main__ import run
+    from training.__main__ import follow
+    from training.recipe import read_recipe
 
-    run(recipe, data, threads=threads)
+    click.echo(follow(read_recipe(recipe), data, threads=threads, minutes=minutes))
 
 
 @main.command()

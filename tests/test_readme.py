@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.server import Server, running_server
+from tests.serving.server import Server, serving
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -25,7 +25,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory):
     tiles = Image.fromarray(rng.integers(0, 255, (18, 24, 3), dtype=np.uint8))
     tiles.resize((480, 360), Image.Resampling.BICUBIC).save(folder / "street.jpg")
     (folder / "models").symlink_to(ROOT / "models")
-    with running_server(folder / "store") as server:
+    with serving(folder / "store", folder) as server:
         yield folder, server
 
 
@@ -33,8 +33,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize(("language", "code"), BLOCKS, ids=[code.split("\n")[0][:40] for _, code in BLOCKS])
 def test_a_code_block_of_the_readme_runs(workplace: tuple[Path, Server], language: str, code: str) -> None:
     folder, server = workplace
-    code = code.replace("localhost:3000", f"127.0.0.1:{server.port}")
-    code = code.replace("localhost:3001", f"127.0.0.1:{server.grpc_port}")
+    code = code.replace("localhost:3000", server.url.removeprefix("http://"))
+    code = code.replace("localhost:3001", server.grpc_address)
     command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euo", "pipefail", "-c", code]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PENUMBRA_")} | {

@@ -1,7 +1,6 @@
 """gRPC with an unmodified tritonclient, against a real server of toys."""
 
 import io
-from pathlib import Path
 
 import grpc
 import numpy as np
@@ -12,20 +11,14 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from tests.conftest import picture
-from tests.server import Server, running_server
+from tests.serving.server import Server
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def server(toy_store: Path):
-    with running_server(toy_store) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server: Server):
-    with triton.InferenceServerClient(f"127.0.0.1:{server.grpc_port}") as connected:
+def triton_client(server: Server):
+    with triton.InferenceServerClient(server.grpc_address) as connected:
         yield connected
 
 
@@ -36,17 +29,17 @@ def _pixels(image: np.ndarray) -> triton.InferInput:
 
 
 def test_a_tensor_of_pixels_is_answered_with_exact_labels(
-    client: triton.InferenceServerClient, rng: np.random.Generator
+    triton_client: triton.InferenceServerClient, rng: np.random.Generator
 ) -> None:
     image = picture(rng, 50, 70)
-    answer = client.infer("toy-pointwise", [_pixels(image)], request_id="17", client_timeout=30)
+    answer = triton_client.infer("toy-pointwise", [_pixels(image)], request_id="17", client_timeout=30)
     assert np.array_equal(answer.as_numpy("labels"), image.argmax(-1))
     assert answer.as_numpy("entropy").shape == (50, 70)
     assert answer.get_response().id == "17"
 
 
 def test_an_encoded_file_is_answered_like_its_pixels(
-    client: triton.InferenceServerClient, rng: np.random.Generator
+    triton_client: triton.InferenceServerClient, rng: np.random.Generator
 ) -> None:
     image = picture(rng, 40, 40)
     buffer = io.BytesIO()
@@ -55,8 +48,8 @@ def test_an_encoded_file_is_answered_like_its_pixels(
     tensor.set_data_from_numpy(np.array([buffer.getvalue()], dtype=object))
     wanted = [triton.InferRequestedOutput("mutual_information")]
     options = {"outputs": wanted, "parameters": {"samples": 3, "seed": 5}, "client_timeout": 30}
-    from_file = client.infer("toy-latent", [tensor], **options)
-    from_pixels = client.infer("toy-latent", [_pixels(image)], **options)
+    from_file = triton_client.infer("toy-latent", [tensor], **options)
+    from_pixels = triton_client.infer("toy-latent", [_pixels(image)], **options)
     assert from_file.as_numpy("labels") is None
     assert np.array_equal(from_file.as_numpy("mutual_information"), from_pixels.as_numpy("mutual_information"))
 
@@ -71,27 +64,34 @@ def test_an_encoded_file_is_answered_like_its_pixels(
     ],
 )
 def test_a_bad_request_is_named_by_status_and_sentence(
-    client: triton.InferenceServerClient, model: str, shape: tuple[int, ...], parameters: dict, status: str, says: str
+    triton_client: triton.InferenceServerClient,
+    model: str,
+    shape: tuple[int, ...],
+    parameters: dict,
+    status: str,
+    says: str,
 ) -> None:
     with pytest.raises(InferenceServerException) as refused:
-        client.infer(model, [_pixels(np.zeros(shape, np.uint8))], parameters=parameters, client_timeout=30)
+        triton_client.infer(model, [_pixels(np.zeros(shape, np.uint8))], parameters=parameters, client_timeout=30)
     assert refused.value.status() == status
     assert says in refused.value.message()
 
 
-def test_health_readiness_and_metadata_are_answered(client: triton.InferenceServerClient, server: Server) -> None:
-    assert client.is_server_live(client_timeout=10)
-    assert client.is_server_ready(client_timeout=10)
-    assert client.is_model_ready("toy-latent", client_timeout=10)
-    assert not client.is_model_ready("nope", client_timeout=10)
-    assert [i.name for i in client.get_model_metadata("toy-latent", client_timeout=10).inputs] == ["image"]
-    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+def test_health_readiness_and_metadata_are_answered(
+    triton_client: triton.InferenceServerClient, server: Server
+) -> None:
+    assert triton_client.is_server_live(client_timeout=10)
+    assert triton_client.is_server_ready(client_timeout=10)
+    assert triton_client.is_model_ready("toy-latent", client_timeout=10)
+    assert not triton_client.is_model_ready("nope", client_timeout=10)
+    assert [i.name for i in triton_client.get_model_metadata("toy-latent", client_timeout=10).inputs] == ["image"]
+    with grpc.insecure_channel(server.grpc_address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         assert (
             health.Check(health_pb2.HealthCheckRequest(), timeout=10).status == health_pb2.HealthCheckResponse.SERVING
         )
 
 
-def test_a_call_that_is_not_offered_says_so(client: triton.InferenceServerClient) -> None:
+def test_a_call_that_is_not_offered_says_so(triton_client: triton.InferenceServerClient) -> None:
     with pytest.raises(InferenceServerException, match="not offered"):
-        client.get_trace_settings(client_timeout=10)
+        triton_client.get_trace_settings(client_timeout=10)

@@ -1,0 +1,93 @@
+"""A real server process for a test: `penumbra serve` on a free port, its directories its own, always ended."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).parents[2]
+START_S, END_S = 120, 30
+"""Bounds of waiting, not expectations: reached only when something is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    url: str
+    grpc_address: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60, trust_env=False)
+
+
+def until(condition: Callable[[], object], *, bound_s: float = START_S) -> None:
+    """Poll until a condition holds; an assertion fails when it never does."""
+    end = time.monotonic() + bound_s
+    while not condition():
+        assert time.monotonic() < end, "the condition never came true"
+        time.sleep(0.02)
+
+
+@contextmanager
+def serving(store: Path, directory: Path, **settings: object) -> Iterator[Server]:
+    """A ready server over a store. settings: PENUMBRA_* variables by name."""
+    port, grpc_port = _free_port(), _free_port()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PENUMBRA_", "BENTOML_"))}
+    environment |= {"HOME": str(directory), "TMPDIR": str(directory), "PENUMBRA_THREADS": "1"}
+    environment |= {f"PENUMBRA_{name.upper()}": str(value) for name, value in settings.items()}
+    command = [
+        sys.executable,
+        "-m",
+        "penumbra",
+        "serve",
+        "--store",
+        str(store),
+        "--port",
+        str(port),
+        "--grpc-port",
+        "0",
+    ]
+    command += ["--grpc-port", str(grpc_port)]
+    log = directory / "server.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    server = Server(f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", process, log)
+    try:
+        until(lambda: process.poll() is not None or _is_ready(server))
+        assert process.poll() is None, f"the server ended:\n{log.read_text()}"
+        yield server
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the session that was started above
+            process.wait(END_S)
+
+
+def _free_port() -> int:
+    """A port below those that the system gives to outgoing connections: polling one of those can meet itself."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
+
+
+def _is_ready(server: Server) -> bool:
+    try:
+        return httpx.get(f"{server.url}/readyz", timeout=5, trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
