@@ -9,8 +9,8 @@ from models.errors import PenumbraError, TooLarge, UnsupportedMedia
 from serving.statuses import status_of
 from serving.telemetry import Telemetry
 
-BENTO_PATHS = ("/predict", "/schema.json")
-"""Routes that BentoML itself answers; everything else is ours (`serving.rest`)."""
+BENTO_PATHS = {"/predict": "POST", "/schema.json": "GET"}
+"""Path and method of what BentoML itself answers; everything else is ours (`serving.rest`)."""
 HEALTH_PATHS = ("/healthz", "/livez", "/readyz")
 """BentoML has these too, before ours and with other bodies; they go straight to ours."""
 

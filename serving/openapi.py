@@ -4,7 +4,6 @@ from typing import Any
 
 from serving.engine.options import DEFAULT_MAPS
 from serving.engine.uncertainty import MAPS
-from serving.guard import BENTO_PATHS
 from serving.render import WRITERS
 
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
@@ -43,7 +42,7 @@ def describe(version: str) -> dict[str, Any]:
             "/readyz": {"get": _plain("Readiness: 200 when models are loaded and verified and no drain has begun.")},
             "/metrics": {"get": _plain("Prometheus metrics.", media="text/plain")},
             "/docs.json": {"get": _plain("This document.")},
-            BENTO_PATHS[0]: {"post": _predict()},
+            "/predict": {"post": _predict()},
         },
         "components": {"schemas": {
             "Error": {"type": "object", "properties": {"error": {"type": "string"}}, "required": ["error"]},

@@ -36,15 +36,16 @@ def routes(gateway: Gateway, version: str) -> list[BaseRoute]:
         Route("/readyz", surface.ready),
         Route("/metrics", surface.metrics),
         Route("/docs.json", surface.openapi),
-        Elsewhere("/{path:path}", surface.not_found, methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
+        Elsewhere("/{path:path}", surface.elsewhere, methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
     ]
 
 
 class Elsewhere(Route):
-    """Matches every path but those that BentoML answers."""
+    """Matches everything but what BentoML answers, also the wrong methods of known paths."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        return (Match.NONE, {}) if scope["path"] in BENTO_PATHS else super().matches(scope)
+        is_bentos = BENTO_PATHS.get(scope["path"], "") == scope.get("method")
+        return (Match.NONE, {}) if is_bentos else super().matches(scope)
 
 
 class Surface:
@@ -94,10 +95,17 @@ class Surface:
     async def docs_page(self, _: Request) -> Response:
         return HTMLResponse(_docs_html(describe(self._version)))
 
-    async def not_found(self, request: Request) -> Response:
-        return error_response(
-            404, f"there is no {request.method} {request.url.path[:80]}; /docs.json lists what there is"
-        )
+    async def elsewhere(self, request: Request) -> Response:
+        """405 where the path takes another method, else 404."""
+        path, method = request.url.path, request.method
+        partial = [
+            r for r in request.app.routes if isinstance(r, Route) and r.matches(request.scope)[0] is Match.PARTIAL
+        ]
+        allowed = sorted({m for route in partial for m in route.methods or ()} | set(BENTO_PATHS.get(path, "").split()))
+        if allowed:
+            takes = ", ".join(allowed)
+            return error_response(405, f"{path[:80]} does not take {method}; it takes {takes}", {"Allow": takes})
+        return error_response(404, f"there is no {method} {path[:80]}; /docs.json lists what there is")
 
 
 async def read_upload(request: Request) -> tuple[bytes, dict[str, str]]:

@@ -45,19 +45,8 @@ def serving(store: Path, directory: Path, **settings: object) -> Iterator[Server
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PENUMBRA_", "BENTOML_"))}
     environment |= {"HOME": str(directory), "TMPDIR": str(directory), "PENUMBRA_THREADS": "1"}
     environment |= {f"PENUMBRA_{name.upper()}": str(value) for name, value in settings.items()}
-    command = [
-        sys.executable,
-        "-m",
-        "penumbra",
-        "serve",
-        "--store",
-        str(store),
-        "--port",
-        str(port),
-        "--grpc-port",
-        "0",
-    ]
-    command += ["--grpc-port", str(grpc_port)]
+    command = [sys.executable, "-m", "penumbra", "serve", "--store", str(store)]
+    command += ["--port", str(port), "--grpc-port", str(grpc_port)]
     log = directory / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(

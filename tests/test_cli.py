@@ -1,0 +1,220 @@
+"""The command line: what it writes and prints, its exit codes, and one sentence on stderr when it fails."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from models.checkpoint import save_checkpoint
+from penumbra import main
+from serving.engine.store import open_artifact, sha256_of
+from tests.conftest import CLASSES, picture, toy_card
+
+MAPS = ("confidence", "entropy", "mutual_information")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def opened(path: Path) -> Image.Image:
+    """A picture whose file is closed again."""
+    with Image.open(path) as image:
+        image.load()
+        return image
+
+
+def failed(result: Result, code: int, *words: str) -> None:
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    (sentence,) = result.stderr.strip().splitlines()
+    assert sentence.startswith("penumbra: ") and "Traceback" not in sentence
+    for word in words:
+        assert word in sentence
+
+
+@pytest.fixture
+def photo(tmp_path: Path, rng: np.random.Generator) -> Path:
+    path = tmp_path / "photo.png"
+    Image.fromarray(picture(rng, 40, 66)).save(path)
+    return path
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "toy.safetensors"
+    save_checkpoint(path, *toy_card("latent"))
+    return path
+
+
+def test_help_lists_the_verbs_in_the_order_of_the_work() -> None:
+    output = run("--help").stdout
+    places = [output.index(f"\n  {verb} ") for verb in ("serve", "predict", "models", "train", "export", "verify")]
+    assert places == sorted(places)
+    assert run("--version").exit_code == 0
+
+
+def test_models_lists_the_store(toy_store: Path) -> None:
+    result = run("models", "--store", toy_store)
+    assert result.exit_code == 0 and all(f"toy-{form}" in result.stdout for form in ("latent", "nan", "opposed"))
+    cards = json.loads(run("models", "--store", toy_store, "--json").stdout)
+    assert [card["name"] for card in cards] == ["toy-latent", "toy-nan", "toy-opposed", "toy-pointwise"]
+    assert cards[0]["sampling"]["kind"] == "latent" and cards[0]["export"]["backend"] == "torchscript"
+
+
+def test_models_of_an_absent_store_are_none(tmp_path: Path) -> None:
+    failed(run("models", "--store", tmp_path / "none", "--json"), 2, "there are no models", "penumbra export")
+
+
+# -- predict -------------------------------------------------------------------------------------
+
+
+def test_predict_writes_labels_overlay_maps_and_arrays(toy_store: Path, tmp_path: Path, photo: Path) -> None:
+    out = tmp_path / "out"
+    result = run("predict", photo, "-m", "toy-pointwise", "-o", out, "--store", toy_store)
+    assert result.exit_code == 0, result.output
+    names = {"labels", "overlay", *MAPS}
+    assert {path.name for path in out.iterdir()} == {f"photo_{name}.png" for name in names} | {"photo_maps.npz"}
+    image = np.asarray(opened(photo))
+    clear = np.diff(np.sort(image.astype(int), axis=-1))[:, :, -1] > 0
+    labels = opened(out / "photo_labels.png")
+    assert labels.mode == "P" and labels.size == (66, 40)
+    assert (np.asarray(labels) == image.argmax(-1))[clear].all()
+    assert np.reshape(labels.getpalette(), (-1, 3))[:3].tolist() == [list(info.color) for info in CLASSES]
+    for name in names - {"labels"}:
+        written = opened(out / f"photo_{name}.png")
+        assert written.mode == "RGB" and written.size == (66, 40)
+    with np.load(out / "photo_maps.npz") as file:
+        arrays = dict(file)
+    assert set(arrays) == {"labels", *MAPS}
+    assert np.array_equal(arrays["labels"], np.asarray(labels))
+    assert arrays["entropy"].dtype == np.float32 and arrays["entropy"].shape == (40, 66)
+
+
+def test_predict_prints_one_json_object_per_picture(toy_store: Path, tmp_path: Path, photo: Path) -> None:
+    other = tmp_path / "other.png"
+    opened(photo).rotate(90, expand=True).save(other)
+    out = tmp_path / "out"
+    result = run(
+        "predict", photo, other, "-m", "toy-latent", "-o", out, "--store", toy_store, "--samples", 3, "--seed", 9,
+        "--overlap", 0.5, "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [answer["image"] for answer in answers] == [str(photo), str(other)]
+    assert [answer["size"] for answer in answers] == [[40, 66], [66, 40]]
+    for answer in answers:
+        assert (answer["model"], answer["samples"], answer["seed"]) == ("toy-latent", 3, 9)
+        assert set(answer["files"]) == {"labels", "overlay", "maps", *MAPS}
+        assert sum(row["pixels"] for row in answer["classes"]) == 40 * 66
+
+
+def test_predict_gives_the_same_arrays_for_the_same_seed(toy_store: Path, tmp_path: Path, photo: Path) -> None:
+    written = []
+    for seed, place in ((1, "a"), (1, "b"), (2, "c")):
+        run("predict", photo, "-m", "toy-latent", "-o", tmp_path / place, "--store", toy_store, "--seed", seed)
+        written.append((tmp_path / place / "photo_maps.npz").read_bytes())
+    assert written[0] == written[1] != written[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["-m", "unheard"], ["'unheard'", "toy-latent"]),
+        ([], ["--model is needed", "toy-latent"]),
+        (["-m", "toy-latent", "--samples", "0"], ["samples is 0"]),
+        (["-m", "toy-opposed", "--samples", "3"], ["2 members"]),
+        (["-m", "toy-latent", "--overlap", "1.5"], ["overlap is 1.5"]),
+        (["-m", "toy-latent", "--overlap", "nan"], ["overlap is nan"]),
+        (["-m", "toy-latent", "--seed", "-1"], ["seed is -1"]),
+    ],
+)
+def test_a_wrong_option_is_one_sentence_and_exit_code_2(
+    toy_store: Path, tmp_path: Path, photo: Path, options: list[str], words: list[str]
+) -> None:
+    failed(run("predict", photo, "-o", tmp_path / "out", "--store", toy_store, *options), 2, *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["predict"], ["predict", "absent.png"], ["predict", "--samples", "x", "a.png"], ["nothing"], ["verify"]],
+)
+def test_a_wrong_command_line_is_exit_code_2(arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2 and "Error:" in result.stderr
+
+
+def test_a_picture_that_cannot_be_read_is_named_with_exit_code_1(toy_store: Path, tmp_path: Path) -> None:
+    path = tmp_path / "notes.png"
+    path.write_text("not a picture")
+    failed(
+        run("predict", path, "-m", "toy-latent", "--store", toy_store, "-o", tmp_path), 1, "notes.png", "none of PNG"
+    )
+
+
+def test_a_model_that_breaks_on_a_picture_is_one_sentence_with_exit_code_1(toy_store: Path, tmp_path: Path) -> None:
+    path = tmp_path / "white.png"
+    Image.new("RGB", (5, 5), (255, 255, 255)).save(path)
+    failed(run("predict", path, "-m", "toy-nan", "--store", toy_store, "-o", tmp_path), 1, "not finite")
+
+
+# -- export and verify ---------------------------------------------------------------------------
+
+
+def test_export_and_verify_print_place_and_parity(checkpoint: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    result = run("export", checkpoint, "--store", store)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[0] == str(store / "toy-latent" / "1")
+    figures = ("max_abs", "relative", "label_flips_percent", "entropy_rank_correlation", "variance_ratio")
+    assert [line.split()[0] for line in result.stdout.splitlines()[1:]] == list(figures)
+    exported = json.loads(run("export", checkpoint, "--store", store, "--json").stdout)
+    assert exported["directory"] == str(store / "toy-latent" / "2") and tuple(exported["parity"]) == figures
+    facts = open_artifact(store / "toy-latent" / "2").card.export
+    assert facts and facts.checkpoint == sha256_of(checkpoint)
+    assert json.loads(run("verify", "toy-latent", "--store", store, "--json").stdout) == exported
+    older = json.loads(run("verify", "toy-latent", "--version", 1, "--store", store, "--json").stdout)
+    assert older["directory"] == str(store / "toy-latent" / "1")
+
+
+def test_verify_refuses_a_changed_artifact_with_exit_code_1(checkpoint: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    run("export", checkpoint, "--store", store)
+    graph = store / "toy-latent" / "1" / "encode.ts"
+    graph.write_bytes(graph.read_bytes() + b"x")
+    failed(run("verify", "toy-latent", "--store", store), 1, "encode.ts was changed")
+    failed(run("verify", "toy-latent", "--store", store, "--json"), 1, "encode.ts was changed")
+
+
+def test_verify_of_what_is_not_there_is_exit_code_2(toy_store: Path) -> None:
+    failed(run("verify", "unheard", "--store", toy_store), 2, "'unheard'", "toy-latent")
+    failed(run("verify", "toy-latent", "--version", 7, "--store", toy_store), 2, "no version 7")
+
+
+def test_export_of_a_bad_checkpoint_is_exit_code_1_and_writes_nothing(tmp_path: Path) -> None:
+    store, path = tmp_path / "store", tmp_path / "bad.safetensors"
+    path.write_bytes(b"not a checkpoint")
+    failed(run("export", path, "--store", store), 1, "bad.safetensors is not a safetensors file")
+    card, network = toy_card("latent")
+    save_checkpoint(path, dataclasses.replace(card, name="../escape"), network)
+    failed(run("export", path, "--store", store), 1, "name")
+    assert not store.exists() and sorted(tmp_path.iterdir()) == [path]
+
+
+def test_export_to_an_unknown_backend_is_exit_code_2(checkpoint: Path, tmp_path: Path) -> None:
+    failed(run("export", checkpoint, "--store", tmp_path / "s", "--backend", "caffe"), 2, "'caffe'", "torchscript")
+
+
+def test_one_broken_artifact_does_not_hide_the_others(checkpoint: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    run("export", checkpoint, "--store", store)
+    run("export", checkpoint, "--store", store)
+    (store / "toy-latent" / "1" / "encode.ts").unlink()
+    result = run("models", "--store", store, "--json")
+    assert [card["version"] for card in json.loads(result.stdout)] == [2]
+    assert "encode.ts" in result.stderr
