@@ -125,7 +125,7 @@ def models(store: Path, as_json: bool) -> None:
     from rich.table import Table
 
     from models.errors import BadArtifact, UnknownModel
-    from serving.engine.store import artifact_card, versions
+    from serving.engine.store import open_artifact, versions
 
     if not versions(store):
         raise UnknownModel(f"there are no models in {store}; `penumbra export CHECKPOINT --store {store}` adds one")

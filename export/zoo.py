@@ -6,11 +6,10 @@ from rich.console import Console
 from rich.progress import track
 
 import models
-from export.bundle import export_checkpoint
-from models.checkpoint import read_card
-from serving.engine.store import find_artifact, open_artifact, sha256_of, versions
+from serving.engine.store import artifact_card, find_artifact, sha256_of, versions
 
 ZOO = Path(models.__file__).parent / "zoo"
+"""One `<name>.safetensors` per demo model."""
 
 
 def fill_store(store: Path) -> list[Path]:
@@ -18,19 +17,19 @@ def fill_store(store: Path) -> list[Path]:
 
     Only an empty store, or one that holds a model of the zoo already, is a demo store; others are left alone.
     """
-    checkpoints = {read_card(path).name: path for path in sorted(ZOO.glob("*.safetensors"))}
+    checkpoints = {path.stem: path for path in sorted(ZOO.glob("*.safetensors"))}
     present = versions(store)
     if present and not checkpoints.keys() & present.keys():
         return []
-    stale = [path for name, path in checkpoints.items() if not _is_current(store, name, path)]
+    stale = [path for name, path in checkpoints.items() if name not in present or not _is_current(store, path)]
     if not stale:
         return []
+    from export.bundle import export_checkpoint  # imports torch, which a full store does not need
+
     console = Console(stderr=True)
     return [export_checkpoint(path, store) for path in track(stale, "Exporting the demo models", console=console)]
 
 
-def _is_current(store: Path, name: str, checkpoint: Path) -> bool:
-    if name not in versions(store):
-        return False
-    facts = open_artifact(find_artifact(store, name)).card.export
+def _is_current(store: Path, checkpoint: Path) -> bool:
+    facts = artifact_card(find_artifact(store, checkpoint.stem)).export
     return facts is not None and facts.checkpoint == sha256_of(checkpoint)

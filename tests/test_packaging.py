@@ -1,6 +1,8 @@
 """What is installed is what is declared."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import requires
 from pathlib import Path
@@ -33,3 +35,9 @@ def test_the_lock_names_every_declared_dependency_and_no_index() -> None:
     declared = {re.split(r"[^A-Za-z0-9_.-]", d)[0].lower() for group in groups for d in group}
     assert declared <= locked
     assert "://" not in lock
+
+
+def test_the_supervisor_and_a_full_store_are_reached_without_torch() -> None:
+    code = "import sys, serving.service, export.zoo; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.stdout.strip() == "False", done.stderr

@@ -7,13 +7,13 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from models.card import Card, parse_card
 from models.errors import BadArtifact, UnknownModel
+
+if TYPE_CHECKING:  # torch is imported where tensors are read: looking into a store is instant
+    from torch import Tensor
 
 CARD = "card.json"
 GOLDEN = "golden.safetensors"
@@ -23,9 +23,9 @@ GOLDEN = "golden.safetensors"
 class Golden:
     """One recorded call: image_B3hw (normalised), noise_SBL and the checkpoint's logits_SBKhw."""
 
-    image_B3hw: Tensor
-    noise_SBL: Tensor
-    logits_SBKhw: Tensor
+    image_B3hw: "Tensor"
+    noise_SBL: "Tensor"
+    logits_SBKhw: "Tensor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,10 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def open_artifact(directory: Path) -> Artifact:
-    """Read and check an artifact, a directory store/<name>/<version>.
+def artifact_card(directory: Path) -> Card:
+    """The card of an artifact, a directory store/<name>/<version>; its files are not looked at.
 
-    Raises BadArtifact: a missing file, a wrong hash, a card that does not read or belongs elsewhere.
+    Raises BadArtifact: a card that does not read, belongs elsewhere, or names no exported files.
     """
     try:
         card = parse_card((directory / CARD).read_text("utf-8"))
@@ -57,6 +57,13 @@ def open_artifact(directory: Path) -> Artifact:
         raise BadArtifact(f"{directory} holds {card.name} version {card.version}; its directories must be named so")
     if card.export is None or GOLDEN not in card.export.files:
         raise BadArtifact(f"{directory}: the card names no exported files; export the checkpoint again")
+    return card
+
+
+def open_artifact(directory: Path) -> Artifact:
+    """Read and check an artifact. Raises BadArtifact as `artifact_card`, or a missing file, or a wrong hash."""
+    card = artifact_card(directory)
+    assert card.export
     for name, wanted in card.export.files.items():
         path = directory / name
         if Path(name).name != name or not path.is_file():
@@ -67,6 +74,9 @@ def open_artifact(directory: Path) -> Artifact:
 
 
 def _read_golden(path: Path) -> Golden:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         tensors = load_file(path)
         return Golden(tensors["image_B3hw"], tensors["noise_SBL"], tensors["logits_SBKhw"])
