@@ -5,7 +5,7 @@ from contextlib import suppress
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from models.errors import PenumbraError, TooLarge, UnsupportedMedia
+from models.errors import Cancelled, PenumbraError, TooLarge, UnsupportedMedia
 from serving.statuses import status_of
 from serving.telemetry import Telemetry
 
@@ -47,7 +47,7 @@ class Guard:
             raise UnsupportedMedia(f"the body is {media[:60] or 'of no type'}; {path} takes application/json")
 
     async def _read(self, receive: Receive, *, declared: bytes) -> bytes:
-        """The whole body. Raises TooLarge from its declared length, else as soon as more has arrived."""
+        """The whole body. Raises TooLarge from its declared length, else as soon as more has arrived; Cancelled."""
         limit = self._body_bytes
         remedy = f"bytes and the limit is {limit:,}; send a smaller or better compressed image, or parts of it"
         if declared.isdigit() and (len(declared) > 18 or int(declared) > limit):
@@ -56,6 +56,8 @@ class Guard:
         size, more = 0, True
         while more:
             message = await receive()
+            if message["type"] == "http.disconnect":
+                raise Cancelled("the caller went away before the whole body had arrived")
             chunks.append(message.get("body", b""))
             size, more = size + len(chunks[-1]), message.get("more_body", False)
             if size > limit:

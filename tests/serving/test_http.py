@@ -503,6 +503,24 @@ LONG = {"model": "toy-latent", "samples": 64, "overlap": 0.8}
 """Options that make a picture of 500x500 px the work of many seconds."""
 
 
+def connected(server: Server) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=30)
+
+
+def test_a_caller_who_goes_away_while_sending_is_cancelled_and_not_a_bad_picture(
+    server: Server, client: httpx.Client
+) -> None:
+    before = metrics(client)
+    head = (
+        "POST /segment?model=toy-latent HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 999\r\n\r\n"
+    )
+    with connected(server) as caller:
+        caller.sendall(head.encode() + PNG[:200])
+    until(lambda: total(metrics(client), "cancelled_total") == total(before, "cancelled_total") + 1)
+    assert total(metrics(client), "rejected_total") == total(before, "rejected_total")
+
+
 def test_a_caller_who_goes_away_is_counted_and_frees_the_queue(
     server: Server, client: httpx.Client, rng: np.random.Generator
 ) -> None:
@@ -512,8 +530,7 @@ def test_a_caller_who_goes_away_is_counted_and_frees_the_queue(
     head = (
         f"POST /segment?{query} HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(body)}\r\n\r\n"
     )
-    host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as caller:
+    with connected(server) as caller:
         caller.sendall(head.encode() + body)
         until(lambda: total(metrics(client), "queue_windows") > 0)
         refusal = ask(client)

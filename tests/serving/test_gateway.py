@@ -1,0 +1,110 @@
+"""The gateway: bounds, states, and failures that say nothing of the inside."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models.errors import Cancelled, DeadlineExceeded, ModelFault, NotReady, QueueFull, UnknownModel
+from serving.engine.options import SegmentOptions
+from serving.engine.segmenter import Prediction, Segmenter
+from serving.gateway import Gateway
+from serving.telemetry import Request, Telemetry
+from tests.conftest import picture
+
+OPTIONS = SegmentOptions(model="toy-pointwise")
+IMAGE = picture(np.random.Generator(np.random.PCG64(0)), 20, 30)
+WAIT_S = 30
+
+
+@pytest.fixture(scope="module")
+def segmenter(toy_store: Path) -> Iterator[Segmenter]:
+    with Segmenter.open(toy_store, threads=1, device="cpu") as opened:
+        yield opened
+
+
+def gateway(segmenter: Segmenter, *, limit_requests: int = 2, timeout_s: float = 60) -> Gateway:
+    made = Gateway(segmenter, Telemetry(), limit_requests=limit_requests, timeout_s=timeout_s)
+    made.state = "ready"
+    return made
+
+
+def labels(prediction: Prediction) -> np.ndarray:
+    return prediction.labels_HW
+
+
+def test_an_answer_is_written_timed_and_named(segmenter: Segmenter) -> None:
+    request = Request()
+    prediction, written = asyncio.run(gateway(segmenter).answer(IMAGE, OPTIONS, labels, request=request))
+    assert written is prediction.labels_HW and request.model == "toy-pointwise"
+    assert {"wait", "decode", "queue", "run", "stitch", "read_out", "total"} == set(prediction.timing_ms)
+
+
+def test_while_starting_nothing_is_answered(segmenter: Segmenter) -> None:
+    starting = gateway(segmenter)
+    starting.state = "starting"
+    assert not starting.is_ready and starting.is_alive
+    with pytest.raises(NotReady, match="still loading"):
+        asyncio.run(starting.answer(IMAGE, OPTIONS, labels, request=Request()))
+
+
+def test_an_unknown_model_is_refused_and_its_name_is_no_label(segmenter: Segmenter) -> None:
+    request = Request()
+    with pytest.raises(UnknownModel):
+        asyncio.run(gateway(segmenter).answer(IMAGE, SegmentOptions(model="x"), labels, request=request))
+    assert request.model == ""
+
+
+def test_requests_over_the_limit_are_refused_and_their_places_come_back(segmenter: Segmenter) -> None:
+    writing, go = threading.Event(), threading.Event()
+
+    def slow(prediction: Prediction) -> np.ndarray:
+        writing.set()
+        assert go.wait(WAIT_S)
+        return prediction.labels_HW
+
+    async def scenario() -> None:
+        one = gateway(segmenter, limit_requests=1)
+        first = asyncio.create_task(one.answer(IMAGE, OPTIONS, slow, request=Request()))
+        await asyncio.to_thread(writing.wait, WAIT_S)
+        with pytest.raises(QueueFull, match="1 requests are being worked on and the limit is 1") as refusal:
+            await one.answer(IMAGE, OPTIONS, labels, request=Request())
+        assert refusal.value.retry_after_s >= 1
+        go.set()
+        await first
+        await one.answer(IMAGE, OPTIONS, labels, request=Request())
+
+    asyncio.run(scenario())
+
+
+def test_an_unforeseen_failure_is_a_fault_without_its_text(
+    segmenter: Segmenter, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: Prediction) -> None:
+        raise RuntimeError("secret place")
+
+    with pytest.raises(ModelFault) as fault:
+        asyncio.run(gateway(segmenter).answer(IMAGE, OPTIONS, fail, request=Request()))
+    assert "secret" not in str(fault.value) and fault.value.__cause__ is None
+    assert "secret place" in caplog.text
+
+
+def test_a_caller_who_is_gone_is_not_worked_for(segmenter: Segmenter) -> None:
+    async def gone() -> None:
+        return
+
+    big = np.broadcast_to(IMAGE[:1, :1], (3000, 100, 3))
+    with pytest.raises(Cancelled):
+        asyncio.run(
+            gateway(segmenter).answer(big, SegmentOptions(model="toy-latent"), labels, request=Request(), gone=gone)
+        )
+    assert segmenter.scheduler.queued == (0, 0)
+
+
+def test_a_request_that_takes_too_long_expires(segmenter: Segmenter) -> None:
+    impatient = gateway(segmenter, timeout_s=1e-9)
+    with pytest.raises(DeadlineExceeded):
+        asyncio.run(impatient.answer(IMAGE, OPTIONS, labels, request=Request()))
