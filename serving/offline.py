@@ -1,5 +1,7 @@
 """Picture files in, files out: what `penumbra predict` writes and prints."""
 
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,14 @@ def predict_file(
     Returns the prediction and the files by what they hold; a map's entry says which value is drawn white.
     Raises BadImage naming the file, and any other PenumbraError.
     """
+    started = time.perf_counter()
     try:
         image_HW3 = decode_image(path.read_bytes(), segmenter.limits)
     except BadImage as error:
         raise BadImage(f"{path}: {error}") from None
+    decode_ms = 1e3 * (time.perf_counter() - started)
     prediction = segmenter.segment(image_HW3, options)
+    prediction = replace(prediction, timing_ms={"decode": decode_ms} | prediction.timing_ms)
     output.mkdir(parents=True, exist_ok=True)
     pictures = {"labels": label_picture(prediction), "overlay": overlay(prediction, image_HW3)}
     files = {}

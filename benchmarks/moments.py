@@ -1,0 +1,78 @@
+"""Moments and stitching: the compiled kernel, the banded plain form, and everything at once.
+
+    python -m benchmarks.moments
+
+19 classes, five samples of stride-4 logits read out at 1024x2048; then stitching one 512x512 window of 19 classes
+into a canvas in each memory order, as the network's channels-last output and as the moments' rows.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from benchmarks.rounds import measure, save
+from models.card import Readout
+from serving.engine.allocator import keep_freed_memory
+from serving.engine.canvas import blend
+from serving.engine.moments import accumulate, accumulate_banded, empty_sums
+
+SAMPLES, CLASSES, HEIGHT, WIDTH, WINDOW, ROUNDS = 5, 19, 1024, 2048, 512, 5
+
+
+def all_at_once(logits: torch.Tensor) -> None:
+    """Every sample's probabilities in memory, as one would write it first."""
+    p_SKhw = F.interpolate(logits, (HEIGHT, WIDTH), mode="bilinear", align_corners=True).softmax(1)
+    entropy = -(p_SKhw * p_SKhw.clamp(min=1e-37).log()).sum(1)
+    p_SKhw.sum(0), entropy.sum(0)
+
+
+def stitching() -> dict[str, float]:
+    """Seconds for adding one weighted window into a wide canvas."""
+    weight = torch.rand(WINDOW, WINDOW)
+    last = torch.rand(1, CLASSES, WINDOW, WINDOW).contiguous(memory_format=torch.channels_last)[0]
+    first_canvas = torch.zeros(CLASSES, WINDOW, 4 * WINDOW)
+    last_canvas = torch.zeros(WINDOW, 4 * WINDOW, CLASSES)
+    rows, rows_canvas = (
+        np.zeros((WINDOW, CLASSES, WINDOW), np.float32),
+        np.zeros((WINDOW, CLASSES, 4 * WINDOW), np.float32),
+    )
+    one = np.ones(WINDOW, np.float32)
+    return measure(
+        {
+            "channels-last window into channels-first canvas": lambda: first_canvas[:, :, :WINDOW].add_(last * weight),
+            "channels-last window into channels-last canvas": lambda: last_canvas[:, :WINDOW].add_(
+                last.permute(1, 2, 0) * weight[..., None]
+            ),
+            "rows into rows (ours)": lambda: blend(rows_canvas[:, :, :WINDOW], rows, one, one),
+        },
+        rounds=4 * ROUNDS,
+    )
+
+
+@torch.inference_mode()
+def main() -> None:
+    keep_freed_memory()
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(SAMPLES, CLASSES, HEIGHT // 4, WIDTH // 4)
+    sums = empty_sums(CLASSES, HEIGHT, WIDTH)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        seconds = measure(
+            {
+                "all at once": lambda: all_at_once(logits),
+                "banded": lambda: accumulate_banded(logits, *sums, readout=Readout()),
+                "accumulate": lambda: accumulate(logits, *sums, readout=Readout(), spread=pool.map),
+            },
+            rounds=ROUNDS,
+        )
+    stitch = stitching()
+    save("moments", {
+        **{f"ms/{name}": 1e3 * value for name, value in (seconds | stitch).items()},
+        "kernel over all at once": seconds["accumulate"] / seconds["all at once"],
+        "kernel over banded": seconds["accumulate"] / seconds["banded"],
+    })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
