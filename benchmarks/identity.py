@@ -1,0 +1,48 @@
+"""Which batch sizes and sample chunks give the same bytes as one window and one sample alone, per demo model.
+
+    python -m benchmarks.identity
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.rounds import save
+from serving.engine.runtime import Runtime
+from serving.engine.segmenter import Segmenter
+from serving.engine.store import versions
+
+SIZES = (1, 2, 3, 4, 5, 8, 16)
+
+
+def compare(runtime: Runtime) -> dict[str, float]:
+    """Largest difference of any moment from alone, by batch size and by chunk; 0 means the same bytes."""
+    pieces = runtime._golden_pieces()
+    runtime.windows_per_batch = runtime.samples_per_call = 1
+    alone = [runtime.run([piece])[0] for piece in pieces]
+    differences = {}
+    for size in SIZES:
+        together = runtime.run([pieces[i % len(pieces)] for i in range(size)])
+        differences[f"{runtime.card.name}: batch of {size}"] = _furthest(together, alone)
+    for chunk in SIZES:
+        runtime.samples_per_call = chunk
+        differences[f"{runtime.card.name}: chunk of {chunk}"] = _furthest(runtime.run(pieces[:1]), alone)
+    return differences
+
+
+def _furthest(together: list, alone: list) -> float:
+    pairs = [(moments, alone[i % len(alone)]) for i, moments in enumerate(together)]
+    return max(float(np.abs(a.prob_hKw - b.prob_hKw).max()) for a, b in pairs)
+
+
+def main() -> None:
+    results: dict[str, float] = {}
+    with Segmenter.open(Path("store")) as segmenter:
+        for name in versions(Path("store")):
+            runtime = segmenter.find(name)
+            results |= segmenter.scheduler.call(lambda runtime=runtime: compare(runtime))
+    save("identity", results)
+
+
+if __name__ == "__main__":
+    main()
