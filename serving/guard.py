@@ -31,7 +31,8 @@ class Guard:
             return
         headers = dict(scope["headers"])
         try:
-            self._check_media(scope["path"], headers.get(b"content-type", b""))
+            if BENTO_PATHS.get(scope["path"]) == scope["method"]:
+                self._check_media(scope["path"], headers.get(b"content-type", b""))
             body = await self._read(receive, declared=headers.get(b"content-length", b""))
         except PenumbraError as error:
             with suppress(PenumbraError), self._telemetry.track("http"):
@@ -43,7 +44,7 @@ class Guard:
 
     def _check_media(self, path: str, content_type: bytes) -> None:
         media = content_type.split(b";")[0].strip().lower().decode("latin-1")
-        if path in BENTO_PATHS and media != "application/json":
+        if media != "application/json":
             raise UnsupportedMedia(f"the body is {media[:60] or 'of no type'}; {path} takes application/json")
 
     async def _read(self, receive: Receive, *, declared: bytes) -> bytes:

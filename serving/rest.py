@@ -36,7 +36,7 @@ def routes(gateway: Gateway, version: str) -> list[BaseRoute]:
         Route("/readyz", surface.ready),
         Route("/metrics", surface.metrics),
         Route("/docs.json", surface.openapi),
-        Elsewhere("/{path:path}", surface.elsewhere, methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
+        Elsewhere("/{path:path}", surface.elsewhere, methods=["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]),
     ]
 
 

@@ -327,6 +327,7 @@ def test_an_unknown_path_is_404_and_points_to_the_documentation(client: httpx.Cl
     [
         ("GET", "/segment"), ("PUT", "/segment"), ("DELETE", "/segment"), ("POST", "/models"), ("DELETE", "/models/x"),
         ("POST", "/metrics"), ("POST", "/readyz"), ("PUT", "/docs.json"), ("GET", "/predict"), ("PATCH", "/"),
+        ("OPTIONS", "/segment"), ("OPTIONS", "/predict"), ("PUT", "/predict"), ("POST", "/schema.json"),
     ],
 )  # fmt: skip
 def test_a_wrong_method_is_405(client: httpx.Client, method: str, path: str) -> None:
