@@ -20,6 +20,9 @@ IGNORE = 255
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """A model's name is a directory, a label of metrics and a part of URLs."""
 
+EXACT = 2**53
+"""Up to here every whole number is a float too."""
+
 T = TypeVar("T")
 
 
@@ -219,7 +222,7 @@ def _read_tuple(args: tuple[Any, ...], value: Any, *, where: str) -> tuple[Any, 
 def _read_plain(kind: Any, value: Any, *, where: str) -> Any:
     if kind is Any:
         return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and type(value) is int and abs(value) <= EXACT:
         return float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise BadArtifact(f"{where} is {_kind_name(value)}; {kind.__name__} is wanted")
@@ -241,6 +244,8 @@ def check_facts(card: Card) -> None:
         "has a class with a color outside 0 to 255": not all(0 <= value <= 255 for value in colors),
         f"has input.std {card.input.std} and input.scale {card.input.scale}; pixels are divided by both":
             0 in (*card.input.std, card.input.scale),
+        "has an input.mean, input.std or input.scale that is not finite":
+            not all(map(math.isfinite, (*card.input.mean, *card.input.std, card.input.scale))),
         f"window is {window.height}x{window.width}; both 0 or both positive":
             (window.height == 0) != (window.width == 0) or min(window.height, window.width) < 0,
         f"overlap is {window.overlap}; 0 to 0.9 is possible": not 0 <= window.overlap <= 0.9,

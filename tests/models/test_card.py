@@ -3,9 +3,12 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from models.card import Card, ExportFacts, Parity, Provenance, dump_card, parse_card
 from models.errors import BadArtifact
@@ -83,6 +86,7 @@ def test_a_missing_field_is_named(path: str) -> None:
         ("sampling.members", "plus"),
         ("sampling.members.0", 1),
         ("readout.temperature", "1"),
+        ("readout.temperature", 10**400),
         ("readout.softmax_at", None),
         ("provenance.metrics", []),
         ("provenance.metrics.miou", "half"),
@@ -137,6 +141,8 @@ ONE_CLASS = {"name": "x", "color": [0, 0, 0]}
         ("readout.temperature", float("inf"), "temperature is inf"),
         ("input.std", [1, 0, 1], "input.std"),
         ("input.scale", 0, "input.scale"),
+        ("input.scale", float("inf"), "input.scale"),
+        ("input.mean.0", float("nan"), "input.mean"),
         ("sampling.default_samples", 3, "2 members and 3 default_samples"),
         ("sampling.members", [], "0 members and 2 default_samples"),
         ("sampling", {"kind": "latent", "noise_length": 3, "default_samples": 0}, "default_samples is 0"),
@@ -148,6 +154,25 @@ def test_contradictory_facts_are_named(path: str, value: Any, named: str) -> Non
     with pytest.raises(BadArtifact) as refusal:
         parse_card(changed(path, value))
     assert named in str(refusal.value)
+
+
+PATHS = [
+    "name", "version", "method", "config", "classes", "classes.0", "classes.0.name", "classes.0.color.0", "input.mean",
+    "input.mean.0", "input.std.1", "input.order", "window.height", "window.overlap", "window.padding", "sampling",
+    "sampling.kind", "sampling.members", "sampling.keep", "readout.temperature", "provenance.metrics", "export",
+    "export.files", "export.parity.max_abs", "format",
+]  # fmt: skip
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+)
+
+
+@given(st.sampled_from(PATHS), anything)
+def test_anything_in_any_field_is_read_back_equal_or_refused(path: str, value: Any) -> None:
+    with suppress(BadArtifact):
+        card = parse_card(changed(path, value))
+        assert dump_card(parse_card(dump_card(card))) == dump_card(card)
 
 
 def test_255_classes_can_be_served() -> None:
