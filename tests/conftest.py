@@ -6,10 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from export.bundle import export_network
 from models.card import Card, ClassInfo, InputSpec, Readout, WindowSpec
 from models.toy.net import ToyConfig, ToyNetwork
+
+settings.register_profile("penumbra", deadline=None)  # a busy machine is no failure
+settings.load_profile("penumbra")
 
 GAIN = 8.0
 CLASSES = (ClassInfo("red", (200, 0, 0)), ClassInfo("green", (0, 200, 0)), ClassInfo("blue", (0, 0, 200)))

@@ -38,7 +38,7 @@ def stitch(image_HW3: np.ndarray, spec: WindowSpec, overlap: float | None = None
     st.booleans(),
     st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_pointwise_windows_stitch_to_the_pointwise_image(
     size: tuple[int, int], window: tuple[int, int], overlap: float, blend: str, centred: bool, seed: int
 ) -> None:

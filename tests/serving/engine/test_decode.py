@@ -201,7 +201,7 @@ def test_random_bytes_never_raise_anything_but_a_refusal(data: bytes) -> None:
 
 
 @given(st.sampled_from(sorted(GOOD)), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=12))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_damaged_pictures_never_raise_anything_but_a_refusal(kind: str, changes: list[tuple[float, int]]) -> None:
     data = bytearray(GOOD[kind])
     for place, value in changes:

@@ -67,7 +67,7 @@ def test_both_forms_equal_torchs_resize_and_softmax_in_float64(
     st.booleans(),
     st.sampled_from((0.01, 1.0, 30.0)),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_compiled_form_equals_the_plain_one_for_any_shape(
     counts: tuple[int, int], feature: tuple[int, int], window: tuple[int, int], align_corners: bool, scale: float
 ) -> None:

@@ -360,7 +360,7 @@ def test_a_calls_exception_is_raised_where_it_was_called_and_the_thread_goes_on(
         max_size=12,
     )
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_whatever_requests_do_every_one_ends_and_the_queue_is_empty(
     requests: list[tuple[int, int, str]],
 ) -> None:

@@ -93,7 +93,7 @@ def random_means(seed: int, num_classes: int, shape: tuple[int, int]) -> tuple[n
 
 
 @given(st.integers(0, 10**6), st.integers(2, 30), st.integers(1, 5), st.sampled_from((1, 7, 255, 256, 257, 600)))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_all_maps_equal_their_formulas_in_float64(seed: int, num_classes: int, height: int, width: int) -> None:
     mean, expected = random_means(seed, num_classes, (height, width))
     band = read_out(5, np.ascontiguousarray(mean, np.float32), expected.astype(np.float32))
@@ -109,7 +109,7 @@ def test_all_maps_equal_their_formulas_in_float64(seed: int, num_classes: int, h
 
 @needs_kernels
 @given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 4), st.integers(1, 600))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_compiled_form_equals_the_plain_one(seed: int, num_classes: int, height: int, width: int) -> None:
     mean, expected = random_means(seed, num_classes, (height, width))
     prob, expected = np.ascontiguousarray(mean, np.float32), expected.astype(np.float32)
