@@ -101,6 +101,8 @@ def predict(
     from serving.engine.store import find_artifact, versions
     from serving.offline import describe_prediction, predict_file, report
 
+    if len({path.stem for path in images}) < len(images):
+        raise BadOption("two pictures have the same name, and their files would too; predict them into two directories")
     fill_store(store)
     names = list(versions(store))
     if model is None and len(names) > 1:

@@ -46,6 +46,7 @@ def export_network(
     card = dataclasses.replace(card, version=max(versions(store).get(card.name, [0])) + 1, export=None)
     network = network.eval().requires_grad_(False)
     place = store / card.name
+    fresh = [folder for folder in (place, store) if not folder.exists()]
     place.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=place))
     try:
@@ -55,8 +56,9 @@ def export_network(
         os.replace(draft, place / str(card.version))
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-        if not any(place.iterdir()):
-            place.rmdir()
+        for folder in fresh:
+            if not any(folder.iterdir()):
+                folder.rmdir()
     return place / str(card.version)
 
 

@@ -36,19 +36,19 @@ def predict_file(
     prediction = segmenter.segment(image_HW3, options)
     prediction = replace(prediction, timing_ms={"decode": decode_ms} | prediction.timing_ms)
     output.mkdir(parents=True, exist_ok=True)
-    pictures = {"labels": label_picture(prediction), "overlay": overlay(prediction, image_HW3)}
-    files = {}
+    pictures = {"labels": (label_picture(prediction), ""), "overlay": (overlay(prediction, image_HW3), "")}
     for name, values in prediction.maps.items():
         top = 1.0 if name == "confidence" else max(float(np.percentile(values, BRIGHTEST_PERCENTILE)), 1e-3)
-        pictures[name] = heat_picture(values, top=top)
-        files[name] = f"white is {top:.3g}" + ("" if name == "confidence" else " nats")
-    for name, picture in pictures.items():
+        unit = "" if name in ("confidence", "margin") else " nats"
+        pictures[name] = heat_picture(values, top=top), f" (white is {top:.3g}{unit})"
+    files = {}
+    for name, (picture, note) in pictures.items():
         target = output / f"{path.stem}_{name}.png"
         picture.save(target)
-        files[name] = f"{target} ({files[name]})" if name in files else str(target)
-    maps = output / f"{path.stem}_maps.npz"
-    maps.write_bytes(npz_bytes(prediction))
-    return prediction, files | {"maps": str(maps)}
+        files[name] = f"{target}{note}"
+    files["maps"] = str(output / f"{path.stem}_maps.npz")
+    Path(files["maps"]).write_bytes(npz_bytes(prediction))
+    return prediction, files
 
 
 def describe_prediction(prediction: Prediction) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class Settings(BaseSettings):
     deterministic: bool = False
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     limit_body_bytes: int = Field(64 * 2**20, ge=1)
-    limit_pixels: int = Field(64_000_000, ge=1)
+    limit_pixels: int = Field(64_000_000, ge=1, le=178_956_970)  # beyond, Pillow opens no file
     limit_windows: int = Field(4096, ge=1)
     limit_samples: int = Field(64, ge=1)
     limit_queue_samples: int = Field(65_536, ge=1)

@@ -218,3 +218,11 @@ def test_one_broken_artifact_does_not_hide_the_others(checkpoint: Path, tmp_path
     result = run("models", "--store", store, "--json")
     assert [card["version"] for card in json.loads(result.stdout)] == [2]
     assert "encode.ts" in result.stderr
+
+
+def test_two_pictures_of_one_name_are_refused_before_one_overwrites_the_other(
+    toy_store: Path, tmp_path: Path, photo: Path
+) -> None:
+    twin = tmp_path / "photo.bmp"
+    opened(photo).save(twin)
+    failed(run("predict", photo, twin, "-m", "toy-pointwise", "--store", toy_store), 2, "same name")

@@ -156,3 +156,10 @@ def test_verifying_refuses_a_flipped_bit(name: str, tmp_path: Path) -> None:
     (directory / name).write_bytes(data)
     with pytest.raises(BadArtifact, match=f"{name} was changed"):
         verify_artifact(directory)
+
+
+def test_a_failed_first_export_leaves_no_store_behind(tmp_path: Path) -> None:
+    card, _ = toy_card("latent")
+    with pytest.raises(ParityFailed):
+        export_network(Deaf(ToyConfig(form="latent")), card, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
