@@ -39,6 +39,8 @@ def follow(recipe: Recipe, data: Path, *, threads: int | None, minutes: float | 
 
         def report(share: float, line: str) -> None:
             bar.update(task, completed=share, description=line)
+            if share == 1:
+                console.print(line)  # the bar's own text is cut to the width of the terminal
 
         return train(recipe, data, threads=threads, minutes=minutes, report=report)
 

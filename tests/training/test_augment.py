@@ -57,12 +57,12 @@ def test_colour_jitter_of_strength_zero_changes_nothing() -> None:
 def test_colour_jitter_stays_in_range_and_differs_by_picture() -> None:
     image_B3hw = torch.rand(1, 3, 5, 5, generator=_generator()).expand(2, -1, -1, -1)
     jittered = jitter_color(image_B3hw, strength=0.5, generator=_generator())
-    assert 0 <= jittered.min() and jittered.max() <= 1 and not torch.equal(jittered[0], jittered[1])
+    assert jittered.min() >= 0 and jittered.max() <= 1 and not torch.equal(jittered[0], jittered[1])
 
 
 def test_cutmix_boxes_cover_some_but_at_most_half_of_a_picture() -> None:
     share_B = cutmix_masks(32, (64, 80), generator=_generator()).float().mean((1, 2, 3))
-    assert 0 < share_B.min() and share_B.max() <= 0.52  # rounding of three boxes to whole pixels
+    assert share_B.min() > 0 and share_B.max() <= 0.52  # rounding of three boxes to whole pixels
 
 
 def test_normalise_subtracts_the_mean_and_divides_by_the_deviation() -> None:
