@@ -16,9 +16,7 @@ from training.recipe import Recipe, read_recipe
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder of the data set.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; all cores by default.")
-@click.option(
-    "--minutes", type=click.FloatRange(min=0, min_open=True), help="Length by the clock instead of steps."
-)
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Length by the clock instead of steps.")
 def main(recipe: Path, data: Path, threads: int | None, minutes: float | None) -> None:
     """Train RECIPE (a YAML file) on the data in DIR; run it again to go on after an interruption."""
     try:

@@ -29,9 +29,7 @@ def random_view(
     """
     factor = _uniform(*scale, generator)
     height, width = (max(1, round(s / factor)) for s in size)
-    top, left = (
-        _offset(n, box, generator) for n, box in zip(image_3HW.shape[1:], (height, width), strict=True)
-    )
+    top, left = (_offset(n, box, generator) for n, box in zip(image_3HW.shape[1:], (height, width), strict=True))
     image = _cut(image_3HW, top, left, height, width, fill=128).float() / 255
     label = _cut(label_HW, top, left, height, width, fill=IGNORE)[None].float()
     image_3hw = F.interpolate(image[None], size=size, mode="bilinear")[0]

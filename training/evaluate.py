@@ -31,9 +31,7 @@ def measure(
     for i in range(0, len(frames), every):
         image_B3hw = normalise(frames.image_N3HW[i : i + 1].float() / 255, InputSpec()).to(device)
         label_hw = frames.label_NHW[i].long()
-        noise_SBL = torch.randn(
-            network.sampling.default_samples, 1, network.sampling.noise_length, generator=generator
-        )
+        noise_SBL = torch.randn(network.sampling.default_samples, 1, network.sampling.noise_length, generator=generator)
         logits_SBKhw = network(image_B3hw, noise_SBL.to(device)).float()
         mean_Khw, expected_hw, spread = summarise(logits_SBKhw[:, 0], size=label_hw.shape)
         confusion_KK += confusion(mean_Khw.argmax(0), label_hw, num_classes=num_classes)

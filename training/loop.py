@@ -121,9 +121,7 @@ def train(
     write_split(run_dir / "labelled.txt", frames, training.split[0])
     if (run_dir / "state.ckpt").exists():
         training.resume(run_dir / "state.ckpt")
-    card = describe(
-        recipe, data, num_frames=len(frames), num_labelled=len(training.split[0]), network=training.average
-    )
+    card = describe(recipe, data, num_frames=len(frames), num_labelled=len(training.split[0]), network=training.average)
     run(training, card, val, run_dir, minutes=minutes, report=report)
     path = Path(recipe.checkpoint)
     report(1.0, f"wrote {path}: {brief(write_measured(path, card, training.average, val))}")
@@ -131,9 +129,7 @@ def train(
     return path
 
 
-def run(
-    training: Training, card: Card, val: Frames, run_dir: Path, *, minutes: float | None, report: Report
-) -> None:
+def run(training: Training, card: Card, val: Frames, run_dir: Path, *, minutes: float | None, report: Report) -> None:
     """Advance until the schedule is over; save and validate every few minutes."""
     recipe, last = training.recipe, time.perf_counter()
     next_save_s = training.elapsed_s + 60 * recipe.validate_every_minutes
@@ -178,9 +174,7 @@ def build_network(recipe: Recipe, num_classes: int) -> Network:
     """The recipe's network with fresh weights from its seed; the global generator is left as it was."""
     method = find_method(recipe.method)
     try:
-        config: Any = read_strict(
-            method.config, {"num_classes": num_classes, **recipe.config}, where="recipe.config"
-        )
+        config: Any = read_strict(method.config, {"num_classes": num_classes, **recipe.config}, where="recipe.config")
     except BadArtifact as error:
         raise BadOption(str(error)) from None
     with torch.random.fork_rng(devices=[]):
@@ -205,9 +199,7 @@ def initialise(network: nn.Module) -> None:
 def describe(recipe: Recipe, data: DataSet, *, num_frames: int, num_labelled: int, network: Network) -> Card:
     """The card of the recipe's checkpoint, without figures."""
     method = find_method(recipe.method)
-    config: Any = read_strict(
-        method.config, {"num_classes": len(data.classes), **recipe.config}, where="recipe.config"
-    )
+    config: Any = read_strict(method.config, {"num_classes": len(data.classes), **recipe.config}, where="recipe.config")
     sentence = (
         f"{data.title} train, {num_labelled} of {num_frames} frames labelled "
         f"({recipe.labelled_fraction:g}, seed {recipe.seed}), the rest unlabelled"
@@ -226,9 +218,7 @@ def describe(recipe: Recipe, data: DataSet, *, num_frames: int, num_labelled: in
     )
 
 
-def write_measured(
-    path: Path, card: Card, network: Network, val: Frames, *, every: int = 1
-) -> dict[str, float]:
+def write_measured(path: Path, card: Card, network: Network, val: Frames, *, every: int = 1) -> dict[str, float]:
     """Write the checkpoint in fp16, measure what can be read back, and write it again with the figures."""
     save_checkpoint(path, card, network, half=True)
     _, stored = load_checkpoint(path)

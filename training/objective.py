@@ -47,9 +47,7 @@ def build_objective(method: str, network: Network, average: Network, options: Ma
     except ModuleNotFoundError as error:
         if error.name != f"models.{method}.objective":
             raise
-        raise BadOption(
-            f"the method {method!r} has no objective; it can be imported but not trained"
-        ) from None
+        raise BadOption(f"the method {method!r} has no objective; it can be imported but not trained") from None
     objective: Objective = module.build_objective(network, average, options)
     return objective
 

@@ -118,9 +118,7 @@ class NpObjective(nn.Module):
             torch.where(mix[:, 0], label_Bhw.roll(1, 0), label_Bhw),
         )
 
-    def _predict(
-        self, x_BDhw: Tensor, query_BLhw: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def _predict(self, x_BDhw: Tensor, query_BLhw: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """logits_SBKhw with z ~ q_target, and KL(q_target || q_context) per picture."""
         head, latent = self.network.head, self.network.head.latent
         mean_BL, sigma_BL = _gaussian(latent, attend(query_BLhw, latent.latent_centres))

@@ -40,18 +40,14 @@ def test_a_view_wider_than_the_picture_is_grey_and_ignored_beyond_it() -> None:
 
 def test_views_are_a_function_of_the_generator_alone() -> None:
     state = torch.get_rng_state()
-    first, second = (
-        random_view(*_picture(), size=SIZE, scale=(0.5, 1.5), generator=_generator(3)) for _ in range(2)
-    )
+    first, second = (random_view(*_picture(), size=SIZE, scale=(0.5, 1.5), generator=_generator(3)) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_colour_jitter_of_strength_zero_changes_nothing() -> None:
     image_B3hw = torch.rand(2, 3, 5, 5, generator=_generator())
-    assert torch.allclose(
-        jitter_color(image_B3hw, strength=0.0, generator=_generator()), image_B3hw, atol=1e-6
-    )
+    assert torch.allclose(jitter_color(image_B3hw, strength=0.0, generator=_generator()), image_B3hw, atol=1e-6)
 
 
 def test_colour_jitter_stays_in_range_and_differs_by_picture() -> None:

@@ -33,9 +33,7 @@ def test_a_killed_run_goes_on_with_identical_numbers(method: str, tmp_path: Path
     killed.save(tmp_path / "state.ckpt")
     resumed.resume(tmp_path / "state.ckpt")
     assert first + [resumed.advance(step / 4) for step in (2, 3)] == expected
-    for ours, theirs in zip(
-        whole.average.state_dict().values(), resumed.average.state_dict().values(), strict=True
-    ):
+    for ours, theirs in zip(whole.average.state_dict().values(), resumed.average.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -96,9 +94,7 @@ def test_two_samples_that_disagree_completely_carry_ln2_nats() -> None:
     logits_SKhw[0, 0], logits_SKhw[1, 1] = 50.0, 50.0
     mean_Khw, expected_hw, spread = summarise(logits_SKhw, size=torch.Size((80, 80)))
     entropy_hw = -torch.special.xlogy(mean_Khw, mean_Khw).sum(0)
-    assert torch.allclose(entropy_hw - expected_hw, torch.tensor(math.log(2))) and spread == pytest.approx(
-        0.5
-    )
+    assert torch.allclose(entropy_hw - expected_hw, torch.tensor(math.log(2))) and spread == pytest.approx(0.5)
 
 
 def test_intersection_over_union_ignores_void_and_absent_classes() -> None:

@@ -24,9 +24,7 @@ class DataSet:
 
 
 DATA_SETS = {
-    "camvid": DataSet(
-        "CamVid", "CC BY-NC (CamVid): research, non-commercial use", camvid.CLASSES, camvid.load_camvid
-    ),
+    "camvid": DataSet("CamVid", "CC BY-NC (CamVid): research, non-commercial use", camvid.CLASSES, camvid.load_camvid),
     "shapes": DataSet("procedural shapes", "none needed", shapes.CLASSES, shapes.draw_split),
 }
 

@@ -31,9 +31,7 @@ def load_frames(folder: Path, *, num_classes: int, void: int) -> Frames:
     """
     pictures = sorted((folder / "images").glob("*.jpg"))
     if not pictures:
-        raise BadData(
-            f"{folder / 'images'} holds no .jpg pictures; a folder with images/ and masks/ is wanted"
-        )
+        raise BadData(f"{folder / 'images'} holds no .jpg pictures; a folder with images/ and masks/ is wanted")
     images: list[Tensor] = []
     labels: list[Tensor] = []
     for path in pictures:
@@ -54,9 +52,7 @@ def split_labelled(frames: Frames, *, fraction: float, seed: int) -> tuple[Tenso
     """Indices of the labelled and of the unlabelled frames (all frames, if every one is labelled)."""
     count = round(fraction * len(frames))
     if not 1 <= count <= len(frames):
-        raise BadOption(
-            f"labelled_fraction {fraction} leaves {count} of {len(frames)} frames; at least 1 is needed"
-        )
+        raise BadOption(f"labelled_fraction {fraction} leaves {count} of {len(frames)} frames; at least 1 is needed")
     order = torch.randperm(len(frames), generator=torch.Generator().manual_seed(seed))
     rest = order[count:] if count < len(frames) else order
     return order[:count].sort().values, rest.sort().values
@@ -77,9 +73,7 @@ def _read_mask(path: Path, *, num_classes: int, void: int) -> Tensor:
     label_HW[label_HW == void] = IGNORE
     unknown = label_HW[(label_HW >= num_classes) & (label_HW != IGNORE)]
     if unknown.numel():
-        raise BadData(
-            f"{path} holds the label {int(unknown[0])}; 0 to {num_classes - 1} and {void} (void) are known"
-        )
+        raise BadData(f"{path} holds the label {int(unknown[0])}; 0 to {num_classes - 1} and {void} (void) are known")
     return label_HW
 
 
