@@ -157,7 +157,7 @@ def models(store: Path, as_json: bool) -> None:
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Length by the clock instead of steps.")
 def train(recipe: Path, data: Path, threads: int | None, minutes: float | None) -> None:
     """Train a recipe to a checkpoint; a run that was stopped goes on where it was."""
-    from training.__main__ import follow
+    from training.progress import follow
     from training.recipe import read_recipe
 
     click.echo(follow(read_recipe(recipe), data, threads=threads, minutes=minutes))

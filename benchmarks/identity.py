@@ -1,6 +1,6 @@
 """Which batch sizes and sample chunks give the same bytes as one window and one sample alone, per demo model.
 
-    python -m benchmarks.identity
+python -m benchmarks.identity
 """
 
 from pathlib import Path

@@ -21,7 +21,10 @@ def save_checkpoint(path: Path, card: Card, network: Network, *, half: bool = Fa
         if not key.endswith("num_batches_tracked")
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata={"card": dump_card(card)})
+    fresh = path.with_name(f".{path.name}.new")  # a reader sees the old file or the whole new one
+    save_file(tensors, fresh, metadata={"card": dump_card(card)})
+    fresh.chmod(0o644)
+    fresh.replace(path)
 
 
 def read_card(path: Path) -> Card:

@@ -19,3 +19,24 @@ def conv_norm_act(
 def resize_like(x_BDhw: Tensor, target_BDhw: Tensor) -> Tensor:
     """Bilinear resize to the height and width of `target`, align_corners=True as in the published nets."""
     return F.interpolate(x_BDhw, size=target_BDhw.shape[-2:], mode="bilinear", align_corners=True)
+
+
+def weighted_sums(x_D: Tensor, weight_OD: Tensor) -> Tensor:
+    """[..., D] times a matrix to [..., O], as multiply and sum: for small matrices on single vectors.
+
+    A matrix product rounds one row alone otherwise than the same row among others. These were the only operations
+    of our networks that did, so without them a window's result has the same bytes in every batch on a CPU.
+    """
+    return (x_D[..., None, :] * weight_OD).sum(-1)
+
+
+def convolve_pooled(x_BD11: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A bias-free 1x1 convolution of a pooled map."""
+    return weighted_sums(x_BD11[:, :, 0, 0], conv.weight[:, :, 0, 0])[:, :, None, None]
+
+
+class VectorLinear(nn.Linear):
+    """nn.Linear for few vectors, with the same bytes for each whatever stands beside it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return weighted_sums(input, self.weight) + self.bias

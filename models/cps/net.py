@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.blocks.layers import conv_norm_act, resize_like
+from models.blocks.layers import conv_norm_act, convolve_pooled, resize_like
 from models.blocks.resnet import ResNet, ResNetConfig
 from models.card import Sampling
 from models.contract import Features, Network
@@ -93,6 +93,7 @@ class Aspp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         joined = torch.cat([conv(x) for conv in self.map_convs], dim=1)
         local = self.red_conv(F.leaky_relu(self.map_bn(joined), 0.01))
-        pooled = self.global_pooling_conv(x.mean((2, 3), keepdim=True))
-        pooled = self.pool_red_conv(F.leaky_relu(self.global_pooling_bn(pooled), 0.01))
+        pooled = convolve_pooled(x.mean((2, 3), keepdim=True), self.global_pooling_conv)
+        pooled = F.leaky_relu(self.global_pooling_bn(pooled), 0.01)
+        pooled = convolve_pooled(pooled, self.pool_red_conv)
         return F.leaky_relu(self.red_bn(local + pooled), 0.01)

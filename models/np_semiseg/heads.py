@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.blocks.layers import conv_norm_act
+from models.blocks.layers import VectorLinear, conv_norm_act
 from models.contract import Features
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class LatentPath(nn.Module):
             nn.Conv2d(length, length, 1), norm, nn.ReLU(),
             nn.Conv2d(length, length, 1),
         )  # fmt: skip
-        self.statistics = nn.Sequential(nn.Linear(length, length), nn.ReLU(), nn.Linear(length, 2 * length))
+        self.statistics = nn.Sequential(VectorLinear(length, length), nn.ReLU(), VectorLinear(length, 2 * length))
         self.latent_centres = nn.Buffer(torch.zeros(num_classes, length))
         self.context_centres = nn.Buffer(torch.zeros(num_classes, length))
 
@@ -91,7 +91,7 @@ class FilmHead(nn.Module):
             nn.Conv2d(config.hidden, config.film_channels, 1, bias=False),
             nn.BatchNorm2d(config.film_channels),
         )
-        self.film = nn.Linear(2 * config.latent_length, 2 * config.film_channels)
+        self.film = VectorLinear(2 * config.latent_length, 2 * config.film_channels)
         self.classifier = nn.Conv2d(config.film_channels, config.num_classes, 1)
 
     def encode(self, x_BDhw: Tensor) -> Features:

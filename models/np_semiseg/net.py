@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from models.blocks.layers import conv_norm_act, resize_like
+from models.blocks.layers import conv_norm_act, convolve_pooled, resize_like
 from models.blocks.resnet import ResNet, ResNetConfig
 from models.card import Sampling
 from models.contract import Features, Network
@@ -90,5 +90,7 @@ class Aspp(nn.Module):
         self.branches = nn.ModuleList(branches)
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = self.pool(x.mean((2, 3), keepdim=True)).expand(-1, -1, x.shape[2], x.shape[3])
+        conv, norm, activate = self.pool
+        pooled = activate(norm(convolve_pooled(x.mean((2, 3), keepdim=True), conv)))
+        pooled = pooled.expand(-1, -1, x.shape[2], x.shape[3])
         return torch.cat([pooled] + [branch(x) for branch in self.branches], dim=1)

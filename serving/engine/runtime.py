@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from models.card import Card
+from models.contract import Features
 from models.errors import BadArtifact, ModelFault
 from serving.engine.backend import Backend, load_backend
 from serving.engine.kernels import FloatArray
@@ -20,9 +21,13 @@ log = logging.getLogger("penumbra")
 
 GOLDEN_TOLERANCE = 1e-3
 """Largest difference from the golden logits, relative to their largest value: another processor rounds otherwise."""
-BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+SIZES = (1, 2, 4, 8, 16, 32)
 WORTHWHILE = 0.95
-"""A larger batch or chunk must cost at most this share of the time per window, or it is not worth its memory."""
+"""A larger batch or chunk must take at most this share of a smaller one's time, or it is not worth its memory."""
+
+
+FEW = 3
+"""Candidates that are always tried, time permitting: one disturbed measurement must not end the search."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,28 +52,31 @@ class Runtime:
         self._backend: Backend = load_backend(artifact.card, artifact.directory, device)
         self._rows = ThreadPoolExecutor(threads, thread_name_prefix="rows")
 
-    @torch.inference_mode()
     def run(self, pieces: Sequence[Piece]) -> list[Moments | ModelFault]:
         """Moments of every window, in order. All pieces have one size and one S.
 
         A window whose logits are not finite is answered with a ModelFault; its neighbours are unharmed.
         """
+        return self._sample(self._encode(pieces), pieces)
+
+    def _encode(self, pieces: Sequence[Piece]) -> Features:
+        image_Bhw3 = torch.from_numpy(np.stack([piece.image_hw3 for piece in pieces]))
+        return self._backend.encode(image_Bhw3.permute(0, 3, 1, 2))
+
+    def _sample(self, features: Features, pieces: Sequence[Piece]) -> list[Moments | ModelFault]:
         height, width = pieces[0].image_hw3.shape[:2]
-        num_samples = len(pieces[0].noise_SL)
-        image_B3hw = torch.from_numpy(np.stack([p.image_hw3 for p in pieces])).permute(0, 3, 1, 2)
-        noise_SBL = torch.from_numpy(np.stack([p.noise_SL for p in pieces], axis=1))
-        features = self._backend.encode(image_B3hw)
+        noise_SBL = torch.from_numpy(np.stack([piece.noise_SL for piece in pieces], axis=1))
         sums = [empty_sums(self.card.num_classes, height, width) for _ in pieces]
         finite = [True] * len(pieces)
-        for chunk in torch.split(noise_SBL, self._chunk(num_samples)):
-            logits_SBKhw = self._backend.decode(features, chunk)
+        for chunk_SBL in torch.split(noise_SBL, self._chunk(len(noise_SBL))):
+            logits_SBKhw = self._backend.decode(features, chunk_SBL)
             for b, (prob_hKw, entropy_hw) in enumerate(sums):
                 logits_SKhw = logits_SBKhw[:, b]
                 finite[b] = finite[b] and bool(torch.isfinite(logits_SKhw).all())
                 if finite[b]:
                     accumulate(logits_SKhw, prob_hKw, entropy_hw, readout=self.card.readout, spread=self._rows.map)
         fault = ModelFault(f"{self.card.name} produced values that are not finite for this image")
-        return [Moments(*s, num_samples) if ok else fault for s, ok in zip(sums, finite, strict=True)]
+        return [Moments(*s, len(noise_SBL)) if ok else fault for s, ok in zip(sums, finite, strict=True)]
 
     def _chunk(self, num_samples: int) -> int:
         """Members come out of one call together; draws are cut into measured chunks."""
@@ -97,12 +105,13 @@ class Runtime:
 
         deterministic: take only batch sizes up to which every window's result has the same bytes as alone.
         """
-        end = time.perf_counter() + budget_s
         pieces = self._golden_pieces()
         self.run(pieces[:1])
         if self.card.sampling.kind in ("latent", "dropout"):
-            self._choose("samples_per_call", [s for s in BATCH_SIZES if s <= len(pieces[0].noise_SL)], pieces, end)
-        self._choose("windows_per_batch", list(BATCH_SIZES), pieces, end)
+            features = self._encode(pieces[:1])
+            chunks = [size for size in SIZES if size <= len(pieces[0].noise_SL)]
+            self._choose("samples_per_call", chunks, lambda: self._sample(features, pieces[:1]), budget_s=budget_s / 3)
+        self._choose("windows_per_batch", SIZES, lambda: self._run_full_batch(pieces), budget_s=budget_s * 2 / 3)
         if deterministic:
             self.windows_per_batch = self._largest_identical_batch(pieces)
         log.info(
@@ -117,22 +126,31 @@ class Runtime:
         noise = self._golden.noise_SBL.repeat(repeats, 1, 1)[: self.card.sampling.default_samples].numpy()
         return [Piece(images[i], np.ascontiguousarray(noise[:, i])) for i in range(len(images))]
 
-    def _choose(self, setting: str, candidates: list[int], pieces: list[Piece], end: float) -> None:
-        """Set `setting` to the smallest candidate that no larger one beats clearly; stop when time is up."""
-        best_s, best = float("inf"), candidates[0]
-        for value in candidates:
-            setattr(self, setting, value)
-            batch = [pieces[i % len(pieces)] for i in range(self.windows_per_batch)]
+    def _choose(self, setting: str, sizes: Sequence[int], work: Callable[[], object], *, budget_s: float) -> None:
+        """Set `setting` to the smallest size within 5 % of the fastest; `work` runs one full unit of that size."""
+        end = time.perf_counter() + budget_s
+        best_s: dict[int, float] = {}
+
+        def measure(size: int) -> float:
+            setattr(self, setting, size)
             started = time.perf_counter()
-            for _ in range(2):
-                self.run(batch)
-            per_window_s = (time.perf_counter() - started) / 2 / len(batch)
-            if per_window_s < WORTHWHILE * best_s:
-                best_s, best = per_window_s, value
-            spent = time.perf_counter() - started
-            if per_window_s > best_s / WORTHWHILE or time.perf_counter() + 2 * spent > end:
+            work()
+            windows = size if setting == "windows_per_batch" else 1
+            return (time.perf_counter() - started) / windows
+
+        for size in sizes:  # the first few, then up as long as it pays
+            fastest = min(best_s.values(), default=float("inf"))
+            best_s[size] = measure(size)
+            if time.perf_counter() > end or (len(best_s) >= FEW and best_s[size] >= fastest):
                 break
-        setattr(self, setting, best)
+        while time.perf_counter() < end:  # again and interleaved: a disturbance can only add time
+            for size in best_s:
+                best_s[size] = min(best_s[size], measure(size))
+        limit = min(best_s.values()) / WORTHWHILE
+        setattr(self, setting, min(size for size, seconds in best_s.items() if seconds <= limit))
+
+    def _run_full_batch(self, pieces: list[Piece]) -> None:
+        self.run([pieces[i % len(pieces)] for i in range(self.windows_per_batch)])
 
     def _largest_identical_batch(self, pieces: list[Piece]) -> int:
         alone = [self.run([piece])[0] for piece in pieces]

@@ -9,8 +9,8 @@ from click.testing import CliRunner
 
 from models.checkpoint import load_checkpoint
 from models.errors import BadOption
+from penumbra import main
 from tests.training import tiny
-from training.__main__ import main
 from training.data import find_data
 from training.evaluate import confusion, intersection_over_union, summarise
 from training.loop import Training, schedule, train
@@ -83,10 +83,12 @@ def test_a_misspelt_recipe_field_is_named(tmp_path: Path) -> None:
         read_recipe(path)
 
 
-def test_the_command_answers_a_mistake_with_one_sentence_and_exit_code_1(tmp_path: Path) -> None:
-    answer = CliRunner().invoke(main, [str(tmp_path / "none.yaml"), "--data", str(tmp_path)])
-    assert answer.exit_code == 1
-    assert answer.stderr.strip().startswith("error: the recipe") and answer.stderr.count("\n") == 1
+def test_the_command_answers_a_mistake_with_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
+    recipe = tmp_path / "bad.yaml"
+    recipe.write_text("name: x\nlearning_rat: 1\n")
+    answer = CliRunner().invoke(main, ["train", str(recipe), "--data", str(tmp_path)])
+    assert answer.exit_code == 2
+    assert answer.stderr.startswith("penumbra: ") and "learning_rat" in answer.stderr and answer.stderr.count("\n") == 1
 
 
 def test_two_samples_that_disagree_completely_carry_ln2_nats() -> None:
