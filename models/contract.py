@@ -11,7 +11,7 @@ input, so eager, TorchScript and every other export agree sample by sample.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -40,6 +40,21 @@ class Network(nn.Module):
     def forward(self, image_B3hw: Tensor, noise_SBL: Tensor) -> Tensor:
         """decode(encode(image), noise)."""
         return self.decode(self.encode(image_B3hw), noise_SBL)
+
+
+class Views(Protocol):
+    """What a method's training objective is shown in one step (`training.objective.Batch`).
+
+    image, label: labelled frames, label int64 with 255 = void. weak, strong: the same unlabelled frames, strong with
+    changed colours. inside: False beyond the picture. mix: where frame i shows frame i - 1 instead (CutMix).
+    """
+
+    image_B3hw: Tensor
+    label_Bhw: Tensor
+    weak_B3hw: Tensor
+    strong_B3hw: Tensor
+    inside_Bhw: Tensor
+    mix_B1hw: Tensor
 
 
 @dataclass(frozen=True, slots=True)

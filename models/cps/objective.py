@@ -12,14 +12,14 @@ DEVIATION: lambda ramps up, since we train from scratch and the paper from Image
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.card import IGNORE, read_strict
-from models.contract import Network
+from models.contract import Network, Views
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +29,6 @@ class CpsOptions:
     cps_weight: float = 1.5
     start: float = 0.1
     full: float = 0.3
-
-
-class Views(Protocol):
-    """What a batch offers (see training.objective.Batch)."""
-
-    image_B3hw: Tensor
-    label_Bhw: Tensor
-    strong_B3hw: Tensor
-    weak_B3hw: Tensor
-    inside_Bhw: Tensor
-    mix_B1hw: Tensor
 
 
 class CpsObjective(nn.Module):

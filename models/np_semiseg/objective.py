@@ -16,13 +16,14 @@ DEVIATION: banks and class attention see every other row and column of the featu
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.card import IGNORE, read_strict
+from models.contract import Views
 from models.np_semiseg.heads import LatentPath, attend
 from models.np_semiseg.net import NpNetwork
 
@@ -46,17 +47,6 @@ class NpOptions:
     full: float = 0.25
     bank_rows: int = 2560
     pixels_per_class: int = 64
-
-
-class Views(Protocol):
-    """What a batch offers (see training.objective.Batch)."""
-
-    image_B3hw: Tensor
-    label_Bhw: Tensor
-    strong_B3hw: Tensor
-    weak_B3hw: Tensor
-    inside_Bhw: Tensor
-    mix_B1hw: Tensor
 
 
 class NpObjective(nn.Module):
