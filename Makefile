@@ -31,7 +31,7 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup
+bench: setup  # the demo store must be there: run `make serve` once
 	$(BIN)/python -m benchmarks.sampling
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.memory

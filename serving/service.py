@@ -133,14 +133,16 @@ def build_gateway(settings: Settings, telemetry: Telemetry) -> "Gateway":
     import torch
 
     from serving.engine.options import Limits
+    from serving.engine.runtime import Tuning
     from serving.engine.segmenter import Segmenter
     from serving.gateway import Gateway
 
     torch.set_num_threads(1)  # only the inference thread enters parallel regions; two teams of threads would fight
     limits = Limits(settings.limit_pixels, settings.limit_windows, settings.limit_samples, settings.limit_queue_samples)
+    tuning = Tuning(settings.windows_per_batch, settings.samples_per_call, settings.deterministic)
     segmenter = Segmenter.open(
         settings.store, limits=limits, device=settings.device or None, threads=settings.threads or None,
-        deterministic=settings.deterministic, observer=telemetry,
+        tuning=tuning, observer=telemetry,
     )  # fmt: skip
     if not segmenter.cards():
         reasons = "; ".join(segmenter.refused.values()) or "it is empty"

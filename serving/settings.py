@@ -13,8 +13,8 @@ class Settings(BaseSettings):
     store: directory of artifacts. grpc_address: host:port of gRPC, empty for none. device: "cpu" or "cuda[:n]";
     empty takes CUDA where there is one. threads: of the inference thread; 0 takes one per usable core.
     deterministic: bytes of an answer never depend on what else is in its batch; costs the batch sizes that this
-    machine's kernels round differently. limit_*: see docs/limits.md. predrain_s: how long readiness is down before
-    connections are closed on SIGTERM.
+    machine's kernels round differently. windows_per_batch, samples_per_call: 0 measures at start. limit_*: see
+    docs/limits.md. predrain_s: how long readiness is down before connections are closed on SIGTERM.
     """
 
     model_config = SettingsConfigDict(env_prefix="PENUMBRA_", frozen=True, extra="ignore")
@@ -24,6 +24,8 @@ class Settings(BaseSettings):
     device: str = ""
     threads: int = Field(0, ge=0)
     deterministic: bool = False
+    windows_per_batch: int = Field(0, ge=0)
+    samples_per_call: int = Field(0, ge=0)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     limit_body_bytes: int = Field(64 * 2**20, ge=1)
     limit_pixels: int = Field(64_000_000, ge=1, le=178_956_970)  # beyond, Pillow opens no file

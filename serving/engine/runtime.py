@@ -31,6 +31,20 @@ FEW = 3
 
 
 @dataclass(frozen=True, slots=True)
+class Tuning:
+    """How batch and chunk sizes are found.
+
+    windows_per_batch, samples_per_call: fixed sizes; 0 chooses by measurement. budget_s: time for that, per model.
+    deterministic: take only batch sizes up to which every window's result has the same bytes as alone.
+    """
+
+    windows_per_batch: int = 0
+    samples_per_call: int = 0
+    deterministic: bool = False
+    budget_s: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """One window's input: pixels normalised to float32 [h, w, 3], and its noise_SL."""
 
@@ -100,24 +114,28 @@ class Runtime:
                 f"{GOLDEN_TOLERANCE:.0e} allowed; export the checkpoint here"
             )
 
-    def warm_up(self, *, budget_s: float, deterministic: bool) -> None:
-        """Measure which chunk of samples and which batch of windows is fastest here, within a time budget.
-
-        deterministic: take only batch sizes up to which every window's result has the same bytes as alone.
-        """
+    def warm_up(self, tuning: Tuning) -> None:
+        """Run once, and set the chunk of samples and the batch of windows: as told, or what is fastest here."""
         pieces = self._golden_pieces()
         self.run(pieces[:1])
-        if self.card.sampling.kind in ("latent", "dropout"):
+        if tuning.samples_per_call:
+            self.samples_per_call = tuning.samples_per_call
+        elif self.card.sampling.kind in ("latent", "dropout"):
             features = self._encode(pieces[:1])
             chunks = [size for size in SIZES if size <= len(pieces[0].noise_SL)]
-            self._choose("samples_per_call", chunks, lambda: self._sample(features, pieces[:1]), budget_s=budget_s / 3)
-        self._choose("windows_per_batch", SIZES, lambda: self._run_full_batch(pieces), budget_s=budget_s * 2 / 3)
-        if deterministic:
+            share_s = tuning.budget_s / 3
+            self._choose("samples_per_call", chunks, lambda: self._sample(features, pieces[:1]), budget_s=share_s)
+        if tuning.windows_per_batch:
+            self.windows_per_batch = tuning.windows_per_batch
+        else:
+            share_s = tuning.budget_s * 2 / 3
+            self._choose("windows_per_batch", SIZES, lambda: self._run_full_batch(pieces), budget_s=share_s)
+        if tuning.deterministic:
             self.windows_per_batch = self._largest_identical_batch(pieces)
         log.info(
-            "%s: %d windows per batch and %d samples per call measured fastest on %s%s",
+            "%s: %d windows per batch and %d samples per call on %s%s",
             self.card.name, self.windows_per_batch, self.samples_per_call, self._backend.device,
-            ", identical to one alone" if deterministic else "",
+            ", each with the same bytes as alone" if tuning.deterministic else "",
         )  # fmt: skip
 
     def _golden_pieces(self) -> list[Piece]:

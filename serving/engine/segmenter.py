@@ -29,16 +29,13 @@ from serving.engine.kernels import FloatArray
 from serving.engine.noise import NoiseSource, SeededNoise
 from serving.engine.observer import Observer
 from serving.engine.options import Limits, SegmentOptions, check_options
-from serving.engine.runtime import Runtime
+from serving.engine.runtime import Runtime, Tuning
 from serving.engine.scheduler import Scheduler, Work
 from serving.engine.store import find_artifact, open_artifact, versions
 from serving.engine.uncertainty import Band, read_out
 from serving.engine.windows import count_windows, cover
 
 log = logging.getLogger("penumbra")
-
-WARM_UP_S = 1.0
-"""Time per model for choosing batch and chunk by measurement; on a GPU a larger budget pays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,15 +100,15 @@ class Segmenter:
 
     def __init__(
         self, *, limits: Limits | None = None, device: str | None = None, threads: int | None = None,
-        deterministic: bool = False, observer: Observer | None = None,
+        tuning: Tuning | None = None, observer: Observer | None = None,
     ) -> None:  # fmt: skip
         """device: "cpu" or "cuda[:n]", by default CUDA where there is one. threads: of the inference thread, by
-        default one per core this process may use. deterministic: same bytes whatever else is in the batch."""
+        default one per core this process may use."""
         keep_freed_memory()
         self.limits = limits or Limits()
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._threads = threads or len(os.sched_getaffinity(0))
-        self._deterministic = deterministic
+        self._tuning = tuning or Tuning()
         self._observer = observer or Observer()
         self._runtimes: dict[str, dict[int, Runtime]] = {}
         self.refused: dict[str, str] = {}
@@ -142,7 +139,7 @@ class Segmenter:
         def make_ready() -> Runtime:
             runtime = Runtime(artifact, device=self._device, threads=self._threads)
             runtime.check_golden()
-            runtime.warm_up(budget_s=WARM_UP_S, deterministic=self._deterministic)
+            runtime.warm_up(self._tuning)
             return runtime
 
         runtime = self.scheduler.call(make_ready)

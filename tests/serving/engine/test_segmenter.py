@@ -25,6 +25,7 @@ from models.errors import (
 )
 from serving.engine.noise import SeededNoise
 from serving.engine.options import Limits, SegmentOptions
+from serving.engine.runtime import Tuning
 from serving.engine.segmenter import Prediction, Segmenter
 from serving.engine.uncertainty import MAPS
 from tests.conftest import GAIN, picture, toy_card
@@ -40,7 +41,7 @@ def segmenter(toy_store: Path) -> Iterator[Segmenter]:
 
 @pytest.fixture(scope="module")
 def exact_segmenter(toy_store: Path) -> Iterator[Segmenter]:
-    with Segmenter.open(toy_store, threads=1, device="cpu", deterministic=True) as opened:
+    with Segmenter.open(toy_store, threads=1, device="cpu", tuning=Tuning(deterministic=True)) as opened:
         yield opened
 
 
