@@ -32,7 +32,7 @@ from serving.engine.store import find_artifact
 from serving.engine.windows import cover, cut
 
 SIZES = ((240, 320), (360, 480), (360, 640), (480, 640), (720, 960))
-CLIENTS, REQUESTS, ROUNDS = 16, 48, 5
+CLIENTS, REQUESTS, ROUNDS = 16, 48, 7
 SIZES_FIXED = Tuning(windows_per_batch=1, samples_per_call=4)
 """The same for both sides; what warm-up would choose differs from start to start by what else the machine does."""
 
