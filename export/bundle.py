@@ -17,7 +17,7 @@ from models.card import Card, ExportFacts, Parity, check_facts, dump_card
 from models.checkpoint import load_checkpoint
 from models.contract import Network
 from models.errors import BadOption
-from serving.engine.backend import load_backend
+from serving.engine.backend import Backend, load_backend
 from serving.engine.noise import SeededNoise
 from serving.engine.store import CARD, GOLDEN, open_artifact, sha256_of, versions
 
@@ -92,19 +92,17 @@ def _measure(card: Card, directory: Path, image_B3hw: Tensor, noise_SBL: Tensor,
     """Run the graphs at another S and B than they were traced with where the law allows, and compare."""
     graphs = load_backend(card, directory, torch.device("cpu"))
     if card.sampling.kind in ("latent", "dropout"):
-        parts = [
-            torch.cat(
-                [
-                    graphs.decode(graphs.encode(image_B3hw[b : b + 1]), noise_BL[None, b : b + 1])
-                    for noise_BL in noise_SBL
-                ]
-            )
-            for b in range(len(image_B3hw))
-        ]
-        got_SBKhw = torch.cat(parts, dim=1)
+        got_SBKhw = torch.cat(
+            [_one_by_one(graphs, image_B3hw[b : b + 1], noise_SBL[:, b : b + 1]) for b in range(len(image_B3hw))], dim=1
+        )
     else:
         got_SBKhw = graphs.decode(graphs.encode(image_B3hw), noise_SBL)
     return measure_parity(logits_SBKhw, got_SBKhw, card, height=image_B3hw.shape[2], width=image_B3hw.shape[3])
+
+
+def _one_by_one(graphs: Backend, image_13hw: Tensor, noise_S1L: Tensor) -> Tensor:
+    features = graphs.encode(image_13hw)
+    return torch.cat([graphs.decode(features, noise_11L) for noise_11L in torch.split(noise_S1L, 1)])
 
 
 def golden_input(card: Card) -> tuple[Tensor, Tensor]:
