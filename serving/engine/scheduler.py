@@ -7,7 +7,6 @@ moments or with the error that ends the request; a failing batch fails only the 
 fail; a cancelled or expired request's windows leave the queue before the next batch.
 """
 
-import itertools
 import logging
 import queue
 import threading
@@ -273,17 +272,18 @@ class Scheduler:
                 runtime.windows_per_batch = max(1, len(batch) // 2)
                 half = len(batch) // 2
                 return self._answer(batch[:half]) + self._answer(batch[half:])
-            if len({id(job) for job, _ in batch}) > 1:
-                groups = itertools.groupby(
-                    sorted(range(len(batch)), key=lambda i: id(batch[i][0])), lambda i: id(batch[i][0])
-                )
-                answers: dict[int, Answer] = {}
-                for _, members in groups:
-                    indices = list(members)
-                    answers |= dict(zip(indices, self._answer([batch[i] for i in indices]), strict=True))
-                return [answers[i] for i in range(len(batch))]
+            if len({job for job, _ in batch}) > 1:
+                return self._answer_apart(batch)
             log.exception("%s failed on a batch of %d windows", runtime.card.name, len(batch))
             return [ModelFault(f"{runtime.card.name} failed on this image")] * len(batch)
+
+    def _answer_apart(self, batch: list[tuple[_Job, Window]]) -> list[Answer]:
+        """Run each request's windows by themselves, and put the answers back in the batch's order."""
+        answers: dict[int, Answer] = {}
+        for one in dict.fromkeys(job for job, _ in batch):
+            places = [i for i, (job, _) in enumerate(batch) if job is one]
+            answers |= dict(zip(places, self._answer([batch[i] for i in places]), strict=True))
+        return [answers[i] for i in range(len(batch))]
 
     def _deliver(self, job: _Job, window: Window, answer: Answer) -> None:
         if job not in self._jobs:
