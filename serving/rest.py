@@ -1,10 +1,14 @@
 """HTTP: `POST /segment`, the models, health and metrics. Parsing and formatting only; the rest is the gateway's."""
 
+import asyncio
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from html import escape
 
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData, Headers
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Match, Route
@@ -122,15 +126,33 @@ async def read_upload(request: Request) -> tuple[bytes, dict[str, str]]:
             f"the body is {media[:60] or 'of no type'!r}; send multipart/form-data with a file field image, "
             "or an image/* body"
         )
+    body = await request.body()
     try:
-        async with request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES) as form:
-            upload = form.get("image")
-            if upload is None or isinstance(upload, str):
-                raise BadImage("the form has no file field image; add one that holds the picture")
-            texts = [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
-            return await upload.read(), fields | _unique(texts, beside=fields)
-    except HTTPException as error:
-        raise BadImage(f"the multipart body cannot be read ({error.detail})") from None
+        form = await run_in_threadpool(parse_form, request.headers, body)
+    except MultiPartException as error:
+        raise BadImage(f"the multipart body cannot be read ({error.message})") from None
+    upload = form.get("image")
+    if upload is None or isinstance(upload, str):
+        raise BadImage("the form has no file field image; add one that holds the picture")
+    texts = [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
+    with upload.file as file:
+        return file.read(), fields | _unique(texts, beside=fields)
+
+
+class InMemoryParser(MultiPartParser):
+    """Keeps files in memory: the guard has bounded the body already, and a container may have no place for others."""
+
+    spool_max_size = 2**63 - 1
+
+
+def parse_form(headers: Headers, body: bytes) -> FormData:
+    """Parse a whole multipart body, off the event loop: 50 MB take a quarter of a second. Raises MultiPartException."""
+
+    async def stream() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    limits = {"max_files": 1, "max_fields": MAX_FIELDS, "max_part_size": MAX_FIELD_BYTES}
+    return asyncio.run(InMemoryParser(headers, stream(), **limits).parse())
 
 
 def _unique(items: list[tuple[str, str]], *, beside: Mapping[str, str] | None = None) -> dict[str, str]:
