@@ -11,7 +11,7 @@ input, so eager, TorchScript and every other export agree sample by sample.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -42,8 +42,8 @@ class Network(nn.Module):
         return self.decode(self.encode(image_B3hw), noise_SBL)
 
 
-class Views(Protocol):
-    """What a method's training objective is shown in one step (`training.objective.Batch`).
+class Views(NamedTuple):
+    """What a method's training objective is shown in one step. Pictures are normalised float32.
 
     image, label: labelled frames, label int64 with 255 = void. weak, strong: the same unlabelled frames, strong with
     changed colours. inside: False beyond the picture. mix: where frame i shows frame i - 1 instead (CutMix).

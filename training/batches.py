@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from models.card import IGNORE, InputSpec
+from models.contract import Views
 from training.augment import cutmix_masks, jitter_color, normalise, random_view
 from training.data.frames import Frames
-from training.objective import Batch
 from training.recipe import Recipe
 
 
@@ -19,13 +19,13 @@ class Batches:
         self.frames, self.recipe, self.generator = frames, recipe, generator
         self.labelled, self.unlabelled = split
 
-    def draw(self) -> Batch:
+    def draw(self) -> Views:
         """The next batch. Masks of unlabelled frames are never looked at."""
         recipe, generator, spec = self.recipe, self.generator, InputSpec()
         image, label_Bhw = self._views(self.labelled, recipe.labelled_batch)
         plain, beyond_Bhw = self._views(self.unlabelled, recipe.unlabelled_batch, blind=True)
         strong = jitter_color(plain, strength=recipe.strong_jitter, generator=generator)
-        return Batch(
+        return Views(
             image_B3hw=normalise(jitter_color(image, strength=recipe.jitter, generator=generator), spec),
             label_Bhw=label_Bhw,
             weak_B3hw=normalise(plain, spec),

@@ -2,28 +2,13 @@
 
 import importlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.contract import Network
+from models.contract import Network, Views
 from models.errors import BadOption
-
-
-class Batch(NamedTuple):
-    """Normalised pictures (float32) and int64 labels (255 = void).
-
-    weak and strong show the same unlabelled frames, strong with changed colours; inside_Bhw (bool) is False
-    beyond the picture; mix_B1hw (bool) says where frame i shows frame i - 1 instead (CutMix).
-    """
-
-    image_B3hw: Tensor
-    label_Bhw: Tensor
-    weak_B3hw: Tensor
-    strong_B3hw: Tensor
-    inside_Bhw: Tensor
-    mix_B1hw: Tensor
 
 
 class Objective(nn.Module):
@@ -36,7 +21,7 @@ class Objective(nn.Module):
     network: Network
     average: Network
 
-    def forward(self, batch: Batch, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
+    def forward(self, batch: Views, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
         raise NotImplementedError
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from models.card import WindowSpec
+from models.contract import Views
 from training.augment import cutmix_masks
-from training.objective import Batch
 from training.recipe import Recipe
 
 BACKBONE = {"depth": 18, "stem": "plain", "width": 8}
@@ -43,10 +43,10 @@ def recipe(method: str, folder: Path, *, steps: int) -> Recipe:
     )
 
 
-def batch(*, num: int = 2, size: tuple[int, int] = (32, 48), num_classes: int = 3) -> Batch:
+def batch(*, num: int = 2, size: tuple[int, int] = (32, 48), num_classes: int = 3) -> Views:
     """Noise with random labels."""
     generator = torch.Generator().manual_seed(0)
     image, weak = torch.randn(2, num, 3, *size, generator=generator)
     label_Bhw = torch.randint(num_classes, (num, *size), generator=generator)
     inside_Bhw = torch.ones(num, *size, dtype=torch.bool)
-    return Batch(image, label_Bhw, weak, weak + 0.1, inside_Bhw, cutmix_masks(num, size, generator=generator))
+    return Views(image, label_Bhw, weak, weak + 0.1, inside_Bhw, cutmix_masks(num, size, generator=generator))
