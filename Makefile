@@ -32,9 +32,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 bench: setup  # the demo store must be there: run `make serve` once
-	$(BIN)/python -m benchmarks.sampling
-	$(BIN)/python -m benchmarks.overhead
-	$(BIN)/python -m benchmarks.memory
+	for name in sampling moments memory overhead identity; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 clean:
 	rm -rf .venv store runs out build *.egg-info

@@ -17,7 +17,7 @@ from models.card import Card, ExportFacts, Parity, check_facts, dump_card
 from models.checkpoint import load_checkpoint
 from models.contract import Network
 from models.errors import BadOption
-from serving.engine.backend import Backend, load_backend
+from serving.engine.backend import load_backend
 from serving.engine.noise import SeededNoise
 from serving.engine.store import CARD, GOLDEN, open_artifact, sha256_of, versions
 
@@ -89,20 +89,16 @@ def _write(network: Network, card: Card, draft: Path, *, backend: str, source: s
 
 
 def _measure(card: Card, directory: Path, image_B3hw: Tensor, noise_SBL: Tensor, logits_SBKhw: Tensor) -> Parity:
-    """Run the graphs at another S and B than they were traced with where the law allows, and compare."""
+    """Run the graphs one window, and where S is free one sample, at a time, other than they were traced; compare."""
     graphs = load_backend(card, directory, torch.device("cpu"))
-    if card.sampling.kind in ("latent", "dropout"):
-        got_SBKhw = torch.cat(
-            [_one_by_one(graphs, image_B3hw[b : b + 1], noise_SBL[:, b : b + 1]) for b in range(len(image_B3hw))], dim=1
-        )
-    else:
-        got_SBKhw = graphs.decode(graphs.encode(image_B3hw), noise_SBL)
+    chunk = 1 if card.sampling.kind in ("latent", "dropout") else len(noise_SBL)
+    windows = []
+    for b in range(len(image_B3hw)):
+        features = graphs.encode(image_B3hw[b : b + 1])
+        samples = [graphs.decode(features, noise) for noise in torch.split(noise_SBL[:, b : b + 1], chunk)]
+        windows.append(torch.cat(samples))
+    got_SBKhw = torch.cat(windows, dim=1)
     return measure_parity(logits_SBKhw, got_SBKhw, card, height=image_B3hw.shape[2], width=image_B3hw.shape[3])
-
-
-def _one_by_one(graphs: Backend, image_13hw: Tensor, noise_S1L: Tensor) -> Tensor:
-    features = graphs.encode(image_13hw)
-    return torch.cat([graphs.decode(features, noise_11L) for noise_11L in torch.split(noise_S1L, 1)])
 
 
 def golden_input(card: Card) -> tuple[Tensor, Tensor]:

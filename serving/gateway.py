@@ -85,7 +85,7 @@ class Gateway:
     ) -> tuple[Prediction, T]:  # fmt: skip
         """In a request thread: the whole way of one image."""
         begun = time.perf_counter()
-        pixels = decode_image(image, self.segmenter.limits) if isinstance(image, bytes) else image
+        pixels = self._decode(image, options) if isinstance(image, bytes) else image
         decoded = time.perf_counter()
         prediction = self.segmenter.segment(pixels, options, cancelled=cancelled, deadline=started + self._timeout_s)
         timing_ms = {"wait": 1e3 * (begun - started), "decode": 1e3 * (decoded - begun)} | prediction.timing_ms
@@ -94,6 +94,11 @@ class Gateway:
         body = write(prediction)
         self.telemetry.answered(prediction, timing_ms | {"write": 1e3 * (time.perf_counter() - writing)})
         return prediction, body
+
+    def _decode(self, data: bytes, options: SegmentOptions) -> NDArray[np.uint8]:
+        """Refuse by header and options first: pixels are decoded only for requests that can be answered."""
+        limits, check = self.segmenter.limits, self.segmenter.check
+        return decode_image(data, limits, admit=lambda height, width: check(height, width, options))
 
     def close(self) -> None:
         """Finish accepted work."""

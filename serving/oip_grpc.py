@@ -3,6 +3,7 @@
 Messages come from tritonclient's own stubs, so what its clients send is what is read here.
 """
 
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -18,19 +19,24 @@ from serving.gateway import Gateway
 from serving.oip import DEFAULT_OUTPUTS, INPUTS, OUTPUTS, read_image, read_options, read_output
 from serving.statuses import status_of
 
+log = logging.getLogger("penumbra")
+
 SERVICE = "inference.GRPCInferenceService"
 Context = Any
 Handler = Callable[["InferenceServicer", Any, Context], Awaitable[Any]]
 
 
 def named_errors(handler: Handler) -> Handler:
-    """End a call with the gRPC status of its PenumbraError."""
+    """End a call with the gRPC status of its PenumbraError; any other failure is logged and says nothing inside."""
 
     async def handle(self: "InferenceServicer", request: Any, context: Context) -> Any:
         try:
             return await handler(self, request, context)
         except PenumbraError as error:
             await context.abort(grpc.StatusCode[status_of(error)[1]], str(error))
+        except Exception:
+            log.exception("a call failed unexpectedly")
+            await context.abort(grpc.StatusCode.INTERNAL, "the server failed on this request; its log says why")
 
     return handle
 
@@ -54,7 +60,7 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
         return pb.ModelReadyResponse(ready=self._gateway.is_ready and (request.name, request.version) in known)
 
     async def ServerMetadata(self, request: Any, context: Context) -> Any:
-        return pb.ServerMetadataResponse(name="penumbra", version=VERSION, extensions=["binary_tensor_data"])
+        return pb.ServerMetadataResponse(name="penumbra", version=VERSION)
 
     @named_errors
     async def ModelMetadata(self, request: Any, context: Context) -> Any:
@@ -104,6 +110,8 @@ def _picture(request: Any) -> Any:
     if tensor.contents.bytes_contents:  # the typed form has no length prefix; the raw form has
         content = tensor.contents.bytes_contents[0]
         return read_image(tensor.datatype, tensor.shape, len(content).to_bytes(4, "little") + content)
+    if max(tensor.contents.uint_contents, default=0) > 255:
+        raise BadImage(f"image has the value {max(tensor.contents.uint_contents)}; 0 to 255 are wanted")
     return read_image(tensor.datatype, tensor.shape, bytes(tensor.contents.uint_contents))
 
 
@@ -121,7 +129,7 @@ def _answer(prediction: Any, names: tuple[str, ...]) -> Any:
 
 
 class GrpcServer:
-    """The listening server. `start` raises OSError-like RuntimeError when the port is taken."""
+    """The listening server. `start` raises RuntimeError when the port is taken."""
 
     def __init__(self, gateway: Gateway, *, address: str, message_bytes: int) -> None:
         self._health = HealthServicer(experimental_non_blocking=True)

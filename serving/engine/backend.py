@@ -29,7 +29,7 @@ class TorchScriptBackend:
     def __init__(self, directory: Path, device: torch.device) -> None:
         self.device, self.dtype = device, torch.float32
         with warnings.catch_warnings():
-            # Deprecated upstream; the format is supported until its successor is exported too (docs/adr).
+            # Deprecated upstream; the format stays until its successors are exported too.
             warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated", category=DeprecationWarning)
             try:
                 self._encode, self._decode = (

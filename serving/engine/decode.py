@@ -8,6 +8,7 @@ converted, alpha is dropped, and of several frames the first is taken.
 import io
 import struct
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +23,13 @@ PILLOW_FAULTS = (OSError, ValueError, SyntaxError, TypeError, EOFError, KeyError
 """What Pillow raises on malformed files; hostile ones reach corners that its own exception types do not name."""
 
 
-def decode_image(data: bytes, limits: Limits) -> NDArray[np.uint8]:
-    """Pixels of an encoded picture. Raises BadImage, and TooLarge before decoding pixels over the limit."""
+def decode_image(
+    data: bytes, limits: Limits, *, admit: Callable[[int, int], object] | None = None
+) -> NDArray[np.uint8]:
+    """Pixels of an encoded picture. Raises BadImage, and TooLarge before decoding pixels over the limit.
+
+    admit: called with the header's height and width before any pixel is decoded; it may refuse by raising.
+    """
     if not data:
         raise BadImage(f"the image is empty (0 bytes); one of {', '.join(FORMATS)} is wanted")
     try:
@@ -35,6 +41,8 @@ def decode_image(data: bytes, limits: Limits) -> NDArray[np.uint8]:
             f"the image cannot be read: {len(data)} bytes starting {data[:8]!r} are none of {', '.join(FORMATS)}"
         ) from None
     check_pixels(picture.height, picture.width, limits)
+    if admit:
+        admit(picture.height, picture.width)
     try:
         return _to_rgb(ImageOps.exif_transpose(picture))
     except PILLOW_FAULTS as error:

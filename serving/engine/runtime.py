@@ -25,8 +25,6 @@ GOLDEN_TOLERANCE = 1e-3
 SIZES = (1, 2, 4, 8, 16, 32)
 WORTHWHILE = 0.95
 """A larger batch or chunk must take at most this share of a smaller one's time, or it is not worth its memory."""
-
-
 FEW = 3
 """Candidates that are always tried, time permitting: one disturbed measurement must not end the search."""
 

@@ -56,17 +56,20 @@ class Prediction:
 
 
 class BandStream:
-    """The rows of one answer as they become final, and how long each phase took so far."""
+    """The rows of one answer as they become final, and how long each phase took.
 
-    def __init__(self, segmenter: "Segmenter", work: Work) -> None:
-        self._work = work
-        self._stream = segmenter.scheduler.submit(work)
-        self._started = time.perf_counter()
+    The work is submitted when the first row is asked for and withdrawn when the caller stops, so that nothing stays
+    in the queue that nobody waits for. Iterate once.
+    """
+
+    def __init__(self, scheduler: Scheduler, work: Work) -> None:
+        self._scheduler, self.work = scheduler, work
         self.timing_ms: dict[str, float] = {"queue": 0.0, "run": 0.0, "stitch": 0.0, "read_out": 0.0, "total": 0.0}
 
     def __iter__(self) -> Iterator[Band]:
-        canvas = Canvas(self._work.plan, self._work.runtime.card.num_classes)
-        with self._stream as finished_windows:
+        started = time.perf_counter()
+        canvas = Canvas(self.work.plan, self.work.runtime.card.num_classes)
+        with self._scheduler.submit(self.work) as finished_windows:
             for window, moments in finished_windows:
                 with self._clock("stitch"):
                     canvas.add(window, moments)
@@ -74,9 +77,9 @@ class BandStream:
                     with self._clock("read_out"):
                         band = read_out(y0, prob_hKW, expected_hW)
                     yield band
-        self.timing_ms["queue"] = 1e3 * self._stream.queue_s
-        self.timing_ms["run"] = 1e3 * self._stream.run_s
-        self.timing_ms["total"] = 1e3 * (time.perf_counter() - self._started)
+        self.timing_ms["queue"] = 1e3 * finished_windows.queue_s
+        self.timing_ms["run"] = 1e3 * finished_windows.run_s
+        self.timing_ms["total"] = 1e3 * (time.perf_counter() - started)
 
     def _clock(self, phase: str) -> "_Clock":
         return _Clock(self.timing_ms, phase)
@@ -181,7 +184,7 @@ class Segmenter:
     def bands(
         self, image_HW3: NDArray[np.uint8], options: SegmentOptions, *, noise: NoiseSource | None = None,
         cancelled: threading.Event | None = None, deadline: float = float("inf"),
-    ) -> tuple[Work, BandStream]:  # fmt: skip
+    ) -> BandStream:  # fmt: skip
         """The answer in bands of rows, for images that are not to be held in memory twice.
 
         noise: replaces the seeded noise, for protocols that prescribe their own. Raises any PenumbraError.
@@ -194,14 +197,14 @@ class Segmenter:
             noise or SeededNoise(runtime.card.sampling, seed=options.seed, num_samples=num_samples),
             num_samples, cancelled or threading.Event(), deadline,
         )  # fmt: skip
-        return work, BandStream(self, work)
+        return BandStream(self.scheduler, work)
 
     def segment(
         self, image_HW3: NDArray[np.uint8], options: SegmentOptions, *, noise: NoiseSource | None = None,
         cancelled: threading.Event | None = None, deadline: float = float("inf"),
     ) -> Prediction:  # fmt: skip
         """Labels and uncertainty of one image: uint8 RGB [H, W, 3]. Raises any PenumbraError."""
-        work, bands = self.bands(image_HW3, options, noise=noise, cancelled=cancelled, deadline=deadline)
+        bands = self.bands(image_HW3, options, noise=noise, cancelled=cancelled, deadline=deadline)
         height, width = image_HW3.shape[:2]
         labels_HW = np.empty((height, width), np.uint8)
         maps = {name: np.empty((height, width), np.float32) for name in options.outputs}
@@ -211,6 +214,7 @@ class Segmenter:
                 labels_HW[place] = band.labels
                 for name, values in maps.items():
                     values[place] = band.maps[name]
+        work = bands.work
         return Prediction(
             work.runtime.card, options.seed, work.num_samples, work.plan.num_windows, labels_HW, maps, bands.timing_ms
         )

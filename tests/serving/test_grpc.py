@@ -95,3 +95,15 @@ def test_health_readiness_and_metadata_are_answered(
 def test_a_call_that_is_not_offered_says_so(triton_client: triton.InferenceServerClient) -> None:
     with pytest.raises(InferenceServerException, match="not offered"):
         triton_client.get_trace_settings(client_timeout=10)
+
+
+def test_a_typed_pixel_above_255_is_refused_by_its_value(server: Server) -> None:
+    request = triton.service_pb2.ModelInferRequest(model_name="toy-pointwise")
+    tensor = request.inputs.add(name="image", datatype="UINT8", shape=[1, 1, 3])
+    tensor.contents.uint_contents.extend([1, 2, 300])
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        stub = triton.service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        with pytest.raises(grpc.RpcError) as refused:
+            stub.ModelInfer(request, timeout=10)
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "300" in refused.value.details()

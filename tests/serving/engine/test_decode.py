@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from models.errors import BadImage, TooLarge
+from models.errors import BadImage, BadOption, TooLarge
 from serving.engine.decode import check_array, decode_image
 from serving.engine.options import Limits
 from tests.conftest import picture
@@ -229,3 +229,15 @@ def test_an_array_that_is_no_image_is_refused_with_its_dtype_and_shape(array: np
 def test_an_array_over_the_limit_is_refused() -> None:
     with pytest.raises(TooLarge, match="1000x1000"):
         check_array(np.broadcast_to(np.uint8(0), (1000, 1000, 3)), LIMITS)
+
+
+def test_a_request_is_refused_by_its_header_before_pixels_are_decoded() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(buffer, "PNG")
+    cut_short = buffer.getvalue()[:60]
+
+    def refuse(height: int, width: int) -> None:
+        raise BadOption(f"{height}x{width}")
+
+    with pytest.raises(BadOption, match="30x40"):
+        decode_image(cut_short, Limits(), admit=refuse)

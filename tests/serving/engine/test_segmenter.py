@@ -235,7 +235,7 @@ def test_cancelled_and_expired_requests_end_so(segmenter: Segmenter, rng: np.ran
 
 
 def test_leaving_the_bands_early_withdraws_the_rest(segmenter: Segmenter, rng: np.random.Generator) -> None:
-    _, bands = segmenter.bands(picture(rng, 2000, 48), ask("toy-latent"))
+    bands = segmenter.bands(picture(rng, 2000, 48), ask("toy-latent"))
     rows = iter(bands)
     assert next(rows).y0 == 0
     rows.close()  # type: ignore[attr-defined]
@@ -244,7 +244,7 @@ def test_leaving_the_bands_early_withdraws_the_rest(segmenter: Segmenter, rng: n
 
 def test_bands_follow_each_other_down_the_image(segmenter: Segmenter, rng: np.random.Generator) -> None:
     image = picture(rng, 300, 100)
-    _, bands = segmenter.bands(image, ask("toy-pointwise"))
+    bands = segmenter.bands(image, ask("toy-pointwise"))
     y = 0
     for band in bands:
         assert band.y0 == y
@@ -268,3 +268,8 @@ def test_phases_are_timed(segmenter: Segmenter, rng: np.random.Generator) -> Non
     timing_ms = segmenter.segment(picture(rng, 80, 80), ask("toy-latent")).timing_ms
     assert set(timing_ms) == {"queue", "run", "stitch", "read_out", "total"}
     assert all(ms >= 0 for ms in timing_ms.values()) and timing_ms["total"] > 0
+
+
+def test_bands_that_nobody_asks_for_hold_no_place_in_the_queue(segmenter: Segmenter) -> None:
+    segmenter.bands(np.zeros((50, 60, 3), np.uint8), SegmentOptions("toy-pointwise"))
+    assert segmenter.scheduler.queued == (0, 0)
