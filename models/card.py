@@ -19,6 +19,10 @@ IGNORE = 255
 """Label of pixels that are void in the data or abstained in an answer; hence at most 255 classes."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """A model's name is a directory, a label of metrics and a part of URLs."""
+MAP_NAME = re.compile(r"(?!labels$|probabilities$|image$)[a-z][a-z0-9_]{0,39}")
+
+MAPS = ("confidence", "margin", "entropy", "expected_entropy", "mutual_information")
+"""The maps that every model's answer has, defined in `serving.engine.uncertainty`."""
 
 EXACT = 2**53
 """Up to here every whole number is a float too."""
@@ -53,6 +57,9 @@ class WindowSpec:
     blend: weight of a pixel by its place in the window; `gaussian` has sigma = window / 8.
     padding: what stands beyond an image smaller than its window. `mirror` repeats the picture, `mean` puts
     zeros after normalisation, `black` zeros before it. centred: half of it before the image, half after.
+    last: the last row and column of windows are shifted inward to end at the border, or clipped at it (AugSeg).
+    trained: (height, width) of the windows that the network's results hold for, where they depend on it; an answer
+    from other windows carries a warning.
     """
 
     height: int
@@ -61,6 +68,8 @@ class WindowSpec:
     blend: Literal["gaussian", "uniform"] = "gaussian"
     padding: Literal["mirror", "mean", "black"] = "mirror"
     centred: bool = False
+    last: Literal["shift", "clip"] = "shift"
+    trained: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,17 +89,43 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptSpec:
+    """What a request may bring beside the picture: `boxes` round objects, `tags` that name the classes in it.
+
+    members: the sample axis with the prompt, where it differs from the axis without. background: a class that is
+    always there and is neither boxed nor tagged. alpha: default of the option `alpha`; None where there is none.
+    """
+
+    kind: Literal["none", "boxes", "tags"] = "none"
+    members: tuple[str, ...] = ()
+    background: int | None = None
+    alpha: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExtraMap:
+    """A map that a method has beside `MAPS`: its name, what it is, and its unit or range."""
+
+    name: str
+    description: str
+    unit: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Readout:
     """How logits become probabilities.
 
     softmax_at `window`: logits are resized to the window, then softmax (exact for mutual information).
     `feature`: softmax first, then resize (only where a published protocol demands it).
     align_corners: of the bilinear resize. temperature: logits are divided by it before the softmax.
+    average: what is averaged over samples and overlapping windows. `logits` belongs to published protocols: labels
+    are theirs, and the mutual information is then the difference of two entropies, not an information.
     """
 
     softmax_at: Literal["window", "feature"] = "window"
     align_corners: bool = True
     temperature: float = 1.0
+    average: Literal["probabilities", "logits"] = "probabilities"
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +178,8 @@ class Card:
     window: WindowSpec
     sampling: Sampling
     readout: Readout
+    prompt: PromptSpec = PromptSpec()
+    extra_maps: tuple[ExtraMap, ...] = ()
     provenance: Provenance = field(default_factory=Provenance)
     export: ExportFacts | None = None
     format: int = CARD_FORMAT
@@ -236,6 +273,7 @@ def _kind_name(value: Any) -> str:
 def check_facts(card: Card) -> None:
     """Raises BadArtifact naming the first fact that is impossible or contradicts another."""
     window, sampling, temperature = card.window, card.sampling, card.readout.temperature
+    prompt, extra = card.prompt, [extra_map.name for extra_map in card.extra_maps]
     colors = [value for info in card.classes for value in info.color]
     num_members = len(sampling.members)
     failures = {
@@ -255,6 +293,12 @@ def check_facts(card: Card) -> None:
         f"has {num_members} members and {sampling.default_samples} default_samples; members fix the number of samples":
             sampling.kind == "members" and sampling.default_samples != num_members,
         f"default_samples is {sampling.default_samples}; at least 1 is needed": sampling.default_samples < 1,
+        f"window.trained is {window.trained}; two positive sizes are wanted": min(window.trained or (1,)) < 1,
+        f"prompt.alpha is {prompt.alpha}; 0 or more is possible": not 0 <= (prompt.alpha or 0.0) < math.inf,
+        f"prompt.background is {prompt.background}; the classes are 0 to {card.num_classes - 1}":
+            not 0 <= (prompt.background or 0) < card.num_classes,
+        f"extra_maps are {', '.join(extra)}; plain names are wanted, each once and none of {', '.join(MAPS)}":
+            len({*extra, *MAPS}) < len(extra) + len(MAPS) or not all(MAP_NAME.fullmatch(name) for name in extra),
     }  # fmt: skip
     for sentence, failed in failures.items():
         if failed:

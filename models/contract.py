@@ -1,7 +1,8 @@
 """The model contract: a network is cut where its randomness begins.
 
-    encode(image_B3hw)           -> features      deterministic, once per window
-    decode(features, noise_SBL)  -> logits_SBKhw  a pure function of its noise, all S samples in one call
+    encode(image_B3hw)                     -> features      deterministic, once per window
+    take_prompt(image, features, prompt)   -> features      only where a request brings a prompt
+    decode(features, noise_SBL)            -> logits_SBKhw  a pure function of its noise, all S samples in one call
 
 Shape letters: B windows, S samples, K classes, D channels, L noise length, H W image px, h w px of a window
 or of its feature map; a suffix names the axes in memory order. Every feature tensor has the window axis B
@@ -15,9 +16,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from models.card import Sampling
+from models.card import ExtraMap, PromptSpec, Sampling
+from models.layout import Upstream
 
 Features = tuple[Tensor, ...]
+Prompt = tuple[Tensor, ...]
+"""`boxes`: (boxes_BKhw,), 1 inside a box of class k, and alpha_B where the network has an alpha. `tags`: (tags_BK,)."""
 
 
 class Network(nn.Module):
@@ -25,12 +29,23 @@ class Network(nn.Module):
 
     sampling: what its sample axis is. `decode` may return logits at a feature resolution below the
     window's; resizing and softmax belong to whoever reads them out (`serving.engine.moments`).
+    prompt: what it takes beside the image. extra_maps: named maps of its own; they are the last feature,
+    extras_BEhw float32, at any resolution.
     """
 
     sampling: Sampling
+    prompt: PromptSpec = PromptSpec()
+    extra_maps: tuple[ExtraMap, ...] = ()
 
     def encode(self, image_B3hw: Tensor) -> Features:
         """Everything that does not depend on the sample. image_B3hw: float32, normalised as the card says."""
+        raise NotImplementedError
+
+    def take_prompt(self, image_B3hw: Tensor, features: Features, prompt: Prompt) -> Features:
+        """The features with a prompt taken into account; only for networks whose `prompt` has a kind.
+
+        What comes out is for the same `decode`, whose S is then the number of `prompt.members`, if it names any.
+        """
         raise NotImplementedError
 
     def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
@@ -62,9 +77,11 @@ class Method:
     """One research method: its name, its paper, its configuration type and how to build its network.
 
     config: a frozen dataclass whose first field is `num_classes`; it is stored in checkpoints as JSON.
+    upstream: how its published checkpoints are read; None where nothing is published.
     """
 
     name: str
     citation: str
     config: type
     build: Callable[[Any], Network]
+    upstream: Upstream | None = None

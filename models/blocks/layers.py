@@ -16,9 +16,14 @@ def conv_norm_act(
     )
 
 
-def resize_like(x_BDhw: Tensor, target_BDhw: Tensor) -> Tensor:
-    """Bilinear resize to the height and width of `target`, align_corners=True as in the published nets."""
-    return F.interpolate(x_BDhw, size=target_BDhw.shape[-2:], mode="bilinear", align_corners=True)
+def resize_like(x_BDhw: Tensor, target_BDhw: Tensor, *, align_corners: bool = True) -> Tensor:
+    """Bilinear resize to the height and width of `target`."""
+    return F.interpolate(x_BDhw, size=target_BDhw.shape[-2:], mode="bilinear", align_corners=align_corners)
+
+
+def drop_channels(x_BDhw: Tensor, mask_SBD: Tensor) -> Tensor:
+    """Dropout2d with its masks as an input (0 or 1 / keep): every sample's channels, [S*B, D, h, w], sample-major."""
+    return (x_BDhw * mask_SBD[..., None, None]).flatten(0, 1)
 
 
 def weighted_sums(x_D: Tensor, weight_OD: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ class ResNetConfig:
 
     width: channels of the first stage (64 in the papers). multi_grid: factors on the dilation of the last
     stage's blocks. ceil_pool: the stem's max-pool rounds sizes up (U2PL, AugSeg) or down (CPS).
+    dilation: where a stride became a dilation, `all` blocks of the last stage have it (times multi_grid); with `rest`
+    its first block has the stage before's, as in torchvision; with `none` nothing is dilated (SIPE).
     """
 
     depth: Literal[18, 34, 50, 101] = 50
@@ -27,6 +29,7 @@ class ResNetConfig:
     output_stride: Literal[8, 16] = 16
     multi_grid: tuple[int, int, int] = (1, 2, 4)
     ceil_pool: bool = False
+    dilation: Literal["all", "rest", "none"] = "all"
 
     @property
     def expansion(self) -> int:
@@ -55,8 +58,8 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(stem_channels)
         block = Bottleneck if config.expansion == 4 else BasicBlock
         channels = stem_channels
-        for stage, dilations in enumerate(_dilations(config)):
-            stride = 1 if stage == 0 or max(dilations) > 1 else 2
+        strides = (1, 2, 1 if config.output_stride == 8 else 2, 1)
+        for stage, (stride, dilations) in enumerate(zip(strides, _dilations(config), strict=True)):
             planes = width * 2**stage
             blocks = nn.Sequential()
             for i, dilation in enumerate(dilations):
@@ -65,10 +68,16 @@ class ResNet(nn.Module):
             self.add_module(f"layer{stage + 1}", blocks)
 
     def forward(self, image_B3hw: Tensor) -> tuple[Tensor, Tensor]:
+        low, _, _, high = self.stages(image_B3hw)
+        return low, high
+
+    def stages(self, image_B3hw: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The outputs of all four stages."""
         x = F.relu(self.bn1(self.conv1(image_B3hw)))
-        x = F.max_pool2d(x, 3, 2, 1, ceil_mode=self.ceil_pool)
-        low = self.layer1(x)
-        return low, self.layer4(self.layer3(self.layer2(low)))
+        first = self.layer1(F.max_pool2d(x, 3, 2, 1, ceil_mode=self.ceil_pool))
+        second = self.layer2(first)
+        third = self.layer3(second)
+        return first, second, third, self.layer4(third)
 
 
 def _deep_stem(width: int) -> nn.Sequential:
@@ -86,8 +95,12 @@ def _deep_stem(width: int) -> nn.Sequential:
 def _dilations(config: ResNetConfig) -> list[list[int]]:
     """Dilation of every block. Stride 8: stage 3 keeps its resolution with 1, 2, 2, ... instead."""
     blocks = BLOCKS[config.depth]
+    if config.dilation == "none":
+        return [[1] * count for count in blocks]
     third = [1] + [2] * (blocks[2] - 1) if config.output_stride == 8 else [1] * blocks[2]
     last = 32 // config.output_stride
+    if config.dilation == "rest":
+        return [[1] * blocks[0], [1] * blocks[1], third, [third[-1]] + [last] * (blocks[3] - 1)]
     grid = list(config.multi_grid) + [config.multi_grid[-1]] * blocks[3]
     return [[1] * blocks[0], [1] * blocks[1], third, [last * g for g in grid[: blocks[3]]]]
 

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from models.card import MAPS
 from serving.engine import kernels
 from serving.engine.kernels import FloatArray
-
-MAPS = ("confidence", "margin", "entropy", "expected_entropy", "mutual_information")
 
 
 @dataclass(frozen=True, slots=True)

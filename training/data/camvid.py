@@ -5,22 +5,10 @@ Brostow, Fauqueur, Cipolla 2009. The folder has train/ and val/, each with image
 
 from pathlib import Path
 
-from models.card import ClassInfo
+from models.classes import CAMVID
 from training.data.frames import Frames, load_frames
 
-CLASSES = (
-    ClassInfo("Sky", (128, 128, 128)),
-    ClassInfo("Building", (128, 0, 0)),
-    ClassInfo("Pole", (192, 192, 128)),
-    ClassInfo("Road", (128, 64, 128)),
-    ClassInfo("Pavement", (60, 40, 222)),
-    ClassInfo("Tree", (128, 128, 0)),
-    ClassInfo("SignSymbol", (192, 128, 128)),
-    ClassInfo("Fence", (64, 64, 128)),
-    ClassInfo("Car", (64, 0, 128)),
-    ClassInfo("Pedestrian", (64, 64, 0)),
-    ClassInfo("Bicyclist", (0, 128, 192)),
-)
+CLASSES = CAMVID
 VOID = 11
 
 

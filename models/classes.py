@@ -1,0 +1,73 @@
+"""Class tables of the data sets that published checkpoints were trained on, with their usual colours."""
+
+from models.card import ClassInfo
+
+
+def _table(text: str) -> tuple[ClassInfo, ...]:
+    """From lines of `name red green blue`."""
+    rows = [line.split() for line in text.strip().splitlines()]
+    return tuple(ClassInfo(" ".join(name), (int(r), int(g), int(b))) for *name, r, g, b in rows)
+
+
+VOC = _table("""
+    background 0 0 0
+    aeroplane 128 0 0
+    bicycle 0 128 0
+    bird 128 128 0
+    boat 0 0 128
+    bottle 128 0 128
+    bus 0 128 128
+    car 128 128 128
+    cat 64 0 0
+    chair 192 0 0
+    cow 64 128 0
+    dining table 192 128 0
+    dog 64 0 128
+    horse 192 0 128
+    motorbike 64 128 128
+    person 192 128 128
+    potted plant 0 64 0
+    sheep 128 64 0
+    sofa 0 192 0
+    train 128 192 0
+    tv monitor 0 64 128
+""")
+
+CITYSCAPES = _table("""
+    road 128 64 128
+    sidewalk 244 35 232
+    building 70 70 70
+    wall 102 102 156
+    fence 190 153 153
+    pole 153 153 153
+    traffic light 250 170 30
+    traffic sign 220 220 0
+    vegetation 107 142 35
+    terrain 152 251 152
+    sky 70 130 180
+    person 220 20 60
+    rider 255 0 0
+    car 0 0 142
+    truck 0 0 70
+    bus 0 60 100
+    train 0 80 100
+    motorcycle 0 0 230
+    bicycle 119 11 32
+""")
+
+CAMVID = _table("""
+    Sky 128 128 128
+    Building 128 0 0
+    Pole 192 192 128
+    Road 128 64 128
+    Pavement 60 40 222
+    Tree 128 128 0
+    SignSymbol 192 128 128
+    Fence 64 64 128
+    Car 64 0 128
+    Pedestrian 64 64 0
+    Bicyclist 0 128 192
+""")
+
+TABLES = {"voc": VOC, "cityscapes": CITYSCAPES, "camvid": CAMVID}
+"""By the name that `penumbra import --classes` takes. CamVid is the SegNet tutorial's 11 classes."""
