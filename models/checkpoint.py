@@ -1,11 +1,13 @@
 """Checkpoints: one `.safetensors` file, its weights beside its card. Never a pickle."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from models import find_method
 from models.card import Card, Sampling, dump_card, parse_card, read_strict
@@ -56,12 +58,16 @@ def build_network(card: Card) -> Network:
     network = method.build(config).eval()
     if _law(network.sampling) != _law(card.sampling):
         raise BadArtifact(f"card.sampling is {_law(card.sampling)}; the network has {_law(network.sampling)}")
+    if network.prompt != card.prompt:
+        raise BadArtifact(f"card.prompt is {card.prompt}; the network has {network.prompt}")
+    if network.extra_maps != card.extra_maps:
+        raise BadArtifact(f"card.extra_maps are {card.extra_maps}; the network has {network.extra_maps}")
     return network
 
 
-def _law(sampling: Sampling) -> tuple[str, int, tuple[str, ...]]:
+def _law(sampling: Sampling) -> tuple[str, int, float, tuple[str, ...]]:
     """What of a sampling is fixed by the network; the rest is the card's to choose."""
-    return sampling.kind, sampling.noise_length, sampling.members
+    return sampling.kind, sampling.noise_length, sampling.keep, sampling.members
 
 
 def load_checkpoint(path: Path) -> tuple[Card, Network]:
@@ -75,18 +81,36 @@ def load_checkpoint(path: Path) -> tuple[Card, Network]:
         network = build_network(card)
     except (BadArtifact, BadOption) as error:
         raise BadCheckpoint(f"{path}: {error}") from None
-    wanted = {k: v for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
     with safe_open(path, framework="pt") as file:
-        stored = set(file.keys())
-        for key in sorted(stored ^ wanted.keys()):
-            problem = "lacks the tensor" if key in wanted else "has a tensor that the network lacks:"
-            raise BadCheckpoint(f"{path} {problem} {key}")
-        for key, parameter in wanted.items():
-            shape = tuple(file.get_slice(key).get_shape())
-            if shape != tuple(parameter.shape):
-                raise BadCheckpoint(f"{path}: {key} is {list(shape)}; {list(parameter.shape)} is wanted")
-            value = file.get_tensor(key)
-            if value.is_floating_point() and not torch.isfinite(value).all():
-                raise BadCheckpoint(f"{path}: {key} holds NaN or infinity")
-            parameter.copy_(value)
+        fill_network(network, {key: file.get_tensor(key) for key in file.keys()}, where=str(path))  # noqa: SIM118
     return card, network.requires_grad_(False)
+
+
+def fill_network(
+    network: Network, tensors: Mapping[str, Tensor], *, where: str, theirs: Mapping[str, str] | None = None
+) -> None:
+    """Copy tensors into a network, by name. theirs: what a tensor is called where it comes from, if otherwise.
+
+    Raises BadCheckpoint: a tensor is missing, extra, of the wrong shape, or holds NaN or infinity.
+    """
+    wanted = {k: v for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
+    theirs = theirs or {}
+
+    def called(key: str) -> str:
+        return f"{key} (there {theirs[key]})" if theirs.get(key, key) != key else key
+
+    for problem, keys in (
+        ("lacks the tensor", sorted(wanted.keys() - tensors.keys())),
+        ("has a tensor that the network lacks:", sorted(tensors.keys() - wanted.keys())),
+    ):
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise BadCheckpoint(f"{where} {problem} {called(keys[0])}{more}")
+    for key, parameter in wanted.items():
+        value = tensors[key]
+        if value.shape != parameter.shape:
+            raise BadCheckpoint(f"{where}: {called(key)} is {list(value.shape)}; {list(parameter.shape)} is wanted")
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise BadCheckpoint(f"{where}: {called(key)} holds NaN or infinity")
+        with torch.no_grad():
+            parameter.copy_(value)

@@ -37,13 +37,15 @@ class Layout:
 class Protocol:
     """How a network is run and read out: the published evaluation, or ours.
 
-    default_samples, noise_per: as in `models.card.Sampling`, for networks that draw.
+    default_samples, noise_per: as in `models.card.Sampling`, for networks that draw. unused: prefixes of our tensors
+    that this run does without (a second branch).
     """
 
     window: WindowSpec
-    readout: Readout = Readout()
+    readout: Readout = field(default_factory=Readout)
     default_samples: int = 1
     noise_per: Literal["image", "window"] = "image"
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

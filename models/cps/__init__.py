@@ -2,10 +2,12 @@
 
 from models.contract import Method
 from models.cps.net import CpsConfig, CpsNetwork
+from models.cps.upstream import UPSTREAM
 
 METHOD = Method(
     name="cps",
     citation="Chen, Yuan, Zeng, Wang. Semi-Supervised Semantic Segmentation with Cross Pseudo Supervision. CVPR 2021.",
     config=CpsConfig,
     build=CpsNetwork,
+    upstream=UPSTREAM,
 )

@@ -2,6 +2,7 @@
 
 from models.contract import Method
 from models.np_semiseg.net import NpConfig, NpNetwork
+from models.np_semiseg.upstream import UPSTREAM
 
 METHOD = Method(
     name="np_semiseg",
@@ -11,4 +12,5 @@ METHOD = Method(
     ),
     config=NpConfig,
     build=NpNetwork,
+    upstream=UPSTREAM,
 )

@@ -1,28 +1,105 @@
-"""Names of the published NP-SemiSeg checkpoints (both hosts) and what they are called here, by prefix.
+"""Published NP-SemiSeg checkpoints of both hosts, and how their evaluation runs them.
 
-The class centres live beside the state dict under the names of MEMORIES, which upstream swaps: every official
-call passes `latent_memory` to the deterministic path and `deterministic_memory` to the latent path.
+The class centres ("memories") stand beside the state dict, under swapped names: every official call passes
+`latent_memory` to the deterministic path and `deterministic_memory` to the latent path.
 """
 
-RENAMES = {
-    "encoder.": "encoder.",
-    "decoder.low_conv.": "low.",
-    "decoder.aspp.conv1.1.": "aspp.pool.0.",
-    "decoder.aspp.conv1.2.": "aspp.pool.1.",
-    "decoder.aspp.conv2.": "aspp.branches.0.",
-    "decoder.aspp.conv3.": "aspp.branches.1.",
-    "decoder.aspp.conv4.": "aspp.branches.2.",
-    "decoder.aspp.conv5.": "aspp.branches.3.",
-    "decoder.head.": "fuse.",
-    "decoder.classifier1.memory_dim_transform.Conv_1.": "head.latent.reduce.",
-    "decoder.classifier1.mean_logvar_net.MLP.L0.": "head.latent.statistics.0.",
-    "decoder.classifier1.mean_logvar_net.MLP.L1.": "head.latent.statistics.2.",
-    "decoder.classifier1.decoder.Conv_Decoder.0.": "head.conv1.",
-    "decoder.classifier1.decoder.Conv_Decoder.3.": "head.conv2.",
-    "decoder.classifier1.decoder.Conv_Decoder.6.": "head.classifier.",
-}
-TRAIN_ONLY = ("decoder.classifier.", "decoder.representation.", "auxor.")
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from models.card import InputSpec, Readout, WindowSpec
+from models.errors import BadCheckpoint
+from models.layout import Assembly, Layout, Protocol, Upstream
+from models.np_semiseg.net import NpConfig, augseg, u2pl
+
+CITY_CLASSES = 19
+DEPTH_BY_BLOCKS = {6: 50, 23: 101}
+"""ResNet depth by the number of blocks in its third stage."""
+HOSTS = {512: u2pl, 304: augseg}
+"""By the channels of the decoder feature that the head reduces."""
 MEMORIES = {
     "latent_memory": "head.latent.context_centres",
     "deterministic_memory": "head.latent.latent_centres",
 }
+HEAD = "decoder.classifier1."
+
+NP = Layout(
+    name="NP-SemiSeg",
+    markers=(f"{HEAD}memory_dim_transform.Conv_1.0.weight", f"{HEAD}decoder.Conv_Decoder.0.weight"),
+    containers=("teacher_state", "model_state"),
+    renames={
+        "encoder.": "encoder.",
+        "decoder.low_conv.": "low.",
+        "decoder.aspp.conv1.1.": "aspp.pool.0.",
+        "decoder.aspp.conv1.2.": "aspp.pool.1.",
+        "decoder.aspp.conv2.": "aspp.branches.0.",
+        "decoder.aspp.conv3.": "aspp.branches.1.",
+        "decoder.aspp.conv4.": "aspp.branches.2.",
+        "decoder.aspp.conv5.": "aspp.branches.3.",
+        "decoder.head.": "fuse.",
+        f"{HEAD}memory_dim_transform.Conv_1.": "head.latent.reduce.",
+        f"{HEAD}mean_logvar_net.MLP.L0.": "head.latent.statistics.0.",
+        f"{HEAD}mean_logvar_net.MLP.L1.": "head.latent.statistics.2.",
+        f"{HEAD}decoder.Conv_Decoder.0.": "head.conv1.",
+        f"{HEAD}decoder.Conv_Decoder.3.": "head.conv2.",
+        f"{HEAD}decoder.Conv_Decoder.6.": "head.classifier.",
+    },
+    train_only=("decoder.classifier.", "decoder.representation.", "auxor."),
+    beside=MEMORIES,
+)
+CENTRES = Layout(name="NP-SemiSeg memories", markers=tuple(MEMORIES), containers=(), renames=MEMORIES)
+"""A file of the two memories alone: the AugSeg host does not save them."""
+
+ZERO = (
+    "the class centres are all zero, as official training saves them: attention is then uniform, and the latent's mean "
+    "and sigma are the same for every image"
+)
+
+
+def assemble(parts: Mapping[str, Mapping[str, Tensor]]) -> Assembly:
+    """Host, depth and class count from shapes. Raises BadCheckpoint: no network, an unknown host or depth."""
+    tensors = parts.get(NP.name)
+    if tensors is None:
+        raise BadCheckpoint("memories alone make no network; give the file with the weights too")
+    channels = tensors["head.latent.reduce.0.weight"].shape[1]
+    blocks = sum(key.startswith("encoder.layer3.") and key.endswith(".conv1.weight") for key in tensors)
+    classifier = tensors.get("head.classifier.weight")
+    if channels not in HOSTS or blocks not in DEPTH_BY_BLOCKS or classifier is None:
+        raise BadCheckpoint(
+            f"the head has {channels} input channels and the third stage of the ResNet {blocks} blocks; "
+            "512 (U2PL) or 304 (AugSeg) and 6 (R50) or 23 (R101) are known"
+        )
+    host, depth = HOSTS[channels], DEPTH_BY_BLOCKS[blocks]
+    config: NpConfig = host(len(classifier), depth)  # type: ignore[arg-type]
+    centres = [held[name] for held in parts.values() for name in MEMORIES.values() if name in held]
+    return Assembly(
+        config=config,
+        input=InputSpec(),
+        published=(published_u2pl if host is u2pl else published_augseg)(config.num_classes),
+        ours=Protocol(window=WindowSpec(512, 512), default_samples=8),
+        warnings=() if any(centre.any() for centre in centres) else (ZERO,),
+    )
+
+
+def published_u2pl(num_classes: int) -> Protocol:
+    """`eval.py`: VOC as whole images, Cityscapes in windows of 769 px; T = 20, softmax at stride 4."""
+    window = WindowSpec(0, 0)
+    if num_classes == CITY_CLASSES:
+        window = WindowSpec(769, 769, overlap=256 / 769, blend="uniform", padding="mean", centred=True)
+    return Protocol(window, Readout(softmax_at="feature"), default_samples=20, noise_per="window")
+
+
+def published_augseg(num_classes: int) -> Protocol:
+    """The validation while training, T = 5: Cityscapes in windows of 800 px, 533 apart; VOC averages logits."""
+    if num_classes == CITY_CLASSES:
+        window = WindowSpec(800, 800, overlap=267 / 800, blend="uniform", padding="mean", last="clip")
+        return Protocol(window, default_samples=5, noise_per="window")
+    return Protocol(WindowSpec(0, 0), Readout(average="logits"), default_samples=5, noise_per="window")
+
+
+UPSTREAM = Upstream(
+    layouts=(NP, CENTRES),
+    assemble=assemble,
+    source="Jianf-Wang/NP-SemiSeg afd967276c2728c2d7cb03c5f0d6ad0358f6bc96",
+)
