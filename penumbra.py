@@ -87,16 +87,19 @@ def serve(store: Path, host: str, port: int, grpc_port: int) -> None:
 @click.option("--samples", type=int, help="How many samples to draw.")
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same answer.")
 @click.option("--overlap", type=float, help="Share of a window that its neighbour covers too, 0 to 0.9.")
+@click.option("--outputs", help="Maps to write, comma-separated; a model's own too.")
+@click.option("--boxes", help="For models that take them: JSON list of [x0, y0, x1, y1, class].")
+@click.option("--tags", help="For models that take them: classes in the picture, comma-separated.")
+@click.option("--alpha", type=float, help="Weight of the network that sees the boxes.")
 @STORE
 @JSON
 def predict(
-    images: tuple[Path, ...], model: str | None, output: Path, samples: int | None, seed: int, overlap: float | None,
-    store: Path, as_json: bool,
-) -> None:  # fmt: skip
+    images: tuple[Path, ...], model: str | None, output: Path, store: Path, as_json: bool, **options: Any
+) -> None:
     """Segment picture files without a server; writes labels, overlay and uncertainty maps."""
     from export.zoo import fill_store
     from models.errors import BadOption
-    from serving.engine.options import SegmentOptions
+    from serving.engine.options import parse_options
     from serving.engine.segmenter import Segmenter
     from serving.engine.store import find_artifact, versions
     from serving.offline import describe_prediction, predict_file, report
@@ -107,11 +110,12 @@ def predict(
     names = list(versions(store))
     if model is None and len(names) > 1:
         raise BadOption(f"{store} has several models, so --model is needed; there are {', '.join(names)}")
-    options = SegmentOptions(model or "".join(names), samples=samples, seed=seed, overlap=overlap)
+    asked = parse_options({name: str(value) for name, value in options.items() if value is not None})
+    asked = dataclasses.replace(asked.with_default_maps(), model=model or "".join(names))
     with Segmenter() as segmenter:
-        segmenter.load(find_artifact(store, options.model or ""))
+        segmenter.load(find_artifact(store, asked.model or ""))
         for path in images:
-            prediction, files = predict_file(segmenter, path, options, output)
+            prediction, files = predict_file(segmenter, path, asked, output)
             if as_json:
                 click.echo(json.dumps(describe_prediction(prediction) | {"image": str(path), "files": files}))
             else:

@@ -31,7 +31,7 @@ def stitch(height: int) -> tuple[int, int, int]:
     canvas = Canvas(plan, CLASSES)
     for window in plan:
         canvas.add(window, moments)
-        for y0, prob_hKW, expected_hW in canvas.finished(window):
+        for y0, prob_hKW, expected_hW, _ in canvas.finished(window):
             band = read_out(y0, prob_hKW, expected_hW)
             assert abs(float(band.maps["confidence"].max()) - 1 / CLASSES) < 1e-4
     return plan.num_windows, canvas.nbytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before

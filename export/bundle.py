@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from export.parity import check_parity, measure_parity
+from export.parity import check_parity, measure_parity, relative_error, worst_parity
 from export.torchscript import write_torchscript
-from models.card import Card, ExportFacts, Parity, check_facts, dump_card
+from models.card import Card, ExportFacts, Parity, Sampling, check_facts, dump_card
 from models.checkpoint import load_checkpoint
-from models.contract import Network
+from models.contract import Features, Network, Prompt
 from models.errors import BadOption
-from serving.engine.backend import load_backend
+from serving.engine.backend import Backend, load_backend
 from serving.engine.noise import SeededNoise
-from serving.engine.store import CARD, GOLDEN, open_artifact, sha256_of, versions
+from serving.engine.store import CARD, GOLDEN, Answer, Golden, golden_tensors, open_artifact, sha256_of, versions
 
 WRITERS = {"torchscript": write_torchscript}
 GOLDEN_WINDOWS, GOLDEN_SAMPLES = 2, 3
@@ -65,44 +65,82 @@ def export_network(
 def verify_artifact(directory: Path) -> Parity:
     """Check hashes and card, run the golden window on this machine, and measure it against the checkpoint's logits."""
     artifact = open_artifact(directory)
-    golden = artifact.golden
-    parity = _measure(artifact.card, directory, golden.image_B3hw, golden.noise_SBL, golden.logits_SBKhw)
+    parity = _measure(artifact.card, directory, artifact.golden)
     check_parity(parity, artifact.card)
     return parity
 
 
 def _write(network: Network, card: Card, draft: Path, *, backend: str, source: str) -> None:
-    image_B3hw, noise_SBL = golden_input(card)
-    with torch.inference_mode():
-        logits_SBKhw = network(image_B3hw, noise_SBL)
-    WRITERS[backend](network, image_B3hw, noise_SBL, draft)
-    save_file(
-        {"image_B3hw": image_B3hw, "noise_SBL": noise_SBL, "logits_SBKhw": logits_SBKhw.contiguous()}, draft / GOLDEN
-    )
+    golden = ask(network, card)
+    WRITERS[backend](network, golden.image_B3hw, golden.plain.noise_SBL, draft, prompt=golden.prompt)
+    save_file(golden_tensors(golden), draft / GOLDEN)
     names = sorted(path.name for path in draft.iterdir())
     files = {name: sha256_of(draft / name) for name in names}
     unproved = ExportFacts(backend, "fp32", torch.__version__, files, Parity(0, 0, 0, 0, 0), source)
-    parity = _measure(dataclasses.replace(card, export=unproved), draft, image_B3hw, noise_SBL, logits_SBKhw)
+    parity = _measure(dataclasses.replace(card, export=unproved), draft, golden)
     check_parity(parity, card)
     proved = dataclasses.replace(card, export=dataclasses.replace(unproved, parity=parity))
     (draft / CARD).write_text(dump_card(proved), "utf-8")
 
 
-def _measure(card: Card, directory: Path, image_B3hw: Tensor, noise_SBL: Tensor, logits_SBKhw: Tensor) -> Parity:
-    """Run the graphs one window, and where S is free one sample, at a time, other than they were traced; compare."""
+def ask(network: Network, card: Card) -> Golden:
+    """The network's own answers to the golden windows: B = 2, by the card's law, and S = 3 where S is free."""
+    image_B3hw = golden_image(card)
+    with torch.inference_mode():
+        features = network.encode(image_B3hw)
+        plain = _answer(network, features, card.sampling)
+        extras_BEhw = features[-1] if card.extra_maps else None
+        if card.prompt.kind == "none":
+            return Golden(image_B3hw, plain, extras_BEhw=extras_BEhw)
+        prompt = golden_prompt(card, image_B3hw)
+        prompted = _answer(network, network.take_prompt(image_B3hw, features, prompt), card.sampling_with(prompt=True))
+        return Golden(image_B3hw, plain, prompt, prompted, extras_BEhw)
+
+
+def _answer(network: Network, features: Features, sampling: Sampling) -> Answer:
+    fixed = sampling.kind in ("members", "single")
+    num_samples = sampling.default_samples if fixed else GOLDEN_SAMPLES
+    noises = [SeededNoise(sampling, seed=b, num_samples=num_samples).draw(0) for b in range(GOLDEN_WINDOWS)]
+    noise_SBL = torch.from_numpy(np.stack(noises, axis=1))
+    return Answer(noise_SBL, network.decode(features, noise_SBL))
+
+
+def _measure(card: Card, directory: Path, golden: Golden) -> Parity:
+    """Run the graphs one window, and where S is free one sample, at a time, other than they were traced; compare.
+
+    Of several answers (without and with a prompt) each figure is the worst.
+    """
     graphs = load_backend(card, directory, torch.device("cpu"))
-    chunk = 1 if card.sampling.kind in ("latent", "dropout") else len(noise_SBL)
-    windows = []
-    for b in range(len(image_B3hw)):
-        features = graphs.encode(image_B3hw[b : b + 1])
-        samples = [graphs.decode(features, noise) for noise in torch.split(noise_SBL[:, b : b + 1], chunk)]
-        windows.append(torch.cat(samples))
-    got_SBKhw = torch.cat(windows, dim=1)
-    return measure_parity(logits_SBKhw, got_SBKhw, card, height=image_B3hw.shape[2], width=image_B3hw.shape[3])
+    plain, prompted, extras = [], [], []
+    for b in range(len(golden.image_B3hw)):
+        window = slice(b, b + 1)
+        image_B3hw = golden.image_B3hw[window]
+        features = graphs.encode(image_B3hw)
+        plain.append(_decode_apart(graphs, features, golden.plain.noise_SBL[:, window], card.sampling))
+        extras.append(features[-1])
+        if golden.prompted:
+            features = graphs.take_prompt(image_B3hw, features, tuple(p[window] for p in golden.prompt))
+            sampling = card.sampling_with(prompt=True)
+            prompted.append(_decode_apart(graphs, features, golden.prompted.noise_SBL[:, window], sampling))
+    height, width = golden.image_B3hw.shape[2:]
+    answers = [(golden.plain, plain)] + ([(golden.prompted, prompted)] if golden.prompted else [])
+    figures = [
+        measure_parity(answer.logits_SBKhw, torch.cat(got, dim=1), card, height=height, width=width)
+        for answer, got in answers
+    ]
+    worst = figures[0] if len(figures) == 1 else worst_parity(figures)
+    if golden.extras_BEhw is None:
+        return worst
+    return dataclasses.replace(worst, extras_relative=relative_error(golden.extras_BEhw, torch.cat(extras)))
 
 
-def golden_input(card: Card) -> tuple[Tensor, Tensor]:
-    """A reproducible smooth picture with edges, normalised, B = 2, and noise by the card's law, S = 3 where free."""
+def _decode_apart(graphs: Backend, features: Features, noise_SBL: Tensor, sampling: Sampling) -> Tensor:
+    chunk = 1 if sampling.kind in ("latent", "dropout") else len(noise_SBL)
+    return torch.cat([graphs.decode(features, noise) for noise in torch.split(noise_SBL, chunk)])
+
+
+def golden_image(card: Card) -> Tensor:
+    """A reproducible smooth picture with edges, normalised, B = 2."""
     height, width = (card.window.height, card.window.width) if card.window.height else WHOLE_IMAGE_EXAMPLE
     rng = np.random.Generator(np.random.PCG64(0))
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
@@ -117,8 +155,18 @@ def golden_input(card: Card) -> tuple[Tensor, Tensor]:
         planes.append(
             np.sin(fy * y + fx * x + phase) + np.where(x < cut * width, 0.5, -0.5) + rng.normal(0, 0.1, y.shape)
         )
-    image_B3hw = torch.from_numpy(np.stack(planes).reshape(GOLDEN_WINDOWS, 3, height, width)).float()
-    fixed = card.sampling.kind in ("members", "single")
-    num_samples = card.sampling.default_samples if fixed else GOLDEN_SAMPLES
-    noises = [SeededNoise(card.sampling, seed=b, num_samples=num_samples).draw(0) for b in range(GOLDEN_WINDOWS)]
-    return image_B3hw, torch.from_numpy(np.stack(noises, axis=1))
+    return torch.from_numpy(np.stack(planes).reshape(GOLDEN_WINDOWS, 3, height, width)).float()
+
+
+def golden_prompt(card: Card, image_B3hw: Tensor) -> Prompt:
+    """A prompt for the golden windows: two overlapping boxes, or two tags, of the first classes that may be named."""
+    named = [k for k in range(card.num_classes) if k != card.prompt.background][:2]
+    num_windows, _, height, width = image_B3hw.shape
+    if card.prompt.kind == "tags":
+        tags_BK = torch.zeros(num_windows, card.num_classes)
+        tags_BK[:, named] = 1
+        return (tags_BK,)
+    boxes_BKhw = torch.zeros(num_windows, card.num_classes, height, width)
+    boxes_BKhw[:, named[0], : height // 2, : width // 2] = 1
+    boxes_BKhw[:, named[-1], height // 3 :, width // 3 :] = 1
+    return (boxes_BKhw,) if card.prompt.alpha is None else (boxes_BKhw, torch.full((num_windows,), card.prompt.alpha))

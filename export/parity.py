@@ -1,5 +1,7 @@
 """How far an exported network is from its checkpoint, in the numbers that matter to its users."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -32,10 +34,28 @@ def measure_parity(wanted_SBKhw: Tensor, got_SBKhw: Tensor, card: Card, *, heigh
     entropies = [np.concatenate([maps[1].ravel() for maps in side]) for side in (wanted_maps, got_maps)]
     return Parity(
         max_abs=difference,
-        relative=difference / max(float(wanted_SBKhw.abs().max()), 1e-6),
+        relative=relative_error(wanted_SBKhw, got_SBKhw),
         label_flips_percent=100 * float(flips),
         entropy_rank_correlation=rank_correlation(entropies[0], entropies[1]),
         variance_ratio=_variance_ratio(wanted_SBKhw, got_SBKhw),
+    )
+
+
+def relative_error(wanted: Tensor, got: Tensor) -> float:
+    """Largest difference over the largest value; infinite where the shapes differ."""
+    if wanted.shape != got.shape:
+        return float("inf")
+    return float((wanted - got).abs().max()) / max(float(wanted.abs().max()), 1e-6)
+
+
+def worst_parity(figures: Sequence[Parity]) -> Parity:
+    """Of each figure the one that is furthest from perfect."""
+    return Parity(
+        max(parity.max_abs for parity in figures),
+        max(parity.relative for parity in figures),
+        max(parity.label_flips_percent for parity in figures),
+        min(parity.entropy_rank_correlation for parity in figures),
+        max((parity.variance_ratio for parity in figures), key=lambda ratio: abs(ratio - 1)),
     )
 
 
@@ -50,6 +70,8 @@ def check_parity(parity: Parity, card: Card) -> None:
             not parity.entropy_rank_correlation >= MIN_RANK_CORRELATION,
         f"sample variance is {parity.variance_ratio:.3f} of the checkpoint's, {low} to {high} allowed":
             not low <= parity.variance_ratio <= high,
+        f"relative error of its own maps {parity.extras_relative:.1e}, {MAX_RELATIVE:.0e} allowed":
+            not parity.extras_relative <= MAX_RELATIVE,
     }  # fmt: skip
     for sentence, failed in failures.items():
         if failed:

@@ -56,7 +56,8 @@ class WindowSpec:
     overlap: share of a window that its neighbour covers again, [0, 0.9].
     blend: weight of a pixel by its place in the window; `gaussian` has sigma = window / 8.
     padding: what stands beyond an image smaller than its window. `mirror` repeats the picture, `mean` puts
-    zeros after normalisation, `black` zeros before it. centred: half of it before the image, half after.
+    zeros after normalisation, `black` zeros before it, `mean_or_black` the first where the whole image fits into one
+    window and else the second (CPS). centred: half of it before the image, half after.
     last: the last row and column of windows are shifted inward to end at the border, or clipped at it (AugSeg).
     trained: (height, width) of the windows that the network's results hold for, where they depend on it; an answer
     from other windows carries a warning.
@@ -66,7 +67,7 @@ class WindowSpec:
     width: int
     overlap: float = 0.25
     blend: Literal["gaussian", "uniform"] = "gaussian"
-    padding: Literal["mirror", "mean", "black"] = "mirror"
+    padding: Literal["mirror", "mean", "black", "mean_or_black"] = "mirror"
     centred: bool = False
     last: Literal["shift", "clip"] = "shift"
     trained: tuple[int, int] | None = None
@@ -141,13 +142,17 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """How far an exported pair of graphs is from its checkpoint, on the golden window, same noise."""
+    """How far the exported graphs are from their checkpoint, on the golden window, same noise and prompt.
+
+    extras_relative: of the network's own maps.
+    """
 
     max_abs: float
     relative: float
     label_flips_percent: float
     entropy_rank_correlation: float
     variance_ratio: float
+    extras_relative: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +192,13 @@ class Card:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    def sampling_with(self, *, prompt: bool) -> Sampling:
+        """The sample axis of an answer, which a prompt may change to members of its own."""
+        members = self.prompt.members
+        if not prompt or not members:
+            return self.sampling
+        return Sampling(kind="members", members=members, default_samples=len(members))
 
 
 def dump_card(card: Card) -> str:

@@ -55,7 +55,8 @@ def describe_prediction(prediction: Prediction) -> dict[str, Any]:
     """A prediction's facts for `--json`."""
     return {
         "model": prediction.card.name, "version": prediction.card.version, "seed": prediction.seed,
-        "samples": prediction.num_samples, "windows": prediction.num_windows, "size": list(prediction.labels_HW.shape),
+        "samples": prediction.num_samples, "members": list(prediction.members), "warnings": list(prediction.warnings),
+        "windows": prediction.num_windows, "size": list(prediction.labels_HW.shape),
         "timing_ms": prediction.timing_ms, "classes": class_table(prediction),
     }  # fmt: skip
 
@@ -68,6 +69,10 @@ def report(prediction: Prediction, path: Path, files: dict[str, str]) -> None:
         f"[bold]{path}[/] {width}x{height} by {prediction.card.name} version {prediction.card.version}, "
         f"{prediction.num_samples} samples, seed {prediction.seed}, {prediction.num_windows} windows"
     )
+    if prediction.members:
+        console.print(f"members: {', '.join(prediction.members)}")
+    for warning in prediction.warnings:
+        console.print(f"[yellow]warning:[/] {warning}")
     table = Table("class", "share", "mean entropy", "mean mutual information", title_justify="left")
     for row in sorted(class_table(prediction), key=lambda row: -row["pixels"]):
         table.add_row(

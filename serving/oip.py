@@ -1,7 +1,9 @@
 """The Open Inference Protocol v2 without a transport: how tensors and parameters become a call, and an answer tensors.
 
-Inputs: `image`, UINT8 [H, W, 3] or BYTES [1] (an encoded file). Outputs: `labels` UINT8 [H, W] and the maps of
-`serving.engine.uncertainty`, FP32 [H, W]. Request parameters are the options of `POST /segment`.
+Inputs: `image`, UINT8 [H, W, 3] or BYTES [1] (an encoded file), and for models that take them `boxes` FP32 [N, 5]
+(x0, y0, x1, y1, class id) or `tags` BYTES or INT32/INT64 [N] (names or ids). Outputs: `labels` UINT8 [H, W], and the
+maps of `serving.engine.uncertainty` and the model's own, FP32 [H, W]. Request parameters are the options of
+`POST /segment`.
 """
 
 import math
@@ -11,10 +13,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from models.card import MAPS, Card
 from models.errors import BadImage, BadOption
-from serving.engine.options import DEFAULT_MAPS, SegmentOptions, parse_options
+from serving.engine.options import DEFAULT_MAPS, SegmentOptions, parse_options, read_box
+from serving.engine.prompts import MAX_BOXES, Box
 from serving.engine.segmenter import Prediction
-from serving.engine.uncertainty import MAPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +29,25 @@ class TensorSpec:
     shape: tuple[int, ...]
 
 
-INPUTS = (TensorSpec("image", "UINT8", (-1, -1, 3)),)
-OUTPUTS = (TensorSpec("labels", "UINT8", (-1, -1)), *(TensorSpec(name, "FP32", (-1, -1)) for name in MAPS))
+IMAGE = TensorSpec("image", "UINT8", (-1, -1, 3))
+PROMPTS = {
+    "none": (),
+    "boxes": (TensorSpec("boxes", "FP32", (-1, 5)),),
+    "tags": (TensorSpec("tags", "BYTES", (-1,)),),
+}
+TAG_IDS = {"INT32": np.int32, "INT64": np.int64}
 DEFAULT_OUTPUTS = ("labels", *DEFAULT_MAPS)
+
+
+def inputs_of(card: Card) -> tuple[TensorSpec, ...]:
+    """What a model reads."""
+    return (IMAGE, *PROMPTS[card.prompt.kind])
+
+
+def outputs_of(card: Card) -> tuple[TensorSpec, ...]:
+    """What a model can answer."""
+    maps = (*MAPS, *(extra.name for extra in card.extra_maps))
+    return (TensorSpec("labels", "UINT8", (-1, -1)), *(TensorSpec(name, "FP32", (-1, -1)) for name in maps))
 
 
 def read_options(model: str, version: str, parameters: Mapping[str, object], outputs: Sequence[str]) -> SegmentOptions:
@@ -52,6 +71,35 @@ def read_image(datatype: str, shape: Sequence[int], data: bytes) -> bytes | NDAr
             raise BadImage(f"image BYTES [1] has {len(data)} bytes that do not fit its 4-byte length prefix")
         return data[4:]
     raise BadImage(f"image is {datatype} {list(shape)}; UINT8 [height, width, 3] or BYTES [1] is wanted")
+
+
+def read_boxes(datatype: str, shape: Sequence[int], data: bytes) -> tuple[Box, ...]:
+    """The prompt in an input tensor's raw bytes. Raises BadOption."""
+    if datatype != "FP32" or len(shape) != 2 or shape[1] != 5 or len(data) != 4 * math.prod(shape):
+        raise BadOption(f"boxes is {datatype} {list(shape)} in {len(data)} bytes; FP32 [N, 5] is wanted")
+    rows = np.frombuffer(data, "<f4").reshape(shape).tolist()
+    if len(rows) > MAX_BOXES:
+        raise BadOption(f"boxes has {len(rows)} entries; up to {MAX_BOXES} are possible")
+    for row in rows:
+        if not float(row[4]).is_integer():
+            raise BadOption(f"boxes has the class {row[4]}; a class id is wanted")
+    return tuple(read_box("boxes", [*row[:4], int(row[4])]) for row in rows)
+
+
+def read_tags(datatype: str, shape: Sequence[int], data: bytes) -> tuple[str | int, ...]:
+    """The prompt in an input tensor's raw bytes: names, each behind its 4-byte length, or ids. Raises BadOption."""
+    wanted = f"tags is {datatype} {list(shape)} in {len(data)} bytes; BYTES, INT32 or INT64 [N] is wanted"
+    if len(shape) != 1:
+        raise BadOption(wanted)
+    if datatype in TAG_IDS and len(data) == shape[0] * np.dtype(TAG_IDS[datatype]).itemsize:
+        return tuple(np.frombuffer(data, TAG_IDS[datatype]).tolist())
+    names: list[str | int] = []
+    while datatype == "BYTES" and len(data) >= 4:
+        end = 4 + int.from_bytes(data[:4], "little")
+        names, data = [*names, data[4:end].decode("utf-8", "replace")], data[end:]
+    if data or len(names) != shape[0]:
+        raise BadOption(wanted)
+    return tuple(names)
 
 
 def read_output(prediction: Prediction, name: str) -> NDArray[np.uint8] | NDArray[np.float32]:

@@ -5,9 +5,11 @@ Messages come from tritonclient's own stubs, so what its clients send is what is
 
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import grpc
+import numpy as np
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import HealthServicer
 from tritonclient.grpc import service_pb2 as pb
@@ -16,7 +18,16 @@ from tritonclient.grpc import service_pb2_grpc
 from models.errors import BadImage, PenumbraError
 from serving import VERSION
 from serving.gateway import Gateway
-from serving.oip import DEFAULT_OUTPUTS, INPUTS, OUTPUTS, read_image, read_options, read_output
+from serving.oip import (
+    DEFAULT_OUTPUTS,
+    inputs_of,
+    outputs_of,
+    read_boxes,
+    read_image,
+    read_options,
+    read_output,
+    read_tags,
+)  # fmt: skip
 from serving.statuses import status_of
 
 log = logging.getLogger("penumbra")
@@ -67,7 +78,7 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
         options = read_options(request.name, request.version, {}, ())
         card = self._gateway.segmenter.find(options.model, options.version).card
         answer = pb.ModelMetadataResponse(name=card.name, versions=[str(card.version)], platform="penumbra")
-        for specs, field in ((INPUTS, answer.inputs), (OUTPUTS, answer.outputs)):
+        for specs, field in ((inputs_of(card), answer.inputs), (outputs_of(card), answer.outputs)):
             for spec in specs:
                 field.add(name=spec.name, datatype=spec.datatype, shape=spec.shape)
         return answer
@@ -78,8 +89,13 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
         with self._gateway.telemetry.track("grpc") as tracked:
             parameters = {name: _value(parameter) for name, parameter in request.parameters.items()}
             options = read_options(request.model_name, request.model_version, parameters, names)
+            tensors = _tensors(request)
+            prompts: dict[str, Any] = {
+                name: PROMPT_READERS[name](*tensors[name]) for name in tensors if name != "image"
+            }
+            picture = read_image(*tensors["image"])
             _, answer = await self._gateway.answer(
-                _picture(request), options, lambda p: _answer(p, names), request=tracked
+                picture, replace(options, **prompts), lambda p: _answer(p, names), request=tracked
             )
         answer.id = request.id
         return answer
@@ -101,18 +117,38 @@ def _value(parameter: Any) -> object:
     return getattr(parameter, parameter.WhichOneof("parameter_choice") or "string_param")
 
 
-def _picture(request: Any) -> Any:
-    if [tensor.name for tensor in request.inputs] != ["image"]:
-        raise BadImage(f"the inputs are {[tensor.name for tensor in request.inputs]}; one input image is wanted")
-    tensor = request.inputs[0]
-    if request.raw_input_contents:
-        return read_image(tensor.datatype, tensor.shape, request.raw_input_contents[0])
-    if tensor.contents.bytes_contents:  # the typed form has no length prefix; the raw form has
-        content = tensor.contents.bytes_contents[0]
-        return read_image(tensor.datatype, tensor.shape, len(content).to_bytes(4, "little") + content)
-    if max(tensor.contents.uint_contents, default=0) > 255:
-        raise BadImage(f"image has the value {max(tensor.contents.uint_contents)}; 0 to 255 are wanted")
-    return read_image(tensor.datatype, tensor.shape, bytes(tensor.contents.uint_contents))
+PROMPT_READERS: dict[str, Callable[..., Any]] = {"boxes": read_boxes, "tags": read_tags}
+
+
+def _tensors(request: Any) -> dict[str, tuple[str, list[int], bytes]]:
+    """The inputs as name -> (datatype, shape, raw bytes). Raises BadImage where they are not what is read here."""
+    names = [tensor.name for tensor in request.inputs]
+    if names.count("image") != 1 or len(set(names)) < len(names) or not set(names) <= {"image", *PROMPT_READERS}:
+        raise BadImage(f"the inputs are {names}; one input image is wanted, and beside it at most boxes or tags")
+    raw = list(request.raw_input_contents)
+    if raw and len(raw) != len(names):
+        raise BadImage(f"there are {len(names)} inputs and {len(raw)} raw contents; one for each is wanted")
+    contents = raw or [_typed_content(tensor) for tensor in request.inputs]
+    return {
+        tensor.name: (tensor.datatype, list(tensor.shape), content)
+        for tensor, content in zip(request.inputs, contents, strict=True)
+    }
+
+
+def _typed_content(tensor: Any) -> bytes:
+    """A tensor's typed contents as its raw form: strings behind their length, numbers in their width."""
+    contents = tensor.contents
+    if tensor.datatype == "BYTES":
+        return b"".join(len(item).to_bytes(4, "little") + item for item in contents.bytes_contents)
+    if tensor.datatype in NUMBERS:
+        field, dtype = NUMBERS[tensor.datatype]
+        return np.asarray(getattr(contents, field), dtype).tobytes()
+    if max(contents.uint_contents, default=0) > 255:
+        raise BadImage(f"{tensor.name} has the value {max(contents.uint_contents)}; 0 to 255 are wanted")
+    return bytes(contents.uint_contents)
+
+
+NUMBERS = {"FP32": ("fp32_contents", "<f4"), "INT32": ("int_contents", "<i4"), "INT64": ("int64_contents", "<i8")}
 
 
 def _answer(prediction: Any, names: tuple[str, ...]) -> Any:
@@ -120,7 +156,11 @@ def _answer(prediction: Any, names: tuple[str, ...]) -> Any:
     answer = pb.ModelInferResponse(model_name=prediction.card.name, model_version=str(prediction.card.version))
     answer.parameters["seed"].int64_param = prediction.seed
     answer.parameters["samples"].int64_param = prediction.num_samples
-    specs = {spec.name: spec for spec in OUTPUTS}
+    if prediction.members:
+        answer.parameters["members"].string_param = ",".join(prediction.members)
+    if prediction.warnings:
+        answer.parameters["warnings"].string_param = "; ".join(prediction.warnings)
+    specs = {spec.name: spec for spec in outputs_of(prediction.card)}
     for name in names:
         values = read_output(prediction, name)
         answer.outputs.add(name=name, datatype=specs[name].datatype, shape=values.shape)

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from models.card import MAPS
 from serving.engine.options import DEFAULT_MAPS
-from serving.engine.uncertainty import MAPS
 from serving.render import WRITERS
 
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
@@ -14,8 +14,11 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "overlap": ({"type": "number", "minimum": 0, "maximum": 0.9}, "Share of a window that its neighbour covers too."),
     "outputs": (
         {"type": "string", "default": ",".join(DEFAULT_MAPS)},
-        f"Comma-separated maps for npz: {', '.join(MAPS)}.",
+        f"Comma-separated maps for npz: {', '.join(MAPS)}, or the model's own (extra_maps of its card).",
     ),
+    "boxes": ({"type": "string"}, "For models that take boxes: JSON list of [x0, y0, x1, y1, class name or id], px."),
+    "tags": ({"type": "string"}, "For models that take tags: the classes in the picture, comma-separated or JSON."),
+    "alpha": ({"type": "number", "minimum": 0}, "Weight of the network that sees the boxes (self_correcting, linear)."),
 }
 REFUSALS = {
     "400": "An option or the image is wrong", "404": "Unknown model", "406": "No acceptable format",

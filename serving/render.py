@@ -79,11 +79,12 @@ def json_bytes(prediction: Prediction) -> bytes:
         "version": prediction.card.version,
         "seed": prediction.seed,
         "samples": prediction.num_samples,
-        "members": list(prediction.card.sampling.members),
+        "members": list(prediction.members),
         "windows": prediction.num_windows,
         "size": list(prediction.labels_HW.shape),
         "units": "nats",
         "timing_ms": {phase: round(ms, 3) for phase, ms in prediction.timing_ms.items()},
+        "warnings": list(prediction.warnings),
         "classes": classes,
     }
     return json.dumps(document, allow_nan=False).encode()

@@ -16,7 +16,7 @@ from starlette.types import Scope
 
 from models.card import Card
 from models.errors import BadImage, BadOption, PenumbraError, QueueFull, UnsupportedMedia
-from serving.engine.options import DEFAULT_MAPS, parse_options
+from serving.engine.options import parse_options
 from serving.engine.segmenter import Prediction
 from serving.gateway import Gateway
 from serving.guard import BENTO_PATHS
@@ -63,8 +63,8 @@ class Surface:
             media = choose_format(request.headers.get("accept", ""))
             data, fields = await read_upload(request)
             options = parse_options(fields)
-            if media == "application/json":  # its table has these means, whatever maps were asked for
-                options = dataclasses.replace(options, outputs=DEFAULT_MAPS)
+            if media == "application/json":
+                options = options.with_default_maps()
             prediction, body = await self._gateway.answer(
                 data, options, WRITERS[media], request=tracked, gone=lambda: _disconnected(request)
             )
@@ -170,8 +170,9 @@ async def _disconnected(request: Request) -> None:
 
 
 def answer_headers(prediction: Prediction) -> dict[str, str]:
-    """Which model answered, with what seed, and how long each phase took (Server-Timing, ms)."""
-    return {
+    """Which model answered, with what seed and members, what to know, and how long it took (Server-Timing, ms)."""
+    told = {"X-Penumbra-Members": ",".join(prediction.members), "X-Penumbra-Warning": "; ".join(prediction.warnings)}
+    return {name: text for name, text in told.items() if text} | {
         "X-Penumbra-Model": prediction.card.name,
         "X-Penumbra-Version": str(prediction.card.version),
         "X-Penumbra-Seed": str(prediction.seed),
@@ -185,6 +186,7 @@ def summary(card: Card) -> dict[str, object]:
     return {
         "name": card.name, "version": card.version, "method": card.method,
         "classes": [c.name for c in card.classes], "sampling": dataclasses.asdict(card.sampling),
+        "prompt": card.prompt.kind, "extra_maps": [extra.name for extra in card.extra_maps],
         "window": [card.window.height, card.window.width], "data": card.provenance.data,
         "licence": card.provenance.licence, "metrics": card.provenance.metrics,
     }  # fmt: skip

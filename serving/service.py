@@ -138,7 +138,10 @@ def build_gateway(settings: Settings, telemetry: Telemetry) -> "Gateway":
     from serving.gateway import Gateway
 
     torch.set_num_threads(1)  # only the inference thread enters parallel regions; two teams of threads would fight
-    limits = Limits(settings.limit_pixels, settings.limit_windows, settings.limit_samples, settings.limit_queue_samples)
+    limits = Limits(
+        settings.limit_pixels, settings.limit_windows, settings.limit_samples, settings.limit_queue_samples,
+        settings.limit_window_pixels,
+    )  # fmt: skip
     tuning = Tuning(settings.windows_per_batch, settings.samples_per_call, settings.deterministic)
     segmenter = Segmenter.open(
         settings.store, limits=limits, device=settings.device or None, threads=settings.threads or None,

@@ -32,6 +32,7 @@ class Settings(BaseSettings):
     limit_windows: int = Field(4096, ge=1)
     limit_samples: int = Field(64, ge=1)
     limit_queue_samples: int = Field(65_536, ge=1)
+    limit_window_pixels: int = Field(2**22, ge=1)
     limit_requests: int = Field(64, ge=1)
     timeout_s: float = Field(300.0, gt=0)
     predrain_s: float = Field(2.0, ge=0)

@@ -25,7 +25,7 @@ def toy_card(form: str, *, name: str | None = None, window: WindowSpec | None = 
     card = Card(
         name=name or f"toy-{form}", version=1, method="toy", config=dataclasses.asdict(config), classes=CLASSES,
         input=InputSpec(mean=(0, 0, 0), std=(1, 1, 1)), window=window or WindowSpec(32, 48),
-        sampling=network.sampling, readout=Readout(),
+        sampling=network.sampling, readout=Readout(), prompt=network.prompt, extra_maps=network.extra_maps,
     )  # fmt: skip
     return card, network
 
@@ -39,7 +39,7 @@ def _one_torch_thread() -> None:
 @pytest.fixture(scope="session")
 def toy_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = tmp_path_factory.mktemp("store")
-    for form in ("pointwise", "latent", "opposed", "nan"):
+    for form in ("pointwise", "latent", "opposed", "boxed", "tagged", "bright", "nan"):
         card, network = toy_card(form)
         export_network(network, card, store)
     return store

@@ -2,7 +2,12 @@
 
 `pointwise`  logits = gain * x                                  S = 1
 `latent`     logits = gain * x + noise_SBL, L = 3               any S
+`dropout`    logits = gain * x * noise_SBL, L = 3, keep 0.8     any S
 `opposed`    logits = +gain * x and -gain * x                   two members that disagree
+`boxed`      as pointwise; with boxes three members: plain, boxed = plain + gain inside a box of the class,
+             and mixed = (plain + alpha * boxed) / (1 + alpha)
+`tagged`     as pointwise; with tags, minus gain for the classes that are not tagged
+`bright`     as pointwise, with the extra map `brightness`, the mean of x
 `nan`        as pointwise, but NaN at pure white pixels: a model that breaks on some input
 """
 
@@ -12,14 +17,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from models.card import Sampling
-from models.contract import Features, Network
+from models.card import ExtraMap, PromptSpec, Sampling
+from models.contract import Features, Network, Prompt
 
 SAMPLING = {
-    "pointwise": Sampling(kind="single"),
     "latent": Sampling(kind="latent", noise_length=3, default_samples=4),
+    "dropout": Sampling(kind="dropout", noise_length=3, keep=0.8, default_samples=4),
     "opposed": Sampling(kind="members", members=("plus", "minus"), default_samples=2),
-    "nan": Sampling(kind="single"),
+}
+PROMPTS = {
+    "boxed": PromptSpec(kind="boxes", members=("plain", "boxed", "mixed"), alpha=1.0),
+    "tagged": PromptSpec(kind="tags"),
 }
 
 
@@ -28,29 +36,47 @@ class ToyConfig:
     """Which closed form, and how steep it is."""
 
     num_classes: int = 3
-    form: Literal["pointwise", "latent", "opposed", "nan"] = "pointwise"
+    form: Literal["pointwise", "latent", "dropout", "opposed", "boxed", "tagged", "bright", "nan"] = "pointwise"
     gain: float = 8.0
 
 
 class ToyNetwork(Network):
-    """logits as above, at full resolution."""
+    """logits as above, at full resolution. The feature is members_BMKhw, of one member or several."""
 
     def __init__(self, config: ToyConfig) -> None:
         super().__init__()
         self.config = config
-        self.sampling = SAMPLING[config.form]
+        self.sampling = SAMPLING.get(config.form, Sampling(kind="single"))
+        self.prompt = PROMPTS.get(config.form, PromptSpec())
+        if config.form == "bright":
+            self.extra_maps = (ExtraMap("brightness", "mean of the channels", "0 to 1"),)
 
     def encode(self, image_B3hw: Tensor) -> Features:
-        logits = self.config.gain * image_B3hw
+        logits_BKhw = self.config.gain * image_B3hw
         if self.config.form == "nan":
             white = (image_B3hw - 1).abs().amax(1, keepdim=True) < 1e-4
-            logits = torch.where(white, torch.full_like(logits, torch.nan), logits)
-        return (logits,)
+            logits_BKhw = torch.where(white, torch.full_like(logits_BKhw, torch.nan), logits_BKhw)
+        if self.config.form == "opposed":
+            return (torch.stack((logits_BKhw, -logits_BKhw), dim=1),)
+        if self.config.form == "bright":
+            return logits_BKhw[:, None], image_B3hw.mean(1, keepdim=True)
+        return (logits_BKhw[:, None],)
+
+    def take_prompt(self, image_B3hw: Tensor, features: Features, prompt: Prompt) -> Features:
+        plain_BKhw = features[0][:, 0]
+        if self.config.form == "tagged":
+            (tags_BK,) = prompt
+            return ((plain_BKhw - self.config.gain * (1 - tags_BK)[:, :, None, None])[:, None],)
+        boxes_BKhw, alpha_B = prompt
+        boxed_BKhw = plain_BKhw + self.config.gain * boxes_BKhw
+        alpha_B111 = alpha_B[:, None, None, None]
+        mixed_BKhw = (plain_BKhw + alpha_B111 * boxed_BKhw) / (1 + alpha_B111)
+        return (torch.stack((plain_BKhw, boxed_BKhw, mixed_BKhw), dim=1),)
 
     def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
-        (logits_BKhw,) = features
+        members_MBKhw = features[0].transpose(0, 1)
         if self.config.form == "latent":
-            return logits_BKhw + noise_SBL[..., None, None]
-        if self.config.form == "opposed":
-            return torch.stack((logits_BKhw, -logits_BKhw))
-        return logits_BKhw[None]
+            return members_MBKhw + noise_SBL[..., None, None]
+        if self.config.form == "dropout":
+            return members_MBKhw * noise_SBL[..., None, None]
+        return members_MBKhw

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from models.card import Card
-from models.contract import Features
+from models.contract import Features, Prompt
 from models.errors import BadArtifact
 
 
@@ -20,21 +20,24 @@ class Backend(Protocol):
 
     def encode(self, image_B3hw: Tensor) -> Features: ...
 
+    def take_prompt(self, image_B3hw: Tensor, features: Features, prompt: Prompt) -> Features: ...
+
     def decode(self, features: Features, noise_SBL: Tensor) -> Tensor: ...
 
 
 class TorchScriptBackend:
-    """Two frozen TorchScript graphs, channels-last. Loading one is running code: only our own are loaded."""
+    """Frozen TorchScript graphs, channels-last. Loading one is running code: only our own are loaded."""
 
-    def __init__(self, directory: Path, device: torch.device) -> None:
+    def __init__(self, card: Card, directory: Path, device: torch.device) -> None:
         self.device, self.dtype = device, torch.float32
         with warnings.catch_warnings():
             # Deprecated upstream; the format stays until its successors are exported too.
             warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated", category=DeprecationWarning)
+            names = ["encode.ts", "decode.ts"] + ["prompt.ts"] * (card.prompt.kind != "none")
             try:
-                self._encode, self._decode = (
+                self._encode, self._decode, *self._prompt = (
                     torch.jit.load(directory / name, map_location=device)  # type: ignore[no-untyped-call]
-                    for name in ("encode.ts", "decode.ts")
+                    for name in names
                 )
             except RuntimeError:
                 raise BadArtifact(f"{directory} holds TorchScript that this torch cannot load") from None
@@ -44,6 +47,12 @@ class TorchScriptBackend:
         image = image_B3hw.to(self.device, self.dtype, memory_format=torch.channels_last)
         features: Features = self._encode(image)
         return features
+
+    @torch.inference_mode()
+    def take_prompt(self, image_B3hw: Tensor, features: Features, prompt: Prompt) -> Features:
+        image = image_B3hw.to(self.device, self.dtype, memory_format=torch.channels_last)
+        prompted: Features = self._prompt[0](image, features, tuple(p.to(self.device, self.dtype) for p in prompt))
+        return prompted
 
     @torch.inference_mode()
     def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
@@ -61,4 +70,4 @@ def load_backend(card: Card, directory: Path, device: torch.device) -> Backend:
         raise BadArtifact(
             f"{directory} is exported for {card.export.backend!r}; this server runs {', '.join(BACKENDS)}"
         )
-    return BACKENDS[card.export.backend](directory, device)
+    return BACKENDS[card.export.backend](card, directory, device)

@@ -17,36 +17,40 @@ from serving.engine.windows import Window, WindowPlan
 class Canvas:
     """Accumulates windows and hands finished rows out. Used by one thread: the request's."""
 
-    def __init__(self, plan: WindowPlan, num_classes: int) -> None:
+    def __init__(self, plan: WindowPlan, num_classes: int, *, num_extras: int = 0) -> None:
         self._plan = plan
         self._top = 0
         """Image row of the canvas' first row."""
         rows = min(plan.window_height, plan.height)
         self._prob_hKW = np.zeros((rows, num_classes, plan.width), np.float32)
         self._entropy_hW = np.zeros((rows, plan.width), np.float32)
+        self._extras_hEW = np.zeros((rows, num_extras, plan.width), np.float32)
 
     @property
     def nbytes(self) -> int:
-        return self._prob_hKW.nbytes + self._entropy_hW.nbytes
+        return self._prob_hKW.nbytes + self._entropy_hW.nbytes + self._extras_hEW.nbytes
 
     def add(self, window: Window, moments: Moments) -> None:
         """Blend a window in. Only the part of it that lies in the image counts."""
         plan = self._plan
-        inside_y = slice(max(-window.y0, 0), min(plan.height - window.y0, plan.window_height))
-        inside_x = slice(max(-window.x0, 0), min(plan.width - window.x0, plan.window_width))
+        inside_y = slice(max(-window.y0, 0), min(plan.height - window.y0, window.height))
+        inside_x = slice(max(-window.x0, 0), min(plan.width - window.x0, window.width))
         y = max(window.y0, 0) - self._top
         rows = slice(y, y + inside_y.stop - inside_y.start)
         columns = slice(max(window.x0, 0), window.x0 + inside_x.stop)
-        row_weight = plan.weights_y[window.row][inside_y] * np.float32(1 / moments.num_samples)
+        share = plan.weights_y[window.row][inside_y]
+        row_weight = share * np.float32(1 / moments.num_samples)
         column_weight = plan.weights_x[window.column][inside_x]
         blend(self._prob_hKW[rows, :, columns], moments.prob_hKw[inside_y, :, inside_x], row_weight, column_weight)
         blend(
             self._entropy_hW[rows, None, columns], moments.entropy_hw[inside_y, None, inside_x],
             row_weight, column_weight,
         )  # fmt: skip
+        if moments.extras_hEw is not None:
+            blend(self._extras_hEW[rows, :, columns], moments.extras_hEw[inside_y, :, inside_x], share, column_weight)
 
-    def finished(self, window: Window) -> Iterator[tuple[int, FloatArray, FloatArray]]:
-        """After adding `window`: rows that no later window touches, as (y0, pbar_hKW, expected_entropy_hW).
+    def finished(self, window: Window) -> Iterator[tuple[int, FloatArray, FloatArray, FloatArray]]:
+        """After adding `window`: rows that no later window touches, as (y0, pbar_hKW, expected_entropy_hW, extras_hEW).
 
         At most one band: nothing unless the window was the last of its row. pbar is a view that is valid until
         the iterator goes on.
@@ -56,9 +60,10 @@ class Canvas:
             return
         last = window.row + 1 == len(plan.starts_y)
         num_rows = (plan.height if last else plan.starts_y[window.row + 1]) - self._top
-        yield self._top, self._prob_hKW[:num_rows], self._entropy_hW[:num_rows].copy()
+        expected_hW, extras_hEW = self._entropy_hW[:num_rows].copy(), self._extras_hEW[:num_rows].copy()
+        yield self._top, self._prob_hKW[:num_rows], expected_hW, extras_hEW
         self._top += num_rows
-        for rows in (self._prob_hKW, self._entropy_hW):
+        for rows in (self._prob_hKW, self._entropy_hW, self._extras_hEW):
             kept = len(rows) - num_rows
             rows[:kept] = rows[num_rows:]
             rows[kept:] = 0

@@ -12,11 +12,13 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from models.errors import BadImage, TooLarge
 from serving.engine.options import Limits
 
+SIDEWAYS = (5, 6, 7, 8)
+"""EXIF orientations that exchange height and width."""
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
 PILLOW_FAULTS = (OSError, ValueError, SyntaxError, TypeError, EOFError, KeyError, IndexError, OverflowError,
                  MemoryError, NotImplementedError, RuntimeError, struct.error, zlib.error)  # fmt: skip
@@ -28,7 +30,7 @@ def decode_image(
 ) -> NDArray[np.uint8]:
     """Pixels of an encoded picture. Raises BadImage, and TooLarge before decoding pixels over the limit.
 
-    admit: called with the header's height and width before any pixel is decoded; it may refuse by raising.
+    admit: called with the answer's height and width before any pixel is decoded; it may refuse by raising.
     """
     if not data:
         raise BadImage(f"the image is empty (0 bytes); one of {', '.join(FORMATS)} is wanted")
@@ -42,12 +44,21 @@ def decode_image(
         ) from None
     check_pixels(picture.height, picture.width, limits)
     if admit:
-        admit(picture.height, picture.width)
+        admit(*_size_as_shown(picture))
     try:
         return _to_rgb(ImageOps.exif_transpose(picture))
     except PILLOW_FAULTS as error:
         reason = str(error).partition("\n")[0][:120] or type(error).__name__
         raise BadImage(f"the {picture.format} image is damaged or truncated ({reason})") from None
+
+
+def _size_as_shown(picture: Image.Image) -> tuple[int, int]:
+    """Height and width once the orientation is applied; a header that cannot be read has none."""
+    try:
+        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except PILLOW_FAULTS:
+        orientation = 1
+    return (picture.width, picture.height) if orientation in SIDEWAYS else (picture.height, picture.width)
 
 
 def check_pixels(height: int, width: int, limits: Limits) -> None:

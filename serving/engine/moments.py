@@ -26,11 +26,15 @@ Spread = Callable[[Callable[[range], None], Iterable[range]], object]
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Sums over `num_samples` samples of one window: p as prob_hKw, H(p) in nats as entropy_hw."""
+    """Sums over `num_samples` samples of one window: p as prob_hKw, H(p) in nats as entropy_hw.
+
+    Where the card averages logits, prob_hKw holds their sum instead. extras_hEw: a method's own maps, no sums.
+    """
 
     prob_hKw: FloatArray
     entropy_hw: FloatArray
     num_samples: int
+    extras_hEw: FloatArray | None = None
 
 
 def empty_sums(num_classes: int, height: int, width: int) -> tuple[FloatArray, FloatArray]:
@@ -45,7 +49,9 @@ def accumulate(
 
     logits: any device and float dtype; `spread` shares bands of rows out to threads (compiled form only).
     """
-    if readout.softmax_at == "feature":
+    if readout.average == "logits":
+        _accumulate_logits(logits_SKhw, prob_hKw, entropy_hw, readout=readout)
+    elif readout.softmax_at == "feature":
         _accumulate_features(logits_SKhw, prob_hKw, entropy_hw, readout=readout)
     elif kernels.COMPILED and logits_SKhw.device.type == "cpu":
         _accumulate_compiled(logits_SKhw, prob_hKw, entropy_hw, readout=readout, spread=spread)
@@ -119,6 +125,20 @@ def _accumulate_features(
     p_SKhw = log_p.exp()
     entropy_hw_low = -(p_SKhw * log_p).sum((0, 1))
     sums = torch.cat((p_SKhw.sum(0), entropy_hw_low[None]))[None]
-    full = F.interpolate(sums, size=entropy_hw.shape, mode="bilinear", align_corners=readout.align_corners)[0]
+    full = resize(sums, entropy_hw.shape, readout)[0]
     prob_hKw += full[:-1].permute(1, 0, 2).cpu().numpy()
     entropy_hw += full[-1].cpu().numpy()
+
+
+def _accumulate_logits(logits_SKhw: Tensor, sum_hKw: FloatArray, entropy_hw: FloatArray, *, readout: Readout) -> None:
+    """A published protocol's average of logits: their sum in place of the probabilities'; entropies as ever."""
+    for logits_Khw in logits_SKhw.float() / readout.temperature:
+        full = resize(logits_Khw[None], entropy_hw.shape, readout)[0]
+        log_p = torch.log_softmax(full, dim=0)
+        sum_hKw += full.permute(1, 0, 2).cpu().numpy()
+        entropy_hw -= (log_p.exp() * log_p).sum(0).cpu().numpy()
+
+
+def resize(x_NDhw: Tensor, size: tuple[int, ...], readout: Readout) -> Tensor:
+    """Bilinear resize by the card's rule."""
+    return F.interpolate(x_NDhw.float(), size=size, mode="bilinear", align_corners=readout.align_corners)

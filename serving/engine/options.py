@@ -1,12 +1,14 @@
 """What a caller may ask for, and the limits within which it may ask."""
 
+import json
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from models.card import Card
+from models.card import MAPS, Card
 from models.errors import BadOption
-from serving.engine.uncertainty import MAPS
+from serving.engine.prompts import MAX_BOXES, Box
 
 DEFAULT_MAPS = ("confidence", "entropy", "mutual_information")
 
@@ -16,7 +18,9 @@ class SegmentOptions:
     """Options of one request; None means the card's default.
 
     samples: S. seed: of the noise, 0 .. 2^63 - 1; the same seed gives the same answer. overlap: share of a
-    window covered again by its neighbour, 0 .. 0.9. outputs: which maps of `serving.engine.uncertainty`.
+    window covered again by its neighbour, 0 .. 0.9. outputs: which maps of `serving.engine.uncertainty`, or of the
+    model's own. boxes, tags: prompts (`serving.engine.prompts`), for models that take them; alpha: weight of the
+    network that sees the boxes in a linear self-correction.
     """
 
     model: str | None = None
@@ -25,16 +29,27 @@ class SegmentOptions:
     seed: int = 0
     overlap: float | None = None
     outputs: tuple[str, ...] = DEFAULT_MAPS
+    boxes: tuple[Box, ...] = ()
+    tags: tuple[str | int, ...] = ()
+    alpha: float | None = None
+
+    def with_default_maps(self) -> "SegmentOptions":
+        """The same with the default maps beside those asked for: class tables have their means."""
+        return replace(self, outputs=tuple(dict.fromkeys((*DEFAULT_MAPS, *self.outputs))))
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Published bounds. queue_samples counts windows x samples that were accepted and not yet answered."""
+    """Published bounds. queue_samples counts windows x samples that were accepted and not yet answered.
+
+    window_pixels: of one window; it bounds the memory of models that see an image whole.
+    """
 
     pixels: int = 64_000_000
     windows: int = 4096
     samples: int = 64
     queue_samples: int = 65_536
+    window_pixels: int = 2**22
 
 
 def parse_options(fields: Mapping[str, str]) -> SegmentOptions:
@@ -44,6 +59,7 @@ def parse_options(fields: Mapping[str, str]) -> SegmentOptions:
     """
     readers: dict[str, Callable[[str, str], Any]] = {
         "model": _text, "version": _integer, "samples": _integer, "seed": _integer, "overlap": _share, "outputs": _maps,
+        "boxes": _boxes, "tags": _tags, "alpha": _number,
     }  # fmt: skip
     for name in fields:
         if name not in readers:
@@ -69,6 +85,56 @@ def _share(name: str, text: str) -> float:
         raise BadOption(f"{name} is {text[:40]!r}; a number from 0 to 0.9 is wanted") from None
 
 
+def _number(name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise BadOption(f"{name} is {text[:40]!r}; a number is wanted")
+    return value
+
+
+def _boxes(name: str, text: str) -> tuple[Box, ...]:
+    """A JSON list of [x0, y0, x1, y1, class]; the class is a name or an id."""
+    rows = _json_list(name, text) if text.strip() else []
+    if len(rows) > MAX_BOXES:
+        raise BadOption(f"{name} has {len(rows)} entries; up to {MAX_BOXES} are possible")
+    return tuple(read_box(name, row) for row in rows)
+
+
+def read_box(name: str, row: Any) -> Box:
+    """One box from parsed data. Raises BadOption."""
+    wanted = f"{name} has {str(row)[:60]!r}; [x0, y0, x1, y1, class] with four numbers and a class name or id is wanted"
+    if not isinstance(row, list) or len(row) != 5 or type(row[4]) not in (int, str):
+        raise BadOption(wanted)
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in row[:4]):
+        raise BadOption(wanted)
+    x0, y0, x1, y1 = map(float, row[:4])
+    return x0, y0, x1, y1, row[4]
+
+
+def _tags(name: str, text: str) -> tuple[str | int, ...]:
+    """Class names or ids: a JSON list, or a list with commas."""
+    if not text.strip().startswith("["):
+        return _maps(name, text)
+    tags = _json_list(name, text)
+    for tag in tags:
+        if type(tag) not in (int, str):
+            raise BadOption(f"{name} has {str(tag)[:40]!r}; a class name or id is wanted")
+    return tuple(tags)
+
+
+def _json_list(name: str, text: str) -> list[Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, list):
+        raise BadOption(f"{name} is {text[:60]!r}; a JSON list is wanted")
+    return value
+
+
 def _maps(name: str, text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
@@ -79,15 +145,17 @@ def check_options(options: SegmentOptions, card: Card, limits: Limits) -> int:
         raise BadOption(f"seed is {options.seed}; 0 to 2^63 - 1 is possible")
     if options.overlap is not None and not 0 <= options.overlap <= 0.9:
         raise BadOption(f"overlap is {options.overlap}; 0 to 0.9 is possible")
+    known = (*MAPS, *(extra.name for extra in card.extra_maps))
     for name in options.outputs:
-        if name not in MAPS:
-            raise BadOption(f"there is no output {name[:40]!r}; known are {', '.join(MAPS)}")
-    samples = card.sampling.default_samples if options.samples is None else options.samples
-    fixed = card.sampling.kind in ("members", "single")
-    if fixed and samples != card.sampling.default_samples:
-        what = f"has {len(card.sampling.members)} members" if card.sampling.members else "is not sampled"
+        if name not in known:
+            raise BadOption(f"there is no output {name[:40]!r}; {card.name} has {', '.join(known)}")
+    sampling = card.sampling_with(prompt=bool(options.boxes or options.tags))
+    samples = sampling.default_samples if options.samples is None else options.samples
+    fixed = sampling.kind in ("members", "single")
+    if fixed and samples != sampling.default_samples:
+        what = f"has {len(sampling.members)} members" if sampling.members else "is not sampled"
         raise BadOption(
-            f"samples is {samples}; {card.name} {what}, so samples is {card.sampling.default_samples} or left out"
+            f"samples is {samples}; {card.name} {what}, so samples is {sampling.default_samples} or left out"
         )
     if not 1 <= samples <= limits.samples:
         raise BadOption(f"samples is {samples}; 1 to {limits.samples} is possible")

@@ -9,14 +9,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from models.card import Card
 from models.contract import Features
 from models.errors import BadArtifact, ModelFault
 from serving.engine.backend import Backend, load_backend
 from serving.engine.kernels import FloatArray
-from serving.engine.moments import Moments, accumulate, empty_sums
-from serving.engine.store import Artifact
+from serving.engine.moments import Moments, accumulate, empty_sums, resize
+from serving.engine.prompts import PromptArrays
+from serving.engine.store import Answer, Artifact
 
 log = logging.getLogger("penumbra")
 
@@ -45,10 +47,11 @@ class Tuning:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One window's input: pixels normalised to float32 [h, w, 3], and its noise_SL."""
+    """One window's input: pixels normalised to float32 [h, w, 3], its noise_SL, and its prompt if there is one."""
 
     image_hw3: FloatArray
     noise_SL: FloatArray
+    prompt: PromptArrays | None = None
 
 
 class Runtime:
@@ -66,22 +69,31 @@ class Runtime:
         self._rows = ThreadPoolExecutor(threads, thread_name_prefix="rows")
 
     def run(self, pieces: Sequence[Piece]) -> list[Moments | ModelFault]:
-        """Moments of every window, in order. All pieces have one size and one S.
+        """Moments of every window, in order. All pieces have one S, and all have a prompt or none has.
 
         A window whose logits are not finite is answered with a ModelFault; its neighbours are unharmed.
         """
-        return self._sample(self._encode(pieces), pieces)
+        answers: list[Moments | ModelFault] = []
+        for _, alike in itertools.groupby(pieces, lambda piece: piece.image_hw3.shape):  # clipped windows are smaller
+            group = list(alike)
+            answers += self._sample(self._encode(group), group)
+        return answers
 
     def _encode(self, pieces: Sequence[Piece]) -> Features:
-        image_Bhw3 = torch.from_numpy(np.stack([piece.image_hw3 for piece in pieces]))
-        return self._backend.encode(image_Bhw3.permute(0, 3, 1, 2))
+        image_B3hw = torch.from_numpy(np.stack([piece.image_hw3 for piece in pieces])).permute(0, 3, 1, 2)
+        features = self._backend.encode(image_B3hw)
+        prompts = [piece.prompt for piece in pieces if piece.prompt is not None]
+        if not prompts:
+            return features
+        stacked = tuple(torch.from_numpy(np.stack(arrays)) for arrays in zip(*prompts, strict=True))
+        return self._backend.take_prompt(image_B3hw, features, stacked)
 
     def _sample(self, features: Features, pieces: Sequence[Piece]) -> list[Moments | ModelFault]:
         height, width = pieces[0].image_hw3.shape[:2]
         noise_SBL = torch.from_numpy(np.stack([piece.noise_SL for piece in pieces], axis=1))
         sums = [empty_sums(self.card.num_classes, height, width) for _ in pieces]
         finite = [True] * len(pieces)
-        for chunk_SBL in torch.split(noise_SBL, self._chunk(len(noise_SBL))):
+        for chunk_SBL in torch.split(noise_SBL, self._chunk(pieces[0])):
             logits_SBKhw = self._backend.decode(features, chunk_SBL)
             for b, (prob_hKw, entropy_hw) in enumerate(sums):
                 logits_SKhw = logits_SBKhw[:, b]
@@ -89,24 +101,48 @@ class Runtime:
                 if finite[b]:
                     accumulate(logits_SKhw, prob_hKw, entropy_hw, readout=self.card.readout, spread=self._rows.map)
         fault = ModelFault(f"{self.card.name} produced values that are not finite for this image")
-        return [Moments(*s, len(noise_SBL)) if ok else fault for s, ok in zip(sums, finite, strict=True)]
+        extras_BhEw = self._extras(features, height, width)
+        return [
+            Moments(*sums[b], len(noise_SBL), None if extras_BhEw is None else extras_BhEw[b]) if finite[b] else fault
+            for b in range(len(pieces))
+        ]
 
-    def _chunk(self, num_samples: int) -> int:
+    def _extras(self, features: Features, height: int, width: int) -> FloatArray | None:
+        """The network's own maps at the windows' size, [B, h, E, w]; None where it has none."""
+        if not self.card.extra_maps:
+            return None
+        extras_BEhw = resize(features[-1], (height, width), self.card.readout)
+        extras_BhEw: FloatArray = np.ascontiguousarray(extras_BEhw.permute(0, 2, 1, 3).cpu().numpy())
+        return extras_BhEw
+
+    def _chunk(self, piece: Piece) -> int:
         """Members come out of one call together; draws are cut into measured chunks."""
-        return num_samples if self.card.sampling.kind == "members" else self.samples_per_call
+        prompted = self.card.sampling_with(prompt=piece.prompt is not None)
+        return len(piece.noise_SL) if prompted.kind == "members" else self.samples_per_call
 
     def check_golden(self) -> None:
-        """Run the golden window. Raises BadArtifact when this machine does not reproduce it."""
+        """Run the golden window, without and with its prompt. Raises BadArtifact when this machine does not
+        reproduce it."""
         golden = self._golden
-        got = self._backend.decode(self._backend.encode(golden.image_B3hw), golden.noise_SBL).float().cpu()
-        scale = golden.logits_SBKhw.abs().max().clamp(min=1e-6)
+        features = self._backend.encode(golden.image_B3hw)
+        self._check_answer(features, golden.plain)
+        if golden.prompted:
+            self._check_answer(self._backend.take_prompt(golden.image_B3hw, features, golden.prompt), golden.prompted)
+
+    def _check_answer(self, features: Features, wanted: Answer) -> None:
+        got = self._backend.decode(features, wanted.noise_SBL).float().cpu()
         if got.shape[2] != self.card.num_classes:
             raise BadArtifact(
                 f"{self.card.name} gives logits of {got.shape[2]} classes; its card names {self.card.num_classes}"
             )
-        if got.shape != golden.logits_SBKhw.shape or not torch.isfinite(got).all():
+        if self.card.extra_maps and features[-1].shape[1] != len(self.card.extra_maps):
+            raise BadArtifact(
+                f"{self.card.name} gives {features[-1].shape[1]} maps of its own; its card names "
+                f"{len(self.card.extra_maps)}"
+            )
+        if got.shape != wanted.logits_SBKhw.shape or not torch.isfinite(got).all():
             raise BadArtifact(f"{self.card.name} does not reproduce its golden window: wrong shape or not finite")
-        error = float((got - golden.logits_SBKhw).abs().max() / scale)
+        error = _relative_error(got, wanted.logits_SBKhw)
         if error > GOLDEN_TOLERANCE:
             raise BadArtifact(
                 f"{self.card.name} does not reproduce its golden window on this machine: relative error {error:.1e}, "
@@ -139,8 +175,9 @@ class Runtime:
 
     def _golden_pieces(self) -> list[Piece]:
         images = self._golden.image_B3hw.permute(0, 2, 3, 1).contiguous().numpy()
-        repeats = -(-self.card.sampling.default_samples // len(self._golden.noise_SBL))
-        noise = self._golden.noise_SBL.repeat(repeats, 1, 1)[: self.card.sampling.default_samples].numpy()
+        noise_SBL = self._golden.plain.noise_SBL
+        repeats = -(-self.card.sampling.default_samples // len(noise_SBL))
+        noise = noise_SBL.repeat(repeats, 1, 1)[: self.card.sampling.default_samples].numpy()
         return [Piece(images[i], np.ascontiguousarray(noise[:, i])) for i in range(len(images))]
 
     def _choose(self, setting: str, sizes: Sequence[int], work: Callable[[], object], *, budget_s: float) -> None:
@@ -181,6 +218,10 @@ class Runtime:
 
     def close(self) -> None:
         self._rows.shutdown()
+
+
+def _relative_error(got: Tensor, wanted: Tensor) -> float:
+    return float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
 
 
 def _same_bytes(one: Moments | ModelFault, other: Moments | ModelFault) -> bool:

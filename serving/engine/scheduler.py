@@ -25,6 +25,7 @@ from models.errors import Cancelled, DeadlineExceeded, ModelFault, NotReady, Pen
 from serving.engine.moments import Moments
 from serving.engine.noise import NoiseSource
 from serving.engine.observer import Observer
+from serving.engine.prompts import PromptSource
 from serving.engine.runtime import Piece, Runtime, is_out_of_memory
 from serving.engine.windows import Window, WindowPlan, cut
 
@@ -42,13 +43,15 @@ class Work:
     plan: WindowPlan
     noise: NoiseSource
     num_samples: int
+    prompt: PromptSource | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
     deadline: float = float("inf")
 
     @property
-    def batch_key(self) -> tuple[int, int, int, int]:
-        """Windows with equal keys can share a batch: same model, same number of samples, same size."""
-        return id(self.runtime), self.num_samples, self.plan.window_height, self.plan.window_width
+    def batch_key(self) -> tuple[object, ...]:
+        """Windows with equal keys can share a batch: same model, number of samples, size, and all or none prompted."""
+        plan = self.plan
+        return id(self.runtime), self.num_samples, plan.window_height, plan.window_width, self.prompt is None
 
 
 class _Job:
@@ -320,7 +323,8 @@ class Scheduler:
 def _piece(work: Work, window: Window) -> Piece:
     card = work.runtime.card
     pixels = cut(work.image_HW3, window, work.plan, spec=card.window, norm=card.input)
-    return Piece(pixels, work.noise.draw(window.index))
+    prompt = work.prompt.cut(window, work.plan) if work.prompt else None
+    return Piece(pixels, work.noise.draw(window.index), prompt)
 
 
 def _resolve(future: Future[object], function: Callable[[], object]) -> None:

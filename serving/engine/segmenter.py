@@ -29,11 +29,12 @@ from serving.engine.kernels import FloatArray
 from serving.engine.noise import NoiseSource, SeededNoise
 from serving.engine.observer import Observer
 from serving.engine.options import Limits, SegmentOptions, check_options
+from serving.engine.prompts import PromptSource, check_prompt
 from serving.engine.runtime import Runtime, Tuning
 from serving.engine.scheduler import Scheduler, Work
 from serving.engine.store import find_artifact, open_artifact, versions
 from serving.engine.uncertainty import Band, read_out
-from serving.engine.windows import count_windows, cover
+from serving.engine.windows import WindowPlan, count_windows, cover
 
 log = logging.getLogger("penumbra")
 
@@ -43,13 +44,16 @@ class Prediction:
     """One image's answer at the image's size.
 
     labels_HW: uint8 class ids. maps: float32 [H, W] by name, uncertainties in nats (`serving.engine.uncertainty`).
-    timing_ms: milliseconds by phase. num_windows: windows that were run.
+    timing_ms: milliseconds by phase. num_windows: windows that were run. members: names of the samples, where they
+    have names. warnings: sentences about what the caller should know of this answer.
     """
 
     card: Card
     seed: int
     num_samples: int
     num_windows: int
+    members: tuple[str, ...]
+    warnings: tuple[str, ...]
     labels_HW: NDArray[np.uint8]
     maps: dict[str, FloatArray]
     timing_ms: dict[str, float]
@@ -68,14 +72,17 @@ class BandStream:
 
     def __iter__(self) -> Iterator[Band]:
         started = time.perf_counter()
-        canvas = Canvas(self.work.plan, self.work.runtime.card.num_classes)
+        card = self.work.runtime.card
+        names = [extra.name for extra in card.extra_maps]
+        canvas = Canvas(self.work.plan, card.num_classes, num_extras=len(names))
         with self._scheduler.submit(self.work) as finished_windows:
             for window, moments in finished_windows:
                 with self._clock("stitch"):
                     canvas.add(window, moments)
-                for y0, prob_hKW, expected_hW in canvas.finished(window):
+                for y0, merged_hKW, expected_hW, extras_hEW in canvas.finished(window):
                     with self._clock("read_out"):
-                        band = read_out(y0, prob_hKW, expected_hW)
+                        band = read_out(y0, merged_hKW, expected_hW, average=card.readout.average)
+                        band.maps.update(zip(names, extras_hEW.transpose(1, 0, 2), strict=True))
                     yield band
         self.timing_ms["queue"] = 1e3 * finished_windows.queue_s
         self.timing_ms["run"] = 1e3 * finished_windows.run_s
@@ -169,17 +176,27 @@ class Segmenter:
             raise UnknownModel(f"{name} has no version {version}; loaded are {', '.join(map(str, sorted(loaded)))}")
         return loaded[max(loaded) if version is None else version]
 
-    def check(self, height: int, width: int, options: SegmentOptions) -> tuple[Runtime, int]:
-        """Everything that can be refused before the pixels are looked at; returns the model and S."""
+    def check(self, height: int, width: int, options: SegmentOptions) -> tuple[Runtime, int, PromptSource | None]:
+        """Everything that can be refused before the pixels are looked at; returns the model, S and the prompt."""
         runtime = self.find(options.model, options.version)
-        num_samples = check_options(options, runtime.card, self.limits)
-        num_windows = count_windows(height, width, runtime.card.window, options.overlap)
+        card = runtime.card
+        num_samples = check_options(options, card, self.limits)
+        prompt = check_prompt(card, height, width, boxes=options.boxes, tags=options.tags, alpha=options.alpha)
+        self._check_windows(height, width, card, options.overlap)
+        return runtime, num_samples, prompt
+
+    def _check_windows(self, height: int, width: int, card: Card, overlap: float | None) -> None:
+        if card.window.height == 0 and height * width > self.limits.window_pixels:
+            raise TooLarge(
+                f"{card.name} sees an image whole and this one has {width}x{height} = {height * width:,} pixels; the "
+                f"limit for that is {self.limits.window_pixels:,}: send a smaller image or parts of it"
+            )
+        num_windows = count_windows(height, width, card.window, overlap)
         if num_windows > self.limits.windows:
             raise TooLarge(
                 f"the image needs {num_windows} windows and the limit is {self.limits.windows}; lower the overlap, "
                 "or send a smaller image or parts of it"
             )
-        return runtime, num_samples
 
     def bands(
         self, image_HW3: NDArray[np.uint8], options: SegmentOptions, *, noise: NoiseSource | None = None,
@@ -191,11 +208,12 @@ class Segmenter:
         """
         image = check_array(image_HW3, self.limits)
         height, width = image.shape[:2]
-        runtime, num_samples = self.check(height, width, options)
+        runtime, num_samples, prompt = self.check(height, width, options)
+        sampling = runtime.card.sampling_with(prompt=prompt is not None)
         work = Work(
             runtime, image, cover(height, width, runtime.card.window, options.overlap),
-            noise or SeededNoise(runtime.card.sampling, seed=options.seed, num_samples=num_samples),
-            num_samples, cancelled or threading.Event(), deadline,
+            noise or SeededNoise(sampling, seed=options.seed, num_samples=num_samples),
+            num_samples, prompt, cancelled or threading.Event(), deadline,
         )  # fmt: skip
         return BandStream(self.scheduler, work)
 
@@ -215,9 +233,12 @@ class Segmenter:
                 for name, values in maps.items():
                     values[place] = band.maps[name]
         work = bands.work
+        card = work.runtime.card
+        members = card.sampling_with(prompt=work.prompt is not None).members
         return Prediction(
-            work.runtime.card, options.seed, work.num_samples, work.plan.num_windows, labels_HW, maps, bands.timing_ms
-        )
+            card, options.seed, work.num_samples, work.plan.num_windows, members, warnings_of(card, work.plan),
+            labels_HW, maps, bands.timing_ms,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Finish accepted work and release the models."""
@@ -232,3 +253,14 @@ class Segmenter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def warnings_of(card: Card, plan: WindowPlan) -> tuple[str, ...]:
+    """What a caller should know of an answer whose windows are not those the network's results hold for."""
+    trained, run = card.window.trained, (plan.window_height, plan.window_width)
+    if trained is None or run == trained:
+        return ()
+    return (
+        f"{card.name} was trained for windows of {trained[1]}x{trained[0]} px and its results depend on the width; "
+        f"this image was run at {run[1]}x{run[0]}",
+    )

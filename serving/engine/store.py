@@ -20,12 +20,36 @@ GOLDEN = "golden.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
-class Golden:
-    """One recorded call: image_B3hw (normalised), noise_SBL and the checkpoint's logits_SBKhw."""
+class Answer:
+    """What the checkpoint's network answered to the golden windows: logits_SBKhw from noise_SBL."""
 
-    image_B3hw: "Tensor"
     noise_SBL: "Tensor"
     logits_SBKhw: "Tensor"
+
+
+@dataclass(frozen=True, slots=True)
+class Golden:
+    """Recorded calls on the same windows image_B3hw (normalised): one without, and if the model takes one, one with
+    a prompt. extras_BEhw: the network's own maps, where it has any.
+    """
+
+    image_B3hw: "Tensor"
+    plain: Answer
+    prompt: "tuple[Tensor, ...]" = ()
+    prompted: Answer | None = None
+    extras_BEhw: "Tensor | None" = None
+
+
+def golden_tensors(golden: Golden) -> "dict[str, Tensor]":
+    """As they are stored, and read by `read_golden`."""
+    tensors = {"image_B3hw": golden.image_B3hw}
+    for prefix, answer in (("", golden.plain), ("prompted.", golden.prompted)):
+        if answer:
+            tensors |= {f"{prefix}noise_SBL": answer.noise_SBL, f"{prefix}logits_SBKhw": answer.logits_SBKhw}
+    tensors |= {f"prompt.{i}": tensor for i, tensor in enumerate(golden.prompt)}
+    if golden.extras_BEhw is not None:
+        tensors["extras_BEhw"] = golden.extras_BEhw
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +103,15 @@ def _read_golden(path: Path) -> Golden:
 
     try:
         tensors = load_file(path)
-        return Golden(tensors["image_B3hw"], tensors["noise_SBL"], tensors["logits_SBKhw"])
+        prompt = tuple(tensors[name] for name in sorted(tensors) if name.startswith("prompt."))
+        prompted = _answer(tensors, "prompted.") if prompt else None
+        return Golden(tensors["image_B3hw"], _answer(tensors, ""), prompt, prompted, tensors.get("extras_BEhw"))
     except (SafetensorError, KeyError):
         raise BadArtifact(f"{path} does not hold a golden window; export the checkpoint again") from None
+
+
+def _answer(tensors: "dict[str, Tensor]", prefix: str) -> Answer:
+    return Answer(tensors[f"{prefix}noise_SBL"], tensors[f"{prefix}logits_SBKhw"])
 
 
 def versions(store: Path) -> dict[str, list[int]]:

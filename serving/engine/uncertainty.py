@@ -20,18 +20,31 @@ from serving.engine.kernels import FloatArray
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """Finished rows of an answer, from row y0 of the image: labels uint8 [h, W] and float32 maps [h, W]."""
+    """Finished rows of an answer, from row y0 of the image: labels uint8 [h, W] and float32 maps [h, W].
+
+    merged_hKW: what samples and windows were averaged to, probabilities or logits (`Readout.average`); a view that is
+    valid until the next band.
+    """
 
     y0: int
     labels: NDArray[np.uint8]
     maps: dict[str, FloatArray]
+    merged_hKW: FloatArray
 
 
-def read_out(y0: int, prob_hKw: FloatArray, expected_hw: FloatArray) -> Band:
+def read_out(y0: int, merged_hKw: FloatArray, expected_hw: FloatArray, *, average: str = "probabilities") -> Band:
     """Labels and all maps of finished rows; ties between classes go to the lowest."""
     form = kernels.read_out if kernels.COMPILED else read_out_plain
+    prob_hKw = softmax(merged_hKw) if average == "logits" else merged_hKw
     labels, confidence, margin, entropy, information = form(prob_hKw, expected_hw)
-    return Band(y0, labels, dict(zip(MAPS, (confidence, margin, entropy, expected_hw, information), strict=True)))
+    maps = dict(zip(MAPS, (confidence, margin, entropy, expected_hw, information), strict=True))
+    return Band(y0, labels, maps, merged_hKw)
+
+
+def softmax(logits_hKw: FloatArray) -> FloatArray:
+    """Over the classes."""
+    powers: FloatArray = np.exp(logits_hKw - logits_hKw.max(1, keepdims=True))
+    return np.ascontiguousarray(powers / powers.sum(1, keepdims=True))
 
 
 def read_out_plain(

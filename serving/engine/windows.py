@@ -17,7 +17,7 @@ from serving.engine.kernels import FloatArray
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """One piece of an image: its number in the plan, and the place of its first pixel in the image.
+    """One piece of an image: its number in the plan, the place of its first pixel in the image, and its size.
 
     y0 and x0 are negative where a window centred on a smaller image begins before it.
     """
@@ -27,11 +27,13 @@ class Window:
     column: int
     y0: int
     x0: int
+    height: int
+    width: int
 
 
 @dataclass(frozen=True, slots=True)
 class WindowPlan:
-    """All windows of one image, in row-major order.
+    """All windows of one image, in row-major order. clipped: they end at the border, and are smaller there.
 
     starts_y, starts_x: first pixel of every row and column of windows. weights_y[r], weights_x[c]: normalised
     blend weights [window height] and [window width]; over all windows they sum to 1 at every pixel.
@@ -45,6 +47,7 @@ class WindowPlan:
     starts_x: tuple[int, ...]
     weights_y: tuple[FloatArray, ...]
     weights_x: tuple[FloatArray, ...]
+    clipped: bool = False
 
     @property
     def num_windows(self) -> int:
@@ -53,22 +56,24 @@ class WindowPlan:
     def __iter__(self) -> Iterator[Window]:
         for row, y0 in enumerate(self.starts_y):
             for column, x0 in enumerate(self.starts_x):
-                yield Window(row * len(self.starts_x) + column, row, column, y0, x0)
+                height = min(self.window_height, self.height - y0) if self.clipped else self.window_height
+                width = min(self.window_width, self.width - x0) if self.clipped else self.window_width
+                yield Window(row * len(self.starts_x) + column, row, column, y0, x0, height, width)
 
 
 def cover(height: int, width: int, spec: WindowSpec, overlap: float | None = None) -> WindowPlan:
     """The windows of a height x width image. `overlap` in [0, 0.9] overrides the card's.
 
-    Every pixel is covered; the last row and column of windows are shifted inward to end at the border.
+    Every pixel is covered; the last row and column of windows end at the border, shifted inward or clipped.
     """
     if spec.height == 0:
         spec = replace(spec, height=height, width=width)
     share = spec.overlap if overlap is None else overlap
-    starts_y = _starts(height, spec.height, share, centred=spec.centred)
-    starts_x = _starts(width, spec.width, share, centred=spec.centred)
+    starts_y, starts_x = _starts(height, spec.height, share, spec=spec), _starts(width, spec.width, share, spec=spec)
     return WindowPlan(
         height, width, spec.height, spec.width, starts_y, starts_x,
         _weights(height, spec.height, starts_y, spec.blend), _weights(width, spec.width, starts_x, spec.blend),
+        clipped=spec.last == "clip",
     )  # fmt: skip
 
 
@@ -89,11 +94,13 @@ def _count(length: int, window: int, overlap: float) -> int:
     return 1 if length <= window else math.ceil((length - window) / _stride(window, overlap)) + 1
 
 
-def _starts(length: int, window: int, overlap: float, *, centred: bool) -> tuple[int, ...]:
-    if length <= window:
-        return (-((window - length) // 2) if centred else 0,)
-    stride = _stride(window, overlap)
-    return tuple(min(i * stride, length - window) for i in range(_count(length, window, overlap)))
+def _starts(length: int, window: int, overlap: float, *, spec: WindowSpec) -> tuple[int, ...]:
+    stride, last = _stride(window, overlap), length - window
+    if last <= 0:
+        return (-(-last // 2) if spec.centred and spec.last == "shift" else 0,)
+    return tuple(
+        i * stride if spec.last == "clip" else min(i * stride, last) for i in range(_count(length, window, overlap))
+    )
 
 
 def _weights(length: int, window: int, starts: tuple[int, ...], blend: str) -> tuple[FloatArray, ...]:
@@ -112,21 +119,27 @@ def cut(
     image_HW3: NDArray[np.uint8], window: Window, plan: WindowPlan, *, spec: WindowSpec, norm: InputSpec
 ) -> FloatArray:
     """One window as the network wants it: normalised float32 [h, w, 3], padded as the card says."""
-    y0, x0 = max(window.y0, 0), max(window.x0, 0)
-    y1, x1 = min(window.y0 + plan.window_height, plan.height), min(window.x0 + plan.window_width, plan.width)
-    pixels = normalise(image_HW3[y0:y1, x0:x1], norm)
-    before = (y0 - window.y0, x0 - window.x0)
-    after = (window.y0 + plan.window_height - y1, window.x0 + plan.window_width - x1)
-    if not any(before + after):
+    rows, columns, beyond = place(window, plan)
+    pixels = normalise(image_HW3[rows, columns], norm)
+    if not any(map(any, beyond)):
         return pixels
-    pad = ((before[0], after[0]), (before[1], after[1]), (0, 0))
     if spec.padding == "mirror":
-        return np.pad(pixels, pad, mode="symmetric")
-    padded = np.zeros((plan.window_height, plan.window_width, 3), np.float32)
-    if spec.padding == "black":
+        return np.pad(pixels, (*beyond, (0, 0)), mode="symmetric")
+    fits = plan.height <= plan.window_height and plan.width <= plan.window_width
+    padded = np.zeros((window.height, window.width, 3), np.float32)
+    if spec.padding == "black" or (spec.padding == "mean_or_black" and not fits):
         padded += normalise(np.zeros((1, 1, 3), np.uint8), norm)
-    padded[before[0] : before[0] + y1 - y0, before[1] : before[1] + x1 - x0] = pixels
+    inside = tuple(slice(before, size - after) for (before, after), size in zip(beyond, padded.shape[:2], strict=True))
+    padded[inside] = pixels
     return padded
+
+
+def place(window: Window, plan: WindowPlan) -> tuple[slice, slice, tuple[tuple[int, int], tuple[int, int]]]:
+    """The image's rows and columns that a window holds, and how much of it lies before and beyond them."""
+    y0, x0 = max(window.y0, 0), max(window.x0, 0)
+    y1, x1 = min(window.y0 + window.height, plan.height), min(window.x0 + window.width, plan.width)
+    beyond = ((y0 - window.y0, window.y0 + window.height - y1), (x0 - window.x0, window.x0 + window.width - x1))
+    return slice(y0, y1), slice(x0, x1), beyond
 
 
 def normalise(pixels_hw3: NDArray[np.uint8], norm: InputSpec) -> FloatArray:

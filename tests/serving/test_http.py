@@ -85,7 +85,7 @@ def test_a_png_holds_class_ids_in_the_models_colours(client: httpx.Client) -> No
 def test_json_holds_exactly_the_documented_fields(client: httpx.Client) -> None:
     answer = ask(client, accept="application/json", model="toy-latent", seed=7, samples=5).json()
     assert set(answer) == {
-        "model", "version", "seed", "samples", "members", "windows", "size", "units", "timing_ms", "classes",
+        "model", "version", "seed", "samples", "members", "windows", "size", "units", "timing_ms", "warnings", "classes",
     }  # fmt: skip
     assert (answer["model"], answer["version"], answer["seed"], answer["samples"]) == ("toy-latent", 1, 7, 5)
     assert answer["size"] == [45, 70] and answer["units"] == "nats" and answer["members"] == []
@@ -417,9 +417,11 @@ def test_the_typed_route_takes_json_alone_and_never_a_pickle(client: httpx.Clien
 
 def test_models_are_listed_with_their_facts(client: httpx.Client) -> None:
     answer = client.get("/models").json()
-    assert [model["name"] for model in answer["models"]] == ["toy-latent", "toy-nan", "toy-opposed", "toy-pointwise"]
+    models = {model["name"]: model for model in answer["models"]}
+    assert sorted(models) == list(models) and {"toy-boxed", "toy-bright", "toy-latent", "toy-nan"} <= models.keys()
+    assert models["toy-boxed"]["prompt"] == "boxes" and models["toy-bright"]["extra_maps"] == ["brightness"]
     assert answer["refused"] == []
-    latent = answer["models"][0]
+    latent = models["toy-latent"]
     assert latent["classes"] == ["red", "green", "blue"] and latent["window"] == [32, 48]
     assert latent["sampling"]["kind"] == "latent" and latent["version"] == 1
 

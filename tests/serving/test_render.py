@@ -33,7 +33,7 @@ def card_of(num_classes: int) -> Card:
 def prediction(labels_HW: np.ndarray, num_classes: int = 255) -> Prediction:
     values = np.linspace(0, 1, labels_HW.size, dtype=np.float32).reshape(labels_HW.shape)
     maps = {"confidence": values, "entropy": 1 - values}
-    return Prediction(card_of(num_classes), 0, 1, 1, labels_HW.astype(np.uint8), maps, {})
+    return Prediction(card_of(num_classes), 0, 1, 1, (), (), labels_HW.astype(np.uint8), maps, {})
 
 
 def test_every_class_id_is_its_pixel_value_and_shows_its_colour() -> None:

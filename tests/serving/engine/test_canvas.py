@@ -24,7 +24,7 @@ def stitch(image_HW3: np.ndarray, spec: WindowSpec, overlap: float | None = None
         values_hw3 = cut(image_HW3, window, plan, spec=spec, norm=PLAIN)
         prob_hKw = np.ascontiguousarray(2 * values_hw3.transpose(0, 2, 1))
         canvas.add(window, Moments(prob_hKw, prob_hKw.sum(1), 2))
-        bands += [(y0, prob.copy(), entropy) for y0, prob, entropy in canvas.finished(window)]
+        bands += [(y0, prob.copy(), entropy) for y0, prob, entropy, _ in canvas.finished(window)]
     tops = [0, *np.cumsum([len(prob) for _, prob, _ in bands])]
     assert [y0 for y0, _, _ in bands] == tops[:-1] and tops[-1] == len(image_HW3)
     return tuple(np.concatenate([band[i] for band in bands]) for i in (1, 2))  # type: ignore[return-value]
@@ -73,5 +73,5 @@ def test_rows_are_handed_out_as_soon_as_no_coming_window_touches_them() -> None:
     handed = []
     for window in plan:
         canvas.add(window, Moments(np.zeros((32, 3, 48), np.float32), np.zeros((32, 48), np.float32), 1))
-        handed.append(sum(len(prob) for _, prob, _ in canvas.finished(window)))
+        handed.append(sum(len(prob) for _, prob, _, _ in canvas.finished(window)))
     assert np.cumsum(handed).tolist() == [*plan.starts_y[1:], 100]

@@ -78,7 +78,7 @@ def test_an_unknown_option_is_named_beside_the_known_ones() -> None:
 
 
 def test_an_unknown_output_is_named_beside_the_known_ones() -> None:
-    with pytest.raises(BadOption, match=r"no output 'variance'; known are confidence, .*mutual_information"):
+    with pytest.raises(BadOption, match=r"no output 'variance'; toy-latent has confidence, .*mutual_information"):
         read(outputs="entropy,variance")
 
 

@@ -1,0 +1,121 @@
+"""Prompts: what a request brings beside its picture, checked against the model and cut with its windows.
+
+boxes   rectangles round objects, in pixels of the image (x right, y down, x1 and y1 exclusive), each with a class;
+        they may overlap. A pixel is inside when its centre is.
+tags    the classes that are in the picture.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.card import Card
+from models.errors import BadOption
+from serving.engine.windows import Window, WindowPlan, place
+
+PromptArrays = tuple[NDArray[Any], ...]
+"""One window's prompt as `models.contract.Prompt` has it, without the window axis."""
+Box = tuple[float, float, float, float, int | str]
+MAX_BOXES = 1000
+
+
+class PromptSource(Protocol):
+    """A checked prompt of one request. Its arrays may be made in the inference thread, window by window."""
+
+    def cut(self, window: Window, plan: WindowPlan) -> PromptArrays: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Boxes:
+    """boxes_N5: x0, y0, x1, y1, class id. alpha: of the linear correction; None where the model has none."""
+
+    boxes_N5: NDArray[np.float64]
+    num_classes: int
+    mirrored: bool
+    alpha: float | None
+
+    def cut(self, window: Window, plan: WindowPlan) -> PromptArrays:
+        """The boxes of a window as masks [K, h, w], a channel per class; beyond the image as the picture is padded."""
+        rows, columns, beyond = place(window, plan)
+        mask_Khw = np.zeros((self.num_classes, rows.stop - rows.start, columns.stop - columns.start), np.uint8)
+        # Pixel i is inside [a, b) when a <= i + 0.5 < b: from ceil(a - 0.5) to before ceil(b - 0.5).
+        first_last = np.ceil(self.boxes_N5[:, :4] - 0.5).astype(int) - np.array([columns.start, rows.start] * 2)
+        for (x0, y0, x1, y1), k in zip(first_last.clip(min=0), self.boxes_N5[:, 4].astype(int), strict=True):
+            mask_Khw[k, y0:y1, x0:x1] = 1
+        if any(map(any, beyond)):
+            mask_Khw = np.pad(mask_Khw, ((0, 0), *beyond), mode="symmetric" if self.mirrored else "constant")
+        return (mask_Khw,) if self.alpha is None else (mask_Khw, np.array(self.alpha, np.float32))
+
+
+@dataclass(frozen=True, slots=True)
+class Tags:
+    """tags_K: 1 for a class that is in the picture, else 0; the same in every window."""
+
+    tags_K: NDArray[np.float32]
+
+    def cut(self, window: Window, plan: WindowPlan) -> PromptArrays:
+        return (self.tags_K,)
+
+
+def check_prompt(
+    card: Card, height: int, width: int, *, boxes: tuple[Box, ...], tags: tuple[str | int, ...], alpha: float | None
+) -> PromptSource | None:
+    """The request's prompt, or None where it brings none.
+
+    Raises BadOption: a prompt the model does not take, an unknown class, a box that is inverted or leaves the image.
+    """
+    takes = f"takes {card.prompt.kind}" if card.prompt.kind != "none" else "takes no prompt"
+    for kind, given in (("boxes", boxes), ("tags", tags)):
+        if given and card.prompt.kind != kind:
+            raise BadOption(f"{kind} are given, and {card.name} {takes}")
+    if alpha is not None:
+        _check_alpha(card, alpha, boxes)
+    if boxes:
+        rows = [_check_box(card, box, height, width) for box in boxes]
+        default = card.prompt.alpha
+        return Boxes(
+            np.array(rows), card.num_classes, card.window.padding == "mirror",
+            None if default is None else default if alpha is None else alpha,
+        )  # fmt: skip
+    if tags:
+        tags_K = np.zeros(card.num_classes, np.float32)
+        tags_K[[find_class(card, tag, "tags") for tag in tags]] = 1
+        return Tags(tags_K)
+    return None
+
+
+def _check_alpha(card: Card, alpha: float, boxes: Iterable[Box]) -> None:
+    if card.prompt.alpha is None:
+        raise BadOption(f"alpha is {alpha}, and {card.name} has no correction that takes one")
+    if not boxes:
+        raise BadOption(f"alpha is {alpha}, but there are no boxes; it weighs the network that sees them")
+    if not 0 <= alpha <= 1e6:
+        raise BadOption(f"alpha is {alpha}; 0 (the primary network alone) to 1e6 is possible")
+
+
+def _check_box(card: Card, box: Box, height: int, width: int) -> tuple[float, float, float, float, int]:
+    *corners, name = box
+    x0, y0, x1, y1 = corners
+    k = find_class(card, name, "boxes")
+    if k == card.prompt.background:
+        raise BadOption(f"boxes has one of class {card.classes[k].name!r}, which is what lies outside of every box")
+    if not (x0 < x1 and y0 < y1):
+        raise BadOption(f"boxes has {list(corners)}; x0 < x1 and y0 < y1 are wanted")
+    if min(x0, y0) < 0 or x1 > width or y1 > height:
+        raise BadOption(f"boxes has {list(corners)}, which leaves the image; x is 0 to {width} and y is 0 to {height}")
+    return x0, y0, x1, y1, k
+
+
+def find_class(card: Card, name: str | int, option: str) -> int:
+    """A class by name or id. Raises BadOption naming the option and the classes there are."""
+    names = [info.name for info in card.classes]
+    if isinstance(name, str) and name in names:
+        return names.index(name)
+    text = str(name)
+    if text.isascii() and text.isdigit() and len(text) < 4 and int(text) < len(names):
+        return int(text)
+    known = ", ".join(names[:30]) + (", ..." if len(names) > 30 else "")
+    raise BadOption(f"{option} names the class {text[:40]!r}; {card.name} knows {known}, or 0 to {len(names) - 1}")
