@@ -1,0 +1,13 @@
+"""ProtoSeg (Zhou, Wang, Konukoglu, Van Gool, CVPR 2022): classes as sets of prototypes, without learned classifier."""
+
+from models.contract import Method
+from models.proto_seg.net import ProtoConfig, build_network
+from models.proto_seg.upstream import UPSTREAM
+
+METHOD = Method(
+    name="proto_seg",
+    citation="Zhou, Wang, Konukoglu, Van Gool. Rethinking Semantic Segmentation: A Prototype View. CVPR 2022.",
+    config=ProtoConfig,
+    build=build_network,
+    upstream=UPSTREAM,
+)

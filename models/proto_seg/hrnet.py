@@ -1,0 +1,121 @@
+"""HRNetV2: four branches of strides 4, 8, 16 and 32 that keep their resolution and exchange what they see.
+
+Wang et al. 2020. Module names equal the published keys (`stage3.1.fuse_layers.0.2.0`, ...), so weights load by name.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.blocks.layers import resize_like
+from models.blocks.resnet import BasicBlock, Bottleneck
+
+
+@dataclass(frozen=True, slots=True)
+class HrnetConfig:
+    """Shape of the backbone; the defaults are HRNetV2-W48.
+
+    width: channels of the stride-4 branch; every further branch has twice as many. stem: channels of the two strided
+    convolutions. bottlenecks: blocks of the first stage. modules: of stages 2, 3, 4. blocks: per branch and module.
+    """
+
+    width: int = 48
+    stem: int = 64
+    bottlenecks: int = 4
+    modules: tuple[int, int, int] = (1, 4, 3)
+    blocks: int = 4
+
+    @property
+    def branch_channels(self) -> tuple[int, int, int, int]:
+        return (self.width, 2 * self.width, 4 * self.width, 8 * self.width)
+
+
+class Hrnet(nn.Module):
+    """image_B3hw -> four maps x_BDhw at strides 4, 8, 16 and 32, sizes rounded up."""
+
+    def __init__(self, config: HrnetConfig) -> None:
+        super().__init__()
+        stem, channels = config.stem, config.branch_channels
+        self.conv1 = nn.Conv2d(3, stem, 3, 2, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
+        self.conv2 = nn.Conv2d(stem, stem, 3, 2, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(stem)
+        self.layer1 = nn.Sequential(
+            *(Bottleneck(4 * stem if i else stem, stem, stride=1, dilation=1) for i in range(config.bottlenecks))
+        )
+        self.transition1 = _transition((4 * stem,), channels[:2])
+        self.stage2 = _stage(config.modules[0], channels[:2], config.blocks)
+        self.transition2 = _transition(channels[:2], channels[:3])
+        self.stage3 = _stage(config.modules[1], channels[:3], config.blocks)
+        self.transition3 = _transition(channels[:3], channels)
+        self.stage4 = _stage(config.modules[2], channels, config.blocks)
+
+    def forward(self, image_B3hw: Tensor) -> list[Tensor]:
+        x = F.relu(self.bn1(self.conv1(image_B3hw)))
+        branches = [self.layer1(F.relu(self.bn2(self.conv2(x))))]
+        branches = self.stage2(_extend(self.transition1, branches))
+        branches = self.stage3(_extend(self.transition2, branches))
+        return self.stage4(_extend(self.transition3, branches))
+
+
+class Exchange(nn.Module):
+    """One module of a stage: residual blocks on every branch alone, then every branch is a sum over all.
+
+    Output i = ReLU(sum over j of f_ij(branch j)): the identity for j = i; for j > i a 1x1 convolution, resized up;
+    for j < i as many strided convolutions as there are octaves between them.
+    """
+
+    def __init__(self, channels: Sequence[int], blocks: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(*(BasicBlock(c, c, stride=1, dilation=1) for _ in range(blocks))) for c in channels
+        )
+        places = range(len(channels))
+        self.fuse_layers = nn.ModuleList(nn.ModuleList(_path(channels, j, i) for j in places) for i in places)
+
+    def forward(self, branches: list[Tensor]) -> list[Tensor]:
+        own = [blocks(x) for blocks, x in zip(self.branches, branches, strict=True)]
+        return [self._fuse(own, i) for i in range(len(own))]
+
+    def _fuse(self, branches: list[Tensor], i: int) -> Tensor:
+        parts = [path(x) for path, x in zip(self.fuse_layers[i].children(), branches, strict=True)]
+        total = parts[0]
+        for j, part in enumerate(parts[1:], start=1):
+            total = total + (resize_like(part, branches[i]) if j > i else part)
+        return F.relu(total)
+
+
+def _path(channels: Sequence[int], j: int, i: int) -> nn.Module:
+    """From branch j's channels to branch i's; the resizing up is left to the caller."""
+    if j == i:
+        return nn.Identity()
+    if j > i:
+        return nn.Sequential(nn.Conv2d(channels[j], channels[i], 1, bias=False), nn.BatchNorm2d(channels[i]))
+    steps = [_convolve(channels[j], channels[j], stride=2) for _ in range(i - j - 1)]
+    return nn.Sequential(*steps, _convolve(channels[j], channels[i], stride=2)[:2])
+
+
+def _stage(modules: int, channels: Sequence[int], blocks: int) -> nn.Sequential:
+    return nn.Sequential(*(Exchange(channels, blocks) for _ in range(modules)))
+
+
+def _transition(channels: Sequence[int], wanted: Sequence[int]) -> nn.ModuleList:
+    """Per wanted branch: what keeps an old one, or makes a new one from the last of the old."""
+    kept = [
+        nn.Identity() if have == want else _convolve(have, want, stride=1)
+        for have, want in zip(channels, wanted, strict=False)
+    ]
+    return nn.ModuleList([*kept, nn.Sequential(_convolve(channels[-1], wanted[-1], stride=2))])
+
+
+def _extend(transition: nn.ModuleList, branches: list[Tensor]) -> list[Tensor]:
+    """The old branches and one more."""
+    return [module(x) for module, x in zip(transition, [*branches, branches[-1]], strict=True)]
+
+
+def _convolve(channels: int, out_channels: int, *, stride: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels, out_channels, 3, stride, 1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU()
+    )

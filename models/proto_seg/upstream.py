@@ -1,0 +1,101 @@
+"""The published ProtoSeg files: the prototype network `hrnet_w48_proto` and its baseline `hrnet_w48` (Cityscapes).
+
+Both were trained on pictures read as BGR, with mean and deviation in RGB order.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from models.card import InputSpec, Readout, WindowSpec
+from models.errors import BadCheckpoint
+from models.layout import Assembly, Layout, Protocol, Upstream
+from models.proto_seg.hrnet import HrnetConfig
+from models.proto_seg.net import ProtoConfig
+
+CONTAINERS = ("state_dict", "model")
+TRUNK = {"backbone.": "backbone.", "cls_head.0.": "neck.0.", "cls_head.1.0.": "neck.1."}
+PROTOTYPE = Layout(
+    name="hrnet_w48_proto",
+    markers=("prototypes", "mask_norm.weight", "cls_head.0.weight", "backbone.transition1.0.0.weight"),
+    renames=TRUNK
+    | {
+        "prototypes": "head.prototypes_KMD",
+        "proj_head.proj.": "head.project.",
+        "feat_norm.": "head.feat_norm.",
+        "mask_norm.": "head.mask_norm.",
+    },
+    containers=CONTAINERS,
+    aliases={"proj_head.mlp2.": "proj_head.proj."},
+)
+BASELINE = Layout(
+    name="hrnet_w48",
+    markers=("cls_head.3.weight", "cls_head.0.weight", "backbone.transition1.0.0.weight"),
+    absent=("prototypes",),
+    renames=TRUNK | {"cls_head.3.": "head.classifier."},
+    containers=CONTAINERS,
+)
+
+INPUT = InputSpec(order="BGR")
+READOUT = Readout(align_corners=True)
+"""Of both, at window resolution; the whole picture is one window."""
+TRAINED = (1024, 2048)
+ROW_WARNING = (
+    "the embedding of a pixel depends on its whole row (published normalisation): "
+    f"results hold for whole pictures of {TRAINED[0]}x{TRAINED[1]} px"
+)
+
+
+def assemble(parts: Mapping[str, Mapping[str, Tensor]]) -> Assembly:
+    """Configuration and protocols of one file. Raises BadCheckpoint: a tensor that tells a size is missing or odd."""
+    if len(parts) != 1:
+        raise BadCheckpoint(f"these are {len(parts)} ProtoSeg networks ({', '.join(parts)}); one file is wanted")
+    if PROTOTYPE.name in parts:
+        return _prototype(parts[PROTOTYPE.name])
+    return _baseline(parts[BASELINE.name])
+
+
+def _prototype(tensors: Mapping[str, Tensor]) -> Assembly:
+    num_classes, num_prototypes, _ = _shape(tensors, "head.prototypes_KMD", axes=3)
+    config = ProtoConfig(num_classes, num_prototypes=num_prototypes, hrnet=_hrnet(tensors))
+    protocol = Protocol(WindowSpec(0, 0, trained=TRAINED), READOUT)
+    return Assembly(config, INPUT, published=protocol, ours=protocol, warnings=(ROW_WARNING,))
+
+
+def _baseline(tensors: Mapping[str, Tensor]) -> Assembly:
+    """Ours: windows of the crops' height and width in training, 512x1024 px."""
+    num_classes = _shape(tensors, "head.classifier.weight", axes=4)[0]
+    config = ProtoConfig(num_classes, head="parametric", hrnet=_hrnet(tensors))
+    published, ours = Protocol(WindowSpec(0, 0), READOUT), Protocol(WindowSpec(512, 1024), READOUT)
+    return Assembly(config, INPUT, published, ours)
+
+
+def _hrnet(tensors: Mapping[str, Tensor]) -> HrnetConfig:
+    return HrnetConfig(
+        width=_shape(tensors, "backbone.transition1.0.0.weight", axes=4)[0],
+        stem=_shape(tensors, "backbone.conv1.weight", axes=4)[0],
+        bottlenecks=_count(tensors, "backbone.layer1."),
+        modules=(
+            _count(tensors, "backbone.stage2."),
+            _count(tensors, "backbone.stage3."),
+            _count(tensors, "backbone.stage4."),
+        ),
+        blocks=_count(tensors, "backbone.stage2.0.branches.0."),
+    )
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str, *, axes: int) -> tuple[int, ...]:
+    if name not in tensors:
+        raise BadCheckpoint(f"the file lacks the tensor {name}")
+    shape = tuple(tensors[name].shape)
+    if len(shape) != axes or min(shape) < 1:
+        raise BadCheckpoint(f"{name} is {list(shape)}; {axes} axes, none of them empty, are wanted")
+    return shape
+
+
+def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    """How many members the list called `prefix` has."""
+    return len({name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)})
+
+
+UPSTREAM = Upstream((PROTOTYPE, BASELINE), assemble, source="tfzhou/ProtoSeg @1c4a778")
