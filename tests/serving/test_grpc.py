@@ -54,6 +54,54 @@ def test_an_encoded_file_is_answered_like_its_pixels(
     assert np.array_equal(from_file.as_numpy("mutual_information"), from_pixels.as_numpy("mutual_information"))
 
 
+def _tensor(name: str, values: np.ndarray, datatype: str) -> triton.InferInput:
+    tensor = triton.InferInput(name, list(values.shape), datatype)
+    tensor.set_data_from_numpy(values)
+    return tensor
+
+
+def test_boxes_and_tags_are_tensors(triton_client: triton.InferenceServerClient, rng: np.random.Generator) -> None:
+    image = picture(rng, 40, 50)
+    boxes = np.array([[0, 0, 20, 40, 1], [20, 0, 50, 40, 2]], np.float32)
+    prompted = [_pixels(image), _tensor("boxes", boxes, "FP32")]
+    answer = triton_client.infer("toy-boxed", prompted, parameters={"alpha": 1000.0}, client_timeout=30)
+    assert answer.get_response().parameters["members"].string_param == "plain,boxed,mixed"
+    wanted = image + 255 * np.where(np.arange(50) < 20, [[0], [1], [0]], [[0], [0], [1]]).T
+    boxed_counts_twice = image * 1.0 + 2 * (wanted - image) / 3
+    clear = np.diff(np.sort(boxed_counts_twice, axis=-1))[:, :, -1] > 60
+    assert np.array_equal(answer.as_numpy("labels")[clear], boxed_counts_twice.argmax(-1)[clear]) and clear.mean() > 0.5
+    names = _tensor("tags", np.array([b"red", b"2"], object), "BYTES")
+    ids = _tensor("tags", np.array([0, 2], np.int64), "INT64")
+    answers = [triton_client.infer("toy-tagged", [_pixels(image), tags], client_timeout=30) for tags in (names, ids)]
+    labels = [one.as_numpy("labels") for one in answers]
+    assert np.array_equal(labels[0], labels[1]) and set(np.unique(labels[0])) <= {0, 2}
+
+
+@pytest.mark.parametrize(
+    ("model", "values", "datatype", "says"),
+    [
+        ("toy-boxed", np.zeros((1, 4), np.float32), "FP32", "FP32 [N, 5] is wanted"),
+        ("toy-boxed", np.array([[0, 0, 5, 5, 0.5]], np.float32), "FP32", "a class id is wanted"),
+        ("toy-boxed", np.array([[0, 0, 5, np.nan, 1]], np.float32), "FP32", "four numbers"),
+        ("toy-boxed", np.array([[0, 0, 99, 5, 1]], np.float32), "FP32", "leaves the image"),
+        ("toy-latent", np.array([[0, 0, 5, 5, 1]], np.float32), "FP32", "takes no prompt"),
+    ],
+)
+def test_boxes_that_are_none_are_refused(
+    triton_client: triton.InferenceServerClient, model: str, values: np.ndarray, datatype: str, says: str
+) -> None:
+    inputs = [_pixels(np.zeros((8, 8, 3), np.uint8)), _tensor("boxes", values, datatype)]
+    with pytest.raises(InferenceServerException) as refused:
+        triton_client.infer(model, inputs, client_timeout=30)
+    assert refused.value.status() == "StatusCode.INVALID_ARGUMENT" and says in refused.value.message()
+
+
+def test_metadata_names_a_models_prompts_and_maps(triton_client: triton.InferenceServerClient) -> None:
+    boxed, bright = (triton_client.get_model_metadata(f"toy-{name}") for name in ("boxed", "bright"))
+    assert [(i.name, i.datatype, list(i.shape)) for i in boxed.inputs][1:] == [("boxes", "FP32", [-1, 5])]
+    assert bright.outputs[-1].name == "brightness" and len(bright.inputs) == 1
+
+
 @pytest.mark.parametrize(
     ("model", "shape", "parameters", "status", "says"),
     [

@@ -85,7 +85,8 @@ def test_a_png_holds_class_ids_in_the_models_colours(client: httpx.Client) -> No
 def test_json_holds_exactly_the_documented_fields(client: httpx.Client) -> None:
     answer = ask(client, accept="application/json", model="toy-latent", seed=7, samples=5).json()
     assert set(answer) == {
-        "model", "version", "seed", "samples", "members", "windows", "size", "units", "timing_ms", "warnings", "classes",
+        "model", "version", "seed", "samples", "members", "windows", "size", "units", "timing_ms", "warnings",
+        "classes",
     }  # fmt: skip
     assert (answer["model"], answer["version"], answer["seed"], answer["samples"]) == ("toy-latent", 1, 7, 5)
     assert answer["size"] == [45, 70] and answer["units"] == "nats" and answer["members"] == []
@@ -121,6 +122,42 @@ def test_npz_holds_labels_and_the_asked_maps(client: httpx.Client) -> None:
     assert set(arrays_of(ask(client, accept="application/x-npz"))) == {
         "labels", "confidence", "entropy", "mutual_information",
     }  # fmt: skip
+
+
+BOXES = '[[10, 5, 60, 40, 1], [40, 20, 70, 45, "blue"]]'
+
+
+def test_boxes_bring_their_members_and_the_answer_names_them(client: httpx.Client) -> None:
+    answer = ask(client, accept="application/json", model="toy-boxed", boxes=BOXES, alpha=2).json()
+    assert answer["members"] == ["plain", "boxed", "mixed"] and answer["samples"] == 3 and answer["warnings"] == []
+    header = ask(client, model="toy-boxed", boxes=BOXES).headers["X-Penumbra-Members"]
+    assert header == "plain,boxed,mixed"
+    without = ask(client, accept="application/json", model="toy-boxed").json()
+    assert without["members"] == [] and without["samples"] == 1
+
+
+def test_tags_and_extra_maps_reach_the_answer(client: httpx.Client) -> None:
+    labels = labels_of(ask(client, accept="image/png", model="toy-tagged", tags="red,2"))
+    assert (labels == IMAGE[:, :, [0, 2]].argmax(-1) * 2)[CLEAR & (IMAGE[:, :, 0] != IMAGE[:, :, 2])].all()
+    arrays = arrays_of(ask(client, accept="application/x-npz", model="toy-bright", outputs="brightness"))
+    np.testing.assert_allclose(arrays["brightness"], IMAGE.mean(-1) / 255, atol=1e-5)
+    row = ask(client, accept="application/json", model="toy-bright", outputs="brightness").json()["classes"][0]
+    assert {"mean_brightness", "mean_entropy"} <= row.keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"boxes": "[[60, 5, 10, 40, 1]]"}, ("x0 < x1",)),
+        ({"boxes": "[[0, 0, 71, 45, 1]]"}, ("leaves the image", "0 to 70")),
+        ({"boxes": '[[0, 0, 7, 4, "sky"]]'}, ("'sky'", "red, green, blue")),
+        ({"boxes": "7"}, ("JSON list",)),
+        ({"tags": "red"}, ("tags", "takes boxes")),
+        ({"alpha": "1"}, ("no boxes",)),
+    ],
+)
+def test_a_bad_prompt_is_refused(client: httpx.Client, options: dict[str, str], words: tuple[str, ...]) -> None:
+    is_refused(ask(client, model="toy-boxed", **options), 400, *words)
 
 
 def test_headers_say_who_answered_and_how_long_each_phase_took(client: httpx.Client) -> None:
