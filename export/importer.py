@@ -1,6 +1,6 @@
 """A published checkpoint becomes one of ours: recognised by its layout, renamed strictly, nothing left unsaid.
 
-read_torch_file -> read_part per file -> the method's `assemble` -> network, compared name by name -> card -> file.
+read_torch_file -> read_part, per file -> the method's `assemble` -> network, compared name by name -> card -> file.
 """
 
 import dataclasses
@@ -10,33 +10,34 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from export.layouts import Part, read_part
+from export.layouts import Part, published_name, read_part
 from export.pickles import read_torch_file
 from models import find_method
-from models.card import NAME, Card, ClassInfo, Provenance, Sampling
+from models.card import NAME, Card, ClassInfo, Provenance, Sampling, dump_card, parse_card
 from models.checkpoint import fill_network, save_checkpoint
-from models.classes import CAMVID, CITYSCAPES, VOC
-from models.contract import Method
-from models.errors import BadOption
+from models.classes import TABLES
+from models.contract import Method, Network
+from models.errors import BadCheckpoint, BadOption
 from models.layout import Assembly, Protocol
 from serving.engine.store import sha256_of
 
 SUFFIX = ".safetensors"
-BY_COUNT = {len(table): table for table in (VOC, CITYSCAPES, CAMVID)}
 
 
 @dataclass(frozen=True, slots=True)
 class Imported:
     """What an import made, and what it left out.
 
-    train_only: names, as in the files, of tensors that inference does not need, and of those that the chosen protocol
-    does not. warnings: sentences about what the numbers will not mean.
+    train_only: names, as in the files, of tensors that inference does not need, or that the chosen protocol does not.
+    warnings: sentences about what the answers will not mean. entries: what else stood at the files' top level.
     """
 
     card: Card
     train_only: tuple[str, ...]
     warnings: tuple[str, ...]
+    entries: tuple[str, ...] = ()
 
 
 def import_checkpoint(
@@ -48,80 +49,117 @@ def import_checkpoint(
     protocol: Literal["published", "penumbra"] = "published",
     sampling: str | None = None,
 ) -> Imported:
-    """Read published files of one network, write it to `output` with a card, and say what was left out.
+    """Read the published files of one network, write it to `output` with a card, and say what was left out.
 
-    classes: by default those of the data set with that many. protocol: how the paper's code ran the network, or how we
-    would. sampling: value for the configuration's field of that name, where the method offers a choice.
+    classes: by default those of the data set that has as many. protocol: how the paper's code runs the network, or how
+    we would. sampling: value of the configuration's field of that name, where the method has one.
 
-    Raises BadOption, UnknownModel, and BadCheckpoint: unreadable, of another kind, incomplete, or not finite.
+    Raises BadOption, and BadCheckpoint: a file is unreadable, of another kind, incomplete, or not finite. Then nothing
+    is written.
     """
     if output.suffix != SUFFIX or not NAME.fullmatch(output.stem):
         raise BadOption(f"the output is {output.name!r}; a plain name that ends in {SUFFIX} is wanted")
     found = find_method(method)
     parts = _read_parts(found, files)
-    assert found.upstream
-    assembly = found.upstream.assemble({part.layout.name: part.tensors for part in parts})
-    chosen = assembly.published if protocol == "published" else assembly.ours
-    config = _config(assembly, protocol, sampling, method=method)
-    tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
-    unused = [name for name in tensors if name.startswith(chosen.unused)]
+    assembly = _assemble(found, parts, files)
+    config, run = _choose(assembly, protocol, sampling, method=method)
+    named = _classes(classes, config.num_classes)
     network = found.build(config).eval()
-    wanted = network.state_dict()
-    for target in [target for part in parts for target in part.layout.beside.values() if target not in tensors]:
-        tensors[target] = torch.zeros_like(wanted[target])
-    theirs = {ours: name for part in parts for ours, name in part.theirs.items()}
-    fill_network(network, {n: t for n, t in tensors.items() if n not in unused}, where=_joined(files), theirs=theirs)
-    law = network.sampling if sampling else _law(network.sampling, chosen)
+    unused = _fill(network, parts, run, where=_joined(files))
+    law = network.sampling if sampling else _law(network.sampling, run)
     card = Card(
-        name=output.stem, version=1, method=method, config=dataclasses.asdict(config),
-        classes=_classes(classes, config.num_classes), input=assembly.input, window=chosen.window, sampling=law,
-        readout=chosen.readout, prompt=network.prompt, extra_maps=network.extra_maps,
-        provenance=_provenance(parts, files, source=found.upstream.source),
+        name=output.stem, version=1, method=method, config=dataclasses.asdict(config), classes=named,
+        input=assembly.input, window=run.window, sampling=law, readout=run.readout, prompt=network.prompt,
+        extra_maps=network.extra_maps, provenance=_provenance(found, parts, files),
     )  # fmt: skip
+    card = parse_card(dump_card(card))  # checked, and equal to what will be read back
     save_checkpoint(output, card, network)
-    train_only = [name for part in parts for name in part.train_only] + [theirs[name] for name in unused]
-    return Imported(card, tuple(train_only), assembly.warnings)
+    train_only = [name for part in parts for name in part.train_only] + unused
+    return Imported(card, tuple(train_only), assembly.warnings, tuple(e for part in parts for e in part.entries))
 
 
 def _read_parts(method: Method, files: Sequence[Path]) -> list[Part]:
     if method.upstream is None:
-        raise BadOption(f"no checkpoints of {method.name} are published, so none can be imported")
-    return [read_part(read_torch_file(path), method, where=str(path)) for path in files]
+        raise BadOption(f"nothing is published for the method {method.name!r}, so nothing can be imported")
+    if not files:
+        raise BadOption("no file is named; one or more of the published files are wanted")
+    parts = [read_part(read_torch_file(path), method, where=str(path)) for path in files]
+    if len({part.layout.name for part in parts}) < len(parts):
+        raise BadOption(
+            f"{_joined(files)}: two of them are of one kind ({parts[0].layout.name}); one of each is wanted"
+        )
+    return parts
 
 
-def _config(assembly: Assembly, protocol: str, sampling: str | None, *, method: str) -> Any:
+def _assemble(method: Method, parts: Sequence[Part], files: Sequence[Path]) -> Assembly:
+    """What the method makes of the parts. A tensor that it asks for in vain is missing in the files."""
+    assert method.upstream
+    try:
+        return method.upstream.assemble({part.layout.name: part.beside | part.tensors for part in parts})
+    except KeyError as error:
+        theirs = published_name(str(error.args[0]), [part.layout for part in parts])
+        raise BadCheckpoint(f"{_joined(files)} lacks the tensor {theirs}") from None
+    except BadCheckpoint as error:
+        raise BadCheckpoint(f"{_joined(files)}: {error}") from None
+
+
+def _choose(assembly: Assembly, protocol: str, sampling: str | None, *, method: str) -> tuple[Any, Protocol]:
+    """The configuration, and the protocol to run it by."""
+    runs = {"published": assembly.published, "penumbra": assembly.ours}
+    if protocol not in runs:
+        raise BadOption(f"protocol is {protocol!r}; one of {', '.join(runs)} is wanted")
     config = assembly.config
     if protocol == "penumbra" and assembly.ours_config is not None:
         config = assembly.ours_config
     if sampling is None:
-        return config
+        return config, runs[protocol]
     if "sampling" not in {field.name for field in dataclasses.fields(config)}:
         raise BadOption(f"sampling is {sampling!r}; {method} has no choice of samplings")
-    return dataclasses.replace(config, sampling=sampling)
+    return dataclasses.replace(config, sampling=sampling), runs[protocol]
 
 
-def _law(sampling: Sampling, protocol: Protocol) -> Sampling:
+def _fill(network: Network, parts: Sequence[Part], run: Protocol, *, where: str) -> list[str]:
+    """Copy the parts' tensors into the network; returns the files' names of those that this run does without.
+
+    A file's own tensors go before what stands beside another's. What may stand beside and does not is zero.
+    """
+    wanted = network.state_dict()
+    layouts = [part.layout for part in parts]
+    tensors = {
+        target: torch.zeros_like(wanted[target])
+        for layout in layouts for target in layout.beside.values() if target in wanted
+    }  # fmt: skip
+    for held in [part.beside for part in parts] + [part.tensors for part in parts]:
+        tensors |= held
+    unused = [name for name in tensors if name.startswith(run.unused)]
+    theirs = {name: published_name(name, layouts) for name in (*wanted, *tensors)}
+    kept: dict[str, Tensor] = {name: tensor for name, tensor in tensors.items() if name not in unused}
+    fill_network(network, kept, where=where, theirs=theirs)
+    return [theirs[name] for name in unused]
+
+
+def _law(sampling: Sampling, run: Protocol) -> Sampling:
     if sampling.kind not in ("latent", "dropout"):
         return sampling
-    return dataclasses.replace(sampling, default_samples=protocol.default_samples, noise_per=protocol.noise_per)
+    return dataclasses.replace(sampling, default_samples=run.default_samples, noise_per=run.noise_per)
 
 
 def _classes(classes: tuple[ClassInfo, ...] | None, count: int) -> tuple[ClassInfo, ...]:
-    if classes is None and count not in BY_COUNT:
-        raise BadOption(
-            f"the checkpoint has {count} classes, which no known data set has; name them with --classes FILE"
-        )
-    chosen = BY_COUNT[count] if classes is None else classes
+    by_count = {len(table): table for table in TABLES.values()}
+    if classes is None and count not in by_count:
+        raise BadOption(f"the checkpoint has {count} classes, as no data set known here; name them with --classes FILE")
+    chosen = by_count[count] if classes is None else classes
     if len(chosen) != count:
-        raise BadOption(f"the checkpoint has {count} classes, but {len(chosen)} are named")
+        raise BadOption(f"{len(chosen)} classes are named; the checkpoint has {count}")
     return chosen
 
 
-def _provenance(parts: Sequence[Part], files: Sequence[Path], *, source: str) -> Provenance:
+def _provenance(method: Method, parts: Sequence[Part], files: Sequence[Path]) -> Provenance:
+    assert method.upstream
     origins = [
-        f"{path.name} ({part.layout.name}, sha256 {sha256_of(path)})" for part, path in zip(parts, files, strict=True)
+        f"{path.name}, {part.layout.name}, sha256 {sha256_of(path)}" for part, path in zip(parts, files, strict=True)
     ]
-    return Provenance(recipe=f"imported from {', '.join(origins)}", commit=source)
+    return Provenance(recipe=f"imported from {'; '.join(origins)}", commit=method.upstream.source)
 
 
 def _joined(files: Sequence[Path]) -> str:

@@ -1,6 +1,6 @@
-"""From what a published file holds to tensors under our names, by the layouts that the method states as data."""
+"""From the content of a published file to tensors under our names, by the layouts that the method states as data."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,132 +8,150 @@ import torch
 from torch import Tensor
 
 from models import methods
+from models.checkpoint import COUNTER, few
 from models.contract import Method
 from models.errors import BadCheckpoint
 from models.layout import Layout
 
-COUNTER = "num_batches_tracked"
-"""Of BatchNorm: not needed, sometimes missing, sometimes a float."""
 PREFIX = "module."
-"""What DataParallel puts before every name."""
-SHOWN = 4
+"""What DataParallel puts before every name; taken off where all names have it, as often as they have it."""
 
 State = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One file's tensors under our names. theirs: our name -> the name in the file. train_only: names in the file."""
+    """One file's tensors under our names.
+
+    beside: those that stood outside the state dict. theirs: our name -> the file's. train_only: names in the file.
+    entries: what else was at the top level.
+    """
 
     layout: Layout
     tensors: dict[str, Tensor]
+    beside: dict[str, Tensor]
     theirs: dict[str, str]
     train_only: tuple[str, ...]
+    entries: tuple[str, ...]
 
 
 def read_part(content: Any, method: Method, *, where: str) -> Part:
-    """Recognise the layout of a file's content and rename its tensors strictly.
+    """Recognise the layout of a file's content, and rename strictly.
 
-    Raises BadCheckpoint: no layout or several, a name that the layout lacks, copies that differ, or an entry that is no
-    tensor.
+    Raises BadCheckpoint: no layout or several, a name that has no place in it, copies that differ, or an entry that is
+    no plain tensor.
     """
-    assert method.upstream
     layout = _recognise(content, method, where=where)
-    state = _state(content, layout)
-    tensors: dict[str, Tensor] = {}
-    theirs: dict[str, str] = {}
-    train_only: list[str] = []
-    unknown: list[str] = []
-    for name, value in state.items():
-        if name.endswith(COUNTER):
-            continue
-        kind, target = _look_up(name, layout)
-        if kind == "rename":
-            tensors[target], theirs[target] = _tensor(value, name, where=where), name
-        elif kind == "alias":
+    container, state = _state(content, layout)
+    actions = {name: _look_up(name, layout) for name in state if not name.endswith(COUNTER)}
+    strangers = [name for name, (action, _) in actions.items() if action == "unknown"]
+    if strangers:
+        raise BadCheckpoint(f"{where}: {layout.name} has no place for {few(strangers)}")
+    for name, (action, target) in actions.items():
+        if action == "copy":
             _check_copy(state, name, target, where=where)
-        else:
-            (train_only if kind == "train_only" else unknown).append(name)
-    if unknown:
-        raise BadCheckpoint(f"{where}: {layout.name} has no place for {few(unknown)}")
-    for name, target in layout.beside.items():
-        if name in content:
-            tensors[target], theirs[target] = _tensor(content[name], name, where=where), name
-    return Part(layout, tensors, theirs, tuple(train_only))
+    theirs = {target: name for name, (action, target) in actions.items() if action == "rename"}
+    outside = {} if container is None else content
+    beside = {target: name for name, target in layout.beside.items() if name in outside}
+    return Part(
+        layout=layout,
+        tensors={target: _plain(state[name], name, where=where) for target, name in theirs.items()},
+        beside={target: _plain(outside[name], name, where=where) for target, name in beside.items()},
+        theirs=theirs | beside,
+        train_only=tuple(name for name, (action, _) in actions.items() if action == "drop"),
+        entries=tuple(str(name) for name in outside if name != container and name not in layout.beside),
+    )
 
 
-def few(names: Sequence[str]) -> str:
-    """The first of the names, and how many they are."""
-    shown = ", ".join(names[:SHOWN])
-    return shown if len(names) <= SHOWN else f"{shown}, ... ({len(names)} in all)"
+def published_name(ours: str, layouts: Sequence[Layout]) -> str:
+    """What the layouts call a tensor of ours; its own name where they do not."""
+    renames = {
+        here: there for layout in layouts for names in (layout.renames, layout.beside) for there, here in names.items()
+    }
+    fitting = [here for here in renames if ours.startswith(here)]
+    if not fitting:
+        return ours
+    prefix = max(fitting, key=len)
+    return renames[prefix] + ours[len(prefix) :]
 
 
 def _recognise(content: Any, method: Method, *, where: str) -> Layout:
-    assert method.upstream
-    fitting = [layout for layout in method.upstream.layouts if _fits(content, layout)]
+    layouts = _layouts(method)
+    fitting = [layout for layout in layouts if _fits(content, layout)]
     if len(fitting) == 1:
         return fitting[0]
-    known = ", ".join(layout.name for layout in method.upstream.layouts)
     if fitting:
         raise BadCheckpoint(f"{where} fits several layouts of {method.name}: {few([x.name for x in fitting])}")
-    others = [(other.name, layout.name) for other, layout in _all_layouts() if _fits(content, layout)]
-    if others:
-        name, layout_name = others[0]
-        raise BadCheckpoint(f"{where} is no checkpoint of {method.name} ({known}); it looks like {name}: {layout_name}")
-    keys = few(_keys(content)) or "nothing"
-    raise BadCheckpoint(f"{where} is no checkpoint of {method.name}: it holds {keys}; layouts known are {known}")
+    wanted = f"{where} is no checkpoint of {method.name}, which knows {'; '.join(layout.name for layout in layouts)}"
+    for other in methods().values():
+        for layout in _layouts(other):
+            if _fits(content, layout):
+                raise BadCheckpoint(f"{wanted}: it looks like {other.name}, {layout.name}")
+    raise BadCheckpoint(f"{wanted}: it holds {_describe(content)}")
 
 
-def _all_layouts() -> Iterable[tuple[Method, Layout]]:
-    return [(method, layout) for method in methods().values() if method.upstream for layout in method.upstream.layouts]
+def _layouts(method: Method) -> tuple[Layout, ...]:
+    return method.upstream.layouts if method.upstream else ()
 
 
 def _fits(content: Any, layout: Layout) -> bool:
-    state = _state(content, layout)
+    _, state = _state(content, layout)
     return all(name in state for name in layout.markers) and not any(name in state for name in layout.absent)
 
 
-def _state(content: Any, layout: Layout) -> State:
-    """The layout's tensors by their names: the best container that is there, or else the content if it is flat."""
+def _state(content: Any, layout: Layout) -> tuple[str | None, State]:
+    """The layout's tensors by name: in the best container that is there, or else the content itself if it is flat."""
     if not isinstance(content, Mapping):
-        return {}
+        return None, {}
     inner = {name: value for name, value in content.items() if isinstance(value, Mapping)}
-    held = [inner[name] for name in layout.containers if name in inner]
-    state: State = held[0] if held else {} if inner else content
-    while state and all(isinstance(name, str) and name.startswith(PREFIX) for name in state):
+    container = next((name for name in layout.containers if name in inner), None)
+    state = inner[container] if container else {} if inner else content
+    state = {str(name): value for name, value in state.items()}
+    while state and all(name.startswith(PREFIX) for name in state):
         state = {name.removeprefix(PREFIX): value for name, value in state.items()}
-    return {name: value for name, value in state.items() if isinstance(name, str)}
+    return container, state
 
 
-def _keys(content: Any) -> list[str]:
+def _describe(content: Any) -> str:
     """What to show of a file that no layout fits: the names in its largest mapping."""
     if not isinstance(content, Mapping):
-        return []
+        return "one object instead of tensors by name; its state_dict is wanted"
     inner = [value for value in content.values() if isinstance(value, Mapping)]
-    return [str(key) for key in max([content, *inner], key=len)]
+    return few([str(name) for name in max([content, *inner], key=len)]) or "nothing"
 
 
 def _look_up(name: str, layout: Layout) -> tuple[str, str]:
-    """What becomes of a name, by the longest prefix that the layout states for it."""
-    table = dict.fromkeys(layout.train_only, ("train_only", ""))
-    table |= {prefix: ("alias", target) for prefix, target in layout.aliases.items()}
-    table |= {prefix: ("rename", target) for prefix, target in layout.renames.items()}
+    """What becomes of a name, and its target: the longest prefix that the layout states for it counts."""
+    table = dict.fromkeys(layout.train_only, ("drop", ""))
+    table |= {there: ("copy", original) for there, original in layout.aliases.items()}
+    table |= {there: ("rename", ours) for there, ours in layout.renames.items()}
     fitting = [prefix for prefix in table if name.startswith(prefix)]
     if not fitting:
         return "unknown", ""
     prefix = max(fitting, key=len)
-    kind, target = table[prefix]
-    return kind, target + name[len(prefix) :]
-
-
-def _tensor(value: Any, name: str, *, where: str) -> Tensor:
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
-        raise BadCheckpoint(f"{where}: {name} is no plain tensor")
-    return value.float() if value.is_floating_point() else value
+    action, target = table[prefix]
+    return action, target + name[len(prefix) :]
 
 
 def _check_copy(state: State, name: str, original: str, *, where: str) -> None:
-    """Raises BadCheckpoint when what should be a second copy is not one."""
-    copy = _tensor(state[name], name, where=where)
-    if original not in state or not torch.equal(copy, _tensor(state[original], original, where=where)):
+    """Raises BadCheckpoint when a second copy is not one."""
+    if original not in state:
+        raise BadCheckpoint(f"{where} holds {name}, but not {original}, of which it is a copy in this layout")
+    copy, first = (_plain(state[key], key, where=where) for key in (name, original))
+    if not torch.equal(copy, first):
         raise BadCheckpoint(f"{where}: {name} and {original} are one tensor in this layout, but differ")
+
+
+def _plain(value: Any, name: str, *, where: str) -> Tensor:
+    """A tensor in float32 if it has floats. One whose numbers are not all in the file could be of any size."""
+    plain = (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not (value.is_quantized or value.is_complex())
+        and value.nbytes <= value.untyped_storage().nbytes()
+    )
+    if not plain:
+        raise BadCheckpoint(f"{where}: {name} is no plain tensor of numbers")
+    tensor: Tensor = value.float() if value.is_floating_point() else value
+    return tensor

@@ -1,6 +1,6 @@
 """Checkpoints: one `.safetensors` file, its weights beside its card. Never a pickle."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,18 @@ from models.card import Card, Sampling, dump_card, parse_card, read_strict
 from models.contract import Network
 from models.errors import BadArtifact, BadCheckpoint, BadOption
 
+COUNTER = "num_batches_tracked"
+"""Of BatchNorm: never needed, sometimes missing, sometimes a float."""
+SHOWN = 4
+"""Names in a sentence about many."""
+
 
 def save_checkpoint(path: Path, card: Card, network: Network, *, half: bool = False) -> None:
     """Write weights and card. half: store floats as fp16 (they are fp32 again when loaded)."""
     tensors = {
         key: value.half().contiguous() if half and value.is_floating_point() else value.contiguous()
         for key, value in network.state_dict().items()
-        if not key.endswith("num_batches_tracked")
+        if not key.endswith(COUNTER)
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.new")  # a reader sees the old file or the whole new one
@@ -93,24 +98,36 @@ def fill_network(
 
     Raises BadCheckpoint: a tensor is missing, extra, of the wrong shape, or holds NaN or infinity.
     """
-    wanted = {k: v for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
-    theirs = theirs or {}
+    wanted = {key: value for key, value in network.state_dict().items() if not key.endswith(COUNTER)}
 
     def called(key: str) -> str:
-        return f"{key} (there {theirs[key]})" if theirs.get(key, key) != key else key
+        original = (theirs or {}).get(key, key)
+        return key if original == key else f"{key} (there {original})"
 
-    for problem, keys in (
-        ("lacks the tensor", sorted(wanted.keys() - tensors.keys())),
-        ("has a tensor that the network lacks:", sorted(tensors.keys() - wanted.keys())),
-    ):
-        if keys:
-            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise BadCheckpoint(f"{where} {problem} {called(keys[0])}{more}")
+    missing = [called(key) for key in wanted if key not in tensors]
+    if missing:
+        raise BadCheckpoint(f"{where} lacks the tensor {few(missing)}")
+    extra = [called(key) for key in tensors if key not in wanted]
+    if extra:
+        raise BadCheckpoint(f"{where} has a tensor that the network lacks: {few(extra)}")
+    misfits = [
+        f"{called(key)} is {_describe(tensors[key])} and should be {_describe(parameter)}"
+        for key, parameter in wanted.items()
+        if tensors[key].shape != parameter.shape or tensors[key].is_floating_point() != parameter.is_floating_point()
+    ]
+    if misfits:
+        raise BadCheckpoint(f"{where}: {few(misfits)}")
     for key, parameter in wanted.items():
-        value = tensors[key]
-        if value.shape != parameter.shape:
-            raise BadCheckpoint(f"{where}: {called(key)} is {list(value.shape)}; {list(parameter.shape)} is wanted")
-        if value.is_floating_point() and not torch.isfinite(value).all():
+        parameter.copy_(tensors[key])
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
             raise BadCheckpoint(f"{where}: {called(key)} holds NaN or infinity")
-        with torch.no_grad():
-            parameter.copy_(value)
+
+
+def few(names: Sequence[str]) -> str:
+    """The first of the names, and how many they are, for a sentence."""
+    shown = ", ".join(names[:SHOWN])
+    return shown if len(names) <= SHOWN else f"{shown}, ... ({len(names)} in all)"
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{'' if tensor.is_floating_point() else 'whole numbers '}{list(tensor.shape)}"
