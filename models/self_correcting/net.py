@@ -1,0 +1,243 @@
+"""Self-correcting networks: a primary p(y|x), an ancillary p_anc(y|x,b) that sees boxes, and their correction q.
+
+Without boxes the primary answers alone. With boxes there are three members: primary, ancillary, corrected.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.blocks.layers import conv_norm_act, convolve_pooled, drop_channels, resize_like
+from models.blocks.resnet import ResNet, ResNetConfig
+from models.card import PromptSpec, Sampling
+from models.contract import Features, Network, Prompt
+
+BACKBONE = ResNetConfig(depth=101, stem="plain", output_stride=8, dilation="rest")
+"""Of the unofficial code: torchvision's ResNet-101 with the strides of its last two stages made dilations."""
+KEEP = 0.5
+"""Probability that what the ASPP gives survives its dropout, as in the unofficial code."""
+
+
+@dataclass(frozen=True, slots=True)
+class SelfCorrectingConfig:
+    """Shape of both networks and of the correction. The defaults are the unofficial code's.
+
+    ancillary: there is a network that sees boxes. correction: what joins it with the primary, if it is there;
+    correction_hidden: channels of the convolutional one (the paper names none). alpha: weight of the ancillary in the
+    linear one if a request names none; 0.5 is where the paper's schedule, from 30, ends.
+    sampling: `dropout` makes samples of the primary; boxes are not taken then.
+    """
+
+    num_classes: int
+    backbone: ResNetConfig = BACKBONE
+    aspp_channels: int = 256
+    aspp_rates: tuple[int, int, int] = (6, 12, 18)
+    low_channels: int = 48
+    decoder_channels: int = 256
+    ancillary: bool = True
+    correction: Literal["none", "linear", "convolutional"] = "linear"
+    correction_hidden: int = 128
+    alpha: float = 0.5
+    sampling: Literal["single", "dropout"] = "single"
+
+
+class SelfCorrectingNetwork(Network):
+    """encode runs the primary to its stride-4 logits; take_prompt adds the ancillary's and the corrected ones.
+
+    Features are (logits_BMKhw,), M = 1 without boxes. With the convolutional correction, which works on pixels,
+    all members of a prompted window have the window's resolution.
+    """
+
+    def __init__(self, config: SelfCorrectingConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.sampling = Sampling(kind="single")
+        self.primary = DeepLab(config)
+        if config.ancillary:
+            self.prompt = _prompt(config)
+            self.ancillary = Ancillary(config)
+            if config.correction == "convolutional":
+                self.correction = _correction(config)
+
+    def encode(self, image_B3hw: Tensor) -> Features:
+        return (self.primary(image_B3hw)[:, None],)
+
+    def take_prompt(self, image_B3hw: Tensor, features: Features, prompt: Prompt) -> Features:
+        """prompt: boxes_BKhw of the image's size; for the linear correction alpha_B too, or config.alpha counts."""
+        boxes_BKhw, *alpha_B = prompt
+        ancillary_B1Khw = self.ancillary(image_B3hw, boxes_BKhw)[:, None]
+        members_BMKhw = torch.cat((features[0], ancillary_B1Khw), dim=1)
+        if self.config.correction == "none":
+            return (members_BMKhw,)
+        if self.config.correction == "convolutional":
+            return (correct_by_convolution(members_BMKhw, image_B3hw, self.correction),)
+        default_B = torch.full_like(image_B3hw[:, 0, 0, 0], self.config.alpha)
+        return (correct_linearly(members_BMKhw, alpha_B[0] if alpha_B else default_B),)
+
+    def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
+        return features[0].transpose(0, 1)
+
+
+class DropoutNetwork(SelfCorrectingNetwork):
+    """The primary with MC dropout (Gal and Ghahramani 2016) behind its ASPP; noise_SBL masks the ASPP's channels.
+
+    DEVIATION: the unofficial code drops single elements while it trains; a mask of channels needs no random number
+    per pixel. The ancillary's weights are kept, so that the same files make both networks, and are not used.
+    """
+
+    def __init__(self, config: SelfCorrectingConfig) -> None:
+        super().__init__(config)
+        self.sampling = Sampling(kind="dropout", noise_length=config.aspp_channels, keep=KEEP, default_samples=8)
+        self.prompt = PromptSpec()
+
+    def encode(self, image_B3hw: Tensor) -> Features:
+        low_BDhw, high_BDhw = self.primary.encode(image_B3hw)
+        return self.primary.split(low_BDhw, high_BDhw)
+
+    def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
+        return self.primary.decode_masked(features, noise_SBL)
+
+
+def build(config: SelfCorrectingConfig) -> SelfCorrectingNetwork:
+    """The network that `config.sampling` asks for."""
+    return DropoutNetwork(config) if config.sampling == "dropout" else SelfCorrectingNetwork(config)
+
+
+def _prompt(config: SelfCorrectingConfig) -> PromptSpec:
+    members: tuple[str, ...] = ("primary", "ancillary")
+    if config.correction == "none":
+        return PromptSpec(kind="boxes", members=members, background=0)
+    alpha = config.alpha if config.correction == "linear" else None
+    return PromptSpec(kind="boxes", members=(*members, "corrected"), background=0, alpha=alpha)
+
+
+# -- corrections: primary and ancillary members to three, q last ------------------------------------
+
+
+def correct_linearly(members_BMKhw: Tensor, alpha_B: Tensor) -> Tensor:
+    """q = argmin KL(q || p) + alpha KL(q || p_anc): the logits' mean (l + alpha l_anc) / (1 + alpha).
+
+    In probabilities that is the geometric mean with weights 1 and alpha. It is linear, so it may come before a resize.
+    """
+    primary_B1Khw, ancillary_B1Khw = members_BMKhw.split(1, dim=1)
+    alpha_B1111 = alpha_B[:, None, None, None, None]
+    corrected_B1Khw = (primary_B1Khw + alpha_B1111 * ancillary_B1Khw) / (1 + alpha_B1111)
+    return torch.cat((members_BMKhw, corrected_B1Khw), dim=1)
+
+
+def correct_by_convolution(members_BMKhw: Tensor, image_B3hw: Tensor, correction: nn.Module) -> Tensor:
+    """q = correction(l, l_anc) on logits of the image's size, joined by channel."""
+    joint_BDhw = resize_like(members_BMKhw.flatten(1, 2), image_B3hw, align_corners=False)
+    num_classes = members_BMKhw.shape[2]
+    return torch.cat((joint_BDhw, correction(joint_BDhw)), dim=1).unflatten(1, (3, num_classes))
+
+
+def _correction(config: SelfCorrectingConfig) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(2 * config.num_classes, config.correction_hidden, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(config.correction_hidden, config.num_classes, 3, padding=1),
+    )
+
+
+# -- the two DeepLabv3+ networks -------------------------------------------------------------------
+
+
+class DeepLab(nn.Module):
+    """DeepLabv3+: image_B3hw -> logits_BKhw at stride 4."""
+
+    def __init__(self, config: SelfCorrectingConfig) -> None:
+        super().__init__()
+        channels, decoder = config.aspp_channels, config.decoder_channels
+        self.channels = (channels, config.low_channels)
+        self.backbone = ResNet(config.backbone)
+        self.aspp = Aspp(config.backbone.high_channels, channels, config.aspp_rates)
+        self.low = conv_norm_act(config.backbone.low_channels, config.low_channels, 1)
+        self.fuse = nn.Sequential(
+            *conv_norm_act(channels + config.low_channels, decoder, 3),
+            *conv_norm_act(decoder, decoder, 3),
+        )
+        self.classifier = nn.Conv2d(decoder, config.num_classes, 1)
+
+    def forward(self, image_B3hw: Tensor) -> Tensor:
+        return self.decode(*self.encode(image_B3hw))
+
+    def encode(self, image_B3hw: Tensor) -> tuple[Tensor, Tensor]:
+        """The first stage at stride 4, and what the ASPP makes of the last at the output stride."""
+        low_BDhw, high_BDhw = self.backbone(image_B3hw)
+        return low_BDhw, self.aspp(high_BDhw)
+
+    def decode(self, low_BDhw: Tensor, high_BDhw: Tensor) -> Tensor:
+        low_BDhw = self.low(low_BDhw)
+        high_BDhw = resize_like(high_BDhw, low_BDhw, align_corners=False)
+        return self.classifier(self.fuse(torch.cat((high_BDhw, low_BDhw), dim=1)))
+
+    def split(self, low_BDhw: Tensor, high_BDhw: Tensor) -> tuple[Tensor, Tensor]:
+        """What `decode` does before a mask of high's channels matters, so that no sample repeats it.
+
+        The first convolution of low's channels, and high at its size: a resize keeps to its channel, a mask commutes.
+        """
+        low_BDhw = self.low(low_BDhw)
+        _, weight = self.fuse[0].weight.split(self.channels, dim=1)
+        return F.conv2d(low_BDhw, weight, padding=1), resize_like(high_BDhw, low_BDhw, align_corners=False)
+
+    def decode_masked(self, features: Features, mask_SBD: Tensor) -> Tensor:
+        """logits_SBKhw: the rest of `decode`, with high's channels times each mask."""
+        shared_BDhw, high_BDhw = features
+        weight, _ = self.fuse[0].weight.split(self.channels, dim=1)
+        x_NDhw = F.conv2d(drop_channels(high_BDhw, mask_SBD), weight, padding=1)
+        x_SBDhw = x_NDhw.unflatten(0, mask_SBD.shape[:2]) + shared_BDhw
+        logits_NKhw = self.classifier(self.fuse[1:](x_SBDhw.flatten(0, 1)))
+        return logits_NKhw.unflatten(0, mask_SBD.shape[:2])
+
+
+class Ancillary(nn.Module):
+    """The same network with a box encoder: image_B3hw, boxes_BKhw -> logits_BKhw at stride 4."""
+
+    def __init__(self, config: SelfCorrectingConfig) -> None:
+        super().__init__()
+        self.deeplab = DeepLab(config)
+        self.low_gate = BoxGate(config.num_classes, config.backbone.low_channels)
+        self.high_gate = BoxGate(config.num_classes, config.aspp_channels)
+
+    def forward(self, image_B3hw: Tensor, boxes_BKhw: Tensor) -> Tensor:
+        low_BDhw, high_BDhw = self.deeplab.encode(image_B3hw)
+        low_BDhw = low_BDhw * self.low_gate(boxes_BKhw, low_BDhw)
+        high_BDhw = high_BDhw * self.high_gate(boxes_BKhw, high_BDhw)
+        return self.deeplab.decode(low_BDhw, high_BDhw)
+
+
+class BoxGate(nn.Module):
+    """One scale of the box encoder: from boxes_BKhw, 1 inside a box of class k, a factor in (0, 1) for each feature."""
+
+    def __init__(self, num_classes: int, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(num_classes, channels, 3, padding=1)
+
+    def forward(self, boxes_BKhw: Tensor, feature_BDhw: Tensor) -> Tensor:
+        """Factors of the shape of `feature`."""
+        return torch.sigmoid(self.conv(F.interpolate(boxes_BKhw, size=feature_BDhw.shape[-2:], mode="nearest")))
+
+
+class Aspp(nn.Module):
+    """Atrous spatial pyramid: every branch normalised alone, the pooled one last, and a projection of all.
+
+    Rates 6, 12, 18 at output stride 8 are the unofficial code's; DeepLabv3+ has twice that there.
+    """
+
+    def __init__(self, channels: int, out_channels: int, rates: tuple[int, ...]) -> None:
+        super().__init__()
+        branches = [conv_norm_act(channels, out_channels, 1)]
+        branches += [conv_norm_act(channels, out_channels, 3, dilation=rate) for rate in rates]
+        self.branches = nn.ModuleList(branches)
+        self.pool = conv_norm_act(channels, out_channels, 1)
+        self.project = conv_norm_act(out_channels * (len(rates) + 2), out_channels, 1)
+
+    def forward(self, x_BDhw: Tensor) -> Tensor:
+        conv, norm, activate = self.pool
+        pooled = activate(norm(convolve_pooled(x_BDhw.mean((2, 3), keepdim=True), conv)))
+        pooled = pooled.expand(-1, -1, x_BDhw.shape[2], x_BDhw.shape[3])
+        return self.project(torch.cat([branch(x_BDhw) for branch in self.branches] + [pooled], dim=1))
