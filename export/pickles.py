@@ -36,7 +36,7 @@ PLAIN = {
         "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object", "range",
         "set", "slice", "str", "tuple",
     ),
-    "collections": ("Counter", "OrderedDict", "defaultdict", "deque"),
+    "collections": ("Counter", "OrderedDict", "defaultdict"),
     "copyreg": ("_reconstructor",),
     "functools": ("partial",),
 }  # fmt: skip
