@@ -1,0 +1,32 @@
+"""CPAL (Tang et al., CVPR 2024): pseudo masks from image-level labels with context prototypes, and what they train."""
+
+from models.contract import Method, Network
+from models.cpal.config import CpalConfig
+from models.cpal.net import CamNetwork
+from models.cpal.segmentation import DeepLabV2Network, Wrn38Network
+from models.cpal.upstream import UPSTREAM
+
+NETWORKS: dict[str, type[CamNetwork] | type[DeepLabV2Network] | type[Wrn38Network]] = {
+    "cam": CamNetwork,
+    "deeplabv2": DeepLabV2Network,
+    "wrn38": Wrn38Network,
+}
+"""By `CpalConfig.net`."""
+
+
+def build(config: CpalConfig) -> Network:
+    """The network that `config.net` names. Raises BadOption when members or sampling do not fit it."""
+    return NETWORKS[config.net](config)
+
+
+METHOD = Method(
+    name="cpal",
+    citation=(
+        "Tang et al. Hunting Attributes: Context Prototype-Aware Learning for Weakly Supervised Semantic "
+        "Segmentation. CVPR 2024. Base: Chen, Yang, Lai, Xie. Self-supervised Image-specific Prototype Exploration "
+        "for Weakly Supervised Semantic Segmentation. CVPR 2022."
+    ),
+    config=CpalConfig,
+    build=build,
+    upstream=UPSTREAM,
+)

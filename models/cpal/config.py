@@ -1,0 +1,75 @@
+"""Configurations of CPAL's networks: the pseudo-mask network and the two segmentation networks trained on its masks."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from models.card import Sampling
+from models.errors import BadOption
+
+
+@dataclass(frozen=True, slots=True)
+class CpalConfig:
+    """Shape of one network. num_classes counts the background, which is class 0.
+
+    net: `cam` makes pseudo masks from image-level labels; `deeplabv2` and `wrn38` segment without labels.
+    width: channels of the first stage (64 in the papers); depth: of the ResNets.
+    scales: passes of `cam` and `deeplabv2`; flip: every pass of `cam` also sees the mirrored image.
+    members: what the sample axis holds; one member is a single pass.
+        cam: `cam`, `is_cam`, and with context `pacam`. deeplabv2: `max`, `scale1`, `scale0.5`, ... wrn38: `logits`.
+    sampling: `dropout` gives `wrn38` MC dropout at its last dropout site.
+
+    Of `cam` alone. The public record of CPAL names the parts below but not these values; all defaults are OURS.
+    tag_threshold: a class without a tag is present when sigmoid(score) is above it.
+    context: N_p, context prototypes of a class; 0 is SIPE. context_channels: D of the projection head.
+    neighbours: K, context prototypes that take part in a class's map. instance_threshold: tau on the CAM.
+    positiveness_scale: factor on the dot products before their softmax; 128 ** -0.5, as in attention.
+    """
+
+    num_classes: int
+    net: Literal["cam", "deeplabv2", "wrn38"] = "cam"
+    depth: Literal[18, 34, 50, 101] = 50
+    width: int = 64
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    members: tuple[str, ...] = ("cam", "is_cam")
+    sampling: Literal["single", "dropout"] = "single"
+    tag_threshold: float = 0.5
+    context: int = 0
+    context_channels: int = 128
+    neighbours: int = 5
+    instance_threshold: float = 0.3
+    positiveness_scale: float = 0.088388
+
+
+def sipe(num_classes: int) -> CpalConfig:
+    """The published localisation network with its evaluation: four scales with flips, IS-CAM alone."""
+    return CpalConfig(num_classes, scales=(1.0, 0.5, 1.5, 2.0), flip=True, members=("is_cam",))
+
+
+def cpal(num_classes: int, context: int = 10) -> CpalConfig:
+    """The pseudo-mask network with context prototypes: CAM and PACAM."""
+    return CpalConfig(num_classes, flip=True, members=("cam", "pacam"), context=context)
+
+
+def deeplabv2(num_classes: int) -> CpalConfig:
+    """DeepLabV2-R101-MSC as published: the maximum over its scales."""
+    return CpalConfig(num_classes, net="deeplabv2", depth=101, scales=(1.0, 0.5, 0.75), members=("max",))
+
+
+def wrn38(num_classes: int) -> CpalConfig:
+    """DeepLabV1 on WideResNet-38."""
+    return CpalConfig(num_classes, net="wrn38", members=("logits",))
+
+
+def choose_sampling(config: CpalConfig, offered: tuple[str, ...]) -> Sampling:
+    """The sample axis that `config.members` asks for. Raises BadOption naming what the network offers."""
+    members = config.members
+    if not members or len(set(members)) < len(members) or not set(members) <= set(offered):
+        raise BadOption(f"members are {', '.join(members) or 'empty'}; of {', '.join(offered)}, each once, are wanted")
+    if not 0 < config.tag_threshold < 1:
+        raise BadOption(f"tag_threshold is {config.tag_threshold}; a probability between 0 and 1 is wanted")
+    if config.sampling == "dropout" and config.net != "wrn38":
+        raise BadOption(f"the network {config.net!r} has no dropout; sampling 'single' is wanted")
+    if len(members) == 1:
+        return Sampling(kind="single")
+    return Sampling(kind="members", members=members, default_samples=len(members))

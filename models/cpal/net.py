@@ -1,0 +1,160 @@
+"""The pseudo-mask network: image -> class activation maps -> image-specific or context-aware maps of present classes.
+
+Without context prototypes this is SIPE (Chen et al. 2022), whose IS-CAM plays the part of CPAL's PACAM. No map depends
+on the image's labels: they only say which classes take part in `decode`.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.blocks.layers import resize_like
+from models.blocks.resnet import ResNet, ResNetConfig
+from models.card import PromptSpec
+from models.contract import Features, Network, Prompt
+from models.cpal.config import CpalConfig, choose_sampling
+from models.cpal.context import Context
+from models.cpal.pyramid import Pyramid
+from models.cpal.seeds import (
+    choose_seeds,
+    divide_by_maximum,
+    gather_prototypes,
+    normalise_cam,
+    overlap,
+    reactivate,
+    unit_length,
+)
+
+SMALLEST = 1e-5
+"""A map's value from which down its logarithm is taken as one: keeps logits finite."""
+ABSENT = -1e4
+"""Logit of a class that is not in the image: probability 0 in float32, and finite in float16."""
+
+
+class View(NamedTuple):
+    """What one pass over an image shows. N foreground classes."""
+
+    score_BN: Tensor
+    raw_BNhw: Tensor
+    hierarchical_BDhw: Tensor
+    deep_BDhw: Tensor
+
+
+class Localisation(NamedTuple):
+    """What the training network of SIPE computes from an image and its labels."""
+
+    view: View
+    cam_BKhw: Tensor
+    overlap_BKhw: Tensor
+    seeds_BKhw: Tensor
+    prototypes_BKD: Tensor
+    is_cam_BKhw: Tensor
+
+
+class CamNetwork(Network):
+    """encode makes every member's maps of all classes and predicts the labels; decode is their logarithm.
+
+    One scale: maps have the feature resolution (stride 16), and the logarithm is what gets resized by whoever reads
+    it out. Several scales: maps are resized to the image and summed, as the published protocol does.
+    """
+
+    def __init__(self, config: CpalConfig) -> None:
+        super().__init__()
+        offered = ("cam", "is_cam", "pacam") if config.context else ("cam", "is_cam")
+        self.sampling = choose_sampling(config, offered)
+        self.prompt = PromptSpec(kind="tags", background=0)
+        self.members, self.flip = config.members, config.flip
+        self.tag_logit = math.log(config.tag_threshold / (1 - config.tag_threshold))
+        self.pyramid = Pyramid(config.scales)
+        resnet = ResNetConfig(config.depth, "plain", config.width, output_stride=16, dilation="none")
+        self.backbone = ResNet(resnet)
+        channels = [resnet.low_channels * 2**stage for stage in range(4)]
+        sides = [config.width * factor for factor in (2, 2, 4, 4)]
+        pairs = zip(channels, sides, strict=True)
+        self.sides = nn.ModuleList(nn.Conv2d(inside, outside, 1, bias=False) for inside, outside in pairs)
+        self.classifier = nn.Conv2d(channels[-1], config.num_classes - 1, 1, bias=False)
+        self.context = Context(config, sum(sides)) if config.context else None
+
+    def encode(self, image_B3HW: Tensor) -> Features:
+        """maps_BMKhw of M members, and the predicted label_BK (0 or 1, background first)."""
+        views = [self.look(image) for image in self.pyramid(image_B3HW)]
+        score_BN = torch.stack([view.score_BN for view in views]).mean(0)
+        maps = [self.draw_maps(view) for view in views]
+        if len(maps) > 1:
+            maps = [_resize_maps(each, image_B3HW) for each in maps]
+        return divide_by_maximum(torch.stack(maps).sum(0)), self.predict_tags(score_BN)
+
+    def take_prompt(self, image_B3hw: Tensor, features: Features, prompt: Prompt) -> Features:
+        return features[0], _with_background(prompt[0][:, 1:])
+
+    def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
+        """log of the maps: softmax over the present classes gives each its share of their sum."""
+        maps_BMKhw, label_BK = features
+        present = label_BK[:, None, :, None, None] > 0
+        logits_BMKhw = torch.where(present, maps_BMKhw.clamp_min(SMALLEST).log(), ABSENT)
+        return logits_BMKhw.transpose(0, 1)
+
+    def look(self, image_B3HW: Tensor) -> View:
+        """One scale. With `flip`, maps and features of image and mirror image are summed, scores are averaged."""
+        if not self.flip:
+            return self.observe(image_B3HW)
+        both = self.observe(torch.cat((image_B3HW, image_B3HW.flip(3))))
+        score_BN = torch.stack(both.score_BN.chunk(2)).mean(0)
+        return View(score_BN, *(here + mirrored.flip(3) for here, mirrored in (maps.chunk(2) for maps in both[1:])))
+
+    def observe(self, image_B3HW: Tensor) -> View:
+        """The backbone's pass: scores, raw CAM, hierarchical and deepest features.
+
+        Hierarchical features join the unit-length side outputs of the four stages at the size of the third.
+        """
+        stages = self.backbone.stages(image_B3HW)
+        sides = [unit_length(side(stage)) for side, stage in zip(self.sides, stages, strict=True)]
+        sides = [resize_like(side, stages[2], align_corners=False) for side in sides]
+        raw_BNhw = self.classifier(stages[3])
+        return View(raw_BNhw.mean((2, 3)), raw_BNhw, torch.cat(sides, dim=1), stages[3])
+
+    def draw_maps(self, view: View) -> Tensor:
+        """maps_BMKhw of the configured members at one scale."""
+        cam_BKhw = normalise_cam(view.raw_BNhw)
+        maps = {"cam": cam_BKhw}
+        if set(self.members) & {"is_cam", "pacam"}:
+            seeds_BKhw = choose_seeds(overlap(cam_BKhw, view.hierarchical_BDhw))
+            prototypes_BKD = gather_prototypes(seeds_BKhw, view.hierarchical_BDhw)
+            maps["is_cam"] = reactivate(view.hierarchical_BDhw, prototypes_BKD)
+        if self.context is not None:
+            # The public record has context for objects only; the background keeps SIPE's prototype (OURS).
+            pacam_BNhw = self.context(view.hierarchical_BDhw, cam_BKhw[:, 1:])
+            maps["pacam"] = torch.cat((maps["is_cam"][:, :1], pacam_BNhw), dim=1)
+        return torch.stack([maps[member] for member in self.members], dim=1)
+
+    def predict_tags(self, score_BN: Tensor) -> Tensor:
+        """label_BK: the background, classes whose sigmoid(score) is above the threshold, and always the best one."""
+        best_B1 = score_BN.amax(1, keepdim=True)
+        return _with_background(((score_BN > self.tag_logit) | (score_BN == best_B1)).to(score_BN.dtype))
+
+    def localise(self, image_B3HW: Tensor, mask_BKhw: Tensor) -> Localisation:
+        """SIPE's training pass: the CAM is masked, and seeds are found with the deepest features.
+
+        mask: the label, as [B, K, 1, 1], times 0 where the map shows padding, as [B, 1, h, w].
+        """
+        view = self.observe(image_B3HW)
+        cam_BKhw = normalise_cam(view.raw_BNhw) * mask_BKhw
+        overlap_BKhw = overlap(cam_BKhw, view.deep_BDhw)
+        seeds_BKhw = choose_seeds(overlap_BKhw) * mask_BKhw
+        prototypes_BKD = gather_prototypes(seeds_BKhw, view.hierarchical_BDhw)
+        is_cam_BKhw = reactivate(view.hierarchical_BDhw, prototypes_BKD)
+        return Localisation(view, cam_BKhw, overlap_BKhw, seeds_BKhw, prototypes_BKD, is_cam_BKhw)
+
+
+def _with_background(label_BN: Tensor) -> Tensor:
+    """label_BK: class 0 is in every image."""
+    return F.pad(label_BN, (1, 0), value=1.0)
+
+
+def _resize_maps(maps_BMKhw: Tensor, image_B3HW: Tensor) -> Tensor:
+    """Bilinear, to the size of the image."""
+    members = maps_BMKhw.shape[1]
+    return resize_like(maps_BMKhw.flatten(0, 1), image_B3HW, align_corners=False).unflatten(0, (-1, members))

@@ -1,0 +1,147 @@
+"""The segmentation networks that are trained on pseudo masks: an image in, logits out, no labels.
+
+DeepLabV2-R101-MSC (Chen et al. 2017; the public code of kazuto1011), whose passes at several scales are members, and
+DeepLabV1 on WideResNet-38 (Wu et al. 2019; the public code of YudeWang), with a dropout site before its classifier.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.blocks.layers import drop_channels, resize_like
+from models.blocks.resnet import BLOCKS
+from models.card import Sampling
+from models.contract import Features, Network
+from models.cpal.config import CpalConfig, choose_sampling
+from models.cpal.wideresnet import WideResNet
+
+RATES = (6, 12, 18, 24)
+"""Of the four 3x3 convolutions whose sum is DeepLabV2's answer."""
+FIELD_DILATION = 12
+"""Of DeepLabV1's large-field-of-view convolution."""
+KEEP = 0.5
+"""1 - p of the dropout before DeepLabV1's classifier."""
+
+
+class DeepLabV2Network(Network):
+    """encode runs the base at every scale and resizes its logits to the map of the first; decode stacks the members.
+
+    Members: `max` over the scales (the published answer), or each scale by its name.
+    """
+
+    def __init__(self, config: CpalConfig) -> None:
+        super().__init__()
+        self.scales, self.members = config.scales, config.members
+        self.names = tuple(f"scale{scale:g}" for scale in config.scales)
+        self.sampling = choose_sampling(config, ("max", *self.names))
+        self.base = DeepLabV2(config)
+
+    def encode(self, image_B3HW: Tensor) -> Features:
+        logits = [self.base(_scaled(image_B3HW, scale)) for scale in self.scales]
+        logits = [resize_like(each, logits[0], align_corners=False) for each in logits]
+        answers = dict(zip(self.names, logits, strict=True))
+        if "max" in self.members:
+            answers["max"] = torch.stack(logits).amax(0)
+        return tuple(answers[member] for member in self.members)
+
+    def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
+        return torch.stack(features)
+
+
+def _scaled(image_B3HW: Tensor, scale: float) -> Tensor:
+    """Resized by exactly `scale` as torch >= 1.6 reads a scale factor: positions follow it, not the rounded size."""
+    if scale == 1:
+        return image_B3HW
+    return F.interpolate(image_B3HW, scale_factor=scale, mode="bilinear", align_corners=False)
+
+
+class DeepLabV2(nn.Module):
+    """image_B3HW -> logits_BKhw at stride 8. Strides are on a stage's first 1x1 convolution, as in Caffe."""
+
+    def __init__(self, config: CpalConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.layer1 = nn.Sequential()
+        self.layer1.add_module("conv1", ConvNorm(3, width, 7, stride=2, padding=3))
+        channels = width
+        for stage, (stride, dilation) in enumerate(((1, 1), (2, 1), (1, 2), (1, 4))):
+            blocks = nn.Sequential()
+            for i in range(BLOCKS[config.depth][stage]):
+                block = CaffeBottleneck(channels, width * 2**stage, stride=stride if i == 0 else 1, dilation=dilation)
+                blocks.add_module(f"block{i + 1}", block)
+                channels = 4 * width * 2**stage
+            self.add_module(f"layer{stage + 2}", blocks)
+        self.aspp = SumOfRates(channels, config.num_classes)
+
+    def forward(self, image_B3HW: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.layer1(image_B3HW)), 3, 2, 1, ceil_mode=True)
+        return self.aspp(self.layer5(self.layer4(self.layer3(self.layer2(x)))))
+
+
+class ConvNorm(nn.Module):
+    """Convolution and BatchNorm under the names of the published files."""
+
+    def __init__(
+        self, channels: int, out_channels: int, kernel: int, *, stride: int = 1, padding: int = 0, dilation: int = 1
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out_channels, kernel, stride, padding, dilation, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+
+class CaffeBottleneck(nn.Module):
+    """1x1 with the stride, 3x3, 1x1 to four times the planes, and a shortcut where the shape changes."""
+
+    def __init__(self, channels: int, planes: int, *, stride: int, dilation: int) -> None:
+        super().__init__()
+        self.reduce = ConvNorm(channels, planes, 1, stride=stride)
+        self.conv3x3 = ConvNorm(planes, planes, 3, padding=dilation, dilation=dilation)
+        self.increase = ConvNorm(planes, 4 * planes, 1)
+        self.shortcut = None if channels == 4 * planes else ConvNorm(channels, 4 * planes, 1, stride=stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.increase(F.relu(self.conv3x3(F.relu(self.reduce(x)))))
+        return F.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+
+
+class SumOfRates(nn.Module):
+    """DeepLabV2's head: the sum of dilated 3x3 convolutions to the classes."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        for i, rate in enumerate(RATES):
+            self.add_module(f"c{i}", nn.Conv2d(channels, num_classes, 3, padding=rate, dilation=rate))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c0(x) + self.c1(x) + self.c2(x) + self.c3(x)
+
+
+class Wrn38Network(Network):
+    """encode ends before the dropout of the classifier, decode is the rest. Logits at stride 8."""
+
+    def __init__(self, config: CpalConfig) -> None:
+        super().__init__()
+        channels, hidden = 64 * config.width, 8 * config.width
+        self.sampling = choose_sampling(config, ("logits",))
+        if config.sampling == "dropout":
+            self.sampling = Sampling(kind="dropout", noise_length=hidden, keep=KEEP, default_samples=8)
+        self.backbone = WideResNet(config.width)
+        self.conv_fov = nn.Conv2d(channels, hidden, 3, padding=FIELD_DILATION, dilation=FIELD_DILATION, bias=False)
+        self.bn_fov = nn.BatchNorm2d(hidden)
+        self.conv_fov2 = nn.Conv2d(hidden, hidden, 1, bias=False)
+        self.bn_fov2 = nn.BatchNorm2d(hidden)
+        self.cls_conv = nn.Conv2d(hidden, config.num_classes, 1)
+
+    def encode(self, image_B3HW: Tensor) -> Features:
+        x = F.relu(self.bn_fov(self.conv_fov(self.backbone(image_B3HW))))
+        return (F.relu(self.bn_fov2(self.conv_fov2(x))),)
+
+    def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
+        (x_BDhw,) = features
+        if self.sampling.kind == "single":
+            return self.cls_conv(x_BDhw)[None]
+        logits = self.cls_conv(drop_channels(x_BDhw, noise_SBL))
+        return logits.unflatten(0, (noise_SBL.shape[0], noise_SBL.shape[1]))

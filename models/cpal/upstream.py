@@ -1,0 +1,80 @@
+"""Published files of CPAL's base and segmentation networks: SIPE's localisation net, DeepLabV2-R101, DeepLabV1-WRN38.
+
+CPAL itself has published no weights. Shapes tell the number of classes (VOC 20 + 1, COCO 80 + 1)
+and the width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from models.card import InputSpec, Readout, WindowSpec
+from models.cpal.config import deeplabv2, sipe, wrn38
+from models.errors import BadCheckpoint
+from models.layout import Assembly, Layout, Protocol, Upstream
+
+STAGES = {"0.0.": "conv1.", "0.1.": "bn1."} | {f"{n}.0.": f"layer{n}." for n in (1, 2, 3, 4)}
+"""SIPE stores its backbone three times; this is how the two further copies call a stage."""
+HEADS = ("classifier.", "side1.", "side2.", "side3.", "side4.")
+
+SIPE = Layout(
+    name="sipe",
+    markers=("resnet50.conv1.weight", "side1.weight", "classifier.weight"),
+    renames={"resnet50.": "backbone.", "classifier.": "classifier."}
+    | {f"side{n + 1}.": f"sides.{n}." for n in range(4)},
+    containers=("net", "state_dict", "model"),
+    aliases={f"stage{theirs}": f"resnet50.{ours}" for theirs, ours in STAGES.items()}
+    | {f"backbone.{theirs}": f"resnet50.{ours}" for theirs, ours in STAGES.items()}
+    | {f"newly_added.{i}.": head for i, head in enumerate(HEADS)},
+)
+DEEPLABV2 = Layout(
+    name="deeplabv2",
+    markers=("base.layer1.conv1.conv.weight", "base.aspp.c0.weight"),
+    renames={"base.": "base."},
+)
+WRN38 = Layout(
+    name="wrn38",
+    markers=("backbone.conv1a.weight", "cls_conv.weight"),
+    renames={name: name for name in ("backbone.", "conv_fov.", "bn_fov.", "conv_fov2.", "bn_fov2.", "cls_conv.")},
+)
+
+WHOLE = WindowSpec(0, 0, blend="uniform")
+WINDOWS = WindowSpec(512, 512)
+CAFFE = InputSpec(mean=(104.008, 116.669, 122.675), std=(1.0, 1.0, 1.0), scale=1.0, order="BGR")
+
+
+def assemble(files: Mapping[str, Mapping[str, Tensor]]) -> Assembly:
+    """One network from one file."""
+    if len(files) != 1:
+        raise BadCheckpoint(f"the files hold {', '.join(sorted(files))}; each makes a network alone, give one")
+    ((layout, tensors),) = files.items()
+    return {"sipe": _localisation, "deeplabv2": _deeplabv2, "wrn38": _wrn38}[layout](tensors)
+
+
+def _localisation(tensors: Mapping[str, Tensor]) -> Assembly:
+    config = replace(sipe(len(tensors["classifier.weight"]) + 1), width=len(tensors["backbone.conv1.weight"]))
+    protocol = Protocol(WHOLE, Readout(align_corners=False))
+    ours = replace(config, scales=(1.0,), members=("cam", "is_cam"))
+    return Assembly(config, InputSpec(), published=protocol, ours=protocol, ours_config=ours)
+
+
+def _deeplabv2(tensors: Mapping[str, Tensor]) -> Assembly:
+    config = deeplabv2(len(tensors["base.aspp.c0.weight"]))
+    config = replace(config, width=len(tensors["base.layer1.conv1.conv.weight"]))
+    ours = replace(config, members=tuple(f"scale{scale:g}" for scale in config.scales))
+    readout = Readout(align_corners=False)
+    return Assembly(config, CAFFE, Protocol(WHOLE, readout), Protocol(WINDOWS, readout), ours_config=ours)
+
+
+def _wrn38(tensors: Mapping[str, Tensor]) -> Assembly:
+    config = replace(wrn38(len(tensors["cls_conv.weight"])), width=len(tensors["backbone.conv1a.weight"]))
+    warning = "the published evaluation averages logits over six scales with flips and a CRF; here is its single pass"
+    return Assembly(config, InputSpec(), Protocol(WHOLE), Protocol(WINDOWS), warnings=(warning,))
+
+
+UPSTREAM = Upstream(
+    layouts=(SIPE, DEEPLABV2, WRN38),
+    assemble=assemble,
+    source="chenqi1126/SIPE@e0c6a3b, kazuto1011/deeplab-pytorch@4219467, YudeWang/semantic-segmentation-codebase",
+)
