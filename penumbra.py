@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ STORE = click.option(
     "--store", type=click.Path(path_type=Path, file_okay=False), default=Path("store"), envvar="PENUMBRA_STORE",
     show_default=True, help="Directory of artifacts.",
 )  # fmt: skip
+FEW = 12
+"""Lines of a table, above which names are counted instead."""
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
 
@@ -165,6 +168,55 @@ def train(recipe: Path, data: Path, threads: int | None, minutes: float | None) 
     from training.recipe import read_recipe
 
     click.echo(follow(read_recipe(recipe), data, threads=threads, minutes=minutes))
+
+
+@main.command(name="import")
+@click.argument("method")
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--output", "-o", required=True, type=click.Path(path_type=Path, dir_okay=False), help="x.safetensors")
+@click.option(
+    "--classes", metavar="NAME|FILE", help="voc, cityscapes, camvid, or a file of names; by count if left out."
+)
+@click.option(
+    "--protocol",
+    type=click.Choice(["published", "penumbra"]),
+    default="published",
+    show_default=True,
+    help="Run as the paper's code does, or as we would.",
+)
+@click.option("--sampling", help="Where the method has a choice: dropout, for one.")
+@JSON
+def import_files(
+    method: str, files: tuple[Path, ...], output: Path, classes: str | None, as_json: bool, **options: Any
+) -> None:  # fmt: skip
+    """Import a METHOD's published FILES, which are never run, as a checkpoint."""
+    from export.classes import read_classes
+    from export.importer import import_checkpoint
+
+    imported = import_checkpoint(method, files, output, classes=read_classes(classes) if classes else None, **options)
+    for warning in imported.warnings:
+        click.echo(f"penumbra: warning: {warning}", err=True)
+    if as_json:
+        click.echo(json.dumps({"file": str(output)} | dataclasses.asdict(imported)))
+        return
+    _print_left_out(imported.train_only, imported.entries)
+    click.echo(f"{output}: {method}, {imported.card.num_classes} classes, {imported.card.sampling.kind}")
+    click.echo(f"next: penumbra export {output}")
+
+
+def _print_left_out(tensors: tuple[str, ...], entries: tuple[str, ...]) -> None:
+    """What inference does not need: single tensors by name, many by the first two words of their names."""
+    from rich.console import Console
+    from rich.table import Table
+
+    groups = Counter(".".join(name.split(".")[:2]) if len(tensors) > FEW else name for name in tensors)
+    table = Table("not imported", "tensors")
+    for name, count in groups.items():
+        table.add_row(name, str(count))
+    for entry in entries:
+        table.add_row(f"{entry} (beside the tensors)", "")
+    if table.row_count:
+        Console().print(table)
 
 
 @main.command()

@@ -15,11 +15,11 @@ from torch import Tensor
 from export.layouts import Part, published_name, read_part
 from export.pickles import read_torch_file
 from models import find_method
-from models.card import NAME, Card, ClassInfo, Provenance, Sampling, dump_card, parse_card
+from models.card import NAME, Card, ClassInfo, Provenance, Sampling, dump_card, parse_card, read_strict
 from models.checkpoint import fill_network, save_checkpoint
 from models.classes import TABLES
 from models.contract import Method, Network
-from models.errors import BadCheckpoint, BadOption
+from models.errors import BadArtifact, BadCheckpoint, BadOption
 from models.layout import Assembly, Protocol
 from serving.engine.store import sha256_of
 
@@ -84,10 +84,9 @@ def _read_parts(method: Method, files: Sequence[Path]) -> list[Part]:
     if not files:
         raise BadOption("no file is named; one or more of the published files are wanted")
     parts = [read_part(read_torch_file(path), method, where=str(path)) for path in files]
-    if len({part.layout.name for part in parts}) < len(parts):
-        raise BadOption(
-            f"{_joined(files)}: two of them are of one kind ({parts[0].layout.name}); one of each is wanted"
-        )
+    kinds = [part.layout.name for part in parts]
+    if len(set(kinds)) < len(kinds):
+        raise BadOption(f"{_joined(files)} are of the kinds {'; '.join(kinds)}; one file of a kind makes a network")
     return parts
 
 
@@ -115,7 +114,11 @@ def _choose(assembly: Assembly, protocol: str, sampling: str | None, *, method: 
         return config, runs[protocol]
     if "sampling" not in {field.name for field in dataclasses.fields(config)}:
         raise BadOption(f"sampling is {sampling!r}; {method} has no choice of samplings")
-    return dataclasses.replace(config, sampling=sampling), runs[protocol]
+    data = dataclasses.asdict(config) | {"sampling": sampling}
+    try:
+        return read_strict(type(config), data, where=method), runs[protocol]
+    except BadArtifact as error:
+        raise BadOption(str(error)) from None
 
 
 def _fill(network: Network, parts: Sequence[Part], run: Protocol, *, where: str) -> list[str]:
