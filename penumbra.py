@@ -207,10 +207,10 @@ def import_files(
 def _print_left_out(tensors: tuple[str, ...], entries: tuple[str, ...]) -> None:
     """What inference does not need: single tensors by name, many by the first two words of their names."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     groups = Counter(".".join(name.split(".")[:2]) if len(tensors) > FEW else name for name in tensors)
-    table = Table("not imported", "tensors")
+    table = Table(Column("not imported", overflow="fold"), "tensors")
     for name, count in groups.items():
         table.add_row(name, str(count))
     for entry in entries:

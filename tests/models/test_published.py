@@ -11,10 +11,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from export.importer import Imported, import_checkpoint
-from models.card import ClassInfo
+from export.layouts import read_part
+from models import find_method
+from models.card import ClassInfo, Readout, WindowSpec
 from models.checkpoint import load_checkpoint
 from models.contract import Network
-from models.np_semiseg.net import NpNetwork
+from models.cps.net import CpsConfig
+from models.errors import BadCheckpoint
+from models.layout import Assembly
+from models.np_semiseg import upstream as np_upstream
+from models.np_semiseg.net import NpNetwork, augseg, u2pl
+from serving.engine.windows import cover
 from tests.models import golden
 
 CPS = [s for s in golden.fixtures("cps_*") if not s.endswith("_protocol")]
@@ -145,3 +152,122 @@ def test_the_split_head_equals_the_plain_form_of_the_paper(np_net: Recorded) -> 
     plain = decode_plain(x, noise)
     split = head.decode(head.encode(x), noise)
     assert (plain - split).abs().max() <= 1e-5 * max(1.0, plain.abs().max())
+
+
+# -- layouts without recorded outputs, and the protocols of all ------------------------------------
+
+
+def _names(network: str, config: object) -> set[str]:
+    """The tensors that a network wants."""
+    with torch.device("meta"):
+        state = find_method(network).build(config).state_dict()
+    return {name for name in state if not name.endswith("num_batches_tracked")}
+
+
+def _siblings(prefixes: dict[str, str], classifier: str = "classifier.") -> dict[str, Tensor]:
+    """The names of a sibling of CPS, from those of our branches: prefix of ours -> prefix of theirs."""
+    parts = {"aspp.": "head.aspp.", "low.": "head.reduce.", "fuse.": "head.last_conv.", "classifier.": classifier}
+    theirs = {}
+    for name in _names("cps", CpsConfig(21)):
+        branch, _, rest = name.partition(".")
+        part = next((part for part in parts if rest.startswith(part)), "")
+        if branch in prefixes:
+            theirs[prefixes[branch] + parts.get(part, "") + rest.removeprefix(part)] = torch.zeros(1)
+    return theirs
+
+
+def test_gct_files_are_two_branches_and_their_flaw_detector_is_left_out() -> None:
+    theirs = _siblings({"branch1": "l_model.", "branch2": "r_model."})
+    train_only = ("fd_model.conv.weight", "flawmap_handler.blur.op.1.weight", "fdgt_generator.blur.op.1.weight")
+    content = {"model": theirs | dict.fromkeys(train_only, torch.zeros(1))}
+    part = read_part(content, find_method("cps"), where="a.pth")
+    assert part.tensors.keys() == _names("cps", CpsConfig(21)) and part.train_only == train_only
+    assert part.theirs["branch1.classifier.weight"] == "l_model.classifier.weight"
+
+
+def test_cct_files_are_one_branch_and_their_auxiliary_decoders_are_left_out() -> None:
+    train_only = tuple(f"aux_decoders.{i}.upsample.classifier.weight" for i in range(12))
+    theirs = _siblings({"branch1": ""}, "main_decoder.upsample.classifier.")
+    part = read_part({"model": theirs | dict.fromkeys(train_only, torch.zeros(1))}, find_method("cps"), where="a.pth")
+    assert part.tensors.keys() == _names("cps", CpsConfig(21, 1)) and part.train_only == train_only
+    assert part.theirs["branch1.aspp.red_conv.weight"] == "head.aspp.red_conv.weight"
+
+
+def _assembled(method: str, shapes: dict[str, tuple[int, ...]], blocks: dict[str, int]) -> Assembly:
+    """From the shapes that decide, and the number of blocks under a prefix."""
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    tensors |= {f"{stage}.{i}.conv1.weight": torch.zeros(1) for stage, n in blocks.items() for i in range(n)}
+    upstream = find_method(method).upstream
+    assert upstream
+    return upstream.assemble({upstream.layouts[0].name: tensors})
+
+
+def _np(channels: int, num_classes: int, *, blocks: int = 6) -> Assembly:
+    shapes = {"head.latent.reduce.0.weight": (32, channels, 1, 1), "head.classifier.weight": (num_classes, 256, 1, 1)}
+    return _assembled("np_semiseg", shapes, {"encoder.layer3": blocks})
+
+
+def test_memories_of_zero_and_missing_memories_are_warned_of() -> None:
+    (layout, memories), assemble = np_upstream.UPSTREAM.layouts, np_upstream.UPSTREAM.assemble
+    weights = {
+        "head.latent.reduce.0.weight": torch.zeros(32, 304, 1, 1), "head.classifier.weight": torch.zeros(21, 256, 1, 1),
+    } | {f"encoder.layer3.{i}.conv1.weight": torch.zeros(1) for i in range(6)}  # fmt: skip
+    zero, filled = (dict.fromkeys(np_upstream.MEMORIES.values(), torch.full((21, 32), x)) for x in (0.0, 1.0))
+    for parts, warned in (
+        ({layout.name: weights}, True),
+        ({layout.name: weights | zero}, True),
+        ({layout.name: weights | filled}, False),
+        ({layout.name: weights | zero, memories.name: filled}, False),
+    ):
+        warnings = assemble(parts).warnings
+        assert bool(warnings) == warned
+        assert all("the same for every image" in warning for warning in warnings)
+    with pytest.raises(BadCheckpoint, match="memories alone"):
+        assemble({memories.name: filled})
+
+
+@pytest.mark.parametrize(("blocks", "depth"), [(6, 50), (23, 101)])
+def test_depth_and_classes_are_read_from_counts_and_shapes(blocks: int, depth: int) -> None:
+    cps = _assembled("cps", {"branch1.classifier.weight": (7, 256, 1, 1)}, {"branch1.backbone.layer3": blocks})
+    assert (cps.config.num_classes, cps.config.backbone.depth) == (7, depth)
+    for channels, host in ((512, u2pl), (304, augseg)):
+        assert _np(channels, 7, blocks=blocks).config == host(7, depth)  # type: ignore[arg-type]
+
+
+def test_an_unknown_depth_or_host_is_refused() -> None:
+    with pytest.raises(BadCheckpoint, match="7 blocks"):
+        _assembled("cps", {"branch1.classifier.weight": (7, 256, 1, 1)}, {"branch1.backbone.layer3": 7})
+    with pytest.raises(BadCheckpoint, match="500 input channels"):
+        _np(500, 21)
+
+
+@pytest.mark.parametrize(("num_classes", "size", "stride", "num_windows"), [(21, 512, 342, 18), (19, 800, 534, 8)])
+def test_the_published_cps_protocol_is_branch_1_in_windows_two_thirds_apart(
+    num_classes: int, size: int, stride: int, num_windows: int
+) -> None:
+    shapes = {f"{branch}.classifier.weight": (num_classes, 256, 1, 1) for branch in ("branch1", "branch2")}
+    assembly = _assembled("cps", shapes, {"branch1.backbone.layer3": 6})
+    run, plan = assembly.published, cover(1024, 2048, assembly.published.window)
+    assert assembly.config.branches == 1 and run.unused == ("branch2.",) and run.readout.average == "logits"
+    assert (run.window.height, plan.starts_x[1], plan.num_windows) == (size, stride, num_windows)
+    assert (run.window.blend, run.window.padding, run.window.centred) == ("uniform", "mean_or_black", True)
+    assert assembly.ours_config.branches == 2 and assembly.ours.readout.average == "probabilities"
+
+
+def test_the_published_np_protocols_are_those_of_their_hosts_and_data_sets() -> None:
+    whole, city = _np(512, 21).published, _np(512, 19).published
+    assert whole.window == WindowSpec(0, 0) and whole.readout.softmax_at == city.readout.softmax_at == "feature"
+    assert whole.default_samples == city.default_samples == 20 and city.noise_per == "window"
+    plan = cover(1024, 2048, city.window)
+    assert (plan.starts_y, plan.starts_x) == ((0, 255), (0, 513, 1026, 1279))
+    assert (city.window.height, city.window.padding, city.window.centred) == (769, "mean", True)
+    whole, city = _np(304, 21).published, _np(304, 19).published
+    assert whole.window == WindowSpec(0, 0) and whole.readout.average == "logits"
+    assert whole.default_samples == city.default_samples == 5 and city.readout == Readout()
+    plan = cover(1024, 2048, city.window)
+    assert plan.clipped and (plan.starts_y, plan.starts_x) == ((0, 533), (0, 533, 1066, 1599))
+
+
+def test_our_np_protocol_has_windows_of_512_px_and_8_samples() -> None:
+    ours = _np(512, 21).ours
+    assert (ours.window, ours.default_samples, ours.readout) == (WindowSpec(512, 512), 8, Readout())
