@@ -220,6 +220,18 @@ def _print_left_out(tensors: tuple[str, ...], entries: tuple[str, ...]) -> None:
 
 
 @main.command()
+@click.argument("checkpoints", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--output", "-o", required=True, type=click.Path(dir_okay=False, path_type=Path), help="A .safetensors.")
+def ensemble(checkpoints: tuple[Path, ...], output: Path) -> None:
+    """Join checkpoints of the same classes into one, whose members they are."""
+    from export.ensemble import make_ensemble
+
+    card = make_ensemble(checkpoints, output)
+    click.echo(f"{output}: {len(card.sampling.members)} members: {', '.join(card.sampling.members)}")
+    click.echo(f"next: penumbra export {output}")
+
+
+@main.command()
 @click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--backend", default="torchscript", show_default=True, help="Format of the graphs.")
 @STORE

@@ -10,10 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from models.blocks.layers import conv_norm_act, convolve_pooled, resize_like
+from models.blocks.layers import conv_norm_act, convolve_pooled, drop_channels, resize_like
 from models.blocks.resnet import ResNet, ResNetConfig
 from models.card import Sampling
 from models.contract import Features, Network
+from models.errors import BadOption
 from models.np_semiseg.heads import FilmHead, PublishedHead
 
 
@@ -22,7 +23,9 @@ class NpConfig:
     """Shape of host and head. `u2pl` and `augseg` give the published hosts.
 
     fuse_kernel: of the convolution behind the joined ASPP branches. hidden: channels of the head's
-    convolutions. film_channels: channels in which the film head's latent acts.
+    convolutions. film_channels: channels in which the film head's latent acts. dropout: share of the joined ASPP
+    channels dropped in training; only the U2PL host has it. sampling: draws of the latent, or as a baseline MC dropout
+    at that site with the latent at its mean.
     """
 
     num_classes: int
@@ -35,12 +38,16 @@ class NpConfig:
     latent_length: int = 32
     hidden: int = 256
     film_channels: int = 64
+    dropout: float = 0.0
+    sampling: Literal["latent", "dropout"] = "latent"
 
 
 def u2pl(num_classes: int, depth: Literal[50, 101] = 50) -> NpConfig:
     """The published net on its U2PL host: output stride 8, rates 12/24/36, 512 decoder channels."""
     backbone = ResNetConfig(depth=depth, output_stride=8, ceil_pool=True)
-    return NpConfig(num_classes, backbone, aspp_rates=(12, 24, 36), fuse_kernel=3, low_channels=256, head="published")
+    return NpConfig(
+        num_classes, backbone, aspp_rates=(12, 24, 36), fuse_kernel=3, low_channels=256, head="published", dropout=0.1
+    )
 
 
 def augseg(num_classes: int, depth: Literal[50, 101] = 50) -> NpConfig:
@@ -52,12 +59,14 @@ def augseg(num_classes: int, depth: Literal[50, 101] = 50) -> NpConfig:
 class NpNetwork(Network):
     """encode runs host, aggregators and the sample-independent part of the head; decode draws from the latent.
 
-    noise_SBL is standard normal, L = latent_length: one draw per sample and image.
+    noise_SBL is standard normal, L = latent_length: one draw per sample and image. With MC dropout it is a mask of
+    the joined ASPP channels (Gal & Ghahramani 2016), encode ends at the host's two features, and every sample passes
+    through the whole head.
     """
 
     def __init__(self, config: NpConfig) -> None:
         super().__init__()
-        self.sampling = Sampling(kind="latent", noise_length=config.latent_length, default_samples=8)
+        self.config, self.sampling = config, sampling_of(config)
         self.encoder = ResNet(config.backbone)
         self.aspp = Aspp(config.backbone.high_channels, config.aspp_channels, config.aspp_rates)
         joined = config.aspp_channels * (len(config.aspp_rates) + 2)
@@ -66,17 +75,45 @@ class NpNetwork(Network):
         head = PublishedHead if config.head == "published" else FilmHead
         self.head = head(config, channels=config.low_channels + config.aspp_channels)
 
-    def host(self, image_B3hw: Tensor) -> Tensor:
-        """The host's decoder feature x_BDhw at stride 4: low-level channels first, then the ASPP's."""
+    def host_features(self, image_B3hw: Tensor) -> tuple[Tensor, Tensor]:
+        """The low-level and the ASPP's channels of the host's decoder feature, both at stride 4."""
         low, high = self.encoder(image_B3hw)
         low = self.low(low)
-        return torch.cat((low, resize_like(self.fuse(self.aspp(high)), low)), dim=1)
+        return low, resize_like(self.fuse(self.aspp(high)), low)
+
+    def host(self, image_B3hw: Tensor) -> Tensor:
+        """The host's decoder feature x_BDhw at stride 4: low-level channels first, then the ASPP's."""
+        return torch.cat(self.host_features(image_B3hw), dim=1)
 
     def encode(self, image_B3hw: Tensor) -> Features:
+        if self.sampling.kind == "dropout":
+            return self.host_features(image_B3hw)
         return self.head.encode(self.host(image_B3hw))
 
     def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
+        if self.sampling.kind == "dropout":
+            return self.decode_dropped(features, noise_SBL)
         return self.head.decode(features, noise_SBL)
+
+    def decode_dropped(self, features: Features, mask_SBD: Tensor) -> Tensor:
+        """logits_SBKhw of S masks; a mask of a channel commutes with the resize before it."""
+        low_BDhw, fused_BDhw = features
+        num_samples, num_windows = mask_SBD.shape[0], mask_SBD.shape[1]
+        x_NDhw = torch.cat((low_BDhw.repeat(num_samples, 1, 1, 1), drop_channels(fused_BDhw, mask_SBD)), dim=1)
+        mean_1NL = x_NDhw.new_zeros(1, num_samples * num_windows, self.config.latent_length)
+        logits = self.head.decode(self.head.encode(x_NDhw), mean_1NL)
+        return logits[0].unflatten(0, (num_samples, num_windows))
+
+
+def sampling_of(config: NpConfig) -> Sampling:
+    """The sample axis of a configuration. Raises BadOption for dropout where the host has none."""
+    if config.sampling == "latent":
+        return Sampling(kind="latent", noise_length=config.latent_length, default_samples=8)
+    if not config.dropout:
+        raise BadOption(
+            "sampling is 'dropout', and this np_semiseg network has no dropout site (the U2PL host has one)"
+        )
+    return Sampling(kind="dropout", noise_length=config.aspp_channels, keep=1 - config.dropout, default_samples=8)
 
 
 class Aspp(nn.Module):

@@ -4,37 +4,70 @@ import dataclasses
 import json
 import math
 from itertools import product
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import models
+from export.bundle import export_network, golden_prompt
 from models import find_method, methods
 from models.blocks.resnet import ResNet, ResNetConfig
-from models.card import read_strict
+from models.card import MAPS, Card, ClassInfo, InputSpec, Readout, WindowSpec, read_strict
+from models.contract import Method, Network
 from models.cps.net import CpsNetwork
 from models.errors import BadOption
 from models.np_semiseg.net import NpConfig, NpNetwork
-from tests.models.small import SMALL, seeded
+from serving.engine.noise import SeededNoise
+from serving.engine.options import SegmentOptions
+from serving.engine.runtime import Tuning
+from serving.engine.segmenter import Segmenter
+from tests.models.small import SMALL, fresh, seeded
 
 every_network = pytest.mark.parametrize("name", SMALL)
+every_prompted = pytest.mark.parametrize("name", [name for name in SMALL if seeded(name).prompt.kind != "none"])
+every_sampled = pytest.mark.parametrize(
+    "name", [name for name in SMALL if seeded(name).sampling.kind in ("latent", "dropout")]
+)
+every_method = pytest.mark.parametrize(
+    "method", [m for m in methods().values() if m.name != "toy"], ids=lambda m: m.name
+)
 SIZE = (37, 53)
+EXACTLY = 1e-9
 
 
 def image(num_windows: int = 2, size: tuple[int, int] = SIZE) -> Tensor:
     return torch.randn(num_windows, 3, *size, generator=torch.Generator().manual_seed(1))
 
 
-def noise(name: str, num_samples: int, num_windows: int = 2) -> Tensor:
-    sampling = seeded(name).sampling
+def noise(name: str, num_samples: int, num_windows: int = 2, *, prompt: bool = False) -> Tensor:
+    """noise_SBL by the network's own law; S is what it must be where members fix it."""
+    card = card_of(name)
+    sampling = card.sampling_with(prompt=prompt)
     if sampling.kind in ("members", "single"):
         num_samples = sampling.default_samples
-    length = sampling.noise_length
-    return torch.randn(num_samples, num_windows, length, generator=torch.Generator().manual_seed(2))
+    draws = [SeededNoise(sampling, seed=b, num_samples=num_samples).draw(0) for b in range(num_windows)]
+    return torch.from_numpy(np.stack(draws, axis=1))
 
 
-def close(ours: Tensor, theirs: Tensor) -> bool:
-    return bool((ours - theirs).abs().max() <= 1e-5 * max(1.0, float(theirs.abs().max())))
+def card_of(name: str) -> Card:
+    network, config = seeded(name), SMALL[name]
+    classes = tuple(ClassInfo(f"class {k}", (k, k, k)) for k in range(config.num_classes))
+    return Card(
+        "small", 1, name.split()[0], dataclasses.asdict(config), classes, InputSpec(), WindowSpec(64, 80),
+        network.sampling, Readout(), prompt=network.prompt, extra_maps=network.extra_maps,
+    )  # fmt: skip
+
+
+def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> bool:
+    return bool((ours - theirs).abs().max() <= tolerance * max(1.0, float(theirs.abs().max())))
+
+
+def exact(name: str) -> Network:
+    """In double precision, where a rounding that a network amplifies cannot pass for a dependence."""
+    return seeded(name).double()
 
 
 def test_every_discovered_method_is_tested_here() -> None:
@@ -42,8 +75,18 @@ def test_every_discovered_method_is_tested_here() -> None:
 
 
 def test_an_unknown_method_is_named_beside_the_known_ones() -> None:
-    with pytest.raises(BadOption, match=r"'deeplab'; known are cps, np_semiseg, toy"):
+    with pytest.raises(BadOption, match=f"'deeplab'; known are {', '.join(sorted(methods()))}"):
         find_method("deeplab")
+
+
+@every_method
+def test_a_readme_states_paper_equations_and_deviations(method: Method) -> None:
+    text = (Path(models.__file__).parent / method.name / "README.md").read_text()
+    surname, title = method.citation.split(",")[0].split()[-1], max(method.citation.split("."), key=len).strip()
+    assert surname in text
+    assert title.casefold() in " ".join(text.replace("*", "").split()).casefold()
+    assert any(line.startswith("    ") and "=" in line for line in text.splitlines())
+    assert "eviation" in text or "DEVIATION" in text
 
 
 @every_network
@@ -69,30 +112,73 @@ def test_the_same_noise_gives_the_same_logits_and_leaves_the_features_alone(name
 @every_network
 @torch.inference_mode()
 def test_a_batch_of_two_windows_equals_two_batches_of_one(name: str) -> None:
-    network, draws = seeded(name), noise(name, 3)
-    together = network(image(), draws)
-    alone = torch.cat([network(image()[b : b + 1], draws[:, b : b + 1]) for b in range(2)], dim=1)
-    assert close(together, alone)
+    network, draws, images = exact(name), noise(name, 3).double(), image().double()
+    together = network(images, draws)
+    alone = torch.cat([network(images[b : b + 1], draws[:, b : b + 1]) for b in range(2)], dim=1)
+    assert close(together, alone, EXACTLY)
 
 
 @every_network
 @torch.inference_mode()
 def test_features_can_be_split_and_joined_by_window(name: str) -> None:
-    network, draws = seeded(name), noise(name, 3)
-    features = network.encode(image())
+    network, draws = exact(name), noise(name, 3).double()
+    features = network.encode(image().double())
     swapped = network.decode(tuple(feature.flip(0) for feature in features), draws.flip(1))
-    assert close(swapped.flip(1), network.decode(features, draws))
+    assert close(swapped.flip(1), network.decode(features, draws), EXACTLY)
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL if seeded(name).sampling.kind == "latent"])
+@every_sampled
 @torch.inference_mode()
 def test_five_samples_in_one_call_equal_five_calls_of_one(name: str) -> None:
-    network, draws = seeded(name), noise(name, 5)
-    features = network.encode(image())
+    network, draws = exact(name), noise(name, 5).double()
+    features = network.encode(image().double())
     together = network.decode(features, draws)
     alone = torch.cat([network.decode(features, draw[None]) for draw in draws])
-    assert close(together, alone)
+    assert close(together, alone, EXACTLY)
     assert float(together.var(0).mean()) > 1e-6
+
+
+@every_prompted
+@torch.inference_mode()
+def test_a_prompt_changes_features_and_not_the_ones_it_was_given(name: str) -> None:
+    network, card, images = exact(name), card_of(name), image().double()
+    prompt, features = tuple(p.double() for p in golden_prompt(card, images)), network.encode(images)
+    before = [feature.clone() for feature in features]
+    draws = noise(name, 3, prompt=True).double()
+    logits = network.decode(network.take_prompt(images, features, prompt), draws)
+    assert all(torch.equal(a, b) for a, b in zip(features, before, strict=True))
+    assert len(logits) == card.sampling_with(prompt=True).default_samples and torch.isfinite(logits).all()
+    alone = []
+    for b in (slice(0, 1), slice(1, 2)):
+        prompted = network.take_prompt(images[b], network.encode(images[b]), tuple(part[b] for part in prompt))
+        alone.append(network.decode(prompted, draws[:, b]))
+    assert close(logits, torch.cat(alone, dim=1), EXACTLY)
+
+
+@every_network
+@torch.inference_mode()
+def test_extra_maps_are_the_last_feature(name: str) -> None:
+    network = seeded(name)
+    if network.extra_maps:
+        extras_BEhw = network.encode(image())[-1]
+        assert extras_BEhw.shape[:2] == (2, len(network.extra_maps)) and extras_BEhw.dtype == torch.float32
+        assert torch.isfinite(extras_BEhw).all()
+
+
+@every_network
+def test_the_export_passes_its_gate_and_is_served(name: str, tmp_path: Path) -> None:
+    card = card_of(name)
+    export_network(seeded(name), card, tmp_path)
+    wanted = (*MAPS, *(extra.name for extra in card.extra_maps))
+    picture = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    boxes = ((3.0, 3.0, 60.0, 50.0, 1),) if card.prompt.kind == "boxes" else ()
+    tags = (1,) if card.prompt.kind == "tags" else ()
+    with Segmenter.open(tmp_path, device="cpu", threads=1, tuning=Tuning(1, 1)) as segmenter:
+        plain = segmenter.segment(picture, SegmentOptions(outputs=wanted))
+        prompted = segmenter.segment(picture, SegmentOptions(outputs=wanted, boxes=boxes, tags=tags))
+    for prediction, members in ((plain, card.sampling.members), (prompted, card.prompt.members)):
+        assert all(np.isfinite(values).all() for values in prediction.maps.values())
+        assert prediction.members == (members or card.sampling.members)
 
 
 @every_network
@@ -104,6 +190,7 @@ def test_logits_have_the_axes_that_the_sampling_declares(name: str) -> None:
     assert torch.isfinite(logits).all()
     sampling = network.sampling
     assert (sampling.noise_length > 0) == (sampling.kind in ("latent", "dropout"))
+    assert (sampling.keep < 1) == (sampling.kind == "dropout")
     if sampling.kind in ("members", "single"):
         assert len(logits) == sampling.default_samples == max(1, len(sampling.members))
 
@@ -121,7 +208,8 @@ def test_the_configuration_survives_json(name: str) -> None:
     config = SMALL[name]
     assert dataclasses.fields(config)[0].name == "num_classes"
     data = json.loads(json.dumps(dataclasses.asdict(config)))
-    assert read_strict(type(config), data, where="config") == config
+    read = read_strict(type(config), data, where="config")
+    assert json.loads(json.dumps(dataclasses.asdict(read))) == data and type(read) is type(config)
 
 
 @torch.inference_mode()
@@ -139,7 +227,7 @@ def test_cps_members_are_its_branches_in_order() -> None:
 def spread(name: str) -> tuple[Tensor, float]:
     """Variance over 16 samples per pixel of the stride-4 map, and the variance of the mean logits over the picture."""
     with torch.inference_mode():
-        logits_SBKhw = seeded(name)(image(1, (128, 128)), noise(name, 16, 1))
+        logits_SBKhw = fresh(name).eval()(image(1, (128, 128)), noise(name, 16, 1))
     return logits_SBKhw.double().var(0).mean((0, 1)), float(logits_SBKhw.double().mean(0).var())
 
 

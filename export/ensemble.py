@@ -1,0 +1,58 @@
+"""Several checkpoints become one whose sample axis has them as members."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from models import find_method
+from models.card import Card, Provenance, Readout
+from models.checkpoint import load_checkpoint, save_checkpoint
+from models.ensemble.net import EnsembleConfig, MemberConfig
+from models.errors import BadOption
+
+
+def make_ensemble(checkpoints: Sequence[Path], output: Path) -> Card:
+    """Write an ensemble of checkpoints with the same classes; members are named by their files' stems.
+
+    Windows, palette and normalisation are the first checkpoint's; every network still gets pixels normalised as its
+    own card says. Raises BadOption (fewer than two, equal names, other classes) and BadCheckpoint.
+    """
+    stems = [path.stem for path in checkpoints]
+    if len(stems) < 2 or len(set(stems)) < len(stems):
+        raise BadOption(f"an ensemble is made of two or more files with different names; given are {', '.join(stems)}")
+    loaded = [load_checkpoint(path) for path in checkpoints]
+    first = loaded[0][0]
+    for stem, (card, _) in zip(stems, loaded, strict=True):
+        _check_classes(stems[0], first, stem, card)
+    members = [
+        MemberConfig(stem, card.method, card.config, card.input, card.readout)
+        for stem, (card, _) in zip(stems, loaded, strict=True)
+    ]
+    config = EnsembleConfig(first.num_classes, first.input, tuple(members))
+    network: Any = find_method("ensemble").build(config).eval()
+    for member, (_, trained) in zip(network.members, loaded, strict=True):
+        member.network.load_state_dict(trained.state_dict())
+    card = Card(
+        output.stem, 1, "ensemble", dataclasses.asdict(config), first.classes, first.input, first.window,
+        network.sampling, Readout(align_corners=first.readout.align_corners),
+        provenance=_joined([card.provenance for card, _ in loaded], stems),
+    )  # fmt: skip
+    save_checkpoint(output, card, network)
+    return card
+
+
+def _check_classes(first_stem: str, first: Card, stem: str, card: Card) -> None:
+    names, wanted = ([info.name for info in one.classes] for one in (card, first))
+    if names != wanted:
+        different = next((pair for pair in zip(wanted, names, strict=False) if pair[0] != pair[1]), None)
+        why = f"{different[1]!r} where {first_stem} has {different[0]!r}" if different else f"{len(names)} classes"
+        raise BadOption(f"{stem} has {why}; all members of an ensemble need the same classes in the same order")
+
+
+def _joined(provenances: list[Provenance], stems: list[str]) -> Provenance:
+    """Figures of the members do not hold for the ensemble, so none are carried over."""
+    data, licences = (list(dict.fromkeys(filter(None, texts))) for texts in (
+        [p.data for p in provenances], [p.licence for p in provenances],
+    ))  # fmt: skip
+    return Provenance("; ".join(data), "; ".join(licences), recipe=f"ensemble of {', '.join(stems)}")

@@ -1,0 +1,14 @@
+"""Deep ensembles (Lakshminarayanan, Pritzel, Blundell, NeurIPS 2017): checkpoints of the same classes as members."""
+
+from models.contract import Method
+from models.ensemble.net import EnsembleConfig, EnsembleNetwork
+
+METHOD = Method(
+    name="ensemble",
+    citation=(
+        "Lakshminarayanan, Pritzel, Blundell. Simple and Scalable Predictive Uncertainty Estimation using Deep "
+        "Ensembles. NeurIPS 2017."
+    ),
+    config=EnsembleConfig,
+    build=EnsembleNetwork,
+)

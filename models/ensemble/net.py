@@ -1,0 +1,104 @@
+"""Networks of any methods side by side. Each sees the image as it was trained to, and gives its members' logits."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models import find_method
+from models.card import InputSpec, Readout, Sampling, read_strict
+from models.contract import Features, Network
+
+
+@dataclass(frozen=True, slots=True)
+class MemberConfig:
+    """One network: its method and configuration, and the facts of its card about pixels and logits."""
+
+    name: str
+    method: str
+    config: dict[str, Any]
+    input: InputSpec
+    readout: Readout
+
+
+@dataclass(frozen=True, slots=True)
+class EnsembleConfig:
+    """The networks. input: how the ensemble's own input is normalised."""
+
+    num_classes: int
+    input: InputSpec
+    networks: tuple[MemberConfig, ...]
+
+
+class EnsembleNetwork(Network):
+    """encode runs every network; decode puts their members in front.
+
+    A network with named members gives them all; one that draws samples gives one member, with its latent at the mean
+    or with nothing dropped. Prompts and extra maps of the networks are not offered.
+    """
+
+    def __init__(self, config: EnsembleConfig) -> None:
+        super().__init__()
+        resized = len({_shape(member) for member in config.networks}) > 1
+        self.members = nn.ModuleList(Member(member, config.input, resized=resized) for member in config.networks)
+        names = tuple(name for member in self.members for name in member.names)  # type: ignore[union-attr]
+        self.sampling = Sampling(kind="members", members=names, default_samples=len(names))
+
+    def encode(self, image_B3hw: Tensor) -> Features:
+        return (torch.cat([member(image_B3hw) for member in self.members]).transpose(0, 1),)
+
+    def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
+        return features[0].transpose(0, 1)
+
+
+class Member(nn.Module):
+    """One network as a part of the ensemble: image_B3hw as the ensemble has it -> logits_MBKhw of its M members.
+
+    Logits are divided by the network's temperature, and resized to the window where the networks' shapes differ.
+    """
+
+    def __init__(self, config: MemberConfig, given: InputSpec, *, resized: bool) -> None:
+        super().__init__()
+        method = find_method(config.method)
+        where = f"config of {config.name}"
+        self.network: Network = method.build(read_strict(method.config, config.config, where=where))
+        self.readout, self.resized = config.readout, resized
+        self.names = [f"{config.name}.{name}" for name in self.network.sampling.members] or [config.name]
+        self.exchanged = given.order != config.input.order
+        factor_311, offset_311 = renormalisation(given, config.input)
+        self.factor_311 = nn.Buffer(factor_311, persistent=False)
+        self.offset_311 = nn.Buffer(offset_311, persistent=False)
+
+    def forward(self, image_B3hw: Tensor) -> Tensor:
+        channels_B3hw = image_B3hw.flip(1) if self.exchanged else image_B3hw
+        own_B3hw = channels_B3hw * self.factor_311 + self.offset_311
+        logits_MBKhw = self.network(own_B3hw, self._still(image_B3hw)) / self.readout.temperature
+        if not self.resized:
+            return logits_MBKhw
+        size, align = image_B3hw.shape[2:], self.readout.align_corners
+        full = F.interpolate(logits_MBKhw.flatten(0, 1), size=size, mode="bilinear", align_corners=align)
+        return full.unflatten(0, (len(self.names), image_B3hw.shape[0]))
+
+    def _still(self, image_B3hw: Tensor) -> Tensor:
+        """Noise under which nothing is random."""
+        sampling = self.network.sampling
+        shape = (len(self.names), image_B3hw.shape[0], sampling.noise_length)
+        return image_B3hw.new_ones(shape) if sampling.kind == "dropout" else image_B3hw.new_zeros(shape)
+
+
+def _shape(member: MemberConfig) -> tuple[str, str, bool]:
+    return member.method, repr(sorted(member.config.items())), member.readout.align_corners
+
+
+def renormalisation(given: InputSpec, wanted: InputSpec) -> tuple[Tensor, Tensor]:
+    """factor and offset [3, 1, 1] that turn one normalisation into another, in the wanted channel order."""
+    std, mean, wanted_std, wanted_mean = (
+        torch.tensor(values, dtype=torch.float64) for values in (given.std, given.mean, wanted.std, wanted.mean)
+    )
+    if given.order != wanted.order:
+        std, mean = std.flip(0), mean.flip(0)
+    scale = given.scale / wanted.scale
+    factor, offset = std * scale / wanted_std, (mean * scale - wanted_mean) / wanted_std
+    return factor.float()[:, None, None], offset.float()[:, None, None]

@@ -1,0 +1,91 @@
+"""Ensembles: every member answers as it would alone, whatever its method, its pixels' normalisation and its stride."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from export.bundle import export_checkpoint
+from export.ensemble import make_ensemble
+from models.card import Card, ClassInfo, InputSpec, Readout, WindowSpec
+from models.checkpoint import load_checkpoint, save_checkpoint
+from models.contract import Network
+from models.errors import BadOption
+from serving.engine.options import SegmentOptions
+from serving.engine.segmenter import Segmenter
+from serving.engine.windows import normalise
+from tests.conftest import CLASSES, picture
+from tests.models.small import SMALL, seeded
+
+INPUTS = {
+    "cps": InputSpec(),
+    "np_semiseg film": InputSpec(mean=(104.0, 116.7, 122.7), std=(1, 1, 1), scale=1.0, order="BGR"),
+    "toy": InputSpec(mean=(0, 0, 0), std=(1, 1, 1)),
+}
+
+
+def checkpoint(path: Path, name: str, **changes: object) -> Path:
+    network, config = seeded(name), SMALL[name]
+    card = Card(
+        path.stem, 1, name.split()[0], dataclasses.asdict(config), CLASSES, INPUTS[name], WindowSpec(64, 80),
+        network.sampling, Readout(align_corners=name != "cps", temperature=1.5),
+    )  # fmt: skip
+    save_checkpoint(path, dataclasses.replace(card, **changes), network)
+    return path
+
+
+def alone(path: Path, image_HW3: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
+    """Probabilities of every member of one checkpoint: softmax of its own logits at its own temperature."""
+    card, network = load_checkpoint(path)
+    image_B3hw = torch.from_numpy(normalise(image_HW3, card.input)).permute(2, 0, 1)[None]
+    noise_SBL = torch.zeros(
+        card.sampling.default_samples if card.sampling.members else 1, 1, card.sampling.noise_length
+    )
+    logits = network(image_B3hw, noise_SBL)[:, 0] / card.readout.temperature
+    logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=card.readout.align_corners)
+    return logits.softmax(1)
+
+
+@pytest.mark.parametrize("names", [("cps", "np_semiseg film", "toy"), ("toy", "cps")])
+def test_an_ensembles_answer_is_the_mean_of_its_members_answers_alone(
+    tmp_path: Path, rng: np.random.Generator, names: tuple[str, ...]
+) -> None:
+    paths = [checkpoint(tmp_path / f"{name.split()[0]}.safetensors", name) for name in names]
+    card = make_ensemble(paths, tmp_path / "all.safetensors")
+    expected = {"cps": ("cps.branch1", "cps.branch2"), "np_semiseg": ("np_semiseg",), "toy": ("toy",)}
+    assert card.sampling.members == sum((expected[name.split()[0]] for name in names), ())
+    image = picture(rng, 64, 80)
+    export_checkpoint(tmp_path / "all.safetensors", tmp_path / "store")
+    with Segmenter.open(tmp_path / "store", threads=1, device="cpu") as segmenter:
+        prediction = segmenter.segment(image, SegmentOptions())
+    assert prediction.members == card.sampling.members
+    with torch.inference_mode():
+        mean_Khw = torch.cat([alone(path, image, (64, 80)) for path in paths]).mean(0)
+    np.testing.assert_allclose(prediction.maps["confidence"], mean_Khw.amax(0), atol=2e-4)
+
+
+def test_equal_networks_keep_their_feature_resolution(tmp_path: Path) -> None:
+    paths = [checkpoint(tmp_path / f"{name}.safetensors", "cps") for name in ("one", "two")]
+    make_ensemble(paths, tmp_path / "both.safetensors")
+    _, network = load_checkpoint(tmp_path / "both.safetensors")
+    assert isinstance(network, Network)
+    assert network(torch.zeros(1, 3, 64, 80), torch.zeros(4, 1, 0)).shape == (4, 1, 3, 16, 20)
+
+
+def test_other_classes_are_refused_by_name(tmp_path: Path) -> None:
+    one = checkpoint(tmp_path / "one.safetensors", "toy")
+    renamed = (*CLASSES[:2], ClassInfo("violet", (1, 1, 1)))
+    two = checkpoint(tmp_path / "two.safetensors", "toy", classes=renamed)
+    with pytest.raises(BadOption, match="two has 'violet' where one has 'blue'"):
+        make_ensemble([one, two], tmp_path / "both.safetensors")
+    assert not (tmp_path / "both.safetensors").exists()
+
+
+def test_one_file_is_no_ensemble_and_names_must_differ(tmp_path: Path) -> None:
+    one = checkpoint(tmp_path / "one.safetensors", "toy")
+    for paths in ([one], [one, one]):
+        with pytest.raises(BadOption, match="two or more files with different names"):
+            make_ensemble(paths, tmp_path / "both.safetensors")
