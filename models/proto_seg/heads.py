@@ -1,4 +1,4 @@
-"""What scores the joint feature map x_BDhw: distances to prototypes, or the baseline's 1x1 convolution.
+"""What scores the trunk's feature map x_BDhw: distances to prototypes, or the baseline's 1x1 convolution.
 
 The prototype head (Zhou et al. 2022, sec. 3.2), with K classes and M prototypes each:
 
@@ -85,9 +85,9 @@ class ParametricHead(nn.Module):
 
     extra_maps: tuple[ExtraMap, ...] = ()
 
-    def __init__(self, num_classes: int, channels: int) -> None:
+    def __init__(self, num_classes: int, channels: int, *, bias: bool) -> None:
         super().__init__()
-        self.classifier = nn.Conv2d(channels, num_classes, 1, bias=False)
+        self.classifier = nn.Conv2d(channels, num_classes, 1, bias=bias)
 
     def score(self, x_BDhw: Tensor) -> Tensor:
         return self.classifier(x_BDhw)

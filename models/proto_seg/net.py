@@ -1,4 +1,4 @@
-"""The ProtoSeg network: HRNetV2, one joint feature map at stride 4, and a head that scores it.
+"""The ProtoSeg network: a trunk, which makes one feature map x_BDhw of a picture, and a head that scores it.
 
 `head="prototype"` classifies by the nearest of several prototypes per class, `head="parametric"` is the paper's
 baseline, a 1x1 convolution (see `models.proto_seg.heads`). `sampling="dropout"` draws the masks of the dropout in
@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.blocks.layers import conv_norm_act, drop_channels, resize_like
 from models.card import Sampling
 from models.contract import Features, Network
+from models.errors import BadOption
+from models.proto_seg.deeplab import DeepLab, DeepLabConfig
 from models.proto_seg.heads import ParametricHead, PrototypeHead
 from models.proto_seg.hrnet import Hrnet, HrnetConfig
 
@@ -26,7 +28,7 @@ class ProtoConfig:
     """Shape of the network; the defaults are the published HRNet-W48.
 
     num_prototypes: per class, prototype head only. normalise: over what the projected features have unit length
-    before they are compared: `width` as published, `channel` as in the paper.
+    before they are compared: `width` as published, `channel` as in the paper. hrnet, deeplab: shapes of the trunks.
     """
 
     num_classes: int
@@ -34,12 +36,28 @@ class ProtoConfig:
     num_prototypes: int = 10
     normalise: Literal["width", "channel"] = "width"
     sampling: Literal["single", "dropout"] = "single"
+    trunk: Literal["hrnet", "deeplab"] = "hrnet"
     hrnet: HrnetConfig = field(default_factory=HrnetConfig)
+    deeplab: DeepLabConfig = field(default_factory=DeepLabConfig)
 
     @property
     def channels(self) -> int:
-        """Channels of the joined branches: D of x_BDhw."""
-        return sum(self.hrnet.branch_channels)
+        """D of x_BDhw."""
+        return self.deeplab.channels if self.trunk == "deeplab" else sum(self.hrnet.branch_channels)
+
+
+class HrnetTrunk(nn.Module):
+    """image_B3hw -> x_BDhw at stride 4: all branches at the size of the first, joined, and a 3x3 convolution."""
+
+    def __init__(self, config: HrnetConfig) -> None:
+        super().__init__()
+        channels = sum(config.branch_channels)
+        self.backbone = Hrnet(config)
+        self.neck = conv_norm_act(channels, channels, 3, bias=True)
+
+    def forward(self, image_B3hw: Tensor) -> Tensor:
+        first, *deeper = self.backbone(image_B3hw)
+        return self.neck(torch.cat([first, *(resize_like(x, first) for x in deeper)], dim=1))
 
 
 class ProtoNetwork(Network):
@@ -48,24 +66,12 @@ class ProtoNetwork(Network):
     def __init__(self, config: ProtoConfig) -> None:
         super().__init__()
         self.sampling = Sampling(kind="single")
-        self.backbone = Hrnet(config.hrnet)
-        self.neck = conv_norm_act(config.channels, config.channels, 3, bias=True)
-        self.head: PrototypeHead | ParametricHead
-        if config.head == "prototype":
-            self.head = PrototypeHead(
-                config.num_classes, config.num_prototypes, config.channels, normalise=config.normalise
-            )
-        else:
-            self.head = ParametricHead(config.num_classes, config.channels)
+        self.trunk = DeepLab(config.deeplab) if config.trunk == "deeplab" else HrnetTrunk(config.hrnet)
+        self.head = _head(config)
         self.extra_maps = self.head.extra_maps
 
-    def joint(self, image_B3hw: Tensor) -> Tensor:
-        """x_BDhw at stride 4, as it stands before the dropout."""
-        first, *deeper = self.backbone(image_B3hw)
-        return self.neck(torch.cat([first, *(resize_like(x, first) for x in deeper)], dim=1))
-
     def encode(self, image_B3hw: Tensor) -> Features:
-        score_BKhw = self.head.score(self.joint(image_B3hw))
+        score_BKhw = self.head.score(self.trunk(image_B3hw))
         return (self.head.logits(score_BKhw), *self.head.extras(score_BKhw))
 
     def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
@@ -80,7 +86,7 @@ class ProtoDropoutNetwork(ProtoNetwork):
         self.sampling = Sampling(kind="dropout", noise_length=config.channels, keep=KEEP, default_samples=8)
 
     def encode(self, image_B3hw: Tensor) -> Features:
-        x_BDhw = self.joint(image_B3hw)
+        x_BDhw = self.trunk(image_B3hw)
         return (x_BDhw, *self.head.extras(self.head.score(x_BDhw)))
 
     def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
@@ -89,5 +95,17 @@ class ProtoDropoutNetwork(ProtoNetwork):
 
 
 def build_network(config: ProtoConfig) -> ProtoNetwork:
-    """The network of a configuration."""
-    return ProtoDropoutNetwork(config) if config.sampling == "dropout" else ProtoNetwork(config)
+    """The network of a configuration. Raises BadOption: dropout of a trunk that is trained without."""
+    if config.sampling == "single":
+        return ProtoNetwork(config)
+    if config.trunk == "deeplab":
+        raise BadOption(
+            "sampling is 'dropout'; DeepLabV3 has no dropout in front of its head, only 'single' is possible"
+        )
+    return ProtoDropoutNetwork(config)
+
+
+def _head(config: ProtoConfig) -> PrototypeHead | ParametricHead:
+    if config.head == "parametric":
+        return ParametricHead(config.num_classes, config.channels, bias=config.trunk == "deeplab")
+    return PrototypeHead(config.num_classes, config.num_prototypes, config.channels, normalise=config.normalise)

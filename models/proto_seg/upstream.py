@@ -1,20 +1,23 @@
 """The published ProtoSeg files: the prototype network `hrnet_w48_proto` and its baseline `hrnet_w48` (Cityscapes).
 
-Both were trained on pictures read as BGR, with mean and deviation in RGB order.
+The repository's `deeplab_v3` is read too; no weights of it are published. All are trained on pictures read as BGR, with
+mean and deviation in RGB order.
 """
 
 from collections.abc import Mapping
+from typing import Literal
 
 from torch import Tensor
 
 from models.card import InputSpec, Readout, WindowSpec
 from models.errors import BadCheckpoint
 from models.layout import Assembly, Layout, Protocol, Upstream
+from models.proto_seg.deeplab import DeepLabConfig
 from models.proto_seg.hrnet import HrnetConfig
 from models.proto_seg.net import ProtoConfig
 
 CONTAINERS = ("state_dict", "model")
-TRUNK = {"backbone.": "backbone.", "cls_head.0.": "neck.0.", "cls_head.1.0.": "neck.1."}
+TRUNK = {"backbone.": "trunk.backbone.", "cls_head.0.": "trunk.neck.0.", "cls_head.1.0.": "trunk.neck.1."}
 PROTOTYPE = Layout(
     name="hrnet_w48_proto",
     markers=("prototypes", "mask_norm.weight", "cls_head.0.weight", "backbone.transition1.0.0.weight"),
@@ -35,6 +38,32 @@ BASELINE = Layout(
     renames=TRUNK | {"cls_head.3.": "head.classifier."},
     containers=CONTAINERS,
 )
+DEEPLAB = Layout(
+    name="deeplab_v3",
+    markers=("decoder.refine.2.weight", "backbone.resinit.conv1.weight"),
+    renames={
+        "backbone.resinit.conv1.": "trunk.backbone.conv1.0.",
+        "backbone.resinit.bn1.": "trunk.backbone.conv1.1.",
+        "backbone.resinit.conv2.": "trunk.backbone.conv1.3.",
+        "backbone.resinit.bn2.": "trunk.backbone.conv1.4.",
+        "backbone.resinit.conv3.": "trunk.backbone.conv1.6.",
+        "backbone.resinit.bn3.": "trunk.backbone.bn1.",
+        "backbone.layer": "trunk.backbone.layer",
+        **{f"decoder.layer_aspp.b{i}.0.": f"trunk.aspp.branches.{i}.0." for i in range(4)},
+        **{f"decoder.layer_aspp.b{i}.1.0.": f"trunk.aspp.branches.{i}.1." for i in range(4)},
+        "decoder.layer_aspp.b4.1.": "trunk.aspp.pool.0.",
+        "decoder.layer_aspp.b4.2.0.": "trunk.aspp.pool.1.",
+        "decoder.layer_aspp.project.0.": "trunk.aspp.project.0.",
+        "decoder.layer_aspp.project.1.0.": "trunk.aspp.project.1.",
+        "decoder.refine.0.": "trunk.refine.0.",
+        "decoder.refine.1.": "trunk.refine.1.",
+        "decoder.refine.2.": "head.classifier.",
+    },
+    containers=CONTAINERS,
+    train_only=("decoder.layer_dsn.",),
+)
+DEPTHS: dict[int, Literal[50, 101]] = {6: 50, 23: 101}
+"""By the blocks of the third stage."""
 
 INPUT = InputSpec(order="BGR")
 READOUT = Readout(align_corners=True)
@@ -50,9 +79,8 @@ def assemble(parts: Mapping[str, Mapping[str, Tensor]]) -> Assembly:
     """Configuration and protocols of one file. Raises BadCheckpoint: a tensor that tells a size is missing or odd."""
     if len(parts) != 1:
         raise BadCheckpoint(f"these are {len(parts)} ProtoSeg networks ({', '.join(parts)}); one file is wanted")
-    if PROTOTYPE.name in parts:
-        return _prototype(parts[PROTOTYPE.name])
-    return _baseline(parts[BASELINE.name])
+    ((name, tensors),) = parts.items()
+    return {PROTOTYPE.name: _prototype, BASELINE.name: _baseline, DEEPLAB.name: _deeplab}[name](tensors)
 
 
 def _prototype(tensors: Mapping[str, Tensor]) -> Assembly:
@@ -63,24 +91,39 @@ def _prototype(tensors: Mapping[str, Tensor]) -> Assembly:
 
 
 def _baseline(tensors: Mapping[str, Tensor]) -> Assembly:
+    return _parametric(ProtoConfig(_num_classes(tensors), head="parametric", hrnet=_hrnet(tensors)))
+
+
+def _deeplab(tensors: Mapping[str, Tensor]) -> Assembly:
+    blocks = _count(tensors, "trunk.backbone.layer3.")
+    if blocks not in DEPTHS:
+        raise BadCheckpoint(f"the third stage has {blocks} blocks; {' or '.join(map(str, DEPTHS))} are wanted")
+    width, channels = (_shape(tensors, f"trunk.{name}.0.weight", axes=4)[0] for name in ("backbone.conv1", "refine"))
+    deeplab = DeepLabConfig(DEPTHS[blocks], width, channels)
+    return _parametric(ProtoConfig(_num_classes(tensors), head="parametric", trunk="deeplab", deeplab=deeplab))
+
+
+def _parametric(config: ProtoConfig) -> Assembly:
     """Ours: windows of the crops' height and width in training, 512x1024 px."""
-    num_classes = _shape(tensors, "head.classifier.weight", axes=4)[0]
-    config = ProtoConfig(num_classes, head="parametric", hrnet=_hrnet(tensors))
     published, ours = Protocol(WindowSpec(0, 0), READOUT), Protocol(WindowSpec(512, 1024), READOUT)
     return Assembly(config, INPUT, published, ours)
 
 
+def _num_classes(tensors: Mapping[str, Tensor]) -> int:
+    return _shape(tensors, "head.classifier.weight", axes=4)[0]
+
+
 def _hrnet(tensors: Mapping[str, Tensor]) -> HrnetConfig:
     return HrnetConfig(
-        width=_shape(tensors, "backbone.transition1.0.0.weight", axes=4)[0],
-        stem=_shape(tensors, "backbone.conv1.weight", axes=4)[0],
-        bottlenecks=_count(tensors, "backbone.layer1."),
+        width=_shape(tensors, "trunk.backbone.transition1.0.0.weight", axes=4)[0],
+        stem=_shape(tensors, "trunk.backbone.conv1.weight", axes=4)[0],
+        bottlenecks=_count(tensors, "trunk.backbone.layer1."),
         modules=(
-            _count(tensors, "backbone.stage2."),
-            _count(tensors, "backbone.stage3."),
-            _count(tensors, "backbone.stage4."),
+            _count(tensors, "trunk.backbone.stage2."),
+            _count(tensors, "trunk.backbone.stage3."),
+            _count(tensors, "trunk.backbone.stage4."),
         ),
-        blocks=_count(tensors, "backbone.stage2.0.branches.0."),
+        blocks=_count(tensors, "trunk.backbone.stage2.0.branches.0."),
     )
 
 
@@ -98,4 +141,4 @@ def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
     return len({name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)})
 
 
-UPSTREAM = Upstream((PROTOTYPE, BASELINE), assemble, source="tfzhou/ProtoSeg @1c4a778")
+UPSTREAM = Upstream((PROTOTYPE, BASELINE, DEEPLAB), assemble, source="tfzhou/ProtoSeg @1c4a778")

@@ -15,10 +15,10 @@ from export.importer import import_checkpoint
 from export.torchscript import write_torchscript
 from models.card import Card, ClassInfo, InputSpec, Readout
 from models.checkpoint import load_checkpoint
-from models.errors import BadCheckpoint
+from models.errors import BadCheckpoint, BadOption
 from models.proto_seg.heads import PrototypeHead
-from models.proto_seg.net import ProtoNetwork, build_network
-from models.proto_seg.upstream import BASELINE, PROTOTYPE, TRAINED
+from models.proto_seg.net import ProtoConfig, ProtoNetwork, build_network
+from models.proto_seg.upstream import BASELINE, DEEPLAB, PROTOTYPE, TRAINED
 from serving.engine.windows import normalise
 from tests.models import golden
 from tests.models.small import SMALL, seeded
@@ -120,7 +120,7 @@ def test_the_original_logits_come_back(case: Case) -> None:
 def test_the_four_branches_of_the_backbone_come_back(case: Case) -> None:
     for i in range(4):
         for key in case.named(f"backbone{i}"):
-            branches = case.network.backbone(golden.image(*size_of(key)))
+            branches = case.network.trunk.backbone(golden.image(*size_of(key)))
             case.check_relative(key, branches[i][:, ::8, ::2, ::2])
 
 
@@ -131,7 +131,7 @@ def test_every_step_of_the_prototype_head_comes_back(case: Case) -> None:
         pytest.skip("of the parametric head")
     for key in case.named("amax"):
         end = key.removeprefix("amax")
-        x = case.network.joint(golden.image(*size_of(key)))
+        x = case.network.trunk(golden.image(*size_of(key)))
         case.check_relative(f"proj_raw{end}_c::16", head.project(x)[:, ::16])
         case.check_relative(f"proj_head{end}_c::16", F.normalize(head.project(x), dim=head.axis)[:, ::16])
         e = head.embed(x)
@@ -213,10 +213,13 @@ def test_the_card_tells_the_published_protocol(case: Case) -> None:
 # -- files of the published layout, from small networks ------------------------------------------
 
 
+LAYOUTS = {"proto_seg prototype": PROTOTYPE, "proto_seg parametric": BASELINE, "proto_seg deeplab": DEEPLAB}
+
+
 def published_file(name: str, folder: Path) -> Path:
     """The small network's tensors under the published names, as a file."""
     network = seeded(name)
-    layout = PROTOTYPE if isinstance(network.head, PrototypeHead) else BASELINE
+    layout = LAYOUTS[name]
     state = {}
     for key, value in network.state_dict().items():
         theirs, ours = max(
@@ -231,7 +234,7 @@ def published_file(name: str, folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["proto_seg prototype", "proto_seg parametric"])
+@pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("protocol", ["published", "penumbra"])
 @torch.inference_mode()
 def test_an_imported_file_gives_the_logits_of_its_network(tmp_path: Path, name: str, protocol: str) -> None:
@@ -251,6 +254,24 @@ def test_an_imported_file_gives_the_logits_of_its_network(tmp_path: Path, name: 
     windows = (0, 0) if trained_on_whole_pictures or protocol == "published" else (512, 1024)
     assert (card.window.height, card.window.width) == windows
     assert any("row" in warning for warning in imported.warnings) == trained_on_whole_pictures
+
+
+def test_deeplab_leaves_its_auxiliary_head_and_cannot_have_dropout(tmp_path: Path) -> None:
+    theirs, ours = published_file("proto_seg deeplab", tmp_path), tmp_path / "ours.safetensors"
+    content = torch.load(theirs, weights_only=True)
+    content["state_dict"]["module.decoder.layer_dsn.2.bias"] = torch.zeros(3)
+    torch.save(content, theirs)
+    imported = import_checkpoint("proto_seg", [theirs], ours, classes=THREE)
+    assert imported.train_only == ("decoder.layer_dsn.2.bias",)
+    with pytest.raises(BadOption, match="no dropout"):
+        import_checkpoint("proto_seg", [theirs], ours, classes=THREE, sampling="dropout")
+
+
+def test_deeplab_r101_has_as_many_tensors_as_the_original() -> None:
+    """689 with the auxiliary head's 9: two convolutions with bias and a BatchNorm."""
+    with torch.device("meta"):
+        network = build_network(ProtoConfig(19, head="parametric", trunk="deeplab"))
+    assert len(network.state_dict()) == 689 - 9
 
 
 def test_a_file_can_be_imported_with_dropout(tmp_path: Path) -> None:
@@ -355,7 +376,7 @@ def test_a_pass_leaves_the_prototypes_alone_and_asks_only_for_their_directions()
 @torch.inference_mode()
 def test_extra_maps_are_of_the_cosines_before_the_class_norm_and_without_dropout(name: str) -> None:
     network = seeded(name)
-    cosine = network.head.score(network.joint(IMAGE)).sort(dim=1, descending=True).values
+    cosine = network.head.score(network.trunk(IMAGE)).sort(dim=1, descending=True).values
     extras = network.encode(IMAGE)[-1]
     assert [extra.name for extra in network.extra_maps] == ["distance", "cosine_margin"]
     assert extras.dtype == torch.float32 and extras.shape == (2, 2, 10, 14)
@@ -415,7 +436,7 @@ def test_dropout_that_keeps_every_channel_is_the_single_network(name: str, singl
 @torch.inference_mode()
 def test_every_dropout_sample_is_the_head_behind_dropout2d_with_that_mask(name: str) -> None:
     network, draws = seeded(name), masks(3)
-    logits, x = network(IMAGE, draws), network.joint(IMAGE)
+    logits, x = network(IMAGE, draws), network.trunk(IMAGE)
     for sample, mask_BD in zip(logits, draws, strict=True):
         plain = network.head.logits(network.head.score(x * mask_BD[:, :, None, None]))
         assert torch.allclose(sample, plain, atol=1e-5)
@@ -428,16 +449,38 @@ def test_every_dropout_sample_is_the_head_behind_dropout2d_with_that_mask(name: 
 @pytest.mark.parametrize("name", [name for name in SMALL if name.startswith("proto_seg")])
 @torch.inference_mode()
 def test_exported_graphs_run_at_other_batches_and_sizes(tmp_path: Path, name: str) -> None:
-    network = seeded(name).requires_grad_(False)
+    """In float64, so that what is left is the graphs' own difference; extras are float32 at all times."""
+    network = seeded(name).double().requires_grad_(False)
     dropout = network.sampling.kind == "dropout"
-    write_torchscript(network, IMAGE, masks(3) if dropout else torch.zeros(1, 2, 0), tmp_path)
+    write_torchscript(network, IMAGE.double(), masks(3).double() if dropout else torch.zeros(1, 2, 0), tmp_path)
     encode, decode = (torch.jit.load(tmp_path / f"{half}.ts") for half in ("encode", "decode"))
     for num, size in ((1, (64, 96)), (3, (45, 70))):
-        image = torch.randn(num, 3, *size, generator=torch.Generator().manual_seed(num))
-        noise = masks(5)[:, :1].repeat(1, num, 1) if dropout else torch.zeros(1, num, 0)
+        image = torch.randn(num, 3, *size, generator=torch.Generator().manual_seed(num)).double()
+        noise = masks(5)[:, :1].repeat(1, num, 1).double() if dropout else torch.zeros(1, num, 0)
         features, wanted = encode(image), network.encode(image)
         for ours, theirs in zip(features, wanted, strict=True):
-            assert torch.allclose(ours, theirs, atol=1e-4)
+            assert torch.allclose(ours, theirs, rtol=0, atol=1e-10 if theirs.dtype == torch.float64 else 1e-6)
         logits = decode(features, noise)
         assert logits.shape[:2] == (5 if dropout else 1, num)
-        assert torch.allclose(logits, network.decode(wanted, noise), atol=1e-4)
+        assert torch.allclose(logits, network.decode(wanted, noise), rtol=0, atol=1e-10)
+
+
+# -- batches --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if name.startswith("proto_seg")])
+@torch.inference_mode()
+def test_a_window_is_the_same_alone_and_in_a_batch_but_for_the_convolutions_rounding(name: str) -> None:
+    """In float64: the class norm divides by the spread of nearly equal cosines, which magnifies any rounding."""
+    network, image = seeded(name).double(), IMAGE.double()
+    noise = masks(3).double() if network.sampling.kind == "dropout" else torch.zeros(1, 2, 0)
+    together = network(image, noise)
+    alone = torch.cat([network(image[b : b + 1], noise[:, b : b + 1]) for b in range(2)], dim=1)
+    assert torch.allclose(together, alone, rtol=0, atol=1e-10)
+
+
+@torch.inference_mode()
+def test_the_head_gives_a_window_the_same_bytes_in_every_batch() -> None:
+    head, x = prototype_head("proto_seg prototype"), random_features(3)
+    together = head.logits(head.score(x))
+    assert all(torch.equal(together[b : b + 1], head.logits(head.score(x[b : b + 1]))) for b in range(3))
