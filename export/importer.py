@@ -98,6 +98,8 @@ def _assemble(method: Method, parts: Sequence[Part], files: Sequence[Path]) -> A
     except KeyError as error:
         theirs = published_name(str(error.args[0]), [part.layout for part in parts])
         raise BadCheckpoint(f"{_joined(files)} lacks the tensor {theirs}") from None
+    except IndexError:
+        raise BadCheckpoint(f"{_joined(files)}: a tensor has fewer axes than its layout says") from None
     except BadCheckpoint as error:
         raise BadCheckpoint(f"{_joined(files)}: {error}") from None
 

@@ -104,7 +104,7 @@ def _state(content: Any, layout: Layout) -> tuple[str | None, State]:
     if not isinstance(content, Mapping):
         return None, {}
     inner = {name: value for name, value in content.items() if isinstance(value, Mapping)}
-    container = next((name for name in layout.containers if name in inner), None)
+    container = next((name for name in layout.containers if inner.get(name)), None)
     state = inner[container] if container else {} if inner else content
     state = {str(name): value for name, value in state.items()}
     while state and all(name.startswith(PREFIX) for name in state):

@@ -56,10 +56,10 @@ def assemble(parts: Mapping[str, Mapping[str, Tensor]]) -> Assembly:
         raise BadCheckpoint(f"files of {' and '.join(parts)} make no network together; one file is wanted")
     (tensors,) = parts.values()
     blocks = sum(key.startswith("branch1.backbone.layer3.") and key.endswith(".conv1.weight") for key in tensors)
-    classifier = tensors.get("branch1.classifier.weight")
-    if blocks not in DEPTH_BY_BLOCKS or classifier is None:
+    if blocks not in DEPTH_BY_BLOCKS:
         raise BadCheckpoint(f"the third stage of branch1's ResNet has {blocks} blocks; 6 (R50) or 23 (R101) are known")
-    num_classes, backbone = len(classifier), ResNetConfig(depth=DEPTH_BY_BLOCKS[blocks])  # type: ignore[arg-type]
+    num_classes = tensors["branch1.classifier.weight"].shape[0]
+    backbone = ResNetConfig(depth=DEPTH_BY_BLOCKS[blocks])  # type: ignore[arg-type]
     both = any(key.startswith("branch2.") for key in tensors)
     return Assembly(
         config=CpsConfig(num_classes, 1, backbone),

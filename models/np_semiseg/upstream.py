@@ -44,11 +44,14 @@ NP = Layout(
         f"{HEAD}decoder.Conv_Decoder.0.": "head.conv1.",
         f"{HEAD}decoder.Conv_Decoder.3.": "head.conv2.",
         f"{HEAD}decoder.Conv_Decoder.6.": "head.classifier.",
+        **MEMORIES,  # in a flat file
     },
     train_only=("decoder.classifier.", "decoder.representation.", "auxor."),
     beside=MEMORIES,
 )
-CENTRES = Layout(name="NP-SemiSeg memories", markers=tuple(MEMORIES), containers=(), renames=MEMORIES)
+CENTRES = Layout(
+    name="NP-SemiSeg memories", markers=tuple(MEMORIES), absent=NP.markers, containers=(), renames=MEMORIES
+)
 """A file of the two memories alone: the AugSeg host does not save them."""
 
 ZERO = (
@@ -64,14 +67,13 @@ def assemble(parts: Mapping[str, Mapping[str, Tensor]]) -> Assembly:
         raise BadCheckpoint("memories alone make no network; give the file with the weights too")
     channels = tensors["head.latent.reduce.0.weight"].shape[1]
     blocks = sum(key.startswith("encoder.layer3.") and key.endswith(".conv1.weight") for key in tensors)
-    classifier = tensors.get("head.classifier.weight")
-    if channels not in HOSTS or blocks not in DEPTH_BY_BLOCKS or classifier is None:
+    if channels not in HOSTS or blocks not in DEPTH_BY_BLOCKS:
         raise BadCheckpoint(
             f"the head has {channels} input channels and the third stage of the ResNet {blocks} blocks; "
             "512 (U2PL) or 304 (AugSeg) and 6 (R50) or 23 (R101) are known"
         )
     host, depth = HOSTS[channels], DEPTH_BY_BLOCKS[blocks]
-    config: NpConfig = host(len(classifier), depth)  # type: ignore[arg-type]
+    config: NpConfig = host(tensors["head.classifier.weight"].shape[0], depth)  # type: ignore[arg-type]
     centres = [held[name] for held in parts.values() for name in MEMORIES.values() if name in held]
     return Assembly(
         config=config,

@@ -154,11 +154,12 @@ def test_a_protocol_that_does_without_a_branch_names_its_tensors_as_left_out(tmp
         lambda tensors: tensors,
         lambda tensors: {"model": tensors},
         lambda tensors: {"model": {"x": torch.zeros(1)}, "teacher": tensors},
+        lambda tensors: {"teacher": {}, "model": tensors},
         lambda tensors: {"model": {f"module.{key}": value for key, value in tensors.items()}},
         lambda tensors: {f"module.module.{key}": value for key, value in tensors.items()},
         lambda tensors: {"model": {key: nn.Parameter(value.float()) for key, value in tensors.items()}},
     ],
-    ids=["bare", "contained", "best container", "parallel", "twice parallel", "parameters"],
+    ids=["bare", "contained", "best container", "filled container", "parallel", "twice parallel", "parameters"],
 )
 def test_the_state_dict_is_found_where_files_keep_it(tmp_path: Path, wrap) -> None:
     ours, _ = imported(tmp_path, wrap(state()))

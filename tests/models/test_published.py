@@ -122,6 +122,33 @@ def test_np_reproduces_the_original_features_and_latents_with_the_memories_swapp
 
 @every_np
 @torch.inference_mode()
+def test_np_logits_at_image_size_are_the_originals(np_net: Recorded) -> None:
+    """Recorded of the AugSeg host, which resizes inside; here the read-out does."""
+    _, arrays, _, network = np_net
+    for key in [k for k in arrays if k.startswith("logits_full")]:
+        size = tuple(map(int, key.split("_")[2].split("x")))
+        logits = network(golden.image(*size), torch.from_numpy(arrays["eps_T5"]))
+        full = F.interpolate(logits[:, 0], size=size, mode="bilinear", align_corners=True)
+        _check(full[:, :, ::4, ::4], arrays[key][:, 0], _np_logits(arrays[key]))
+
+
+@every_np
+@torch.inference_mode()
+def test_the_np_head_alone_reproduces_the_original(np_net: Recorded) -> None:
+    _, arrays, _, network = np_net
+    assert isinstance(network, NpNetwork)
+    height, width = arrays["head_only_logits_25x33"].shape[-2:]
+    rng = np.random.Generator(np.random.PCG64(0))
+    x = torch.from_numpy(rng.normal(size=(1, network.head.channels, height, width)).astype(np.float32))
+    logits = network.head.decode(network.head.encode(x), torch.from_numpy(arrays["eps_T5"]))
+    _check(logits, arrays["head_only_logits_25x33"], _np_logits(arrays["head_only_logits_25x33"]))
+    names = ("head_only_mean", "head_only_sigma", "head_only_deterministic_vector")
+    for ours, name in zip(network.head.latent(x), names, strict=True):
+        _check(ours, arrays[name], 5e-6)
+
+
+@every_np
+@torch.inference_mode()
 def test_np_with_memories_of_zero_reproduces_the_original_too(np_net: Recorded) -> None:
     _, arrays, _, network = np_net
     assert isinstance(network, NpNetwork)
@@ -224,6 +251,15 @@ def test_memories_of_zero_and_missing_memories_are_warned_of() -> None:
         assert all("the same for every image" in warning for warning in warnings)
     with pytest.raises(BadCheckpoint, match="memories alone"):
         assemble({memories.name: filled})
+
+
+def test_memories_are_swapped_beside_the_weights_among_them_and_alone() -> None:
+    marked = dict.fromkeys(np_upstream.NP.markers, torch.zeros(1))
+    memories = {"latent_memory": torch.full((21, 32), 1.0), "deterministic_memory": torch.full((21, 32), 2.0)}
+    for content in ({"model_state": marked, **memories}, marked | memories, memories):
+        part = read_part(content, find_method("np_semiseg"), where="a.pth")
+        held = part.beside | part.tensors
+        assert held["head.latent.context_centres"].unique() == 1 and held["head.latent.latent_centres"].unique() == 2
 
 
 @pytest.mark.parametrize(("blocks", "depth"), [(6, 50), (23, 101)])
