@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.blocks.layers import conv_norm_act, convolve_pooled, drop_channels, resize_like
+from models.blocks.aspp import Aspp
+from models.blocks.layers import conv_norm_act, drop_channels, resize_like
 from models.blocks.resnet import ResNet, ResNetConfig
 from models.card import PromptSpec, Sampling
 from models.contract import Features, Network, Prompt
@@ -25,6 +26,7 @@ KEEP = 0.5
 class SelfCorrectingConfig:
     """Shape of both networks and of the correction. The defaults are the unofficial code's.
 
+    aspp_rates: the unofficial code has 6, 12, 18 at output stride 8; DeepLabv3+ has twice that there.
     ancillary: there is a network that sees boxes. correction: what joins it with the primary, if it is there;
     correction_hidden: channels of the convolutional one (the paper names none). alpha: weight of the ancillary in the
     linear one if a request names none; 0.5 is where the paper's schedule, from 30, ends.
@@ -220,24 +222,3 @@ class BoxGate(nn.Module):
     def forward(self, boxes_BKhw: Tensor, feature_BDhw: Tensor) -> Tensor:
         """Factors of the shape of `feature`."""
         return torch.sigmoid(self.conv(F.interpolate(boxes_BKhw, size=feature_BDhw.shape[-2:], mode="nearest")))
-
-
-class Aspp(nn.Module):
-    """Atrous spatial pyramid: every branch normalised alone, the pooled one last, and a projection of all.
-
-    Rates 6, 12, 18 at output stride 8 are the unofficial code's; DeepLabv3+ has twice that there.
-    """
-
-    def __init__(self, channels: int, out_channels: int, rates: tuple[int, ...]) -> None:
-        super().__init__()
-        branches = [conv_norm_act(channels, out_channels, 1)]
-        branches += [conv_norm_act(channels, out_channels, 3, dilation=rate) for rate in rates]
-        self.branches = nn.ModuleList(branches)
-        self.pool = conv_norm_act(channels, out_channels, 1)
-        self.project = conv_norm_act(out_channels * (len(rates) + 2), out_channels, 1)
-
-    def forward(self, x_BDhw: Tensor) -> Tensor:
-        conv, norm, activate = self.pool
-        pooled = activate(norm(convolve_pooled(x_BDhw.mean((2, 3), keepdim=True), conv)))
-        pooled = pooled.expand(-1, -1, x_BDhw.shape[2], x_BDhw.shape[3])
-        return self.project(torch.cat([branch(x_BDhw) for branch in self.branches] + [pooled], dim=1))
