@@ -67,7 +67,7 @@ DEPTHS: dict[int, Literal[50, 101]] = {6: 50, 23: 101}
 
 INPUT = InputSpec(order="BGR")
 READOUT = Readout(align_corners=True)
-"""Of both, at window resolution; the whole picture is one window."""
+"""Of all, at window resolution."""
 TRAINED = (1024, 2048)
 ROW_WARNING = (
     "the embedding of a pixel depends on its whole row (published normalisation): "
