@@ -30,8 +30,8 @@ from models.cpal.seeds import (
 
 SMALLEST = 1e-5
 """A map's value from which down its logarithm is taken as one: keeps logits finite."""
-ABSENT = -1e4
-"""Logit of a class that is not in the image: probability 0 in float32, and finite in float16."""
+ABSENT = -200.0
+"""Logit of a class that is not in the image: probability 0 in float32, yet of the size of a logit."""
 
 
 class View(NamedTuple):

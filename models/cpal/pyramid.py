@@ -28,7 +28,7 @@ class Pyramid(nn.Module):
             return [image_B3HW]
         pixels = ((image_B3HW.double() * self.std + self.mean) * 255).round().clamp(0, 255)
         scaled = (pixels if scale == 1 else rescale(pixels, scale) for scale in self.scales)
-        return [((each / 255 - self.mean) / self.std).float() for each in scaled]
+        return [((each / 255 - self.mean) / self.std).to(image_B3HW.dtype) for each in scaled]
 
 
 def rescale(pixels_B3HW: Tensor, scale: float) -> Tensor:

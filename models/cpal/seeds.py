@@ -1,7 +1,7 @@
 """From class activation maps to image-specific maps: seeds, prototypes, reactivation (SIPE, Chen et al. 2022, sec. 3).
 
-Maps of K classes have the background first. Everything here is float32 and knows no image-level labels, except where a
-label has masked the maps that come in.
+Maps of K classes have the background first. Everything here wants float32 or wider, and knows no image-level labels
+but those that have masked the maps that come in.
 """
 
 import torch
@@ -33,7 +33,7 @@ def overlap(cam_BKhw: Tensor, feature_BDhw: Tensor) -> Tensor:
     A = ReLU(f^T f) of unit features; IoU_ki = sum_j A_ij M_kj / (sum_j A_ij + sum_j M_kj - sum_j A_ij M_kj). The sums
     of all classes are one matrix product: memory is (hw)^2, where the plain form takes K (hw)^2.
     """
-    unit_BDp = unit_length(feature_BDhw.float()).flatten(2)
+    unit_BDp = unit_length(feature_BDhw).flatten(2)
     affinity_Bpp = F.relu(unit_BDp.transpose(1, 2) @ unit_BDp)
     cam_BKp = cam_BKhw.flatten(2)
     both_BKp = cam_BKp @ affinity_Bpp
@@ -50,7 +50,7 @@ def unit_length(feature_BDhw: Tensor) -> Tensor:
 
 def choose_seeds(iou_BKhw: Tensor) -> Tensor:
     """seeds_BKhw, 1 at the class whose map overlaps most with a pixel's affinity."""
-    return F.one_hot(iou_BKhw.argmax(1), iou_BKhw.shape[1]).movedim(-1, 1).float()
+    return F.one_hot(iou_BKhw.argmax(1), iou_BKhw.shape[1]).movedim(-1, 1).to(iou_BKhw.dtype)
 
 
 def gather_prototypes(seeds_BKhw: Tensor, feature_BDhw: Tensor) -> Tensor:
