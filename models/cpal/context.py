@@ -71,10 +71,9 @@ def positiveness(instances_BND: Tensor, centres_NPD: Tensor, scale: float) -> Te
 
 
 def keep_neighbours(weights_BNP: Tensor, count: int) -> Tensor:
-    """The `count` largest weights, over their sum; the others are 0."""
-    kept = weights_BNP.topk(count, dim=2)
-    share = kept.values / kept.values.sum(2, keepdim=True)
-    return torch.zeros_like(weights_BNP).scatter(2, kept.indices, share)
+    """The `count` largest weights (and those equal to the last of them), over their sum; the others are 0."""
+    kept = weights_BNP * (weights_BNP >= weights_BNP.topk(count, dim=2).values[..., -1:])
+    return kept / kept.sum(2, keepdim=True)
 
 
 def activate(projected_BDhw: Tensor, centres_NPD: Tensor, weights_BNP: Tensor, shift_ND: Tensor) -> Tensor:

@@ -33,23 +33,27 @@ class Pyramid(nn.Module):
 
 def rescale(pixels_B3HW: Tensor, scale: float) -> Tensor:
     """Whole pixel values at round(scale * size), halves to even; the columns first, as in Pillow."""
-    height, width = (torch.as_tensor(length).double() for length in pixels_B3HW.shape[2:])
-    across = bicubic_weights(width, torch.round(width * scale), pixels_B3HW)
-    down = bicubic_weights(height, torch.round(height * scale), pixels_B3HW)
+    across = bicubic_weights(pixels_B3HW[0, 0, 0], scale)
+    down = bicubic_weights(pixels_B3HW[0, 0, :, 0], scale)
     return _whole(down @ _whole(pixels_B3HW @ across.T))
 
 
-def bicubic_weights(length: Tensor, size: Tensor, like: Tensor) -> Tensor:
-    """Rows of weights [size, length] of a resize along one axis (Keys 1981, a = -0.5, widened when it shrinks)."""
+def bicubic_weights(line: Tensor, scale: float) -> Tensor:
+    """Rows of weights [new, old length] of a resize of a line (Keys 1981, a = -0.5, widened when it shrinks)."""
+    one, length = line[:1] * 0 + 1, torch.as_tensor(line.shape[0]).double()
+    size = torch.round(length * scale)
     step = length / size
-    stretch = step.clamp_min(1)
-    centre = (torch.arange(size, dtype=torch.float64, device=like.device)[:, None] + 0.5) * step
-    pixel = torch.arange(length, dtype=torch.float64, device=like.device) + 0.5
-    t = ((pixel - centre) / stretch).abs()
+    centre = _middles(one, size)[:, None] * step
+    t = ((_middles(one, length) - centre) / step.clamp_min(1)).abs()
     near, far = (1.5 * t - 2.5) * t * t + 1, ((2.5 - 0.5 * t) * t - 4) * t + 2
-    weights = torch.where(t < 1, near, torch.where(t < 2, far, 0.0))
+    weights = near * (t < 1) + far * ((t >= 1) & (t < 2))
     weights = weights / weights.sum(1, keepdim=True)
     return torch.trunc(weights * FIXED_POINT + 0.5 * weights.sign()) / FIXED_POINT
+
+
+def _middles(one: Tensor, count: Tensor) -> Tensor:
+    """0.5, 1.5, ...: of as many pixels, on the device of `one`; a traced `arange` would stay on the CPU."""
+    return one.expand(count.long()).cumsum(0) - 0.5  # type: ignore[call-overload, no-any-return]
 
 
 def _whole(values: Tensor) -> Tensor:

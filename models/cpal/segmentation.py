@@ -75,7 +75,9 @@ class DeepLabV2(nn.Module):
 
     def forward(self, image_B3HW: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.layer1(image_B3HW)), 3, 2, 1, ceil_mode=True)
-        return self.aspp(self.layer5(self.layer4(self.layer3(self.layer2(x)))))
+        for stage in (2, 3, 4, 5):
+            x = self.get_submodule(f"layer{stage}")(x)
+        return self.aspp(x)
 
 
 class ConvNorm(nn.Module):
@@ -116,7 +118,8 @@ class SumOfRates(nn.Module):
             self.add_module(f"c{i}", nn.Conv2d(channels, num_classes, 3, padding=rate, dilation=rate))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c0(x) + self.c1(x) + self.c2(x) + self.c3(x)
+        c0, c1, c2, c3 = (conv(x) for conv in self.children())
+        return c0 + c1 + c2 + c3
 
 
 class Wrn38Network(Network):
