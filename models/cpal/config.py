@@ -62,14 +62,27 @@ def wrn38(num_classes: int) -> CpalConfig:
 
 
 def choose_sampling(config: CpalConfig, offered: tuple[str, ...]) -> Sampling:
-    """The sample axis that `config.members` asks for. Raises BadOption naming what the network offers."""
-    members = config.members
-    if not members or len(set(members)) < len(members) or not set(members) <= set(offered):
-        raise BadOption(f"members are {', '.join(members) or 'empty'}; of {', '.join(offered)}, each once, are wanted")
-    if not 0 < config.tag_threshold < 1:
-        raise BadOption(f"tag_threshold is {config.tag_threshold}; a probability between 0 and 1 is wanted")
-    if config.sampling == "dropout" and config.net != "wrn38":
-        raise BadOption(f"the network {config.net!r} has no dropout; sampling 'single' is wanted")
+    """The sample axis that `config.members` asks for, of those that its network offers.
+
+    Raises BadOption naming the first value that fits no network, or not this one.
+    """
+    net, members = config.net, config.members
+    failures = {
+        f"members are {', '.join(members) or 'empty'}; of {', '.join(offered)}, each once, are wanted":
+            not members or len(set(members)) < len(members) or not set(members) <= set(offered),
+        f"scales are {config.scales}; one or more positive ones, each once, are wanted":
+            min(config.scales, default=0) <= 0 or len(set(config.scales)) < len(config.scales),
+        f"tag_threshold is {config.tag_threshold}; a probability between 0 and 1 is wanted":
+            not 0 < config.tag_threshold < 1,
+        f"neighbours is {config.neighbours}; 1 or more are wanted": config.neighbours < 1,
+        f"the network {net!r} has no dropout; sampling 'single' is wanted":
+            net != "wrn38" and config.sampling != "single",
+        f"the network {net!r} has neither flips nor context": net != "cam" and (config.flip or config.context != 0),
+        f"the network {net!r} has the scale 1 alone": net == "wrn38" and config.scales != (1.0,),
+    }  # fmt: skip
+    for sentence, failed in failures.items():
+        if failed:
+            raise BadOption(sentence)
     if len(members) == 1:
         return Sampling(kind="single")
     return Sampling(kind="members", members=members, default_samples=len(members))

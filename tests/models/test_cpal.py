@@ -107,6 +107,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @torch.inference_mode()
 def test_the_training_network_s_maps_come_back(case: Case) -> None:
+    assert case.sizes("net_score")
     for size in case.sizes("net_score"):
         end = f"_{size[0]}x{size[1]}"
         for prefix, label_1K in (("net", case.label_1K), ("net_all", torch.ones_like(case.label_1K))):
@@ -125,13 +126,14 @@ def test_the_training_network_s_maps_come_back(case: Case) -> None:
 @torch.inference_mode()
 def test_the_inference_network_s_maps_and_seeds_come_back(case: Case) -> None:
     """Of an image and its mirror image; the label masks the seeds, hence whole maps."""
+    assert case.sizes("cam_norm_cam")
     for size in case.sizes("cam_norm_cam"):
         end = f"_{size[0]}x{size[1]}"
         view = case.ours.look(golden.image(*size))
         cam_1Khw, is_cam_1Khw = case.ours.draw_maps(view).unbind(1)
         seeds_1Khw, label_1K11 = choose_seeds(overlap(cam_1Khw, view.hierarchical_BDhw)), case.label_1K[..., None, None]
         case.check(f"cam_norm_cam{end}", cam_1Khw)
-        case.check(f"cam_IS_cam{end}", is_cam_1Khw * label_1K11)
+        case.check_where_recorded(f"cam_IS_cam{end}", is_cam_1Khw * label_1K11)
         case.check_seeds(f"cam_seeds{end}", seeds_1Khw * label_1K11)
         case.check_where_recorded(f"cam_all_IS_cam{end}", is_cam_1Khw)
         case.check_seeds(f"cam_all_seeds{end}", seeds_1Khw)
@@ -139,6 +141,8 @@ def test_the_inference_network_s_maps_and_seeds_come_back(case: Case) -> None:
 
 @torch.inference_mode()
 def test_seeds_prototypes_and_reactivation_come_back_on_synthetic_maps(case: Case) -> None:
+    if "func_cam" not in case.arrays:
+        pytest.skip("not recorded here")
     cam, feature = torch.from_numpy(case.arrays["func_cam"]), torch.from_numpy(case.arrays["func_feature"])
     iou = overlap(cam, feature)
     seeds = choose_seeds(iou) * case.label_1K[..., None, None]
@@ -278,6 +282,11 @@ def test_a_mirrored_picture_gets_mirrored_maps() -> None:
         (CpalConfig(3, "deeplabv2", members=("max", "max")), "of max, scale1, each once"),
         (CpalConfig(3, sampling="dropout"), "'cam' has no dropout"),
         (CpalConfig(3, tag_threshold=1.0), "tag_threshold is 1.0"),
+        (CpalConfig(3, scales=(1.0, 1.0)), r"scales are \(1.0, 1.0\)"),
+        (CpalConfig(3, scales=()), r"scales are \(\)"),
+        (CpalConfig(3, context=4, neighbours=0), "neighbours is 0"),
+        (CpalConfig(3, "deeplabv2", members=("max",), flip=True), "'deeplabv2' has neither flips nor context"),
+        (CpalConfig(3, "wrn38", members=("logits",), scales=(1.0, 0.5)), "'wrn38' has the scale 1 alone"),
     ],
 )
 def test_a_configuration_that_fits_no_network_is_refused(config: CpalConfig, problem: str) -> None:

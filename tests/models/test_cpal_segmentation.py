@@ -18,6 +18,7 @@ from models.contract import Network
 from models.cpal import METHOD
 from models.cpal.config import deeplabv2, wrn38
 from models.cpal.segmentation import DeepLabV2Network, Wrn38Network
+from models.errors import BadOption
 from tests.models import golden
 from tests.models.small import SMALL, seeded
 
@@ -160,3 +161,16 @@ def test_our_protocol_has_windows_and_the_scales_as_members(tmp_path: Path, net:
     card, network = load_checkpoint(ours)
     assert (card.window.height, card.window.width) == (512, 512) and card.sampling.members == members
     assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+
+
+def test_the_published_wrn38_can_be_imported_with_dropout_and_deeplabv2_cannot(tmp_path: Path) -> None:
+    classes = tuple(ClassInfo(f"class {k}", (k, k, k)) for k in range(3))
+    for published in (wrn38, deeplabv2):
+        torch.save(METHOD.build(replace(published(3), width=1)).state_dict(), tmp_path / f"{published.__name__}.pth")
+    ours = tmp_path / "ours.safetensors"
+    import_checkpoint("cpal", [tmp_path / "wrn38.pth"], ours, classes=classes, sampling="dropout")
+    card, network = load_checkpoint(ours)
+    assert card.sampling == network.sampling
+    assert (card.sampling.kind, card.sampling.noise_length, card.sampling.keep) == ("dropout", 8, 0.5)
+    with pytest.raises(BadOption, match="'deeplabv2' has no dropout"):
+        import_checkpoint("cpal", [tmp_path / "deeplabv2.pth"], ours, classes=classes, sampling="dropout")
