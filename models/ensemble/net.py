@@ -74,12 +74,12 @@ class Member(nn.Module):
     def forward(self, image_B3hw: Tensor) -> Tensor:
         channels_B3hw = image_B3hw.flip(1) if self.exchanged else image_B3hw
         own_B3hw = channels_B3hw * self.factor_311 + self.offset_311
-        logits_MBKhw = self.network(own_B3hw, self._still(image_B3hw)) / self.readout.temperature
+        logits_MBKhw: Tensor = self.network(own_B3hw, self._still(image_B3hw)) / self.readout.temperature
         if not self.resized:
             return logits_MBKhw
         size, align = image_B3hw.shape[2:], self.readout.align_corners
         full = F.interpolate(logits_MBKhw.flatten(0, 1), size=size, mode="bilinear", align_corners=align)
-        return full.unflatten(0, (len(self.names), image_B3hw.shape[0]))
+        return full.reshape(logits_MBKhw.shape[:3] + size)
 
     def _still(self, image_B3hw: Tensor) -> Tensor:
         """Noise under which nothing is random."""

@@ -8,45 +8,16 @@ import torch
 from torch import Tensor
 
 from export.bundle import export_checkpoint, export_network, verify_artifact
-from models.card import Card, ClassInfo, InputSpec, Readout, WindowSpec
 from models.checkpoint import save_checkpoint
-from models.contract import Features, Network
+from models.contract import Features
 from models.errors import BadArtifact, BadCheckpoint, BadOption, ParityFailed
 from models.toy.net import ToyConfig, ToyNetwork
-from serving.engine.backend import load_backend
 from serving.engine.store import open_artifact, sha256_of, versions
 from tests.conftest import toy_card
-from tests.models.small import SMALL, seeded
-
-
-def small_card(name: str, network: Network) -> Card:
-    classes = tuple(ClassInfo(f"class {k}", (k, k, k)) for k in range(3))
-    return Card(
-        name.replace(" ", "-"), 1, name.split()[0], dataclasses.asdict(SMALL[name]), classes, InputSpec(),
-        WindowSpec(64, 80), network.sampling, Readout(),
-    )  # fmt: skip
 
 
 def same_contents(store: Path) -> list[Path]:
     return sorted(store.rglob("*"))
-
-
-@pytest.mark.parametrize("name", [name for name in SMALL if name != "toy"])
-@torch.inference_mode()
-def test_graphs_agree_with_their_network_at_batches_and_samples_other_than_traced(name: str, tmp_path: Path) -> None:
-    network = seeded(name)
-    artifact = open_artifact(export_network(network, small_card(name, network), tmp_path))
-    graphs = load_backend(artifact.card, artifact.directory, torch.device("cpu"))
-    generator, sampling = torch.Generator().manual_seed(3), network.sampling
-    for num_windows, num_samples in ((1, 1), (5, 1), (1, 5), (5, 5)):
-        if sampling.kind in ("members", "single"):
-            num_samples = sampling.default_samples
-        image = torch.randn(num_windows, 3, 64, 80, generator=generator)
-        noise = torch.randn(num_samples, num_windows, sampling.noise_length, generator=generator)
-        wanted = network(image, noise)
-        got = graphs.decode(graphs.encode(image), noise)
-        assert got.shape == wanted.shape
-        assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
 def test_the_artifacts_card_says_where_it_comes_from_and_how_near_it_is(tmp_path: Path) -> None:

@@ -32,14 +32,13 @@ def _rng(key: str) -> np.random.Generator:
 
 def fill(key: str, shape: list[int], keys: dict, *, seed_key: str | None = None) -> Tensor:
     """One tensor by the filler's rules; `keys` are the fixture's, for what stands beside this one."""
-    rng, stem = _rng(seed_key or key), key.rpartition(".")[0]
+    rng = _rng(seed_key or key)
+    is_norm = len(shape) == 1 or f"{key.rpartition('.')[0]}.running_var" in keys
     if key.endswith("num_batches_tracked"):
         return torch.zeros(shape, dtype=torch.int64)
     if key.endswith((".running_mean", ".bias")):
         value = rng.normal(0, 0.1, shape)
-    elif key.endswith(".running_var"):
-        value = rng.uniform(0.5, 1.5, shape)
-    elif key.endswith(".weight") and (len(shape) == 1 or f"{stem}.running_var" in keys):
+    elif key.endswith(".running_var") or (key.endswith(".weight") and is_norm):
         value = rng.uniform(0.5, 1.5, shape)
     elif key.endswith(".weight"):
         value = rng.normal(0, np.sqrt(2 / np.prod(shape[1:])), shape)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import models
 from export.bundle import export_network, golden_prompt
+from export.parity import MAX_RELATIVE
 from models import find_method, methods
 from models.blocks.resnet import ResNet, ResNetConfig
 from models.card import MAPS, Card, ClassInfo, InputSpec, Readout, WindowSpec, read_strict
@@ -20,10 +21,12 @@ from models.contract import Method, Network
 from models.cps.net import CpsNetwork
 from models.errors import BadOption
 from models.np_semiseg.net import NpConfig, NpNetwork
+from serving.engine.backend import load_backend
 from serving.engine.noise import SeededNoise
 from serving.engine.options import SegmentOptions
 from serving.engine.runtime import Tuning
 from serving.engine.segmenter import Segmenter
+from serving.engine.store import open_artifact
 from tests.models.small import SMALL, fresh, seeded
 
 every_network = pytest.mark.parametrize("name", SMALL)
@@ -166,14 +169,25 @@ def test_extra_maps_are_the_last_feature(name: str) -> None:
 
 
 @every_network
-def test_the_export_passes_its_gate_and_is_served(name: str, tmp_path: Path) -> None:
-    card = card_of(name)
-    export_network(seeded(name), card, tmp_path)
+@torch.inference_mode()
+def test_the_export_passes_its_gate_agrees_at_other_batches_and_is_served(name: str, tmp_path: Path) -> None:
+    card, network = card_of(name), seeded(name)
+    directory = export_network(network, card, tmp_path)
+    graphs = load_backend(open_artifact(directory).card, directory, torch.device("cpu"))
+    for num_windows, num_samples in ((1, 1), (5, 1), (1, 5), (3, 4)):
+        draws = noise(name, num_samples, num_windows)
+        wanted, got = network(image(num_windows), draws), graphs.decode(graphs.encode(image(num_windows)), draws)
+        assert got.shape == wanted.shape and close(got, wanted, MAX_RELATIVE)
+    is_served(card, tmp_path)
+
+
+def is_served(card: Card, store: Path) -> None:
+    """With and without its prompt, with every map, with the members the card names."""
     wanted = (*MAPS, *(extra.name for extra in card.extra_maps))
     picture = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (70, 90, 3), dtype=np.uint8)
     boxes = ((3.0, 3.0, 60.0, 50.0, 1),) if card.prompt.kind == "boxes" else ()
     tags = (1,) if card.prompt.kind == "tags" else ()
-    with Segmenter.open(tmp_path, device="cpu", threads=1, tuning=Tuning(1, 1)) as segmenter:
+    with Segmenter.open(store, device="cpu", threads=1, tuning=Tuning(1, 1)) as segmenter:
         plain = segmenter.segment(picture, SegmentOptions(outputs=wanted))
         prompted = segmenter.segment(picture, SegmentOptions(outputs=wanted, boxes=boxes, tags=tags))
     for prediction, members in ((plain, card.sampling.members), (prompted, card.prompt.members)):
