@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from export.bundle import export_network
 from export.importer import import_checkpoint
 from export.torchscript import write_torchscript
 from models.card import Card, ClassInfo, InputSpec, Readout
@@ -19,6 +20,9 @@ from models.errors import BadCheckpoint, BadOption
 from models.proto_seg.heads import PrototypeHead
 from models.proto_seg.net import ProtoConfig, ProtoNetwork, build_network
 from models.proto_seg.upstream import BASELINE, DEEPLAB, PROTOTYPE, TRAINED
+from serving.engine.options import SegmentOptions
+from serving.engine.runtime import Tuning
+from serving.engine.segmenter import Segmenter
 from serving.engine.windows import normalise
 from tests.models import golden
 from tests.models.small import SMALL, seeded
@@ -208,6 +212,21 @@ def test_the_card_tells_the_published_protocol(case: Case) -> None:
     assert card.readout == Readout(softmax_at="window", align_corners=True)
     assert card.input == InputSpec(order="BGR")
     assert card.window.trained == (TRAINED if card.config["head"] == "prototype" else None)
+
+
+def test_the_server_gives_the_recorded_labels_and_warns_of_the_geometry(case: Case, tmp_path: Path) -> None:
+    export_network(case.network, case.card, tmp_path)
+    with Segmenter.open(tmp_path, device="cpu", threads=1, tuning=Tuning(1, 1)) as segmenter:
+        for key in case.named("image_rgb"):
+            end = key.removeprefix("image_rgb")
+            prediction = segmenter.segment(case.arrays[key], SegmentOptions())
+            assert np.array_equal(prediction.labels_HW, case.arrays[f"image_trainid{end}"])
+            recorded = torch.from_numpy(case.arrays[f"image_logits{end}_hw::2"])[0].softmax(0).amax(0)
+            confidence = prediction.maps["confidence"][::2, ::2]
+            # A softmax moves by at most half of what its logits do.
+            assert np.abs(confidence - recorded.numpy()).max() <= case.logit_tolerance / 2 + 1e-6
+            warned = any("2048x1024" in warning for warning in prediction.warnings)
+            assert warned == (case.stem.startswith("protoseg_"))
 
 
 # -- files of the published layout, from small networks ------------------------------------------
