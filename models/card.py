@@ -60,7 +60,8 @@ class WindowSpec:
     window and else the second (CPS). centred: half of it before the image, half after.
     last: the last row and column of windows are shifted inward to end at the border, or clipped at it (AugSeg).
     trained: (height, width) of the windows that the network's results hold for, where they depend on it; an answer
-    from other windows carries a warning.
+    from other windows carries a warning. max_pixels: of an image that is seen whole, where the network's memory grows
+    faster than the image; 0 leaves it to the server's limit.
     """
 
     height: int
@@ -71,6 +72,7 @@ class WindowSpec:
     centred: bool = False
     last: Literal["shift", "clip"] = "shift"
     trained: tuple[int, int] | None = None
+    max_pixels: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +308,7 @@ def check_facts(card: Card) -> None:
             sampling.kind == "members" and sampling.default_samples != num_members,
         f"default_samples is {sampling.default_samples}; at least 1 is needed": sampling.default_samples < 1,
         f"window.trained is {window.trained}; two positive sizes are wanted": min(window.trained or (1,)) < 1,
+        f"window.max_pixels is {window.max_pixels}; 0 or more is possible": window.max_pixels < 0,
         f"prompt.alpha is {prompt.alpha}; 0 or more is possible": not 0 <= (prompt.alpha or 0.0) < math.inf,
         f"prompt.background is {prompt.background}; the classes are 0 to {card.num_classes - 1}":
             not 0 <= (prompt.background or 0) < card.num_classes,

@@ -10,7 +10,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from models.card import InputSpec, Readout, WindowSpec
-from models.cpal.config import deeplabv2, sipe, wrn38
+from models.cpal.config import CpalConfig, deeplabv2, sipe, wrn38
 from models.errors import BadCheckpoint
 from models.layout import Assembly, Layout, Protocol, Upstream
 
@@ -40,6 +40,8 @@ WRN38 = Layout(
 )
 
 WHOLE = WindowSpec(0, 0, blend="uniform")
+POSITIONS = 2**13
+"""Of the largest feature map whose affinity, a number for every pair of positions (256 MB), is made."""
 WINDOWS = WindowSpec(512, 512)
 CAFFE = InputSpec(mean=(104.008, 116.669, 122.675), std=(1.0, 1.0, 1.0), scale=1.0, order="BGR")
 
@@ -54,9 +56,14 @@ def assemble(files: Mapping[str, Mapping[str, Tensor]]) -> Assembly:
 
 def _localisation(tensors: Mapping[str, Tensor]) -> Assembly:
     config = replace(sipe(len(tensors["classifier.weight"]) + 1), width=len(tensors["backbone.conv1.weight"]))
-    protocol = Protocol(WHOLE, Readout(align_corners=False))
     ours = replace(config, scales=(1.0,), members=("cam", "is_cam"))
-    return Assembly(config, InputSpec(), published=protocol, ours=protocol, ours_config=ours)
+    return Assembly(config, InputSpec(), published=_whole(config), ours=_whole(ours), ours_config=ours)
+
+
+def _whole(config: CpalConfig) -> Protocol:
+    """Whole images, of as many pixels as their largest scale's map at stride 16 may have positions."""
+    max_pixels = int(POSITIONS * (16 / max(config.scales)) ** 2)
+    return Protocol(replace(WHOLE, max_pixels=max_pixels), Readout(align_corners=False))
 
 
 def _deeplabv2(tensors: Mapping[str, Tensor]) -> Assembly:

@@ -162,7 +162,9 @@ class Runtime:
             self._choose("samples_per_call", chunks, lambda: self._sample(features, pieces[:1]), budget_s=share_s)
         if tuning.windows_per_batch:
             self.windows_per_batch = tuning.windows_per_batch
-        else:
+        elif (
+            self.card.window.height
+        ):  # images that are seen whole differ in size: what pays for one may not fit another
             share_s = tuning.budget_s * 2 / 3
             self._choose("windows_per_batch", SIZES, lambda: self._run_full_batch(pieces), budget_s=share_s)
         if tuning.deterministic:

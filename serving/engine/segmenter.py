@@ -186,10 +186,11 @@ class Segmenter:
         return runtime, num_samples, prompt
 
     def _check_windows(self, height: int, width: int, card: Card, overlap: float | None) -> None:
-        if card.window.height == 0 and height * width > self.limits.window_pixels:
+        limit = min(self.limits.window_pixels, card.window.max_pixels or self.limits.window_pixels)
+        if card.window.height == 0 and height * width > limit:
             raise TooLarge(
                 f"{card.name} sees an image whole and this one has {width}x{height} = {height * width:,} pixels; the "
-                f"limit for that is {self.limits.window_pixels:,}: send a smaller image or parts of it"
+                f"limit for that is {limit:,}: send a smaller image or parts of it"
             )
         num_windows = count_windows(height, width, card.window, overlap)
         if num_windows > self.limits.windows:

@@ -178,7 +178,15 @@ def test_the_export_passes_its_gate_agrees_at_other_batches_and_is_served(name: 
         draws = noise(name, num_samples, num_windows)
         wanted, got = network(image(num_windows), draws), graphs.decode(graphs.encode(image(num_windows)), draws)
         assert got.shape == wanted.shape and close(got, wanted, MAX_RELATIVE)
+    for path in directory.glob("*.ts"):
+        assert made_on_a_device(torch.jit.load(path)) <= {"aten::to"}, path.name  # of sizes, which stay on the CPU
     is_served(card, tmp_path)
+
+
+def made_on_a_device(graph: torch.jit.ScriptModule) -> set[str]:
+    """Kinds of operations that name the device they were traced on: on another one they would stay behind."""
+    nodes = graph.inlined_graph.nodes()
+    return {node.kind() for node in nodes if any(x.type().kind() == "DeviceObjType" for x in node.inputs())}
 
 
 def is_served(card: Card, store: Path) -> None:

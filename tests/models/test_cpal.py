@@ -381,8 +381,6 @@ def test_traced_graphs_run_with_other_batches_and_sizes(name: str, tmp_path: Pat
     noise = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(6)).double()
     write_torchscript(network, picture().double(), noise[:, :2], tmp_path, prompt=(tags_BK[:2],) if has_tags else ())
     encode, decode = (torch.jit.load(tmp_path / f"{part}.ts") for part in ("encode", "decode"))
-    assert made_on_a_device(encode) <= {"aten::to"}  # of sizes, which are numbers
-    assert not made_on_a_device(decode)
     for num, size in ((1, (37, 53)), (3, (101, 70))):
         image = picture(num, size).double()
         features, traced = network.encode(image), encode(image)
@@ -392,9 +390,3 @@ def test_traced_graphs_run_with_other_batches_and_sizes(name: str, tmp_path: Pat
         ours = network.decode(features, noise[:, :num])
         difference = (ours - decode(traced, noise[:, :num])).abs().max()
         assert difference <= 1e-9 * ours[ours != ABSENT].abs().max()
-
-
-def made_on_a_device(graph: torch.jit.ScriptModule) -> set[str]:
-    """Kinds of operations that name the device they were traced on: on another one they would stay behind."""
-    nodes = graph.inlined_graph.nodes()
-    return {node.kind() for node in nodes if any(x.type().kind() == "DeviceObjType" for x in node.inputs())}

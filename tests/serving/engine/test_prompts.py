@@ -300,9 +300,11 @@ def test_an_answer_warns_when_its_windows_are_not_the_ones_the_network_was_train
     assert "toy was trained for windows of 30x20 px" in warning and "run at 31x20" in warning
 
 
-def test_an_image_that_a_model_would_see_whole_is_bounded(tmp_path: Path) -> None:
-    card, network = toy_card("pointwise", name="toy", window=WindowSpec(0, 0))
-    with serve(card, network, tmp_path, limits=Limits(window_pixels=1000)) as segmenter:
+@pytest.mark.parametrize(("of_server", "of_card"), [(1000, 0), (1000, 2000), (4000, 1000)])
+def test_an_image_that_a_model_would_see_whole_is_bounded(tmp_path: Path, of_server: int, of_card: int) -> None:
+    card, network = toy_card("pointwise", name="toy", window=WindowSpec(0, 0, max_pixels=of_card))
+    with serve(card, network, tmp_path, limits=Limits(window_pixels=of_server)) as segmenter:
+        assert segmenter.find("toy").windows_per_batch == 1
         segmenter.check(20, 50, SegmentOptions("toy"))
         with pytest.raises(TooLarge, match=r"sees an image whole and this one has 51x20 = 1,020 pixels.*1,000"):
             segmenter.check(20, 51, SegmentOptions("toy"))
