@@ -11,9 +11,12 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from models.card import Card
 
 STORE = click.option(
     "--store", type=click.Path(path_type=Path, file_okay=False), default=Path("store"), envvar="PENUMBRA_STORE",
@@ -200,8 +203,17 @@ def import_files(
         click.echo(json.dumps({"file": str(output)} | dataclasses.asdict(imported)))
         return
     _print_left_out(imported.train_only, imported.entries)
-    click.echo(f"{output}: {method}, {imported.card.num_classes} classes, {imported.card.sampling.kind}")
+    click.echo(f"{output}: {method}, {imported.card.num_classes} classes, {_describe(imported.card)}")
     click.echo(f"next: penumbra export {output}")
+
+
+def _describe(card: "Card") -> str:
+    """The sample axis of a card in a few words."""
+    names = f" ({', '.join(card.sampling.members)})" if card.sampling.members else ""
+    text = f"{card.sampling.kind}{names}, {card.sampling.default_samples} samples"
+    if card.prompt.kind == "none":
+        return text
+    return f"{text}; with {card.prompt.kind}: {', '.join(card.prompt.members or card.sampling.members)}"
 
 
 def _print_left_out(tensors: tuple[str, ...], entries: tuple[str, ...]) -> None:

@@ -79,8 +79,9 @@ class WindowSpec:
 class Sampling:
     """What the sample axis S is: draws of a latent, dropout masks, named members, or a single pass.
 
-    noise_length: L of noise_SBL. noise_per: whether windows of one image share a draw or have their own.
-    keep: probability that a channel survives (dropout only). default_samples: S when a request names none.
+    members: their names; a single pass has one where it is one of several networks. noise_length: L of noise_SBL.
+    noise_per: whether windows of one image share a draw or have their own. keep: probability that a channel survives
+    (dropout only). default_samples: S when a request names none.
     """
 
     kind: Literal["latent", "dropout", "members", "single"] = "single"
@@ -306,6 +307,8 @@ def check_facts(card: Card) -> None:
         f"keep is {sampling.keep}; above 0 and up to 1 is possible": not 0 < sampling.keep <= 1,
         f"has {num_members} members and {sampling.default_samples} default_samples; members fix the number of samples":
             sampling.kind == "members" and sampling.default_samples != num_members,
+        f"has the members {', '.join(sampling.members)} and takes {sampling.kind} samples":
+            num_members > (1 if sampling.kind == "single" else 0) and sampling.kind != "members",
         f"default_samples is {sampling.default_samples}; at least 1 is needed": sampling.default_samples < 1,
         f"window.trained is {window.trained}; two positive sizes are wanted": min(window.trained or (1,)) < 1,
         f"window.max_pixels is {window.max_pixels}; 0 or more is possible": window.max_pixels < 0,

@@ -84,5 +84,5 @@ def choose_sampling(config: CpalConfig, offered: tuple[str, ...]) -> Sampling:
         if failed:
             raise BadOption(sentence)
     if len(members) == 1:
-        return Sampling(kind="single")
+        return Sampling(kind="single", members=() if len(offered) == 1 else members)
     return Sampling(kind="members", members=members, default_samples=len(members))

@@ -37,7 +37,7 @@ class CpsNetwork(Network):
         self.sampling = (
             Sampling(kind="members", members=names, default_samples=len(names))
             if len(names) > 1
-            else Sampling(kind="single")
+            else Sampling(kind="single", members=names)
         )
         for name in names:
             self.add_module(name, Branch(config))

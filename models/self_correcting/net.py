@@ -56,7 +56,7 @@ class SelfCorrectingNetwork(Network):
     def __init__(self, config: SelfCorrectingConfig) -> None:
         super().__init__()
         self.config = config
-        self.sampling = Sampling(kind="single")
+        self.sampling = Sampling(kind="single", members=("primary",))
         self.primary = DeepLab(config)
         if config.ancillary:
             self.prompt = _prompt(config)

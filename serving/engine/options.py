@@ -153,7 +153,7 @@ def check_options(options: SegmentOptions, card: Card, limits: Limits) -> int:
     samples = sampling.default_samples if options.samples is None else options.samples
     fixed = sampling.kind in ("members", "single")
     if fixed and samples != sampling.default_samples:
-        what = f"has {len(sampling.members)} members" if sampling.members else "is not sampled"
+        what = f"has {len(sampling.members)} members" if sampling.kind == "members" else "is not sampled"
         raise BadOption(
             f"samples is {samples}; {card.name} {what}, so samples is {sampling.default_samples} or left out"
         )

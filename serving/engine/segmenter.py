@@ -262,6 +262,6 @@ def warnings_of(card: Card, plan: WindowPlan) -> tuple[str, ...]:
     if trained is None or run == trained:
         return ()
     return (
-        f"{card.name} was trained for windows of {trained[1]}x{trained[0]} px and its results depend on the width; "
-        f"this image was run at {run[1]}x{run[0]}",
+        f"the published results of {card.name} hold for windows of {trained[1]}x{trained[0]} px, and its answers "
+        f"depend on their width; this image was run at {run[1]}x{run[0]}",
     )

@@ -297,7 +297,7 @@ def test_an_answer_warns_when_its_windows_are_not_the_ones_the_network_was_train
     with serve(card, network, tmp_path) as segmenter:
         assert segmenter.segment(picture(rng, 20, 30), SegmentOptions("toy")).warnings == ()
         (warning,) = segmenter.segment(picture(rng, 20, 31), SegmentOptions("toy")).warnings
-    assert "toy was trained for windows of 30x20 px" in warning and "run at 31x20" in warning
+    assert "results of toy hold for windows of 30x20 px" in warning and "run at 31x20" in warning
 
 
 @pytest.mark.parametrize(("of_server", "of_card"), [(1000, 0), (1000, 2000), (4000, 1000)])
