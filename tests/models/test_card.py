@@ -148,6 +148,16 @@ ONE_CLASS = {"name": "x", "color": [0, 0, 0]}
         ("sampling", {"kind": "latent", "noise_length": 3, "default_samples": 0}, "default_samples is 0"),
         ("sampling", {"kind": "dropout", "noise_length": 3, "keep": 0}, "keep is 0"),
         ("sampling", {"kind": "latent", "noise_length": -1}, "noise_length is -1"),
+        ("sampling", {"kind": "single", "members": ["a", "b"]}, "members a, b and takes single samples"),
+        ("window.trained", [0, 5], "window.trained"),
+        ("window.max_pixels", -1, "max_pixels is -1"),
+        ("prompt.alpha", -1, "prompt.alpha is -1"),
+        ("prompt.alpha", float("nan"), "prompt.alpha is nan"),
+        ("prompt.background", 3, "prompt.background is 3; the classes are 0 to 2"),
+        ("extra_maps", [{"name": "entropy", "description": ""}], "extra_maps are entropy"),
+        ("extra_maps", [{"name": "x", "description": ""}] * 2, "extra_maps are x, x"),
+        ("extra_maps", [{"name": "../x", "description": ""}], "extra_maps are ../x"),
+        ("extra_maps", [{"name": "labels", "description": ""}], "extra_maps are labels"),
     ],
 )
 def test_contradictory_facts_are_named(path: str, value: Any, named: str) -> None:
@@ -160,7 +170,8 @@ PATHS = [
     "name", "version", "method", "config", "classes", "classes.0", "classes.0.name", "classes.0.color.0", "input.mean",
     "input.mean.0", "input.std.1", "input.order", "window.height", "window.overlap", "window.padding", "sampling",
     "sampling.kind", "sampling.members", "sampling.keep", "readout.temperature", "provenance.metrics", "export",
-    "export.files", "export.parity.max_abs", "format",
+    "export.files", "export.parity.max_abs", "format", "prompt", "prompt.alpha", "prompt.background", "prompt.members",
+    "extra_maps", "window.trained", "window.max_pixels", "window.last", "readout.average",
 ]  # fmt: skip
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=5),

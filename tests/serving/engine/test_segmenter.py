@@ -201,7 +201,7 @@ def test_models_are_found_by_name_and_version(segmenter: Segmenter) -> None:
     assert segmenter.find("toy-latent").card.name == segmenter.find("toy-latent", 1).card.name
     with pytest.raises(UnknownModel, match="toy-latent has no version 2; loaded are 1"):
         segmenter.find("toy-latent", 2)
-    with pytest.raises(UnknownModel, match="no model 'x'; there are toy-.*, toy-latent"):
+    with pytest.raises(UnknownModel, match=r"no model 'x'; there are toy-.*, toy-latent"):
         segmenter.find("x")
     with pytest.raises(BadOption, match="option model is needed"):
         segmenter.find(None)
