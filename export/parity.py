@@ -16,6 +16,8 @@ MAX_RELATIVE = 1e-3
 MAX_FLIPS_PERCENT = 0.01
 MIN_RANK_CORRELATION = 0.9999
 VARIANCE_RATIO = (0.99, 1.01)
+ENTROPY_RESOLUTION = 1e-5
+"""Nats. Entropies that agree to this are the same to every reader of a map, and their order is rounding."""
 
 
 def measure_parity(wanted_SBKhw: Tensor, got_SBKhw: Tensor, card: Card, *, height: int, width: int) -> Parity:
@@ -31,7 +33,10 @@ def measure_parity(wanted_SBKhw: Tensor, got_SBKhw: Tensor, card: Card, *, heigh
     wanted_maps = [_maps(wanted_SBKhw[:, b], card, height, width) for b in range(wanted_SBKhw.shape[1])]
     got_maps = [_maps(got_SBKhw[:, b], card, height, width) for b in range(wanted_SBKhw.shape[1])]
     flips = np.mean([np.mean(w[0] != g[0]) for w, g in zip(wanted_maps, got_maps, strict=True)])
-    entropies = [np.concatenate([maps[1].ravel() for maps in side]) for side in (wanted_maps, got_maps)]
+    entropies = [
+        np.round(np.concatenate([maps[1].ravel() for maps in side]) / ENTROPY_RESOLUTION)
+        for side in (wanted_maps, got_maps)
+    ]
     return Parity(
         max_abs=difference,
         relative=relative_error(wanted_SBKhw, got_SBKhw),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from export.bundle import export_network
 from export.importer import import_checkpoint
 from models.card import Card, ClassInfo, InputSpec, Readout
 from models.checkpoint import load_checkpoint
@@ -19,6 +20,10 @@ from models.cpal import METHOD
 from models.cpal.config import deeplabv2, wrn38
 from models.cpal.segmentation import DeepLabV2Network, Wrn38Network
 from models.errors import BadOption
+from serving.engine.options import SegmentOptions
+from serving.engine.runtime import Tuning
+from serving.engine.segmenter import Segmenter
+from serving.engine.windows import normalise
 from tests.models import golden
 from tests.models.small import SMALL, seeded
 
@@ -89,6 +94,22 @@ def logits(network: Network, image: Tensor, *, base: bool) -> Tensor:
         assert isinstance(network, DeepLabV2Network)
         return network.base(image)
     return network(image, EMPTY)[0]
+
+
+def test_the_export_at_published_size_gives_the_label_of_the_largest_logit(case: Case, tmp_path: Path) -> None:
+    export_network(case.network, case.card, tmp_path)
+    picture = np.random.Generator(np.random.PCG64(1)).integers(0, 256, (97, 129, 3), dtype=np.uint8)
+    with Segmenter.open(tmp_path, device="cpu", threads=1, tuning=Tuning(1, 1)) as segmenter:
+        prediction = segmenter.segment(picture, SegmentOptions())
+    with torch.inference_mode():
+        image = torch.from_numpy(normalise(picture, case.card.input)).permute(2, 0, 1)[None]
+        full = F.interpolate(
+            case.network(image, torch.zeros(1, 1, 0))[0], size=(97, 129), mode="bilinear",
+            align_corners=case.card.readout.align_corners,
+        )  # fmt: skip
+    ranked_K = full[0].sort(dim=0).values
+    clear = (ranked_K[-1] - ranked_K[-2] > 1e-3 * full.abs().max()).numpy()
+    assert (prediction.labels_HW == full[0].argmax(0).numpy())[clear].all() and clear.mean() > 0.9
 
 
 def test_the_card_tells_the_published_protocol(case: Case) -> None:

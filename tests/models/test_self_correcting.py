@@ -14,14 +14,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from export.bundle import export_network
 from export.importer import import_checkpoint
 from export.torchscript import write_torchscript
-from models.card import ClassInfo, PromptSpec
+from models.card import ClassInfo, PromptSpec, WindowSpec
 from models.checkpoint import load_checkpoint
 from models.contract import Features, Prompt
 from models.errors import BadCheckpoint
 from models.self_correcting.net import SelfCorrectingNetwork, correct_linearly
 from models.self_correcting.upstream import ANCILLARY, CORRECTION, PRIMARY, assemble
+from serving.engine.options import SegmentOptions
+from serving.engine.runtime import Tuning
+from serving.engine.segmenter import Segmenter
 from tests.models import golden
 from tests.models.small import SMALL, seeded
 
@@ -90,7 +94,7 @@ class Original:
 
     def _read(self, files: list[Path], path: Path) -> SelfCorrectingNetwork:
         import_checkpoint("self_correcting", files, path, classes=self.classes)
-        found = load_checkpoint(path)[1]
+        self.card, found = load_checkpoint(path)
         assert isinstance(found, SelfCorrectingNetwork)
         return found
 
@@ -152,6 +156,17 @@ def test_without_boxes_the_original_primary_answers(original: Original) -> None:
             logits_SBKhw = original.linear(golden.image(*size), NO_NOISE)
             assert len(logits_SBKhw) == 1
             original.check(name, resize(logits_SBKhw[0], size)[..., ::stride, ::stride])
+
+
+def test_the_export_at_published_size_is_served_with_and_without_boxes(original: Original, tmp_path: Path) -> None:
+    card = replace(original.card, window=WindowSpec(96, 128))
+    export_network(original.convolutional, card, tmp_path)
+    picture = np.random.Generator(np.random.PCG64(1)).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+    with Segmenter.open(tmp_path, device="cpu", threads=1, tuning=Tuning(1, 1)) as segmenter:
+        plain = segmenter.segment(picture, SegmentOptions())
+        boxed = segmenter.segment(picture, SegmentOptions(boxes=((20, 10, 80, 60, 5),)))
+    assert plain.members == ("primary",) and boxed.members == ("primary", "ancillary", "corrected")
+    assert float(boxed.maps["mutual_information"].mean()) > float(plain.maps["mutual_information"].mean())
 
 
 @pytest.mark.slow
