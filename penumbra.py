@@ -97,6 +97,7 @@ def serve(store: Path, host: str, port: int, grpc_port: int) -> None:
 @click.option("--boxes", help="For models that take them: JSON list of [x0, y0, x1, y1, class].")
 @click.option("--tags", help="For models that take them: classes in the picture, comma-separated.")
 @click.option("--alpha", type=float, help="Weight of the network that sees the boxes.")
+@click.option("--max-risk", type=float, help="Withhold uncertain pixels until at most this share is wrong, 0 to 1.")
 @STORE
 @JSON
 def predict(

@@ -133,6 +133,23 @@ class Readout:
 
 
 @dataclass(frozen=True, slots=True)
+class Calibration:
+    """What the option `max_risk` rests on: entropy thresholds found on frames that taught the network nothing.
+
+    risks: ascending, each the share of a picture's pixels that are wrong and not abstained from, at most, in
+    expectation over pictures like the calibration frames (Angelopoulos et al. 2022). entropy_nats: by risk, the
+    entropy above which a pixel is abstained from. num_frames: how many were calibrated on. num_samples: S then.
+    data: which frames they were.
+    """
+
+    risks: tuple[float, ...]
+    entropy_nats: tuple[float, ...]
+    num_frames: int
+    num_samples: int
+    data: str
+
+
+@dataclass(frozen=True, slots=True)
 class Provenance:
     """Where the weights come from. metrics: measured figures, named, on the split that the key names."""
 
@@ -188,6 +205,7 @@ class Card:
     readout: Readout
     prompt: PromptSpec = PromptSpec()
     extra_maps: tuple[ExtraMap, ...] = ()
+    calibration: Calibration | None = None
     provenance: Provenance = field(default_factory=Provenance)
     export: ExportFacts | None = None
     format: int = CARD_FORMAT
@@ -317,7 +335,22 @@ def check_facts(card: Card) -> None:
             not 0 <= (prompt.background or 0) < card.num_classes,
         f"extra_maps are {', '.join(extra)}; plain names are wanted, each once and none of {', '.join(MAPS)}":
             len({*extra, *MAPS}) < len(extra) + len(MAPS) or not all(MAP_NAME.fullmatch(name) for name in extra),
+        f"calibration is {card.calibration}; ascending risks between 0 and 1, each with a threshold, are wanted":
+            card.calibration is not None and not _is_sound(card.calibration),
     }  # fmt: skip
     for sentence, failed in failures.items():
         if failed:
             raise BadArtifact(f"the card of {card.name[:60]!r}: {sentence}")
+
+
+def _is_sound(calibration: Calibration) -> bool:
+    """Whether a larger risk never abstains from more, and every figure is possible."""
+    risks, thresholds = calibration.risks, calibration.entropy_nats
+    return (
+        0 < len(risks) == len(thresholds)
+        and list(risks) == sorted(set(risks))
+        and 0 < risks[0] <= risks[-1] < 1
+        and list(thresholds) == sorted(thresholds)
+        and 0 <= thresholds[0] <= thresholds[-1] < math.inf
+        and min(calibration.num_frames, calibration.num_samples) >= 1
+    )

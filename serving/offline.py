@@ -57,7 +57,7 @@ def describe_prediction(prediction: Prediction) -> dict[str, Any]:
         "model": prediction.card.name, "version": prediction.card.version, "seed": prediction.seed,
         "samples": prediction.num_samples, "members": list(prediction.members), "warnings": list(prediction.warnings),
         "windows": prediction.num_windows, "size": list(prediction.labels_HW.shape),
-        "timing_ms": prediction.timing_ms, "classes": class_table(prediction),
+        "timing_ms": prediction.timing_ms, "abstained": prediction.abstained, "classes": class_table(prediction),
     }  # fmt: skip
 
 
@@ -71,6 +71,8 @@ def report(prediction: Prediction, path: Path, files: dict[str, str]) -> None:
     )
     if prediction.members:
         console.print(f"members: {', '.join(prediction.members)}")
+    if prediction.abstained is not None:
+        console.print(f"abstained from {100 * prediction.abstained:.1f} % of the pixels")
     for warning in prediction.warnings:
         console.print(f"[yellow]warning:[/] {warning}")
     table = Table("class", "share", "mean entropy", "mean mutual information", title_justify="left")

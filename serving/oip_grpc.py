@@ -160,6 +160,8 @@ def _answer(prediction: Any, names: tuple[str, ...]) -> Any:
         answer.parameters["members"].string_param = ",".join(prediction.members)
     if prediction.warnings:
         answer.parameters["warnings"].string_param = "; ".join(prediction.warnings)
+    if prediction.abstained is not None:
+        answer.parameters["abstained"].double_param = prediction.abstained
     specs = {spec.name: spec for spec in outputs_of(prediction.card)}
     for name in names:
         values = read_output(prediction, name)

@@ -19,6 +19,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "boxes": ({"type": "string"}, "For models that take boxes: JSON list of [x0, y0, x1, y1, class name or id], px."),
     "tags": ({"type": "string"}, "For models that take tags: the classes in the picture, comma-separated or JSON."),
     "alpha": ({"type": "number", "minimum": 0}, "Weight of the network that sees the boxes (self_correcting, linear)."),
+    "max_risk": (
+        {"type": "number", "minimum": 0, "maximum": 1},
+        "Share of the pixels that may be answered and wrong; the most uncertain ones become 255. Calibrated models.",
+    ),
 }
 REFUSALS = {
     "400": "An option or the image is wrong", "404": "Unknown model", "406": "No acceptable format",

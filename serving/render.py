@@ -85,6 +85,7 @@ def json_bytes(prediction: Prediction) -> bytes:
         "units": "nats",
         "timing_ms": {phase: round(ms, 3) for phase, ms in prediction.timing_ms.items()},
         "warnings": list(prediction.warnings),
+        "abstained": prediction.abstained,
         "classes": classes,
     }
     return json.dumps(document, allow_nan=False).encode()

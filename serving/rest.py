@@ -171,7 +171,11 @@ async def _disconnected(request: Request) -> None:
 
 def answer_headers(prediction: Prediction) -> dict[str, str]:
     """Which model answered, with what seed and members, what to know, and how long it took (Server-Timing, ms)."""
-    told = {"X-Penumbra-Members": ",".join(prediction.members), "X-Penumbra-Warning": "; ".join(prediction.warnings)}
+    told = {
+        "X-Penumbra-Members": ",".join(prediction.members),
+        "X-Penumbra-Warning": "; ".join(prediction.warnings),
+        "X-Penumbra-Abstained": "" if prediction.abstained is None else f"{prediction.abstained:.6f}",
+    }
     return {name: text for name, text in told.items() if text} | {
         "X-Penumbra-Model": prediction.card.name,
         "X-Penumbra-Version": str(prediction.card.version),
@@ -187,6 +191,7 @@ def summary(card: Card) -> dict[str, object]:
         "name": card.name, "version": card.version, "method": card.method,
         "classes": [c.name for c in card.classes], "sampling": dataclasses.asdict(card.sampling),
         "prompt": card.prompt.kind, "extra_maps": [extra.name for extra in card.extra_maps],
+        "risks": list(card.calibration.risks) if card.calibration else [],
         "window": [card.window.height, card.window.width], "data": card.provenance.data,
         "licence": card.provenance.licence, "metrics": card.provenance.metrics,
     }  # fmt: skip

@@ -31,6 +31,7 @@ log = logging.getLogger("penumbra")
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 NATS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3)
+ABSTAINED = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1)
 RATIO = (0.1, 0.25, 0.5, 0.75, 0.9, 1)
 POWERS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -66,6 +67,9 @@ class Telemetry(Observer):
         self._samples = counter("samples", "Samples drawn: windows x S.", ["model"])
         self._load_seconds = gauge("model_load_seconds", "Time to open, check and warm up.", ["model"])
         self._entropy = histogram("entropy_mean", "Mean entropy of an answer, nats.", ["model"], buckets=NATS)
+        self._abstained = histogram(
+            "abstain_ratio", "Share of pixels withheld for max_risk.", ["model"], buckets=ABSTAINED
+        )
         self._build = Info("build", "Version of the server.", namespace="penumbra", registry=self.registry)
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
@@ -120,6 +124,8 @@ class Telemetry(Observer):
                 self._phase_seconds.labels(phase).observe(milliseconds / 1e3)
         if "entropy" in prediction.maps:
             self._entropy.labels(prediction.card.name).observe(float(np.mean(prediction.maps["entropy"])))
+        if prediction.abstained is not None:
+            self._abstained.labels(prediction.card.name).observe(prediction.abstained)
 
     def page(self, accept: str) -> tuple[bytes, str]:
         """The metrics page and its content type: OpenMetrics where the scraper asks for it."""

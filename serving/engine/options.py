@@ -2,6 +2,7 @@
 
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +21,8 @@ class SegmentOptions:
     samples: S. seed: of the noise, 0 .. 2^63 - 1; the same seed gives the same answer. overlap: share of a
     window covered again by its neighbour, 0 .. 0.9. outputs: which maps of `serving.engine.uncertainty`, or of the
     model's own. boxes, tags: prompts (`serving.engine.prompts`), for models that take them; alpha: weight of the
-    network that sees the boxes in a linear self-correction.
+    network that sees the boxes in a linear self-correction. max_risk: share of the pixels that may be answered and
+    wrong, 0 .. 1; the most uncertain ones then become `models.card.IGNORE`, for models whose card is calibrated.
     """
 
     model: str | None = None
@@ -32,6 +34,7 @@ class SegmentOptions:
     boxes: tuple[Box, ...] = ()
     tags: tuple[str | int, ...] = ()
     alpha: float | None = None
+    max_risk: float | None = None
 
     def with_default_maps(self) -> "SegmentOptions":
         """The same with the default maps beside those asked for: class tables have their means."""
@@ -59,7 +62,7 @@ def parse_options(fields: Mapping[str, str]) -> SegmentOptions:
     """
     readers: dict[str, Callable[[str, str], Any]] = {
         "model": _text, "version": _integer, "samples": _integer, "seed": _integer, "overlap": _share, "outputs": _maps,
-        "boxes": _boxes, "tags": _tags, "alpha": _number,
+        "boxes": _boxes, "tags": _tags, "alpha": _number, "max_risk": _number,
     }  # fmt: skip
     for name in fields:
         if name not in readers:
@@ -149,6 +152,8 @@ def check_options(options: SegmentOptions, card: Card, limits: Limits) -> int:
     for name in options.outputs:
         if name not in known:
             raise BadOption(f"there is no output {name[:40]!r}; {card.name} has {', '.join(known)}")
+    if options.max_risk is not None:
+        abstain_above(card, options.max_risk)
     sampling = card.sampling_with(prompt=bool(options.boxes or options.tags))
     samples = sampling.default_samples if options.samples is None else options.samples
     fixed = sampling.kind in ("members", "single")
@@ -160,3 +165,21 @@ def check_options(options: SegmentOptions, card: Card, limits: Limits) -> int:
     if not 1 <= samples <= limits.samples:
         raise BadOption(f"samples is {samples}; 1 to {limits.samples} is possible")
     return samples
+
+
+def abstain_above(card: Card, max_risk: float) -> float:
+    """Entropy in nats above which a pixel is abstained from: that of the largest calibrated risk within `max_risk`.
+
+    Raises BadOption: no share, a card without calibration, or a risk below all that are calibrated.
+    """
+    if not 0 <= max_risk <= 1:
+        raise BadOption(f"max_risk is {max_risk}; 0 to 1 is possible")
+    if card.calibration is None:
+        raise BadOption(
+            f"max_risk is {max_risk}; {card.name} is not calibrated, so leave it out or calibrate the model"
+        )
+    within = bisect_right(card.calibration.risks, max_risk)
+    if within == 0:
+        known = ", ".join(f"{risk:g}" for risk in card.calibration.risks)
+        raise BadOption(f"max_risk is {max_risk}; {card.name} is calibrated for {known}, so ask for at least the first")
+    return card.calibration.entropy_nats[within - 1]

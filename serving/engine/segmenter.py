@@ -28,12 +28,12 @@ from serving.engine.decode import check_array
 from serving.engine.kernels import FloatArray
 from serving.engine.noise import NoiseSource, SeededNoise
 from serving.engine.observer import Observer
-from serving.engine.options import Limits, SegmentOptions, check_options
+from serving.engine.options import Limits, SegmentOptions, abstain_above, check_options
 from serving.engine.prompts import PromptSource, check_prompt
 from serving.engine.runtime import Runtime, Tuning
 from serving.engine.scheduler import Scheduler, Work
 from serving.engine.store import find_artifact, open_artifact, versions
-from serving.engine.uncertainty import Band, read_out
+from serving.engine.uncertainty import Band, abstain, read_out
 from serving.engine.windows import WindowPlan, count_windows, cover
 
 log = logging.getLogger("penumbra")
@@ -45,7 +45,8 @@ class Prediction:
 
     labels_HW: uint8 class ids. maps: float32 [H, W] by name, uncertainties in nats (`serving.engine.uncertainty`).
     timing_ms: milliseconds by phase. num_windows: windows that were run. members: names of the samples, where they
-    have names. warnings: sentences about what the caller should know of this answer.
+    have names. warnings: sentences about what the caller should know of this answer. abstained: share of the pixels
+    whose label is IGNORE because of `max_risk`; None where that was not asked for.
     """
 
     card: Card
@@ -57,17 +58,20 @@ class Prediction:
     labels_HW: NDArray[np.uint8]
     maps: dict[str, FloatArray]
     timing_ms: dict[str, float]
+    abstained: float | None = None
 
 
 class BandStream:
     """The rows of one answer as they become final, and how long each phase took.
 
     The work is submitted when the first row is asked for and withdrawn when the caller stops, so that nothing stays
-    in the queue that nobody waits for. Iterate once.
+    in the queue that nobody waits for. Iterate once. abstain_above: entropy in nats above which a label is withheld;
+    num_abstained counts those pixels.
     """
 
-    def __init__(self, scheduler: Scheduler, work: Work) -> None:
+    def __init__(self, scheduler: Scheduler, work: Work, *, abstain_above: float | None = None) -> None:
         self._scheduler, self.work = scheduler, work
+        self.abstain_above, self.num_abstained = abstain_above, 0
         self.timing_ms: dict[str, float] = {"queue": 0.0, "run": 0.0, "stitch": 0.0, "read_out": 0.0, "total": 0.0}
 
     def __iter__(self) -> Iterator[Band]:
@@ -83,6 +87,8 @@ class BandStream:
                     with self._clock("read_out"):
                         band = read_out(y0, merged_hKW, expected_hW, average=card.readout.average)
                         band.maps.update(zip(names, extras_hEW.transpose(1, 0, 2), strict=True))
+                        if self.abstain_above is not None:
+                            self.num_abstained += abstain(band, above_nats=self.abstain_above)
                     yield band
         self.timing_ms["queue"] = 1e3 * finished_windows.queue_s
         self.timing_ms["run"] = 1e3 * finished_windows.run_s
@@ -216,7 +222,8 @@ class Segmenter:
             noise or SeededNoise(sampling, seed=options.seed, num_samples=num_samples),
             num_samples, prompt, cancelled or threading.Event(), deadline,
         )  # fmt: skip
-        return BandStream(self.scheduler, work)
+        threshold = None if options.max_risk is None else abstain_above(runtime.card, options.max_risk)
+        return BandStream(self.scheduler, work, abstain_above=threshold)
 
     def segment(
         self, image_HW3: NDArray[np.uint8], options: SegmentOptions, *, noise: NoiseSource | None = None,
@@ -236,9 +243,14 @@ class Segmenter:
         work = bands.work
         card = work.runtime.card
         members = card.sampling_with(prompt=work.prompt is not None).members
+        warnings = warnings_of(card, work.plan)
+        abstained = None
+        if options.max_risk is not None:
+            warnings += calibration_warnings(card, work, overlap=options.overlap)
+            abstained = bands.num_abstained / labels_HW.size
         return Prediction(
-            card, options.seed, work.num_samples, work.plan.num_windows, members, warnings_of(card, work.plan),
-            labels_HW, maps, bands.timing_ms,
+            card, options.seed, work.num_samples, work.plan.num_windows, members, warnings,
+            labels_HW, maps, bands.timing_ms, abstained,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -264,4 +276,17 @@ def warnings_of(card: Card, plan: WindowPlan) -> tuple[str, ...]:
     return (
         f"the published results of {card.name} hold for windows of {trained[1]}x{trained[0]} px, and its answers "
         f"depend on their width; this image was run at {run[1]}x{run[0]}",
+    )
+
+
+def calibration_warnings(card: Card, work: Work, *, overlap: float | None) -> tuple[str, ...]:
+    """What a caller should know of a `max_risk` that was calibrated on answers of another kind."""
+    assert card.calibration
+    num_samples = card.calibration.num_samples
+    usual_overlap = overlap in (None, card.window.overlap)
+    if work.num_samples == num_samples and usual_overlap and work.prompt is None:
+        return ()
+    return (
+        f"max_risk of {card.name} was calibrated with {num_samples} samples, overlap {card.window.overlap:g} and no "
+        "prompt; this answer was made otherwise, and its risk may be another",
     )

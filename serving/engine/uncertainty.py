@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from models.card import MAPS
+from models.card import IGNORE, MAPS
 from serving.engine import kernels
 from serving.engine.kernels import FloatArray
 
@@ -39,6 +39,13 @@ def read_out(y0: int, merged_hKw: FloatArray, expected_hw: FloatArray, *, averag
     labels, confidence, margin, entropy, information = form(prob_hKw, expected_hw)
     maps = dict(zip(MAPS, (confidence, margin, entropy, expected_hw, information), strict=True))
     return Band(y0, labels, maps, merged_hKw)
+
+
+def abstain(band: Band, *, above_nats: float) -> int:
+    """Set the labels of pixels whose entropy is above the threshold to IGNORE; returns how many. Changes labels."""
+    unsure_hW = band.maps["entropy"] > above_nats
+    band.labels[unsure_hW] = IGNORE
+    return int(unsure_hW.sum())
 
 
 def softmax(logits_hKw: FloatArray) -> FloatArray:

@@ -1,0 +1,149 @@
+"""`max_risk`: pixels above the card's calibrated entropy are withheld, in every form of the answer."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from export.bundle import export_network
+from models.card import IGNORE, Calibration, Card, dump_card, parse_card
+from models.errors import BadArtifact, BadOption
+from serving.engine.options import SegmentOptions, abstain_above, parse_options
+from serving.engine.runtime import Tuning
+from serving.engine.segmenter import Segmenter
+from serving.oip import read_options
+from serving.oip_grpc import _answer
+from serving.render import json_bytes, label_picture
+from serving.rest import answer_headers, summary
+from serving.telemetry import Telemetry
+from tests.conftest import GAIN, picture, toy_card
+
+CALIBRATION = Calibration(risks=(0.05, 0.1), entropy_nats=(0.25, 0.5), num_frames=40, num_samples=1, data="made up")
+
+
+def calibrated(form: str, calibration: Calibration | None = CALIBRATION) -> Card:
+    return dataclasses.replace(toy_card(form)[0], calibration=calibration)
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Segmenter]:
+    store = tmp_path_factory.mktemp("calibrated")
+    for form in ("pointwise", "latent"):
+        export_network(toy_card(form)[1], calibrated(form), store)
+    with Segmenter.open(store, threads=1, tuning=Tuning(1, 1)) as opened:
+        yield opened
+
+
+def ask(max_risk: float | None, model: str = "toy-pointwise", **options: object) -> SegmentOptions:
+    return SegmentOptions(model=model, max_risk=max_risk, outputs=("entropy",), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("max_risk", "threshold"), [(0.05, 0.25), (0.07, 0.25), (0.1, 0.5), (1.0, 0.5)])
+def test_exactly_the_pixels_above_the_risks_entropy_are_withheld(
+    segmenter: Segmenter, rng: np.random.Generator, max_risk: float, threshold: float
+) -> None:
+    image = picture(rng, 50, 70)
+    logits = GAIN * image / 255
+    prob = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    entropy = -(prob * np.log(prob)).sum(-1)
+    prediction = segmenter.segment(image, ask(max_risk))
+    clear = np.abs(entropy - threshold) > 1e-4
+    wanted = np.where(entropy > threshold, IGNORE, image.argmax(-1))
+    assert np.array_equal(prediction.labels_HW[clear], wanted[clear]) and clear.mean() > 0.99
+    assert prediction.abstained == (prediction.labels_HW == IGNORE).mean() and 0.05 < prediction.abstained < 0.95
+    assert np.abs(prediction.maps["entropy"] - entropy).max() < 1e-4, "maps are told in full"
+
+
+def test_nothing_is_withheld_unasked(segmenter: Segmenter, rng: np.random.Generator) -> None:
+    prediction = segmenter.segment(picture(rng, 40, 50), ask(None))
+    assert prediction.abstained is None and not (prediction.labels_HW == IGNORE).any()
+
+
+def test_a_smaller_risk_withholds_more() -> None:
+    assert abstain_above(calibrated("pointwise"), 0.05) < abstain_above(calibrated("pointwise"), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("card", "max_risk", "sentence"),
+    [
+        (calibrated("pointwise", None), 0.1, "toy-pointwise is not calibrated"),
+        (calibrated("pointwise"), 0.01, r"max_risk is 0\.01; toy-pointwise is calibrated for 0\.05, 0\.1"),
+        (calibrated("pointwise"), 1.5, r"max_risk is 1\.5; 0 to 1 is possible"),
+        (calibrated("pointwise"), -0.1, r"max_risk is -0\.1; 0 to 1 is possible"),
+    ],
+)
+def test_a_risk_that_cannot_be_kept_is_refused_with_a_sentence(card: Card, max_risk: float, sentence: str) -> None:
+    with pytest.raises(BadOption, match=sentence):
+        abstain_above(card, max_risk)
+
+
+def test_it_is_refused_before_the_pixels_are_looked_at(segmenter: Segmenter) -> None:
+    with pytest.raises(BadOption, match="calibrated for"):
+        segmenter.check(10, 10, ask(0.001))
+
+
+def test_it_is_an_option_of_text_and_of_grpc_parameters() -> None:
+    assert parse_options({"max_risk": "0.05"}).max_risk == 0.05
+    assert read_options("m", "", {"max_risk": 0.05}, ()).max_risk == 0.05
+    with pytest.raises(BadOption, match="max_risk is 'low'; a number is wanted"):
+        parse_options({"max_risk": "low"})
+
+
+def test_every_form_of_the_answer_says_what_was_withheld(segmenter: Segmenter, rng: np.random.Generator) -> None:
+    prediction = segmenter.segment(picture(rng, 40, 50), ask(0.05))
+    share = prediction.abstained
+    document = json.loads(json_bytes(prediction))
+    assert document["abstained"] == share
+    assert sum(row["share"] for row in document["classes"]) == pytest.approx(1 - (share or 0))
+    assert float(answer_headers(prediction)["X-Penumbra-Abstained"]) == pytest.approx(share, abs=1e-6)
+    assert _answer(prediction, ("labels",)).parameters["abstained"].double_param == share
+    black = np.asarray(label_picture(prediction).convert("RGB"))[prediction.labels_HW == IGNORE]
+    assert len(black) and not black.any()
+
+
+def test_unasked_no_answer_speaks_of_it(segmenter: Segmenter, rng: np.random.Generator) -> None:
+    prediction = segmenter.segment(picture(rng, 40, 50), ask(None))
+    assert "X-Penumbra-Abstained" not in answer_headers(prediction)
+    assert "abstained" not in _answer(prediction, ("labels",)).parameters
+
+
+def test_the_share_is_a_metric(segmenter: Segmenter, rng: np.random.Generator) -> None:
+    telemetry, image = Telemetry(), picture(rng, 40, 50)
+    for max_risk in (None, 0.05):
+        telemetry.answered(segmenter.segment(image, ask(max_risk)), {})
+    page = telemetry.page("")[0].decode()
+    assert 'penumbra_abstain_ratio_count{model="toy-pointwise"} 1.0' in page
+
+
+def test_the_list_of_models_names_the_calibrated_risks() -> None:
+    assert summary(calibrated("pointwise"))["risks"] == [0.05, 0.1]
+    assert summary(calibrated("pointwise", None))["risks"] == []
+
+
+@pytest.mark.parametrize("changed", [{"samples": 3}, {"overlap": 0.5}])
+def test_an_answer_of_another_kind_than_the_calibration_warns(
+    segmenter: Segmenter, rng: np.random.Generator, changed: dict[str, object]
+) -> None:
+    image = picture(rng, 40, 50)
+    usual = segmenter.segment(image, ask(0.1, "toy-latent", samples=1))
+    other = segmenter.segment(image, ask(0.1, "toy-latent", **({"samples": 1} | changed)))
+    assert usual.warnings == () and "was calibrated with 1 samples, overlap 0.25" in other.warnings[0]
+
+
+def test_a_card_keeps_its_calibration_in_json() -> None:
+    assert parse_card(dump_card(calibrated("pointwise"))).calibration == CALIBRATION
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"risks": (0.1, 0.05)}, {"risks": (0.0, 0.1)}, {"risks": (0.1, 1.0)}, {"risks": (0.1,)},
+        {"entropy_nats": (0.5, 0.25)}, {"entropy_nats": (-1.0, 0.5)}, {"entropy_nats": (0.1, float("inf"))},
+        {"num_frames": 0}, {"risks": (), "entropy_nats": ()},
+    ],
+)  # fmt: skip
+def test_a_calibration_that_contradicts_itself_is_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(BadArtifact, match="ascending risks between 0 and 1"):
+        parse_card(dump_card(calibrated("pointwise", dataclasses.replace(CALIBRATION, **wrong))))  # type: ignore[arg-type]
