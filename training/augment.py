@@ -25,15 +25,17 @@ def random_view(
 ) -> tuple[Tensor, Tensor]:
     """A scaled, cropped, perhaps mirrored view: image_3hw float in [0, 1] and label_hw int64 of `size`.
 
-    What lies beyond the picture is mean grey and IGNORE. Both uint8 inputs are cut and resized alike.
+    What lies beyond the picture is mean grey and IGNORE. Both uint8 inputs are cut and resized alike. A label may
+    have several planes, label_PHW to label_Phw.
     """
     factor = _uniform(*scale, generator)
     height, width = (max(1, round(s / factor)) for s in size)
     top, left = (_offset(n, box, generator) for n, box in zip(image_3HW.shape[1:], (height, width), strict=True))
     image = _cut(image_3HW, top, left, height, width, fill=128).float() / 255
-    label = _cut(label_HW, top, left, height, width, fill=IGNORE)[None].float()
+    label = _cut(label_HW, top, left, height, width, fill=IGNORE).float()
     image_3hw = F.interpolate(image[None], size=size, mode="bilinear")[0]
-    label_hw = F.interpolate(label[None], size=size, mode="nearest-exact")[0, 0].long()
+    planes_1Phw = F.interpolate(label.view(1, -1, height, width), size=size, mode="nearest-exact")
+    label_hw = planes_1Phw.view(*label_HW.shape[:-2], *size).long()
     if _uniform(0, 1, generator) < 0.5:
         image_3hw, label_hw = image_3hw.flip(-1), label_hw.flip(-1)
     return image_3hw, label_hw

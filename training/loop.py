@@ -42,7 +42,7 @@ class Training:
         self.recipe, self.step, self.elapsed_s = recipe, 0, 0.0
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.split = split_labelled(train, fraction=recipe.labelled_fraction, seed=recipe.seed)
-        self.batches = Batches(train, self.split, recipe, self.generator)
+        self.batches = Batches(train, self.split, recipe, self.generator, num_classes=num_classes)
         network = channels_last(build_network(recipe, num_classes))
         average = copy.deepcopy(network).requires_grad_(False).eval()
         self.objective = build_objective(recipe.method, network, average, recipe.objective)

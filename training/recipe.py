@@ -16,6 +16,7 @@ class Recipe:
 
     config, objective: the method's network configuration and objective options.
     labelled_fraction: of the training frames, drawn by `seed`; the others are used without their masks.
+    weak_labels: what is taken from the masks of those others: `tags` of a view's classes, `boxes`, or nothing.
     crop: height and width of the views in px. scale: range of their magnification.
     jitter, strong_jitter: colour strength of labelled and of unlabelled views.
     steps: length of the schedule, unless the caller limits the minutes. warmup: its share with rising rate.
@@ -31,6 +32,7 @@ class Recipe:
     crop: tuple[int, int]
     steps: int
     labelled_fraction: float = 0.25
+    weak_labels: Literal["none", "tags", "boxes"] = "none"
     seed: int = 0
     scale: tuple[float, float] = (0.5, 1.5)
     jitter: float = 0.25
