@@ -194,8 +194,8 @@ def import_files(
     method: str, files: tuple[Path, ...], output: Path, classes: str | None, as_json: bool, **options: Any
 ) -> None:  # fmt: skip
     """Import a METHOD's published FILES, which are never run, as a checkpoint."""
-    from export.classes import read_classes
     from export.importer import import_checkpoint
+    from models.classes import read_classes
 
     imported = import_checkpoint(method, files, output, classes=read_classes(classes) if classes else None, **options)
     for warning in imported.warnings:

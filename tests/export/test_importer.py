@@ -12,11 +12,10 @@ from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
 import models
-from export.classes import color_of, read_classes
 from export.importer import import_checkpoint
 from models.card import ClassInfo, InputSpec, Readout, Sampling, WindowSpec
 from models.checkpoint import load_checkpoint
-from models.classes import VOC
+from models.classes import VOC, color_of, read_classes
 from models.contract import Features, Method, Network
 from models.errors import BadCheckpoint, BadOption
 from models.layout import Assembly, Layout, Protocol, Upstream
