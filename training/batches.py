@@ -1,14 +1,32 @@
 """Frames to batches: which frames, which views of them, and which weak labels of those."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from models.card import IGNORE, InputSpec
 from models.contract import Views
+from models.errors import BadOption
 from training.augment import cutmix_masks, jitter_color, normalise, random_view
-from training.data.frames import Frames
+from training.data.frames import FrameSet, read_split, split_labelled
 from training.data.weak import derive_boxes, derive_tags
 from training.recipe import Recipe
+
+
+def choose_split(frames: FrameSet, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Indices of the labelled and of the unlabelled frames. Raises BadOption, BadData."""
+    if recipe.labelled_list:
+        return read_split(Path(recipe.labelled_list), frames)
+    labelled, unlabelled = split_labelled(frames, fraction=recipe.labelled_fraction, seed=recipe.seed)
+    if (len(labelled) == 0) != (recipe.labelled_batch == 0):
+        raise BadOption(
+            f"labelled_fraction is {recipe.labelled_fraction} and labelled_batch {recipe.labelled_batch}; "
+            "both or neither can be 0"
+        )
+    if len(labelled) == 0 and recipe.weak_labels == "none":
+        raise BadOption("labelled_fraction is 0 and weak_labels is 'none'; there is nothing to learn from")
+    return labelled, unlabelled
 
 
 class Batches:
@@ -16,7 +34,7 @@ class Batches:
 
     def __init__(
         self,
-        frames: Frames,
+        frames: FrameSet,
         split: tuple[Tensor, Tensor],
         recipe: Recipe,
         generator: torch.Generator,
@@ -55,6 +73,9 @@ class Batches:
 
     def _views(self, indices: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
         """image_B3hw, label_Bhw and inside_Bhw (False beyond the picture) of `num` frames out of `indices`."""
+        if num == 0:
+            none_Bhw = torch.empty(0, *self.recipe.crop)
+            return none_Bhw[:, None].expand(-1, 3, -1, -1), none_Bhw.long(), none_Bhw.bool()
         chosen = indices[torch.randint(len(indices), (num,), generator=self.generator)]
         views = [self._view(i) for i in chosen.tolist()]
         image_B3hw, planes_B2hw = (torch.stack(each) for each in zip(*views, strict=True))
@@ -62,7 +83,6 @@ class Batches:
 
     def _view(self, index: int) -> tuple[Tensor, Tensor]:
         """A view of one frame: its mask, and beside it a plane that is IGNORE just beyond the picture."""
-        label_HW = self.frames.label_NHW[index]
-        planes_2HW = torch.stack((label_HW, torch.zeros_like(label_HW)))
-        recipe, image_3HW = self.recipe, self.frames.image_N3HW[index]
+        image_3HW, label_HW = self.frames[index]
+        planes_2HW, recipe = torch.stack((label_HW, torch.zeros_like(label_HW))), self.recipe
         return random_view(image_3HW, planes_2HW, size=recipe.crop, scale=recipe.scale, generator=self.generator)

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from models.card import IGNORE, ClassInfo, InputSpec
 from models.contract import Network
 from training.augment import normalise
-from training.data.frames import Frames
+from training.data.frames import FrameSet
 
 BORDER_PX = 32
 """Left out of `sample_spread`: what zero padding does at a picture's edge is no opinion of a latent."""
@@ -15,7 +15,7 @@ BORDER_PX = 32
 
 @torch.inference_mode()
 def measure(
-    network: Network, frames: Frames, *, classes: tuple[ClassInfo, ...], every: int = 1, seed: int = 0
+    network: Network, frames: FrameSet, *, classes: tuple[ClassInfo, ...], every: int = 1, seed: int = 0
 ) -> dict[str, float]:
     """Figures of the mean probability of the default number of samples, on whole frames (every n-th only).
 
@@ -29,8 +29,9 @@ def measure(
     confusion_KK = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     sums, num_frames = torch.zeros(4, dtype=torch.float64), 0
     for i in range(0, len(frames), every):
-        image_B3hw = normalise(frames.image_N3HW[i : i + 1].float() / 255, InputSpec()).to(device)
-        label_hw = frames.label_NHW[i].long()
+        image_3HW, label_HW = frames[i]
+        image_B3hw = normalise(image_3HW[None].float() / 255, InputSpec()).to(device)
+        label_hw = label_HW.long()
         noise_SBL = torch.randn(network.sampling.default_samples, 1, network.sampling.noise_length, generator=generator)
         logits_SBKhw = network(image_B3hw, noise_SBL.to(device)).float()
         mean_Khw, expected_hw, spread = summarise(logits_SBKhw[:, 0], size=label_hw.shape)

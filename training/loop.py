@@ -19,9 +19,9 @@ from models.checkpoint import load_checkpoint, save_checkpoint
 from models.contract import Network
 from models.errors import BadArtifact, BadOption
 from serving.engine.allocator import keep_freed_memory
-from training.batches import Batches
+from training.batches import Batches, choose_split
 from training.data import DataSet, find_data
-from training.data.frames import Frames, split_labelled, write_split
+from training.data.frames import FrameSet, write_split
 from training.evaluate import measure
 from training.objective import build_objective, update_average
 from training.recipe import Recipe
@@ -38,10 +38,10 @@ Report = Callable[[float, str], None]
 class Training:
     """One run's state: objective, optimiser, stream of batches, step and seconds so far. One thread only."""
 
-    def __init__(self, recipe: Recipe, train: Frames, num_classes: int) -> None:
+    def __init__(self, recipe: Recipe, train: FrameSet, num_classes: int) -> None:
         self.recipe, self.step, self.elapsed_s = recipe, 0, 0.0
         self.generator = torch.Generator().manual_seed(recipe.seed)
-        self.split = split_labelled(train, fraction=recipe.labelled_fraction, seed=recipe.seed)
+        self.split = choose_split(train, recipe)
         self.batches = Batches(train, self.split, recipe, self.generator, num_classes=num_classes)
         network = channels_last(build_network(recipe, num_classes))
         average = copy.deepcopy(network).requires_grad_(False).eval()
@@ -113,7 +113,7 @@ def train(
     keep_freed_memory()
     if threads is not None:
         torch.set_num_threads(threads)
-    data = find_data(recipe.data)
+    data = find_data(recipe.data, data_dir)
     frames, val = data.load(data_dir, "train"), data.load(data_dir, "val")
     run_dir = runs_dir / recipe.name
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ def train(
     return path
 
 
-def run(training: Training, card: Card, val: Frames, run_dir: Path, *, minutes: float | None, report: Report) -> None:
+def run(training: Training, card: Card, val: FrameSet, run_dir: Path, *, minutes: float | None, report: Report) -> None:
     """Advance until the schedule is over; save and validate every few minutes."""
     recipe, last = training.recipe, time.perf_counter()
     next_save_s = training.elapsed_s + 60 * recipe.validate_every_minutes
@@ -200,10 +200,9 @@ def describe(recipe: Recipe, data: DataSet, *, num_frames: int, num_labelled: in
     """The card of the recipe's checkpoint, without figures."""
     method = find_method(recipe.method)
     config: Any = read_strict(method.config, {"num_classes": len(data.classes), **recipe.config}, where="recipe.config")
-    sentence = (
-        f"{data.title} train, {num_labelled} of {num_frames} frames labelled "
-        f"({recipe.labelled_fraction:g}, seed {recipe.seed}), the rest unlabelled"
-    )
+    drawn = recipe.labelled_list or f"{recipe.labelled_fraction:g}, seed {recipe.seed}"
+    rest = {"none": "unlabelled", "tags": "with tags of their crops", "boxes": "with boxes"}[recipe.weak_labels]
+    sentence = f"{data.title} train, {num_labelled} of {num_frames} frames labelled ({drawn}), the rest {rest}"
     return Card(
         name=recipe.name,
         version=1,
@@ -214,11 +213,13 @@ def describe(recipe: Recipe, data: DataSet, *, num_frames: int, num_labelled: in
         window=recipe.window,
         sampling=network.sampling,
         readout=Readout(align_corners=True),
+        prompt=network.prompt,
+        extra_maps=network.extra_maps,
         provenance=Provenance(sentence, data.licence, f"training/recipes/{recipe.name}.yaml", git_commit()),
     )
 
 
-def write_measured(path: Path, card: Card, network: Network, val: Frames, *, every: int = 1) -> dict[str, float]:
+def write_measured(path: Path, card: Card, network: Network, val: FrameSet, *, every: int = 1) -> dict[str, float]:
     """Write the checkpoint in fp16, measure what can be read back, and write it again with the figures."""
     save_checkpoint(path, card, network, half=True)
     _, stored = load_checkpoint(path)

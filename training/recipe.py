@@ -16,6 +16,8 @@ class Recipe:
 
     config, objective: the method's network configuration and objective options.
     labelled_fraction: of the training frames, drawn by `seed`; the others are used without their masks.
+    With 0 there are only others; labelled_batch is 0 then, and `weak_labels` are all that is learnt from.
+    labelled_list: a file that names the labelled frames instead, one per line.
     weak_labels: what is taken from the masks of those others: `tags` of a view's classes, `boxes`, or nothing.
     crop: height and width of the views in px. scale: range of their magnification.
     jitter, strong_jitter: colour strength of labelled and of unlabelled views.
@@ -32,6 +34,7 @@ class Recipe:
     crop: tuple[int, int]
     steps: int
     labelled_fraction: float = 0.25
+    labelled_list: str = ""
     weak_labels: Literal["none", "tags", "boxes"] = "none"
     seed: int = 0
     scale: tuple[float, float] = (0.5, 1.5)

@@ -1,5 +1,6 @@
-"""Frames are read whole or refused with a sentence; the split depends on fraction and seed alone."""
+"""Frames are read whole or refused with a sentence; the split depends on fraction and seed, or on a list, alone."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,11 @@ from PIL import Image
 
 from models.card import IGNORE
 from models.errors import BadData, BadOption
+from tests.training import tiny
+from training.batches import Batches, choose_split
 from training.data import find_data
 from training.data.camvid import CLASSES, VOID, load_camvid
-from training.data.frames import split_labelled, write_split
+from training.data.frames import read_split, split_labelled, write_split
 
 
 def _write_pair(folder: Path, name: str, *, label: int = 3, size: tuple[int, int] = (6, 4)) -> None:
@@ -69,12 +72,12 @@ def test_a_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_says_what_is_wanted(tmp_path: Path) -> None:
-    with pytest.raises(BadData, match=r"holds no \.jpg pictures"):
+    with pytest.raises(BadData, match=r"holds no \.jpg or \.png pictures"):
         load_camvid(tmp_path, "train")
 
 
 def test_an_unknown_data_set_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(BadOption, match="no data set 'moon'; known are camvid, shapes"):
+    with pytest.raises(BadOption, match="no data set 'moon'; known are camvid, cityscapes, folder, shapes, voc"):
         find_data("moon")
 
 
@@ -99,3 +102,44 @@ def test_a_fraction_that_leaves_no_labels_is_refused(tmp_path: Path) -> None:
 
 def test_camvid_has_eleven_classes_of_eleven_colours() -> None:
     assert len(CLASSES) == len({c.color for c in CLASSES}) == VOID
+
+
+def test_a_list_chooses_the_labelled_frames(tmp_path: Path) -> None:
+    frames = find_data("shapes").load(tmp_path, "train")
+    write_split(tmp_path / "labelled.txt", frames, torch.tensor([1, 3]))
+    labelled, rest = read_split(tmp_path / "labelled.txt", frames)
+    assert labelled.tolist() == [1, 3] and sorted(rest.tolist()) == [0, 2, *range(4, 16)]
+    recipe = replace(tiny.recipe("cps", tmp_path, steps=1), labelled_list=str(tmp_path / "labelled.txt"))
+    assert choose_split(frames, recipe)[0].tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("train01\nmoon\n", r"list\.txt lists 'moon', which is none of the 16 frames$"),
+        ("train01\ntrain01\n", r"list\.txt holds 'train01' twice$"),
+        ("\n", r"list\.txt is empty; one name per line is wanted$"),
+        (None, r"list\.txt cannot be read"),
+    ],
+)
+def test_a_list_that_cannot_be_followed_is_named(text: str | None, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "list.txt"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(BadData, match=sentence):
+        read_split(path, find_data("shapes").load(tmp_path, "train"))
+
+
+def test_without_any_labels_weak_ones_are_wanted(tmp_path: Path) -> None:
+    frames = find_data("shapes").load(tmp_path, "train")
+    recipe = replace(tiny.recipe("cps", tmp_path, steps=1), labelled_fraction=0.0)
+    with pytest.raises(BadOption, match=r"labelled_fraction is 0\.0 and labelled_batch 3; both or neither can be 0"):
+        choose_split(frames, recipe)
+    with pytest.raises(BadOption, match="there is nothing to learn from"):
+        choose_split(frames, replace(recipe, labelled_batch=0))
+    recipe = replace(recipe, labelled_batch=0, weak_labels="tags")
+    split = choose_split(frames, recipe)
+    views = Batches(frames, split, recipe, torch.Generator(), num_classes=3).draw()
+    assert [len(indices) for indices in split] == [0, 16]
+    assert views.image_B3hw.shape == (0, 3, 48, 64) and views.label_Bhw.shape == (0, 48, 64)
+    assert views.tags_BK is not None and views.tags_BK.shape == (2, 3)

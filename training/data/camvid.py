@@ -6,12 +6,14 @@ Brostow, Fauqueur, Cipolla 2009. The folder has train/ and val/, each with image
 from pathlib import Path
 
 from models.classes import CAMVID
-from training.data.frames import Frames, load_frames
+from training.data.files import count_ids
+from training.data.folder import find_pairs
+from training.data.frames import Frames, hold
 
 CLASSES = CAMVID
 VOID = 11
 
 
 def load_camvid(folder: Path, split: str) -> Frames:
-    """All frames of `train` or `val`. Raises BadData."""
-    return load_frames(folder / split, num_classes=len(CLASSES), void=VOID)
+    """All frames of `train` or `val`, in memory. Raises BadData."""
+    return hold(find_pairs(folder / split, count_ids(len(CLASSES), void=VOID)))

@@ -1,20 +1,33 @@
-"""Pictures with their masks as uint8 tensors in memory, and which of them count as labelled."""
+"""Pictures with their masks: held in memory or read when asked for, and which of them count as labelled."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from models.card import IGNORE
 from models.errors import BadData, BadOption
+from training.data.files import LabelIds, read_mask, read_picture
+
+
+class FrameSet(Protocol):
+    """What training and evaluation ask of a data set's split: names, and frames by index."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the frames, each once."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """image_3HW and label_HW (IGNORE = void), both uint8, of one frame; frames may differ in size."""
 
 
 @dataclass(frozen=True, slots=True)
 class Frames:
-    """image_N3HW and label_NHW (IGNORE = void), both uint8, all of one size; names in the same order."""
+    """In memory: image_N3HW and label_NHW (IGNORE = void), both uint8, all of one size; names in the same order."""
 
     names: tuple[str, ...]
     image_N3HW: Tensor
@@ -23,67 +36,106 @@ class Frames:
     def __len__(self) -> int:
         return len(self.names)
 
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.image_N3HW[index], self.label_NHW[index]
 
-def load_frames(folder: Path, *, num_classes: int, void: int) -> Frames:
-    """Read `folder/images/*.jpg` with `folder/masks/*.png`; label `void` becomes IGNORE.
 
-    Raises BadData naming the first file that is missing, unreadable, of another size or of unknown labels.
-    """
-    pictures = sorted((folder / "images").glob("*.jpg"))
-    if not pictures:
-        raise BadData(f"{folder / 'images'} holds no .jpg pictures; a folder with images/ and masks/ is wanted")
-    images: list[Tensor] = []
-    labels: list[Tensor] = []
-    for path in pictures:
-        mask_path = folder / "masks" / f"{path.stem}.png"
-        if not mask_path.is_file():
-            raise BadData(f"{path} has no mask; {mask_path} is wanted")
-        image_3HW, label_HW = _read_image(path), _read_mask(mask_path, num_classes=num_classes, void=void)
+@dataclass(frozen=True, slots=True)
+class FrameFiles:
+    """On disk: a frame is read, and its mask checked, whenever it is asked for. Safe in many threads."""
+
+    names: tuple[str, ...]
+    pictures: tuple[Path, ...]
+    masks: tuple[Path, ...]
+    ids: LabelIds
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Raises BadData: a file is unreadable, the mask is of another size or holds an unknown label."""
+        image_3HW, label_HW = read_picture(self.pictures[index]), read_mask(self.masks[index], self.ids)
         if image_3HW.shape[1:] != label_HW.shape:
-            raise BadData(f"{mask_path} is {_size(label_HW)}; its picture is {_size(image_3HW)}")
-        if images and image_3HW.shape != images[0].shape:
-            raise BadData(f"{path} is {_size(image_3HW)}; the pictures before it are {_size(images[0])}")
-        images.append(image_3HW)
-        labels.append(label_HW)
-    return Frames(tuple(p.stem for p in pictures), torch.stack(images), torch.stack(labels))
+            raise BadData(f"{self.masks[index]} is {_size(label_HW)}; its picture is {_size(image_3HW)}")
+        return image_3HW, label_HW
 
 
-def split_labelled(frames: Frames, *, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the labelled and of the unlabelled frames (all frames, if every one is labelled)."""
+def pair_files(names: Sequence[str], pictures: Sequence[Path], masks: Sequence[Path], ids: LabelIds) -> FrameFiles:
+    """Frames whose files are all there; nothing is read yet. Raises BadData naming the first that is not."""
+    for picture, mask in zip(pictures, masks, strict=True):
+        if not picture.is_file():
+            raise BadData(f"there is no picture {picture}, which its data set lists")
+        if not mask.is_file():
+            raise BadData(f"{picture} has no mask; {mask} is wanted")
+    return FrameFiles(tuple(names), tuple(pictures), tuple(masks), ids)
+
+
+def hold(files: FrameFiles) -> Frames:
+    """All frames read into memory. Raises BadData, also where a picture's size is not that of those before it."""
+    frames: list[tuple[Tensor, Tensor]] = []
+    for i, path in enumerate(files.pictures):
+        frames.append(files[i])
+        here, first = frames[-1][0], frames[0][0]
+        if here.shape != first.shape:
+            raise BadData(f"{path} is {_size(here)}; the pictures before it are {_size(first)}")
+    images, labels = zip(*frames, strict=True)
+    return Frames(files.names, torch.stack(images), torch.stack(labels))
+
+
+def split_labelled(frames: FrameSet, *, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the labelled and of the unlabelled frames (all frames, if every one is labelled).
+
+    A fraction of exactly 0 leaves no labels, for methods that live on weak ones.
+    """
     count = round(fraction * len(frames))
-    if not 1 <= count <= len(frames):
+    if not (1 <= count <= len(frames) or fraction == 0):
         raise BadOption(f"labelled_fraction {fraction} leaves {count} of {len(frames)} frames; at least 1 is needed")
-    order = torch.randperm(len(frames), generator=torch.Generator().manual_seed(seed))
-    rest = order[count:] if count < len(frames) else order
-    return order[:count].sort().values, rest.sort().values
+    return _divide(torch.randperm(len(frames), generator=torch.Generator().manual_seed(seed)), count)
 
 
-def write_split(path: Path, frames: Frames, labelled: Tensor) -> None:
+def read_split(path: Path, frames: FrameSet) -> tuple[Tensor, Tensor]:
+    """As `split_labelled`, the labelled ones being those that a file names, one per line, as `write_split` does.
+
+    Raises BadData: the list cannot be read, is empty, or names a frame twice or one that is not there.
+    """
+    chosen = find_listed(path, frames.names)
+    rest = sorted(set(range(len(frames))) - set(chosen))
+    return _divide(torch.tensor(chosen + rest), len(chosen))
+
+
+def find_listed(path: Path, names: Sequence[str]) -> list[int]:
+    """Where the names of a list are among `names`. Raises BadData."""
+    listed, index = read_list(path), {name: i for i, name in enumerate(names)}
+    for name in listed:
+        if name not in index:
+            raise BadData(f"{path} lists {name!r}, which is none of the {len(index)} frames")
+    return [index[name] for name in listed]
+
+
+def read_list(path: Path) -> list[str]:
+    """Names, one per line. Raises BadData: no such text file, no name in it, or a name twice."""
+    try:
+        names = path.read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadData(f"the list {path} cannot be read ({error})") from None
+    if not names:
+        raise BadData(f"the list {path} is empty; one name per line is wanted")
+    if len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise BadData(f"the list {path} holds {twice!r} twice")
+    return names
+
+
+def write_split(path: Path, frames: FrameSet, labelled: Tensor) -> None:
     """Write the names of the labelled frames, one per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{frames.names[i]}\n" for i in labelled.tolist()))
 
 
-def _read_image(path: Path) -> Tensor:
-    return torch.from_numpy(_read(path, "RGB")).permute(2, 0, 1).contiguous()
-
-
-def _read_mask(path: Path, *, num_classes: int, void: int) -> Tensor:
-    label_HW = torch.from_numpy(_read(path, "L"))
-    label_HW[label_HW == void] = IGNORE
-    unknown = label_HW[(label_HW >= num_classes) & (label_HW != IGNORE)]
-    if unknown.numel():
-        raise BadData(f"{path} holds the label {int(unknown[0])}; 0 to {num_classes - 1} and {void} (void) are known")
-    return label_HW
-
-
-def _read(path: Path, mode: str) -> np.ndarray:
-    try:
-        with Image.open(path) as picture:
-            # A palette mask stores its labels as indices, which a conversion to grey would destroy.
-            return np.array(picture if mode == "L" and picture.mode in ("L", "P") else picture.convert(mode))
-    except OSError as error:
-        raise BadData(f"{path} cannot be read ({error})") from None
+def _divide(order: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first `count` and the rest, both sorted; all are the rest where nothing else is left."""
+    rest = order[count:] if count < len(order) else order
+    return order[:count].sort().values, rest.sort().values
 
 
 def _size(array: Tensor) -> str:
