@@ -174,6 +174,36 @@ def train(recipe: Path, data: Path, threads: int | None, minutes: float | None) 
     click.echo(follow(read_recipe(recipe), data, threads=threads, minutes=minutes))
 
 
+SET = click.option("--set", "data_set", default="camvid", show_default=True, help="Form of the data: camvid, voc, ...")
+SPLIT = click.option("--split", default="val", show_default=True)
+SAMPLES = click.option("--samples", type=click.IntRange(min=1), help="How many samples to draw; the card's by default.")
+SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of the noise and of random splits.")
+EVERY = click.option("--every", type=click.IntRange(min=1), default=1, show_default=True, help="Every n-th frame only.")
+
+
+@main.command()
+@click.argument("name")
+@click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@SET
+@SPLIT
+@click.option("--version", type=int, help="The newest by default.")
+@SAMPLES
+@SEED
+@EVERY
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here.")
+@click.option("--plots", type=click.Path(file_okay=False, path_type=Path), help="Draw curves and pictures here.")
+@STORE
+def evaluate(name: str, store: Path, json_file: Path | None, plots: Path | None, **options: Any) -> None:
+    """Measure a model on labelled pictures as it is served: accuracy, calibration, and its uncertainty."""
+    from training.evaluation.run import Question, evaluate_artifact, report
+
+    measured = evaluate_artifact(Question(name, **options), store, plots=plots)
+    report(measured)
+    if json_file:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(measured.document(), allow_nan=False) + "\n")
+
+
 @main.command(name="import")
 @click.argument("method")
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))

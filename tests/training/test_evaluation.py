@@ -1,0 +1,213 @@
+"""What is measured is what is served: figures of toy models, whose answers are known in closed form."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from export.bundle import export_network
+from models.card import IGNORE, Calibration, Readout
+from models.errors import BadData, BadOption
+from penumbra import main
+from serving.engine.options import SegmentOptions
+from serving.engine.runtime import Tuning
+from serving.engine.segmenter import Segmenter
+from tests.conftest import CLASSES, GAIN, picture, toy_card
+from training.data import find_data
+from training.data.frames import Frames
+from training.evaluation.answers import answer, check_classes, pictures
+from training.evaluation.figures import Evaluation
+from training.evaluation.run import SAMPLE_COUNTS, Measured, Question, evaluate, evaluate_artifact, typical
+from training.plots import draw_all
+
+MAPS = ("confidence", "entropy", "mutual_information")
+CALIBRATION = Calibration((0.02, 0.3), (0.2, 0.9), num_frames=60, num_samples=1, data="made up")
+NOWHERE = Path("nowhere")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("store")
+    for form in ("pointwise", "latent", "bright"):
+        card, network = toy_card(form)
+        export_network(network, dataclasses.replace(card, calibration=CALIBRATION), store)
+    card, network = toy_card("pointwise", name="toy-logits")
+    export_network(network, dataclasses.replace(card, readout=Readout(average="logits")), store)
+    return store
+
+
+@pytest.fixture(scope="module")
+def segmenter(store: Path) -> Iterator[Segmenter]:
+    with Segmenter.open(store, threads=1, tuning=Tuning(1, 1)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def frames(rng: np.random.Generator) -> Frames:
+    """Noise whose truth is the brightest channel, but for a tenth of the pixels, and void in the first column."""
+    images = np.stack([picture(rng, 50, 70) for _ in range(4)])
+    labels = images.argmax(-1).astype(np.uint8)
+    labels[rng.random(labels.shape) < 0.1] = 1
+    labels[:, :, 0] = IGNORE
+    return Frames(tuple("abcd"), torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels))
+
+
+def softmax_of(frames: Frames) -> np.ndarray:
+    """prob_NHWK of the pointwise toy."""
+    logits = GAIN * frames.image_N3HW.permute(0, 2, 3, 1).numpy() / 255
+    powers = np.exp(logits)
+    return np.asarray(powers / powers.sum(-1, keepdims=True))
+
+
+def measure(segmenter: Segmenter, model: str, frames: Frames, **options: object) -> Measured:
+    return evaluate(segmenter, Question(model, NOWHERE, **options), frames)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model", ["toy-pointwise", "toy-logits"])
+def test_figures_are_those_of_the_models_closed_form(segmenter: Segmenter, frames: Frames, model: str) -> None:
+    figures = measure(segmenter, model, frames).evaluation.figures()
+    prob, truth = softmax_of(frames), frames.label_NHW.numpy()
+    known = truth != IGNORE
+    prob, truth = prob[known], truth[known].astype(int)
+    hits = prob.argmax(-1) == truth
+    assert figures["seg/pixAcc"] == pytest.approx(hits.mean(), abs=1e-9)
+    for k, info in enumerate(CLASSES):
+        said, there = prob.argmax(-1) == k, truth == k
+        assert figures[f"seg/IoU/{info.name}"] == pytest.approx((said & there).sum() / (said | there).sum())
+    assert figures["seg/mIoU"] == pytest.approx(np.mean([figures[f"seg/IoU/{info.name}"] for info in CLASSES]))
+    assert figures["seg/mAcc"] == pytest.approx(np.mean([hits[truth == k].mean() for k in range(3)]))
+    assert figures["seg/NLL"] == pytest.approx(-np.log(prob[np.arange(len(truth)), truth]).mean(), rel=1e-4)
+    assert figures["seg/Brier"] == pytest.approx(((prob - np.eye(3)[truth]) ** 2).sum(-1).mean(), rel=1e-4)
+    gaps = [
+        (prob.max(-1)[step].sum() - hits[step].sum())
+        for step in ((prob.max(-1) * 15).astype(int).clip(max=14) == b for b in range(15))
+    ]
+    assert figures["cal/ECE"] == pytest.approx(np.abs(gaps).sum() / len(truth), abs=1e-4)
+
+
+def test_errors_that_follow_the_entropy_are_found_perfectly(segmenter: Segmenter, frames: Frames) -> None:
+    prob = softmax_of(frames)
+    entropy = -(prob * np.log(prob)).sum(-1)
+    truth = np.where(entropy > 0.7, (prob.argmax(-1) + 1) % 3, prob.argmax(-1))
+    truth[np.abs(entropy - 0.7) < 0.01] = IGNORE
+    wrong = dataclasses.replace(frames, label_NHW=torch.from_numpy(truth.astype(np.uint8)))
+    figures = measure(segmenter, "toy-pointwise", wrong).evaluation.figures()
+    assert figures["err/AUROC/entropy"] == 1 and figures["err/FPR95/entropy"] == 0
+    assert figures["sc/E-AURC/entropy"] == pytest.approx(0, abs=1e-3)
+
+
+def test_void_pixels_count_nowhere(segmenter: Segmenter, frames: Frames) -> None:
+    evaluation = measure(segmenter, "toy-pointwise", frames).evaluation
+    num = int((frames.label_NHW != IGNORE).sum())
+    assert evaluation.confusion_KK.sum() == num == evaluation.reliability.num
+    assert all(ranking.counts_2N.sum() == num for ranking in evaluation.rankings.values())
+
+
+def test_abstention_is_measured_at_the_cards_thresholds(segmenter: Segmenter, frames: Frames) -> None:
+    figures = measure(segmenter, "toy-pointwise", frames).evaluation.figures()
+    options = SegmentOptions(model="toy-pointwise", max_risk=0.05, outputs=("entropy",))
+    kept, risk = [], []
+    for image_HW3, truth_HW in pictures(frames, range(4)):
+        labels_HW, known_HW = segmenter.segment(image_HW3, options).labels_HW, truth_HW != IGNORE
+        kept.append((labels_HW != IGNORE)[known_HW].mean())
+        risk.append(((labels_HW != IGNORE) & (labels_HW != truth_HW))[known_HW].mean())
+    assert figures["abstain/coverage@0.02"] == pytest.approx(np.mean(kept))
+    assert figures["abstain/risk@0.02"] == pytest.approx(np.mean(risk))
+    assert figures["abstain/coverage@0.3"] > figures["abstain/coverage@0.02"]
+
+
+def test_a_methods_own_maps_are_judged_too(segmenter: Segmenter, frames: Frames) -> None:
+    assert 0 <= measure(segmenter, "toy-bright", frames).evaluation.figures()["err/AUROC/brightness"] <= 1
+
+
+def test_a_frame_without_labels_changes_nothing(segmenter: Segmenter, frames: Frames) -> None:
+    card = segmenter.find("toy-pointwise").card
+    evaluation = Evaluation(card)
+    image_HW3, truth_HW = next(pictures(frames, [0]))
+    options = SegmentOptions(model=card.name, outputs=MAPS)
+    for labels in (truth_HW, np.full_like(truth_HW, IGNORE)):
+        evaluation.add(answer(segmenter, image_HW3, labels, options))
+    assert evaluation.num_frames == 1 and evaluation.figures()["seg/pixAcc"] > 0.8
+
+
+def test_data_without_any_label_is_refused_with_a_sentence(segmenter: Segmenter, frames: Frames) -> None:
+    void = dataclasses.replace(frames, label_NHW=torch.full_like(frames.label_NHW, IGNORE))
+    with pytest.raises(BadData, match="nothing to measure against"):
+        measure(segmenter, "toy-pointwise", void)
+
+
+def test_every_nth_frame_is_taken(segmenter: Segmenter, frames: Frames) -> None:
+    measured = measure(segmenter, "toy-pointwise", frames, every=2)
+    assert measured.places == [0, 2] and measured.evaluation.num_frames == 2
+
+
+def test_small_pictures_have_no_large_patches(segmenter: Segmenter, frames: Frames) -> None:
+    small = Frames(frames.names, frames.image_N3HW[:, :, :20, :20], frames.label_NHW[:, :20, :20])
+    document = measure(segmenter, "toy-pointwise", small).document()
+    assert "pavpu/entropy/16" in document["figures"] and "pavpu/entropy/32" not in document["figures"]
+
+
+def test_classes_of_another_number_are_refused_and_of_other_names_warned_of() -> None:
+    card, _ = toy_card("pointwise")
+    assert check_classes(card, CLASSES, data="shapes") == ""
+    assert "0 is red here and ground there" in check_classes(card, find_data("shapes").classes, data="shapes")
+    with pytest.raises(BadData, match="camvid has 11 classes and toy-pointwise has 3"):
+        check_classes(card, find_data("camvid").classes, data="camvid")
+
+
+def test_samples_are_compared_in_quality_and_cost(segmenter: Segmenter, frames: Frames) -> None:
+    rows = evaluate(segmenter, Question("toy-latent", NOWHERE, every=2), frames, compare=True).against_samples
+    assert [row["samples"] for row in rows] == list(SAMPLE_COUNTS)
+    assert rows[0]["time_ratio"] == 1 and rows[0]["err/AUROC/mutual_information"] is None
+    nll = [row["seg/NLL"] for row in rows]
+    assert nll[0] and nll[-1] and nll[-1] < nll[0], "a mean over samples is a better forecast than one"
+
+
+def test_a_single_pass_is_not_compared_with_itself(segmenter: Segmenter, frames: Frames) -> None:
+    assert evaluate(segmenter, Question("toy-pointwise", NOWHERE), frames, compare=True).against_samples == []
+
+
+@pytest.mark.slow
+def test_the_command_writes_figures_curves_and_pictures(store: Path, tmp_path: Path) -> None:
+    arguments = ["evaluate", "toy-latent", "--data", tmp_path, "--set", "shapes", "--samples", 2, "--every", 4]
+    arguments += ["--json", tmp_path / "new" / "out.json", "--plots", tmp_path / "plots", "--store", store]
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    document = json.loads((tmp_path / "new" / "out.json").read_text())
+    assert document["model"] == "toy-latent" and document["samples"] == 2 and document["frames"] == 2
+    names = {
+        "seg/mIoU",
+        "seg/NLL",
+        "cal/ECE",
+        "cal/aECE",
+        "sc/AURC",
+        "sc/E-AURC",
+        "err/FPR95/entropy",
+        "pavpu/entropy/4",
+    }
+    assert names <= document["figures"].keys() and "err/AUROC/entropy" in document["errors"]
+    for value in document["figures"].values():
+        assert value is None or math.isfinite(value)
+    drawn = {path.stem for path in (tmp_path / "plots").glob("*.png")}
+    assert drawn == {"reliability", "risk_coverage", "pavpu", "confusion", "contact_sheet", "samples"}
+    assert "seg/mIoU" in result.stdout
+
+
+@pytest.mark.slow
+def test_a_model_without_samples_has_no_picture_of_them(segmenter: Segmenter, frames: Frames, tmp_path: Path) -> None:
+    measured = measure(segmenter, "toy-pointwise", frames)
+    files = draw_all(measured, typical(measured, segmenter, frames), tmp_path)
+    assert "samples" not in {path.stem for path in files} and all(path.stat().st_size > 0 for path in files)
+
+
+def test_nonsense_is_refused_with_a_sentence(store: Path) -> None:
+    with pytest.raises(BadOption, match="every is 0; 1 or more is possible"):
+        evaluate_artifact(Question("toy-latent", NOWHERE, "shapes", every=0), store)
+    with pytest.raises(BadOption, match="no data set 'moon'"):
+        evaluate_artifact(Question("toy-latent", NOWHERE, "moon"), store)

@@ -1,0 +1,90 @@
+"""One labelled frame through the serving engine, reduced band by band to what figures are made of."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.card import IGNORE, Card, ClassInfo
+from models.errors import BadData
+from serving.engine.options import SegmentOptions
+from serving.engine.segmenter import Segmenter
+from serving.engine.uncertainty import softmax
+from training.data.frames import Frames
+from training.metrics import Floats, Mask
+
+Labels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the engine said of one frame, beside the truth; everything at the frame's size.
+
+    truth_HW: class ids, IGNORE where there is no label. prob_HW: probability of the true class, 0 without a label.
+    squares_HW: sum over classes of p^2. maps: all maps by name. seconds: the engine's time.
+    """
+
+    labels_HW: Labels
+    truth_HW: Labels
+    prob_HW: Floats
+    squares_HW: Floats
+    maps: dict[str, Floats]
+    seconds: float
+
+    @property
+    def known_HW(self) -> Mask:
+        return np.not_equal(self.truth_HW, IGNORE)
+
+    @property
+    def wrong_HW(self) -> Mask:
+        """Labelled pixels that are answered with another class."""
+        return np.not_equal(self.labels_HW, self.truth_HW) & self.known_HW
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the labelled pixels that are right; NaN where none is labelled."""
+        num = self.known_HW.sum()
+        return float(1 - self.wrong_HW.sum() / num) if num else float("nan")
+
+
+def answer(segmenter: Segmenter, image_HW3: Labels, truth_HW: Labels, options: SegmentOptions) -> Answer:
+    """Segment one frame. Class probabilities are held for one band of rows only. Raises any PenumbraError."""
+    stream = segmenter.bands(image_HW3, options)
+    card = stream.work.runtime.card
+    labels_HW = np.empty_like(truth_HW)
+    names = (*options.outputs, *(extra.name for extra in card.extra_maps))
+    maps = {name: np.empty(truth_HW.shape, np.float32) for name in names}
+    prob_HW, squares_HW = np.empty((2, *truth_HW.shape), np.float32)
+    with closing(iter(stream)) as bands:  # type: ignore[type-var]
+        for band in bands:
+            rows = slice(band.y0, band.y0 + len(band.labels))
+            prob_hKW = softmax(band.merged_hKW) if card.readout.average == "logits" else band.merged_hKW
+            labels_HW[rows] = band.labels
+            prob_HW[rows] = _of_class(prob_hKW, truth_HW[rows])
+            squares_HW[rows] = np.einsum("hkw,hkw->hw", prob_hKW, prob_hKW)
+            for name, values in maps.items():
+                values[rows] = band.maps[name]
+    return Answer(labels_HW, truth_HW, prob_HW, squares_HW, maps, stream.timing_ms["total"] / 1e3)
+
+
+def _of_class(prob_hKW: Floats, truth_hW: Labels) -> Floats:
+    known_hW = truth_hW != IGNORE
+    place_h1W = np.where(known_hW, truth_hW, 0)[:, None].astype(np.int64)
+    return np.where(known_hW, np.take_along_axis(prob_hKW, place_h1W, 1)[:, 0], np.float32(0))
+
+
+def pictures(frames: Frames, places: range | list[int]) -> Iterator[tuple[Labels, Labels]]:
+    """Image uint8 [H, W, 3] and labels uint8 [H, W] of some frames."""
+    for i in places:
+        yield np.ascontiguousarray(frames.image_N3HW[i].permute(1, 2, 0).numpy()), frames.label_NHW[i].numpy()
+
+
+def check_classes(card: Card, classes: tuple[ClassInfo, ...], *, data: str) -> str:
+    """Whether a data set's labels are this model's: a warning where names differ, else nothing. Raises BadData."""
+    ours, theirs = [info.name for info in card.classes], [info.name for info in classes]
+    if len(ours) != len(theirs):
+        raise BadData(f"{data} has {len(theirs)} classes and {card.name} has {len(ours)}; other labels are wanted")
+    apart = [f"{k} is {a} here and {b} there" for k, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
+    return f"the classes of {card.name} and {data} have different names: {apart[0]}" if apart else ""

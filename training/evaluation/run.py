@@ -1,0 +1,185 @@
+"""`penumbra evaluate`: an artifact and a labelled data set to figures, curves and a document."""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Column, Table
+
+from models.card import Card, Sampling
+from models.errors import BadData, BadOption
+from serving.engine.options import SegmentOptions
+from serving.engine.segmenter import Segmenter
+from serving.engine.store import find_artifact
+from training.data import find_data
+from training.data.frames import Frames
+from training.evaluation.answers import Answer, answer, check_classes, pictures
+from training.evaluation.figures import Evaluation
+
+MAPS = ("confidence", "entropy", "mutual_information")
+SAMPLE_COUNTS = (1, 2, 5, 10, 20, 50)
+OF_SEVERAL = "err/AUROC/mutual_information"
+COMPARED = ("seg/mIoU", "seg/NLL", "cal/ECE", "err/AUROC/entropy", OF_SEVERAL)
+FEW_FRAMES = 16
+"""For quality and cost against S, which needs 88 samples of each."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is evaluated on what. version: None is the newest. samples: None is the card's. every: n-th frame only."""
+
+    name: str
+    data: Path
+    data_set: str = "camvid"
+    split: str = "val"
+    version: int | None = None
+    samples: int | None = None
+    seed: int = 0
+    every: int = 1
+
+    @property
+    def options(self) -> SegmentOptions:
+        return SegmentOptions(model=self.name, samples=self.samples, seed=self.seed, outputs=MAPS)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """An evaluation's outcome. accuracies: of the frames in `places`. against_samples: rows of `compare_samples`."""
+
+    question: Question
+    card: Card
+    evaluation: Evaluation
+    places: list[int]
+    accuracies: list[float]
+    against_samples: list[dict[str, float | None]]
+
+    def document(self) -> dict[str, Any]:
+        """Everything as JSON values; an undefined figure is null."""
+        figures = {name: value if math.isfinite(value) else None for name, value in self.evaluation.figures().items()}
+        return {
+            "model": self.card.name, "version": self.card.version, "set": self.question.data_set,
+            "split": self.question.split, "every": self.question.every, "frames": self.evaluation.num_frames,
+            "pixels": int(self.evaluation.reliability.num), "seed": self.question.seed,
+            "samples": self.question.samples or self.card.sampling.default_samples,
+            "temperature": self.card.readout.temperature, "figures": figures, "errors": self.evaluation.errors(),
+            "against_samples": self.against_samples, "curves": self.evaluation.curves(),
+        }  # fmt: skip
+
+
+def load_frames(question: Question, card: Card) -> Frames:
+    """The frames that are asked about. Raises BadOption, BadData."""
+    data = find_data(question.data_set)
+    warning = check_classes(card, data.classes, data=question.data_set)
+    if warning:
+        Console(stderr=True).print(f"[yellow]warning:[/] {warning}")
+    return data.load(question.data, question.split)
+
+
+def evaluate(segmenter: Segmenter, question: Question, frames: Frames, *, compare: bool = False) -> Measured:
+    """Measure a loaded model. compare: also quality and cost against S, where S is free. Raises BadData."""
+    card = segmenter.find(question.name, question.version).card
+    evaluation, accuracies = Evaluation(card), []
+    places = list(range(0, len(frames), question.every))
+    for image_HW3, truth_HW in follow(pictures(frames, places), f"evaluating {card.name}", total=len(places)):
+        answered = answer(segmenter, image_HW3, truth_HW, question.options)
+        evaluation.add(answered)
+        accuracies.append(answered.accuracy)
+    if not evaluation.num_frames:
+        raise BadData(f"no pixel of {question.data} {question.split} has a label; there is nothing to measure against")
+    few = places[:: -(-len(places) // FEW_FRAMES)]
+    rows = compare_samples(segmenter, question, frames, few) if compare and is_free(card.sampling) else []
+    return Measured(question, card, evaluation, places, accuracies, rows)
+
+
+def is_free(sampling: Sampling) -> bool:
+    """Whether the number of samples is the caller's to choose."""
+    return sampling.kind in ("latent", "dropout")
+
+
+def compare_samples(
+    segmenter: Segmenter, question: Question, frames: Frames, places: list[int]
+) -> list[dict[str, float | None]]:
+    """Per S: figures on these frames, and the time as a multiple of that of S = 1, taken in turns frame by frame.
+
+    One sample has no mutual information: its figure is None.
+    """
+    card = segmenter.find(question.name, question.version).card
+    counts = [count for count in SAMPLE_COUNTS if count <= segmenter.limits.samples]
+    evaluations, seconds = {count: Evaluation(card) for count in counts}, dict.fromkeys(counts, 0.0)
+    for image_HW3, truth_HW in follow(pictures(frames, places), "comparing numbers of samples", total=len(places)):
+        for count in counts:
+            options = dataclasses.replace(question.options, samples=count)
+            answered = answer(segmenter, image_HW3, truth_HW, options)
+            evaluations[count].add(answered)
+            seconds[count] += answered.seconds
+    rows: list[dict[str, float | None]] = []
+    for count in counts:
+        figures: dict[str, float | None] = {**evaluations[count].figures()}
+        if count == 1:
+            figures[OF_SEVERAL] = None
+        rows.append({"samples": count, "time_ratio": seconds[count] / seconds[1], **{n: figures[n] for n in COMPARED}})
+    return rows
+
+
+def typical(measured: Measured, segmenter: Segmenter, frames: Frames) -> list[tuple[str, Any, Answer]]:
+    """The frames with the least, lower-quartile, median and highest accuracy: a title, the image, the answer."""
+    order = sorted(
+        range(len(measured.places)), key=lambda i: (math.isnan(measured.accuracies[i]), measured.accuracies[i])
+    )
+    last = len(order) - 1
+    ranks = {"worst": 0, "lower quartile": last // 4, "median": last // 2, "best": last}
+    shown = []
+    for title, rank in ranks.items():
+        place = measured.places[order[rank]]
+        for image_HW3, truth_HW in pictures(frames, [place]):
+            answered = answer(segmenter, image_HW3, truth_HW, measured.question.options)
+            shown.append((f"{title}: {frames.names[place]}", image_HW3, answered))
+    return shown
+
+
+def evaluate_artifact(question: Question, store: Path, *, plots: Path | None = None) -> Measured:
+    """Load an artifact, measure it, and draw what was measured. Raises any PenumbraError."""
+    if question.every < 1:
+        raise BadOption(f"every is {question.every}; 1 or more is possible")
+    with Segmenter() as segmenter:
+        card = segmenter.load(find_artifact(store, question.name, question.version))
+        frames = load_frames(question, card)
+        measured = evaluate(segmenter, question, frames, compare=plots is not None)
+        if plots:
+            from training.plots import draw_all  # matplotlib is only needed here
+
+            draw_all(measured, typical(measured, segmenter, frames), plots)
+    return measured
+
+
+def follow(items: Iterable[T], title: str, *, total: int) -> Iterable[T]:
+    """The items with a progress bar on stderr."""
+    return track(items, title, total=total, console=Console(stderr=True), transient=True)
+
+
+def report(measured: Measured) -> None:
+    """Print the figures as a table."""
+    document, console = measured.document(), Console()
+    console.print(
+        f"[bold]{document['model']}[/] version {document['version']} on {document['set']} {document['split']}: "
+        f"{document['frames']} frames, {document['pixels']:,} labelled pixels, {document['samples']} samples, "
+        f"seed {document['seed']}", highlight=False,
+    )  # fmt: skip
+    table = Table("figure", "value", "binning error at most")
+    for name, value in document["figures"].items():
+        error = document["errors"].get(name)
+        table.add_row(name, "undefined" if value is None else f"{value:.4f}", "" if error is None else f"{error:.0e}")
+    console.print(table)
+    if document["against_samples"]:
+        rows = document["against_samples"]
+        against = Table(*(Column(name, overflow="fold") for name in rows[0]))
+        for row in rows:
+            against.add_row(*("" if value is None else f"{value:.4g}" for value in row.values()))
+        console.print(against)

@@ -1,0 +1,195 @@
+"""Pictures of an evaluation, each one function from measured values to a figure."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from models.card import IGNORE, Card
+from serving.render import palette
+from training.evaluation.answers import Answer
+from training.evaluation.figures import PATCH_PX, STEPS, UNCERTAINTIES
+from training.evaluation.run import Measured
+
+DPI = 120
+Shown = Sequence[tuple[str, Any, Answer]]
+
+
+def draw_all(measured: Measured, shown: Shown, folder: Path) -> list[Path]:
+    """Write every picture there is something for as `<name>.png`; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    document = measured.document()
+    drawings: dict[str, Callable[[], Figure]] = {
+        "reliability": lambda: reliability_diagram(document),
+        "risk_coverage": lambda: risk_coverage(document),
+        "pavpu": lambda: patch_curves(document),
+        "confusion": lambda: confusion_matrix(document, measured.card),
+        "contact_sheet": lambda: contact_sheet(shown, measured.card),
+    }
+    if measured.against_samples:
+        drawings["samples"] = lambda: against_samples(document)
+    files = []
+    for name, draw in drawings.items():
+        files.append(folder / f"{name}.png")
+        draw().savefig(files[-1], dpi=DPI)
+    return files
+
+
+def title_of(document: dict[str, Any]) -> str:
+    """Which model on what."""
+    return (
+        f"{document['model']} v{document['version']}, {document['set']} {document['split']}, "
+        f"{document['frames']} frames, S = {document['samples']}"
+    )
+
+
+def reliability_diagram(document: dict[str, Any]) -> Figure:
+    """Accuracy against confidence, and how many pixels have it."""
+    pixels, confidence, right = (np.array(row) for row in document["curves"]["reliability"].values())
+    figures, filled = document["figures"], pixels > 0
+    figure = Figure((5.2, 6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    edges = np.linspace(0, 1, len(pixels) + 1)
+    accuracy, mean = (row[filled] / pixels[filled] for row in (right, confidence))
+    top.bar(edges[:-1][filled], accuracy, np.diff(edges)[filled], align="edge", color="#7aa6d8", edgecolor="white")
+    top.plot(mean, accuracy, "o", color="#1f3f66", markersize=4, label="mean of each step")
+    top.plot([0, 1], [0, 1], "--", color="grey", linewidth=1, label="perfect")
+    top.set(ylabel="accuracy", ylim=(0, 1), xlim=(0, 1), title=title_of(document))
+    top.title.set_fontsize(9)
+    top.text(0.03, 0.8, f"ECE {figures['cal/ECE']:.4f}\naECE {figures['cal/aECE']:.4f}", transform=top.transAxes)
+    top.legend(loc="lower right", fontsize=8)
+    bottom.bar(edges[:-1], pixels / pixels.sum(), np.diff(edges), align="edge", color="#b0b0b0", edgecolor="white")
+    bottom.set(xlabel="confidence", ylabel="share of pixels", yscale="log")
+    return figure
+
+
+def risk_coverage(document: dict[str, Any]) -> Figure:
+    """Share of wrong pixels among those answered, by each score, beside a perfect score and a random one."""
+    figure = Figure((6, 4.5), layout="constrained")
+    axes, figures = figure.subplots(), document["figures"]
+    for name, risks in document["curves"]["risk"].items():
+        area = figures["sc/AURC" if name == "confidence" else f"sc/AURC/{name}"]
+        axes.plot(STEPS, risks, label=f"{name.replace('_', ' ')} (AURC {area:.4f})")
+    error = 1 - figures["seg/pixAcc"]
+    perfect = np.maximum(STEPS - (1 - error), 0) / np.maximum(STEPS, 1e-9)
+    axes.plot(STEPS, perfect, "--", color="grey", linewidth=1, label="perfect ranking")
+    axes.axhline(error, color="grey", linewidth=1, linestyle=":", label="random ranking")
+    axes.set(xlabel="coverage: share of pixels answered", ylabel="risk: share of these wrong", xlim=(0, 1))
+    axes.set_ylim(bottom=0)
+    axes.set_title(title_of(document), fontsize=9)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def patch_curves(document: dict[str, Any]) -> Figure:
+    """PAvPU and its two conditional parts against the threshold, by uncertainty (columns) and patch size (lines)."""
+    parts = {
+        "pavpu": "PAvPU",
+        "accurate_if_certain": "p(accurate | certain)",
+        "uncertain_if_inaccurate": "p(uncertain | inaccurate)",
+    }
+    figure = Figure((11, 6), layout="constrained")
+    grid = figure.subplots(len(UNCERTAINTIES), len(parts), sharey="col", squeeze=False)
+    curves = document["curves"]["pavpu"]
+    for row, name in zip(grid, UNCERTAINTIES, strict=True):
+        high = max(curve["thresholds"][-1] for key, curve in curves.items() if key.startswith(name))
+        for axes, (part, title) in zip(row, parts.items(), strict=True):
+            for size in PATCH_PX:
+                if curve := curves.get(f"{name}/{size}"):
+                    axes.plot(curve["thresholds"], np.array(curve[part], float), label=f"{size} px")
+            axes.set(xlabel=f"threshold on {name.replace('_', ' ')}, nats", title=title)
+            axes.set_xscale("function", functions=(np.cbrt, lambda x: x**3))  # most patches are near 0
+            ticks = high * np.array((0, 0.01, 0.1, 0.3, 0.6, 1))
+            axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+            axes.set_xlim(0, high)
+        row[0].legend(title="patch", fontsize=8)
+    figure.suptitle(title_of(document), fontsize=10)
+    return figure
+
+
+def against_samples(document: dict[str, Any]) -> Figure:
+    """Quality and cost against the number of samples."""
+    rows = document["against_samples"]
+    counts = [row["samples"] for row in rows]
+    panels = {
+        "mIoU": ("seg/mIoU",),
+        "NLL, nats": ("seg/NLL",),
+        "ECE": ("cal/ECE",),
+        "AUROC for wrong pixels": ("err/AUROC/entropy", "err/AUROC/mutual_information"),
+        "time, multiple of S = 1": ("time_ratio",),
+    }
+    figure = Figure((14, 3.2), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for name in names:
+            label = name.rpartition("/")[2].replace("_", " ")
+            axes.plot(counts, np.array([row[name] for row in rows], float), "o-", markersize=4, label=label)
+        _over_counts(axes, counts, title=title)
+        if len(names) > 1:
+            axes.legend(fontsize=8)
+    axes.plot(counts, counts, "--", color="grey", linewidth=1, label="proportional")
+    axes.set(yscale="log")
+    axes.legend(fontsize=8)
+    figure.suptitle(f"{document['model']} v{document['version']} against its samples", fontsize=10)
+    return figure
+
+
+def _over_counts(axes: Axes, counts: list[int], *, title: str) -> None:
+    axes.set(xscale="log", xlabel="samples S", title=title)
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
+    axes.title.set_fontsize(10)
+
+
+def confusion_matrix(document: dict[str, Any], card: Card) -> Figure:
+    """Where each true class goes, in percent of its pixels."""
+    counts_KK = np.array(document["curves"]["confusion"], float)
+    percent_KK = 100 * counts_KK / np.maximum(counts_KK.sum(1, keepdims=True), 1)
+    names, size = [info.name for info in card.classes], 3 + 0.45 * card.num_classes
+    figure = Figure((size + 0.8, size), layout="constrained")
+    axes = figure.subplots()
+    picture = axes.imshow(percent_KK, cmap="Blues", vmin=0, vmax=100)
+    for truth, row in enumerate(percent_KK):
+        for guess, percent in enumerate(row):
+            if percent >= 0.5:
+                color = "white" if percent > 55 else "black"
+                axes.text(guess, truth, f"{percent:.0f}", ha="center", va="center", fontsize=7, color=color)
+    axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.set_title(title_of(document), fontsize=9)
+    figure.colorbar(picture, label="% of the true class", shrink=0.8)
+    return figure
+
+
+def contact_sheet(shown: Shown, card: Card) -> Figure:
+    """Rows of frames: image, truth, answer, error, entropy, mutual information."""
+    figure = Figure((15, 2 * len(shown) + 0.6), layout="constrained")
+    grid = figure.subplots(len(shown), 6, squeeze=False)
+    for row, (title, image_HW3, answered) in zip(grid, shown, strict=True):
+        row[0].imshow(image_HW3)
+        row[0].set_title(f"{title}\naccuracy {100 * answered.accuracy:.1f} %", fontsize=8)
+        _labels(row[1], answered.truth_HW, card, title="truth")
+        _labels(row[2], np.where(answered.known_HW, answered.labels_HW, IGNORE), card, title="answer where labelled")
+        errors_HW = np.where(answered.known_HW, answered.wrong_HW, 0.5)
+        row[3].imshow(errors_HW, cmap=ListedColormap(["#10161d", "#707070", "#ff5a36"]), vmin=0, vmax=1)
+        row[3].set_title("wrong (orange), void (grey)", fontsize=8)
+        for axes, name in zip(row[4:], UNCERTAINTIES, strict=True):
+            top = max(float(np.percentile(answered.maps[name], 99.5)), 1e-3)
+            picture = axes.imshow(answered.maps[name], cmap="magma", vmin=0, vmax=top)
+            axes.set_title(f"{name.replace('_', ' ')}, nats", fontsize=8)
+            figure.colorbar(picture, ax=axes, shrink=0.75).ax.tick_params(labelsize=7)
+        for axes in row:
+            axes.axis("off")
+    legend = [Patch(color="#{:02x}{:02x}{:02x}".format(*info.color), label=info.name) for info in card.classes]
+    figure.legend(handles=legend, loc="outside lower center", ncols=min(len(legend), 14), fontsize=8)
+    return figure
+
+
+def _labels(axes: Axes, labels_HW: Any, card: Card, *, title: str) -> None:
+    axes.imshow(np.frombuffer(palette(card), np.uint8).reshape(256, 3)[labels_HW])
+    axes.set_title(title, fontsize=8)
