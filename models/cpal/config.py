@@ -9,7 +9,7 @@ from models.errors import BadOption
 
 @dataclass(frozen=True, slots=True)
 class CpalConfig:
-    """Shape of one network. num_classes counts the background, which is class 0.
+    """Shape of one network. num_classes counts the background, which is class 0, where there is one.
 
     net: `cam` makes pseudo masks from image-level labels; `deeplabv2` and `wrn38` segment without labels.
     width: channels of the first stage (64 in the papers); depth: of the ResNets.
@@ -19,6 +19,7 @@ class CpalConfig:
     sampling: `dropout` gives `wrn38` MC dropout at its last dropout site.
 
     Of `cam` alone. The public record of CPAL names the parts below but not these values; all defaults are OURS.
+    background: whether class 0 is what no tag names and no object covers; without, tags name every class.
     tag_threshold: a class without a tag is present when sigmoid(score) is above it.
     context: N_p, context prototypes of a class; 0 is SIPE. context_channels: D of the projection head.
     neighbours: K, context prototypes that take part in a class's map. instance_threshold: tau on the CAM.
@@ -33,12 +34,18 @@ class CpalConfig:
     flip: bool = False
     members: tuple[str, ...] = ("cam", "is_cam")
     sampling: Literal["single", "dropout"] = "single"
+    background: bool = True
     tag_threshold: float = 0.5
     context: int = 0
     context_channels: int = 128
     neighbours: int = 5
     instance_threshold: float = 0.3
     positiveness_scale: float = 0.088388
+
+    @property
+    def num_foreground(self) -> int:
+        """Classes that tags name."""
+        return self.num_classes - self.background
 
 
 def sipe(num_classes: int) -> CpalConfig:
@@ -78,6 +85,8 @@ def choose_sampling(config: CpalConfig, offered: tuple[str, ...]) -> Sampling:
         f"the network {net!r} has no dropout; sampling 'single' is wanted":
             net != "wrn38" and config.sampling != "single",
         f"the network {net!r} has neither flips nor context": net != "cam" and (config.flip or config.context != 0),
+        f"the network {net!r} takes every class alike; background true is wanted":
+            net != "cam" and not config.background,
         f"the network {net!r} has the scale 1 alone": net == "wrn38" and config.scales != (1.0,),
     }  # fmt: skip
     for sentence, failed in failures.items():

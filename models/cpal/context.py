@@ -1,6 +1,6 @@
 """Context-aware maps: features are compared with prototypes of other images (CPAL, Tang et al. 2024).
 
-Rebuilt from the paper's description, for no code of it is published. N = K - 1 foreground classes, P context
+Rebuilt from the paper's description, for no code of it is published. N foreground classes, P context
 prototypes p_i of each class, all in the D channels of the projection head v:
 
     instance prototype   P_n = mean of v(feature) where M_n > tau, moved by the class's shift delta_n
@@ -32,7 +32,7 @@ class Context(nn.Module):
 
     def __init__(self, config: "CpalConfig", channels: int) -> None:
         super().__init__()
-        num_foreground, length = config.num_classes - 1, config.context_channels
+        num_foreground, length = config.num_foreground, config.context_channels
         self.threshold, self.scale = config.instance_threshold, config.positiveness_scale
         self.neighbours = min(config.neighbours, config.context)
         self.project = nn.Conv2d(channels, length, 1, bias=False)

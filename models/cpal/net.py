@@ -19,6 +19,7 @@ from models.cpal.config import CpalConfig, choose_sampling
 from models.cpal.context import Context
 from models.cpal.pyramid import Pyramid
 from models.cpal.seeds import (
+    BACKGROUND_WEIGHT,
     choose_seeds,
     divide_by_maximum,
     gather_prototypes,
@@ -65,7 +66,9 @@ class CamNetwork(Network):
         super().__init__()
         offered = ("cam", "is_cam", "pacam") if config.context else ("cam", "is_cam")
         self.sampling = choose_sampling(config, offered)
-        self.prompt = PromptSpec(kind="tags", background=0)
+        self.prompt = PromptSpec(kind="tags", background=0 if config.background else None)
+        self.num_classes, self.num_foreground = config.num_classes, config.num_foreground
+        self.first_weight = BACKGROUND_WEIGHT if config.background else 1.0
         self.members, self.flip = config.members, config.flip
         self.tag_logit = math.log(config.tag_threshold / (1 - config.tag_threshold))
         self.pyramid = Pyramid(config.scales)
@@ -75,7 +78,7 @@ class CamNetwork(Network):
         sides = [config.width * factor for factor in (2, 2, 4, 4)]
         pairs = zip(channels, sides, strict=True)
         self.sides = nn.ModuleList(nn.Conv2d(inside, outside, 1, bias=False) for inside, outside in pairs)
-        self.classifier = nn.Conv2d(channels[-1], config.num_classes - 1, 1, bias=False)
+        self.classifier = nn.Conv2d(channels[-1], config.num_foreground, 1, bias=False)
         self.context = Context(config, sum(sides)) if config.context else None
 
     def encode(self, image_B3HW: Tensor) -> Features:
@@ -88,7 +91,7 @@ class CamNetwork(Network):
         return divide_by_maximum(torch.stack(maps).sum(0)), self.predict_tags(score_BN)
 
     def take_prompt(self, image_B3hw: Tensor, features: Features, prompt: Prompt) -> Features:
-        return features[0], _with_background(prompt[0][:, 1:])
+        return features[0], self.complete(prompt[0][:, -self.num_foreground :])
 
     def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
         """log of the maps: softmax over the present classes gives each its share of their sum."""
@@ -118,40 +121,49 @@ class CamNetwork(Network):
 
     def draw_maps(self, view: View) -> Tensor:
         """maps_BMKhw of the configured members at one scale."""
-        cam_BKhw = normalise_cam(view.raw_BNhw)
+        cam_BKhw = self.normalise(view.raw_BNhw)
         maps = {"cam": cam_BKhw}
         if set(self.members) & {"is_cam", "pacam"}:
-            seeds_BKhw = choose_seeds(overlap(cam_BKhw, view.hierarchical_BDhw))
+            seeds_BKhw = choose_seeds(overlap(cam_BKhw, view.hierarchical_BDhw, self.first_weight))
             prototypes_BKD = gather_prototypes(seeds_BKhw, view.hierarchical_BDhw)
             maps["is_cam"] = reactivate(view.hierarchical_BDhw, prototypes_BKD)
         if self.context is not None:
-            # The public record has context for objects only; the background keeps SIPE's prototype (OURS).
-            pacam_BNhw = self.context(view.hierarchical_BDhw, cam_BKhw[:, 1:])
-            maps["pacam"] = torch.cat((maps["is_cam"][:, :1], pacam_BNhw), dim=1)
+            maps["pacam"] = self.draw_pacam(self.context, view, cam_BKhw, maps["is_cam"])
         return torch.stack([maps[member] for member in self.members], dim=1)
+
+    def draw_pacam(self, context: Context, view: View, cam_BKhw: Tensor, is_cam_BKhw: Tensor) -> Tensor:
+        """PACAM_BKhw. The public record has it for objects only; the background keeps SIPE's prototype (OURS)."""
+        pacam_BNhw = context(view.hierarchical_BDhw, cam_BKhw[:, -self.num_foreground :])
+        return torch.cat((is_cam_BKhw[:, :1], pacam_BNhw), dim=1)[:, -self.num_classes :]
+
+    def normalise(self, raw_BNhw: Tensor) -> Tensor:
+        """M_BKhw: the normalised CAM, the background's map first where there is one."""
+        return normalise_cam(raw_BNhw)[:, -self.num_classes :]
+
+    def complete(self, label_BN: Tensor) -> Tensor:
+        """label_BK: the background, where there is one, is in every image."""
+        return F.pad(label_BN, (1, 0), value=1.0)[:, -self.num_classes :]
 
     def predict_tags(self, score_BN: Tensor) -> Tensor:
         """label_BK: the background, classes whose sigmoid(score) is above the threshold, and always the best one."""
         best_B1 = score_BN.amax(1, keepdim=True)
-        return _with_background(((score_BN > self.tag_logit) | (score_BN == best_B1)).to(score_BN.dtype))
+        return self.complete(((score_BN > self.tag_logit) | (score_BN == best_B1)).to(score_BN.dtype))
 
     def localise(self, image_B3HW: Tensor, mask_BKhw: Tensor) -> Localisation:
         """SIPE's training pass: the CAM is masked, and seeds are found with the deepest features.
 
         mask: the label, as [B, K, 1, 1], times 0 where the map shows padding, as [B, 1, h, w].
         """
-        view = self.observe(image_B3HW)
-        cam_BKhw = normalise_cam(view.raw_BNhw) * mask_BKhw
-        overlap_BKhw = overlap(cam_BKhw, view.deep_BDhw)
+        return self.localise_view(self.observe(image_B3HW), mask_BKhw)
+
+    def localise_view(self, view: View, mask_BKhw: Tensor) -> Localisation:
+        """What follows the backbone, which wants float32."""
+        cam_BKhw = self.normalise(view.raw_BNhw) * mask_BKhw
+        overlap_BKhw = overlap(cam_BKhw, view.deep_BDhw, self.first_weight)
         seeds_BKhw = choose_seeds(overlap_BKhw) * mask_BKhw
         prototypes_BKD = gather_prototypes(seeds_BKhw, view.hierarchical_BDhw)
         is_cam_BKhw = reactivate(view.hierarchical_BDhw, prototypes_BKD)
         return Localisation(view, cam_BKhw, overlap_BKhw, seeds_BKhw, prototypes_BKD, is_cam_BKhw)
-
-
-def _with_background(label_BN: Tensor) -> Tensor:
-    """label_BK: class 0 is in every image."""
-    return F.pad(label_BN, (1, 0), value=1.0)
 
 
 def _resize_maps(maps_BMKhw: Tensor, image_B3HW: Tensor) -> Tensor:

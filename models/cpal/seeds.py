@@ -1,7 +1,7 @@
 """From class activation maps to image-specific maps: seeds, prototypes, reactivation (SIPE, Chen et al. 2022, sec. 3).
 
-Maps of K classes have the background first. Everything here wants float32 or wider, and knows no image-level labels
-but those that have masked the maps that come in.
+Maps of K classes have the background first, if there is one. Everything here wants float32 or wider, and knows no
+image-level labels but those that have masked the maps that come in.
 """
 
 import torch
@@ -27,8 +27,8 @@ def divide_by_maximum(maps: Tensor) -> Tensor:
     return maps / (maps.amax((-2, -1), keepdim=True) + EPS)
 
 
-def overlap(cam_BKhw: Tensor, feature_BDhw: Tensor) -> Tensor:
-    """IoU_BKhw between every pixel's affinity map and every class's map.
+def overlap(cam_BKhw: Tensor, feature_BDhw: Tensor, first_weight: float = BACKGROUND_WEIGHT) -> Tensor:
+    """IoU_BKhw, times a weight for the first class, between every pixel's affinity map and every class's map.
 
     A = ReLU(f^T f) of unit features; IoU_ki = sum_j A_ij M_kj / (sum_j A_ij + sum_j M_kj - sum_j A_ij M_kj). The sums
     of all classes are one matrix product: memory is (hw)^2, where the plain form takes K (hw)^2.
@@ -39,7 +39,7 @@ def overlap(cam_BKhw: Tensor, feature_BDhw: Tensor) -> Tensor:
     both_BKp = cam_BKp @ affinity_Bpp
     either_BKp = affinity_Bpp.sum(1, keepdim=True) + cam_BKp.sum(2, keepdim=True) - both_BKp
     iou_BKp = both_BKp / either_BKp.clamp_min(TINY)
-    iou_BKp = torch.cat((BACKGROUND_WEIGHT * iou_BKp[:, :1], iou_BKp[:, 1:]), dim=1)
+    iou_BKp = torch.cat((first_weight * iou_BKp[:, :1], iou_BKp[:, 1:]), dim=1)
     return iou_BKp.unflatten(2, cam_BKhw.shape[2:])
 
 

@@ -67,6 +67,9 @@ SMALL: dict[str, Any] = {
     "cpal context": CpalConfig(
         3, depth=18, width=4, flip=True, members=("cam", "pacam"), context=4, context_channels=8, neighbours=2
     ),
+    "cpal everywhere": CpalConfig(
+        3, depth=18, width=4, members=("cam", "pacam"), background=False, context=4, context_channels=8, neighbours=2
+    ),
     "cpal deeplabv2": CpalConfig(3, "deeplabv2", width=2, scales=(1.0, 0.5, 0.75), members=("max",)),
     "cpal deeplabv2-scales": CpalConfig(3, "deeplabv2", width=2, scales=(1.0, 0.5), members=("scale1", "scale0.5")),
     "cpal wrn38": CpalConfig(3, "wrn38", width=1, members=("logits",)),

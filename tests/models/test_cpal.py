@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from export.bundle import export_network
 from export.importer import import_checkpoint
@@ -19,7 +20,7 @@ from models.cpal import METHOD
 from models.cpal.config import CpalConfig, sipe
 from models.cpal.net import ABSENT, CamNetwork
 from models.cpal.pyramid import Pyramid, rescale
-from models.cpal.seeds import choose_seeds, gather_prototypes, normalise_cam, overlap, reactivate
+from models.cpal.seeds import choose_seeds, divide_by_maximum, gather_prototypes, normalise_cam, overlap, reactivate
 from models.cpal.upstream import SIPE
 from models.errors import BadCheckpoint, BadOption
 from serving.engine.options import SegmentOptions
@@ -268,6 +269,19 @@ def test_tags_change_only_which_classes_take_part(name: str) -> None:
     assert torch.equal(logits_MBKhw == ABSENT, (tagged[1] == 0)[:, :, None, None].expand_as(logits_MBKhw))
 
 
+@torch.inference_mode()
+def test_without_a_background_every_class_is_tagged_and_maps_are_of_nothing_else() -> None:
+    network, tags_BK = small("cpal everywhere"), torch.tensor([[0.0, 1, 0], [1, 0, 1]])
+    features = network.encode(picture())
+    assert network.prompt.background is None and network.classifier.out_channels == 3
+    assert torch.equal(network.take_prompt(picture(), features, (tags_BK,))[1], tags_BK)
+    view = network.look(picture())
+    cam_BKhw, pacam_BKhw = network.draw_maps(view).unbind(1)
+    assert torch.equal(cam_BKhw, divide_by_maximum(F.relu(view.raw_BNhw)))
+    assert pacam_BKhw.shape == cam_BKhw.shape and pacam_BKhw.any()
+    assert torch.equal(overlap(cam_BKhw, view.deep_BDhw)[:, 0] * 2, overlap(cam_BKhw, view.deep_BDhw, 1.0)[:, 0])
+
+
 def test_without_tags_the_scores_say_which_classes_are_there() -> None:
     scores = torch.tensor([[2.0, 0.1, -1.0], [-3.0, -2.0, -4.0]])
     network = CamNetwork(CpalConfig(4, depth=18, width=4))
@@ -302,6 +316,7 @@ def test_a_mirrored_picture_gets_mirrored_maps() -> None:
         (CpalConfig(3, scales=()), r"scales are \(\)"),
         (CpalConfig(3, context=4, neighbours=0), "neighbours is 0"),
         (CpalConfig(3, "deeplabv2", members=("max",), flip=True), "'deeplabv2' has neither flips nor context"),
+        (CpalConfig(3, "deeplabv2", members=("max",), background=False), "'deeplabv2' takes every class alike"),
         (CpalConfig(3, "wrn38", members=("logits",), scales=(1.0, 0.5)), "'wrn38' has the scale 1 alone"),
     ],
 )
