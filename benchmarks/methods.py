@@ -29,7 +29,7 @@ from models.np_semiseg.net import NpNetwork, augseg, u2pl
 from models.proto_seg.net import ProtoConfig
 from models.self_correcting.net import SelfCorrectingConfig
 
-SIZE, ROUNDS = 512, 7
+SIZE, MIN_ROUNDS, MAX_ROUNDS, BUDGET_S = 512, 3, 9, 20.0
 NETWORKS: dict[str, Any] = {
     "np_semiseg U2PL R50": u2pl(21),
     "np_semiseg U2PL R50, MC dropout": replace(u2pl(21), sampling="dropout"),
@@ -87,14 +87,14 @@ def measure_one(name: str) -> dict[str, float]:
     network.decode(features, noise_SBL)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     plain_forward(network, image, noise_SBL, prompt)
-    rounds = [
-        (
+    rounds: list[tuple[float, float, float]] = []
+    end = time.perf_counter() + BUDGET_S
+    while len(rounds) < MIN_ROUNDS or (len(rounds) < MAX_ROUNDS and time.perf_counter() < end):
+        rounds.append((
             seconds(encode),
             seconds(lambda: network.decode(features, noise_SBL)),
             seconds(lambda: plain_forward(network, image, noise_SBL, prompt)),
-        )
-        for _ in range(ROUNDS)
-    ]
+        ))  # fmt: skip
     encodes, decodes, plains = (statistics.median(column) for column in zip(*rounds, strict=True))
     return {
         "parameters, M": sum(p.numel() for p in network.parameters()) / 1e6,
@@ -111,12 +111,10 @@ def main() -> None:
     if len(sys.argv) == 3 and sys.argv[2] == "--here":
         print(json.dumps(measure_one(sys.argv[1])))
         return
-    results: dict[str, Any] = {}
     for name in names:
         command = [sys.executable, "-m", "benchmarks.methods", name, "--here"]
         figures = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        results |= {f"{name}: {figure}": value for figure, value in figures.items()}
-    save("methods", results)
+        save("methods", {f"{name}: {figure}": value for figure, value in figures.items()}, keep=True)
 
 
 if __name__ == "__main__":
