@@ -1,0 +1,29 @@
+"""Losses that several methods' objectives are made of. They take logits of any resolution."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.card import IGNORE
+
+
+def at_size(logits_BKhw: Tensor, target: Tensor) -> Tensor:
+    """Logits in float32 at the height and width of `target`."""
+    return F.interpolate(logits_BKhw.float(), size=target.shape[-2:], mode="bilinear", align_corners=True)
+
+
+def cross_entropy(logits_BKhw: Tensor, label_Bhw: Tensor) -> Tensor:
+    """Mean over the pixels that have a label, at the label's resolution; 0 if none has."""
+    loss = F.cross_entropy(at_size(logits_BKhw, label_Bhw), label_Bhw, ignore_index=IGNORE, reduction="sum")
+    return loss / (label_Bhw != IGNORE).sum().clamp(min=1)
+
+
+def soft_cross_entropy(logits_BKhw: Tensor, target_BKhw: Tensor, inside_Bhw: Tensor) -> Tensor:
+    """Mean over the pixels inside of -sum_k q_k log p_k, at the resolution of the target q; 0 if none is."""
+    log_prob_BKhw = at_size(logits_BKhw, target_BKhw).log_softmax(1)
+    loss_Bhw = -(target_BKhw * log_prob_BKhw).sum(1)
+    return (loss_Bhw * inside_Bhw).sum() / inside_Bhw.sum().clamp(min=1)
+
+
+def ramp(progress: float, start: float, full: float) -> float:
+    """0 until `start`, then linear to 1 at `full`."""
+    return min(max((progress - start) / max(full - start, 1e-9), 0.0), 1.0)
