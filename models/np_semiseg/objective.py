@@ -20,14 +20,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from models.blocks.losses import ramp
 from models.card import IGNORE, read_strict
 from models.contract import Views
+from models.errors import BadOption
 from models.np_semiseg.heads import LatentPath, attend
 from models.np_semiseg.net import NpNetwork
+from models.np_semiseg.objective_dropout import DropoutObjective, DropoutOptions
+from models.np_semiseg.objective_terms import at_grid, labelled, picture_loss, pseudo_labelled
 
 CONTEXT, TARGET = 0, 1
+SAMPLED = {"np": "latent", "dropout": "dropout"}
+"""What a network samples, by the kind of objective that trains it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,50 +68,25 @@ class NpObjective(nn.Module):
         self.count_2K = nn.Buffer(torch.zeros(2, num_classes, dtype=torch.int64))
 
     def forward(self, batch: Views, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
-        num, weight = len(batch.image_B3hw), self._unlabelled_weight(progress)
-        image_B3hw, label_Bhw, area_B = (
-            batch.image_B3hw,
-            batch.label_Bhw,
-            (batch.label_Bhw != IGNORE).sum((1, 2)),
-        )
+        o, num = self.options, len(batch.image_B3hw)
+        weight = o.unlabelled_weight * ramp(progress, o.start, o.full)
+        pictures = labelled(batch)
         if weight > 0:
-            mixed_B3hw, pseudo_Bhw = self._mixed(batch, generator)
-            image_B3hw, label_Bhw = torch.cat((image_B3hw, mixed_B3hw)), torch.cat((label_Bhw, pseudo_Bhw))
-            # Rejected pixels count in the denominator, so that few confident pixels weigh little.
-            area_B = torch.cat((area_B, batch.inside_Bhw.sum((1, 2))))
-        x_BDhw = self.network.host(image_B3hw)
+            noise_SBL = self._noise(len(batch.weak_B3hw), generator, like=batch.weak_B3hw)
+            pictures = pictures.join(pseudo_labelled(batch, self.average, noise_SBL, confidence=o.confidence))
+        x_BDhw = self.network.host(pictures.image_B3hw)
         query_BLhw = self.network.head.latent.reduce(x_BDhw.detach()[:, :, ::2, ::2]).float()
-        self._remember(query_BLhw.detach(), label_Bhw, num_labelled=num, generator=generator)
+        self._remember(query_BLhw.detach(), pictures.label_Bhw, num_labelled=num, generator=generator)
         logits_SBKhw, kl_B = self._predict(x_BDhw, query_BLhw, generator)
-        loss_B = self._loss(logits_SBKhw, label_Bhw, area_B)
+        loss_B = picture_loss(logits_SBKhw, pictures, sharpness=o.sharpness)
         kl, supervised = kl_B.mean(), loss_B[:num].mean()
         parts = {"supervised": supervised, "kl": kl, "spread": sample_spread(logits_SBKhw.detach())}
-        total = supervised + self.options.kl_weight * kl
+        total = supervised + o.kl_weight * kl
         if weight > 0:
             parts["unlabelled"] = loss_B[num:].mean()
-            parts["kept"] = (pseudo_Bhw != IGNORE).float().mean()
+            parts["kept"] = (pictures.label_Bhw[num:] != IGNORE).float().mean()
             total = total + weight * parts["unlabelled"]
         return {"total": total, **parts}
-
-    def _unlabelled_weight(self, progress: float) -> float:
-        o = self.options
-        return o.unlabelled_weight * min(max((progress - o.start) / max(o.full - o.start, 1e-9), 0.0), 1.0)
-
-    @torch.no_grad()
-    def _mixed(self, batch: Views, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """CutMix-ed strong views, and the teacher's labels of the weak ones mixed alike; IGNORE if unsure."""
-        noise_SBL = self._noise(len(batch.weak_B3hw), generator, like=batch.weak_B3hw)
-        logits_SBKhw = self.average(batch.weak_B3hw, noise_SBL).float()
-        prob_BKhw = logits_SBKhw.softmax(2).mean(0)
-        prob_BKhw = F.interpolate(prob_BKhw, batch.label_Bhw.shape[-2:], mode="bilinear", align_corners=True)
-        confidence_Bhw, label_Bhw = prob_BKhw.max(1)
-        unsure_Bhw = (confidence_Bhw < self.options.confidence) | ~batch.inside_Bhw
-        label_Bhw = label_Bhw.masked_fill(unsure_Bhw, IGNORE)
-        mix = batch.mix_B1hw
-        return (
-            torch.where(mix, batch.strong_B3hw.roll(1, 0), batch.strong_B3hw),
-            torch.where(mix[:, 0], label_Bhw.roll(1, 0), label_Bhw),
-        )
 
     def _predict(self, x_BDhw: Tensor, query_BLhw: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """logits_SBKhw with z ~ q_target, and KL(q_target || q_context) per picture."""
@@ -121,20 +101,6 @@ class NpObjective(nn.Module):
     def _noise(self, num: int, generator: torch.Generator, *, like: Tensor) -> Tensor:
         shape = (self.options.samples, num, self.network.sampling.noise_length)
         return torch.randn(shape, generator=generator).to(like.device)
-
-    def _loss(self, logits_SBKhw: Tensor, label_Bhw: Tensor, area_B: Tensor) -> Tensor:
-        """The bound per picture, on a grid of every other pixel: the map is four times coarser anyway."""
-        num_samples, height, width = len(logits_SBKhw), *(2 * n for n in logits_SBKhw.shape[-2:])
-        logits_NKhw = F.interpolate(
-            logits_SBKhw.flatten(0, 1), size=(height, width), mode="bilinear", align_corners=True
-        )
-        coarse_Bhw = at_grid(label_Bhw, height, width)
-        share = height * width / label_Bhw[0].numel()
-        loss_NHw = F.cross_entropy(
-            logits_NKhw, coarse_Bhw.repeat(num_samples, 1, 1), ignore_index=IGNORE, reduction="none"
-        )
-        sum_SB = loss_NHw.sum((1, 2)).view(num_samples, -1)
-        return multi_sample_loss(-sum_SB / (share * area_B).clamp(min=1), self.options.sharpness)
 
     @torch.no_grad()
     def _remember(
@@ -154,19 +120,21 @@ class NpObjective(nn.Module):
         self.network.head.latent.latent_centres.copy_(centres_2KL[TARGET])
 
 
-def build_objective(network: NpNetwork, average: NpNetwork, options: Mapping[str, Any]) -> NpObjective:
-    """The objective from a recipe's options. Raises BadArtifact naming an unknown or mistyped one."""
-    return NpObjective(network, average, read_strict(NpOptions, dict(options), where="recipe.objective"))
+def build_objective(network: NpNetwork, average: NpNetwork, options: Mapping[str, Any]) -> nn.Module:
+    """The objective that `kind` names: `np` (if none is named) for a latent, `dropout` for the baseline.
 
-
-def multi_sample_loss(log_prob_SB: Tensor, sharpness: float) -> Tensor:
-    """-(1/b) log mean_s exp(b * mean log-likelihood of sample s), per picture: loss_B.
-
-    b = number of pixels is the likelihood of the whole picture (Burda et al. 2016, eq. 8); b -> 0 is the mean
-    over samples. In between, samples may specialise where the picture is ambiguous, and all still learn.
+    Raises BadOption: an unknown kind, or one that the network does not sample for; BadArtifact naming an unknown or
+    mistyped option.
     """
-    num_samples = torch.tensor(float(len(log_prob_SB)))
-    return -(torch.logsumexp(sharpness * log_prob_SB, dim=0) - num_samples.log()) / sharpness
+    rest, sampling = dict(options), network.sampling.kind
+    kind = str(rest.pop("kind", "np"))
+    if kind not in SAMPLED:
+        raise BadOption(f"recipe.objective.kind is {kind!r}; one of {', '.join(SAMPLED)} is wanted")
+    if sampling != SAMPLED[kind]:
+        raise BadOption(f"recipe.config.sampling is {sampling!r}; the objective {kind!r} trains {SAMPLED[kind]!r}")
+    if kind == "dropout":
+        return DropoutObjective(network, average, read_strict(DropoutOptions, rest, where="recipe.objective"))
+    return NpObjective(network, average, read_strict(NpOptions, rest, where="recipe.objective"))
 
 
 def gaussian_kl(q: tuple[Tensor, Tensor], p: tuple[Tensor, Tensor]) -> Tensor:
@@ -179,13 +147,6 @@ def gaussian_kl(q: tuple[Tensor, Tensor], p: tuple[Tensor, Tensor]) -> Tensor:
 def sample_spread(logits_SBKhw: Tensor) -> Tensor:
     """How much the latent matters: standard deviation of p over samples, mean of classes and some pixels."""
     return logits_SBKhw[..., ::4, ::4].softmax(2).std(0, correction=0).mean()
-
-
-def at_grid(label_Bhw: Tensor, height: int, width: int) -> Tensor:
-    """Labels at the pixels nearest to the points of an align_corners=True grid of height x width."""
-    rows = torch.linspace(0, label_Bhw.shape[1] - 1, height, device=label_Bhw.device).round().long()
-    columns = torch.linspace(0, label_Bhw.shape[2] - 1, width, device=label_Bhw.device).round().long()
-    return label_Bhw[:, rows[:, None], columns]
 
 
 def push(bank_QL: Tensor, count: Tensor, rows_PL: Tensor) -> None:

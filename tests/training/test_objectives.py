@@ -6,31 +6,15 @@ import math
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
-from torch.nn import functional as F
 
 from models.card import IGNORE
-from models.cps.net import CpsNetwork
-from models.cps.objective import CpsObjective, CpsOptions, cross_supervision, pseudo_labels, ramp
 from models.errors import BadArtifact, BadOption
 from models.np_semiseg.net import NpNetwork
-from models.np_semiseg.objective import (
-    CONTEXT,
-    NpObjective,
-    NpOptions,
-    at_grid,
-    gaussian_kl,
-    multi_sample_loss,
-    push,
-)
+from models.np_semiseg.objective import CONTEXT, NpObjective, NpOptions, gaussian_kl, push
+from models.np_semiseg.objective_terms import at_grid, multi_sample_loss
 from tests.training import tiny
 from training.loop import build_network
 from training.objective import build_objective, update_average
-
-
-def _cps() -> CpsObjective:
-    network = build_network(tiny.recipe("cps", tiny.Path(), steps=1), 3)
-    assert isinstance(network, CpsNetwork)
-    return CpsObjective(network, copy.deepcopy(network), CpsOptions(start=0.0, full=0.0)).train()
 
 
 def _np(**options: float) -> NpObjective:
@@ -38,47 +22,6 @@ def _np(**options: float) -> NpObjective:
     assert isinstance(network, NpNetwork)
     settings = NpOptions(start=0.0, full=0.0, **options)  # type: ignore[arg-type]
     return NpObjective(network, copy.deepcopy(network).requires_grad_(False).eval(), settings).train()
-
-
-def test_each_branch_learns_from_the_other_branchs_labels() -> None:
-    one, two = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    labels = [one.argmax(1), two.argmax(1)]
-    by_hand = F.cross_entropy(one, labels[1]) + F.cross_entropy(two, labels[0])
-    assert torch.allclose(cross_supervision([one, two], labels), by_hand)
-
-
-def test_no_gradient_flows_through_pseudo_labels() -> None:
-    objective, batch = _cps(), tiny.batch()
-    labels = pseudo_labels(objective.network, batch)
-    assert not any(label.requires_grad for label in labels)
-    logits = [torch.zeros(2, 3, 32, 48, requires_grad=True), torch.zeros(2, 3, 32, 48)]
-    cross_supervision(logits, labels).backward()
-    assert logits[0].grad is not None and all(p.grad is None for p in objective.network.parameters())
-
-
-def test_pseudo_labels_are_mixed_as_the_pictures_are() -> None:
-    objective, batch = _cps(), tiny.batch()
-    plain = pseudo_labels(objective.network, batch._replace(mix_B1hw=torch.zeros_like(batch.mix_B1hw)))
-    swapped = pseudo_labels(objective.network, batch._replace(mix_B1hw=torch.ones_like(batch.mix_B1hw)))
-    assert torch.equal(plain[0].roll(1, 0), swapped[0]) and not torch.equal(plain[0], swapped[0])
-
-
-def test_pixels_beyond_the_picture_teach_nothing() -> None:
-    objective, batch = _cps(), tiny.batch()
-    labels = pseudo_labels(objective.network, batch._replace(inside_Bhw=torch.zeros_like(batch.inside_Bhw)))
-    assert all((label == IGNORE).all() for label in labels)
-
-
-def test_every_cps_weight_gets_a_gradient_also_under_autocast() -> None:
-    objective = _cps()
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = objective(tiny.batch(), 0.5, torch.Generator())
-    losses["total"].backward()
-    assert all(p.grad is not None for p in objective.network.parameters())
-
-
-def test_cross_supervision_waits_for_its_start_and_grows_to_its_weight() -> None:
-    assert [ramp(p, 0.1, 0.3) for p in (0.0, 0.1, 0.2, 0.3, 1.0)] == pytest.approx([0, 0, 0.5, 1, 1])
 
 
 def test_the_multi_sample_loss_is_minus_the_log_mean_of_likelihoods_to_the_power_b() -> None:
