@@ -204,6 +204,35 @@ def evaluate(name: str, store: Path, json_file: Path | None, plots: Path | None,
         json_file.write_text(json.dumps(measured.document(), allow_nan=False) + "\n")
 
 
+@main.command()
+@click.argument("name")
+@click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@SET
+@SPLIT
+@click.option("--version", type=int, help="The newest by default.")
+@SAMPLES
+@SEED
+@EVERY
+@click.option("--risks", default="0.01,0.02,0.05,0.1", show_default=True, help="What max_risk shall be possible.")
+@STORE
+@JSON
+def calibrate(name: str, store: Path, risks: str, as_json: bool, **options: Any) -> None:
+    """Fit a model's temperature and abstention thresholds; they become its next version."""
+    from models.errors import BadOption
+    from training.calibrate import calibrate_artifact, report
+    from training.evaluation.run import Question
+
+    try:
+        wanted = [float(risk) for risk in risks.split(",")]
+    except ValueError:
+        raise BadOption(f"risks is {risks[:60]!r}; shares with commas between them are wanted") from None
+    calibrated, place = calibrate_artifact(Question(name, **options), store, risks=wanted)
+    if as_json:
+        click.echo(json.dumps(calibrated.document() | {"directory": str(place)}, allow_nan=False))
+        return
+    report(calibrated, place)
+
+
 @main.command(name="import")
 @click.argument("method")
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))

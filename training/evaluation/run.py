@@ -160,8 +160,9 @@ def evaluate_artifact(question: Question, store: Path, *, plots: Path | None = N
 
 
 def follow(items: Iterable[T], title: str, *, total: int) -> Iterable[T]:
-    """The items with a progress bar on stderr."""
-    return track(items, title, total=total, console=Console(stderr=True), transient=True)
+    """The items with a progress bar, where stderr is a terminal."""
+    console = Console(stderr=True)
+    return track(items, title, total=total, console=console, transient=True, disable=not console.is_terminal)
 
 
 def report(measured: Measured) -> None:

@@ -1,0 +1,218 @@
+"""A known temperature is found again, the promised risk is kept, and what is promised is served."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from export.bundle import export_network, verify_artifact
+from models.card import IGNORE, Card
+from models.errors import BadOption
+from penumbra import main
+from serving.engine.options import SegmentOptions
+from serving.engine.runtime import Tuning
+from serving.engine.segmenter import Segmenter
+from serving.engine.store import GOLDEN, artifact_card, open_artifact
+from tests.conftest import GAIN, picture, toy_card
+from training.calibrate import (
+    AbstentionLoss,
+    Calibrated,
+    calibrate,
+    find_thresholds,
+    fit_temperature,
+    split_frames,
+    warm,
+    write_version,
+)
+from training.data.frames import Frames
+from training.evaluation.run import Question
+
+TRUE_TEMPERATURE = 2.5
+RISKS = (0.02, 0.1, 0.2, 0.9)
+
+
+@pytest.fixture(scope="module")
+def frames() -> Frames:
+    """Noise whose truth is drawn from softmax(logits / 2.5) of the pointwise toy, which is thus too sure of itself."""
+    rng = np.random.Generator(np.random.PCG64(3))
+    images = np.stack([picture(rng, 50, 60) for _ in range(64)])
+    logits = GAIN * images / 255 / TRUE_TEMPERATURE
+    labels = (logits + rng.gumbel(size=logits.shape)).argmax(-1).astype(np.uint8)
+    labels[:, 0] = IGNORE
+    return Frames(tuple(map(str, range(64))), torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("store")
+    card, network = toy_card("pointwise")
+    export_network(network, card, store)
+    return store
+
+
+@pytest.fixture(scope="module")
+def segmenter(store: Path) -> Iterator[Segmenter]:
+    with Segmenter.open(store, threads=1, tuning=Tuning(1, 1)) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def calibrated(segmenter: Segmenter, frames: Frames) -> Calibrated:
+    return calibrate(segmenter, Question("toy-pointwise", Path("nowhere")), frames, risks=RISKS)
+
+
+@pytest.mark.parametrize("best", [0.5, 1.0, 3.0])
+def test_the_temperature_of_least_nll_is_found(best: float) -> None:
+    assert fit_temperature(lambda t: (math.log(t) - math.log(best)) ** 2) == pytest.approx(best, rel=0.01)
+
+
+def test_a_known_temperature_is_recovered_through_the_engine(calibrated: Calibrated) -> None:
+    assert calibrated.card.readout.temperature == pytest.approx(TRUE_TEMPERATURE, rel=0.03)
+    assert calibrated.temperature_before == 1
+
+
+def test_calibration_error_falls_and_labels_stay_on_frames_that_fitted_nothing(calibrated: Calibrated) -> None:
+    before, after = calibrated.before, calibrated.after
+    assert before["cal/ECE"] > 0.1 and after["cal/ECE"] < 0.02 and after["seg/NLL"] < before["seg/NLL"]
+    assert after["seg/pixAcc"] == before["seg/pixAcc"]
+
+
+def test_thresholds_keep_their_risk_on_frames_that_fitted_nothing(calibrated: Calibrated) -> None:
+    calibration = calibrated.card.calibration
+    assert calibration and calibration.risks == (0.1, 0.2, 0.9) and calibration.num_frames == 32
+    coverage = [calibrated.after[f"abstain/coverage@{risk:g}"] for risk in calibration.risks]
+    assert coverage == sorted(coverage) and 0 < coverage[0] < 0.9 and coverage[-1] == 1
+    for risk in calibration.risks[:2]:
+        # Frames of iid pixels differ little, so the realised risk lies close below the bound less 1 / (n + 1).
+        assert risk - 2 / 33 < calibrated.after[f"abstain/risk@{risk:g}"] < risk
+
+
+def test_a_risk_below_one_in_n_plus_one_is_refused_with_the_frames_it_needs(calibrated: Calibrated) -> None:
+    assert calibrated.refused == {0.02: "a risk of 0.02 cannot be guaranteed with 32 frames; at least 49 are needed"}
+
+
+def test_no_frame_serves_two_purposes_and_the_seed_decides() -> None:
+    split = split_frames(range(0, 200, 2), seed=1)
+    parts = [split.temperature, split.thresholds, split.check]
+    assert [len(part) for part in parts] == [25, 50, 25]
+    assert sorted([*split.temperature, *split.thresholds, *split.check]) == list(range(0, 200, 2))
+    assert split == split_frames(range(0, 200, 2), seed=1) != split_frames(range(0, 200, 2), seed=2)
+
+
+def test_too_few_frames_are_refused() -> None:
+    with pytest.raises(BadOption, match="there are 7 frames to calibrate on; at least 8"):
+        split_frames(range(7), seed=0)
+
+
+def draw_frame(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """300 pixels; how often the uncertain ones are wrong differs from frame to frame."""
+    entropy = rng.random(300).astype(np.float32)
+    return entropy, rng.random(300) < rng.beta(1, 2) * entropy
+
+
+def test_conformal_thresholds_keep_the_risk_in_expectation_and_waste_little(rng: np.random.Generator) -> None:
+    num, risk, got = 20, 0.1, []
+    for _ in range(250):
+        loss = AbstentionLoss()
+        for _ in range(num):
+            loss.add(*draw_frame(rng))
+        thresholds, _ = find_thresholds(loss, [risk], num_classes=3)
+        entropy, wrong = zip(*(draw_frame(rng) for _ in range(10)), strict=True)
+        got.append(((np.concatenate(entropy) <= thresholds[risk]) & np.concatenate(wrong)).mean())
+    error = np.std(got) / math.sqrt(len(got))
+    assert np.mean(got) <= risk + 3 * error, "Angelopoulos et al. 2022, theorem 1"
+    assert np.mean(got) >= risk - 2 / (num + 1) - 3 * error, "and theorem 2"
+    assert np.mean(np.array(got) > risk) < 0.6, "single calibrations may exceed it; about half do at most"
+
+
+def test_the_threshold_is_the_largest_that_the_bound_allows() -> None:
+    loss = AbstentionLoss()
+    entropy = np.linspace(0.1, 1.0, 10, dtype=np.float32)
+    for _ in range(9):
+        loss.add(entropy, entropy > 0.65)  # wrong from 0.7 on, a tenth of the pixels each
+    thresholds, refused = find_thresholds(loss, [0.15, 0.2, 0.4], num_classes=3)
+    # (9 L + 1) / 10 <= risk: L = 0 for 0.15; 0.1 for 0.2 (0.19); 0.3 for 0.4 (0.37), three of the four errors
+    assert refused == {}
+    kept = {risk: (entropy <= threshold).sum() for risk, threshold in thresholds.items()}
+    assert kept == {0.15: 6, 0.2: 7, 0.4: 9}
+
+
+def test_a_risk_above_the_models_own_answers_everything() -> None:
+    loss = AbstentionLoss()
+    for _ in range(20):
+        loss.add(np.array([0.1, 0.9], np.float32), np.array([False, True]))
+    thresholds, _ = find_thresholds(loss, [0.9], num_classes=3)
+    assert math.log(3) < thresholds[0.9] < 1.02 * math.log(3)
+
+
+def test_errors_without_any_entropy_make_a_risk_impossible() -> None:
+    loss = AbstentionLoss()
+    for _ in range(20):
+        loss.add(np.zeros(4, np.float32), np.array([True, True, False, False]))
+    thresholds, refused = find_thresholds(loss, [0.2], num_classes=3)
+    assert thresholds == {} and "would need abstaining from every pixel" in refused[0.2]
+
+
+def test_a_frame_without_labels_is_no_calibration_frame() -> None:
+    loss = AbstentionLoss()
+    loss.add(np.zeros(0, np.float32), np.zeros(0, bool))
+    assert loss.num_frames == 0
+
+
+def test_a_new_temperature_drops_the_old_thresholds(calibrated: Calibrated) -> None:
+    assert calibrated.card.calibration and warm(calibrated.card, 1.0).calibration is None
+
+
+def test_the_next_version_has_the_same_files_and_keeps_its_promise(
+    store: Path, calibrated: Calibrated, frames: Frames
+) -> None:
+    source, place = store / "toy-pointwise" / "1", store / "toy-pointwise" / "2"
+    old = artifact_card(source)
+    write_version(source, place, dataclasses.replace(calibrated.card, version=2))
+    new = open_artifact(place).card
+    assert new.readout.temperature == calibrated.card.readout.temperature and new.calibration
+    assert new.export == old.export and artifact_card(source) == old
+    assert (place / GOLDEN).samefile(source / GOLDEN), "hard-linked, not copied"
+    verify_artifact(place)
+    options = SegmentOptions(model="toy-pointwise", max_risk=0.1, outputs=())
+    with Segmenter.open(store, threads=1, tuning=Tuning(1, 1)) as newest:
+        risks = []
+        for i in calibrated.split.check:
+            truth_HW = frames.label_NHW[i].numpy()
+            labels_HW = newest.segment(np.ascontiguousarray(frames.image_N3HW[i].permute(1, 2, 0)), options).labels_HW
+            known_HW = truth_HW != IGNORE
+            risks.append(((labels_HW != IGNORE) & (labels_HW != truth_HW))[known_HW].mean())
+    assert np.mean(risks) == pytest.approx(calibrated.after["abstain/risk@0.1"])
+
+
+def test_risks_that_are_no_shares_are_refused(segmenter: Segmenter, frames: Frames) -> None:
+    for risks in ((), (0.0,), (0.1, 1.0)):
+        with pytest.raises(BadOption, match="shares between 0 and 1"):
+            calibrate(segmenter, Question("toy-pointwise", Path("nowhere")), frames, risks=risks)
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_the_command_writes_the_next_version_and_says_what_it_found(tmp_path: Path) -> None:
+    card, network = toy_card("latent")
+    export_network(network, card, tmp_path)
+    common = ("calibrate", "toy-latent", "--data", tmp_path, "--set", "shapes", "--store", tmp_path)
+    code, stdout, _ = run(*common, "--risks", "0.3,0.01", "--samples", 2, "--json")
+    document = json.loads(stdout)
+    assert code == 0 and document["directory"].endswith("toy-latent/2")
+    stored: Card = artifact_card(tmp_path / "toy-latent" / "2")
+    assert stored.readout.temperature == document["temperature"]
+    assert "cannot be guaranteed with 4 frames" in document["refused"]["0.01"]
+    code, stdout, _ = run(*common, "--risks", "0.3")
+    assert code == 0 and "temperature" in stdout and "toy-latent/3" in stdout.replace("\n", "")
+    code, _, stderr = run(*common, "--risks", "low")
+    assert code == 2 and "risks is 'low'" in stderr

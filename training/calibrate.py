@@ -1,0 +1,290 @@
+"""`penumbra calibrate`: a temperature and abstention thresholds for an artifact, as its next version.
+
+The frames are split by seed. A quarter fits the temperature (Guo et al. 2017: least NLL), half the thresholds, and
+the last quarter checks both. The thresholds come from conformal risk control (Angelopoulos et al. 2022): with loss
+L_i(t) = share of frame i's labelled pixels whose entropy is at most t and whose label is wrong, in [0, 1] and never
+falling with t, and n frames that the temperature has not seen,
+
+    t = the largest with  n / (n + 1) * mean_i L_i(t) + 1 / (n + 1) <= risk   gives   E[L_{n + 1}(t)] <= risk
+
+for a further frame that is exchangeable with the n. What is controlled is an expectation over frames.
+"""
+
+import dataclasses
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from scipy.optimize import minimize_scalar
+
+from models.card import Calibration, Card, check_facts, dump_card
+from models.errors import BadData, BadOption
+from serving.engine.segmenter import Segmenter
+from serving.engine.store import CARD, find_artifact, versions
+from training.data.frames import Frames
+from training.evaluation.answers import Answer, answer, pictures
+from training.evaluation.figures import Evaluation
+from training.evaluation.run import Question, follow, load_frames
+from training.metrics import LEAST_PROBABILITY, NUM_BINS, Doubles, Floats, Mask, bins_of, top_of
+
+RISKS = (0.01, 0.02, 0.05, 0.1)
+LEAST_FRAMES = 8
+TEMPERATURES = (0.2, 5.0)
+"""Searched between; a temperature at an end means that the network is not to be mended by one."""
+TOLERANCE = 0.01
+"""Of the temperature, relative."""
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Which frames are for what; indices, no frame twice."""
+
+    temperature: list[int]
+    thresholds: list[int]
+    check: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """The outcome. before, after: figures on the check frames. refused: a sentence for every risk not guaranteed."""
+
+    card: Card
+    split: Split
+    before: dict[str, float]
+    after: dict[str, float]
+    refused: dict[float, str]
+    temperature_before: float
+
+    def document(self) -> dict[str, Any]:
+        """Everything as JSON values; an undefined figure is null."""
+
+        def finite(figures: dict[str, float]) -> dict[str, float | None]:
+            return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+
+        return {
+            "model": self.card.name, "version": self.card.version,
+            "temperature_before": self.temperature_before, "temperature": self.card.readout.temperature,
+            "calibration": self.card.calibration and dataclasses.asdict(self.card.calibration),
+            "refused": {f"{risk:g}": sentence for risk, sentence in self.refused.items()},
+            "frames": {name: len(places) for name, places in dataclasses.asdict(self.split).items()},
+            "before": finite(self.before), "after": finite(self.after),
+        }  # fmt: skip
+
+
+class AbstentionLoss:
+    """Sum over frames of L_i by the bin of the entropy at which each wrong pixel begins to count."""
+
+    def __init__(self) -> None:
+        self.losses_N, self.num_frames = np.zeros(NUM_BINS), 0
+
+    def add(self, entropy: Floats, wrong: Mask) -> None:
+        """Add one frame's labelled pixels; a frame without any adds nothing."""
+        if entropy.size:
+            self.losses_N += np.bincount(bins_of(entropy[wrong]), minlength=NUM_BINS) / entropy.size
+            self.num_frames += 1
+
+
+def calibrate_artifact(question: Question, store: Path, *, risks: Sequence[float] = RISKS) -> tuple[Calibrated, Path]:
+    """Calibrate a stored model and write its next version. Raises any PenumbraError."""
+    directory = find_artifact(store, question.name, question.version)
+    with Segmenter() as segmenter:
+        card = segmenter.load(directory)
+        calibrated = calibrate(segmenter, question, load_frames(question, card), risks=risks)
+    place = store / card.name / str(versions(store)[card.name][-1] + 1)
+    calibrated = dataclasses.replace(calibrated, card=dataclasses.replace(calibrated.card, version=int(place.name)))
+    write_version(directory, place, calibrated.card)
+    return calibrated, place
+
+
+def calibrate(segmenter: Segmenter, question: Question, frames: Frames, *, risks: Sequence[float]) -> Calibrated:
+    """Fit temperature and thresholds of a loaded model and check them. Raises BadOption, BadData."""
+    if not risks or not all(0 < risk < 1 for risk in risks):
+        raise BadOption(f"risks are {', '.join(map(str, risks)) or 'none'}; shares between 0 and 1 are wanted")
+    trials = Trials(segmenter, question, frames)
+    card = segmenter.find(question.name, question.version).card
+    split = split_frames(range(0, len(frames), question.every), seed=question.seed)
+
+    def nll(temperature: float) -> float:
+        warmed = warm(card, temperature)
+        return mean_nll(trials.answers(warmed, split.temperature, title=f"temperature {temperature:.3f}"))
+
+    warmed = warm(card, fit_temperature(nll))
+    loss = total_loss(trials.answers(warmed, split.thresholds, title="thresholds"))
+    thresholds, refused = find_thresholds(loss, sorted(set(risks)), num_classes=card.num_classes)
+    text = (
+        f"{question.data_set} {question.split}: {loss.num_frames} frames for the thresholds, "
+        f"{len(split.temperature)} others for the temperature (seed {question.seed}, every {question.every})"
+    )
+    done = dataclasses.replace(warmed, calibration=describe(thresholds, loss, trials.num_samples(card), data=text))
+    checked = [
+        figures_of(one, trials.answers(one, split.check, title="check"))
+        for one in (dataclasses.replace(card, calibration=None), done)
+    ]
+    return Calibrated(done, split, checked[0], checked[1], refused, card.readout.temperature)
+
+
+def describe(
+    thresholds: dict[float, float], loss: AbstentionLoss, num_samples: int, *, data: str
+) -> Calibration | None:
+    """What the card says of the thresholds; nothing where there are none."""
+    if not thresholds:
+        return None
+    return Calibration(tuple(thresholds), tuple(thresholds.values()), loss.num_frames, num_samples, data)
+
+
+class Trials:
+    """A loaded model under changed cards. It has the segmenter to itself while it is in use."""
+
+    def __init__(self, segmenter: Segmenter, question: Question, frames: Frames) -> None:
+        self._segmenter, self._question, self._frames = segmenter, question, frames
+
+    def num_samples(self, card: Card) -> int:
+        """S of every answer."""
+        return self._question.samples or card.sampling.default_samples
+
+    def answers(self, card: Card, places: list[int], *, title: str) -> Iterator[Answer]:
+        """The answers to some frames if the model had this card. Iterate to the end before asking anew."""
+        question = self._question
+        self._segmenter.find(question.name, question.version).card = card
+        for image_HW3, truth_HW in follow(pictures(self._frames, places), title, total=len(places)):
+            yield answer(self._segmenter, image_HW3, truth_HW, question.options)
+
+
+def mean_nll(answers: Iterable[Answer]) -> float:
+    """Over the labelled pixels of all answers, nats."""
+    total, num = 0.0, 0
+    for answered in answers:
+        prob = answered.prob_HW[answered.known_HW]
+        total -= float(np.log(np.maximum(prob, LEAST_PROBABILITY)).sum(dtype=np.float64))
+        num += len(prob)
+    return total / max(num, 1)
+
+
+def total_loss(answers: Iterable[Answer]) -> AbstentionLoss:
+    """The losses of all answers."""
+    loss = AbstentionLoss()
+    for answered in answers:
+        known_HW = answered.known_HW
+        loss.add(answered.maps["entropy"][known_HW], answered.wrong_HW[known_HW])
+    return loss
+
+
+def figures_of(card: Card, answers: Iterable[Answer]) -> dict[str, float]:
+    """All figures of the answers, abstention by the card's thresholds among them."""
+    evaluation = Evaluation(card)
+    for answered in answers:
+        evaluation.add(answered)
+    if not evaluation.num_frames:
+        raise BadData("none of the frames to check on has a label; give it more frames")
+    figures: dict[str, float] = evaluation.figures()
+    return figures
+
+
+def split_frames(places: Sequence[int], *, seed: int) -> Split:
+    """A quarter, a half and a quarter of the frames, drawn by the seed. Raises BadOption: too few frames."""
+    if len(places) < LEAST_FRAMES:
+        raise BadOption(f"there are {len(places)} frames to calibrate on; at least {LEAST_FRAMES} are wanted")
+    order = [places[i] for i in np.random.Generator(np.random.PCG64(seed)).permutation(len(places))]
+    quarter, half = len(order) // 4, len(order) // 2
+    parts = (order[:quarter], order[quarter : quarter + half], order[quarter + half :])
+    return Split(*(sorted(part) for part in parts))
+
+
+def fit_temperature(nll: Callable[[float], float]) -> float:
+    """The temperature with the least NLL, within `TEMPERATURES`; every call of `nll` is a run over the frames."""
+    low, high = np.log(TEMPERATURES)
+    best = minimize_scalar(
+        lambda x: nll(math.exp(x)), bounds=(low, high), method="bounded", options={"xatol": TOLERANCE}
+    )
+    return math.exp(best.x)
+
+
+def warm(card: Card, temperature: float) -> Card:
+    """The card with another temperature, to four digits; a calibration made at the old one is dropped."""
+    readout = dataclasses.replace(card.readout, temperature=float(f"{temperature:.4g}"))
+    return dataclasses.replace(card, readout=readout, calibration=None)
+
+
+def find_thresholds(
+    loss: AbstentionLoss, risks: Sequence[float], *, num_classes: int
+) -> tuple[dict[float, float], dict[float, str]]:
+    """Entropy thresholds in nats by risk, and for each risk that cannot be guaranteed a sentence why."""
+    thresholds: dict[float, float] = {}
+    refused: dict[float, str] = {}
+    num = loss.num_frames
+    for risk in risks:
+        place = conformal_bin(loss.losses_N, num, risk=risk)
+        if 1 / (num + 1) > risk:
+            needed = math.ceil(1 / risk) - 1
+            refused[risk] = f"a risk of {risk:g} cannot be guaranteed with {num} frames; at least {needed} are needed"
+        elif place < bins_of(np.zeros(1, np.float32))[0]:
+            refused[risk] = f"a risk of {risk:g} would need abstaining from every pixel, with these {num} frames"
+        else:
+            most = int(bins_of(np.array([1.01 * math.log(num_classes)], np.float32))[0])
+            thresholds[risk] = max(top_of(min(place, most)), 0.0)
+    return thresholds, refused
+
+
+def conformal_bin(losses_N: Doubles, num_frames: int, *, risk: float) -> int:
+    """The last bin up to which pixels may be answered; -1 if there is none.
+
+    losses_N: sum over frames of the loss that each bin adds. A bin is answered as a whole or not at all, so binning
+    costs coverage and never the guarantee.
+    """
+    bound_N = (losses_N.cumsum() + 1) / (num_frames + 1)
+    return int(np.searchsorted(bound_N, risk, side="right")) - 1
+
+
+def write_version(source: Path, place: Path, card: Card) -> None:
+    """An artifact beside another one: the same files, hard-linked where possible, under another card."""
+    check_facts(card)
+    assert card.export
+    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=place.parent))
+    try:
+        for name in card.export.files:
+            link(source / name, draft / name)
+        (draft / CARD).write_text(dump_card(card), "utf-8")
+        (draft / CARD).chmod(0o644)
+        draft.chmod(0o755)
+        os.replace(draft, place)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def link(source: Path, target: Path) -> None:
+    """A hard link, or a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def report(calibrated: Calibrated, place: Path) -> None:
+    """Print what was found, and how it does on the check frames."""
+    console, document = Console(), calibrated.document()
+    before, after, frames = document["before"], document["after"], document["frames"]
+    console.print(
+        f"temperature {calibrated.temperature_before:g} -> {calibrated.card.readout.temperature:g} "
+        f"({frames['temperature']} frames); on {frames['check']} check frames:", highlight=False,
+    )  # fmt: skip
+    table = Table("figure", "before", "after")
+    for name in ("seg/mIoU", "seg/NLL", "seg/Brier", "cal/ECE", "cal/aECE", "err/AUROC/entropy"):
+        table.add_row(name, *("undefined" if row[name] is None else f"{row[name]:.4f}" for row in (before, after)))
+    console.print(table)
+    if calibration := calibrated.card.calibration:
+        risks = Table("max_risk", "entropy above, nats", "answered, check frames", "answered and wrong")
+        for risk, threshold in zip(calibration.risks, calibration.entropy_nats, strict=True):
+            shares = (after[f"abstain/{what}@{risk:g}"] for what in ("coverage", "risk"))
+            risks.add_row(f"{risk:g}", f"{threshold:.4f}", *(f"{share:.4f}" for share in shares))
+        console.print(risks)
+    for sentence in calibrated.refused.values():
+        console.print(f"[yellow]not guaranteed:[/] {sentence}", highlight=False)
+    console.print(f"wrote {place}", highlight=False)
