@@ -174,7 +174,9 @@ def train(recipe: Path, data: Path, threads: int | None, minutes: float | None) 
     click.echo(follow(read_recipe(recipe), data, threads=threads, minutes=minutes))
 
 
-SET = click.option("--set", "data_set", default="camvid", show_default=True, help="Form of the data: camvid, voc, ...")
+SET = click.option(
+    "--set", "data_set", default="camvid", show_default=True, help="Form of the data: camvid, voc, cityscapes, folder."
+)
 SPLIT = click.option("--split", default="val", show_default=True)
 SAMPLES = click.option("--samples", type=click.IntRange(min=1), help="How many samples to draw; the card's by default.")
 SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of the noise and of random splits.")

@@ -29,7 +29,7 @@ from models.card import Calibration, Card, check_facts, dump_card
 from models.errors import BadData, BadOption
 from serving.engine.segmenter import Segmenter
 from serving.engine.store import CARD, find_artifact, versions
-from training.data.frames import Frames
+from training.data.frames import FrameSet
 from training.evaluation.answers import Answer, answer, pictures
 from training.evaluation.figures import Evaluation
 from training.evaluation.run import Question, follow, load_frames
@@ -104,7 +104,7 @@ def calibrate_artifact(question: Question, store: Path, *, risks: Sequence[float
     return calibrated, place
 
 
-def calibrate(segmenter: Segmenter, question: Question, frames: Frames, *, risks: Sequence[float]) -> Calibrated:
+def calibrate(segmenter: Segmenter, question: Question, frames: FrameSet, *, risks: Sequence[float]) -> Calibrated:
     """Fit temperature and thresholds of a loaded model and check them. Raises BadOption, BadData."""
     if not risks or not all(0 < risk < 1 for risk in risks):
         raise BadOption(f"risks are {', '.join(map(str, risks)) or 'none'}; shares between 0 and 1 are wanted")
@@ -143,7 +143,7 @@ def describe(
 class Trials:
     """A loaded model under changed cards. It has the segmenter to itself while it is in use."""
 
-    def __init__(self, segmenter: Segmenter, question: Question, frames: Frames) -> None:
+    def __init__(self, segmenter: Segmenter, question: Question, frames: FrameSet) -> None:
         self._segmenter, self._question, self._frames = segmenter, question, frames
 
     def num_samples(self, card: Card) -> int:

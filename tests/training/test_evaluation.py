@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 from export.bundle import export_network
 from models.card import IGNORE, Calibration, Readout
@@ -23,7 +24,7 @@ from training.data import find_data
 from training.data.frames import Frames
 from training.evaluation.answers import answer, check_classes, pictures
 from training.evaluation.figures import Evaluation
-from training.evaluation.run import SAMPLE_COUNTS, Measured, Question, evaluate, evaluate_artifact, typical
+from training.evaluation.run import SAMPLE_COUNTS, Measured, Question, evaluate, evaluate_artifact, load_frames, typical
 from training.plots import draw_all
 
 MAPS = ("confidence", "entropy", "mutual_information")
@@ -204,6 +205,21 @@ def test_a_model_without_samples_has_no_picture_of_them(segmenter: Segmenter, fr
     measured = measure(segmenter, "toy-pointwise", frames)
     files = draw_all(measured, typical(measured, segmenter, frames), tmp_path)
     assert "samples" not in {path.stem for path in files} and all(path.stat().st_size > 0 for path in files)
+
+
+def test_frames_may_differ_in_size_and_lie_in_a_plain_folder(
+    segmenter: Segmenter, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    (tmp_path / "classes.txt").write_text("".join(f"{info.name}\n" for info in CLASSES))
+    for name, size in {"a": (40, 50), "b": (60, 30)}.items():
+        image = picture(rng, *size)
+        for kind, values in {"images": image, "masks": image.argmax(-1).astype(np.uint8)}.items():
+            (tmp_path / kind).mkdir(exist_ok=True)
+            Image.fromarray(values).save(tmp_path / kind / f"{name}.png")
+    question = Question("toy-pointwise", tmp_path, "folder")
+    measured = evaluate(segmenter, question, load_frames(question, segmenter.find("toy-pointwise").card))
+    assert measured.evaluation.reliability.num == 40 * 50 + 60 * 30
+    assert measured.evaluation.figures()["seg/pixAcc"] > 0.99, "all but ties of two channels"
 
 
 def test_nonsense_is_refused_with_a_sentence(store: Path) -> None:

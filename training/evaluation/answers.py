@@ -1,6 +1,6 @@
 """One labelled frame through the serving engine, reduced band by band to what figures are made of."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from models.errors import BadData
 from serving.engine.options import SegmentOptions
 from serving.engine.segmenter import Segmenter
 from serving.engine.uncertainty import softmax
-from training.data.frames import Frames
+from training.data.frames import FrameSet
 from training.metrics import Floats, Mask
 
 Labels = NDArray[np.uint8]
@@ -75,10 +75,11 @@ def _of_class(prob_hKW: Floats, truth_hW: Labels) -> Floats:
     return np.where(known_hW, np.take_along_axis(prob_hKW, place_h1W, 1)[:, 0], np.float32(0))
 
 
-def pictures(frames: Frames, places: range | list[int]) -> Iterator[tuple[Labels, Labels]]:
-    """Image uint8 [H, W, 3] and labels uint8 [H, W] of some frames."""
+def pictures(frames: FrameSet, places: Iterable[int]) -> Iterator[tuple[Labels, Labels]]:
+    """Image uint8 [H, W, 3] and labels uint8 [H, W] of some frames. Raises BadData."""
     for i in places:
-        yield np.ascontiguousarray(frames.image_N3HW[i].permute(1, 2, 0).numpy()), frames.label_NHW[i].numpy()
+        image_3HW, label_HW = frames[i]
+        yield np.ascontiguousarray(image_3HW.permute(1, 2, 0).numpy()), label_HW.numpy()
 
 
 def check_classes(card: Card, classes: tuple[ClassInfo, ...], *, data: str) -> str:

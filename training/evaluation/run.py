@@ -17,7 +17,7 @@ from serving.engine.options import SegmentOptions
 from serving.engine.segmenter import Segmenter
 from serving.engine.store import find_artifact
 from training.data import find_data
-from training.data.frames import Frames
+from training.data.frames import FrameSet
 from training.evaluation.answers import Answer, answer, check_classes, pictures
 from training.evaluation.figures import Evaluation
 
@@ -73,16 +73,16 @@ class Measured:
         }  # fmt: skip
 
 
-def load_frames(question: Question, card: Card) -> Frames:
+def load_frames(question: Question, card: Card) -> FrameSet:
     """The frames that are asked about. Raises BadOption, BadData."""
-    data = find_data(question.data_set)
+    data = find_data(question.data_set, question.data)
     warning = check_classes(card, data.classes, data=question.data_set)
     if warning:
         Console(stderr=True).print(f"[yellow]warning:[/] {warning}")
     return data.load(question.data, question.split)
 
 
-def evaluate(segmenter: Segmenter, question: Question, frames: Frames, *, compare: bool = False) -> Measured:
+def evaluate(segmenter: Segmenter, question: Question, frames: FrameSet, *, compare: bool = False) -> Measured:
     """Measure a loaded model. compare: also quality and cost against S, where S is free. Raises BadData."""
     card = segmenter.find(question.name, question.version).card
     evaluation, accuracies = Evaluation(card), []
@@ -104,7 +104,7 @@ def is_free(sampling: Sampling) -> bool:
 
 
 def compare_samples(
-    segmenter: Segmenter, question: Question, frames: Frames, places: list[int]
+    segmenter: Segmenter, question: Question, frames: FrameSet, places: list[int]
 ) -> list[dict[str, float | None]]:
     """Per S: figures on these frames, and the time as a multiple of that of S = 1, taken in turns frame by frame.
 
@@ -128,7 +128,7 @@ def compare_samples(
     return rows
 
 
-def typical(measured: Measured, segmenter: Segmenter, frames: Frames) -> list[tuple[str, Any, Answer]]:
+def typical(measured: Measured, segmenter: Segmenter, frames: FrameSet) -> list[tuple[str, Any, Answer]]:
     """The frames with the least, lower-quartile, median and highest accuracy: a title, the image, the answer."""
     order = sorted(
         range(len(measured.places)), key=lambda i: (math.isnan(measured.accuracies[i]), measured.accuracies[i])
