@@ -21,6 +21,8 @@ from models.contract import Features
 if TYPE_CHECKING:
     from models.np_semiseg.net import NpConfig
 
+LatentStatistics = tuple[Tensor, Tensor, Tensor]
+"""mean_BL and sigma_BL of the latent, and the deterministic context_BL."""
 NORM_EPS = 1e-5
 """InstanceNorm's epsilon in the released code; affine off, statistics of the instance also at inference."""
 
@@ -44,7 +46,7 @@ class LatentPath(nn.Module):
         self.latent_centres = nn.Buffer(torch.zeros(num_classes, length))
         self.context_centres = nn.Buffer(torch.zeros(num_classes, length))
 
-    def forward(self, x_BDhw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_BDhw: Tensor) -> LatentStatistics:
         query_BLhw = self.reduce(x_BDhw)
         mean_BL, sigma_BL = self.distribution(attend(query_BLhw, self.latent_centres))
         return mean_BL, sigma_BL, attend(query_BLhw, self.context_centres)
@@ -94,9 +96,10 @@ class FilmHead(nn.Module):
         self.film = VectorLinear(2 * config.latent_length, 2 * config.film_channels)
         self.classifier = nn.Conv2d(config.film_channels, config.num_classes, 1)
 
-    def encode(self, x_BDhw: Tensor) -> Features:
+    def encode(self, x_BDhw: Tensor, latent: LatentStatistics | None = None) -> Features:
+        """latent: where it is known already; by default of x."""
         # As upstream, the aggregators see x detached: their gradients stay out of the host.
-        return (self.shared(x_BDhw), *self.latent(x_BDhw.detach()))
+        return (self.shared(x_BDhw), *(latent or self.latent(x_BDhw.detach())))
 
     def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
         g_BMhw, mean_BL, sigma_BL, context_BL = features
@@ -126,8 +129,9 @@ class PublishedHead(nn.Module):
         self.conv2 = nn.Conv2d(hidden, hidden, 3, padding=1)
         self.classifier = nn.Conv2d(hidden, config.num_classes, 1)
 
-    def encode(self, x_BDhw: Tensor) -> Features:
-        mean_BL, sigma_BL, context_BL = self.latent(x_BDhw.detach())
+    def encode(self, x_BDhw: Tensor, latent: LatentStatistics | None = None) -> Features:
+        """latent: where it is known already; by default of x."""
+        mean_BL, sigma_BL, context_BL = latent or self.latent(x_BDhw.detach())
         _, weight_x, weight_c = self.conv1.weight.split((self.length, self.channels, self.length), dim=1)
         shared_BDhw = F.conv2d(x_BDhw, weight_x, self.conv1.bias, padding=1)
         shared_BDhw = add_regions(shared_BDhw, region_constants(context_BL, weight_c))

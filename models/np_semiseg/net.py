@@ -60,8 +60,8 @@ class NpNetwork(Network):
     """encode runs host, aggregators and the sample-independent part of the head; decode draws from the latent.
 
     noise_SBL is standard normal, L = latent_length: one draw per sample and image. With MC dropout it is a mask of
-    the joined ASPP channels (Gal & Ghahramani 2016), encode ends at the host's two features, and every sample passes
-    through the whole head.
+    the joined ASPP channels (Gal & Ghahramani 2016), encode ends at the host's two features and the latent of what is
+    not dropped, whose mean every sample takes on its way through the head.
     """
 
     def __init__(self, config: NpConfig) -> None:
@@ -86,9 +86,10 @@ class NpNetwork(Network):
         return torch.cat(self.host_features(image_B3hw), dim=1)
 
     def encode(self, image_B3hw: Tensor) -> Features:
-        if self.sampling.kind == "dropout":
-            return self.host_features(image_B3hw)
-        return self.head.encode(self.host(image_B3hw))
+        if self.sampling.kind != "dropout":
+            return self.head.encode(self.host(image_B3hw))
+        features = self.host_features(image_B3hw)
+        return (*features, *self.head.latent(torch.cat(features, dim=1).detach()))
 
     def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
         if self.sampling.kind == "dropout":
@@ -97,11 +98,12 @@ class NpNetwork(Network):
 
     def decode_dropped(self, features: Features, mask_SBD: Tensor) -> Tensor:
         """logits_SBKhw of S masks; a mask of a channel commutes with the resize before it."""
-        low_BDhw, fused_BDhw = features
+        low_BDhw, fused_BDhw, *latent = features
         num_samples, num_windows = mask_SBD.shape[0], mask_SBD.shape[1]
         x_NDhw = torch.cat((low_BDhw.repeat(num_samples, 1, 1, 1), drop_channels(fused_BDhw, mask_SBD)), dim=1)
-        mean_1NL = x_NDhw.new_zeros(1, num_samples * num_windows, self.config.latent_length)
-        logits = self.head.decode(self.head.encode(x_NDhw), mean_1NL)
+        mean_NL, sigma_NL, context_NL = (x_BL.repeat(num_samples, 1) for x_BL in latent)
+        encoded = self.head.encode(x_NDhw, (mean_NL, sigma_NL, context_NL))
+        logits = self.head.decode(encoded, torch.zeros_like(mean_NL)[None])
         return logits[0].unflatten(0, (num_samples, num_windows))
 
 
