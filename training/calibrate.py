@@ -154,8 +154,8 @@ class Trials:
         """The answers to some frames if the model had this card. Iterate to the end before asking anew."""
         question = self._question
         self._segmenter.find(question.name, question.version).card = card
-        for image_HW3, truth_HW in follow(pictures(self._frames, places), title, total=len(places)):
-            yield answer(self._segmenter, image_HW3, truth_HW, question.options)
+        for place, image_HW3, truth_HW in follow(pictures(self._frames, places), title, total=len(places)):
+            yield answer(self._segmenter, image_HW3, truth_HW, question.options(place))
 
 
 def mean_nll(answers: Iterable[Answer]) -> float:

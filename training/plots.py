@@ -133,6 +133,8 @@ def against_samples(document: dict[str, Any]) -> Figure:
             axes.legend(fontsize=8)
     axes.plot(counts, counts, "--", color="grey", linewidth=1, label="proportional")
     axes.set(yscale="log")
+    axes.set_yticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
     axes.legend(fontsize=8)
     figure.suptitle(f"{document['model']} v{document['version']} against its samples", fontsize=10)
     return figure

@@ -114,7 +114,7 @@ def test_abstention_is_measured_at_the_cards_thresholds(segmenter: Segmenter, fr
     figures = measure(segmenter, "toy-pointwise", frames).evaluation.figures()
     options = SegmentOptions(model="toy-pointwise", max_risk=0.05, outputs=("entropy",))
     kept, risk = [], []
-    for image_HW3, truth_HW in pictures(frames, range(4)):
+    for _, image_HW3, truth_HW in pictures(frames, range(4)):
         labels_HW, known_HW = segmenter.segment(image_HW3, options).labels_HW, truth_HW != IGNORE
         kept.append((labels_HW != IGNORE)[known_HW].mean())
         risk.append(((labels_HW != IGNORE) & (labels_HW != truth_HW))[known_HW].mean())
@@ -130,7 +130,7 @@ def test_a_methods_own_maps_are_judged_too(segmenter: Segmenter, frames: Frames)
 def test_a_frame_without_labels_changes_nothing(segmenter: Segmenter, frames: Frames) -> None:
     card = segmenter.find("toy-pointwise").card
     evaluation = Evaluation(card)
-    image_HW3, truth_HW = next(pictures(frames, [0]))
+    _, image_HW3, truth_HW = next(pictures(frames, [0]))
     options = SegmentOptions(model=card.name, outputs=MAPS)
     for labels in (truth_HW, np.full_like(truth_HW, IGNORE)):
         evaluation.add(answer(segmenter, image_HW3, labels, options))
@@ -160,6 +160,14 @@ def test_classes_of_another_number_are_refused_and_of_other_names_warned_of() ->
     assert "0 is red here and ground there" in check_classes(card, find_data("shapes").classes, data="shapes")
     with pytest.raises(BadData, match="camvid has 11 classes and toy-pointwise has 3"):
         check_classes(card, find_data("camvid").classes, data="camvid")
+
+
+def test_every_frame_has_draws_of_its_own(segmenter: Segmenter, frames: Frames) -> None:
+    image_3HW, label_HW = frames[0]
+    twice = Frames(("a", "b"), torch.stack((image_3HW, image_3HW)), torch.stack((label_HW, label_HW)))
+    measured = measure(segmenter, "toy-latent", twice, seed=5)
+    again = measure(segmenter, "toy-latent", twice, seed=5)
+    assert measured.accuracies[0] != measured.accuracies[1] and measured.accuracies == again.accuracies
 
 
 def test_samples_are_compared_in_quality_and_cost(segmenter: Segmenter, frames: Frames) -> None:

@@ -75,11 +75,11 @@ def _of_class(prob_hKW: Floats, truth_hW: Labels) -> Floats:
     return np.where(known_hW, np.take_along_axis(prob_hKW, place_h1W, 1)[:, 0], np.float32(0))
 
 
-def pictures(frames: FrameSet, places: Iterable[int]) -> Iterator[tuple[Labels, Labels]]:
-    """Image uint8 [H, W, 3] and labels uint8 [H, W] of some frames. Raises BadData."""
-    for i in places:
-        image_3HW, label_HW = frames[i]
-        yield np.ascontiguousarray(image_3HW.permute(1, 2, 0).numpy()), label_HW.numpy()
+def pictures(frames: FrameSet, places: Iterable[int]) -> Iterator[tuple[int, Labels, Labels]]:
+    """Place, image uint8 [H, W, 3] and labels uint8 [H, W] of some frames. Raises BadData."""
+    for place in places:
+        image_3HW, label_HW = frames[place]
+        yield place, np.ascontiguousarray(image_3HW.permute(1, 2, 0).numpy()), label_HW.numpy()
 
 
 def check_classes(card: Card, classes: tuple[ClassInfo, ...], *, data: str) -> str:

@@ -33,7 +33,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is evaluated on what. version: None is the newest. samples: None is the card's. every: n-th frame only."""
+    """What is evaluated on what. version: None is the newest. samples: None is the card's. every: n-th frame only.
+
+    seed: the first frame's; the next has one more.
+    """
 
     name: str
     data: Path
@@ -44,9 +47,9 @@ class Question:
     seed: int = 0
     every: int = 1
 
-    @property
-    def options(self) -> SegmentOptions:
-        return SegmentOptions(model=self.name, samples=self.samples, seed=self.seed, outputs=MAPS)
+    def options(self, place: int) -> SegmentOptions:
+        """Of one frame. Every frame has draws of its own, or all would share the luck of one."""
+        return SegmentOptions(model=self.name, samples=self.samples, seed=self.seed + place, outputs=MAPS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +90,8 @@ def evaluate(segmenter: Segmenter, question: Question, frames: FrameSet, *, comp
     card = segmenter.find(question.name, question.version).card
     evaluation, accuracies = Evaluation(card), []
     places = list(range(0, len(frames), question.every))
-    for image_HW3, truth_HW in follow(pictures(frames, places), f"evaluating {card.name}", total=len(places)):
-        answered = answer(segmenter, image_HW3, truth_HW, question.options)
+    for place, image_HW3, truth_HW in follow(pictures(frames, places), f"evaluating {card.name}", total=len(places)):
+        answered = answer(segmenter, image_HW3, truth_HW, question.options(place))
         evaluation.add(answered)
         accuracies.append(answered.accuracy)
     if not evaluation.num_frames:
@@ -113,9 +116,10 @@ def compare_samples(
     card = segmenter.find(question.name, question.version).card
     counts = [count for count in SAMPLE_COUNTS if count <= segmenter.limits.samples]
     evaluations, seconds = {count: Evaluation(card) for count in counts}, dict.fromkeys(counts, 0.0)
-    for image_HW3, truth_HW in follow(pictures(frames, places), "comparing numbers of samples", total=len(places)):
+    shown = pictures(frames, places)
+    for place, image_HW3, truth_HW in follow(shown, "comparing numbers of samples", total=len(places)):
         for count in counts:
-            options = dataclasses.replace(question.options, samples=count)
+            options = dataclasses.replace(question.options(place), samples=count)
             answered = answer(segmenter, image_HW3, truth_HW, options)
             evaluations[count].add(answered)
             seconds[count] += answered.seconds
@@ -136,11 +140,10 @@ def typical(measured: Measured, segmenter: Segmenter, frames: FrameSet) -> list[
     last = len(order) - 1
     ranks = {"worst": 0, "lower quartile": last // 4, "median": last // 2, "best": last}
     shown = []
-    for title, rank in ranks.items():
-        place = measured.places[order[rank]]
-        for image_HW3, truth_HW in pictures(frames, [place]):
-            answered = answer(segmenter, image_HW3, truth_HW, measured.question.options)
-            shown.append((f"{title}: {frames.names[place]}", image_HW3, answered))
+    places = [measured.places[order[rank]] for rank in ranks.values()]
+    for title, (place, image_HW3, truth_HW) in zip(ranks, pictures(frames, places), strict=True):
+        answered = answer(segmenter, image_HW3, truth_HW, measured.question.options(place))
+        shown.append((f"{title}: {frames.names[place]}", image_HW3, answered))
     return shown
 
 
@@ -180,7 +183,7 @@ def report(measured: Measured) -> None:
     console.print(table)
     if document["against_samples"]:
         rows = document["against_samples"]
-        against = Table(*(Column(name, overflow="fold") for name in rows[0]))
+        against = Table(*(Column(name.removeprefix("err/").replace("_", " "), overflow="fold") for name in rows[0]))
         for row in rows:
             against.add_row(*("" if value is None else f"{value:.4g}" for value in row.values()))
         console.print(against)
