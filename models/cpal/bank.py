@@ -3,6 +3,8 @@
 Training only: one thread pushes, `summarise` reads, `Context.adopt` takes the summary into the network.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,14 @@ class SupportBank:
     def rows(self, foreground_class: int) -> Tensor:
         """rows_RD of one class, oldest first, R <= size."""
         return self._rows[foreground_class]
+
+    def restore(self, rows: Sequence[Tensor]) -> None:
+        """Take over what `rows` gave for every class."""
+        self._rows = list(rows)
+
+    def smallest(self) -> int:
+        """Instances of the class that has fewest."""
+        return min(len(rows_RD) for rows_RD in self._rows)
 
     def __len__(self) -> int:
         return len(self._rows)
