@@ -30,7 +30,8 @@ class SelfCorrectingConfig:
     ancillary: there is a network that sees boxes. correction: what joins it with the primary, if it is there;
     correction_hidden: channels of the convolutional one (the paper names none). alpha: weight of the ancillary in the
     linear one if a request names none; 0.5 is where the paper's schedule, from 30, ends.
-    sampling: `dropout` makes samples of the primary; boxes are not taken then.
+    sampling: `dropout` makes samples of the primary; boxes are not taken then. background: the class that lies outside
+    of every box (VOC's is 0); None for data without one.
     """
 
     num_classes: int
@@ -44,6 +45,7 @@ class SelfCorrectingConfig:
     correction_hidden: int = 128
     alpha: float = 0.5
     sampling: Literal["single", "dropout"] = "single"
+    background: int | None = 0
 
 
 class SelfCorrectingNetwork(Network):
@@ -111,9 +113,9 @@ def build(config: SelfCorrectingConfig) -> SelfCorrectingNetwork:
 def _prompt(config: SelfCorrectingConfig) -> PromptSpec:
     members: tuple[str, ...] = ("primary", "ancillary")
     if config.correction == "none":
-        return PromptSpec(kind="boxes", members=members, background=0)
+        return PromptSpec(kind="boxes", members=members, background=config.background)
     alpha = config.alpha if config.correction == "linear" else None
-    return PromptSpec(kind="boxes", members=(*members, "corrected"), background=0, alpha=alpha)
+    return PromptSpec(kind="boxes", members=(*members, "corrected"), background=config.background, alpha=alpha)
 
 
 # -- corrections: primary and ancillary members to three, q last ------------------------------------
