@@ -174,67 +174,6 @@ def train(recipe: Path, data: Path, threads: int | None, minutes: float | None) 
     click.echo(follow(read_recipe(recipe), data, threads=threads, minutes=minutes))
 
 
-SET = click.option(
-    "--set", "data_set", default="camvid", show_default=True, help="Form of the data: camvid, voc, cityscapes, folder."
-)
-SPLIT = click.option("--split", default="val", show_default=True)
-SAMPLES = click.option("--samples", type=click.IntRange(min=1), help="How many samples to draw; the card's by default.")
-SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of the noise and of random splits.")
-EVERY = click.option("--every", type=click.IntRange(min=1), default=1, show_default=True, help="Every n-th frame only.")
-
-
-@main.command()
-@click.argument("name")
-@click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@SET
-@SPLIT
-@click.option("--version", type=int, help="The newest by default.")
-@SAMPLES
-@SEED
-@EVERY
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here.")
-@click.option("--plots", type=click.Path(file_okay=False, path_type=Path), help="Draw curves and pictures here.")
-@STORE
-def evaluate(name: str, store: Path, json_file: Path | None, plots: Path | None, **options: Any) -> None:
-    """Measure a model on labelled pictures as it is served: accuracy, calibration, and its uncertainty."""
-    from training.evaluation.run import Question, evaluate_artifact, report
-
-    measured = evaluate_artifact(Question(name, **options), store, plots=plots)
-    report(measured)
-    if json_file:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(measured.document(), allow_nan=False) + "\n")
-
-
-@main.command()
-@click.argument("name")
-@click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@SET
-@SPLIT
-@click.option("--version", type=int, help="The newest by default.")
-@SAMPLES
-@SEED
-@EVERY
-@click.option("--risks", default="0.01,0.02,0.05,0.1", show_default=True, help="What max_risk shall be possible.")
-@STORE
-@JSON
-def calibrate(name: str, store: Path, risks: str, as_json: bool, **options: Any) -> None:
-    """Fit a model's temperature and abstention thresholds; they become its next version."""
-    from models.errors import BadOption
-    from training.calibrate import calibrate_artifact, report
-    from training.evaluation.run import Question
-
-    try:
-        wanted = [float(risk) for risk in risks.split(",")]
-    except ValueError:
-        raise BadOption(f"risks is {risks[:60]!r}; shares with commas between them are wanted") from None
-    calibrated, place = calibrate_artifact(Question(name, **options), store, risks=wanted)
-    if as_json:
-        click.echo(json.dumps(calibrated.document() | {"directory": str(place)}, allow_nan=False))
-        return
-    report(calibrated, place)
-
-
 @main.command(name="import")
 @click.argument("method")
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
@@ -342,6 +281,65 @@ def _print_parity(figures: dict[str, float], directory: str, *, as_json: bool) -
     click.echo(directory)
     for name, value in figures.items():
         click.echo(f"  {name:26} {value:.6g}")
+
+
+def of_frames(verb: Any) -> Any:
+    """The options of a verb that asks an artifact about labelled frames (`training.evaluation.run.Question`)."""
+    for option in (
+        click.option(
+            "--every", type=click.IntRange(min=1), default=1, show_default=True, help="Every n-th frame only."
+        ),
+        click.option(
+            "--seed", type=int, default=0, show_default=True, help="Of the first frame, and of random splits."
+        ),
+        click.option("--samples", type=click.IntRange(min=1), help="How many samples to draw; the card's by default."),
+        click.option("--version", type=int, help="The newest by default."),
+        click.option("--split", default="val", show_default=True, help="Which of the data's splits."),
+        click.option("--set", "data_set", default="camvid", show_default=True, help="Or voc, cityscapes, folder."),
+        click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path)),
+    ):
+        verb = option(verb)
+    return verb
+
+
+@main.command()
+@click.argument("name")
+@of_frames
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here.")
+@click.option("--plots", type=click.Path(file_okay=False, path_type=Path), help="Draw curves and pictures here.")
+@STORE
+def evaluate(name: str, store: Path, json_file: Path | None, plots: Path | None, **options: Any) -> None:
+    """Measure a model on labelled pictures as it is served: accuracy, calibration, and its uncertainty."""
+    from training.evaluation.run import Question, evaluate_artifact, report
+
+    measured = evaluate_artifact(Question(name, **options), store, plots=plots)
+    report(measured)
+    if json_file:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(measured.document(), allow_nan=False) + "\n")
+
+
+@main.command()
+@click.argument("name")
+@of_frames
+@click.option("--risks", default="0.01,0.02,0.05,0.1", show_default=True, help="What max_risk shall be possible.")
+@STORE
+@JSON
+def calibrate(name: str, store: Path, risks: str, as_json: bool, **options: Any) -> None:
+    """Fit a model's temperature and abstention thresholds; they become its next version."""
+    from models.errors import BadOption
+    from training.calibrate import calibrate_artifact, report
+    from training.evaluation.run import Question
+
+    try:
+        wanted = [float(risk) for risk in risks.split(",")]
+    except ValueError:
+        raise BadOption(f"risks is {risks[:60]!r}; shares with commas between them are wanted") from None
+    calibrated, place = calibrate_artifact(Question(name, **options), store, risks=wanted)
+    if as_json:
+        click.echo(json.dumps(calibrated.document() | {"directory": str(place)}, allow_nan=False))
+        return
+    report(calibrated, place)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def test_help_lists_the_verbs_in_the_order_of_the_work() -> None:
     output = run("--help").stdout
-    verbs = ("serve", "predict", "models", "train", "import", "ensemble", "export", "verify")
+    verbs = ("serve", "predict", "models", "train", "import", "ensemble", "export", "verify", "evaluate", "calibrate")
     places = [output.index(f"\n  {verb} ") for verb in verbs]
     assert places == sorted(places)
     assert run("--version").exit_code == 0
