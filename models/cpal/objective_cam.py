@@ -130,10 +130,10 @@ def read_cam_options(options: Mapping[str, Any]) -> CamOptions:
 
 
 def read_tags(batch: Views) -> Tensor:
-    """tags_BK. Raises BadOption where the recipe asks for none."""
+    """tags_BK in float32, whatever the precision of the step. Raises BadOption where the recipe asks for none."""
     if batch.tags_BK is None:
         raise BadOption("cpal learns from tags; the recipe wants weak_labels: tags")
-    return batch.tags_BK
+    return batch.tags_BK.float()
 
 
 def self_supervision(cam_BKhw: Tensor, other_BKhw: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def load_maps(path: Path) -> CamNetwork:
 @torch.no_grad()
 def draw_masks(teacher: CamNetwork, batch: Views) -> Tensor:
     """pseudo_Bhw of the weak views, as the server would answer with these tags; IGNORE beyond the picture."""
-    image_B3hw, tags_BK = batch.weak_B3hw, read_tags(batch)
+    image_B3hw, tags_BK = batch.weak_B3hw.float(), read_tags(batch)
     if tags_BK.shape[1] != teacher.num_classes:
         raise BadOption(f"the maps are of {teacher.num_classes} classes, the data has {tags_BK.shape[1]}")
     with torch.autocast(image_B3hw.device.type, enabled=False):

@@ -3,6 +3,7 @@
 import copy
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from training.data import find_data
 from training.loop import Training
 from training.recipe import Recipe
 
+Precision = Literal["32-true", "bf16-mixed"]
 CAM = CpalConfig(
     3, depth=18, width=4, background=False, members=("cam", "pacam"), context=2, context_channels=8, neighbours=2
 )
@@ -82,10 +84,11 @@ def _recipe(folder: Path, *, stage: int) -> Recipe:
     )  # fmt: skip
 
 
-def _training(folder: Path, *, stage: int) -> Training:
+def _training(folder: Path, *, stage: int, precision: Precision = "32-true") -> Training:
     if stage == 2 and not (folder / "maps.safetensors").exists():
         _checkpoint(folder / "maps.safetensors")
-    return Training(_recipe(folder, stage=stage), find_data("shapes").load(folder, "train"), 3)
+    recipe = replace(_recipe(folder, stage=stage), precision=precision)
+    return Training(recipe, find_data("shapes").load(folder, "train"), 3)
 
 
 # -- stage 1: maps from tags ----------------------------------------------------------------------
@@ -261,6 +264,13 @@ def test_a_killed_run_goes_on_with_identical_numbers(stage: int, tmp_path: Path)
         assert expected[-1]["context"] == 1 and first[0]["context"] == 0
     for ours, theirs in zip(whole.average.state_dict().values(), resumed.average.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_step_in_half_precision_is_close_to_one_in_full(stage: int, tmp_path: Path) -> None:
+    half = _training(tmp_path, stage=stage, precision="bf16-mixed").advance(0.0)
+    full = _training(tmp_path, stage=stage).advance(0.0)
+    assert half == pytest.approx(full, rel=0.1, abs=0.05)
 
 
 @pytest.mark.parametrize(("stage", "name"), [(1, "classification"), (2, "total")])
