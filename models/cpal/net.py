@@ -127,7 +127,7 @@ class CamNetwork(Network):
             seeds_BKhw = choose_seeds(overlap(cam_BKhw, view.hierarchical_BDhw, self.first_weight))
             prototypes_BKD = gather_prototypes(seeds_BKhw, view.hierarchical_BDhw)
             maps["is_cam"] = reactivate(view.hierarchical_BDhw, prototypes_BKD)
-        if self.context is not None:
+        if self.context is not None and "pacam" in self.members:
             maps["pacam"] = self.draw_pacam(self.context, view, cam_BKhw, maps["is_cam"])
         return torch.stack([maps[member] for member in self.members], dim=1)
 

@@ -157,6 +157,16 @@ def picture(num: int) -> Tensor:
 
 
 @torch.inference_mode()
+def test_each_member_can_be_asked_for_alone() -> None:
+    network = small()
+    view = network.look(picture(2))
+    maps_B2Khw = network.draw_maps(view)
+    for i, member in enumerate(network.members):
+        network.members = (member,)
+        assert torch.equal(network.draw_maps(view)[:, 0], maps_B2Khw[:, i])
+
+
+@torch.inference_mode()
 def test_a_bank_of_training_images_goes_into_the_checkpoint_and_comes_back(tmp_path: Path) -> None:
     network = small()
     assert network.context is not None
