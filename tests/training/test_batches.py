@@ -21,8 +21,13 @@ SPLIT = (torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5]))
 
 def _draw(weak_labels: Literal["none", "tags", "boxes"], frames: Frames | None = None) -> Views:
     recipe = replace(tiny.recipe("cps", Path(), steps=1), weak_labels=weak_labels)
-    frames = frames or find_data("shapes").load(Path(), "train")
-    return Batches(frames, SPLIT, recipe, torch.Generator().manual_seed(0), num_classes=3).draw()
+    return Batches(frames or _frames(), SPLIT, recipe, torch.Generator().manual_seed(0), num_classes=3).draw()
+
+
+def _frames() -> Frames:
+    frames = find_data("shapes").load(Path(), "train")
+    assert isinstance(frames, Frames)
+    return frames
 
 
 def _same(one: Views, other: Views) -> list[bool]:
@@ -95,7 +100,7 @@ def test_boxes_of_labelled_views_lie_round_their_labels() -> None:
 
 @pytest.mark.parametrize("kind", ["none", "tags"])
 def test_pixels_of_a_hidden_mask_that_keep_the_tags_change_nothing(kind: Literal["none", "tags"]) -> None:
-    frames = find_data("shapes").load(Path(), "train")
+    frames = _frames()
     label_NHW = frames.label_NHW.clone()
     label_NHW[3:] = label_NHW[3:].where(label_NHW[3:] != 0, torch.tensor(IGNORE, dtype=torch.uint8))
     label_NHW[3:, :, :20] = 0  # other pixels, void ones among them, of the same classes
@@ -105,7 +110,7 @@ def test_pixels_of_a_hidden_mask_that_keep_the_tags_change_nothing(kind: Literal
 
 
 def test_pixels_of_a_hidden_mask_that_keep_its_boxes_change_nothing() -> None:
-    frames = find_data("shapes").load(Path(), "train")
+    frames = _frames()
     label_NHW = torch.full_like(frames.label_NHW, IGNORE)
     label_NHW[:, 10:30, 10:30] = 1
     whole = Frames(frames.names, frames.image_N3HW, label_NHW)

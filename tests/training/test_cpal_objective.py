@@ -25,6 +25,7 @@ from models.errors import BadArtifact, BadOption
 from tests.training import tiny
 from training.batches import choose_split
 from training.data import find_data
+from training.data.frames import Frames
 from training.loop import Training
 from training.recipe import Recipe
 
@@ -282,6 +283,7 @@ def test_a_few_steps_lower_the_loss(stage: int, name: str, tmp_path: Path) -> No
 
 def test_pixels_of_masks_under_unchanged_tags_change_no_number(tmp_path: Path) -> None:
     frames = find_data("shapes").load(tmp_path, "train")
+    assert isinstance(frames, Frames)
     recipe = replace(_recipe(tmp_path, stage=1), scale=(1.0, 1.0))  # whole frames, so that tags stay as they are
     upside_down = replace(frames, label_NHW=frames.label_NHW.flip(1))
     assert len(choose_split(frames, recipe)[0]) == 0

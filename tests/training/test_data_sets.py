@@ -140,16 +140,16 @@ def test_every_layout_names_the_mask_that_is_wrong(
     mask = write(tmp_path, label=label)
     load = find_data(name, tmp_path).load
     with pytest.raises(BadData, match=f"{mask.name} {sentence}"):
-        load(tmp_path, split)[0]  # type: ignore[arg-type]
+        load(tmp_path, split)[0]
     _save(mask, "L", 0, size=(5, 4))
     with pytest.raises(BadData, match=rf"{mask.name} is 5x4 px; its picture is 6x4 px$"):
-        load(tmp_path, split)[0]  # type: ignore[arg-type]
+        load(tmp_path, split)[0]
     mask.write_text("no picture")
     with pytest.raises(BadData, match=f"{mask.name} cannot be read"):
-        load(tmp_path, split)[0]  # type: ignore[arg-type]
+        load(tmp_path, split)[0]
     mask.unlink()
     with pytest.raises(BadData, match=f"has no mask; .*{mask.name} is wanted$"):
-        load(tmp_path, split)  # type: ignore[arg-type]
+        load(tmp_path, split)
 
 
 def test_files_are_read_only_when_they_are_asked_for(tmp_path: Path) -> None:
