@@ -32,7 +32,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 bench: setup  # the demo store must be there: run `make serve` once
-	for name in sampling moments memory overhead identity; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in sampling methods moments memory overhead identity; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 clean:
 	rm -rf .venv store runs out build *.egg-info
