@@ -17,7 +17,7 @@ from models.card import Card, ExportFacts, Parity, Sampling, check_facts, dump_c
 from models.checkpoint import load_checkpoint
 from models.contract import Features, Network, Prompt
 from models.errors import BadOption
-from serving.engine.backend import Backend, load_backend
+from serving.engine.backends import Backend, load_backend
 from serving.engine.noise import SeededNoise
 from serving.engine.store import CARD, GOLDEN, Answer, Golden, golden_tensors, open_artifact, sha256_of, versions
 

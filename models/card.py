@@ -180,6 +180,7 @@ class ExportFacts:
     """What makes a card an artifact's: backend, precision, sha256 per file, and the parity figures.
 
     checkpoint: sha256 of the file it was exported from; empty for a network that was in memory.
+    built_for: facts of the machine that graphs in machine code are bound to, by name; empty where they run anywhere.
     """
 
     backend: str
@@ -188,6 +189,7 @@ class ExportFacts:
     files: dict[str, str]
     parity: Parity
     checkpoint: str = ""
+    built_for: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

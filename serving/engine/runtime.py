@@ -14,7 +14,7 @@ from torch import Tensor
 from models.card import Card
 from models.contract import Features
 from models.errors import BadArtifact, ModelFault
-from serving.engine.backend import Backend, load_backend
+from serving.engine.backends import Backend, load_backend
 from serving.engine.kernels import FloatArray
 from serving.engine.moments import Moments, accumulate, empty_sums, resize
 from serving.engine.prompts import PromptArrays

@@ -21,7 +21,7 @@ from models.contract import Method, Network
 from models.cps.net import CpsNetwork
 from models.errors import BadOption
 from models.np_semiseg.net import NpConfig, NpNetwork
-from serving.engine.backend import load_backend
+from serving.engine.backends import load_backend
 from serving.engine.noise import SeededNoise
 from serving.engine.options import SegmentOptions
 from serving.engine.runtime import Tuning

@@ -1,0 +1,77 @@
+"""What runs a network's graphs. Formats are interchangeable behind one small protocol, one module per format.
+
+Each module has
+
+    load(card, directory, device) -> Backend    the artifact's graphs, ready to run; raises BadArtifact
+    target(device) -> dict[str, str]            what its artifacts are bound to; {} where they run anywhere
+
+`target` is recorded at export (`card.export.built_for`), and an artifact is refused where it is another. All graphs
+take and give float32 whatever they compute in; features are between encode and decode alone, and may be anything.
+"""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from models.card import Card
+from models.contract import Features, Prompt
+from models.errors import BadArtifact, BadOption
+
+BACKENDS = ("torchscript", "onnx", "openvino", "aot", "tensorrt")
+EXTRAS = {"onnxruntime": "onnx", "onnx": "onnx", "onnxscript": "onnx", "openvino": "openvino"}
+"""The optional install that brings a library."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What a precision computes in."""
+
+
+class Backend(Protocol):
+    """Both halves of a network, on one device in one precision (see `models.contract`)."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def encode(self, image_B3hw: Tensor) -> Features: ...
+
+    def take_prompt(self, image_B3hw: Tensor, features: Features, prompt: Prompt) -> Features: ...
+
+    def decode(self, features: Features, noise_SBL: Tensor) -> Tensor: ...
+
+
+def load_backend(card: Card, directory: Path, device: torch.device) -> Backend:
+    """The artifact's graphs, ready to run.
+
+    Raises BadArtifact: an unknown format, one whose library is not installed, or one that was built for elsewhere.
+    """
+    assert card.export
+    try:
+        module = find_format(__name__, card.export.backend)
+    except BadOption as error:
+        raise BadArtifact(f"{directory} cannot be loaded: {error}") from None
+    here, there = module.target(device), card.export.built_for
+    for fact in sorted({*here, *there}):
+        if here.get(fact) != there.get(fact):
+            raise BadArtifact(
+                f"{directory} was built for {fact} {there.get(fact)} and this is {here.get(fact)}; build it here: "
+                f"penumbra export CHECKPOINT --backend {card.export.backend} --precision {card.export.precision}"
+            )
+    backend: Backend = module.load(card, directory, device)
+    return backend
+
+
+def find_format(package: str, name: str) -> ModuleType:
+    """The module of a format in `package`. Raises BadOption: an unknown format, or its library is not installed."""
+    if name not in BACKENDS:
+        raise BadOption(f"there is no backend {name!r}; known are {', '.join(BACKENDS)}")
+    try:
+        return importlib.import_module(f"{package}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        extra = EXTRAS[error.name]
+        raise BadOption(
+            f"the backend {name} needs {error.name}, which is not installed; pip install 'penumbra[{extra}]' brings it"
+        ) from None
