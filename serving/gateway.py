@@ -60,13 +60,13 @@ class Gateway:
                 f"{self._inflight} requests are being worked on and the limit is {self._limit_requests}; "
                 "try again in 1 s", retry_after_s=1,
             )  # fmt: skip
-        started, cancelled = time.perf_counter(), threading.Event()
+        request.started, cancelled = time.perf_counter(), threading.Event()
         watch = asyncio.ensure_future(_set_when(gone, cancelled)) if gone else None
         self._inflight += 1
         try:
             request.model = self.segmenter.find(options.model, options.version).card.name
             return await asyncio.get_running_loop().run_in_executor(
-                self._threads, self._work, image, options, write, cancelled, started
+                self._threads, self._work, image, options, write, cancelled, request
             )
         except PenumbraError:
             raise
@@ -81,10 +81,10 @@ class Gateway:
 
     def _work(
         self, image: bytes | NDArray[np.uint8], options: SegmentOptions, write: Callable[[Prediction], T],
-        cancelled: threading.Event, started: float,
+        cancelled: threading.Event, request: Request,
     ) -> tuple[Prediction, T]:  # fmt: skip
         """In a request thread: the whole way of one image."""
-        begun = time.perf_counter()
+        started, begun = request.started, time.perf_counter()
         pixels = self._decode(image, options) if isinstance(image, bytes) else image
         decoded = time.perf_counter()
         prediction = self.segmenter.segment(pixels, options, cancelled=cancelled, deadline=started + self._timeout_s)
@@ -92,7 +92,8 @@ class Gateway:
         prediction = replace(prediction, timing_ms=timing_ms)
         writing = time.perf_counter()
         body = write(prediction)
-        self.telemetry.answered(prediction, timing_ms | {"write": 1e3 * (time.perf_counter() - writing)})
+        request.timing_ms = timing_ms | {"write": 1e3 * (time.perf_counter() - writing)}
+        self.telemetry.answered(prediction, request.timing_ms)
         return prediction, body
 
     def _decode(self, data: bytes, options: SegmentOptions) -> NDArray[np.uint8]:

@@ -86,7 +86,7 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
     @named_errors
     async def ModelInfer(self, request: Any, context: Context) -> Any:
         names = tuple(output.name for output in request.outputs) or DEFAULT_OUTPUTS
-        with self._gateway.telemetry.track("grpc") as tracked:
+        with self._gateway.telemetry.track("grpc", carrier=dict(context.invocation_metadata())) as tracked:
             parameters = {name: _value(parameter) for name, parameter in request.parameters.items()}
             options = read_options(request.model_name, request.model_version, parameters, names)
             tensors = _tensors(request)

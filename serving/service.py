@@ -26,13 +26,14 @@ from serving.guard import Guard
 from serving.settings import Settings
 from serving.statuses import status_of
 from serving.telemetry import Telemetry
+from serving.tracing import bentoml_tracing, use_bentomls_provider
 
 if TYPE_CHECKING:
     from serving.gateway import Gateway
     from serving.oip_grpc import GrpcServer
 
 SETTINGS = Settings()
-TELEMETRY = Telemetry()
+TELEMETRY = Telemetry(latency_buckets_s=SETTINGS.latency_buckets_s)
 APP = Starlette()
 """Carries our routes; they are filled in when the worker has built the engine."""
 
@@ -52,6 +53,7 @@ class PredictAnswer(BaseModel):
     workers=1,
     traffic={"timeout": SETTINGS.timeout_s + 30},
     metrics={"enabled": False},
+    tracing=bentoml_tracing(SETTINGS.otlp_endpoint, SETTINGS.trace_share),
     logging={"access": {"enabled": False}},
 )
 class Penumbra:
@@ -61,6 +63,8 @@ class Penumbra:
         from serving.rest import ERROR_HANDLERS, routes
 
         logging.getLogger("penumbra").setLevel(SETTINGS.log_level)
+        if SETTINGS.otlp_endpoint:
+            use_bentomls_provider()
         self.gateway = build_gateway(SETTINGS, TELEMETRY)
         scheduler = self.gateway.segmenter.scheduler
         TELEMETRY.describe(version=VERSION, queued_windows=lambda: scheduler.queued[0])

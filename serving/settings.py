@@ -1,10 +1,28 @@
 """How this process runs: every `PENUMBRA_*` variable, read once. Nothing else is read from the environment."""
 
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from serving.telemetry import SECONDS
+
+
+def _rising(bounds: tuple[float, ...]) -> tuple[float, ...]:
+    if not bounds or bounds[0] <= 0 or any(a >= b for a, b in pairwise(bounds)):
+        raise ValueError(f"the bounds are {bounds}; rising seconds above 0 are wanted, as 0.01,0.1,1")
+    return bounds
+
+
+Bounds = Annotated[
+    tuple[float, ...],
+    NoDecode,
+    BeforeValidator(lambda text: text.split(",") if isinstance(text, str) else text),
+    AfterValidator(_rising),
+]
+"""Upper bounds of a histogram's buckets, with commas between them."""
 
 
 class Settings(BaseSettings):
@@ -15,6 +33,8 @@ class Settings(BaseSettings):
     deterministic: bytes of an answer never depend on what else is in its batch; costs the batch sizes that this
     machine's kernels round differently. windows_per_batch, samples_per_call: 0 measures at start. limit_*: see
     docs/limits.md. predrain_s: how long readiness is down before connections are closed on SIGTERM.
+    latency_buckets_s: bounds of the latency histograms. otlp_endpoint: collector of traces, empty for none;
+    trace_share: of the requests that are traced, unless their caller says so.
     """
 
     model_config = SettingsConfigDict(env_prefix="PENUMBRA_", frozen=True, extra="ignore")
@@ -36,3 +56,6 @@ class Settings(BaseSettings):
     limit_requests: int = Field(64, ge=1)
     timeout_s: float = Field(300.0, gt=0)
     predrain_s: float = Field(2.0, ge=0)
+    latency_buckets_s: Bounds = SECONDS
+    otlp_endpoint: str = ""
+    trace_share: float = Field(1.0, ge=0, le=1)

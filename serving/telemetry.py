@@ -6,9 +6,9 @@ Our own registry, in one worker process: BentoML's metrics label by raw path, wh
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -23,13 +23,14 @@ from prometheus_client.exposition import choose_encoder
 from models.errors import PenumbraError
 from serving.engine.observer import Observer
 from serving.statuses import status_of
+from serving.tracing import record_request
 
 if TYPE_CHECKING:
     from serving.engine.segmenter import Prediction
 
 log = logging.getLogger("penumbra")
 
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 NATS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3)
 ABSTAINED = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1)
 RATIO = (0.1, 0.25, 0.5, 0.75, 0.9, 1)
@@ -38,24 +39,34 @@ POWERS = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclass(slots=True)
 class Request:
-    """What becomes known of a request while it is tracked; `model` stays empty until one is found."""
+    """What becomes known of a request while it is tracked; `model` stays empty until one is found.
+
+    started: when its first phase did, by `perf_counter`. timing_ms: milliseconds by phase, once it is answered.
+    """
 
     model: str = ""
+    started: float = 0.0
+    timing_ms: Mapping[str, float] = field(default_factory=dict)
 
 
 class Telemetry(Observer):
-    """Counts and times; safe from any thread. Label values come from loaded models and fixed lists only."""
+    """Counts and times; safe from any thread. Label values come from loaded models and fixed lists only.
 
-    def __init__(self) -> None:
+    latency_buckets_s: upper bounds of the histograms of seconds.
+    """
+
+    def __init__(self, *, latency_buckets_s: Sequence[float] = SECONDS) -> None:
         self.registry = CollectorRegistry()
         histogram = partial(Histogram, namespace="penumbra", registry=self.registry)
         counter = partial(Counter, namespace="penumbra", registry=self.registry)
         gauge = partial(Gauge, namespace="penumbra", registry=self.registry)
         of_request = ["model", "protocol", "status"]
         self._request_seconds = histogram(
-            "request_seconds", "From a request's body to its answer.", of_request, buckets=SECONDS
+            "request_seconds", "From a request's body to its answer.", of_request, buckets=latency_buckets_s
         )
-        self._phase_seconds = histogram("phase_seconds", "Time of a request in a phase.", ["phase"], buckets=SECONDS)
+        self._phase_seconds = histogram(
+            "phase_seconds", "Time of a request in a phase.", ["phase"], buckets=latency_buckets_s
+        )
         self._batch_windows = histogram("batch_windows", "Windows per batch.", ["model"], buckets=POWERS)
         self._batch_fill = histogram("batch_fill_ratio", "Share of a batch's capacity used.", ["model"], buckets=RATIO)
         self._queue_windows = gauge("queue_windows", "Windows accepted and not yet answered.")
@@ -92,8 +103,11 @@ class Telemetry(Observer):
         self._load_seconds.labels(model).set(seconds)
 
     @contextmanager
-    def track(self, protocol: str) -> Iterator["Request"]:
-        """Count, time and log what happens in the block as one request; errors pass through."""
+    def track(self, protocol: str, *, carrier: Mapping[str, str] | None = None) -> Iterator["Request"]:
+        """Count, time, trace and log what happens in the block as one request; errors pass through.
+
+        carrier: headers that may name the caller's span, where no middleware has read them.
+        """
         request, started = Request(), time.perf_counter()
         status, reason = 499, "Cancelled"
         self._inflight.inc()
@@ -116,6 +130,14 @@ class Telemetry(Observer):
                 self._rejected.labels(reason).inc()
             said = " ".join(filter(None, (protocol, str(status), f"{1e3 * seconds:.1f} ms", request.model, reason)))
             log.info("%s", said)
+            attributes: dict[str, str | int] = {
+                "penumbra.model": request.model,
+                "penumbra.protocol": protocol,
+                "penumbra.status": status,
+            }
+            record_request(
+                attributes, began_s=started, worked_from_s=request.started, timing_ms=request.timing_ms, carrier=carrier
+            )
 
     def answered(self, prediction: "Prediction", timing_ms: Mapping[str, float]) -> None:
         """Phases of an answer, and its own uncertainty: drift of the input shows there first."""
