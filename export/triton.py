@@ -1,0 +1,321 @@
+"""An artifact becomes a Triton model repository: its graphs as models, and ensembles that lead from pixels to maps.
+
+    NAME_encode       image (uint8) -> features
+    NAME_decode       features, noise -> logits
+    NAME_prompted     image, features, prompt, noise -> logits        where the network takes a prompt
+    NAME_read_out     image, logits -> labels, maps of uncertainty, shares of the classes
+    NAME, NAME_with_boxes, NAME_with_tags     the ensembles of these
+
+Triton batches along the first axis only, so noise and logits are [B, S, ...] here, and S may differ from call to call.
+"""
+
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from google.protobuf import text_format
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tritonclient.grpc import model_config_pb2 as pb
+
+from export.bundle import export_checkpoint, golden_image, golden_prompt
+from models.card import MAPS, Card, InputSpec, Sampling, dump_card
+from models.contract import Features
+from models.errors import BadOption
+from serving.engine.moments import resize
+from serving.engine.store import CARD, Artifact, find_artifact, open_artifact
+
+MAX_BATCH = 8
+"""Windows that Triton may join into one call; to be changed in config.pbtxt."""
+MAX_DELAY_US = 1000
+"""How long Triton waits for windows to join."""
+LABELS = "labels.txt"
+DTYPES = {torch.float32: pb.TYPE_FP32, torch.uint8: pb.TYPE_UINT8}
+PROMPTS = {"boxes": ("boxes", "alpha"), "tags": ("tags",)}
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """One model of the repository; inputs and outputs are named as in the ensembles."""
+
+    name: str
+    module: nn.Module
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class _Normalise(nn.Module):
+    """Pixels image_BHW3 as they come to image_B3HW, channels-last, as `serving.engine.windows.normalise` does it."""
+
+    factor_3: Tensor
+    offset_3: Tensor
+
+    def __init__(self, spec: InputSpec) -> None:
+        super().__init__()
+        std, mean = (torch.tensor(values, dtype=torch.float64) for values in (spec.std, spec.mean))
+        self.bgr = spec.order == "BGR"
+        self.register_buffer("factor_3", (1 / (spec.scale * std)).float())
+        self.register_buffer("offset_3", (-mean / std).float())
+
+    def forward(self, image_BHW3: Tensor) -> Tensor:
+        pixels_BHW3 = image_BHW3.flip(3) if self.bgr else image_BHW3
+        return (pixels_BHW3.float() * self.factor_3 + self.offset_3).permute(0, 3, 1, 2)
+
+
+class _Encode(nn.Module):
+    def __init__(self, normalise: _Normalise, encode: nn.Module) -> None:
+        super().__init__()
+        self.normalise, self.encode = normalise, encode
+
+    def forward(self, image_BHW3: Tensor) -> Features:
+        features: Features = self.encode(self.normalise(image_BHW3))
+        return tuple(feature.contiguous() for feature in features)
+
+
+class _Decode(nn.Module):
+    """Features one by one and noise_BSL, or for members and single passes no noise, to logits_BSKhw."""
+
+    def __init__(self, decode: nn.Module, *, fixed_samples: int) -> None:
+        super().__init__()
+        self.decode, self.fixed_samples = decode, fixed_samples
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        if self.fixed_samples:
+            features, nothing_B0 = tensors, tensors[0].flatten(1)[:, :0]
+            noise_SBL = nothing_B0.expand(self.fixed_samples, -1, -1)
+        else:
+            features, noise_SBL = tensors[:-1], tensors[-1].transpose(0, 1)
+        logits_SBKhw: Tensor = self.decode(tuple(map(_channels_last, features)), noise_SBL)
+        return logits_SBKhw.transpose(0, 1).contiguous()
+
+
+class _Prompted(nn.Module):
+    """The image, the prompt's tensors (of which `alpha` is [B, 1]), and what `_Decode` takes, to logits_BSKhw."""
+
+    def __init__(
+        self, normalise: _Normalise, take_prompt: nn.Module, decode: _Decode, *, num_prompts: int, num_features: int
+    ) -> None:
+        super().__init__()
+        self.normalise, self.take_prompt, self.decode = normalise, take_prompt, decode
+        self.num_prompts, self.num_features = num_prompts, num_features
+
+    def forward(self, image_BHW3: Tensor, *tensors: Tensor) -> Tensor:
+        asked, rest = tensors[: self.num_prompts], tensors[self.num_prompts :]
+        features, noise = rest[: self.num_features], rest[self.num_features :]
+        prompt = (asked[0], *(alpha_B1.squeeze(1) for alpha_B1 in asked[1:]))
+        prompted = self.take_prompt(self.normalise(image_BHW3), tuple(map(_channels_last, features)), prompt)
+        logits_BSKhw: Tensor = self.decode(*prompted, *noise)
+        return logits_BSKhw
+
+
+class _ReadOut(nn.Module):
+    """What `serving.engine.moments` and `uncertainty` define, of one window alone, by the card's rules."""
+
+    def __init__(self, card: Card) -> None:
+        super().__init__()
+        self.readout = card.readout
+
+    def forward(self, image_BHW3: Tensor, logits_BSKhw: Tensor, *extras_BEhw: Tensor) -> tuple[Tensor, ...]:
+        size = image_BHW3.shape[1:3]
+        prob_BKHW, expected_BHW = self.moments(logits_BSKhw / self.readout.temperature, size)
+        entropy_BHW = -torch.special.xlogy(prob_BKHW, prob_BKHW).sum(1)
+        confidence_BHW, second_BHW = F.pad(prob_BKHW, (0, 0, 0, 0, 0, 1)).topk(2, dim=1).values.unbind(1)
+        own = [resized for extras in extras_BEhw for resized in resize(extras, size, self.readout).unbind(1)]
+        return (
+            prob_BKHW.max(1).indices.to(torch.uint8), confidence_BHW, confidence_BHW - second_BHW, entropy_BHW,
+            expected_BHW, (entropy_BHW - expected_BHW).clamp(min=0), prob_BKHW.mean((2, 3)), *own,
+        )  # fmt: skip
+
+    def moments(self, logits_BSKhw: Tensor, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Mean probabilities, and the samples' mean entropy."""
+        if self.readout.softmax_at == "feature" and self.readout.average == "probabilities":
+            prob_BKhw, expected_Bhw = _means(logits_BSKhw)
+            full = resize(torch.cat((prob_BKhw, expected_Bhw[:, None]), 1), size, self.readout)
+            return full[:, :-1], full[:, -1]
+        num_samples, num_classes = logits_BSKhw.shape[1:3]
+        full = resize(logits_BSKhw.flatten(1, 2), size, self.readout)
+        wide_BSKHW = full.reshape(-1, num_samples, num_classes, *size)
+        prob_BKHW, expected_BHW = _means(wide_BSKHW)
+        return (wide_BSKHW.mean(1).softmax(1) if self.readout.average == "logits" else prob_BKHW), expected_BHW
+
+
+def _means(logits_BSKhw: Tensor) -> tuple[Tensor, Tensor]:
+    log_p = logits_BSKhw.log_softmax(2)
+    p_BSKhw = log_p.exp()
+    return p_BSKhw.mean(1), -(p_BSKhw * log_p).sum(2).mean(1)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+def export_repository(source: str, store: Path, repository: Path) -> list[str]:
+    """Add a model to a Triton repository; returns the names it has there.
+
+    source: a name in the store, or a checkpoint file, which is exported and proved first. Raises BadOption (the
+    artifact is not float32 TorchScript, or the repository has the model already) and as `export_checkpoint`; nothing
+    is written then.
+    """
+    if not Path(source).is_file():
+        return write_repository(open_artifact(find_artifact(store, source)), repository)
+    with tempfile.TemporaryDirectory() as folder:
+        return write_repository(open_artifact(export_checkpoint(Path(source), Path(folder))), repository)
+
+
+def write_repository(artifact: Artifact, repository: Path) -> list[str]:
+    """As `export_repository`, of an artifact."""
+    card = artifact.card
+    assert card.export
+    if (card.export.backend, card.export.precision) != ("torchscript", "fp32"):
+        raise BadOption(
+            f"{card.name} is exported for {card.export.backend} {card.export.precision}; a Triton repository is made "
+            "of torchscript fp32: give the checkpoint instead"
+        )
+    repository.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=repository))
+    try:
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated", category=DeprecationWarning)
+            warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
+            _write(artifact, draft)
+        names = sorted(path.name for path in draft.iterdir())
+        for name in names:
+            if (repository / name).exists():
+                raise BadOption(f"{repository} has a model {name} already; remove it, or choose another directory")
+        for name in names:
+            os.replace(draft / name, repository / name)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        if not any(repository.iterdir()):
+            repository.rmdir()
+    return names
+
+
+def _write(artifact: Artifact, draft: Path) -> None:
+    card = artifact.card
+    chains = _chains(artifact)
+    runs = [_run(chain, example) for chain in chains.values() for example in _examples(card)]
+    for graph in {graph.name: graph for chain in chains.values() for graph in chain}.values():
+        config = _config(graph, runs)
+        place = _place(config, card, draft)
+        run = next(run for run in runs if run.keys() >= set(graph.inputs))
+        example = tuple(run[name] for name in graph.inputs)
+        traced = torch.jit.trace(graph.module, example, check_trace=False)  # type: ignore[no-untyped-call]
+        torch.jit.save(traced, place / "model.pt")
+    for name, chain in chains.items():
+        shutil.copy(artifact.directory / CARD, _place(_ensemble_config(name, chain, card, runs), card, draft))
+
+
+def _chains(artifact: Artifact) -> dict[str, tuple[Graph, ...]]:
+    """The ensembles by name, each as the graphs that a window goes through."""
+    card, name = artifact.card, artifact.card.name
+    parts = ("encode", "decode") + ("prompt",) * (card.prompt.kind != "none")
+    encode, decode, *prompt = (torch.jit.load(artifact.directory / f"{part}.ts", "cpu") for part in parts)  # type: ignore[no-untyped-call]
+    features = tuple(f"feature_{i}" for i in range(len(encode(artifact.golden.image_B3hw))))
+    normalise = _Normalise(card.input)
+    maps = ("labels", *MAPS, "shares", *(extra.name for extra in card.extra_maps))
+    first = Graph(f"{name}_encode", _Encode(normalise, encode), ("image",), features)
+    last = Graph(f"{name}_read_out", _ReadOut(card), ("image", "logits", *features[-1:] * bool(card.extra_maps)), maps)
+    half, noise = _decode(decode, card.sampling)
+    chains: dict[str, tuple[Graph, ...]] = {
+        name: (first, Graph(f"{name}_decode", half, (*features, *noise), ("logits",)), last)
+    }
+    if prompt:
+        asked = PROMPTS[card.prompt.kind][: 1 if card.prompt.alpha is None else 2]
+        half, noise = _decode(decode, card.sampling_with(prompt=True))
+        module = _Prompted(normalise, prompt[0], half, num_prompts=len(asked), num_features=len(features))
+        middle = Graph(f"{name}_prompted", module, ("image", *asked, *features, *noise), ("logits",))
+        chains[f"{name}_with_{card.prompt.kind}"] = (first, middle, last)
+    return chains
+
+
+def _decode(decode: nn.Module, sampling: Sampling) -> tuple[_Decode, tuple[str, ...]]:
+    """The second half, and the names of its inputs of noise."""
+    if sampling.noise_length:
+        return _Decode(decode, fixed_samples=0), ("noise",)
+    return _Decode(decode, fixed_samples=sampling.default_samples), ()
+
+
+def _examples(card: Card) -> list[Tensors]:
+    """Two inputs of the ensembles that differ in every size that may differ."""
+    golden_B3HW = golden_image(card)
+    examples = []
+    for num_windows, num_samples, cut in ((2, 3, 0), (1, 2, 0 if card.window.height else 32)):
+        height, width = (size - cut for size in golden_B3HW.shape[2:])
+        image_B3HW = golden_B3HW[:num_windows, :, :height, :width]
+        example = {
+            "image": (image_B3HW.permute(0, 2, 3, 1) * 40 + 128).clamp(0, 255).to(torch.uint8).contiguous(),
+            "noise": torch.ones(num_windows, num_samples, card.sampling.noise_length),
+        }
+        if card.prompt.kind != "none":
+            prompt = (x[:, None] if x.ndim == 1 else x for x in golden_prompt(card, image_B3HW))
+            example |= dict(zip(PROMPTS[card.prompt.kind], prompt, strict=False))
+        examples.append(example)
+    return examples
+
+
+def _run(chain: Sequence[Graph], example: Tensors) -> Tensors:
+    """Every tensor on the way from an example to the maps."""
+    tensors = dict(example)
+    for graph in chain:
+        answer = graph.module(*(tensors[name] for name in graph.inputs))
+        tensors |= dict(zip(graph.outputs, (answer,) if isinstance(answer, Tensor) else answer, strict=True))
+    return tensors
+
+
+def _config(graph: Graph, runs: Sequence[Tensors]) -> pb.ModelConfig:
+    config = pb.ModelConfig(name=graph.name, platform="pytorch_libtorch", max_batch_size=MAX_BATCH)
+    for tensors, names in ((config.input, graph.inputs), (config.output, graph.outputs)):
+        for i, name in enumerate(names):
+            _declare(tensors, name, runs, alias=_numbered(i, name))
+    config.dynamic_batching.max_queue_delay_microseconds = MAX_DELAY_US
+    config.parameters["INFERENCE_MODE"].string_value = "true"
+    return config
+
+
+def _ensemble_config(name: str, chain: Sequence[Graph], card: Card, runs: Sequence[Tensors]) -> pb.ModelConfig:
+    """Inputs are what no graph makes; outputs are the maps, and the logits for who wants other maps."""
+    config = pb.ModelConfig(name=name, platform="ensemble", max_batch_size=MAX_BATCH)
+    made = {output for graph in chain for output in graph.outputs}
+    for tensor in dict.fromkeys(tensor for graph in chain for tensor in graph.inputs if tensor not in made):
+        _declare(config.input, tensor, runs)
+    for tensor in (*chain[-1].outputs, "logits"):
+        _declare(config.output, tensor, runs)
+    for graph in chain:
+        step = config.ensemble_scheduling.step.add(model_name=graph.name, model_version=card.version)
+        step.input_map.update({_numbered(i, tensor): tensor for i, tensor in enumerate(graph.inputs)})
+        step.output_map.update({_numbered(i, tensor): tensor for i, tensor in enumerate(graph.outputs)})
+    config.parameters["card"].string_value = dump_card(card)
+    return config
+
+
+def _declare(tensors: Any, name: str, runs: Sequence[Tensors], *, alias: str = "") -> None:
+    """Add a tensor to a configuration: -1 for every size that differs between the runs."""
+    found = [run[name] for run in runs if name in run]
+    sizes = zip(*(x.shape[1:] for x in found), strict=True)
+    dims = [same[0] if len(set(same)) == 1 else -1 for same in sizes]
+    tensors.add(name=alias or name, data_type=DTYPES[found[0].dtype], dims=dims)
+    if name == "shares":
+        tensors[-1].label_filename = LABELS
+
+
+def _numbered(index: int, name: str) -> str:
+    """Triton's backend for TorchScript finds a tensor's position in its name."""
+    return f"{name.split('__')[0]}__{index}"
+
+
+def _place(config: pb.ModelConfig, card: Card, draft: Path) -> Path:
+    """Write a model's configuration and labels; returns the directory of its version."""
+    place: Path = draft / config.name / str(card.version)
+    place.mkdir(parents=True)
+    (place.parent / "config.pbtxt").write_text(text_format.MessageToString(config), "utf-8")
+    (place.parent / LABELS).write_text("".join(f"{' '.join(info.name.split())}\n" for info in card.classes), "utf-8")
+    return place
