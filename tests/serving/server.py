@@ -41,7 +41,7 @@ def until(condition: Callable[[], object], *, bound_s: float = START_S) -> None:
 @contextmanager
 def serving(store: Path, directory: Path, **settings: object) -> Iterator[Server]:
     """A ready server over a store. settings: PENUMBRA_* variables by name."""
-    port, grpc_port = _free_port(), _free_port()
+    port, grpc_port = free_port(), free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PENUMBRA_", "BENTOML_"))}
     environment |= {"HOME": str(directory), "TMPDIR": str(directory), "PENUMBRA_THREADS": "1"}
     environment |= {f"PENUMBRA_{name.upper()}": str(value) for name, value in settings.items()}
@@ -66,7 +66,7 @@ def serving(store: Path, directory: Path, **settings: object) -> Iterator[Server
             process.wait(END_S)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port below those that the system gives to outgoing connections: polling one of those can meet itself."""
     for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
         with socket.socket() as probe, suppress(OSError):
