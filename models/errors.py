@@ -9,6 +9,8 @@ Messages are one sentence: what was wrong, the value, what would be right. No tr
     ├── UnknownModel         no such model, or no such version of it
     ├── NotAcceptable        no offered answer format is accepted
     ├── UnsupportedMedia     the body is of a kind that is not read
+    ├── Unsupported          the protocol has it, and it is not offered here
+    ├── Restricted           it is switched off on this server
     ├── TooLarge             over a published limit; says the limit, the size and the remedy
     ├── QueueFull            refused at the door; says when to come again
     ├── NotReady             still loading, or draining
@@ -45,6 +47,14 @@ class NotAcceptable(PenumbraError):
 
 class UnsupportedMedia(PenumbraError):
     """The body is of a kind that is not read."""
+
+
+class Unsupported(PenumbraError):
+    """A protocol has it, and it is not offered here."""
+
+
+class Restricted(PenumbraError):
+    """Switched off on this server."""
 
 
 class TooLarge(PenumbraError):

@@ -9,6 +9,8 @@ STATUSES: dict[type[errors.PenumbraError], tuple[int, str]] = {
     errors.NotAcceptable: (406, "INVALID_ARGUMENT"),
     errors.TooLarge: (413, "RESOURCE_EXHAUSTED"),
     errors.UnsupportedMedia: (415, "INVALID_ARGUMENT"),
+    errors.Unsupported: (501, "UNIMPLEMENTED"),
+    errors.Restricted: (403, "UNAVAILABLE"),
     errors.QueueFull: (429, "RESOURCE_EXHAUSTED"),
     errors.Cancelled: (499, "CANCELLED"),
     errors.NotReady: (503, "UNAVAILABLE"),
