@@ -2,7 +2,7 @@
 
     bentoml serve serving.service:Penumbra
 
-One worker process per device. Every route is ours (`serving.rest`) on a mounted Starlette app, gRPC runs in the
+One worker process per device. Every route is ours (`serving.rest`, `serving.oip_rest`) on a mounted Starlette app, gRPC runs in the
 same event loop (`serving.oip_grpc`), and one typed BentoML route serves `bentoml.SyncHTTPClient`. This module is also
 imported by BentoML's supervisor, so torch and the engine are imported where the worker builds its service. BentoML's
 metrics, UI page, URL inputs, pickle bodies, batching and inter-process calls are off.
@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 
-from models.errors import BadArtifact, PenumbraError
+from models.errors import BadArtifact, BadOption, PenumbraError
 from serving import VERSION
 from serving.guard import Guard
 from serving.settings import Settings
@@ -60,6 +60,8 @@ class Penumbra:
     """Loads the store, then answers."""
 
     def __init__(self) -> None:
+        from serving import oip_rest
+        from serving.oip import Inference
         from serving.rest import ERROR_HANDLERS, routes
 
         logging.getLogger("penumbra").setLevel(SETTINGS.log_level)
@@ -69,7 +71,9 @@ class Penumbra:
         scheduler = self.gateway.segmenter.scheduler
         TELEMETRY.describe(version=VERSION, queued_windows=lambda: scheduler.queued[0])
         self.grpc: GrpcServer | None = None
-        APP.router.routes[:] = routes(self.gateway, VERSION)
+        self.inference = Inference(self.gateway, store=SETTINGS.store if SETTINGS.model_control else None)
+        oip_routes = oip_rest.routes(self.inference, body_bytes=SETTINGS.limit_body_bytes)
+        APP.router.routes[:] = [*oip_routes, *routes(self.gateway, VERSION)]
         APP.exception_handlers.update(ERROR_HANDLERS)
 
     @bentoml.on_startup  # type: ignore[untyped-decorator]
@@ -96,7 +100,9 @@ class Penumbra:
         from serving.oip_grpc import GrpcServer
 
         if SETTINGS.grpc_address:
-            self.grpc = GrpcServer(self.gateway, address=SETTINGS.grpc_address, message_bytes=SETTINGS.limit_body_bytes)
+            self.grpc = GrpcServer(
+                self.inference, address=SETTINGS.grpc_address, message_bytes=SETTINGS.limit_body_bytes
+            )
             await self.grpc.start()
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
@@ -157,6 +163,17 @@ def build_gateway(settings: Settings, telemetry: Telemetry) -> "Gateway":
     return Gateway(segmenter, telemetry, limit_requests=settings.limit_requests, timeout_s=settings.timeout_s)
 
 
+def check_one_worker() -> None:
+    """Raises BadOption where BentoML is configured for more: they would share a device, and each /metrics page would
+    tell of one of them."""
+    from bentoml._internal.configuration.containers import BentoMLContainer
+
+    workers = BentoMLContainer.config.get().get("services", {}).get("penumbra", {}).get("workers", 1)
+    if workers != 1:
+        raise BadOption(f"workers is {workers!r}; a server is one worker, so start one server for each device")
+
+
+check_one_worker()
 Penumbra.add_asgi_middleware(  # type: ignore[attr-defined]
     Guard, ours=APP, telemetry=TELEMETRY, body_bytes=SETTINGS.limit_body_bytes
 )
