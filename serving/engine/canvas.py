@@ -17,9 +17,10 @@ from serving.engine.windows import Window, WindowPlan
 class Canvas:
     """Accumulates windows and hands finished rows out. Used by one thread: the request's."""
 
-    def __init__(self, plan: WindowPlan, num_classes: int, *, num_extras: int = 0) -> None:
+    def __init__(self, plan: WindowPlan, num_classes: int, *, num_extras: int = 0, first_row: int = 0) -> None:
+        """first_row: of windows, where the plan is not run from its beginning."""
         self._plan = plan
-        self._top = 0
+        self._top = max(plan.starts_y[first_row], 0)
         """Image row of the canvas' first row."""
         rows = min(plan.window_height, plan.height)
         self._prob_hKW = np.zeros((rows, num_classes, plan.width), np.float32)

@@ -9,6 +9,7 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from models.errors import BadImage, TooLarge
 from serving.engine.options import Limits
+from serving.engine.raster import Pixels, Raster, open_raster
 
 SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations that exchange height and width."""
@@ -25,13 +27,32 @@ PILLOW_FAULTS = (OSError, ValueError, SyntaxError, TypeError, EOFError, KeyError
 """What Pillow raises on malformed files; hostile ones reach corners that its own exception types do not name."""
 
 
-def decode_image(
-    data: bytes, limits: Limits, *, admit: Callable[[int, int], object] | None = None
-) -> NDArray[np.uint8]:
-    """Pixels of an encoded picture. Raises BadImage, and TooLarge before decoding pixels over the limit.
+Admit = Callable[[int, int], object]
+"""Called with the answer's height and width before any pixel is decoded; it may refuse by raising."""
 
-    admit: called with the answer's height and width before any pixel is decoded; it may refuse by raising.
+
+def open_image(source: bytes | Path, limits: Limits, *, admit: Admit | None = None) -> Pixels:
+    """An encoded picture: plain TIFF as a raster of which no pixel is read yet, all else decoded.
+
+    Raises BadImage, and TooLarge before decoding pixels over the limit.
     """
+    raster = open_raster(source)
+    if raster is None:
+        return _decode(source.read_bytes() if isinstance(source, Path) else source, limits, admit=admit)
+    height, width, _ = raster.shape
+    check_pixels(height, width, limits)
+    if admit:
+        admit(height, width)
+    return raster
+
+
+def decode_image(data: bytes, limits: Limits, *, admit: Admit | None = None) -> NDArray[np.uint8]:
+    """Pixels of an encoded picture, as an array. Raises as `open_image`."""
+    image = open_image(data, limits, admit=admit)
+    return image[:, :] if isinstance(image, Raster) else image
+
+
+def _decode(data: bytes, limits: Limits, *, admit: Admit | None) -> NDArray[np.uint8]:
     if not data:
         raise BadImage(f"the image is empty (0 bytes); one of {', '.join(FORMATS)} is wanted")
     try:
@@ -71,8 +92,11 @@ def _pixels_sentence(measured: str, limits: Limits) -> str:
     return f"the image has {measured} pixels and the limit is {limits.pixels:,}; send a smaller image or parts of it"
 
 
-def check_array(image: NDArray[np.uint8], limits: Limits) -> NDArray[np.uint8]:
-    """The array itself if it is an image (uint8 [H, W, 3], not empty). Raises BadImage or TooLarge."""
+def check_array(image: Pixels, limits: Limits) -> Pixels:
+    """The image itself if it is one (uint8 [H, W, 3], not empty). Raises BadImage or TooLarge."""
+    if isinstance(image, Raster):
+        check_pixels(image.shape[0], image.shape[1], limits)
+        return image
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise BadImage(f"the image is {image.dtype} {list(image.shape)}; uint8 [height, width, 3] is wanted")
     check_pixels(image.shape[0], image.shape[1], limits)

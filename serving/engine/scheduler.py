@@ -17,15 +17,14 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from models.errors import Cancelled, DeadlineExceeded, ModelFault, NotReady, PenumbraError, QueueFull
 from serving.engine.moments import Moments
 from serving.engine.noise import NoiseSource
 from serving.engine.observer import Observer
 from serving.engine.prompts import PromptSource
+from serving.engine.raster import Pixels
 from serving.engine.runtime import Piece, Runtime, is_out_of_memory
 from serving.engine.windows import Window, WindowPlan, cut
 
@@ -36,16 +35,30 @@ Answer = Moments | PenumbraError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Work:
-    """What a request wants run. deadline: a time of `time.perf_counter`; cancelled: set it to withdraw."""
+    """What a request wants run. deadline: a time of `time.perf_counter`; cancelled: set it to withdraw.
+
+    first_row: of windows, where the rows before it were run already. in_background: is never refused and takes no
+    place in the queue from others; for the few whose number is bounded elsewhere.
+    """
 
     runtime: Runtime
-    image_HW3: NDArray[np.uint8]
+    image_HW3: Pixels
     plan: WindowPlan
     noise: NoiseSource
     num_samples: int
     prompt: PromptSource | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
     deadline: float = float("inf")
+    first_row: int = 0
+    in_background: bool = False
+
+    @property
+    def num_windows(self) -> int:
+        return (len(self.plan.starts_y) - self.first_row) * len(self.plan.starts_x)
+
+    @property
+    def reserved_per_window(self) -> int:
+        return 0 if self.in_background else self.num_samples
 
     @property
     def batch_key(self) -> tuple[object, ...]:
@@ -59,11 +72,11 @@ class _Job:
 
     def __init__(self, work: Work, turn: float) -> None:
         self.work = work
-        self.windows = iter(work.plan)
-        self.unanswered = work.plan.num_windows
+        self.windows = work.plan.windows(work.first_row)
+        self.unanswered = work.num_windows
         self.ahead = 0
         """Windows taken from the plan and not yet consumed by the request's thread."""
-        self.untaken = work.plan.num_windows
+        self.untaken = work.num_windows
         self.turn = turn
         self.answers: queue.SimpleQueue[tuple[Window, Moments] | PenumbraError] = queue.SimpleQueue()
         self.submitted = time.perf_counter()
@@ -98,7 +111,7 @@ class Stream:
         self._scheduler._withdraw(self._job)
 
     def __iter__(self) -> Iterator[tuple[Window, Moments]]:
-        for _ in range(self._job.work.plan.num_windows):
+        for _ in range(self._job.work.num_windows):
             answer = self._job.answers.get()
             if isinstance(answer, PenumbraError):
                 raise answer
@@ -136,11 +149,11 @@ class Scheduler:
 
     def submit(self, work: Work) -> Stream:
         """Admit work. Raises QueueFull over the limit and NotReady while draining."""
-        cost = work.plan.num_windows * work.num_samples
+        cost = work.num_windows * work.reserved_per_window
         with self._condition:
             if self._draining:
                 raise NotReady("the server is draining and takes no new work; ask another replica")
-            if self._reserved and self._reserved + cost > self._queue_samples:
+            if cost and self._reserved and self._reserved + cost > self._queue_samples:
                 raise QueueFull(
                     f"the queue holds {self._reserved} of {self._queue_samples} window-samples and this request "
                     f"needs {cost}; try again in {self._retry_after_s} s",
@@ -277,6 +290,8 @@ class Scheduler:
                 return self._answer(batch[:half]) + self._answer(batch[half:])
             if len({job for job, _ in batch}) > 1:
                 return self._answer_apart(batch)
+            if isinstance(error, PenumbraError):  # the image's fault: a file that breaks off under the last rows
+                return [error] * len(batch)
             log.exception("%s failed on a batch of %d windows", runtime.card.name, len(batch))
             return [ModelFault(f"{runtime.card.name} failed on this image")] * len(batch)
 
@@ -296,7 +311,7 @@ class Scheduler:
             return
         job.answers.put((window, answer))
         job.unanswered -= 1
-        self._reserved -= job.work.num_samples
+        self._reserved -= job.work.reserved_per_window
         if job.unanswered == 0:
             self._jobs.remove(job)
 
@@ -307,7 +322,7 @@ class Scheduler:
     def _forget(self, job: _Job) -> None:
         if job in self._jobs:
             self._jobs.remove(job)
-            self._reserved -= job.unanswered * job.work.num_samples
+            self._reserved -= job.unanswered * job.work.reserved_per_window
 
     def _abandon(self) -> None:
         """The thread ends: nobody may wait for it, whatever ended it."""

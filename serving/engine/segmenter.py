@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.card import Card
+from models.card import IGNORE, Card
 from models.errors import BadArtifact, BadOption, TooLarge, UnknownModel
 from serving.engine.allocator import keep_freed_memory
 from serving.engine.canvas import Canvas
@@ -30,6 +30,7 @@ from serving.engine.noise import NoiseSource, SeededNoise
 from serving.engine.observer import Observer
 from serving.engine.options import Limits, SegmentOptions, abstain_above, check_options
 from serving.engine.prompts import PromptSource, check_prompt
+from serving.engine.raster import Pixels, Raster
 from serving.engine.runtime import Runtime, Tuning
 from serving.engine.scheduler import Scheduler, Work
 from serving.engine.store import find_artifact, open_artifact, versions
@@ -46,7 +47,7 @@ class Prediction:
     labels_HW: uint8 class ids. maps: float32 [H, W] by name, uncertainties in nats (`serving.engine.uncertainty`).
     timing_ms: milliseconds by phase. num_windows: windows that were run. members: names of the samples, where they
     have names. warnings: sentences about what the caller should know of this answer. abstained: share of the pixels
-    whose label is IGNORE because of `max_risk`; None where that was not asked for.
+    whose label is IGNORE because of `max_risk`; None where that was not asked for. image: what it is an answer to.
     """
 
     card: Card
@@ -59,28 +60,32 @@ class Prediction:
     maps: dict[str, FloatArray]
     timing_ms: dict[str, float]
     abstained: float | None = None
+    image: Pixels | None = None
 
 
 class BandStream:
     """The rows of one answer as they become final, and how long each phase took.
 
     The work is submitted when the first row is asked for and withdrawn when the caller stops, so that nothing stays
-    in the queue that nobody waits for. Iterate once. abstain_above: entropy in nats above which a label is withheld;
-    num_abstained counts those pixels.
+    in the queue that nobody waits for. Iterate once. abstain_above: entropy in nats above which a label is withheld.
+    num_done: windows so far. Pixels without a measurement (`Raster.nodata`) have the label IGNORE.
     """
 
     def __init__(self, scheduler: Scheduler, work: Work, *, abstain_above: float | None = None) -> None:
         self._scheduler, self.work = scheduler, work
-        self.abstain_above, self.num_abstained = abstain_above, 0
+        self.abstain_above = abstain_above
+        self.num_done = work.plan.num_windows - work.num_windows
         self.timing_ms: dict[str, float] = {"queue": 0.0, "run": 0.0, "stitch": 0.0, "read_out": 0.0, "total": 0.0}
 
     def __iter__(self) -> Iterator[Band]:
         started = time.perf_counter()
         card = self.work.runtime.card
         names = [extra.name for extra in card.extra_maps]
-        canvas = Canvas(self.work.plan, card.num_classes, num_extras=len(names))
-        with self._scheduler.submit(self.work) as finished_windows:
+        work = self.work
+        canvas = Canvas(work.plan, card.num_classes, num_extras=len(names), first_row=work.first_row)
+        with self._scheduler.submit(work) as finished_windows:
             for window, moments in finished_windows:
+                self.num_done += 1
                 with self._clock("stitch"):
                     canvas.add(window, moments)
                 for y0, merged_hKW, expected_hW, extras_hEW in canvas.finished(window):
@@ -88,7 +93,8 @@ class BandStream:
                         band = read_out(y0, merged_hKW, expected_hW, average=card.readout.average)
                         band.maps.update(zip(names, extras_hEW.transpose(1, 0, 2), strict=True))
                         if self.abstain_above is not None:
-                            self.num_abstained += abstain(band, above_nats=self.abstain_above)
+                            abstain(band, above_nats=self.abstain_above)
+                        withhold_void(band, work.image_HW3)
                     yield band
         self.timing_ms["queue"] = 1e3 * finished_windows.queue_s
         self.timing_ms["run"] = 1e3 * finished_windows.run_s
@@ -160,73 +166,80 @@ class Segmenter:
 
         runtime = self.scheduler.call(make_ready)
         card = artifact.card
-        self._runtimes.setdefault(card.name, {})[card.version] = runtime
+        self._runtimes = self._runtimes | {card.name: self._runtimes.get(card.name, {}) | {card.version: runtime}}
         self._observer.model_loaded(card.name, seconds=time.perf_counter() - started)
         return card
 
+    def unload(self, name: str) -> None:
+        """Forget a model: requests that have it are still answered, and the last of them frees its memory."""
+        self._runtimes = {known: loaded for known, loaded in self._runtimes.items() if known != name}
+
     def cards(self) -> list[Card]:
         """Cards of all loaded models, by name and version."""
-        return [self._runtimes[n][v].card for n in sorted(self._runtimes) for v in sorted(self._runtimes[n])]
+        return [loaded[v].card for _, loaded in sorted(self._runtimes.items()) for v in sorted(loaded)]
 
     def find(self, name: str | None, version: int | None = None) -> Runtime:
         """A loaded model; None stands for the only one, and for its newest version. Raises UnknownModel, BadOption."""
-        known = ", ".join(sorted(self._runtimes)) or "none"
+        runtimes = self._runtimes  # loading and unloading put another dictionary in its place
+        known = ", ".join(sorted(runtimes)) or "none"
         if name is None:
-            if len(self._runtimes) != 1:
+            if len(runtimes) != 1:
                 raise BadOption(f"several models are served, so the option model is needed; there are {known}")
-            (name,) = self._runtimes
-        if name not in self._runtimes:
+            (name,) = runtimes
+        if name not in runtimes:
             raise UnknownModel(f"there is no model {name[:60]!r}; there are {known}")
-        loaded = self._runtimes[name]
+        loaded = runtimes[name]
         if version is not None and version not in loaded:
             raise UnknownModel(f"{name} has no version {version}; loaded are {', '.join(map(str, sorted(loaded)))}")
         return loaded[max(loaded) if version is None else version]
 
-    def check(self, height: int, width: int, options: SegmentOptions) -> tuple[Runtime, int, PromptSource | None]:
+    def check(
+        self, height: int, width: int, options: SegmentOptions, *, limits: Limits | None = None
+    ) -> tuple[Runtime, int, PromptSource | None]:
         """Everything that can be refused before the pixels are looked at; returns the model, S and the prompt."""
+        limits = limits or self.limits
         runtime = self.find(options.model, options.version)
         card = runtime.card
-        num_samples = check_options(options, card, self.limits)
+        num_samples = check_options(options, card, limits)
         prompt = check_prompt(card, height, width, boxes=options.boxes, tags=options.tags, alpha=options.alpha)
-        self._check_windows(height, width, card, options.overlap)
+        _check_windows(height, width, card, options.overlap, limits=limits)
         return runtime, num_samples, prompt
 
-    def _check_windows(self, height: int, width: int, card: Card, overlap: float | None) -> None:
-        limit = min(self.limits.window_pixels, card.window.max_pixels or self.limits.window_pixels)
-        if card.window.height == 0 and height * width > limit:
-            raise TooLarge(
-                f"{card.name} sees an image whole and this one has {width}x{height} = {height * width:,} pixels; the "
-                f"limit for that is {limit:,}: send a smaller image or parts of it"
-            )
-        num_windows = count_windows(height, width, card.window, overlap)
-        if num_windows > self.limits.windows:
-            raise TooLarge(
-                f"the image needs {num_windows} windows and the limit is {self.limits.windows}; lower the overlap, "
-                "or send a smaller image or parts of it"
-            )
-
     def bands(
-        self, image_HW3: NDArray[np.uint8], options: SegmentOptions, *, noise: NoiseSource | None = None,
+        self, image_HW3: Pixels, options: SegmentOptions, *, noise: NoiseSource | None = None,
         cancelled: threading.Event | None = None, deadline: float = float("inf"),
     ) -> BandStream:  # fmt: skip
         """The answer in bands of rows, for images that are not to be held in memory twice.
 
         noise: replaces the seeded noise, for protocols that prescribe their own. Raises any PenumbraError.
         """
-        image = check_array(image_HW3, self.limits)
+        work = self._plan(image_HW3, options, limits=self.limits)
+        work = replace(work, noise=noise or work.noise, cancelled=cancelled or work.cancelled, deadline=deadline)
+        return BandStream(self.scheduler, work, abstain_above=threshold_of(work, options))
+
+    def bands_from(
+        self, y: int, image_HW3: Pixels, options: SegmentOptions, *, limits: Limits, cancelled: threading.Event
+    ) -> BandStream:
+        """Long work that goes on where it ended: the band that holds row y, and those after it.
+
+        It is bounded by `limits` in place of the segmenter's own and takes no place in the queue, so the caller bounds
+        how many run at a time.
+        """
+        work = self._plan(image_HW3, options, limits=limits)
+        work = replace(work, cancelled=cancelled, first_row=work.plan.row_before(y), in_background=True)
+        return BandStream(self.scheduler, work, abstain_above=threshold_of(work, options))
+
+    def _plan(self, image_HW3: Pixels, options: SegmentOptions, *, limits: Limits) -> Work:
+        image = check_array(image_HW3, limits)
         height, width = image.shape[:2]
-        runtime, num_samples, prompt = self.check(height, width, options)
+        runtime, num_samples, prompt = self.check(height, width, options, limits=limits)
         sampling = runtime.card.sampling_with(prompt=prompt is not None)
-        work = Work(
-            runtime, image, cover(height, width, runtime.card.window, options.overlap),
-            noise or SeededNoise(sampling, seed=options.seed, num_samples=num_samples),
-            num_samples, prompt, cancelled or threading.Event(), deadline,
-        )  # fmt: skip
-        threshold = None if options.max_risk is None else abstain_above(runtime.card, options.max_risk)
-        return BandStream(self.scheduler, work, abstain_above=threshold)
+        plan = cover(height, width, runtime.card.window, options.overlap)
+        noise = SeededNoise(sampling, seed=options.seed, num_samples=num_samples)
+        return Work(runtime, image, plan, noise, num_samples, prompt)
 
     def segment(
-        self, image_HW3: NDArray[np.uint8], options: SegmentOptions, *, noise: NoiseSource | None = None,
+        self, image_HW3: Pixels, options: SegmentOptions, *, noise: NoiseSource | None = None,
         cancelled: threading.Event | None = None, deadline: float = float("inf"),
     ) -> Prediction:  # fmt: skip
         """Labels and uncertainty of one image: uint8 RGB [H, W, 3]. Raises any PenumbraError."""
@@ -234,24 +247,7 @@ class Segmenter:
         height, width = image_HW3.shape[:2]
         labels_HW = np.empty((height, width), np.uint8)
         maps = {name: np.empty((height, width), np.float32) for name in options.outputs}
-        with closing(iter(bands)) as rows:  # type: ignore[type-var]
-            for band in rows:
-                place = slice(band.y0, band.y0 + len(band.labels))
-                labels_HW[place] = band.labels
-                for name, values in maps.items():
-                    values[place] = band.maps[name]
-        work = bands.work
-        card = work.runtime.card
-        members = card.sampling_with(prompt=work.prompt is not None).members
-        warnings = warnings_of(card, work.plan)
-        abstained = None
-        if options.max_risk is not None:
-            warnings += calibration_warnings(card, work, overlap=options.overlap)
-            abstained = bands.num_abstained / labels_HW.size
-        return Prediction(
-            card, options.seed, work.num_samples, work.plan.num_windows, members, warnings,
-            labels_HW, maps, bands.timing_ms, abstained,
-        )  # fmt: skip
+        return collect(bands, options, labels_HW, maps)
 
     def close(self) -> None:
         """Finish accepted work and release the models."""
@@ -266,6 +262,58 @@ class Segmenter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _check_windows(height: int, width: int, card: Card, overlap: float | None, *, limits: Limits) -> None:
+    limit = min(limits.window_pixels, card.window.max_pixels or limits.window_pixels)
+    if card.window.height == 0 and height * width > limit:
+        raise TooLarge(
+            f"{card.name} sees an image whole and this one has {width}x{height} = {height * width:,} pixels; the "
+            f"limit for that is {limit:,}: send a smaller image or parts of it"
+        )
+    num_windows = count_windows(height, width, card.window, overlap)
+    if num_windows > limits.windows:
+        raise TooLarge(
+            f"the image needs {num_windows} windows and the limit is {limits.windows}; lower the overlap, "
+            "or send a smaller image or parts of it"
+        )
+
+
+def collect(
+    bands: BandStream, options: SegmentOptions, labels_HW: NDArray[np.uint8], maps: dict[str, FloatArray]
+) -> Prediction:
+    """Run a stream to its end. Changes labels and maps, whose rows are set band by band."""
+    with closing(iter(bands)) as rows:  # type: ignore[type-var]
+        for band in rows:
+            place = slice(band.y0, band.y0 + len(band.labels))
+            for name, values in maps.items():
+                values[place] = band.maps[name]
+            labels_HW[place] = band.labels
+    work, card = bands.work, bands.work.runtime.card
+    members = card.sampling_with(prompt=work.prompt is not None).members
+    warnings = warnings_of(card, work.plan)
+    abstained = None
+    if options.max_risk is not None:
+        warnings += calibration_warnings(card, work, overlap=options.overlap)
+        step = work.plan.window_height
+        withheld = sum(int((labels_HW[y : y + step] == IGNORE).sum()) for y in range(0, work.plan.height, step))
+        abstained = withheld / (work.plan.height * work.plan.width)
+    return Prediction(
+        card, options.seed, work.num_samples, work.plan.num_windows, members, warnings,
+        labels_HW, maps, bands.timing_ms, abstained, work.image_HW3,
+    )  # fmt: skip
+
+
+def threshold_of(work: Work, options: SegmentOptions) -> float | None:
+    """Entropy in nats above which a label is withheld; None where no risk is bounded."""
+    return None if options.max_risk is None else abstain_above(work.runtime.card, options.max_risk)
+
+
+def withhold_void(band: Band, image: Pixels) -> None:
+    """Where the image has no measurement there is no label. Changes the band's labels."""
+    void_hW = image.void(slice(band.y0, band.y0 + len(band.labels))) if isinstance(image, Raster) else None
+    if void_hW is not None:
+        band.labels[void_hW] = IGNORE
 
 
 def warnings_of(card: Card, plan: WindowPlan) -> tuple[str, ...]:

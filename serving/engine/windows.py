@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from models.card import InputSpec, WindowSpec
 from serving.engine.kernels import FloatArray
+from serving.engine.raster import Pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +54,16 @@ class WindowPlan:
     def num_windows(self) -> int:
         return len(self.starts_y) * len(self.starts_x)
 
+    def row_before(self, y: int) -> int:
+        """The first row of windows that an answer from image row y on needs; windows before it end above y."""
+        return next(row for row, y0 in enumerate(self.starts_y) if y0 + self.window_height > y)
+
     def __iter__(self) -> Iterator[Window]:
-        for row, y0 in enumerate(self.starts_y):
+        return self.windows(0)
+
+    def windows(self, first_row: int) -> Iterator[Window]:
+        """From a row of windows on."""
+        for row, y0 in list(enumerate(self.starts_y))[first_row:]:
             for column, x0 in enumerate(self.starts_x):
                 height = min(self.window_height, self.height - y0) if self.clipped else self.window_height
                 width = min(self.window_width, self.width - x0) if self.clipped else self.window_width
@@ -115,9 +124,7 @@ def _weights(length: int, window: int, starts: tuple[int, ...], blend: str) -> t
     return tuple((weight / total[s - first : s - first + window]).astype(np.float32) for s in starts)
 
 
-def cut(
-    image_HW3: NDArray[np.uint8], window: Window, plan: WindowPlan, *, spec: WindowSpec, norm: InputSpec
-) -> FloatArray:
+def cut(image_HW3: Pixels, window: Window, plan: WindowPlan, *, spec: WindowSpec, norm: InputSpec) -> FloatArray:
     """One window as the network wants it: normalised float32 [h, w, 3], padded as the card says."""
     rows, columns, beyond = place(window, plan)
     pixels = normalise(image_HW3[rows, columns], norm)
