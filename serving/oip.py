@@ -1,107 +1,280 @@
-"""The Open Inference Protocol v2 without a transport: how tensors and parameters become a call, and an answer tensors.
+"""The Open Inference Protocol v2 without a transport: what it says of server and models, and how a request is answered.
 
-Inputs: `image`, UINT8 [H, W, 3] or BYTES [1] (an encoded file), and for models that take them `boxes` FP32 [N, 5]
-(x0, y0, x1, y1, class id) or `tags` BYTES or INT32/INT64 [N] (names or ids). Outputs: `labels` UINT8 [H, W], and the
-maps of `serving.engine.uncertainty` and the model's own, FP32 [H, W]. Request parameters are the options of
-`POST /segment`.
+`serving.oip_rest` and `serving.oip_grpc` bring their bytes into an `InferRequest` and an `Answer` into their bytes;
+all that lies between, and every document, is made here once, so the two cannot differ. Statuses and sentences are
+Triton's (docs/protocols.md). Request parameters are the options of `POST /segment`.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from models.card import MAPS, Card
-from models.errors import BadImage, BadOption
-from serving.engine.options import DEFAULT_MAPS, SegmentOptions, parse_options, read_box
-from serving.engine.prompts import MAX_BOXES, Box
+from models.card import Card
+from models.errors import BadArtifact, BadOption, Cancelled, PenumbraError, Restricted, UnknownModel
+from serving import VERSION
+from serving.engine.options import DEFAULT_MAPS, SegmentOptions, parse_options
+from serving.engine.runtime import Runtime
 from serving.engine.segmenter import Prediction
+from serving.engine.store import find_artifact, versions
+from serving.gateway import Gateway
+from serving.oip_statistics import Statistics
+from serving.oip_tensors import (
+    SHOWN,
+    Output,
+    Tensor,
+    TensorSpec,
+    check_inputs,
+    classify,
+    inputs_of,
+    outputs_of,
+    read_boxes,
+    read_image,
+    read_tags,
+)
+
+DEFAULT_OUTPUTS = ("labels", *DEFAULT_MAPS)
+EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "model_repository", "parameters",
+              "statistics")  # fmt: skip
+OWN_FIELDS = ("model", "version", "outputs")
+"""Options that have their own place in a request of this protocol."""
+PARAMETERS = {spec.name for spec in fields(SegmentOptions)} - set(OWN_FIELDS)
+PROMPT_READERS: dict[str, Callable[[Tensor], Any]] = {"boxes": read_boxes, "tags": read_tags}
+LARGE_BYTES = 2**16
+"""Messages from here on are read off the event loop: smaller ones take less time than the change of thread."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """Name, datatype and shape of a tensor; -1 is any size."""
+class WantedOutput:
+    """An output that a request names. classes: how many of the classification extension; 0 for the tensor itself."""
 
     name: str
-    datatype: str
-    shape: tuple[int, ...]
+    binary: bool = False
+    classes: int = 0
 
 
-IMAGE = TensorSpec("image", "UINT8", (-1, -1, 3))
-PROMPTS = {
-    "none": (),
-    "boxes": (TensorSpec("boxes", "FP32", (-1, 5)),),
-    "tags": (TensorSpec("tags", "BYTES", (-1,)),),
-}
-TAG_IDS = {"INT32": np.int32, "INT64": np.int64}
-DEFAULT_OUTPUTS = ("labels", *DEFAULT_MAPS)
+@dataclass(frozen=True, slots=True)
+class InferRequest:
+    """One request as a transport read it; no outputs stands for the default ones, an empty version for the newest."""
+
+    model: str
+    version: str = ""
+    id: str = ""
+    parameters: Mapping[str, object] = field(default_factory=dict)
+    inputs: Sequence[Tensor] = ()
+    outputs: Sequence[WantedOutput] = ()
 
 
-def inputs_of(card: Card) -> tuple[TensorSpec, ...]:
-    """What a model reads."""
-    return (IMAGE, *PROMPTS[card.prompt.kind])
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer before a transport writes it."""
+
+    model: str
+    version: str
+    id: str
+    parameters: dict[str, str | int | float]
+    outputs: list[Output]
 
 
-def outputs_of(card: Card) -> tuple[TensorSpec, ...]:
-    """What a model can answer."""
-    maps = (*MAPS, *(extra.name for extra in card.extra_maps))
-    return (TensorSpec("labels", "UINT8", (-1, -1)), *(TensorSpec(name, "FP32", (-1, -1)) for name in maps))
+class Inference:
+    """The protocol over a gateway. store: where models are loaded from; None keeps loading and unloading off."""
+
+    def __init__(self, gateway: Gateway, *, store: Path | None = None) -> None:
+        self.gateway, self._store = gateway, store
+        self._statistics = Statistics()
+        self._loading = threading.Lock()
+
+    def find(self, model: str, version: str = "") -> Runtime:
+        """A loaded model. Raises UnknownModel; BadOption for a version that is no number."""
+        if version and not (version.isascii() and version.isdigit() and len(version) < 19):
+            raise BadOption(
+                f"failed to get model version from specified version string '{version[:SHOWN]}', version should be an "
+                "integral value > 0"
+            )
+        try:
+            return self.gateway.segmenter.find(model, int(version) if version else None)
+        except UnknownModel:
+            which = f" version {version}" if version else ""
+            raise UnknownModel(f"Request for unknown model: '{model[:SHOWN]}'{which} is not found") from None
+
+    async def infer(
+        self, read: Callable[[], InferRequest], write: Callable[[Answer, InferRequest], T], *, size_bytes: int,
+        protocol: str, carrier: Mapping[str, str] | None = None, gone: Callable[[], Awaitable[None]] | None = None,
+    ) -> T:  # fmt: skip
+        """Read, check, answer and write one request; large ones wholly off the event loop. Raises PenumbraError.
+
+        gone: returns when the caller has gone away.
+        """
+        with self.gateway.telemetry.track(protocol, carrier=carrier) as tracked:
+            small = size_bytes < LARGE_BYTES
+            prepared = self._prepare(read) if small else await asyncio.to_thread(self._prepare, read)
+            request, card, image, options, ignored = prepared
+            started = time.perf_counter()
+            try:
+                prediction, body = await self.gateway.answer(
+                    image, options, lambda p: write(answer_of(p, request, ignored), request), request=tracked, gone=gone
+                )  # fmt: skip
+            except Cancelled:
+                raise
+            except PenumbraError:
+                self._statistics.failed(card.name, card.version, time.perf_counter() - started)
+                raise
+            self._statistics.succeeded(prediction, time.perf_counter() - started)
+        return body
+
+    def _prepare(self, read: Callable[[], InferRequest]) -> tuple[InferRequest, Card, Any, SegmentOptions, list[str]]:
+        """Read and check a request: with its model's card, picture, options, and the parameters that no one knows."""
+        request = read()
+        card = self.find(request.model, request.version).card
+        given = check_inputs(request.inputs, inputs_of(card), model=card.name, request_id=request.id)
+        known = {spec.name for spec in outputs_of(card)}
+        for wanted in request.outputs:
+            if wanted.name not in known:
+                raise BadOption(f"unexpected inference output '{wanted.name[:SHOWN]}' for model '{card.name}'")
+        options = read_options(request.parameters)
+        for name, reader in PROMPT_READERS.items():
+            if name in given and name in request.parameters:
+                raise BadOption(f"{name} is given twice, as input and as parameter; once is enough")
+            if name in given:
+                options = replace(options, **{name: reader(given[name])})
+        maps = (
+            [wanted.name for wanted in request.outputs if wanted.name != "labels"] if request.outputs else DEFAULT_MAPS
+        )
+        options = replace(options, model=card.name, version=card.version, outputs=tuple(maps))
+        ignored = sorted(set(request.parameters) - PARAMETERS)
+        return request, card, read_image(given["image"]), options, ignored
+
+    def server_document(self) -> dict[str, Any]:
+        return {"name": "penumbra", "version": VERSION, "extensions": list(EXTENSIONS)}
+
+    def is_model_ready(self, model: str, version: str = "") -> bool:
+        """Raises BadOption for a version that is no number."""
+        try:
+            self.find(model, version)
+        except UnknownModel:
+            return False
+        return self.gateway.is_ready
+
+    def metadata(self, model: str, version: str = "") -> dict[str, Any]:
+        card = self.find(model, version).card
+        loaded = [str(c.version) for c in self.gateway.segmenter.cards() if c.name == card.name]
+
+        def tensors(specs: Sequence[TensorSpec]) -> list[dict[str, Any]]:
+            return [{"name": s.name, "datatype": s.datatype, "shape": list(s.shape)} for s in specs]
+
+        return {
+            "name": card.name, "versions": loaded, "platform": "penumbra",
+            "inputs": tensors(inputs_of(card)), "outputs": tensors(outputs_of(card)),
+        }  # fmt: skip
+
+    def config(self, model: str, version: str = "") -> dict[str, Any]:
+        """Triton's model configuration, as far as it says something of a model here."""
+        card = self.find(model, version).card
+        facts = {"method": card.method, "units": "nats", "classes": ",".join(c.name for c in card.classes)}
+
+        def tensors(specs: Sequence[TensorSpec]) -> list[dict[str, Any]]:
+            return [
+                {"name": s.name, "data_type": f"TYPE_{s.datatype.replace('BYTES', 'STRING')}", "dims": list(s.shape)}
+                | ({"optional": True} if s.optional else {})
+                for s in specs
+            ]
+
+        return {
+            "name": card.name, "platform": "penumbra", "backend": "penumbra", "max_batch_size": 0,
+            "version_policy": {"latest": {"num_versions": 1}},
+            "input": tensors(inputs_of(card)), "output": tensors(outputs_of(card)),
+            "parameters": {name: {"string_value": text} for name, text in facts.items()},
+        }  # fmt: skip
+
+    def statistics(self, model: str = "", version: str = "") -> dict[str, Any]:
+        """Of one model, or of all. Raises BadOption, in Triton's words, for one that is not there."""
+        cards = self.gateway.segmenter.cards()
+        if model:
+            cards = [card for card in cards if card.name == model]
+            if not cards:
+                raise BadOption(f"requested model '{model[:SHOWN]}' is not available")
+            if version:
+                cards = [card for card in cards if str(card.version) == version]
+            if not cards:
+                raise BadOption(f"requested model version is not available for model '{model}'")
+        return {"model_stats": [self._statistics.document(card.name, card.version) for card in cards]}
+
+    def index(self, *, ready_only: bool = False) -> list[dict[str, str]]:
+        """The models of the store: served, refused with the reason, and not loaded."""
+        segmenter = self.gateway.segmenter
+        served = [{"name": c.name, "version": str(c.version), "state": "READY"} for c in segmenter.cards()]
+        if ready_only:
+            return served
+        names = {entry["name"] for entry in served}
+        others = dict.fromkeys(versions(self._store) if self._store else (), "unloaded") | segmenter.refused
+        return served + [
+            {"name": name, "state": "UNAVAILABLE", "reason": why} for name, why in others.items() if name not in names
+        ]
+
+    async def load(self, model: str) -> None:
+        """Serve the newest version of a model in the store. Raises Restricted where that is off, BadArtifact."""
+        await asyncio.to_thread(self._load, model, self._require_store())
+
+    def _load(self, model: str, store: Path) -> None:
+        segmenter = self.gateway.segmenter
+        with self._loading:
+            try:
+                directory = find_artifact(store, model)
+                if directory.name not in {str(card.version) for card in segmenter.cards() if card.name == model}:
+                    segmenter.load(directory)
+            except UnknownModel:
+                raise BadArtifact(f"failed to load '{model[:SHOWN]}', failed to poll from model repository") from None
+            except BadArtifact as error:
+                raise BadArtifact(f"failed to load '{model}', {error}") from None
+            segmenter.refused.pop(model, None)
+
+    async def unload(self, model: str) -> None:
+        """Serve no version of a model any longer; one that is not served is no error. Raises Restricted."""
+        self._require_store()
+        self.gateway.segmenter.unload(model)
+
+    def _require_store(self) -> Path:
+        if self._store is None:
+            raise Restricted(
+                "loading and unloading models is off; start the server with PENUMBRA_MODEL_CONTROL=true to allow it"
+            )
+        return self._store
 
 
-def read_options(model: str, version: str, parameters: Mapping[str, object], outputs: Sequence[str]) -> SegmentOptions:
-    """Options of one request. Raises BadOption: an unknown parameter, output, or a version that is no number."""
-    for name in ("model", "version", "outputs"):
-        if name in parameters:
+def read_options(parameters: Mapping[str, object]) -> SegmentOptions:
+    """Options among a request's parameters; those that are none of ours are left alone. Raises BadOption."""
+    for name in parameters:
+        if name in OWN_FIELDS:
             raise BadOption(f"{name} is not a parameter here; it has its own field in the request")
-    fields = {name: str(value) for name, value in parameters.items()} | ({"version": version} if version else {})
-    maps = tuple(name for name in outputs or DEFAULT_OUTPUTS if name != "labels")
-    return replace(parse_options(fields), model=model, outputs=maps)
+        if name.startswith("triton_") and name != "triton_enable_empty_final_response":
+            raise BadOption(
+                "parameter keys starting with 'triton_' are reserved for Triton usage and should not be specified."
+            )
+    return parse_options({name: str(value) for name, value in parameters.items() if name in PARAMETERS})
 
 
-def read_image(datatype: str, shape: Sequence[int], data: bytes) -> bytes | NDArray[np.uint8]:
-    """The picture in an input tensor's raw bytes: pixels, or an encoded file. Raises BadImage."""
-    if datatype == "UINT8" and len(shape) == 3 and shape[2] == 3 and min(shape) > 0:
-        if len(data) != math.prod(shape):
-            raise BadImage(f"image {list(shape)} has {len(data)} bytes; {math.prod(shape)} are wanted")
-        return np.frombuffer(data, np.uint8).reshape(shape)
-    if datatype == "BYTES" and list(shape) == [1]:
-        if len(data) < 4 or len(data) != 4 + int.from_bytes(data[:4], "little"):
-            raise BadImage(f"image BYTES [1] has {len(data)} bytes that do not fit its 4-byte length prefix")
-        return data[4:]
-    raise BadImage(f"image is {datatype} {list(shape)}; UINT8 [height, width, 3] or BYTES [1] is wanted")
-
-
-def read_boxes(datatype: str, shape: Sequence[int], data: bytes) -> tuple[Box, ...]:
-    """The prompt in an input tensor's raw bytes. Raises BadOption."""
-    if datatype != "FP32" or len(shape) != 2 or shape[1] != 5 or len(data) != 4 * math.prod(shape):
-        raise BadOption(f"boxes is {datatype} {list(shape)} in {len(data)} bytes; FP32 [N, 5] is wanted")
-    rows = np.frombuffer(data, "<f4").reshape(shape).tolist()
-    if len(rows) > MAX_BOXES:
-        raise BadOption(f"boxes has {len(rows)} entries; up to {MAX_BOXES} are possible")
-    for row in rows:
-        if not float(row[4]).is_integer():
-            raise BadOption(f"boxes has the class {row[4]}; a class id is wanted")
-    return tuple(read_box("boxes", [*row[:4], int(row[4])]) for row in rows)
-
-
-def read_tags(datatype: str, shape: Sequence[int], data: bytes) -> tuple[str | int, ...]:
-    """The prompt in an input tensor's raw bytes: names, each behind its 4-byte length, or ids. Raises BadOption."""
-    wanted = f"tags is {datatype} {list(shape)} in {len(data)} bytes; BYTES, INT32 or INT64 [N] is wanted"
-    if len(shape) != 1:
-        raise BadOption(wanted)
-    if datatype in TAG_IDS and len(data) == shape[0] * np.dtype(TAG_IDS[datatype]).itemsize:
-        return tuple(np.frombuffer(data, TAG_IDS[datatype]).tolist())
-    names: list[str | int] = []
-    while datatype == "BYTES" and len(data) >= 4:
-        end = 4 + int.from_bytes(data[:4], "little")
-        names, data = [*names, data[4:end].decode("utf-8", "replace")], data[end:]
-    if data or len(names) != shape[0]:
-        raise BadOption(wanted)
-    return tuple(names)
-
-
-def read_output(prediction: Prediction, name: str) -> NDArray[np.uint8] | NDArray[np.float32]:
-    """One requested output tensor."""
-    return prediction.labels_HW if name == "labels" else prediction.maps[name]
+def answer_of(prediction: Prediction, request: InferRequest, ignored: Sequence[str]) -> Answer:
+    """The answer to a request, with what its caller should know beside the tensors."""
+    parameters: dict[str, str | int | float] = {"seed": prediction.seed, "samples": prediction.num_samples}
+    if prediction.members:
+        parameters["members"] = ",".join(prediction.members)
+    warnings = list(prediction.warnings)
+    if ignored:
+        names = ", ".join(name[:SHOWN] for name in ignored[:8])
+        warnings.append(f"ignored unknown parameters: {names}; known are {', '.join(sorted(PARAMETERS))}")
+    if warnings:
+        parameters["warnings"] = "; ".join(warnings)
+    if prediction.abstained is not None:
+        parameters["abstained"] = prediction.abstained
+    specs = {spec.name: spec for spec in outputs_of(prediction.card)}
+    outputs = []
+    for wanted in request.outputs or [WantedOutput(name) for name in DEFAULT_OUTPUTS]:
+        values = prediction.labels_HW if wanted.name == "labels" else prediction.maps[wanted.name]
+        output = Output(wanted.name, specs[wanted.name].datatype, values)
+        outputs.append(classify(output, wanted.classes) if wanted.classes else output)
+    card = prediction.card
+    return Answer(card.name, str(card.version), request.id, parameters, outputs)

@@ -28,8 +28,9 @@ Bounds = Annotated[
 class Settings(BaseSettings):
     """Each field is the environment variable PENUMBRA_<NAME>; the CLI's flags set the same fields.
 
-    store: directory of artifacts. grpc_address: host:port of gRPC, empty for none. device: "cpu" or "cuda[:n]";
-    empty takes CUDA where there is one. threads: of the inference thread; 0 takes one per usable core.
+    store: directory of artifacts. grpc_address: host:port of gRPC, empty for none. model_control: whether callers may
+    load models of the store and unload them. device: "cpu" or "cuda[:n]"; empty takes CUDA where there is one.
+    threads: of the inference thread; 0 takes one per usable core.
     deterministic: bytes of an answer never depend on what else is in its batch; costs the batch sizes that this
     machine's kernels round differently. windows_per_batch, samples_per_call: 0 measures at start. limit_*: see
     docs/limits.md. predrain_s: how long readiness is down before connections are closed on SIGTERM.
@@ -41,6 +42,7 @@ class Settings(BaseSettings):
 
     store: Path = Path("store")
     grpc_address: str = "127.0.0.1:3001"
+    model_control: bool = False
     device: str = ""
     threads: int = Field(0, ge=0)
     deterministic: bool = False
