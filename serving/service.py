@@ -2,10 +2,10 @@
 
     bentoml serve serving.service:Penumbra
 
-One worker process per device. Every route is ours (`serving.rest`, `serving.oip_rest`) on a mounted Starlette app, gRPC runs in the
-same event loop (`serving.oip_grpc`), and one typed BentoML route serves `bentoml.SyncHTTPClient`. This module is also
-imported by BentoML's supervisor, so torch and the engine are imported where the worker builds its service. BentoML's
-metrics, UI page, URL inputs, pickle bodies, batching and inter-process calls are off.
+One worker process per device. Every route is ours (`serving.rest`, `serving.oip_rest`) on a mounted Starlette app, gRPC
+runs in the same event loop (`serving.oip_grpc`), and one typed BentoML route serves `bentoml.SyncHTTPClient`. This
+module is also imported by BentoML's supervisor, so torch and the engine are imported where the worker builds its
+service. BentoML's metrics, UI page, URL inputs, pickle bodies, batching and inter-process calls are off.
 """
 
 import asyncio
