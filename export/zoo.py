@@ -9,15 +9,18 @@ import models
 from serving.engine.store import artifact_card, find_artifact, sha256_of, versions
 
 ZOO = Path(models.__file__).parent / "zoo"
-"""One `<name>.safetensors` per demo model."""
+"""One `<name>.safetensors` per method, its own and the baselines'."""
+
+DEMO = ("cps-camvid", "np_semiseg-camvid")
+"""What a demo store begins with: members and a latent. More would only make the first start longer."""
 
 
 def fill_store(store: Path) -> list[Path]:
-    """Export every zoo checkpoint that a demo store lacks or has from another file; returns new directories.
+    """Export the demo checkpoints that a demo store lacks or has from another file; returns new directories.
 
-    Only an empty store, or one that holds a model of the zoo already, is a demo store; others are left alone.
+    Only an empty store, or one that holds one of these models already, is a demo store; others are left alone.
     """
-    checkpoints = {path.stem: path for path in sorted(ZOO.glob("*.safetensors"))}
+    checkpoints = {name: ZOO / f"{name}.safetensors" for name in DEMO}
     present = versions(store)
     if present and not checkpoints.keys() & present.keys():
         return []

@@ -5,14 +5,13 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from export.zoo import ZOO, fill_store
+from export.zoo import DEMO, fill_store
 from serving.engine.moments import Moments
 from serving.engine.options import SegmentOptions
 from serving.engine.runtime import Runtime
 from serving.engine.segmenter import Segmenter
 
 pytestmark = pytest.mark.slow
-NAMES = sorted(path.stem for path in ZOO.glob("*.safetensors"))
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +19,7 @@ def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Segmenter]:
     store = tmp_path_factory.mktemp("demo") / "store"
     fill_store(store)
     with Segmenter.open(store) as opened:
-        assert [card.name for card in opened.cards()] == NAMES
+        assert [card.name for card in opened.cards()] == sorted(DEMO)
         yield opened
 
 
@@ -32,7 +31,7 @@ def _moments(runtime: Runtime, batch: int, chunk: int) -> list[Moments]:
     return [answer for answer in answers if isinstance(answer, Moments)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DEMO)
 def test_a_window_has_the_same_bytes_alone_and_in_any_batch_and_chunk(segmenter: Segmenter, name: str) -> None:
     runtime = segmenter.find(name)
     alone = segmenter.scheduler.call(lambda: _moments(runtime, 1, 1))[0]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from export.zoo import ZOO, fill_store
+from export.bundle import export_checkpoint
+from export.zoo import ZOO
 from serving.engine.decode import decode_image
 from serving.engine.options import SegmentOptions
 from serving.engine.segmenter import Segmenter
@@ -21,7 +22,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in ZOO.glob("*.safetensors")))
 def test_the_served_accuracy_on_camvid_is_the_one_on_the_card(name: str, tmp_path: Path) -> None:
-    fill_store(tmp_path)
+    export_checkpoint(ZOO / f"{name}.safetensors", tmp_path)
     confusion = np.zeros((11, 12), np.int64)
     with Segmenter.open(tmp_path) as segmenter:
         card = segmenter.find(name).card
