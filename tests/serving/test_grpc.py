@@ -80,11 +80,11 @@ def test_boxes_and_tags_are_tensors(triton_client: triton.InferenceServerClient,
 @pytest.mark.parametrize(
     ("model", "values", "datatype", "says"),
     [
-        ("toy-boxed", np.zeros((1, 4), np.float32), "FP32", "FP32 [N, 5] is wanted"),
+        ("toy-boxed", np.zeros((1, 4), np.float32), "FP32", "Expected [-1,5], got [1,4]"),
         ("toy-boxed", np.array([[0, 0, 5, 5, 0.5]], np.float32), "FP32", "a class id is wanted"),
         ("toy-boxed", np.array([[0, 0, 5, np.nan, 1]], np.float32), "FP32", "four numbers"),
         ("toy-boxed", np.array([[0, 0, 99, 5, 1]], np.float32), "FP32", "leaves the image"),
-        ("toy-latent", np.array([[0, 0, 5, 5, 1]], np.float32), "FP32", "takes no prompt"),
+        ("toy-latent", np.array([[0, 0, 5, 5, 1]], np.float32), "FP32", "expected 1 inputs but got 2 inputs"),
     ],
 )
 def test_boxes_that_are_none_are_refused(
@@ -107,8 +107,9 @@ def test_metadata_names_a_models_prompts_and_maps(triton_client: triton.Inferenc
     [
         ("nope", (8, 8, 3), {}, "StatusCode.NOT_FOUND", "nope"),
         ("toy-latent", (8, 8, 3), {"samples": 0}, "StatusCode.INVALID_ARGUMENT", "samples is 0"),
-        ("toy-latent", (8, 8, 4), {}, "StatusCode.INVALID_ARGUMENT", "[8, 8, 4]"),
-        ("toy-latent", (8, 8, 3), {"colour": "red"}, "StatusCode.INVALID_ARGUMENT", "colour"),
+        ("toy-latent", (8, 8, 4), {}, "StatusCode.INVALID_ARGUMENT", "got [8,8,4]"),
+        ("toy-latent", (8, 8, 3), {"outputs": "entropy"}, "StatusCode.INVALID_ARGUMENT", "has its own field"),
+        ("toy-latent", (8, 8, 3), {"triton_x": 1}, "StatusCode.INVALID_ARGUMENT", "reserved"),
     ],
 )
 def test_a_bad_request_is_named_by_status_and_sentence(
