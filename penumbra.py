@@ -109,7 +109,7 @@ def predict(
     from serving.engine.options import parse_options
     from serving.engine.segmenter import Segmenter
     from serving.engine.store import find_artifact, versions
-    from serving.offline import describe_prediction, predict_file, report
+    from serving.offline import describe_outcome, predict_file, report, watched
 
     if len({path.stem for path in images}) < len(images):
         raise BadOption("two pictures have the same name, and their files would too; predict them into two directories")
@@ -122,11 +122,12 @@ def predict(
     with Segmenter() as segmenter:
         segmenter.load(find_artifact(store, asked.model or ""))
         for path in images:
-            prediction, files = predict_file(segmenter, path, asked, output)
+            with watched(path.name) as watch:
+                outcome = predict_file(segmenter, path, asked, output, watch=watch)
             if as_json:
-                click.echo(json.dumps(describe_prediction(prediction) | {"image": str(path), "files": files}))
+                click.echo(json.dumps(describe_outcome(outcome)))
             else:
-                report(prediction, path, files)
+                report(outcome)
 
 
 @main.command()
@@ -164,14 +165,19 @@ def models(store: Path, as_json: bool) -> None:
 @main.command()
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--threads", type=click.IntRange(min=1), help="Cores to use; all by default.")
+@click.option("--devices", type=click.IntRange(min=1), default=1, show_default=True, help="GPUs, or CPU processes.")
+@click.option("--precision", type=click.Choice(["32-true", "bf16-mixed", "16-mixed"]), help="Instead of the recipe's.")
+@click.option("--threads", type=click.IntRange(min=1), help="Cores per device; all by default.")
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Length by the clock instead of steps.")
-def train(recipe: Path, data: Path, threads: int | None, minutes: float | None) -> None:
-    """Train a recipe to a checkpoint; a run that was stopped goes on where it was."""
+def train(recipe: Path, data: Path, **options: Any) -> None:
+    """Train a recipe to a checkpoint; a run that was stopped goes on where it was.
+
+    For many machines, start it with torchrun on each.
+    """
     from training.progress import follow
     from training.recipe import read_recipe
 
-    click.echo(follow(read_recipe(recipe), data, threads=threads, minutes=minutes))
+    click.echo(follow(read_recipe(recipe), data, **options))
 
 
 @main.command(name="import")

@@ -22,6 +22,7 @@ from serving.engine.allocator import keep_freed_memory
 from training.batches import Batches, choose_split
 from training.data import DataSet, find_data
 from training.data.frames import FrameSet, write_split
+from training.devices import follow_first, gather, share_of, start_devices
 from training.evaluate import measure
 from training.objective import build_objective, update_average
 from training.recipe import Recipe
@@ -31,23 +32,37 @@ MAX_GRADIENT_NORM = 5.0
 
 REPORT_EVERY_STEPS = 50
 
+SEED_STRIDE = 1_000_003
+"""Between the seeds of two processes: farther apart than the seeds that people choose."""
+
+SHARED = ("network.", "average.")
+"""What of an objective's state is the same in every process."""
+
 Report = Callable[[float, str], None]
 """Called with the share that is done and a line about it."""
 
 
 class Training:
-    """One run's state: objective, optimiser, stream of batches, step and seconds so far. One thread only."""
+    """One run's state: objective, optimiser, stream of batches, step and seconds so far. One thread only.
 
-    def __init__(self, recipe: Recipe, train: FrameSet, num_classes: int) -> None:
+    Of several processes each has one, with its own random stream and its share of the batches.
+    """
+
+    def __init__(self, recipe: Recipe, train: FrameSet, num_classes: int, *, fabric: Fabric | None = None) -> None:
+        self.fabric = fabric or start_devices(precision=recipe.precision)
         self.recipe, self.step, self.elapsed_s = recipe, 0, 0.0
-        self.generator = torch.Generator().manual_seed(recipe.seed)
+        self.generator = torch.Generator().manual_seed(recipe.seed + SEED_STRIDE * self.fabric.global_rank)
         self.split = choose_split(train, recipe)
-        self.batches = Batches(train, self.split, recipe, self.generator, num_classes=num_classes)
+        share = dataclasses.replace(
+            recipe,
+            labelled_batch=share_of(self.fabric, recipe.labelled_batch, name="labelled_batch"),
+            unlabelled_batch=share_of(self.fabric, recipe.unlabelled_batch, name="unlabelled_batch"),
+        )
+        self.batches = Batches(train, self.split, share, self.generator, num_classes=num_classes)
         network = channels_last(build_network(recipe, num_classes))
         average = copy.deepcopy(network).requires_grad_(False).eval()
         self.objective = build_objective(recipe.method, network, average, recipe.objective)
         optimizer = torch.optim.AdamW(decay_groups(network, recipe.weight_decay), lr=recipe.learning_rate)
-        self.fabric = Fabric(accelerator="auto", devices=1, precision=recipe.precision)
         self.forward, self.optimizer = self.fabric.setup(self.objective, optimizer)
 
     @property
@@ -67,18 +82,26 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
+        follow_first(self.fabric, self.objective.network)
         # The average of the first steps must not remember the random start.
         decay = min(1 - 1 / (self.step + 1), self.recipe.average_decay)
         update_average(self.average, self.objective.network, decay=decay)
+        follow_first(self.fabric, self.average)
         return {name: float(value.detach()) for name, value in losses.items()}
 
     def save(self, path: Path) -> None:
-        """Write everything that `resume` needs; the old file stays until the new one is whole."""
+        """Write everything that `resume` needs; the old file stays until the new one is whole. For all processes."""
+        objective = self.objective.state_dict()
+        shared = {name: value for name, value in objective.items() if name.startswith(SHARED)}
+        own = {name: value for name, value in objective.items() if name not in shared}
+        own_states = gather(self.fabric, {"objective": own, "generator": self.generator.get_state()})
+        if not self.fabric.is_global_zero:
+            return
         state = {
             "recipe": dataclasses.asdict(self.recipe),
-            "objective": self.objective.state_dict(),
+            "objective": shared,
+            "processes": own_states,
             "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
             "step": self.step,
             "elapsed_s": self.elapsed_s,
         }
@@ -91,9 +114,12 @@ class Training:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["recipe"] != dataclasses.asdict(self.recipe):
             raise BadOption(f"{path} was begun with another recipe; remove it to start anew")
-        self.objective.load_state_dict(state["objective"])
+        if (begun_on := len(state["processes"])) != self.fabric.world_size:
+            raise BadOption(f"{path} was begun on {begun_on} devices, not {self.fabric.world_size}; go on with as many")
+        own = state["processes"][self.fabric.global_rank]
+        self.objective.load_state_dict(state["objective"] | own["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
+        self.generator.set_state(own["generator"])
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
 
 
@@ -104,11 +130,13 @@ def train(
     runs_dir: Path = Path("runs"),
     threads: int | None = None,
     minutes: float | None = None,
+    fabric: Fabric | None = None,
     report: Report = lambda share, line: None,
 ) -> Path:
     """Train, or go on after an interruption, and return the path of the final checkpoint.
 
-    minutes: length of the schedule by the clock, instead of the recipe's steps. Raises BadOption, BadData.
+    threads: per process. minutes: length of the schedule by the clock, instead of the recipe's steps. fabric: of
+    `start_devices`; one device if left out. Process 0 alone validates and writes. Raises BadOption, BadData.
     """
     keep_freed_memory()
     if threads is not None:
@@ -117,15 +145,18 @@ def train(
     frames, val = data.load(data_dir, "train"), data.load(data_dir, "val")
     run_dir = runs_dir / recipe.name
     run_dir.mkdir(parents=True, exist_ok=True)
-    training = Training(recipe, frames, len(data.classes))
-    write_split(run_dir / "labelled.txt", frames, training.split[0])
+    training = Training(recipe, frames, len(data.classes), fabric=fabric)
+    if training.fabric.is_global_zero:
+        write_split(run_dir / "labelled.txt", frames, training.split[0])
     if (run_dir / "state.ckpt").exists():
         training.resume(run_dir / "state.ckpt")
     card = describe(recipe, data, num_frames=len(frames), num_labelled=len(training.split[0]), network=training.average)
     run(training, card, val, run_dir, minutes=minutes, report=report)
     path = Path(recipe.checkpoint)
-    report(1.0, f"wrote {path}: {brief(write_measured(path, card, training.average, val))}")
-    (run_dir / "state.ckpt").unlink(missing_ok=True)
+    if training.fabric.is_global_zero:
+        report(1.0, f"wrote {path}: {brief(write_measured(path, card, training.average, val))}")
+        (run_dir / "state.ckpt").unlink(missing_ok=True)
+    training.fabric.barrier()
     return path
 
 
@@ -136,14 +167,16 @@ def run(training: Training, card: Card, val: FrameSet, run_dir: Path, *, minutes
     while (progress := share_done(training, minutes)) < 1:
         losses = training.advance(progress)
         now = time.perf_counter()
-        training.elapsed_s, last = training.elapsed_s + now - last, now
+        # Process 0's clock is everyone's, or some would stop before the others.
+        training.elapsed_s, last = training.fabric.broadcast(training.elapsed_s + now - last), now
         if training.step % REPORT_EVERY_STEPS == 0:
             report(progress, f"step {training.step}, {training.elapsed_s:.0f} s: {brief(losses)}")
         if training.elapsed_s >= next_save_s:
             next_save_s += 60 * recipe.validate_every_minutes
             training.save(run_dir / "state.ckpt")
-            figures = write_measured(run_dir / "latest.safetensors", card, training.average, val, every=4)
-            report(progress, f"validation on every 4th frame: {brief(figures)}")
+            if training.fabric.is_global_zero:
+                figures = write_measured(run_dir / "latest.safetensors", card, training.average, val, every=4)
+                report(progress, f"validation on every 4th frame: {brief(figures)}")
     training.save(run_dir / "state.ckpt")
 
 
@@ -223,7 +256,8 @@ def write_measured(path: Path, card: Card, network: Network, val: FrameSet, *, e
     """Write the checkpoint in fp16, measure what can be read back, and write it again with the figures."""
     save_checkpoint(path, card, network, half=True)
     _, stored = load_checkpoint(path)
-    figures = measure(channels_last(stored), val, classes=card.classes, every=every)
+    stored = channels_last(stored.to(next(network.parameters()).device))
+    figures = measure(stored, val, classes=card.classes, every=every)
     split = "val/seg" if every == 1 else f"val[::{every}]/seg"
     metrics = {f"{split}/{name}": round(value, 5) for name, value in figures.items() if math.isfinite(value)}
     provenance = dataclasses.replace(card.provenance, metrics=metrics)

@@ -1,19 +1,27 @@
 """A training that a person or a log file can follow."""
 
+import dataclasses
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from training.devices import start_devices
 from training.loop import train
-from training.recipe import Recipe
+from training.recipe import Precision, Recipe
 
 
-def follow(recipe: Recipe, data: Path, *, threads: int | None, minutes: float | None) -> Path:
-    """Train with a progress bar on a terminal and plain lines elsewhere."""
+def follow(
+    recipe: Recipe, data: Path, *, devices: int, precision: Precision | None, threads: int | None, minutes: float | None
+) -> Path:
+    """Train with a progress bar on a terminal and plain lines elsewhere; only the first of several devices reports."""
+    recipe = dataclasses.replace(recipe, precision=precision or recipe.precision)
+    fabric = start_devices(devices=devices, precision=recipe.precision)
+    if not fabric.is_global_zero:
+        return train(recipe, data, threads=threads, minutes=minutes, fabric=fabric)
     console = Console()
     if not console.is_terminal:
-        return train(recipe, data, threads=threads, minutes=minutes, report=print_line)
+        return train(recipe, data, threads=threads, minutes=minutes, fabric=fabric, report=print_line)
     columns = (TextColumn(recipe.name), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("loading", total=1.0)
@@ -23,7 +31,7 @@ def follow(recipe: Recipe, data: Path, *, threads: int | None, minutes: float | 
             if share == 1:
                 console.print(line)  # the bar's own text is cut to the width of the terminal
 
-        return train(recipe, data, threads=threads, minutes=minutes, report=report)
+        return train(recipe, data, threads=threads, minutes=minutes, fabric=fabric, report=report)
 
 
 def print_line(share: float, line: str) -> None:

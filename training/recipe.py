@@ -9,6 +9,8 @@ import yaml
 from models.card import WindowSpec, read_strict
 from models.errors import BadArtifact, BadOption
 
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -19,6 +21,7 @@ class Recipe:
     With 0 there are only others; labelled_batch is 0 then, and `weak_labels` are all that is learnt from.
     labelled_list: a file that names the labelled frames instead, one per line.
     weak_labels: what is taken from the masks of those others: `tags` of a view's classes, `boxes`, or nothing.
+    labelled_batch, unlabelled_batch: views of a step, over all devices.
     crop: height and width of the views in px. scale: range of their magnification.
     jitter, strong_jitter: colour strength of labelled and of unlabelled views.
     steps: length of the schedule, unless the caller limits the minutes. warmup: its share with rising rate.
@@ -46,7 +49,7 @@ class Recipe:
     weight_decay: float = 0.05
     warmup: float = 0.03
     average_decay: float = 0.995
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "bf16-mixed"
+    precision: Precision = "bf16-mixed"
     objective: dict[str, Any] = field(default_factory=dict)
     validate_every_minutes: float = 8.0
 

@@ -24,7 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def recipe(method: str, folder: Path, *, steps: int) -> Recipe:
+def recipe(method: str, folder: Path, *, steps: int, batch: int | None = None) -> Recipe:
     return Recipe(
         name=f"{method}-shapes",
         method=method,
@@ -35,8 +35,8 @@ def recipe(method: str, folder: Path, *, steps: int) -> Recipe:
         crop=(48, 64),
         steps=steps,
         scale=(0.9, 1.1),
-        labelled_batch=3,
-        unlabelled_batch=2,
+        labelled_batch=batch or 3,
+        unlabelled_batch=batch or 2,
         average_decay=0.9,
         precision="32-true",
         objective=OPTIONS[method],
