@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.errors import ModelFault, NotReady, PenumbraError, QueueFull
-from serving.engine.decode import decode_image
+from serving.engine.decode import open_image
 from serving.engine.options import SegmentOptions
+from serving.engine.raster import Pixels, Raster
 from serving.engine.segmenter import Prediction, Segmenter
 from serving.telemetry import Request, Telemetry
 
@@ -96,10 +97,11 @@ class Gateway:
         self.telemetry.answered(prediction, request.timing_ms)
         return prediction, body
 
-    def _decode(self, data: bytes, options: SegmentOptions) -> NDArray[np.uint8]:
+    def _decode(self, data: bytes, options: SegmentOptions) -> Pixels:
         """Refuse by header and options first: pixels are decoded only for requests that can be answered."""
         limits, check = self.segmenter.limits, self.segmenter.check
-        return decode_image(data, limits, admit=lambda height, width: check(height, width, options))
+        image = open_image(data, limits, admit=lambda height, width: check(height, width, options))
+        return image.load() if isinstance(image, Raster) else image
 
     def close(self) -> None:
         """Finish accepted work."""

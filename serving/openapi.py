@@ -5,6 +5,7 @@ from typing import Any
 from models.card import MAPS
 from serving.engine.options import DEFAULT_MAPS
 from serving.render import WRITERS
+from serving.render.pictures import LEVELS
 
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "model": ({"type": "string"}, "Which model; may be left out when one is served."),
@@ -14,7 +15,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "overlap": ({"type": "number", "minimum": 0, "maximum": 0.9}, "Share of a window that its neighbour covers too."),
     "outputs": (
         {"type": "string", "default": ",".join(DEFAULT_MAPS)},
-        f"Comma-separated maps for npz: {', '.join(MAPS)}, or the model's own (extra_maps of its card).",
+        f"Comma-separated maps: {', '.join(MAPS)}, or the model's own (extra_maps of its card).",
     ),
     "boxes": ({"type": "string"}, "For models that take boxes: JSON list of [x0, y0, x1, y1, class name or id], px."),
     "tags": ({"type": "string"}, "For models that take tags: the classes in the picture, comma-separated or JSON."),
@@ -23,6 +24,12 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"type": "number", "minimum": 0, "maximum": 1},
         "Share of the pixels that may be answered and wrong; the most uncertain ones become 255. Calibrated models.",
     ),
+    "picture": (
+        {"type": "string", "default": "labels"},
+        "What a PNG or TIFF shows: labels, overlay, or the name of a map.",
+    ),
+    "levels": ({"type": "integer", "enum": list(LEVELS), "default": 65536}, "Grey levels of a map's PNG."),
+    "min_pixels": ({"type": "integer", "minimum": 1, "default": 1}, "GeoJSON leaves smaller regions out."),
 }
 REFUSALS = {
     "400": "An option or the image is wrong", "404": "Unknown model", "406": "No acceptable format",
@@ -72,7 +79,7 @@ def _segment() -> dict[str, Any]:
         } | {f"image/{kind}": picture for kind in ("jpeg", "png", "webp", "tiff", "bmp")}},
         "responses": {
             "200": {"description": "The answer", "content": {
-                media: {"schema": {"type": "object"}} if media == "application/json" else picture for media in WRITERS
+                media: {"schema": {"type": "object"}} if media.endswith("json") else picture for media in WRITERS
             }},
         } | {status: {"description": text, "content": ERROR} for status, text in REFUSALS.items()},
     }  # fmt: skip

@@ -16,12 +16,11 @@ from starlette.types import Scope
 
 from models.card import Card
 from models.errors import BadImage, BadOption, PenumbraError, QueueFull, UnsupportedMedia
-from serving.engine.options import parse_options
 from serving.engine.segmenter import Prediction
 from serving.gateway import Gateway
 from serving.guard import BENTO_PATHS
 from serving.openapi import describe
-from serving.render import WRITERS, choose_format
+from serving.render import choose_format, read_wish, render
 from serving.statuses import status_of
 
 MAX_FIELDS, MAX_FIELD_BYTES = 16, 64 * 1024
@@ -62,13 +61,12 @@ class Surface:
         with self._gateway.telemetry.track("http") as tracked:
             media = choose_format(request.headers.get("accept", ""))
             data, fields = await read_upload(request)
-            options = parse_options(fields)
-            if media == "application/json":
-                options = options.with_default_maps()
+            options, style = read_wish(media, fields)
             prediction, body = await self._gateway.answer(
-                data, options, WRITERS[media], request=tracked, gone=lambda: _disconnected(request)
-            )
-        return Response(body, media_type=media, headers=answer_headers(prediction))
+                data, options, lambda answer: render(answer, media, style), request=tracked,
+                gone=lambda: _disconnected(request),
+            )  # fmt: skip
+        return Response(body, media_type=media, headers=answer_headers(prediction, tracked.timing_ms))
 
     async def models(self, _: Request) -> Response:
         gateway = self._gateway
@@ -169,8 +167,8 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def answer_headers(prediction: Prediction) -> dict[str, str]:
-    """Which model answered, with what seed and members, what to know, and how long it took (Server-Timing, ms)."""
+def answer_headers(prediction: Prediction, timing_ms: Mapping[str, float] | None = None) -> dict[str, str]:
+    """Which model answered, with what seed and members, what to know, and how long each phase took."""
     told = {
         "X-Penumbra-Members": ",".join(prediction.members),
         "X-Penumbra-Warning": "; ".join(prediction.warnings),
@@ -181,7 +179,9 @@ def answer_headers(prediction: Prediction) -> dict[str, str]:
         "X-Penumbra-Version": str(prediction.card.version),
         "X-Penumbra-Seed": str(prediction.seed),
         "X-Penumbra-Samples": str(prediction.num_samples),
-        "Server-Timing": ", ".join(f"{phase};dur={ms:.2f}" for phase, ms in prediction.timing_ms.items()),
+        "Server-Timing": ", ".join(
+            f"{phase};dur={ms:.2f}" for phase, ms in (timing_ms or prediction.timing_ms).items()
+        ),
     }
 
 

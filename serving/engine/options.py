@@ -38,7 +38,10 @@ class SegmentOptions:
 
     def with_default_maps(self) -> "SegmentOptions":
         """The same with the default maps beside those asked for: class tables have their means."""
-        return replace(self, outputs=tuple(dict.fromkeys((*DEFAULT_MAPS, *self.outputs))))
+        return self.with_maps(DEFAULT_MAPS)
+
+    def with_maps(self, names: tuple[str, ...]) -> "SegmentOptions":
+        return replace(self, outputs=tuple(dict.fromkeys((*names, *self.outputs))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,19 +58,20 @@ class Limits:
     window_pixels: int = 2**22
 
 
-def parse_options(fields: Mapping[str, str]) -> SegmentOptions:
+def parse_options(fields: Mapping[str, str], *, beside: tuple[str, ...] = ()) -> SegmentOptions:
     """Read options from text, as they come in a query, a form or on a command line.
 
-    Raises BadOption naming the option, its value and what would be right.
+    beside: names of what the caller has read already. Raises BadOption naming the option, its value and what would
+    be right.
     """
     readers: dict[str, Callable[[str, str], Any]] = {
         "model": _text, "version": _integer, "samples": _integer, "seed": _integer, "overlap": _share, "outputs": _maps,
         "boxes": _boxes, "tags": _tags, "alpha": _number, "max_risk": _number,
     }  # fmt: skip
     for name in fields:
-        if name not in readers:
-            raise BadOption(f"there is no option {name[:40]!r}; known are {', '.join(readers)}")
-    return SegmentOptions(**{name: readers[name](name, text) for name, text in fields.items()})
+        if name not in (*readers, *beside):
+            raise BadOption(f"there is no option {name[:40]!r}; known are {', '.join((*readers, *beside))}")
+    return SegmentOptions(**{name: readers[name](name, text) for name, text in fields.items() if name in readers})
 
 
 def _text(_: str, text: str) -> str:

@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,13 +68,15 @@ class BandStream:
 
     The work is submitted when the first row is asked for and withdrawn when the caller stops, so that nothing stays
     in the queue that nobody waits for. Iterate once. abstain_above: entropy in nats above which a label is withheld.
-    num_done: windows so far. Pixels without a measurement (`Raster.nodata`) have the label IGNORE.
+    num_done: windows so far; each: called after every one. Pixels without a measurement (`Raster.nodata`) have the
+    label IGNORE.
     """
 
     def __init__(self, scheduler: Scheduler, work: Work, *, abstain_above: float | None = None) -> None:
         self._scheduler, self.work = scheduler, work
         self.abstain_above = abstain_above
         self.num_done = work.plan.num_windows - work.num_windows
+        self.each: Callable[[], object] = lambda: None
         self.timing_ms: dict[str, float] = {"queue": 0.0, "run": 0.0, "stitch": 0.0, "read_out": 0.0, "total": 0.0}
 
     def __iter__(self) -> Iterator[Band]:
@@ -86,6 +88,7 @@ class BandStream:
         with self._scheduler.submit(work) as finished_windows:
             for window, moments in finished_windows:
                 self.num_done += 1
+                self.each()
                 with self._clock("stitch"):
                     canvas.add(window, moments)
                 for y0, merged_hKW, expected_hW, extras_hEW in canvas.finished(window):

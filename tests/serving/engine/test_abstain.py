@@ -1,11 +1,13 @@
 """`max_risk`: pixels above the card's calibrated entropy are withheld, in every form of the answer."""
 
 import dataclasses
+import io
 import json
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from export.bundle import export_network
 from models.card import IGNORE, Calibration, Card, dump_card, parse_card
@@ -15,7 +17,7 @@ from serving.engine.runtime import Tuning
 from serving.engine.segmenter import Segmenter
 from serving.oip import read_options
 from serving.oip_grpc import _answer
-from serving.render import json_bytes, label_picture
+from serving.render import Style, render
 from serving.rest import answer_headers, summary
 from serving.telemetry import Telemetry
 from tests.conftest import GAIN, picture, toy_card
@@ -94,12 +96,13 @@ def test_it_is_an_option_of_text_and_of_grpc_parameters() -> None:
 def test_every_form_of_the_answer_says_what_was_withheld(segmenter: Segmenter, rng: np.random.Generator) -> None:
     prediction = segmenter.segment(picture(rng, 40, 50), ask(0.05))
     share = prediction.abstained
-    document = json.loads(json_bytes(prediction))
+    document = json.loads(render(prediction, "application/json", Style()))
     assert document["abstained"] == share
     assert sum(row["share"] for row in document["classes"]) == pytest.approx(1 - (share or 0))
     assert float(answer_headers(prediction)["X-Penumbra-Abstained"]) == pytest.approx(share, abs=1e-6)
     assert _answer(prediction, ("labels",)).parameters["abstained"].double_param == share
-    black = np.asarray(label_picture(prediction).convert("RGB"))[prediction.labels_HW == IGNORE]
+    shown = Image.open(io.BytesIO(render(prediction, "image/png", Style()))).convert("RGB")
+    black = np.asarray(shown)[prediction.labels_HW == IGNORE]
     assert len(black) and not black.any()
 
 

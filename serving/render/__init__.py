@@ -1,0 +1,112 @@
+"""From a prediction to bytes: one writer per media type, and which one an Accept header asks for.
+
+A writer takes a prediction, a style and a binary file, and goes through the answer in blocks of rows, so that an
+answer whose arrays lie on disk (`serving.spool`) is written in the memory of one block.
+"""
+
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from models.errors import BadOption, NotAcceptable
+from serving.engine.options import SegmentOptions, parse_options
+from serving.engine.segmenter import Prediction
+from serving.render.arrays import write_npz, write_tiff
+from serving.render.pictures import LEVELS, palette, write_png
+from serving.render.regions import write_geojson
+from serving.render.tables import write_json
+
+__all__ = ["WRITERS", "Style", "choose_format", "palette", "read_wish", "render"]
+
+STYLE_OPTIONS = ("picture", "levels", "min_pixels")
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How an answer is shown.
+
+    picture: what a PNG or TIFF shows: `labels`, `overlay` (their colours over the image) or the name of a map. levels:
+    grey levels of a map's PNG. min_pixels: regions of fewer pixels are left out of GeoJSON.
+    """
+
+    picture: str = "labels"
+    levels: int = 65536
+    min_pixels: int = 1
+
+    @property
+    def maps(self) -> tuple[str, ...]:
+        """The maps that the picture needs."""
+        return () if self.picture in ("labels", "overlay") else (self.picture,)
+
+
+Write = Callable[[Prediction, Style, BinaryIO], None]
+WRITERS: dict[str, Write] = {
+    "application/json": lambda prediction, _, file: write_json(prediction, file),
+    "image/png": lambda prediction, style, file: write_png(prediction, file, style.picture, levels=style.levels),
+    "application/x-npz": lambda prediction, _, file: write_npz(prediction, file),
+    "application/geo+json": lambda prediction, style, file: write_geojson(
+        prediction, file, min_pixels=style.min_pixels
+    ),
+    "image/tiff": lambda prediction, style, file: write_tiff(prediction, file, bands=(style.picture,)),
+}
+"""Answer formats by media type; the first is the answer to `*/*`."""
+
+
+WITH_MEANS = ("application/json", "application/geo+json")
+"""Formats that tell the mean of every map."""
+
+
+def parse_style(fields: Mapping[str, str]) -> Style:
+    """Read a style from text. Raises BadOption."""
+    style = {name: fields[name] for name in STYLE_OPTIONS if name in fields}
+    levels, min_pixels = style.get("levels", "65536"), style.get("min_pixels", "1")
+    if levels not in map(str, LEVELS):
+        raise BadOption(f"levels is {levels[:40]!r}; {', '.join(map(str, LEVELS))} are possible")
+    if not (min_pixels.isascii() and min_pixels.isdigit() and 1 <= int(min_pixels[:12]) < 10**9):
+        raise BadOption(f"min_pixels is {min_pixels[:40]!r}; a whole number from 1 is wanted")
+    return Style(style.get("picture", "labels"), int(levels), int(min_pixels[:12]))
+
+
+def read_wish(media: str, fields: Mapping[str, str]) -> tuple[SegmentOptions, Style]:
+    """What to compute and how to show it, for an answer in a media type. Raises BadOption."""
+    style = parse_style(fields)
+    options = parse_options(fields, beside=STYLE_OPTIONS).with_maps(style.maps)
+    return (options.with_default_maps() if media in WITH_MEANS else options), style
+
+
+def render(prediction: Prediction, media: str, style: Style) -> bytes:
+    """The answer's bytes in a media type of `WRITERS`."""
+    buffer = io.BytesIO()
+    WRITERS[media](prediction, style, buffer)
+    return buffer.getvalue()
+
+
+def choose_format(accept: str) -> str:
+    """The offered media type with the highest quality in an Accept header (RFC 9110); ties go to our order.
+
+    Raises NotAcceptable naming what is on offer.
+    """
+    ranges = [_media_range(part) for part in accept.split(",") if part.strip()] or [("*/*", 1.0)]
+    best = max(WRITERS, key=lambda media: _quality(media, ranges))
+    if _quality(best, ranges) <= 0:
+        raise NotAcceptable(f"Accept is {accept[:80]!r}; on offer are {', '.join(WRITERS)}")
+    return best
+
+
+def _media_range(text: str) -> tuple[str, float]:
+    media, *parameters = (part.strip().lower() for part in text.split(";"))
+    quality = next((p[2:] for p in parameters if p.startswith("q=")), "1")
+    try:
+        return media, min(max(float(quality), 0.0), 1.0)
+    except ValueError:
+        return media, 0.0
+
+
+def _quality(media: str, ranges: list[tuple[str, float]]) -> float:
+    """Quality of the most specific range that matches."""
+    for pattern in (media, media.partition("/")[0] + "/*", "*/*"):
+        matching = [quality for name, quality in ranges if name == pattern]
+        if matching:
+            return max(matching)
+    return 0.0

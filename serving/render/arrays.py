@@ -1,0 +1,95 @@
+"""An answer's arrays without loss: npz, and TIFF that lies where its image lies."""
+
+import zipfile
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
+import rasterio
+from numpy.lib import format as npy
+
+from models.card import IGNORE, MAPS
+from serving.engine.raster import Raster, gdal
+from serving.engine.segmenter import Prediction
+from serving.render.pictures import blocks, palette, shown
+
+TILE = 512
+
+
+def write_npz(prediction: Prediction, file: BinaryIO) -> None:
+    """`labels` uint8 and the maps float32 [H, W], uncompressed: noisy maps do not shrink, and this is fast."""
+    arrays = {"labels": (prediction.labels_HW, np.uint8)} | {
+        name: (values, np.float32) for name, values in prediction.maps.items()
+    }
+    height, width = prediction.labels_HW.shape
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, (values, dtype) in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (height, width)}
+                npy.write_array_header_1_0(entry, header)
+                for rows in blocks(height):
+                    entry.write(values[rows].tobytes())
+
+
+def write_tiff(prediction: Prediction, file: BinaryIO, *, bands: Sequence[str]) -> None:
+    """Pictures (`labels` or `overlay`, alone) or maps in float32, one band each, as a tiled and compressed TIFF.
+
+    A GeoTIFF's answer lies where its image does. Where that has no measurement, labels are IGNORE and maps are NaN;
+    both are what the file declares as nodata. Files over 4 GB become BigTIFF.
+    """
+    height, width = prediction.labels_HW.shape
+    profile, path = _profile(prediction, bands), getattr(file, "name", None)
+    with gdal(), rasterio.MemoryFile() as memory:
+        with rasterio.open(path, "w", **profile) if path else memory.open(**profile) as target:
+            _describe(target, prediction, bands)
+            for rows in blocks(height):
+                frame = rasterio.windows.Window(0, rows.start, width, rows.stop - rows.start)
+                target.write(_values(prediction, bands, rows), window=frame)
+        if not path:
+            file.write(memory.read())
+
+
+def _profile(prediction: Prediction, bands: Sequence[str]) -> dict[str, Any]:
+    image, is_map = prediction.image, bands[0] not in ("labels", "overlay")
+    height, width = prediction.labels_HW.shape
+    place = image.place if isinstance(image, Raster) else None
+    return {
+        "driver": "GTiff", "height": height, "width": width, "count": 3 if bands[0] == "overlay" else len(bands),
+        "dtype": "float32" if is_map else "uint8", "nodata": {"labels": IGNORE, "overlay": None}.get(bands[0], np.nan),
+        "crs": place and place.crs, "transform": place and place.transform,
+        "tiled": True, "blockxsize": TILE, "blockysize": TILE, "bigtiff": "IF_SAFER", "interleave": "band",
+        "compress": "deflate", "zlevel": 1, "predictor": 3 if is_map else 1,
+    }  # fmt: skip
+
+
+def _describe(target: Any, prediction: Prediction, bands: Sequence[str]) -> None:
+    """Colours, names of bands, who answered, and the place where it is not a plain transform."""
+    card, image = prediction.card, prediction.image
+    target.update_tags(
+        PENUMBRA_MODEL=card.name, PENUMBRA_VERSION=card.version, PENUMBRA_SEED=prediction.seed,
+        PENUMBRA_SAMPLES=prediction.num_samples,
+    )  # fmt: skip
+    if isinstance(image, Raster):
+        if image.place.gcps:
+            target.gcps = (image.place.gcps, image.place.crs)
+        if image.place.rpcs:
+            target.rpcs = image.place.rpcs
+    if bands[0] == "labels":
+        colors = np.frombuffer(palette(card), np.uint8).reshape(256, 3)
+        target.write_colormap(1, {k: (*color, 255) for k, color in enumerate(colors.tolist())})
+    if bands[0] != "overlay":
+        for number, name in enumerate(bands, 1):
+            target.set_band_description(number, name)
+            if name in MAPS and name not in ("confidence", "margin"):
+                target.set_band_unit(number, "nats")
+
+
+def _values(prediction: Prediction, bands: Sequence[str], rows: slice) -> Any:
+    """One block as [bands, h, W]."""
+    if bands[0] in ("labels", "overlay"):
+        return np.atleast_3d(shown(prediction, bands[0], rows)).transpose(2, 0, 1)
+    values = np.stack([prediction.maps[name][rows] for name in bands])
+    void_hW = prediction.image.void(rows) if isinstance(prediction.image, Raster) else None
+    if void_hW is not None:
+        values[:, void_hW] = np.nan
+    return values

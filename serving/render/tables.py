@@ -1,0 +1,53 @@
+"""An answer in JSON: facts, a table of classes, and their masks as run lengths."""
+
+import json
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco
+
+from serving.engine.segmenter import Prediction
+from serving.render.pictures import blocks
+
+
+def facts(prediction: Prediction) -> dict[str, Any]:
+    """What an answer is of, and what its reader should know."""
+    return {
+        "model": prediction.card.name, "version": prediction.card.version, "seed": prediction.seed,
+        "samples": prediction.num_samples, "members": list(prediction.members), "windows": prediction.num_windows,
+        "size": list(prediction.labels_HW.shape), "units": "nats",
+        "timing_ms": {phase: round(ms, 3) for phase, ms in prediction.timing_ms.items()},
+        "warnings": list(prediction.warnings), "abstained": prediction.abstained,
+    }  # fmt: skip
+
+
+def class_table(prediction: Prediction) -> list[dict[str, Any]]:
+    """Per class that occurs: id, name, pixels, share of the image, and the mean of each map over its pixels."""
+    height, width = prediction.labels_HW.shape
+    pixels = np.zeros(256, np.int64)
+    sums = {name: np.zeros(256) for name in prediction.maps}
+    for rows in blocks(height):
+        labels = prediction.labels_HW[rows].ravel()
+        pixels += np.bincount(labels, minlength=256)
+        for name, total in sums.items():
+            total += np.bincount(labels, prediction.maps[name][rows].ravel(), 256)
+    return [
+        {"id": k, "name": info.name, "pixels": int(pixels[k]), "share": float(pixels[k] / (height * width))}
+        | {f"mean_{name}": float(total[k] / pixels[k]) for name, total in sums.items()}
+        for k, info in enumerate(prediction.card.classes)
+        if pixels[k]
+    ]
+
+
+def run_length(mask_HW: NDArray[np.bool_]) -> dict[str, Any]:
+    """A mask in COCO's compressed run-length form: column-major, size is [height, width]."""
+    encoded = coco.encode(np.asfortranarray(mask_HW, np.uint8))
+    return {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
+
+
+def write_json(prediction: Prediction, file: BinaryIO) -> None:
+    """Facts, and per class its row of the table and its mask."""
+    labels_HW = prediction.labels_HW[:]
+    classes = [row | {"rle": run_length(labels_HW == row["id"])} for row in class_table(prediction)]
+    file.write(json.dumps(facts(prediction) | {"classes": classes}, allow_nan=False).encode())
