@@ -7,12 +7,18 @@ Messages are one sentence: what was wrong, the value, what would be right. No tr
     ├── BadOption            an option is unknown, malformed or out of range
     ├── BadImage             the picture cannot be read
     ├── UnknownModel         no such model, or no such version of it
+    ├── UnknownJob           no such job, or its time is over
+    ├── JobUnfinished        it has no result, or none yet
     ├── NotAcceptable        no offered answer format is accepted
     ├── UnsupportedMedia     the body is of a kind that is not read
     ├── Unsupported          the protocol has it, and it is not offered here
     ├── Restricted           it is switched off on this server
+    ├── Unauthenticated      no key, or none that is known
+    ├── Forbidden            the key's scope does not reach so far
     ├── TooLarge             over a published limit; says the limit, the size and the remedy
+    ├── HeadTooLarge         the same, of a request's line and headers
     ├── QueueFull            refused at the door; says when to come again
+    ├── DiskFull             there is no room for an answer's files
     ├── NotReady             still loading, or draining
     ├── Cancelled            the caller went away
     ├── DeadlineExceeded     the caller's deadline passed
@@ -41,6 +47,14 @@ class UnknownModel(PenumbraError):
     """No such model, or no such version of it."""
 
 
+class UnknownJob(PenumbraError):
+    """No such job, or one whose time is over."""
+
+
+class JobUnfinished(PenumbraError):
+    """The job has no result, or none yet."""
+
+
 class NotAcceptable(PenumbraError):
     """None of the answer formats on offer is accepted by the caller."""
 
@@ -57,8 +71,20 @@ class Restricted(PenumbraError):
     """Switched off on this server."""
 
 
+class Unauthenticated(PenumbraError):
+    """There is no API key, or none that is known."""
+
+
+class Forbidden(PenumbraError):
+    """The API key's scope does not reach so far."""
+
+
 class TooLarge(PenumbraError):
     """Over a published limit."""
+
+
+class HeadTooLarge(PenumbraError):
+    """A request's line and headers are over their limit."""
 
 
 class QueueFull(PenumbraError):
@@ -67,6 +93,10 @@ class QueueFull(PenumbraError):
     def __init__(self, message: str, *, retry_after_s: int) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class DiskFull(PenumbraError):
+    """There is no room for an answer's files."""
 
 
 class NotReady(PenumbraError):

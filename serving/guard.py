@@ -1,11 +1,13 @@
-"""What stands before every route: a bound on the body, and on what BentoML's own routes may be sent."""
+"""What stands before every route: keys, bounds on head and body, and on what BentoML's own routes may be sent."""
 
 from contextlib import suppress
+from dataclasses import dataclass
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from models.errors import Cancelled, PenumbraError, TooLarge, UnsupportedMedia
+from models.errors import Cancelled, HeadTooLarge, PenumbraError, TooLarge, Unauthenticated, UnsupportedMedia
+from serving.keys import Keys
 from serving.statuses import status_of
 from serving.telemetry import Telemetry
 
@@ -15,55 +17,84 @@ HEALTH_PATHS = ("/healthz", "/livez", "/readyz")
 """BentoML has these too, before ours and with other bodies; they go straight to ours."""
 
 
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """In bytes: of the line and headers, of a body, and of JSON, which takes up to forty times its size in memory."""
+
+    head: int
+    body: int
+    json: int
+
+
 class Guard:
-    """Reads a request's body up to a limit before anything parses it, and refuses larger ones with 413.
+    """Asks for a key, then reads the body up to a limit before anything parses it.
 
     BentoML's typed route takes JSON alone: its pickle, multipart and URL-fetching readers are closed off (415).
     """
 
-    def __init__(self, app: ASGIApp, *, ours: ASGIApp, telemetry: Telemetry, body_bytes: int) -> None:
-        self._app, self._ours, self._telemetry, self._body_bytes = app, ours, telemetry, body_bytes
+    def __init__(self, app: ASGIApp, *, ours: ASGIApp, telemetry: Telemetry, keys: Keys, bounds: Bounds) -> None:
+        self._app, self._ours, self._telemetry, self._keys, self._bounds = app, ours, telemetry, keys, bounds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
-            app = self._ours if scope.get("path") in HEALTH_PATHS else self._app
-            await app(scope, receive, send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
             return
+        path, method = scope["path"], scope["method"]
         headers = dict(scope["headers"])
         try:
-            if BENTO_PATHS.get(scope["path"]) == scope["method"]:
-                self._check_media(scope["path"], headers.get(b"content-type", b""))
-            body = await self._read(receive, declared=headers.get(b"content-length", b""))
+            self._check_head(scope)
+            self._keys.check_path(path, headers.get(b"authorization", b"").decode("latin-1"))
+            if method not in ("GET", "HEAD", "OPTIONS"):
+                is_bentos = BENTO_PATHS.get(path) == method
+                if is_bentos:
+                    self._check_media(path, headers.get(b"content-type", b""))
+                limit = min(self._bounds.json, self._bounds.body) if is_bentos else self._bounds.body
+                receive = _Replay(
+                    await _read(receive, declared=headers.get(b"content-length", b""), limit=limit), receive
+                )
         except PenumbraError as error:
-            with suppress(PenumbraError), self._telemetry.track("http"):
-                raise error
-            refusal = JSONResponse({"error": str(error)}, status_of(error)[0], {"Connection": "close"})
-            await refusal(scope, receive, send)
+            await self._refuse(error, scope, receive, send)
             return
-        await self._app(scope, _Replay(body, receive), send)
+        await (self._ours if path in HEALTH_PATHS else self._app)(scope, receive, send)
+
+    async def _refuse(self, error: PenumbraError, scope: Scope, receive: Receive, send: Send) -> None:
+        with suppress(PenumbraError), self._telemetry.track("http"):
+            raise error
+        headers = {"Connection": "close"}
+        if isinstance(error, Unauthenticated):
+            headers["WWW-Authenticate"] = "Bearer"
+        await JSONResponse({"error": str(error)}, status_of(error)[0], headers)(scope, receive, send)
+
+    def _check_head(self, scope: Scope) -> None:
+        size = len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(n) + len(v) for n, v in scope["headers"])
+        if size > self._bounds.head:
+            raise HeadTooLarge(
+                f"the request's line and headers have {size:,} bytes and the limit is {self._bounds.head:,}; send long "
+                "options as form fields"
+            )
 
     def _check_media(self, path: str, content_type: bytes) -> None:
         media = content_type.split(b";")[0].strip().lower().decode("latin-1")
         if media != "application/json":
             raise UnsupportedMedia(f"the body is {media[:60] or 'of no type'}; {path} takes application/json")
 
-    async def _read(self, receive: Receive, *, declared: bytes) -> bytes:
-        """The whole body. Raises TooLarge from its declared length, else as soon as more has arrived; Cancelled."""
-        limit = self._body_bytes
-        remedy = f"bytes and the limit is {limit:,}; send a smaller or better compressed image, or parts of it"
-        if declared.isdigit() and (len(declared) > 18 or int(declared) > limit):
-            raise TooLarge(f"the body has {declared[:18].decode()} {remedy}")
-        chunks: list[bytes] = []
-        size, more = 0, True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise Cancelled("the caller went away before the whole body had arrived")
-            chunks.append(message.get("body", b""))
-            size, more = size + len(chunks[-1]), message.get("more_body", False)
-            if size > limit:
-                raise TooLarge(f"the body has more than {limit:,} {remedy}")
-        return b"".join(chunks)
+
+async def _read(receive: Receive, *, declared: bytes, limit: int) -> bytes:
+    """The whole body. Raises TooLarge from its declared length, else as soon as more has arrived; Cancelled."""
+    remedy = f"bytes and the limit is {limit:,}; send a smaller or better compressed image, or parts of it"
+    if declared.isdigit() and (len(declared) > 18 or int(declared) > limit):
+        raise TooLarge(f"the body has {declared[:18].decode()} {remedy}")
+    chunks: list[bytes] = []
+    size, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Cancelled("the caller went away before the whole body had arrived")
+        chunks.append(message.get("body", b""))
+        size, more = size + len(chunks[-1]), message.get("more_body", False)
+        if size > limit:
+            raise TooLarge(f"the body has more than {limit:,} {remedy}")
+    return b"".join(chunks)
 
 
 class _Replay:

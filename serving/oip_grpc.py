@@ -5,6 +5,7 @@ Messages come from tritonclient's own stubs, so what its clients send is what is
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -17,9 +18,11 @@ from tritonclient.grpc import service_pb2_grpc
 
 from models.errors import BadOption, PenumbraError
 from serving import VERSION
+from serving.keys import Keys
 from serving.oip import DEFAULT_OUTPUTS, Answer, Inference, InferRequest, WantedOutput
 from serving.oip_tensors import DTYPES, SHOWN, Tensor, join_strings
 from serving.statuses import status_of
+from serving.telemetry import Telemetry
 
 log = logging.getLogger("penumbra")
 
@@ -219,13 +222,36 @@ def write_answer(answer: Answer, _: InferRequest) -> Any:
     return message
 
 
+class KeyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Ends calls that the caller's key is not for before their message is read."""
+
+    def __init__(self, keys: Keys, telemetry: Telemetry) -> None:
+        self._keys, self._telemetry = keys, telemetry
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], call: Any) -> Any:
+        sent = dict(call.invocation_metadata).get("authorization", "")
+        try:
+            self._keys.check_call(call.method, sent)
+        except PenumbraError as error:
+            refusal = error
+
+            async def refuse(_: Any, context: Context) -> None:
+                with suppress(PenumbraError), self._telemetry.track("grpc"):
+                    raise refusal
+                await context.abort(grpc.StatusCode[status_of(refusal)[1]], str(refusal))
+
+            return grpc.stream_stream_rpc_method_handler(refuse)  # ends calls of any kind
+        return await continuation(call)
+
+
 class GrpcServer:
     """The listening server. `start` raises RuntimeError when the port is taken."""
 
-    def __init__(self, inference: Inference, *, address: str, message_bytes: int) -> None:
+    def __init__(self, inference: Inference, *, address: str, message_bytes: int, keys: Keys) -> None:
         self._health = health.HealthServicer(experimental_non_blocking=True)
         self._address = address
         self._server = grpc.aio.server(
+            interceptors=[KeyInterceptor(keys, inference.gateway.telemetry)],
             options=[
                 ("grpc.so_reuseport", 0),  # two servers on one port would share its traffic in silence
                 ("grpc.max_receive_message_length", message_bytes),

@@ -30,9 +30,9 @@ FAST = 1
 T = TypeVar("T")
 
 
-def routes(inference: Inference, *, body_bytes: int) -> list[BaseRoute]:
-    """Everything under /v2. body_bytes: limit of a body once it is decompressed."""
-    rest = Rest(inference, body_bytes=body_bytes)
+def routes(inference: Inference, *, body_bytes: int, json_bytes: int) -> list[BaseRoute]:
+    """Everything under /v2. body_bytes: limit of a body once it is decompressed; json_bytes: of the JSON in it."""
+    rest = Rest(inference, body_bytes=body_bytes, json_bytes=json_bytes)
     model, versioned = "/models/{model}", "/models/{model}/versions/{version}"
     verbs = {"": rest.metadata, "/ready": rest.model_ready, "/config": rest.config, "/stats": rest.statistics}
     inner: list[BaseRoute] = [
@@ -51,8 +51,8 @@ def routes(inference: Inference, *, body_bytes: int) -> list[BaseRoute]:
 class Rest:
     """The handlers."""
 
-    def __init__(self, inference: Inference, *, body_bytes: int) -> None:
-        self._inference, self._body_bytes = inference, body_bytes
+    def __init__(self, inference: Inference, *, body_bytes: int, json_bytes: int) -> None:
+        self._inference, self._body_bytes, self._json_bytes = inference, body_bytes, json_bytes
 
     async def server(self, _: Request) -> Response:
         return JSONResponse(self._inference.server_document())
@@ -83,7 +83,7 @@ class Rest:
 
     async def index(self, request: Request) -> Response:
         body = await request.body()
-        wanted = _parse(body) if body else {}
+        wanted = _parse(body, limit_bytes=self._json_bytes) if body else {}
         ready_only = "ready" in wanted and _member(wanted, "ready", bool)
         return JSONResponse(self._inference.index(ready_only=ready_only))
 
@@ -103,7 +103,8 @@ class Rest:
         def read() -> InferRequest:
             self._inference.find(model, version)  # an unknown model is the first thing to say, whatever the body is
             plain = decompress(body, told.get("content-encoding", ""), limit_bytes=self._body_bytes)
-            return read_request(plain, model=model, version=version, header_length=told.get(HEADER_LENGTH))
+            length = told.get(HEADER_LENGTH)
+            return read_request(plain, model=model, version=version, header_length=length, json_bytes=self._json_bytes)
 
         def write(answer: Answer, asked: InferRequest) -> Response:
             return write_answer(answer, [wanted.binary for wanted in asked.outputs], encoding=taken)
@@ -137,15 +138,17 @@ def decompress(body: bytes, encoding: str, *, limit_bytes: int) -> bytes:
     return plain
 
 
-def read_request(body: bytes, *, model: str, version: str, header_length: str | None) -> InferRequest:
-    """A request from its decompressed body. Raises BadOption."""
+def read_request(
+    body: bytes, *, model: str, version: str, header_length: str | None, json_bytes: int
+) -> InferRequest:  # fmt: skip
+    """A request from its decompressed body. Raises BadOption, TooLarge."""
     length = len(body) if header_length is None else _leading_integer(header_length)
     if not 0 <= length <= len(body):
         raise BadOption(f"inference header size should be in range (0, {len(body)}), got: {length}")
     if length == 0 and header_length is not None:
         picture = Tensor("image", "BYTES", (1,), join_strings([body]))
         return InferRequest(model, version, inputs=[picture], outputs=_default_outputs(binary=True))
-    head, rest = _parse(memoryview(body)[:length]), memoryview(body)[length:]
+    head, rest = _parse(memoryview(body)[:length], limit_bytes=json_bytes), memoryview(body)[length:]
     parameters = _parameters(head)
     binary = _member(parameters, "binary_data_output", bool) if "binary_data_output" in parameters else False
     inputs: list[Tensor] = []
@@ -172,7 +175,9 @@ def _leading_integer(text: str) -> int:
     return int(match.group()) if match else 0
 
 
-def _parse(text: bytes | memoryview) -> dict[str, Any]:
+def _parse(text: bytes | memoryview, *, limit_bytes: int) -> dict[str, Any]:
+    if len(text) > limit_bytes:  # parsed, JSON takes up to forty times its size
+        raise TooLarge(f"the JSON has {len(text):,} bytes and the limit is {limit_bytes:,}; send binary tensors")
     try:
         return _object(orjson.loads(text))
     except orjson.JSONDecodeError as error:

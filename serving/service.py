@@ -22,7 +22,9 @@ from starlette.responses import JSONResponse
 
 from models.errors import BadArtifact, BadOption, PenumbraError
 from serving import VERSION
-from serving.guard import Guard
+from serving.guard import Bounds, Guard
+from serving.head import bound_heads
+from serving.keys import read_keys, warn_if_open
 from serving.settings import Settings
 from serving.statuses import status_of
 from serving.telemetry import Telemetry
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 SETTINGS = Settings()
 TELEMETRY = Telemetry(latency_buckets_s=SETTINGS.latency_buckets_s)
+KEYS = read_keys(SETTINGS.api_keys.get_secret_value(), SETTINGS.api_keys_file)
 APP = Starlette()
 """Carries our routes; they are filled in when the worker has built the engine."""
 
@@ -72,7 +75,9 @@ class Penumbra:
         TELEMETRY.describe(version=VERSION, queued_windows=lambda: scheduler.queued[0])
         self.grpc: GrpcServer | None = None
         self.inference = Inference(self.gateway, store=SETTINGS.store if SETTINGS.model_control else None)
-        oip_routes = oip_rest.routes(self.inference, body_bytes=SETTINGS.limit_body_bytes)
+        oip_routes = oip_rest.routes(
+            self.inference, body_bytes=SETTINGS.limit_body_bytes, json_bytes=SETTINGS.limit_json_bytes
+        )
         APP.router.routes[:] = [*oip_routes, *routes(self.gateway, VERSION)]
         APP.exception_handlers.update(ERROR_HANDLERS)
 
@@ -94,6 +99,7 @@ class Penumbra:
                 loop.call_soon_threadsafe(loop.call_later, SETTINGS.predrain_s, stop, signum, None)
 
         signal.signal(signal.SIGTERM, drain)
+        warn_if_open(KEYS, model_control=SETTINGS.model_control)
         self.gateway.state = "ready"
 
     async def _start_grpc(self) -> None:
@@ -101,7 +107,7 @@ class Penumbra:
 
         if SETTINGS.grpc_address:
             self.grpc = GrpcServer(
-                self.inference, address=SETTINGS.grpc_address, message_bytes=SETTINGS.limit_body_bytes
+                self.inference, address=SETTINGS.grpc_address, message_bytes=SETTINGS.limit_body_bytes, keys=KEYS
             )
             await self.grpc.start()
 
@@ -174,6 +180,8 @@ def check_one_worker() -> None:
 
 
 check_one_worker()
+bound_heads(SETTINGS.limit_head_bytes)
 Penumbra.add_asgi_middleware(  # type: ignore[attr-defined]
-    Guard, ours=APP, telemetry=TELEMETRY, body_bytes=SETTINGS.limit_body_bytes
-)
+    Guard, ours=APP, telemetry=TELEMETRY, keys=KEYS,
+    bounds=Bounds(SETTINGS.limit_head_bytes, SETTINGS.limit_body_bytes, SETTINGS.limit_json_bytes),
+)  # fmt: skip

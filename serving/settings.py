@@ -4,7 +4,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from serving.telemetry import SECONDS
@@ -36,6 +36,7 @@ class Settings(BaseSettings):
     docs/limits.md. predrain_s: how long readiness is down before connections are closed on SIGTERM.
     latency_buckets_s: bounds of the latency histograms. otlp_endpoint: collector of traces, empty for none;
     trace_share: of the requests that are traced, unless their caller says so.
+    api_keys, api_keys_file: `serving.keys`; none lets everybody in.
     """
 
     model_config = SettingsConfigDict(env_prefix="PENUMBRA_", frozen=True, extra="ignore")
@@ -50,6 +51,8 @@ class Settings(BaseSettings):
     samples_per_call: int = Field(0, ge=0)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     limit_body_bytes: int = Field(64 * 2**20, ge=1)
+    limit_json_bytes: int = Field(8 * 2**20, ge=1)
+    limit_head_bytes: int = Field(64 * 2**10, ge=1024)
     limit_pixels: int = Field(64_000_000, ge=1, le=178_956_970)  # beyond, Pillow opens no file
     limit_windows: int = Field(4096, ge=1)
     limit_samples: int = Field(64, ge=1)
@@ -61,3 +64,5 @@ class Settings(BaseSettings):
     latency_buckets_s: Bounds = SECONDS
     otlp_endpoint: str = ""
     trace_share: float = Field(1.0, ge=0, le=1)
+    api_keys: SecretStr = SecretStr("")
+    api_keys_file: Path | None = None

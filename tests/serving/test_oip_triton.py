@@ -80,7 +80,8 @@ def _read_http(request: dict[str, Any]) -> list[Tensor]:
     assert len(body) == request["body_len"]
     plain = oip_rest.decompress(body, headers.get("content-encoding", ""), limit_bytes=2**20)
     model = _model_of(request["path"])
-    read = oip_rest.read_request(plain, model=model, version="", header_length=headers.get(oip_rest.HEADER_LENGTH))
+    length = headers.get(oip_rest.HEADER_LENGTH)
+    read = oip_rest.read_request(plain, model=model, version="", header_length=length, json_bytes=2**20)
     return list(check_inputs(read.inputs, MODELS[model], model=model, request_id=read.id).values())
 
 
