@@ -64,6 +64,7 @@ def serve(store: Path, host: str, port: int, grpc_port: int) -> None:
     home.mkdir(mode=0o700, exist_ok=True)
     environment = os.environ | {
         "PENUMBRA_STORE": str(store.resolve()),
+        "PENUMBRA_JOBS": os.environ.get("PENUMBRA_JOBS", str(home / "jobs")),
         "PENUMBRA_GRPC_ADDRESS": f"{host}:{grpc_port}" if grpc_port else "",
         "BENTOML_HOME": str(home),  # two servers with one home delete each other's files
         "BENTOML_DO_NOT_TRACK": "True",

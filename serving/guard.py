@@ -11,6 +11,8 @@ from serving.keys import Keys
 from serving.statuses import status_of
 from serving.telemetry import Telemetry
 
+STREAMED = ("POST", "/jobs")
+"""What may be larger than memory, where it is a raw body: its handler bounds it as it comes."""
 BENTO_PATHS = {"/predict": "POST", "/schema.json": "GET"}
 """Path and method of what BentoML itself answers; everything else is ours (`serving.rest`)."""
 HEALTH_PATHS = ("/healthz", "/livez", "/readyz")
@@ -44,10 +46,10 @@ class Guard:
         try:
             self._check_head(scope)
             self._keys.check_path(path, headers.get(b"authorization", b"").decode("latin-1"))
-            if method not in ("GET", "HEAD", "OPTIONS"):
+            is_form = headers.get(b"content-type", b"").lower().startswith(b"multipart/")
+            if method not in ("GET", "HEAD", "OPTIONS") and ((method, path) != STREAMED or is_form):
                 is_bentos = BENTO_PATHS.get(path) == method
-                if is_bentos:
-                    self._check_media(path, headers.get(b"content-type", b""))
+                _check_media(path, headers.get(b"content-type", b""), json_only=is_bentos)
                 limit = min(self._bounds.json, self._bounds.body) if is_bentos else self._bounds.body
                 receive = _Replay(
                     await _read(receive, declared=headers.get(b"content-length", b""), limit=limit), receive
@@ -73,10 +75,13 @@ class Guard:
                 "options as form fields"
             )
 
-    def _check_media(self, path: str, content_type: bytes) -> None:
-        media = content_type.split(b";")[0].strip().lower().decode("latin-1")
-        if media != "application/json":
-            raise UnsupportedMedia(f"the body is {media[:60] or 'of no type'}; {path} takes application/json")
+
+def _check_media(path: str, content_type: bytes, *, json_only: bool) -> None:
+    media = content_type.split(b";")[0].strip().lower().decode("latin-1")
+    if json_only and media != "application/json":
+        raise UnsupportedMedia(f"the body is {media[:60] or 'of no type'}; {path} takes application/json")
+    if "pickle" in media:
+        raise UnsupportedMedia(f"the body is {media[:60]}; pickles are read nowhere here")
 
 
 async def _read(receive: Receive, *, declared: bytes, limit: int) -> bytes:

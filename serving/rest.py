@@ -115,10 +115,10 @@ async def read_upload(request: Request) -> tuple[bytes, dict[str, str]]:
 
     Raises UnsupportedMedia, BadImage and BadOption.
     """
-    fields = _unique(request.query_params.multi_items())
-    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media.startswith("image/") or media == "application/octet-stream":
+    fields = unique(request.query_params.multi_items())
+    if is_raw(request):
         return await request.body(), fields
+    media = _media_of(request)
     if media != "multipart/form-data":
         raise UnsupportedMedia(
             f"the body is {media[:60] or 'of no type'!r}; send multipart/form-data with a file field image, "
@@ -134,7 +134,16 @@ async def read_upload(request: Request) -> tuple[bytes, dict[str, str]]:
         raise BadImage("the form has no file field image; add one that holds the picture")
     texts = [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
     with upload.file as file:
-        return file.read(), fields | _unique(texts, beside=fields)
+        return file.read(), fields | unique(texts, beside=fields)
+
+
+def is_raw(request: Request) -> bool:
+    """Whether the body is a picture's bytes and nothing else."""
+    return _media_of(request).startswith("image/") or _media_of(request) == "application/octet-stream"
+
+
+def _media_of(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 class InMemoryParser(MultiPartParser):
@@ -153,7 +162,8 @@ def parse_form(headers: Headers, body: bytes) -> FormData:
     return asyncio.run(InMemoryParser(headers, stream(), **limits).parse())
 
 
-def _unique(items: list[tuple[str, str]], *, beside: Mapping[str, str] | None = None) -> dict[str, str]:
+def unique(items: list[tuple[str, str]], *, beside: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Options by name. Raises BadOption where one is given twice."""
     fields: dict[str, str] = {}
     for name, value in items:
         if name in fields or name in (beside or {}):

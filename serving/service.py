@@ -63,7 +63,8 @@ class Penumbra:
     """Loads the store, then answers."""
 
     def __init__(self) -> None:
-        from serving import oip_rest
+        from serving import jobs_rest, oip_rest
+        from serving.jobs import Jobs, job_bounds
         from serving.oip import Inference
         from serving.rest import ERROR_HANDLERS, routes
 
@@ -78,7 +79,9 @@ class Penumbra:
         oip_routes = oip_rest.routes(
             self.inference, body_bytes=SETTINGS.limit_body_bytes, json_bytes=SETTINGS.limit_json_bytes
         )
-        APP.router.routes[:] = [*oip_routes, *routes(self.gateway, VERSION)]
+        self.jobs = Jobs(SETTINGS.jobs, self.gateway, bounds=job_bounds(SETTINGS))
+        job_routes = jobs_rest.routes(self.jobs, TELEMETRY)
+        APP.router.routes[:] = [*oip_routes, *job_routes, *routes(self.gateway, VERSION)]
         APP.exception_handlers.update(ERROR_HANDLERS)
 
     @bentoml.on_startup  # type: ignore[untyped-decorator]
@@ -101,6 +104,7 @@ class Penumbra:
         signal.signal(signal.SIGTERM, drain)
         warn_if_open(KEYS, model_control=SETTINGS.model_control)
         self.gateway.state = "ready"
+        self.jobs.start()
 
     async def _start_grpc(self) -> None:
         from serving.oip_grpc import GrpcServer
@@ -115,6 +119,7 @@ class Penumbra:
     async def end(self) -> None:
         if self.grpc:
             await self.grpc.stop(grace_s=SETTINGS.timeout_s)
+        await asyncio.to_thread(self.jobs.close)
         await asyncio.to_thread(self.gateway.close)
 
     @bentoml.api  # type: ignore[untyped-decorator]

@@ -1,5 +1,6 @@
 """How this process runs: every `PENUMBRA_*` variable, read once. Nothing else is read from the environment."""
 
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
@@ -28,7 +29,8 @@ Bounds = Annotated[
 class Settings(BaseSettings):
     """Each field is the environment variable PENUMBRA_<NAME>; the CLI's flags set the same fields.
 
-    store: directory of artifacts. grpc_address: host:port of gRPC, empty for none. model_control: whether callers may
+    store: directory of artifacts. jobs: directory of jobs, this server's alone; job_keep_s: how long their results are
+    kept. grpc_address: host:port of gRPC, empty for none. model_control: whether callers may
     load models of the store and unload them. device: "cpu" or "cuda[:n]"; empty takes CUDA where there is one.
     threads: of the inference thread; 0 takes one per usable core.
     deterministic: bytes of an answer never depend on what else is in its batch; costs the batch sizes that this
@@ -42,6 +44,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="PENUMBRA_", frozen=True, extra="ignore")
 
     store: Path = Path("store")
+    jobs: Path = Path(tempfile.gettempdir()) / "penumbra-jobs"
     grpc_address: str = "127.0.0.1:3001"
     model_control: bool = False
     device: str = ""
@@ -59,6 +62,10 @@ class Settings(BaseSettings):
     limit_queue_samples: int = Field(65_536, ge=1)
     limit_window_pixels: int = Field(2**22, ge=1)
     limit_requests: int = Field(64, ge=1)
+    limit_job_bytes: int = Field(4 * 2**30, ge=1)
+    limit_job_pixels: int = Field(2_000_000_000, ge=1)
+    limit_jobs: int = Field(16, ge=1)
+    job_keep_s: float = Field(86_400.0, gt=0)
     timeout_s: float = Field(300.0, gt=0)
     predrain_s: float = Field(2.0, ge=0)
     latency_buckets_s: Bounds = SECONDS

@@ -8,7 +8,8 @@ converted, alpha is dropped, and of several frames the first is taken.
 import io
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -37,13 +38,28 @@ def open_image(source: bytes | Path, limits: Limits, *, admit: Admit | None = No
     Raises BadImage, and TooLarge before decoding pixels over the limit.
     """
     raster = open_raster(source)
-    if raster is None:
-        return _decode(source.read_bytes() if isinstance(source, Path) else source, limits, admit=admit)
-    height, width, _ = raster.shape
-    check_pixels(height, width, limits)
-    if admit:
-        admit(height, width)
-    return raster
+    if raster:
+        _admit(raster.shape[:2], limits, admit)
+        return raster
+    with _header(source, limits) as picture:
+        _admit(_size_as_shown(picture), limits, admit)
+        try:
+            return _to_rgb(ImageOps.exif_transpose(picture))
+        except PILLOW_FAULTS as error:
+            reason = str(error).partition("\n")[0][:120] or type(error).__name__
+            raise BadImage(f"the {picture.format} image is damaged or truncated ({reason})") from None
+
+
+def measure_image(source: bytes | Path, limits: Limits) -> tuple[int, int]:
+    """Height and width as a viewer shows it, by the header alone. Raises as `open_image`."""
+    raster = open_raster(source)
+    if raster:
+        size = raster.shape[:2]
+    else:
+        with _header(source, limits) as picture:
+            size = _size_as_shown(picture)
+    _admit(size, limits, None)
+    return size
 
 
 def decode_image(data: bytes, limits: Limits, *, admit: Admit | None = None) -> NDArray[np.uint8]:
@@ -52,25 +68,30 @@ def decode_image(data: bytes, limits: Limits, *, admit: Admit | None = None) -> 
     return image[:, :] if isinstance(image, Raster) else image
 
 
-def _decode(data: bytes, limits: Limits, *, admit: Admit | None) -> NDArray[np.uint8]:
-    if not data:
-        raise BadImage(f"the image is empty (0 bytes); one of {', '.join(FORMATS)} is wanted")
-    try:
-        picture = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError:
-        raise TooLarge(_pixels_sentence("more than 178,956,970", limits)) from None
-    except PILLOW_FAULTS:
-        raise BadImage(
-            f"the image cannot be read: {len(data)} bytes starting {data[:8]!r} are none of {', '.join(FORMATS)}"
-        ) from None
-    check_pixels(picture.height, picture.width, limits)
+def _admit(size: tuple[int, int], limits: Limits, admit: Admit | None) -> None:
+    check_pixels(*size, limits)
     if admit:
-        admit(*_size_as_shown(picture))
-    try:
-        return _to_rgb(ImageOps.exif_transpose(picture))
-    except PILLOW_FAULTS as error:
-        reason = str(error).partition("\n")[0][:120] or type(error).__name__
-        raise BadImage(f"the {picture.format} image is damaged or truncated ({reason})") from None
+        admit(*size)
+
+
+@contextmanager
+def _header(source: bytes | Path, limits: Limits) -> Iterator[Image.Image]:
+    """A picture of which only the header is read so far."""
+    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+        head = file.read(8)
+        if not head:
+            raise BadImage(f"the image is empty (0 bytes); one of {', '.join(FORMATS)} is wanted")
+        num_bytes = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        try:
+            picture = Image.open(file, formats=FORMATS)
+        except Image.DecompressionBombError:
+            raise TooLarge(_pixels_sentence("more than 178,956,970", limits)) from None
+        except PILLOW_FAULTS:
+            raise BadImage(
+                f"the image cannot be read: {num_bytes} bytes starting {head!r} are none of {', '.join(FORMATS)}"
+            ) from None
+        yield picture
 
 
 def _size_as_shown(picture: Image.Image) -> tuple[int, int]:

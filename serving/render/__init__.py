@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from models.errors import BadOption, NotAcceptable
-from serving.engine.options import SegmentOptions, parse_options
+from serving.engine.options import PROBABILITIES, SegmentOptions, parse_options
 from serving.engine.segmenter import Prediction
 from serving.render.arrays import write_npz, write_tiff
 from serving.render.pictures import LEVELS, palette, write_png
 from serving.render.regions import write_geojson
 from serving.render.tables import write_json
 
-__all__ = ["WRITERS", "Style", "choose_format", "palette", "read_wish", "render"]
+__all__ = ["MAPLESS", "WRITERS", "Style", "choose_format", "palette", "read_wish", "render"]
 
 STYLE_OPTIONS = ("picture", "levels", "min_pixels")
 
@@ -53,8 +53,13 @@ WRITERS: dict[str, Write] = {
 """Answer formats by media type; the first is the answer to `*/*`."""
 
 
+MAPLESS = ("image/png", "image/tiff")
+"""Formats that show one picture, and need no map but its own."""
 WITH_MEANS = ("application/json", "application/geo+json")
 """Formats that tell the mean of every map."""
+
+WITH_PROBABILITIES = "application/x-npz"
+"""The format that holds arrays of any shape."""
 
 
 def parse_style(fields: Mapping[str, str]) -> Style:
@@ -72,6 +77,8 @@ def read_wish(media: str, fields: Mapping[str, str]) -> tuple[SegmentOptions, St
     """What to compute and how to show it, for an answer in a media type. Raises BadOption."""
     style = parse_style(fields)
     options = parse_options(fields, beside=STYLE_OPTIONS).with_maps(style.maps)
+    if PROBABILITIES in options.outputs and media != WITH_PROBABILITIES:
+        raise BadOption(f"outputs has {PROBABILITIES}, which {media} cannot hold; ask for {WITH_PROBABILITIES}")
     return (options.with_default_maps() if media in WITH_MEANS else options), style
 
 

@@ -9,6 +9,7 @@ import rasterio
 from numpy.lib import format as npy
 
 from models.card import IGNORE, MAPS
+from serving.engine.options import PROBABILITIES
 from serving.engine.raster import Raster, gdal
 from serving.engine.segmenter import Prediction
 from serving.render.pictures import blocks, palette, shown
@@ -17,7 +18,10 @@ TILE = 512
 
 
 def write_npz(prediction: Prediction, file: BinaryIO) -> None:
-    """`labels` uint8 and the maps float32 [H, W], uncompressed: noisy maps do not shrink, and this is fast."""
+    """`labels` uint8 and the maps float32 [H, W], uncompressed: noisy maps do not shrink, and this is fast.
+
+    And `probabilities` float32 [K, H, W] where they were asked for.
+    """
     arrays = {"labels": (prediction.labels_HW, np.uint8)} | {
         name: (values, np.float32) for name, values in prediction.maps.items()
     }
@@ -29,6 +33,9 @@ def write_npz(prediction: Prediction, file: BinaryIO) -> None:
                 npy.write_array_header_1_0(entry, header)
                 for rows in blocks(height):
                     entry.write(values[rows].tobytes())
+        if prediction.prob_KHW is not None:
+            with archive.open(f"{PROBABILITIES}.npy", "w", force_zip64=True) as entry:
+                npy.write_array(entry, prediction.prob_KHW)
 
 
 def write_tiff(prediction: Prediction, file: BinaryIO, *, bands: Sequence[str]) -> None:

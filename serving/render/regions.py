@@ -8,8 +8,8 @@ import json
 from typing import Any, BinaryIO
 
 import numpy as np
-from affine import Affine
 from numpy.typing import NDArray
+from rasterio import Affine
 from rasterio.features import rasterize, shapes
 from rasterio.warp import transform_geom
 

@@ -1,0 +1,328 @@
+"""Jobs: images that take longer than a caller waits. One runs at a time, in fair turns with the small requests.
+
+A job is a directory, so that nothing of it is lost with the process or kept in memory:
+
+    <jobs>/<id>/image      as it was sent, until there is a result
+    <jobs>/<id>/job.json   what was asked, and how far it is
+    <jobs>/<id>/spool/     the answer's finished rows (`serving.spool`)
+    <jobs>/<id>/result     the answer in its format
+
+A server that starts finds what the last one left: jobs that were waiting or running go on where they were, an upload
+that never became a job is removed, and a job that has taken the server down with it several times is given up.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from models.errors import (
+    BadArtifact,
+    Cancelled,
+    DiskFull,
+    JobUnfinished,
+    NotReady,
+    PenumbraError,
+    QueueFull,
+    UnknownJob,
+)
+from serving.engine.decode import measure_image, open_image
+from serving.engine.options import SegmentOptions
+from serving.engine.segmenter import BandStream
+from serving.gateway import Gateway
+from serving.render import MAPLESS, WRITERS, Style, read_wish
+from serving.rest import answer_headers
+from serving.settings import Settings
+from serving.spool import LONG, Spool, spool_bytes
+
+log = logging.getLogger("penumbra")
+
+MAX_ATTEMPTS = 3
+"""Processes that may end while at a job before it is to blame."""
+SWEEP_S = 30.0
+"""How often finished jobs are looked at for their age."""
+State = Literal["queued", "running", "writing", "done", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class JobBounds:
+    """pixels: of an image. body_bytes: of an upload. waiting: jobs that are not finished. keep_s: of a result."""
+
+    pixels: int
+    body_bytes: int
+    waiting: int
+    keep_s: float
+
+
+def job_bounds(settings: Settings) -> JobBounds:
+    return JobBounds(settings.limit_job_pixels, settings.limit_job_bytes, settings.limit_jobs, settings.job_keep_s)
+
+
+@dataclass(slots=True)
+class Job:
+    """One job, as `job.json` has it. Changed under the lock of `Jobs`, or by its thread while it runs.
+
+    fields: the options as text. headers: what its result is sent with. finished: time of day, 0 before.
+    """
+
+    id: str
+    media: str
+    fields: dict[str, str]
+    created: float
+    state: State = "queued"
+    finished: float = 0.0
+    error: str = ""
+    attempts: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+class Jobs:
+    """The jobs in a directory, and the thread that runs them. Methods may be called from any thread."""
+
+    def __init__(self, directory: Path, gateway: Gateway, *, bounds: JobBounds) -> None:
+        """Raises BadArtifact where the directory cannot be used, or another server uses it."""
+        self.bounds, self._directory, self._gateway = bounds, directory, gateway
+        self._limits = replace(
+            LONG, pixels=bounds.pixels, samples=gateway.segmenter.limits.samples,
+            window_pixels=gateway.segmenter.limits.window_pixels,
+        )  # fmt: skip
+        try:
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock_file = (directory / "lock").open("w")
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BadArtifact(
+                f"jobs cannot be kept in {directory} ({error.strerror}); name a directory of this server alone in "
+                "PENUMBRA_JOBS"
+            ) from None
+        self._changed = threading.Condition()
+        self._closing = False
+        self._jobs: dict[str, Job] = {}
+        self._stream: BandStream | None = None
+        self._cancelled = threading.Event()
+        """Of the job that runs."""
+        self._recover()
+        self._thread = threading.Thread(target=self._loop, name="jobs", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    # -- called by handlers ----------------------------------------------------------------------
+
+    def begin(self) -> Path:
+        """A directory for an upload, whose name is the id. Raises NotReady, QueueFull and DiskFull."""
+        if not self._gateway.is_ready:
+            raise NotReady(f"the server is {self._gateway.state} and takes no new jobs; ask another replica")
+        with self._changed:
+            waiting = sum(not job.finished for job in self._jobs.values())
+        if waiting >= self.bounds.waiting:
+            raise QueueFull(
+                f"{waiting} jobs are waiting and the limit is {self.bounds.waiting}; try again in 60 s",
+                retry_after_s=60,
+            )
+        place = self._directory / secrets.token_urlsafe(16)
+        with disk():
+            place.mkdir()
+        return place
+
+    def submit(self, place: Path, media: str, fields: Mapping[str, str]) -> dict[str, Any]:
+        """Make a job of an upload `place/image`. Raises whatever `POST /segment` refuses, and DiskFull."""
+        options, style = read_wish(media, fields)
+        height, width = measure_image(place / "image", self._limits)
+        runtime, _, _ = self._gateway.segmenter.check(height, width, options, limits=self._limits)
+        needed = 2 * spool_bytes(height, width, spooled(options, media, style))  # the rows, and the result of them
+        free = shutil.disk_usage(self._directory).free
+        if needed > free:
+            raise DiskFull(
+                f"the job needs {needed:,} bytes of disk and {free:,} are free; ask for fewer maps, or delete old jobs"
+            )
+        card = runtime.card
+        asked = dict(fields) | {"model": card.name, "version": str(card.version)}
+        job = Job(place.name, media, asked, created=time.time())
+        self._save(job)
+        with self._changed:
+            self._jobs[job.id] = job
+            self._changed.notify_all()
+        return self.describe(job.id)
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """How a job stands. Raises UnknownJob."""
+        with self._changed:
+            job = self._find(name)
+            stream = self._stream if job.state in ("running", "writing") else None
+        done, total = (stream.num_done, stream.work.plan.num_windows) if stream else (0, 0)
+        percent = 100.0 if job.state == "done" else 100 * done / total if total else 0.0
+        return {
+            "id": job.id, "state": job.state, "percent": round(percent, 1), "windows_done": done, "windows": total,
+            "media_type": job.media, "options": job.fields, "error": job.error or None, "created": job.created,
+            "finished": job.finished or None,
+            "expires": job.finished + self.bounds.keep_s if job.finished else None,
+            "url": f"/jobs/{job.id}", "result": f"/jobs/{job.id}/result" if job.state == "done" else None,
+        }  # fmt: skip
+
+    def result(self, name: str) -> tuple[Path, Job]:
+        """The finished answer's file. Raises UnknownJob, and JobUnfinished."""
+        with self._changed:
+            job = self._find(name)
+        if job.state != "done":
+            why = f"failed: {job.error}" if job.state == "failed" else f"is {job.state}; ask /jobs/{job.id} how far"
+            raise JobUnfinished(f"the job has no result; it {why}")
+        return self._directory / job.id / "result", job
+
+    def remove(self, name: str) -> None:
+        """Forget a job and its files; one that runs leaves the engine within a batch. Raises UnknownJob."""
+        with self._changed:
+            job = self._jobs.pop(self._find(name).id)
+            if job.state in ("running", "writing"):
+                self._cancelled.set()  # its thread removes the files
+                return
+        shutil.rmtree(self._directory / job.id, ignore_errors=True)
+
+    def close(self) -> None:
+        """Interrupt what runs; the next server goes on with it."""
+        with self._changed:
+            self._closing = True
+            self._cancelled.set()
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._lock_file.close()
+
+    def _find(self, name: str) -> Job:
+        job = self._jobs.get(name)
+        if job is None:
+            raise UnknownJob(f"there is no job {name[:40]!r}; results are kept for {self.bounds.keep_s:g} s")
+        return job
+
+    # -- the thread ------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        while job := self._next():
+            error = ""
+            try:
+                with self._gateway.telemetry.track("job") as tracked, disk():
+                    tracked.model = job.fields["model"]
+                    self._run(job)
+            except Cancelled:
+                if self._interrupted(job):
+                    return
+            except PenumbraError as refusal:
+                error = str(refusal)
+            except Exception:
+                log.exception("a job failed unexpectedly")
+                error = "the server failed on this job; its log says why"
+            self._finish(job, error)
+
+    def _interrupted(self, job: Job) -> bool:
+        """Whether a job that was cancelled is to go on in the next server, which is not its fault."""
+        with self._changed:
+            if job.id not in self._jobs:
+                return False
+        job.attempts -= 1
+        with suppress(DiskFull):
+            self._save(job)
+        return True
+
+    def _next(self) -> Job | None:
+        """The oldest waiting job, once there is one; None when the server closes. Removes what is too old meanwhile."""
+        with self._changed:
+            while not self._closing:
+                self._expire()
+                waiting = [job for job in self._jobs.values() if job.state == "queued"]
+                if waiting:
+                    self._stream, self._cancelled = None, threading.Event()
+                    return min(waiting, key=lambda job: job.created)
+                self._changed.wait(SWEEP_S)
+        return None
+
+    def _run(self, job: Job) -> None:
+        place = self._directory / job.id
+        job.state, job.attempts = "running", job.attempts + 1
+        self._save(job)
+        options, style = read_wish(job.media, job.fields)
+        options = spooled(options, job.media, style)
+        image = open_image(place / "image", self._limits)
+        spool = Spool(place / "spool", self._gateway.segmenter, image, options, source=job.id)
+        prediction = spool.fill(limits=self._limits, cancelled=self._cancelled, watch=self._watch)
+        job.state = "writing"
+        with (place / "writing").open("wb") as file:
+            WRITERS[job.media](prediction, style, file)
+        if self._cancelled.is_set():
+            raise Cancelled("the job was cancelled")
+        os.replace(place / "writing", place / "result")
+        job.headers = answer_headers(prediction)
+
+    def _watch(self, stream: BandStream) -> None:
+        self._stream = stream
+
+    def _finish(self, job: Job, error: str) -> None:
+        """Keep what is asked for from now on: the result, and how it went; of a job that was removed nothing."""
+        place = self._directory / job.id
+        with self._changed:
+            job.state, job.error, job.finished = "failed" if error else "done", error, time.time()
+            if job.id not in self._jobs:
+                shutil.rmtree(place, ignore_errors=True)
+                return
+        shutil.rmtree(place / "spool", ignore_errors=True)
+        for name in ("image", "writing"):
+            (place / name).unlink(missing_ok=True)
+        with suppress(DiskFull):  # then the next server finds it unfinished and tries again
+            self._save(job)
+
+    def _expire(self) -> None:
+        end = time.time() - self.bounds.keep_s
+        for job in [job for job in self._jobs.values() if 0 < job.finished < end]:
+            del self._jobs[job.id]
+            shutil.rmtree(self._directory / job.id, ignore_errors=True)
+
+    # -- the disk --------------------------------------------------------------------------------
+
+    def _save(self, job: Job) -> None:
+        place = self._directory / job.id
+        with disk():
+            (place / "job.part").write_text(json.dumps(asdict(job)))
+            os.replace(place / "job.part", place / "job.json")
+
+    def _recover(self) -> None:
+        for place in [path for path in self._directory.iterdir() if path.is_dir()]:
+            try:
+                job = Job(**json.loads((place / "job.json").read_text()))
+            except (OSError, ValueError, TypeError):  # an upload that broke off
+                shutil.rmtree(place, ignore_errors=True)
+                continue
+            self._jobs[job.id] = job
+            if job.finished:
+                continue
+            if job.attempts >= MAX_ATTEMPTS:
+                self._finish(job, f"the server ended {job.attempts} times while it worked on this job")
+            else:
+                job.state = "queued"
+
+
+def spooled(options: SegmentOptions, media: str, style: Style) -> SegmentOptions:
+    """The same without maps that the format does not show: they would fill the disk for nobody."""
+    return replace(options, outputs=style.maps) if media in MAPLESS else options
+
+
+class disk:
+    """Names what the disk refuses: a DiskFull in place of an OSError for want of room, or of leave."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            log.error("a job's files cannot be written: %s", error)
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            what = "the disk is full" if full else f"a file cannot be written ({error.strerror})"
+            raise DiskFull(f"{what}; delete old jobs, or give PENUMBRA_JOBS more room") from None

@@ -1,0 +1,83 @@
+"""HTTP of jobs: `POST /jobs` takes what `POST /segment` takes, of any size, and answers with an id at once.
+
+An id is hard to guess and is all that a caller needs; there is no list of jobs.
+"""
+
+import shutil
+from pathlib import Path
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from models.errors import Cancelled, TooLarge
+from serving.jobs import Jobs, disk
+from serving.render import choose_format
+from serving.rest import is_raw, read_upload, unique
+from serving.telemetry import Telemetry
+
+CHUNK_BYTES = 2**20
+
+
+def routes(jobs: Jobs, telemetry: Telemetry) -> list[BaseRoute]:
+    surface = JobSurface(jobs, telemetry)
+    return [
+        Route("/jobs", surface.create, methods=["POST"]),
+        Route("/jobs/{id}", surface.describe),
+        Route("/jobs/{id}", surface.remove, methods=["DELETE"]),
+        Route("/jobs/{id}/result", surface.result),
+    ]
+
+
+class JobSurface:
+    """The handlers."""
+
+    def __init__(self, jobs: Jobs, telemetry: Telemetry) -> None:
+        self._jobs, self._telemetry = jobs, telemetry
+
+    async def create(self, request: Request) -> Response:
+        with self._telemetry.track("http"):
+            media = choose_format(request.headers.get("accept", ""))
+            place = await run_in_threadpool(self._jobs.begin)
+            try:
+                fields = await self._receive(request, place / "image")
+                told = await run_in_threadpool(self._jobs.submit, place, media, fields)
+            except BaseException:  # also when the caller goes away
+                shutil.rmtree(place, ignore_errors=True)
+                raise
+        return JSONResponse(told, 202, headers={"Location": told["url"]})
+
+    async def describe(self, request: Request) -> Response:
+        return JSONResponse(self._jobs.describe(request.path_params["id"]))
+
+    async def result(self, request: Request) -> Response:
+        path, job = self._jobs.result(request.path_params["id"])
+        return FileResponse(path, headers=job.headers, media_type=job.media)
+
+    async def remove(self, request: Request) -> Response:
+        await run_in_threadpool(self._jobs.remove, request.path_params["id"])
+        return Response(status_code=204)
+
+    async def _receive(self, request: Request, path: Path) -> dict[str, str]:
+        """The picture into a file, and the options. A form is read whole; a raw body goes to the disk in pieces."""
+        if not is_raw(request):
+            data, fields = await read_upload(request)
+            with disk():
+                await run_in_threadpool(path.write_bytes, data)
+            return fields
+        size, limit = 0, self._jobs.bounds.body_bytes
+        pieces = bytearray()
+        with disk(), path.open("wb") as file:
+            try:
+                async for piece in request.stream():
+                    size += len(piece)
+                    if size > limit:
+                        raise TooLarge(f"the body has more than {limit:,} bytes; send a better compressed image")
+                    pieces += piece
+                    if len(pieces) >= CHUNK_BYTES or not piece:
+                        await run_in_threadpool(file.write, pieces)
+                        pieces = bytearray()
+            except ClientDisconnect:
+                raise Cancelled("the caller went away before the whole body had arrived") from None
+        return unique(request.query_params.multi_items())
