@@ -22,9 +22,12 @@ from models.contract import Features, Prompt
 from models.errors import BadArtifact, BadOption
 
 BACKENDS = ("torchscript", "onnx", "openvino", "aot", "tensorrt")
-EXTRAS = {"onnxruntime": "onnx", "onnx": "onnx", "onnxscript": "onnx", "openvino": "openvino"}
+EXTRAS = {
+    "onnxruntime": "onnx", "onnx": "onnx", "onnxscript": "onnx", "openvino": "openvino",
+    "tensorrt": "tensorrt", "torch_tensorrt": "tensorrt",
+}  # fmt: skip
 """The optional install that brings a library."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What a precision computes in."""
 
 
