@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from models.card import Card
 from models.errors import BadArtifact, BadOption, Cancelled, PenumbraError, Restricted, UnknownModel
 from serving import VERSION
-from serving.engine.options import DEFAULT_MAPS, SegmentOptions, parse_options
+from serving.engine.options import DEFAULT_MAPS, PROBABILITIES, SegmentOptions, parse_options
 from serving.engine.runtime import Runtime
 from serving.engine.segmenter import Prediction
 from serving.engine.store import find_artifact, versions
@@ -271,10 +271,12 @@ def answer_of(prediction: Prediction, request: InferRequest, ignored: Sequence[s
     if prediction.abstained is not None:
         parameters["abstained"] = prediction.abstained
     specs = {spec.name: spec for spec in outputs_of(prediction.card)}
+    arrays: dict[str, Any] = {
+        **prediction.maps, "labels": prediction.labels_HW, PROBABILITIES: prediction.prob_KHW
+    }  # fmt: skip
     outputs = []
     for wanted in request.outputs or [WantedOutput(name) for name in DEFAULT_OUTPUTS]:
-        values = prediction.labels_HW if wanted.name == "labels" else prediction.maps[wanted.name]
-        output = Output(wanted.name, specs[wanted.name].datatype, values)
+        output = Output(wanted.name, specs[wanted.name].datatype, arrays[wanted.name])
         outputs.append(classify(output, wanted.classes) if wanted.classes else output)
     card = prediction.card
     return Answer(card.name, str(card.version), request.id, parameters, outputs)

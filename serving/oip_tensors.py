@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from models.card import MAPS, Card
 from models.errors import BadOption
-from serving.engine.options import read_box
+from serving.engine.options import PROBABILITIES, read_box
 from serving.engine.prompts import MAX_BOXES, Box
 
 DTYPES = {
@@ -83,7 +83,11 @@ def inputs_of(card: Card) -> tuple[TensorSpec, ...]:
 def outputs_of(card: Card) -> tuple[TensorSpec, ...]:
     """What a model can answer."""
     maps = (*MAPS, *(extra.name for extra in card.extra_maps))
-    return (TensorSpec("labels", "UINT8", (-1, -1)), *(TensorSpec(name, "FP32", (-1, -1)) for name in maps))
+    return (
+        TensorSpec("labels", "UINT8", (-1, -1)),
+        *(TensorSpec(name, "FP32", (-1, -1)) for name in maps),
+        TensorSpec(PROBABILITIES, "FP32", (card.num_classes, -1, -1)),
+    )
 
 
 def check_inputs(

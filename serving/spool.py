@@ -70,7 +70,7 @@ class Spool:
             (directory / "key").write_text(key)
         size = (image.shape[0], image.shape[1])
         self._labels = RowFile(directory / "labels", size, np.uint8)
-        self._maps = {name: RowFile(directory / name, size, np.float32) for name in options.outputs}
+        self._maps = {name: RowFile(directory / name, size, np.float32) for name in options.maps}
 
     def fill(self, *, limits: Limits, cancelled: threading.Event, watch: Callable[[BandStream], object]) -> Prediction:
         """Run what is missing. The prediction's arrays are `RowFile`s: they answer slices of rows, as all writers ask.
@@ -87,4 +87,4 @@ class Spool:
 
 def spool_bytes(height: int, width: int, options: SegmentOptions) -> int:
     """Disk that an answer's arrays take."""
-    return height * width * (1 + 4 * len(options.outputs))
+    return height * width * (1 + 4 * len(options.maps))

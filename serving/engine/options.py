@@ -13,6 +13,9 @@ from serving.engine.prompts import MAX_BOXES, Box
 
 DEFAULT_MAPS = ("confidence", "entropy", "mutual_information")
 
+PROBABILITIES = "probabilities"
+"""The output that has every class's mean probability, [K, H, W]: as large as K maps, for answers held in memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class SegmentOptions:
@@ -20,7 +23,7 @@ class SegmentOptions:
 
     samples: S. seed: of the noise, 0 .. 2^63 - 1; the same seed gives the same answer. overlap: share of a
     window covered again by its neighbour, 0 .. 0.9. outputs: which maps of `serving.engine.uncertainty`, or of the
-    model's own. boxes, tags: prompts (`serving.engine.prompts`), for models that take them; alpha: weight of the
+    model's own, and whether PROBABILITIES. boxes, tags: prompts (`serving.engine.prompts`), for models that take them; alpha: weight of the
     network that sees the boxes in a linear self-correction. max_risk: share of the pixels that may be answered and
     wrong, 0 .. 1; the most uncertain ones then become `models.card.IGNORE`, for models whose card is calibrated.
     """
@@ -36,6 +39,11 @@ class SegmentOptions:
     alpha: float | None = None
     max_risk: float | None = None
 
+    @property
+    def maps(self) -> tuple[str, ...]:
+        """The outputs [H, W]."""
+        return tuple(name for name in self.outputs if name != PROBABILITIES)
+
     def with_default_maps(self) -> "SegmentOptions":
         """The same with the default maps beside those asked for: class tables have their means."""
         return self.with_maps(DEFAULT_MAPS)
@@ -48,7 +56,8 @@ class SegmentOptions:
 class Limits:
     """Published bounds. queue_samples counts windows x samples that were accepted and not yet answered.
 
-    window_pixels: of one window; it bounds the memory of models that see an image whole.
+    window_pixels: of one window; it bounds the memory of models that see an image whole. probability_bytes: of the
+    output PROBABILITIES.
     """
 
     pixels: int = 64_000_000
@@ -56,6 +65,7 @@ class Limits:
     samples: int = 64
     queue_samples: int = 65_536
     window_pixels: int = 2**22
+    probability_bytes: int = 2**28
 
 
 def parse_options(fields: Mapping[str, str], *, beside: tuple[str, ...] = ()) -> SegmentOptions:
@@ -152,7 +162,7 @@ def check_options(options: SegmentOptions, card: Card, limits: Limits) -> int:
         raise BadOption(f"seed is {options.seed}; 0 to 2^63 - 1 is possible")
     if options.overlap is not None and not 0 <= options.overlap <= 0.9:
         raise BadOption(f"overlap is {options.overlap}; 0 to 0.9 is possible")
-    known = (*MAPS, *(extra.name for extra in card.extra_maps))
+    known = (*MAPS, *(extra.name for extra in card.extra_maps), PROBABILITIES)
     for name in options.outputs:
         if name not in known:
             raise BadOption(f"there is no output {name[:40]!r}; {card.name} has {', '.join(known)}")

@@ -28,7 +28,7 @@ from serving.engine.decode import check_array
 from serving.engine.kernels import FloatArray
 from serving.engine.noise import NoiseSource, SeededNoise
 from serving.engine.observer import Observer
-from serving.engine.options import Limits, SegmentOptions, abstain_above, check_options
+from serving.engine.options import PROBABILITIES, Limits, SegmentOptions, abstain_above, check_options
 from serving.engine.prompts import PromptSource, check_prompt
 from serving.engine.raster import Pixels, Raster
 from serving.engine.runtime import Runtime, Tuning
@@ -48,6 +48,7 @@ class Prediction:
     timing_ms: milliseconds by phase. num_windows: windows that were run. members: names of the samples, where they
     have names. warnings: sentences about what the caller should know of this answer. abstained: share of the pixels
     whose label is IGNORE because of `max_risk`; None where that was not asked for. image: what it is an answer to.
+    prob_KHW: mean probabilities of all classes, float32, where the output PROBABILITIES was asked for.
     """
 
     card: Card
@@ -61,6 +62,7 @@ class Prediction:
     timing_ms: dict[str, float]
     abstained: float | None = None
     image: Pixels | None = None
+    prob_KHW: FloatArray | None = None
 
 
 class BandStream:
@@ -206,6 +208,8 @@ class Segmenter:
         num_samples = check_options(options, card, limits)
         prompt = check_prompt(card, height, width, boxes=options.boxes, tags=options.tags, alpha=options.alpha)
         _check_windows(height, width, card, options.overlap, limits=limits)
+        if PROBABILITIES in options.outputs:
+            _check_probabilities(height, width, card, limits=limits)
         return runtime, num_samples, prompt
 
     def bands(
@@ -228,6 +232,8 @@ class Segmenter:
         It is bounded by `limits` in place of the segmenter's own and takes no place in the queue, so the caller bounds
         how many run at a time.
         """
+        if PROBABILITIES in options.outputs:
+            raise BadOption(f"{PROBABILITIES} are only for images that are answered at once; leave them out")
         work = self._plan(image_HW3, options, limits=limits)
         work = replace(work, cancelled=cancelled, first_row=work.plan.row_before(y), in_background=True)
         return BandStream(self.scheduler, work, abstain_above=threshold_of(work, options))
@@ -249,8 +255,12 @@ class Segmenter:
         bands = self.bands(image_HW3, options, noise=noise, cancelled=cancelled, deadline=deadline)
         height, width = image_HW3.shape[:2]
         labels_HW = np.empty((height, width), np.uint8)
-        maps = {name: np.empty((height, width), np.float32) for name in options.outputs}
-        return collect(bands, options, labels_HW, maps)
+        maps = {name: np.empty((height, width), np.float32) for name in options.maps}
+        prob_KHW = None
+        if PROBABILITIES in options.outputs:
+            num_classes = bands.work.runtime.card.num_classes
+            prob_KHW = np.empty((num_classes, height, width), np.float32)
+        return collect(bands, options, labels_HW, maps, prob_KHW)
 
     def close(self) -> None:
         """Finish accepted work and release the models."""
@@ -282,16 +292,28 @@ def _check_windows(height: int, width: int, card: Card, overlap: float | None, *
         )
 
 
+def _check_probabilities(height: int, width: int, card: Card, *, limits: Limits) -> None:
+    size = 4 * height * width * card.num_classes
+    if size > limits.probability_bytes:
+        raise TooLarge(
+            f"the probabilities of {card.num_classes} classes at {width}x{height} px have {size:,} bytes and the limit "
+            f"is {limits.probability_bytes:,}; send a smaller image or leave out {PROBABILITIES}"
+        )
+
+
 def collect(
-    bands: BandStream, options: SegmentOptions, labels_HW: NDArray[np.uint8], maps: dict[str, FloatArray]
-) -> Prediction:
-    """Run a stream to its end. Changes labels and maps, whose rows are set band by band."""
+    bands: BandStream, options: SegmentOptions, labels_HW: NDArray[np.uint8], maps: dict[str, FloatArray],
+    prob_KHW: FloatArray | None = None,
+) -> Prediction:  # fmt: skip
+    """Run a stream to its end. Changes the arrays, whose rows are set band by band."""
     with closing(iter(bands)) as rows:  # type: ignore[type-var]
         for band in rows:
             place = slice(band.y0, band.y0 + len(band.labels))
             for name, values in maps.items():
                 values[place] = band.maps[name]
             labels_HW[place] = band.labels
+            if prob_KHW is not None:
+                prob_KHW[:, place] = band.prob_hKW.swapaxes(0, 1)
     work, card = bands.work, bands.work.runtime.card
     members = card.sampling_with(prompt=work.prompt is not None).members
     warnings = warnings_of(card, work.plan)
@@ -303,7 +325,7 @@ def collect(
         abstained = withheld / (work.plan.height * work.plan.width)
     return Prediction(
         card, options.seed, work.num_samples, work.plan.num_windows, members, warnings,
-        labels_HW, maps, bands.timing_ms, abstained, work.image_HW3,
+        labels_HW, maps, bands.timing_ms, abstained, work.image_HW3, prob_KHW,
     )  # fmt: skip
 
 

@@ -22,14 +22,15 @@ from serving.engine.kernels import FloatArray
 class Band:
     """Finished rows of an answer, from row y0 of the image: labels uint8 [h, W] and float32 maps [h, W].
 
-    merged_hKW: what samples and windows were averaged to, probabilities or logits (`Readout.average`); a view that is
-    valid until the next band.
+    merged_hKW: what samples and windows were averaged to, probabilities or logits (`Readout.average`). prob_hKW: the
+    probabilities. Both are views that are valid until the next band.
     """
 
     y0: int
     labels: NDArray[np.uint8]
     maps: dict[str, FloatArray]
     merged_hKW: FloatArray
+    prob_hKW: FloatArray
 
 
 def read_out(y0: int, merged_hKw: FloatArray, expected_hw: FloatArray, *, average: str = "probabilities") -> Band:
@@ -38,7 +39,7 @@ def read_out(y0: int, merged_hKw: FloatArray, expected_hw: FloatArray, *, averag
     prob_hKw = softmax(merged_hKw) if average == "logits" else merged_hKw
     labels, confidence, margin, entropy, information = form(prob_hKw, expected_hw)
     maps = dict(zip(MAPS, (confidence, margin, entropy, expected_hw, information), strict=True))
-    return Band(y0, labels, maps, merged_hKw)
+    return Band(y0, labels, maps, merged_hKw, prob_hKw)
 
 
 def abstain(band: Band, *, above_nats: float) -> int:

@@ -11,7 +11,6 @@ from models.card import IGNORE, Card, ClassInfo
 from models.errors import BadData
 from serving.engine.options import SegmentOptions
 from serving.engine.segmenter import Segmenter
-from serving.engine.uncertainty import softmax
 from training.data.frames import FrameSet
 from training.metrics import Floats, Mask
 
@@ -60,10 +59,9 @@ def answer(segmenter: Segmenter, image_HW3: Labels, truth_HW: Labels, options: S
     with closing(iter(stream)) as bands:  # type: ignore[type-var]
         for band in bands:
             rows = slice(band.y0, band.y0 + len(band.labels))
-            prob_hKW = softmax(band.merged_hKW) if card.readout.average == "logits" else band.merged_hKW
             labels_HW[rows] = band.labels
-            prob_HW[rows] = _of_class(prob_hKW, truth_HW[rows])
-            squares_HW[rows] = np.einsum("hkw,hkw->hw", prob_hKW, prob_hKW)
+            prob_HW[rows] = _of_class(band.prob_hKW, truth_HW[rows])
+            squares_HW[rows] = np.einsum("hkw,hkw->hw", band.prob_hKW, band.prob_hKW)
             for name, values in maps.items():
                 values[rows] = band.maps[name]
     return Answer(labels_HW, truth_HW, prob_HW, squares_HW, maps, stream.timing_ms["total"] / 1e3)

@@ -24,7 +24,7 @@ from models.errors import (
     UnknownModel,
 )
 from serving.engine.noise import SeededNoise
-from serving.engine.options import Limits, SegmentOptions
+from serving.engine.options import PROBABILITIES, Limits, SegmentOptions
 from serving.engine.runtime import Tuning
 from serving.engine.segmenter import Prediction, Segmenter
 from serving.engine.uncertainty import MAPS
@@ -274,3 +274,23 @@ def test_phases_are_timed(segmenter: Segmenter, rng: np.random.Generator) -> Non
 def test_bands_that_nobody_asks_for_hold_no_place_in_the_queue(segmenter: Segmenter) -> None:
     segmenter.bands(np.zeros((50, 60, 3), np.uint8), SegmentOptions("toy-pointwise"))
     assert segmenter.scheduler.queued == (0, 0)
+
+
+def test_the_probabilities_are_those_that_labels_and_maps_are_read_from(
+    segmenter: Segmenter, rng: np.random.Generator
+) -> None:
+    image = rng.integers(0, 255, (21, 34, 3), dtype=np.uint8)
+    plain = segmenter.segment(image, SegmentOptions(model="toy-latent", samples=4, seed=1))
+    asked = segmenter.segment(image, SegmentOptions("toy-latent", samples=4, seed=1, outputs=("entropy", PROBABILITIES)))
+    assert plain.prob_KHW is None
+    assert asked.prob_KHW is not None
+    assert asked.prob_KHW.sum(0) == pytest.approx(1, abs=1e-6)
+    assert (asked.prob_KHW.argmax(0) == plain.labels_HW).all()
+    assert asked.prob_KHW.max(0).tobytes() == plain.maps["confidence"].tobytes()
+    assert set(asked.maps) == {"entropy"}
+
+
+def test_probabilities_beyond_their_limit_are_refused_with_their_size(toy_store: Path) -> None:
+    with Segmenter.open(toy_store, limits=Limits(probability_bytes=1000)) as segmenter:
+        with pytest.raises(TooLarge, match=r"at 34x21 px have [0-9,]+ bytes and the limit is 1,000"):
+            segmenter.segment(np.zeros((21, 34, 3), np.uint8), SegmentOptions("toy-latent", outputs=(PROBABILITIES,)))
