@@ -317,5 +317,8 @@ def _place(config: pb.ModelConfig, card: Card, draft: Path) -> Path:
     place: Path = draft / config.name / str(card.version)
     place.mkdir(parents=True)
     (place.parent / "config.pbtxt").write_text(text_format.MessageToString(config), "utf-8")
-    (place.parent / LABELS).write_text("".join(f"{' '.join(info.name.split())}\n" for info in card.classes), "utf-8")
+    if any(tensor.label_filename for tensor in config.output):
+        (place.parent / LABELS).write_text(
+            "".join(f"{' '.join(info.name.split())}\n" for info in card.classes), "utf-8"
+        )
     return place
