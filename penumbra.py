@@ -252,19 +252,37 @@ def ensemble(checkpoints: tuple[Path, ...], output: Path) -> None:
 
 
 @main.command()
-@click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("checkpoint", metavar="CHECKPOINT|NAME", type=click.Path(path_type=Path))
+@click.option("--target", type=click.Choice(["store", "triton"]), default="store", show_default=True,
+              help="Where to: the store, or a Triton model repository, also of a NAME that the store has.")  # fmt: skip
+@click.option("--output", "-o", type=click.Path(file_okay=False, path_type=Path), help="The Triton repository.")
 @click.option("--backend", default="torchscript", show_default=True, help="Format of the graphs.")
 @STORE
 @JSON
-def export(checkpoint: Path, backend: str, store: Path, as_json: bool) -> None:
+def export(checkpoint: Path, backend: str, target: str, output: Path | None, store: Path, as_json: bool) -> None:
     """Export a checkpoint into a store, proved against the checkpoint, or not at all."""
     from export.bundle import export_checkpoint
+    from models.errors import BadOption
     from serving.engine.store import open_artifact
 
+    if target == "triton":
+        return _export_repository(checkpoint, store, output, as_json=as_json)
+    if not checkpoint.is_file():
+        raise BadOption(f"there is no file {str(checkpoint)!r}; a checkpoint is wanted")
     directory = export_checkpoint(checkpoint, store, backend=backend)
     card = open_artifact(directory).card
     assert card.export
     _print_parity(dataclasses.asdict(card.export.parity), str(directory), as_json=as_json)
+
+
+def _export_repository(source: Path, store: Path, repository: Path | None, *, as_json: bool) -> None:
+    from export.triton import export_repository
+    from models.errors import BadOption
+
+    if repository is None:
+        raise BadOption("a Triton repository needs a directory; add -o DIRECTORY")
+    names = export_repository(str(source), store, repository)
+    click.echo(json.dumps({"directory": str(repository), "models": names}) if as_json else "\n".join(names))
 
 
 @main.command()
