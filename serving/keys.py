@@ -14,7 +14,9 @@ from models.errors import BadOption, Forbidden, Unauthenticated
 
 log = logging.getLogger("penumbra")
 
-OPEN_PATHS = {"/healthz", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready"}
+OPEN_PATHS = {"/healthz", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/"}
+PAGE = "/playground/"
+"""The page that asks its reader for a key has none itself."""
 OPEN_CALLS = {
     "/inference.GRPCInferenceService/ServerLive", "/inference.GRPCInferenceService/ServerReady",
     "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch",
@@ -39,7 +41,7 @@ class Keys:
     def check_path(self, path: str, authorization: str) -> None:
         """Raises Unauthenticated or Forbidden where an HTTP path is not for the bearer of this header."""
         is_admin = path.startswith(ADMIN_PATHS) and path.endswith(ADMIN_ENDINGS)
-        self._check(path, authorization, is_open=path in OPEN_PATHS, is_admin=is_admin)
+        self._check(path, authorization, is_open=path in OPEN_PATHS or path.startswith(PAGE), is_admin=is_admin)
 
     def check_call(self, name: str, authorization: str) -> None:
         """The same for a gRPC method, `/service/Method`."""

@@ -78,6 +78,7 @@ class Answer:
     id: str
     parameters: dict[str, str | int | float]
     outputs: list[Output]
+    timing_ms: Mapping[str, float]
 
 
 class Inference:
@@ -279,4 +280,4 @@ def answer_of(prediction: Prediction, request: InferRequest, ignored: Sequence[s
         output = Output(wanted.name, specs[wanted.name].datatype, arrays[wanted.name])
         outputs.append(classify(output, wanted.classes) if wanted.classes else output)
     card = prediction.card
-    return Answer(card.name, str(card.version), request.id, parameters, outputs)
+    return Answer(card.name, str(card.version), request.id, parameters, outputs, prediction.timing_ms)

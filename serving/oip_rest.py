@@ -20,6 +20,7 @@ from starlette.routing import BaseRoute, Mount, Route, Router
 from models.errors import BadOption, TooLarge, Unsupported
 from serving.oip import DEFAULT_OUTPUTS, Answer, Inference, InferRequest, WantedOutput
 from serving.oip_tensors import DTYPES, SHOWN, Output, Tensor, join_strings
+from serving.rest import server_timing
 
 HEADER_LENGTH = "inference-header-content-length"
 KINDS: dict[type, str] = {list: "array", dict: "object", str: "string", bool: "boolean", int: "unsigned-integer"}
@@ -291,9 +292,9 @@ def write_answer(answer: Answer, binary: list[bool], *, encoding: str) -> Respon
     tails = [output.raw if is_raw else None for output, is_raw in zip(answer.outputs, binary, strict=True)]
     head["outputs"] = [_describe(output, tail) for output, tail in zip(answer.outputs, tails, strict=True)]
     text = orjson.dumps(head, option=orjson.OPT_SERIALIZE_NUMPY)
-    headers = {"Content-Type": "application/json"}
+    headers = {"Content-Type": "application/json", "Server-Timing": server_timing(answer.timing_ms)}
     if any(binary):
-        headers = {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(text))}
+        headers |= {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(text))}
     content = b"".join([text, *filter(None, tails)])
     if encoding:
         packer = zlib.compressobj(FAST, wbits=31 if encoding == "gzip" else 15)

@@ -16,6 +16,7 @@ from starlette.types import Scope
 
 from models.card import Card
 from models.errors import BadImage, BadOption, PenumbraError, QueueFull, UnsupportedMedia
+from serving import playground
 from serving.engine.segmenter import Prediction
 from serving.gateway import Gateway
 from serving.guard import BENTO_PATHS
@@ -30,7 +31,8 @@ def routes(gateway: Gateway, version: str) -> list[BaseRoute]:
     """All of Penumbra's own HTTP routes over a gateway."""
     surface = Surface(gateway, version)
     return [
-        Route("/", surface.docs_page),
+        *playground.routes(),
+        Route("/docs", surface.docs_page),
         Route("/segment", surface.segment, methods=["POST"]),
         Route("/models", surface.models),
         Route("/models/{name}", surface.model),
@@ -189,10 +191,13 @@ def answer_headers(prediction: Prediction, timing_ms: Mapping[str, float] | None
         "X-Penumbra-Version": str(prediction.card.version),
         "X-Penumbra-Seed": str(prediction.seed),
         "X-Penumbra-Samples": str(prediction.num_samples),
-        "Server-Timing": ", ".join(
-            f"{phase};dur={ms:.2f}" for phase, ms in (timing_ms or prediction.timing_ms).items()
-        ),
+        "Server-Timing": server_timing(timing_ms or prediction.timing_ms),
     }
+
+
+def server_timing(timing_ms: Mapping[str, float]) -> str:
+    """Milliseconds by phase, as the header of that name has them."""
+    return ", ".join(f"{phase};dur={ms:.2f}" for phase, ms in timing_ms.items())
 
 
 def summary(card: Card) -> dict[str, object]:

@@ -527,15 +527,19 @@ def test_no_client_can_make_new_metric_labels(client: httpx.Client) -> None:
     assert "made-up-name" not in client.get("/metrics").text
 
 
+PAGES = {"/", "/playground/{name}", "/docs", "/{path:path}"}
+"""For people."""
+
+
 def test_the_documentation_lists_every_route_and_every_listed_route_exists(client: httpx.Client) -> None:
     listed = client.get("/docs.json").json()["paths"]
-    ours = {route.path for route in routes(None, "0")} - {"/", "/{path:path}"}  # type: ignore[attr-defined, arg-type]
+    ours = {route.path for route in routes(None, "0")} - PAGES  # type: ignore[attr-defined, arg-type]
     assert set(listed) == ours | {"/predict"}
     for path, methods in listed.items():
         for method in methods:
             response = client.request(method, path.replace("{name}", "toy-latent"))
             assert response.status_code not in (404, 405), (method, path)
-    page = client.get("/")
+    page = client.get("/docs")
     assert page.headers["content-type"].startswith("text/html") and all(f" {path}<" in page.text for path in listed)
 
 

@@ -1,0 +1,298 @@
+// The page: what was chosen, what came back, and how both are shown. One answer at a time.
+
+import { boxEditor } from "./boxes.js";
+import { runJob } from "./jobs.js";
+import { paintLabels, paintMap, scale } from "./pictures.js";
+import { infer, refusal } from "./protocol.js";
+import { drawScene } from "./scene.js";
+
+const MAPS = ["entropy", "mutual_information", "expected_entropy", "confidence", "margin"];
+const IN_SHARES = ["confidence", "margin"];
+const PROBABILITY_BYTES = 64e6; // above it the answer comes without them: a browser's tab has little memory
+const VIEWS = ["image", "labels", "uncertainty"];
+const $ = (id) => document.getElementById(id);
+
+let picture, bitmap, card, answer, pixel, running;
+const boxes = boxEditor($, () => ({ bitmap, drawAgain: drawImage }));
+
+// ---------------------------------------------------------------- what is asked
+
+function headers() {
+  const key = $("key").value || sessionStorage.getItem("penumbra-key") || "";
+  if (key) sessionStorage.setItem("penumbra-key", key);
+  return key ? { Authorization: `Bearer ${key}` } : {};
+}
+
+async function ask(path, options = {}) {
+  const told = await fetch(path, { ...options, headers: { ...headers(), ...options.headers } });
+  if (!told.ok) throw await refusal(told);
+  return told;
+}
+
+async function loadModels() {
+  const { models } = await (await ask("models")).json();
+  $("model").replaceChildren(...models.map(({ name }) => new Option(name)));
+  await chooseModel();
+}
+
+async function chooseModel() {
+  card = await (await ask(`models/${encodeURIComponent($("model").value)}`)).json();
+  const { sampling, prompt, calibration } = card, isFree = ["latent", "dropout"].includes(sampling.kind);
+  $("about").textContent = `${card.method}, version ${card.version}: ${aboutSamples(sampling)}`;
+  $("samples-row").hidden = !isFree;
+  $("samples").value = $("samples-shown").value = sampling.default_samples;
+  $("risk-row").hidden = !calibration;
+  $("risk").replaceChildren(new Option("not bounded", ""), ...(calibration?.risks ?? []).map((risk) => new Option(`${100 * risk} %`, risk)));
+  $("boxes-row").hidden = prompt.kind !== "boxes";
+  $("tags-row").hidden = prompt.kind !== "tags";
+  boxes.begin(card.classes);
+  $("tags").replaceChildren(...card.classes.map(({ name }) => labelled(name)));
+  const names = [...MAPS, ...card.extra_maps.map(({ name }) => name)];
+  $("map").replaceChildren(...names.map((name) => new Option(name.replaceAll("_", " "), name)));
+  forget();
+}
+
+function aboutSamples({ kind, members }) {
+  if (members.length) return `samples are ${members.join(", ")}`;
+  return { latent: "each sample draws a latent", dropout: "each sample drops other channels" }[kind] ?? "one pass, no samples";
+}
+
+function labelled(name) {
+  const label = document.createElement("label"), box = document.createElement("input");
+  Object.assign(box, { type: "checkbox", value: name });
+  label.append(box, ` ${name}`);
+  return label;
+}
+
+function options() {
+  const chosen = { seed: Number($("seed").value) };
+  if (!$("samples-row").hidden) chosen.samples = Number($("samples").value);
+  if (!$("risk-row").hidden && $("risk").value) chosen.max_risk = Number($("risk").value);
+  return chosen;
+}
+
+/** What a model with a prompt is told, or nothing: {boxes} or {tags}. */
+function prompt() {
+  const tags = [...$("tags").querySelectorAll(":checked")].map((box) => box.value), rows = boxes.rows();
+  if (!$("tags-row").hidden && tags.length) return { tags };
+  if (!$("boxes-row").hidden && rows.length) return { boxes: rows };
+  return {};
+}
+
+async function take(file) {
+  try {
+    bitmap = await createImageBitmap(file);
+  } catch {
+    return say(`this browser cannot show ${file.name || "that file"}; choose a JPEG, PNG or WebP`, true);
+  }
+  [picture, pixel] = [file, undefined];
+  boxes.clear();
+  forget();
+  await segment();
+}
+
+async function segment() {
+  if (!picture || !card) return;
+  running?.abort();
+  const mine = (running = new AbortController());
+  const outputs = ["labels", ...[...$("map").options].map((option) => option.value)];
+  if (4 * bitmap.width * bitmap.height * card.classes.length <= PROBABILITY_BYTES) outputs.push("probabilities");
+  const started = performance.now();
+  say("Segmenting …");
+  $("job-row").hidden = true;
+  try {
+    const came = await infer(card.name, picture, {
+      parameters: options(), outputs, prompt: prompt(), headers: headers(), signal: mine.signal,
+    });
+    answer = { ...came, ms: performance.now() - started };
+    say(told());
+    show();
+  } catch (error) {
+    if (error.name === "AbortError") return;
+    forget();
+    $("job-row").hidden = error.status !== 413;
+    refused(error);
+  }
+}
+
+function refused(error) {
+  if (error.status === 401 || error.status === 403) $("key-row").hidden = false;
+  say(error.message, true);
+}
+
+function told() {
+  const { samples, seed, members, warnings, abstained } = answer.parameters;
+  const parts = [members ? `Done with ${members}.` : `Done with ${samples} sample${samples > 1 ? "s" : ""}, seed ${seed}.`];
+  if (abstained !== undefined) parts.push(`${(100 * abstained).toFixed(1)} % withheld.`);
+  return [...parts, ...(warnings ? [`${warnings}.`] : [])].join(" ");
+}
+
+function say(text, isWrong = false) {
+  $("status").textContent = text;
+  $("status").classList.toggle("wrong", isWrong);
+}
+
+// ---------------------------------------------------------------- what is shown
+
+function forget() {
+  answer = undefined;
+  $("run").disabled = !picture;
+  for (const id of ["labels", "uncertainty"]) Object.assign($(id), { width: bitmap?.width ?? 4, height: bitmap?.height ?? 3 });
+  for (const id of ["legend", "timing", "scale"]) $(id).replaceChildren();
+  drawImage();
+  inspect();
+}
+
+function show() {
+  const { labels } = answer.tensors;
+  paintLabels($("labels"), labels.shape, labels.values, card.classes);
+  showMap();
+  showClasses();
+  const rows = [...answer.phases.map(([name, ms]) => [`server: ${name.replaceAll("_", " ")}`, ms]), ["as seen here", answer.ms]];
+  $("timing").replaceChildren(...rows.map(([name, ms]) => row(name, `${ms.toFixed(1)} ms`)));
+}
+
+function top(name, values) {
+  if (IN_SHARES.includes(name)) return 1;
+  return values.reduce((most, value) => (value > most ? value : most), 1e-6);
+}
+
+function showMap() {
+  if (!answer) return;
+  const name = $("map").value, { shape, values } = answer.tensors[name], most = top(name, values);
+  paintMap($("uncertainty"), shape, values, most);
+  const ramp = Object.assign(document.createElement("span"), { className: "ramp" });
+  ramp.style.background = scale();
+  const unit = IN_SHARES.includes(name) || !MAPS.includes(name) ? "" : " nats";
+  $("scale").replaceChildren("0 ", ramp, ` ${most.toPrecision(3)}${unit}`);
+  drawImage();
+  inspect();
+}
+
+function drawImage() {
+  if (!bitmap) return;
+  const canvas = $("image"), pen = canvas.getContext("2d"), over = $("over").value;
+  Object.assign(canvas, { width: bitmap.width, height: bitmap.height });
+  pen.drawImage(bitmap, 0, 0);
+  if (answer && over !== "none") {
+    pen.globalAlpha = $("opacity").value / 100;
+    pen.drawImage($(over === "labels" ? "labels" : "uncertainty"), 0, 0);
+    pen.globalAlpha = 1;
+  }
+  boxes.draw(pen);
+}
+
+function showClasses() {
+  const { labels, entropy } = answer.tensors, count = new Float64Array(256), sum = new Float64Array(256);
+  labels.values.forEach((label, i) => {
+    count[label] += 1;
+    sum[label] += entropy.values[i];
+  });
+  const present = [...count.keys()].filter((k) => count[k]).sort((a, b) => count[b] - count[a]);
+  $("legend").replaceChildren(...present.map((k) => {
+    const share = `${((100 * count[k]) / labels.values.length).toFixed(1)} %`;
+    return row(className(k), share, `${(sum[k] / count[k]).toFixed(3)} nats`);
+  }));
+}
+
+/** A class's name beside its colour. */
+function className(label) {
+  const swatch = Object.assign(document.createElement("span"), { className: "swatch" });
+  swatch.style.background = `rgb(${card.classes[label]?.color ?? [128, 128, 128]})`;
+  const name = document.createElement("span");
+  name.append(swatch, card.classes[label]?.name ?? "no label");
+  return name;
+}
+
+function row(...cells) {
+  const line = document.createElement("tr");
+  cells.forEach((content) => line.insertCell().append(content));
+  return line;
+}
+
+// ---------------------------------------------------------------- one pixel
+
+function inspect() {
+  for (const cross of document.querySelectorAll(".cross")) {
+    cross.style.display = pixel && bitmap ? "block" : "none";
+    if (pixel && bitmap) Object.assign(cross.style, {
+      left: `${(100 * (pixel.x + 0.5)) / bitmap.width}%`, top: `${(100 * (pixel.y + 0.5)) / bitmap.height}%`,
+    });
+  }
+  if (!pixel || !answer) return $("pixel").replaceChildren(quiet("Click a picture, or move over it with the arrow keys."));
+  const { labels, probabilities } = answer.tensors, [height, width] = labels.shape;
+  const at = pixel.y * width + pixel.x, table = document.createElement("table");
+  const title = quiet(`x ${pixel.x}, y ${pixel.y}: `);
+  title.append(className(labels.values[at]));
+  for (const { value: name, text } of $("map").options) table.append(row(text, answer.tensors[name].values[at].toFixed(4)));
+  if (probabilities) {
+    const shares = card.classes.map((_, k) => probabilities.values[k * height * width + at]);
+    for (const k of [...shares.keys()].sort((a, b) => shares[b] - shares[a])) table.append(row(className(k), bar(shares[k])));
+  } else table.append(row("probabilities", "not for pictures of this size"));
+  $("pixel").replaceChildren(title, table);
+}
+
+function bar(share) {
+  const cell = document.createElement("span"), meter = Object.assign(document.createElement("meter"), { value: share });
+  cell.append(meter, ` ${share.toFixed(4)}`);
+  return cell;
+}
+
+function quiet(text) {
+  return Object.assign(document.createElement("p"), { className: "quiet", textContent: text });
+}
+
+function point(canvas, { clientX, clientY }) {
+  const frame = canvas.getBoundingClientRect();
+  move(((clientX - frame.left) / frame.width) * bitmap.width, ((clientY - frame.top) / frame.height) * bitmap.height);
+}
+
+function move(x, y) {
+  const within = (value, size) => Math.max(0, Math.min(size - 1, Math.floor(value)));
+  pixel = { x: within(x, bitmap.width), y: within(y, bitmap.height) };
+  inspect();
+}
+
+function step(event) {
+  const [dx, dy] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key] ?? [];
+  if (dx === undefined || !bitmap) return;
+  event.preventDefault();
+  const from = pixel ?? { x: bitmap.width >> 1, y: bitmap.height >> 1 }, far = event.shiftKey ? 10 : 1;
+  move(from.x + far * dx, from.y + far * dy);
+}
+
+// ---------------------------------------------------------------- events
+
+function begin() {
+  $("file").addEventListener("change", (event) => event.target.files[0] && take(event.target.files[0]));
+  $("sample").addEventListener("click", async () => take(await drawScene()));
+  document.addEventListener("paste", (event) => event.clipboardData.files[0] && take(event.clipboardData.files[0]));
+  const drop = (event, isOver) => {
+    event.preventDefault();
+    $("drop").classList.toggle("over", isOver);
+  };
+  document.addEventListener("dragover", (event) => drop(event, true));
+  document.addEventListener("dragleave", (event) => drop(event, false));
+  document.addEventListener("drop", (event) => {
+    drop(event, false);
+    if (event.dataTransfer.files[0]) take(event.dataTransfer.files[0]);
+  });
+  $("model").addEventListener("change", () => chooseModel().then(segment).catch(refused));
+  $("samples").addEventListener("input", () => ($("samples-shown").value = $("samples").value));
+  $("map").addEventListener("change", showMap);
+  $("over").addEventListener("change", drawImage);
+  $("opacity").addEventListener("input", drawImage);
+  $("key").addEventListener("change", () => loadModels().then(segment).catch(refused));
+  $("controls").addEventListener("submit", (event) => {
+    event.preventDefault();
+    segment();
+  });
+  $("job").addEventListener("click", () => runJob($, { picture, model: card.name, options: options(), prompt: prompt(), ask, say }).catch(refused));
+  for (const id of VIEWS) {
+    $(id).addEventListener("click", (event) => bitmap && point($(id), event));
+    $(id).addEventListener("keydown", step);
+  }
+  loadModels().catch(refused);
+}
+
+begin();

@@ -1,0 +1,39 @@
+// Arrays to pictures: labels in the model's colours, maps on a scale that is dark where the network is sure.
+
+const STOPS = [[8, 10, 40], [80, 20, 110], [180, 50, 100], [245, 130, 60], [252, 240, 180]];
+const VOID = [128, 128, 128];
+
+/** Draws labels; values beyond the classes (withheld, no measurement) are grey. alpha: 0 to 255. */
+export function paintLabels(canvas, [height, width], labels, classes, alpha = 255) {
+  paint(canvas, height, width, alpha, (i) => classes[labels[i]]?.color ?? VOID);
+}
+
+/** Draws a map, whose `top` and beyond are brightest. */
+export function paintMap(canvas, [height, width], values, top, alpha = 255) {
+  const ramp = Array.from({ length: 256 }, (_, i) => shade(i / 255));
+  paint(canvas, height, width, alpha, (i) => ramp[Math.max(0, Math.min(255, Math.round((255 * values[i]) / top) || 0))]);
+}
+
+/** The scale as a CSS gradient. */
+export function scale() {
+  return `linear-gradient(90deg, ${STOPS.map((color) => `rgb(${color})`).join(", ")})`;
+}
+
+/** [r, g, b] at a share of the scale. */
+function shade(share) {
+  const at = share * (STOPS.length - 1), below = Math.min(Math.floor(at), STOPS.length - 2);
+  return STOPS[below].map((from, i) => from + (STOPS[below + 1][i] - from) * (at - below));
+}
+
+function paint(canvas, height, width, alpha, color) {
+  Object.assign(canvas, { width, height });
+  const picture = new ImageData(width, height);
+  for (let i = 0, place = 0; i < width * height; i++) {
+    const [red, green, blue] = color(i);
+    picture.data[place++] = red;
+    picture.data[place++] = green;
+    picture.data[place++] = blue;
+    picture.data[place++] = alpha;
+  }
+  canvas.getContext("2d").putImageData(picture, 0, 0);
+}
