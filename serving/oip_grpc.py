@@ -3,6 +3,7 @@
 Messages come from tritonclient's own stubs, so what its clients send is what is read here.
 """
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
@@ -11,10 +12,11 @@ from typing import Any
 import grpc
 import numpy as np
 from google.protobuf.json_format import ParseDict
+from google.protobuf.message import DecodeError
+from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from tritonclient.grpc import service_pb2 as pb
-from tritonclient.grpc import service_pb2_grpc
 
 from models.errors import BadOption, PenumbraError
 from serving import VERSION
@@ -26,113 +28,138 @@ from serving.telemetry import Telemetry
 
 log = logging.getLogger("penumbra")
 
-SERVICE = "inference.GRPCInferenceService"
+DESCRIPTOR = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+SERVICE = DESCRIPTOR.full_name
 UNEXPECTED = "the server failed on this request; its log says why"
 Context = Any
-Handler = Callable[["InferenceServicer", Any, Context], Awaitable[Any]]
+Document = Mapping[str, Any]
+Handler = Callable[[bytes, Context], Awaitable[bytes]]
 
 
-def named_errors(handler: Handler) -> Handler:
-    """End a call with the gRPC status of its PenumbraError; any other failure is logged and says nothing inside."""
-
-    async def handle(self: "InferenceServicer", request: Any, context: Context) -> Any:
-        try:
-            return await handler(self, request, context)
-        except PenumbraError as error:
-            await context.abort(grpc.StatusCode[status_of(error)[1]], str(error))
-        except Exception:
-            log.exception("a call failed unexpectedly")
-            await context.abort(grpc.StatusCode.INTERNAL, UNEXPECTED)
-
-    return handle
-
-
-class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
-    """The calls that are served; every other one is answered UNIMPLEMENTED."""
+class Calls:
+    """The calls that are served, each under its name: those on server and models answer with a document."""
 
     def __init__(self, inference: Inference) -> None:
         self._inference = inference
 
-    async def ServerLive(self, request: Any, context: Context) -> Any:
-        return pb.ServerLiveResponse(live=self._inference.gateway.is_alive)
+    async def ServerLive(self, request: Any) -> Document:
+        return {"live": self._inference.gateway.is_alive}
 
-    async def ServerReady(self, request: Any, context: Context) -> Any:
-        return pb.ServerReadyResponse(ready=self._inference.gateway.is_ready)
+    async def ServerReady(self, request: Any) -> Document:
+        return {"ready": self._inference.gateway.is_ready}
 
-    @named_errors
-    async def ModelReady(self, request: Any, context: Context) -> Any:
-        return pb.ModelReadyResponse(ready=self._inference.is_model_ready(request.name, request.version))
+    async def ModelReady(self, request: Any) -> Document:
+        return {"ready": self._inference.is_model_ready(request.name, request.version)}
 
-    async def ServerMetadata(self, request: Any, context: Context) -> Any:
-        return ParseDict(self._inference.server_document(), pb.ServerMetadataResponse())
+    async def ServerMetadata(self, request: Any) -> Document:
+        return self._inference.server_document()
 
-    @named_errors
-    async def ModelMetadata(self, request: Any, context: Context) -> Any:
-        return ParseDict(self._inference.metadata(request.name, request.version), pb.ModelMetadataResponse())
+    async def ModelMetadata(self, request: Any) -> Document:
+        return self._inference.metadata(request.name, request.version)
 
-    @named_errors
-    async def ModelConfig(self, request: Any, context: Context) -> Any:
-        document = {"config": self._inference.config(request.name, request.version)}
-        return ParseDict(document, pb.ModelConfigResponse())
+    async def ModelConfig(self, request: Any) -> Document:
+        return {"config": self._inference.config(request.name, request.version)}
 
-    @named_errors
-    async def ModelStatistics(self, request: Any, context: Context) -> Any:
-        return ParseDict(self._inference.statistics(request.name, request.version), pb.ModelStatisticsResponse())
+    async def ModelStatistics(self, request: Any) -> Document:
+        return self._inference.statistics(request.name, request.version)
 
-    @named_errors
-    async def RepositoryIndex(self, request: Any, context: Context) -> Any:
-        return ParseDict({"models": self._inference.index(ready_only=request.ready)}, pb.RepositoryIndexResponse())
+    async def RepositoryIndex(self, request: Any) -> Document:
+        return {"models": self._inference.index(ready_only=request.ready)}
 
-    @named_errors
-    async def RepositoryModelLoad(self, request: Any, context: Context) -> Any:
+    async def RepositoryModelLoad(self, request: Any) -> Document:
         await self._inference.load(request.model_name)
-        return pb.RepositoryModelLoadResponse()
+        return {}
 
-    @named_errors
-    async def RepositoryModelUnload(self, request: Any, context: Context) -> Any:
+    async def RepositoryModelUnload(self, request: Any) -> Document:
         await self._inference.unload(request.model_name)
-        return pb.RepositoryModelUnloadResponse()
+        return {}
 
-    @named_errors
-    async def ModelInfer(self, request: Any, context: Context) -> Any:
-        return await self._infer(request, context)
+    async def infer(self, data: bytes, context: Context) -> bytes:
+        """ModelInfer."""
+        return await self._infer(lambda: parse(pb.ModelInferRequest, data), _alone, size=len(data), context=context)
 
-    async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
-        """Answers in the order of the requests, one at a time; a request that fails does not end the stream."""
-        async for request in requests:
+    async def stream(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        """ModelStreamInfer: answers in the order of the requests, one at a time; a failure does not end the stream."""
+        async for data in requests:
+            message = pb.ModelInferRequest()
             try:
-                answer = await self._infer(request, context)
-                answer.parameters["triton_final_response"].bool_param = True
-                yield pb.ModelStreamInferResponse(infer_response=answer)
+                message = await asyncio.to_thread(parse, pb.ModelInferRequest, data)
+                yield await self._infer(lambda: message, _in_stream, size=len(data), context=context)  # noqa: B023
             except PenumbraError as error:
-                yield _failed(request, str(error))
+                yield _failed_in_stream(message.id, str(error))
             except Exception:
                 log.exception("a request of a stream failed unexpectedly")
-                yield _failed(request, UNEXPECTED)
+                yield _failed_in_stream(message.id, UNEXPECTED)
 
-    async def _infer(self, request: Any, context: Context) -> Any:
+    async def _infer(
+        self, read: Callable[[], Any], write: Callable[[Any], bytes], *, size: int, context: Context
+    ) -> bytes:  # fmt: skip
         return await self._inference.infer(
-            lambda: read_request(request), write_answer, size_bytes=request.ByteSize(), protocol="grpc",
-            carrier=dict(context.invocation_metadata()),
+            lambda: read_request(read()), lambda answer, _: write(message_of(answer)), size_bytes=size,
+            protocol="grpc", carrier=dict(context.invocation_metadata()),
         )  # fmt: skip
 
 
-def _unimplemented(name: str) -> Handler:
-    async def handle(self: InferenceServicer, request: Any, context: Context) -> Any:
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{name} is not offered by Penumbra {VERSION}")
+def service_handlers(calls: Calls) -> grpc.GenericRpcHandler:
+    """Handlers of every call of the service; those that `calls` lacks are answered UNIMPLEMENTED.
+
+    They take and give bytes: gRPC itself would answer a message that cannot be read with INTERNAL, and would read and
+    write large ones in the event loop.
+    """
+    handlers = {"ModelStreamInfer": grpc.stream_stream_rpc_method_handler(calls.stream)}
+    for method in DESCRIPTOR.methods:
+        if method.name == "ModelInfer":
+            handler: Handler = calls.infer
+        elif hasattr(calls, method.name):
+            handler = _document_handler(method, getattr(calls, method.name))
+        else:
+            handler = _unimplemented(method.name)
+        handlers.setdefault(method.name, grpc.unary_unary_rpc_method_handler(_named_errors(handler)))
+    return grpc.method_handlers_generic_handler(SERVICE, handlers)
+
+
+def _document_handler(method: Any, call: Callable[[Any], Awaitable[Document]]) -> Handler:
+    asked, answered = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
+
+    async def handle(data: bytes, _: Context) -> bytes:
+        message: bytes = ParseDict(await call(parse(asked, data)), answered()).SerializeToString()
+        return message
 
     return handle
 
 
-for _name in vars(service_pb2_grpc.GRPCInferenceServiceServicer):
-    if not _name.startswith("_") and _name not in vars(InferenceServicer):
-        setattr(InferenceServicer, _name, _unimplemented(_name))
+def _unimplemented(name: str) -> Handler:
+    async def handle(_: bytes, context: Context) -> bytes:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{name} is not offered by Penumbra {VERSION}")
+        raise AssertionError("abort raises")
+
+    return handle
 
 
-def _failed(request: Any, sentence: str) -> Any:
-    return pb.ModelStreamInferResponse(
-        error_message=sentence, infer_response=pb.ModelInferResponse(id=request.id)
-    )  # fmt: skip
+def _named_errors(handler: Handler) -> Handler:
+    """End a call with the gRPC status of its PenumbraError; any other failure is logged and says nothing inside."""
+
+    async def handle(data: bytes, context: Context) -> bytes:
+        try:
+            return await handler(data, context)
+        except PenumbraError as error:
+            await context.abort(grpc.StatusCode[status_of(error)[1]], str(error))
+        except grpc.aio.AbortError:
+            raise
+        except Exception:
+            log.exception("a call failed unexpectedly")
+            await context.abort(grpc.StatusCode.INTERNAL, UNEXPECTED)
+        raise AssertionError("abort raises")
+
+    return handle
+
+
+def parse(kind: Any, data: bytes) -> Any:
+    """A message from its wire form. Raises BadOption."""
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        raise BadOption(f"the {len(data)} bytes of the message are no {kind.DESCRIPTOR.name}") from None
 
 
 def read_request(request: Any) -> InferRequest:
@@ -210,7 +237,7 @@ def _raw(values: Sequence[Any], datatype: str, *, where: str) -> bytes:
     return fitting.tobytes()
 
 
-def write_answer(answer: Answer, _: InferRequest) -> Any:
+def message_of(answer: Answer) -> Any:
     """The response message, made in a request thread."""
     message = pb.ModelInferResponse(model_name=answer.model, model_version=answer.version, id=answer.id)
     for name, value in answer.parameters.items():
@@ -220,6 +247,21 @@ def write_answer(answer: Answer, _: InferRequest) -> Any:
         message.outputs.add(name=output.name, datatype=output.datatype, shape=output.shape)
         message.raw_output_contents.append(bytes(output.raw))
     return message
+
+
+def _alone(message: Any) -> bytes:
+    data: bytes = message.SerializeToString()
+    return data
+
+
+def _in_stream(message: Any) -> bytes:
+    message.parameters["triton_final_response"].bool_param = True
+    return _alone(pb.ModelStreamInferResponse(infer_response=message))
+
+
+def _failed_in_stream(request_id: str, sentence: str) -> bytes:
+    answer = pb.ModelInferResponse(id=request_id)
+    return _alone(pb.ModelStreamInferResponse(error_message=sentence, infer_response=answer))
 
 
 class KeyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
@@ -256,9 +298,9 @@ class GrpcServer:
                 ("grpc.so_reuseport", 0),  # two servers on one port would share its traffic in silence
                 ("grpc.max_receive_message_length", message_bytes),
                 ("grpc.max_send_message_length", -1),
-            ]
+            ],
         )
-        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceServicer(inference), self._server)
+        self._server.add_generic_rpc_handlers((service_handlers(Calls(inference)),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
