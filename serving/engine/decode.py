@@ -91,6 +91,7 @@ def _header(source: bytes | Path, limits: Limits) -> Iterator[Image.Image]:
             raise BadImage(
                 f"the image cannot be read: {num_bytes} bytes starting {head!r} are none of {', '.join(FORMATS)}"
             ) from None
+        check_pixels(picture.height, picture.width, limits)  # here already: Pillow decodes a PNG to find its EXIF
         yield picture
 
 
