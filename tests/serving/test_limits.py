@@ -1,0 +1,178 @@
+"""Every published limit, by a server whose memory is watched: what is refused is also not kept or built up."""
+
+import gzip
+import io
+import socket
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from itertools import repeat
+from pathlib import Path
+
+import grpc
+import httpx
+import numpy as np
+import psutil
+import pytest
+import tritonclient.grpc as triton
+from PIL import Image
+from tritonclient.grpc import service_pb2_grpc
+
+from tests.serving.server import Server, serving
+from tests.serving.test_http import PNG, ask, bomb, is_refused
+
+pytestmark = pytest.mark.slow
+
+MIB = 2**20
+BODY, JSON, HEAD, PIXELS, WINDOWS = 4 * MIB, MIB // 2, 16_384, 1_000_000, 40
+ROOM_MIB = 64
+"""What the server may take beyond its size at rest: bodies and JSON within their limits, and a picture's maps."""
+
+
+class Memory:
+    """Peak resident memory of a server's worker since it was at rest, and the way to put the peak back."""
+
+    def __init__(self, server: Server) -> None:
+        family = psutil.Process(server.process.pid).children(recursive=True)
+        self._worker = max(family, key=lambda process: process.memory_info().rss)
+        self._rest = self._worker.memory_info().rss
+
+    def forget_peak(self) -> None:
+        Path(f"/proc/{self._worker.pid}/clear_refs").write_text("5")
+
+    @property
+    def peak_mib(self) -> float:
+        status = Path(f"/proc/{self._worker.pid}/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024 - self._rest / MIB
+
+
+@pytest.fixture(scope="module")
+def limited(toy_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Memory]]:
+    settings = {
+        "limit_body_bytes": BODY, "limit_json_bytes": JSON, "limit_head_bytes": HEAD, "limit_pixels": PIXELS,
+        "limit_windows": WINDOWS, "predrain_s": 0,
+    }  # fmt: skip
+    with serving(toy_store, tmp_path_factory.mktemp("limited"), **settings) as server:
+        with server.client() as client:
+            assert ask(client).status_code == 200
+        yield server, Memory(server)
+
+
+def picture_bytes(height: int, width: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height)).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def deep_text(size: int) -> bytes:
+    """A PNG with a text chunk that inflates to `size` bytes."""
+    kind, body = b"iTXt", b"a\0\x01\0\0\0" + zlib.compress(bytes(size), 1)
+    chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return PNG[:33] + chunk + PNG[33:]
+
+
+JSON_HEADERS = {"Content-Type": "application/json"}
+FORM = {"Content-Type": "multipart/form-data; boundary=b"}
+FIELD = b'--b\r\nContent-Disposition: form-data; name="a"\r\n\r\nx\r\n'
+INFER = "/v2/models/toy-latent/infer"
+NESTED = b'{"inputs":' + b"[" * 400_000
+ZEROS = bytes(128 * MIB)
+LISTS = b'{"image":[' + b"[]," * MIB
+
+
+def form_with(part: bytes) -> bytes:
+    return b"--b\r\n" + part + b"\r\n\r\nx\r\n--b--\r\n"
+
+
+SEGMENT = "/segment?model=toy-latent"
+PICTURE = {"Content-Type": "image/png"}
+OPENING = b'{"inputs":[' + b"[]," * MIB
+HEADED = {"Inference-Header-Content-Length": str(3 * MIB)}
+NAMED = b'Content-Disposition: form-data; name="%s"'
+DEEP_BOXES = NAMED % b"boxes" + b"\r\n\r\n" + b"[" * 60_000
+REFUSED: dict[str, tuple[str, dict[str, str], Callable[[], object], int, str]] = {
+    "a body by its declared length": (SEGMENT, PICTURE, lambda: bytes(128 * MIB), 413, f"{BODY:,}"),
+    "a body as it comes": (SEGMENT, PICTURE, lambda: repeat(bytes(MIB), 128), 413, f"{BODY:,}"),
+    "a form as it comes": (SEGMENT, FORM, lambda: repeat(FIELD * 10_000, 200), 413, f"{BODY:,}"),
+    "pixels by the header": (SEGMENT, PICTURE, lambda: bomb(30_000), 413, f"{PIXELS:,}"),
+    "pixels of a real picture": (SEGMENT, PICTURE, lambda: picture_bytes(6000, 6000), 413, f"{PIXELS:,}"),
+    "text that inflates in a picture": (SEGMENT, PICTURE, lambda: deep_text(128 * MIB), 400, ""),
+    "windows": (SEGMENT + "&overlap=0.9", PICTURE, lambda: picture_bytes(900, 900), 413, f"limit is {WINDOWS}"),
+    "samples": (SEGMENT + "&samples=999999999", PICTURE, lambda: PNG, 400, "1 to 64"),
+    "json of /predict": ("/predict", JSON_HEADERS, lambda: LISTS[: JSON + 1], 413, f"{JSON:,}"),
+    "json of /v2": (INFER, JSON_HEADERS, lambda: OPENING, 413, f"{JSON:,}"),
+    "json of /v2 before tensors": (INFER, HEADED, lambda: OPENING, 413, f"{JSON:,}"),
+    "json that inflates": (INFER, {"Content-Encoding": "gzip"}, lambda: gzip.compress(OPENING, 1), 413, f"{JSON:,}"),
+    "zeros that inflate": (INFER, {"Content-Encoding": "deflate"}, lambda: zlib.compress(ZEROS, 1), 413, f"{BODY:,}"),
+    "depth of json in /v2": (INFER, JSON_HEADERS, lambda: NESTED, 400, ""),
+    "depth of json in an option": (SEGMENT, FORM, lambda: form_with(DEEP_BOXES), 400, ""),
+    "fields of a form": (SEGMENT, FORM, lambda: FIELD * 70_000 + b"--b--\r\n", 400, "16"),
+    "size of a field": (SEGMENT, FORM, lambda: FIELD.replace(b"x\r", b"x" * MIB + b"\r") + b"--b--\r\n", 400, ""),
+    "headers of a part": (SEGMENT, FORM, lambda: form_with(b"x: y\r\n" * 500_000), 400, ""),
+    "a part's name": (SEGMENT, FORM, lambda: form_with(NAMED % (b"a" * 3 * MIB)), 400, ""),
+    "one header": (SEGMENT, {"X": "a" * HEAD}, lambda: PNG, 431, f"{HEAD:,}"),
+    "many headers": (SEGMENT, {f"X-{i}": "a" for i in range(4000)}, lambda: PNG, 431, f"{HEAD:,}"),
+    "the line": ("/segment?outputs=" + "a" * HEAD, {}, lambda: PNG, 431, f"{HEAD:,}"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_over_a_limit_is_refused_and_takes_no_memory(limited: tuple[Server, Memory], what: str) -> None:
+    server, memory = limited
+    path, headers, make, status, word = REFUSED[what]
+    content = make()
+    memory.forget_peak()
+    with server.client() as client:
+        try:
+            response = client.post(path, content=content, headers=headers)  # type: ignore[arg-type]
+        except httpx.WriteError:
+            assert status == 413  # refused and closed while it was still being sent
+        else:
+            is_refused(response, status, word)
+        assert memory.peak_mib < ROOM_MIB
+        assert ask(client).status_code == 200
+
+
+def test_depth_and_size_of_json_are_bounded_in_the_typed_route_too(limited: tuple[Server, Memory]) -> None:
+    server, memory = limited
+    memory.forget_peak()
+    with server.client() as client:
+        answer = client.post("/predict", content=b'{"image":' + b"[" * 400_000, headers=JSON_HEADERS)
+        assert answer.status_code == 400 and isinstance(answer.json()["error"], str)
+        answer = client.post("/predict", content=LISTS[: JSON - 4] + b"[]]}", headers=JSON_HEADERS)
+        assert answer.status_code == 400
+    assert memory.peak_mib < ROOM_MIB
+
+
+def test_headers_without_an_end_take_no_memory(limited: tuple[Server, Memory]) -> None:
+    server, memory = limited
+    memory.forget_peak()
+    host, port = server.url.removeprefix("http://").split(":")
+    with closing(socket.create_connection((host, int(port)), timeout=30)) as connection, suppress(OSError):
+        connection.sendall(b"GET /readyz HTTP/1.1\r\nX: ")
+        for _ in range(128):
+            connection.sendall(b"a" * MIB)
+        pytest.fail("128 MiB of a header were taken")
+    assert memory.peak_mib < ROOM_MIB
+    with server.client() as client:
+        assert ask(client).status_code == 200
+
+
+def test_messages_and_metadata_of_grpc_are_bounded(limited: tuple[Server, Memory]) -> None:
+    server, memory = limited
+    large, small = (triton.service_pb2.ModelInferRequest(model_name="toy-latent") for _ in range(2))
+    large.raw_input_contents.append(bytes(64 * MIB))
+    memory.forget_peak()
+    options = [("grpc.max_send_message_length", -1)]
+    with grpc.insecure_channel(server.grpc_address, options=options) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        for request, metadata in ((large, ()), (small, (("x", "a" * MIB),))):
+            with pytest.raises(grpc.RpcError) as refused:
+                stub.ModelInfer(request, metadata=metadata, timeout=30)
+            assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    tensor = triton.InferInput("image", [1001, 1000, 3], "UINT8")
+    tensor.set_data_from_numpy(np.zeros((1001, 1000, 3), np.uint8))
+    with triton.InferenceServerClient(server.grpc_address) as rpc, pytest.raises(Exception, match=f"{PIXELS:,}"):
+        rpc.infer("toy-latent", [tensor], client_timeout=30)
+    assert memory.peak_mib < ROOM_MIB
