@@ -4,7 +4,9 @@ GRPC_PORT ?= 3001
 STORE ?= store
 BIN := .venv/bin
 
-.PHONY: setup serve test check format bench clean
+PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+
+.PHONY: setup serve test test-gpu check format bench clean
 
 setup: .venv/ready
 
@@ -18,8 +20,17 @@ setup: .venv/ready
 serve: setup
 	$(BIN)/penumbra serve --port $(PORT) --grpc-port $(GRPC_PORT) --store $(STORE)
 
-test: setup
+test: setup .venv/peers
 	$(BIN)/pytest
+
+# What some tests ask, beside our own environment: a Triton server, and torch-tensorrt's Python; without them they skip.
+.venv/peers: | .venv/ready
+	-$(BIN)/pip install --quiet --no-deps --target $@ nvidia-pytriton==0.7.0 torch-tensorrt==2.13.0 \
+		tensorrt-cu13-bindings==11.0.0.114 dllist==2.0.0
+
+test-gpu:  # needs a CUDA GPU, and uses the torch that is there; without a GPU everything skips and says so
+	$(PYTHON) -m pytest tests/gpu -W default -rs
+	$(PYTHON) -m benchmarks.gpu
 
 check: setup
 	$(BIN)/ruff format --check .
