@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from models.card import Card
+    from models.card import Card, Parity
 
 STORE = click.option(
     "--store", type=click.Path(path_type=Path, file_okay=False), default=Path("store"), envvar="PENUMBRA_STORE",
@@ -85,20 +85,40 @@ def serve(store: Path, host: str, port: int, grpc_port: int) -> None:
     os.execve(sys.executable, [sys.executable, "-m", *command], environment)
 
 
+def of_answers(verb: Any) -> Any:
+    """The options of an answer, which are those of `POST /segment`."""
+    for option in (
+        click.option("--max-risk", type=float, help="Withhold uncertain pixels until at most this share is wrong."),
+        click.option("--alpha", type=float, help="Weight of the network that sees the boxes."),
+        click.option("--tags", help="For models that take them: classes in the picture, comma-separated."),
+        click.option("--boxes", help="For models that take them: JSON list of [x0, y0, x1, y1, class]."),
+        click.option("--outputs", help="Maps to write, comma-separated; a model's own too."),
+        click.option("--overlap", type=float, help="Share of a window that its neighbour covers too, 0 to 0.9."),
+        click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same answer."),
+        click.option("--samples", type=int, help="How many samples to draw."),
+    ):
+        verb = option(verb)
+    return verb
+
+
+def the_model(store: Path, model: str | None) -> str:
+    """The model that was named, or the only one. Raises BadOption."""
+    from models.errors import BadOption
+    from serving.engine.store import versions
+
+    names = list(versions(store))
+    if model is None and len(names) > 1:
+        raise BadOption(f"{store} has several models, so --model is needed; there are {', '.join(names)}")
+    return model or "".join(names)
+
+
 @main.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--model", "-m", help="Which model; may be left out when the store has one.")
 @click.option(
     "--output", "-o", type=click.Path(path_type=Path, file_okay=False), default=Path("out"), show_default=True
 )
-@click.option("--samples", type=int, help="How many samples to draw.")
-@click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same answer.")
-@click.option("--overlap", type=float, help="Share of a window that its neighbour covers too, 0 to 0.9.")
-@click.option("--outputs", help="Maps to write, comma-separated; a model's own too.")
-@click.option("--boxes", help="For models that take them: JSON list of [x0, y0, x1, y1, class].")
-@click.option("--tags", help="For models that take them: classes in the picture, comma-separated.")
-@click.option("--alpha", type=float, help="Weight of the network that sees the boxes.")
-@click.option("--max-risk", type=float, help="Withhold uncertain pixels until at most this share is wrong, 0 to 1.")
+@of_answers
 @STORE
 @JSON
 def predict(
@@ -109,17 +129,14 @@ def predict(
     from models.errors import BadOption
     from serving.engine.options import parse_options
     from serving.engine.segmenter import Segmenter
-    from serving.engine.store import find_artifact, versions
+    from serving.engine.store import find_artifact
     from serving.offline import describe_outcome, predict_file, report, watched
 
     if len({path.stem for path in images}) < len(images):
         raise BadOption("two pictures have the same name, and their files would too; predict them into two directories")
     fill_store(store)
-    names = list(versions(store))
-    if model is None and len(names) > 1:
-        raise BadOption(f"{store} has several models, so --model is needed; there are {', '.join(names)}")
     asked = parse_options({name: str(value) for name, value in options.items() if value is not None})
-    asked = dataclasses.replace(asked.with_default_maps(), model=model or "".join(names))
+    asked = dataclasses.replace(asked.with_default_maps(), model=the_model(store, model))
     with Segmenter() as segmenter:
         segmenter.load(find_artifact(store, asked.model or ""))
         for path in images:
@@ -129,6 +146,33 @@ def predict(
                 click.echo(json.dumps(describe_outcome(outcome)))
             else:
                 report(outcome)
+
+
+@main.command()
+@click.argument("source", metavar="INPUT")
+@click.argument("output")
+@click.option("--model", "-m", help="Which model; may be left out when the store has one.")
+@click.option("--format", "-f", default="png", show_default=True, help="png, json, npz, geojson or tif.")
+@click.option("--picture", help="What a png or tif shows: labels, overlay or the name of a map.")
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
+@of_answers
+@STORE
+@JSON
+def batch(source: str, output: str, model: str | None, store: Path, as_json: bool, engine: str, **options: Any) -> None:
+    """Answer all images of INPUT, a folder, 'a/*.png' or s3://..., into OUTPUT; goes on where it was stopped."""
+    from export.zoo import fill_store
+    from serving.batch import ask, run_batch
+
+    fill_store(store)
+    fields = {name: str(value) for name, value in options.items() if value is not None}
+    asked = ask(store, the_model(store, model), fields.pop("format"), fields)
+    counts, failures = run_batch(asked, source, output, engine=engine)
+    for done in failures:
+        click.echo(f"penumbra: {done.source}: {done.error}", err=True)
+    told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    click.echo(json.dumps(counts) if as_json else f"{output}: {told}")
+    if failures:
+        raise SystemExit(1)
 
 
 @main.command()
@@ -256,11 +300,23 @@ def ensemble(checkpoints: tuple[Path, ...], output: Path) -> None:
 @click.option("--target", type=click.Choice(["store", "triton"]), default="store", show_default=True,
               help="Where to: the store, or a Triton model repository, also of a NAME that the store has.")  # fmt: skip
 @click.option("--output", "-o", type=click.Path(file_okay=False, path_type=Path), help="The Triton repository.")
-@click.option("--backend", default="torchscript", show_default=True, help="Format of the graphs.")
+@click.option("--backend", default="torchscript", show_default=True, help="Or onnx, openvino, aot, tensorrt.")
+@click.option("--precision", default="fp32", show_default=True, help="Or bf16, fp16, as far as the backend has it.")
+@click.option("--device", default="cpu", show_default=True, help="Where the graphs are to run: cpu or cuda.")
+@click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="Labelled pictures, on which the export is measured too.")  # fmt: skip
+@click.option("--set", "data_set", default="camvid", show_default=True, help="Or voc, cityscapes, folder.")
+@click.option("--split", default="val", show_default=True, help="Which of the data's splits.")
+@click.option("--every", type=click.IntRange(min=1), default=1, show_default=True, help="Every n-th frame only.")
 @STORE
 @JSON
-def export(checkpoint: Path, backend: str, target: str, output: Path | None, store: Path, as_json: bool) -> None:
+def export(
+    checkpoint: Path, target: str, output: Path | None, backend: str, precision: str, device: str,
+    data: Path | None, data_set: str, split: str, every: int, store: Path, as_json: bool,
+) -> None:  # fmt: skip
     """Export a checkpoint into a store, proved against the checkpoint, or not at all."""
+    from rich.console import Console
+
     from export.bundle import export_checkpoint
     from models.errors import BadOption
     from serving.engine.store import open_artifact
@@ -269,10 +325,22 @@ def export(checkpoint: Path, backend: str, target: str, output: Path | None, sto
         return _export_repository(checkpoint, store, output, as_json=as_json)
     if not checkpoint.is_file():
         raise BadOption(f"there is no file {str(checkpoint)!r}; a checkpoint is wanted")
-    directory = export_checkpoint(checkpoint, store, backend=backend)
-    card = open_artifact(directory).card
-    assert card.export
-    _print_parity(dataclasses.asdict(card.export.parity), str(directory), as_json=as_json)
+    frames = _read_frames(checkpoint, every, data=data, data_set=data_set, split=split) if data else ()
+    with Console(stderr=True).status(f"Building {backend} {precision} of {checkpoint.name}, and measuring it"):
+        directory = export_checkpoint(
+            checkpoint, store, backend=backend, precision=precision, device=device, frames=frames
+        )
+    _print_parity(open_artifact(directory).card, directory, as_json=as_json)
+
+
+def _read_frames(checkpoint: Path, every: int, **where: Any) -> list[Any]:
+    """Every n-th labelled frame, as `export.frames` takes them."""
+    from models.checkpoint import read_card
+    from training.evaluation.run import Question, load_frames
+
+    frames = load_frames(Question(checkpoint.stem, **where), read_card(checkpoint))
+    chosen = [frames[i] for i in range(0, len(frames), every)]
+    return [(image_3HW.permute(1, 2, 0).contiguous().numpy(), label_HW.numpy()) for image_3HW, label_HW in chosen]
 
 
 def _export_repository(source: Path, store: Path, repository: Path | None, *, as_json: bool) -> None:
@@ -293,19 +361,30 @@ def _export_repository(source: Path, store: Path, repository: Path | None, *, as
 def verify(name: str, version: int | None, store: Path, as_json: bool) -> None:
     """Check an artifact's hashes and measure it on this machine against its checkpoint."""
     from export.bundle import verify_artifact
-    from serving.engine.store import find_artifact
+    from serving.engine.store import artifact_card, find_artifact
 
     directory = find_artifact(store, name, version)
-    _print_parity(dataclasses.asdict(verify_artifact(directory)), str(directory), as_json=as_json)
+    _print_parity(artifact_card(directory), directory, as_json=as_json, measured=verify_artifact(directory))
 
 
-def _print_parity(figures: dict[str, float], directory: str, *, as_json: bool) -> None:
+def _print_parity(card: "Card", directory: Path, *, as_json: bool, measured: "Parity | None" = None) -> None:
+    """The figures of the gate beside what is allowed. measured: here and now, if not at export."""
+    from export.parity import TOLERANCES
+
+    assert card.export
+    figures, allowed = measured or card.export.parity, TOLERANCES[card.export.precision]
     if as_json:
-        click.echo(json.dumps({"directory": directory, "parity": figures}))
+        click.echo(json.dumps({"directory": str(directory), "parity": dataclasses.asdict(figures)}))
         return
+    limits = {
+        "relative": f"<= {allowed.relative:g}", "extras_relative": f"<= {allowed.relative:g}",
+        "label_flips_percent": f"<= {allowed.flips_percent:g}",
+        "entropy_rank_correlation": f">= {allowed.rank_correlation:g}",
+        "variance_ratio": f"1 +- {allowed.variance:g}",
+    }  # fmt: skip
     click.echo(directory)
-    for name, value in figures.items():
-        click.echo(f"  {name:26} {value:.6g}")
+    for name, value in dataclasses.asdict(figures).items():
+        click.echo(f"  {name:26} {'none' if value is None else f'{value:.6g}':12} {limits.get(name, '')}".rstrip())
 
 
 def of_frames(verb: Any) -> Any:

@@ -21,10 +21,10 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from models.errors import (
     BadArtifact,
@@ -94,17 +94,9 @@ class Jobs:
         self.bounds, self._directory, self._gateway = bounds, directory, gateway
         self._limits = replace(
             LONG, pixels=bounds.pixels, samples=gateway.segmenter.limits.samples,
-            window_pixels=gateway.segmenter.limits.window_pixels,
+            window_pixels=gateway.segmenter.limits.window_pixels, probability_bytes=0,
         )  # fmt: skip
-        try:
-            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock_file = (directory / "lock").open("w")
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise BadArtifact(
-                f"jobs cannot be kept in {directory} ({error.strerror}); name a directory of this server alone in "
-                "PENUMBRA_JOBS"
-            ) from None
+        self._lock_file = lock(directory)
         self._changed = threading.Condition()
         self._closing = False
         self._jobs: dict[str, Job] = {}
@@ -307,6 +299,22 @@ class Jobs:
                 self._finish(job, f"the server ended {job.attempts} times while it worked on this job")
             else:
                 job.state = "queued"
+
+
+def lock(directory: Path) -> IO[bytes]:
+    """Make the directory this process's own for as long as the file is open. Raises BadArtifact."""
+    with ExitStack() as undo:
+        try:
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            file = undo.enter_context((directory / "lock").open("wb"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BadArtifact(
+                f"jobs cannot be kept in {directory} ({error.strerror}); name a directory of this server alone in "
+                "PENUMBRA_JOBS"
+            ) from None
+        undo.pop_all()
+        return file
 
 
 def spooled(options: SegmentOptions, media: str, style: Style) -> SegmentOptions:

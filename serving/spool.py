@@ -1,7 +1,7 @@
 """An answer on disk: filled from the top, band by band, by as many processes as it takes to the end.
 
-What is there when a process is killed is kept, and the next one goes on with the band after it; the bytes are those of
-one run. Memory is that of one band, whatever the image's height.
+What is there when a process is killed is kept, and the next one goes on with the band after it. The bytes are those of
+one run where both processes add samples in the same chunks (`Tuning.samples_per_call`), else equal to 1e-5. Memory is that of one band, whatever the image's height.
 """
 
 import hashlib
