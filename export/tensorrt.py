@@ -1,0 +1,116 @@
+"""The parts of a network as TensorRT engines, built by torch-tensorrt for the GPU that is here.
+
+What is used of torch-tensorrt exists in 2.11 (TensorRT 10.15) as in 2.13 (TensorRT 11): graphs are typed, and a
+precision is a cast network, never a builder's flag.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch_tensorrt
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from export.parts import Part, cut, is_open
+from models.card import Card
+from models.contract import Network
+from models.errors import BadOption
+from serving.engine.runtime import SIZES
+from serving.engine.store import Golden
+
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+BEST_WINDOWS, BEST_SAMPLES = 8, 8
+"""What the engines are tuned for, where B and S are free."""
+DECOMPOSED = (torch.ops.aten.select_scatter.default,)
+"""By torch's own rule: torch-tensorrt 2.13's turns the index -1 into an empty range, and the export fails."""
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """What one engine is built from: a program whose inputs are named by position, and the sizes of each input."""
+
+    name: str
+    program: ExportedProgram
+    inputs: dict[str, torch_tensorrt.Input]
+
+
+class _Used(nn.Module):
+    """A part that takes only those of its inputs that it uses: TensorRT has no place for others."""
+
+    def __init__(self, part: Part, used: Sequence[int]) -> None:
+        super().__init__()
+        leaves, self.structure = pytree.tree_flatten(part.example)
+        self.part = part.module
+        self.unused = [None if i in used else leaf for i, leaf in enumerate(leaves)]
+
+    def forward(self, inputs: dict[str, Tensor]) -> Any:
+        leaves = [inputs.get(str(i), leaf) for i, leaf in enumerate(self.unused)]
+        return self.part(*pytree.tree_unflatten(leaves, self.structure))
+
+
+def write(
+    network: Network, card: Card, golden: Golden, directory: Path, *, precision: str, device: torch.device
+) -> None:
+    """Build encode.engine and decode.engine, and prompt.engine where the network takes one: minutes each."""
+    builds = [made for _, made in prepare(network, card, golden, precision=precision, device=device)]
+    for made in track(builds, "Building TensorRT engines", console=Console(stderr=True)):
+        engine = torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine(
+            made.program, inputs=[made.inputs], disable_tf32=precision != "tf32", device=device
+        )
+        (directory / f"{made.name}.engine").write_bytes(engine)
+
+
+def prepare(
+    network: Network, card: Card, golden: Golden, *, precision: str, device: torch.device
+) -> list[tuple[Part, Build]]:
+    """All that can be done without a GPU. Raises BadOption where windows differ in size."""
+    if is_open(card):
+        raise BadOption(
+            f"{card.name} takes windows of any size, and an engine is built for one; choose another backend"
+        )
+    parts = cut(network, card, golden, precision=precision.replace("tf", "fp"), device=device)
+    return [(part, build(part, card)) for part in parts]
+
+
+@torch.no_grad()
+def build(part: Part, card: Card) -> Build:
+    """A part without its idle inputs, with names and sizes for TensorRT."""
+    example, other = (pytree.tree_leaves(call) for call in (part.example, part.other))
+    placeholders = [node for node in part.program().graph.nodes if node.op == "placeholder"][-len(example) :]
+    used = [i for i, node in enumerate(placeholders) if node.users]
+    calls = [({str(i): leaves[i] for i in used},) for leaves in (example, other)]
+    program = _unguarded(Part(part.name, _Used(part, used), *calls).program())
+    program = _unguarded(program.run_decompositions(torch._decomp.get_decompositions(DECOMPOSED)))
+    noise = len(example) - 1 if part.name == "decode" else None
+    inputs = {str(i): _profile(example[i], other[i], card, noise=i == noise) for i in used}
+    return Build(part.name, program, inputs)
+
+
+def _unguarded(program: ExportedProgram) -> ExportedProgram:
+    """Without checks of its inputs' sizes: an engine has its own, and torch 2.13 cannot always decompose the checks."""
+    program.module = partial(program.module, check_guards=False)  # type: ignore[method-assign]
+    return program
+
+
+def _profile(example: Tensor, other: Tensor, card: Card, *, noise: bool) -> torch_tensorrt.Input:
+    """Least, best and most of every axis: B is the first, of noise_SBL the second; what else is free are members."""
+    samples = card.sampling.default_samples
+    limits = []
+    for axis, (size, size_too) in enumerate(zip(example.shape, other.shape, strict=True)):
+        if size == size_too:
+            limits.append((size, size, size))
+        elif axis == int(noise):
+            limits.append((1, BEST_WINDOWS, max(SIZES)))
+        elif noise:
+            limits.append((1, samples, max(samples, BEST_SAMPLES)))
+        else:
+            limits.append((min(size, size_too), max(size, size_too), max(size, size_too)))
+    least, best, most = zip(*limits, strict=True)
+    return torch_tensorrt.Input(min_shape=least, opt_shape=best, max_shape=most, dtype=example.dtype)
