@@ -3,6 +3,7 @@
 from typing import Any
 
 from models.card import MAPS
+from serving import oip_openapi
 from serving.engine.options import DEFAULT_MAPS
 from serving.render import WRITERS
 from serving.render.pictures import LEVELS
@@ -57,7 +58,7 @@ def describe(version: str) -> dict[str, Any]:
             "/metrics": {"get": _plain("Prometheus metrics.", media="text/plain")},
             "/docs.json": {"get": _plain("This document.")},
             "/predict": {"post": _predict()},
-        },
+        } | oip_openapi.paths(),
         "components": {"schemas": {
             "Error": {"type": "object", "properties": {"error": {"type": "string"}}, "required": ["error"]},
         }},
