@@ -4,53 +4,74 @@ import dataclasses
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from export.frames import Frame, measure_frames
 from export.parity import check_parity, measure_parity, relative_error, worst_parity
-from export.torchscript import write_torchscript
 from models.card import Card, ExportFacts, Parity, Sampling, check_facts, dump_card
 from models.checkpoint import load_checkpoint
 from models.contract import Features, Network, Prompt
 from models.errors import BadOption
-from serving.engine.backends import Backend, load_backend
+from serving.engine.backends import Backend, find_format, load_backend
 from serving.engine.noise import SeededNoise
 from serving.engine.store import CARD, GOLDEN, Answer, Golden, golden_tensors, open_artifact, sha256_of, versions
 
-WRITERS = {"torchscript": write_torchscript}
 GOLDEN_WINDOWS, GOLDEN_SAMPLES = 2, 3
 WHOLE_IMAGE_EXAMPLE = (128, 160)
 """Golden size for models whose window is the whole image."""
+NOT_MEASURED = Parity(0, 0, 0, 0, 0)
 
 
-def export_checkpoint(checkpoint: Path, store: Path, *, backend: str = "torchscript") -> Path:
+def export_checkpoint(
+    checkpoint: Path, store: Path, *, backend: str = "torchscript", precision: str = "fp32", device: str = "cpu",
+    frames: Sequence[Frame] = (),
+) -> Path:  # fmt: skip
     """Write the next version of the checkpoint's model into a store; returns its directory.
 
-    Raises BadOption (unknown backend), BadCheckpoint, and ParityFailed, in which case nothing is written.
+    device: where the graphs are to run. frames: labelled pictures, on which the gate is held as well.
+    Raises BadOption (unknown backend, or one that is not installed or has not this precision), BadCheckpoint, and
+    ParityFailed, in which case nothing is written.
     """
-    if backend not in WRITERS:
-        raise BadOption(f"there is no backend {backend!r}; known are {', '.join(WRITERS)}")
+    find_writer(backend, precision)
     card, network = load_checkpoint(checkpoint)
-    return export_network(network, card, store, backend=backend, source=sha256_of(checkpoint))
+    facts = ExportFacts(backend, precision, torch.__version__, {}, NOT_MEASURED, sha256_of(checkpoint))
+    return _export(network, dataclasses.replace(card, export=facts), store, torch.device(device), frames)
 
 
 def export_network(
-    network: Network, card: Card, store: Path, *, backend: str = "torchscript", source: str = ""
-) -> Path:
-    """As `export_checkpoint`, from a network in memory; source: sha256 of the file it came from, if any."""
+    network: Network, card: Card, store: Path, *, backend: str = "torchscript", precision: str = "fp32",
+    device: str = "cpu",
+) -> Path:  # fmt: skip
+    """As `export_checkpoint`, from a network in memory."""
+    facts = ExportFacts(backend, precision, torch.__version__, {}, NOT_MEASURED)
+    return _export(network, dataclasses.replace(card, export=facts), store, torch.device(device))
+
+
+def find_writer(backend: str, precision: str) -> ModuleType:
+    """The module that writes a format. Raises BadOption: unknown, not installed, or not in this precision."""
+    writer = find_format("export", backend)
+    if precision not in writer.PRECISIONS:
+        raise BadOption(f"{backend} is not exported in {precision!r}; it is in {', '.join(writer.PRECISIONS)}")
+    return writer
+
+
+def _export(network: Network, card: Card, store: Path, device: torch.device, frames: Sequence[Frame] = ()) -> Path:
     check_facts(card)
-    card = dataclasses.replace(card, version=max(versions(store).get(card.name, [0])) + 1, export=None)
+    card = dataclasses.replace(card, version=max(versions(store).get(card.name, [0])) + 1)
     network = network.eval().requires_grad_(False)
     place = store / card.name
     fresh = [folder for folder in (place, store) if not folder.exists()]
     place.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=place))
     try:
-        _write(network, card, draft, backend=backend, source=source)
+        _write(network, card, draft, device, frames)
         for path in (draft, *draft.iterdir()):
             path.chmod(0o755 if path.is_dir() else 0o644)  # temporary files are private; servers have other users
         os.replace(draft, place / str(card.version))
@@ -62,24 +83,35 @@ def export_network(
     return place / str(card.version)
 
 
-def verify_artifact(directory: Path) -> Parity:
+def verify_artifact(directory: Path, device: str = "cpu") -> Parity:
     """Check hashes and card, run the golden window on this machine, and measure it against the checkpoint's logits."""
     artifact = open_artifact(directory)
-    parity = _measure(artifact.card, directory, artifact.golden)
+    graphs = load_backend(artifact.card, directory, torch.device(device))
+    parity = _measure(artifact.card, graphs, artifact.golden)
     check_parity(parity, artifact.card)
     return parity
 
 
-def _write(network: Network, card: Card, draft: Path, *, backend: str, source: str) -> None:
+def _write(network: Network, card: Card, draft: Path, device: torch.device, frames: Sequence[Frame]) -> None:
+    facts = card.export
+    assert facts
     golden = ask(network, card)
-    WRITERS[backend](network, golden.image_B3hw, golden.plain.noise_SBL, draft, prompt=golden.prompt)
+    writer = find_writer(facts.backend, facts.precision)
+    writer.write(network, card, golden, draft, precision=facts.precision, device=device)
     save_file(golden_tensors(golden), draft / GOLDEN)
-    names = sorted(path.name for path in draft.iterdir())
-    files = {name: sha256_of(draft / name) for name in names}
-    unproved = ExportFacts(backend, "fp32", torch.__version__, files, Parity(0, 0, 0, 0, 0), source)
-    parity = _measure(dataclasses.replace(card, export=unproved), draft, golden)
+    files = {path.name: sha256_of(path) for path in sorted(draft.iterdir())}
+    built_for = find_format("serving.engine.backends", facts.backend).target(device)
+    card = dataclasses.replace(card, export=dataclasses.replace(facts, files=files, built_for=built_for))
+    graphs = load_backend(card, draft, device)
+    parity = _measure(card, graphs, golden)
+    if frames:
+        seen = measure_frames(network, graphs, card, frames)
+        parity = dataclasses.replace(
+            worst_parity((parity, seen)), miou_change=seen.miou_change, num_frames=seen.num_frames
+        )
     check_parity(parity, card)
-    proved = dataclasses.replace(card, export=dataclasses.replace(unproved, parity=parity))
+    assert card.export
+    proved = dataclasses.replace(card, export=dataclasses.replace(card.export, parity=parity))
     (draft / CARD).write_text(dump_card(proved), "utf-8")
 
 
@@ -105,19 +137,18 @@ def _answer(network: Network, features: Features, sampling: Sampling) -> Answer:
     return Answer(noise_SBL, network.decode(features, noise_SBL))
 
 
-def _measure(card: Card, directory: Path, golden: Golden) -> Parity:
+def _measure(card: Card, graphs: Backend, golden: Golden) -> Parity:
     """Run the graphs one window, and where S is free one sample, at a time, other than they were traced; compare.
 
     Of several answers (without and with a prompt) each figure is the worst.
     """
-    graphs = load_backend(card, directory, torch.device("cpu"))
     plain, prompted, extras = [], [], []
     for b in range(len(golden.image_B3hw)):
         window = slice(b, b + 1)
         image_B3hw = golden.image_B3hw[window]
         features = graphs.encode(image_B3hw)
         plain.append(_decode_apart(graphs, features, golden.plain.noise_SBL[:, window], card.sampling))
-        extras.append(features[-1])
+        extras.append(features[-1].cpu())
         if golden.prompted:
             features = graphs.take_prompt(image_B3hw, features, tuple(p[window] for p in golden.prompt))
             sampling = card.sampling_with(prompt=True)
@@ -136,7 +167,7 @@ def _measure(card: Card, directory: Path, golden: Golden) -> Parity:
 
 def _decode_apart(graphs: Backend, features: Features, noise_SBL: Tensor, sampling: Sampling) -> Tensor:
     chunk = 1 if sampling.kind in ("latent", "dropout") else len(noise_SBL)
-    return torch.cat([graphs.decode(features, noise) for noise in torch.split(noise_SBL, chunk)])
+    return torch.cat([graphs.decode(features, noise).cpu() for noise in torch.split(noise_SBL, chunk)])
 
 
 def golden_image(card: Card) -> Tensor:

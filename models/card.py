@@ -162,9 +162,10 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """How far the exported graphs are from their checkpoint, on the golden window, same noise and prompt.
+    """How far the exported graphs are from their checkpoint in eager fp32, sample by sample, same noise and prompt.
 
-    extras_relative: of the network's own maps.
+    On the golden windows and, where the export was shown some, on labelled frames. extras_relative: of the network's
+    own maps. miou_change: of the labels on the frames, in percentage points; None where there were no frames.
     """
 
     max_abs: float
@@ -173,6 +174,8 @@ class Parity:
     entropy_rank_correlation: float
     variance_ratio: float
     extras_relative: float = 0.0
+    miou_change: float | None = None
+    num_frames: int = 0
 
 
 @dataclass(frozen=True, slots=True)

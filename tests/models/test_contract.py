@@ -13,7 +13,7 @@ from torch import Tensor
 
 import models
 from export.bundle import export_network, golden_prompt
-from export.parity import MAX_RELATIVE
+from export.parity import FULL
 from models import find_method, methods
 from models.blocks.resnet import ResNet, ResNetConfig
 from models.card import MAPS, Card, ClassInfo, InputSpec, Readout, WindowSpec, read_strict
@@ -177,7 +177,7 @@ def test_the_export_passes_its_gate_agrees_at_other_batches_and_is_served(name: 
     for num_windows, num_samples in ((1, 1), (5, 1), (1, 5), (3, 4)):
         draws = noise(name, num_samples, num_windows)
         wanted, got = network(image(num_windows), draws), graphs.decode(graphs.encode(image(num_windows)), draws)
-        assert got.shape == wanted.shape and close(got, wanted, MAX_RELATIVE)
+        assert got.shape == wanted.shape and close(got, wanted, FULL.relative)
     for path in directory.glob("*.ts"):
         assert made_on_a_device(torch.jit.load(path)) <= {"aten::to"}, path.name  # of sizes, which stay on the CPU
     is_served(card, tmp_path)

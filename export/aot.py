@@ -1,0 +1,60 @@
+"""The parts of a network as machine code for this very machine: torch.export and AOTInductor's .pt2 packages."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from export.parts import Part, cut
+from models.card import Card
+from models.contract import Network
+from models.errors import BadOption
+from serving.engine.backends.aot import FORMATS, INPUTS
+from serving.engine.store import Golden
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+def write(
+    network: Network, card: Card, golden: Golden, directory: Path, *, precision: str, device: torch.device
+) -> None:
+    """Compile encode.pt2 and decode.pt2, and prompt.pt2 where the network takes one. Needs a C++ compiler."""
+    for part in cut(network, card, golden, precision=precision, device=device):
+        plain = dataclasses.replace(part, example=pytree.tree_map(lay_out, part.example))
+        compile_part(plain, directory / f"{part.name}.pt2")
+
+
+def lay_out(tensor: Tensor) -> Tensor:
+    """In one of the two memory formats, which the code is compiled for; features may come in any order of strides."""
+    return tensor if _is_channels_last(tensor) else tensor.contiguous()
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def compile_part(part: Part, path: Path) -> None:
+    """Weights are constants of the code, with convolutions' laid out for it; threads are counted where it runs."""
+    pairs = zip(*map(pytree.tree_leaves, (part.example, part.other)), strict=True)
+    inputs = [_describe(example, other) for example, other in pairs]
+    try:
+        torch._inductor.aoti_compile_and_package(
+            part.program(),
+            package_path=str(path),
+            inductor_configs={
+                "freezing": True,
+                "cpp.dynamic_threads": True,
+                "aot_inductor.metadata": {INPUTS: json.dumps(inputs)},
+            },
+        )
+    except torch._inductor.exc.InvalidCxxCompiler:
+        raise BadOption("the backend aot needs a C++ compiler, and g++ is not found; install one") from None
+
+
+def _describe(example: Tensor, other: Tensor) -> dict[str, object]:
+    """What the compiled code takes for granted of an input: sizes (None where free), type and memory format."""
+    sizes = [size if size == size_too else None for size, size_too in zip(example.shape, other.shape, strict=True)]
+    return {"sizes": sizes, "dtype": str(example.dtype), "format": FORMATS[_is_channels_last(example)]}

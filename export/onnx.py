@@ -1,0 +1,36 @@
+"""The parts of a network as ONNX graphs: data and no code, with every axis free that needs to be."""
+
+import warnings
+from pathlib import Path
+
+import onnx
+import onnxscript  # noqa: F401  (torch's exporter needs it, and it may be the one that is missing)
+import torch
+
+from export.parts import Part, cut
+from models.card import Card
+from models.contract import Network
+from serving.engine.store import Golden
+
+PRECISIONS = ("fp32",)
+
+
+def write(
+    network: Network, card: Card, golden: Golden, directory: Path, *, precision: str, device: torch.device
+) -> None:
+    """Save encode.onnx and decode.onnx, and prompt.onnx where the network takes one; in fp32 for every precision."""
+    for part in cut(network, card, golden, precision="fp32", device=torch.device("cpu")):
+        onnx.save(to_onnx(part), directory / f"{part.name}.onnx")
+
+
+def to_onnx(part: Part) -> onnx.ModelProto:
+    """One graph, without the traces of where it was made that torch's exporter leaves in every node."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an exporter in motion; the parity gate judges what comes out
+        program = torch.onnx.export(part.program(), dynamo=True, optimize=True, verbose=False)
+    assert program
+    model = program.model_proto
+    graph = model.graph
+    for piece in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        del piece.metadata_props[:]
+    return model

@@ -1,0 +1,7 @@
+"""OpenVINO reads ONNX: the graphs are the same, and the precision is chosen where they are compiled, at load."""
+
+from export.onnx import write
+
+PRECISIONS = ("fp32", "bf16")
+
+__all__ = ["PRECISIONS", "write"]

@@ -1,0 +1,109 @@
+"""A network is cut into the graphs of its export: encode, decode and, where it takes one, prompt."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import AdditionalInputs, ExportedProgram
+
+from models.card import Card
+from models.contract import Features, Network, Prompt
+from models.errors import BadOption
+from serving.engine.backends import DTYPES
+from serving.engine.store import Answer, Golden
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One graph: a module that takes and gives float32, whatever it computes in, and two calls of it.
+
+    Features are in the network's own precision. Axes are free where the sizes of `example` and `other` differ: B
+    always, S for draws, the members where a prompt changes them, and the window where the card leaves it open.
+    """
+
+    name: str
+    module: nn.Module
+    example: tuple[Any, ...]
+    other: tuple[Any, ...]
+
+    def program(self) -> ExportedProgram:
+        """As torch.export has it, with the free axes. Raises BadOption where an axis is not really free."""
+        free = AdditionalInputs()  # type: ignore[no-untyped-call]
+        free.add(self.other)  # type: ignore[no-untyped-call]
+        try:
+            return torch.export.export(self.module, self.example, dynamic_shapes=free)  # type: ignore[arg-type]
+        except (ValueError, torch._dynamo.exc.UserError) as error:
+            raise BadOption(f"{self.name} cannot be exported for every size: {str(error).splitlines()[0]}") from None
+
+
+class _Part(nn.Module):
+    def __init__(self, network: Network, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.network, self.dtype = network, dtype
+
+    def own(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(x if x.dtype == self.dtype else x.to(self.dtype) for x in tensors)
+
+    def shown(self, features: Features) -> Features:
+        """Extra maps are float32 for whoever reads them."""
+        return (*features[:-1], features[-1].float()) if self.network.extra_maps else features
+
+
+class _Encode(_Part):
+    def forward(self, image_B3hw: Tensor) -> Features:
+        return self.shown(self.network.encode(*self.own((image_B3hw,))))
+
+
+class _TakePrompt(_Part):
+    def forward(self, image_B3hw: Tensor, features: Features, prompt: Prompt) -> Features:
+        (image_B3hw,) = self.own((image_B3hw,))
+        return self.shown(self.network.take_prompt(image_B3hw, self.own(features), self.own(prompt)))
+
+
+class _Decode(_Part):
+    def forward(self, features: Features, noise_SBL: Tensor) -> Tensor:
+        return self.network.decode(self.own(features), *self.own((noise_SBL,))).float()
+
+
+@torch.no_grad()
+def cut(network: Network, card: Card, golden: Golden, *, precision: str, device: torch.device) -> list[Part]:
+    """The parts of a copy of the network, channels-last, on a device; the golden windows are their example."""
+    dtype = DTYPES[precision]
+    network = copy.deepcopy(network).to(device, dtype).eval()
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    encode, take_prompt, decode = (kind(network, dtype).eval() for kind in (_Encode, _TakePrompt, _Decode))
+    calls = []
+    for num_windows, size in ((2, 1), (1, 2)) if is_open(card) else ((2, 1), (1, 1)):
+        crop = tuple(length // size for length in golden.image_B3hw.shape[2:])
+        image_B3hw = _crop(golden.image_B3hw, num_windows, crop).to(device, memory_format=torch.channels_last)
+        features = encode(image_B3hw)
+        calls.append(
+            {"encode": (image_B3hw,), "decode": (features, _noise(golden.plain, num_windows, card).to(device))}
+        )
+        if golden.prompted:
+            prompt = tuple(_crop(p, num_windows, crop).to(device) for p in golden.prompt)
+            calls[-1]["prompt"] = (image_B3hw, features, prompt)
+            if num_windows == 2:  # members that a prompt adds are an axis of its features
+                prompted = take_prompt(*calls[-1]["prompt"])
+                calls[-1]["decode"] = (prompted, golden.prompted.noise_SBL.to(device))
+    modules = {"encode": encode, "decode": decode, "prompt": take_prompt}
+    return [Part(name, modules[name], calls[0][name], calls[1][name]) for name in calls[0]]
+
+
+def is_open(card: Card) -> bool:
+    """Whether the size of windows differs from image to image."""
+    return card.window.height == 0 or card.window.last == "clip"
+
+
+def _crop(tensor: Tensor, num_windows: int, size: tuple[int, ...]) -> Tensor:
+    """The first windows, and of pictures the first rows and columns."""
+    few = tensor[:num_windows]
+    return few if few.dim() < 4 else few[:, :, : size[0], : size[1]]
+
+
+def _noise(answer: Answer, num_windows: int, card: Card) -> Tensor:
+    """All samples for both windows, fewer for one where S is free."""
+    free = num_windows == 1 and card.sampling.kind in ("latent", "dropout")
+    return answer.noise_SBL[: 2 if free else None, :num_windows]

@@ -1,0 +1,83 @@
+"""Machine code of AOTInductor, bound to the processor or GPU it was compiled on. Loading one is running code.
+
+The code checks nothing: from other sizes, types or memory formats it computes garbage. What it was compiled for is in
+its metadata, and every call is held against that.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.card import Card
+from models.errors import BadArtifact
+from serving.engine.backends import DTYPES
+from serving.engine.backends.flat import FlatBackend, part_names
+
+INPUTS = "penumbra_inputs"
+FORMATS = ("contiguous", "channels_last")
+"""Of memory; the names of `torch.memory_format`."""
+
+
+class AotGraph:
+    """One compiled package."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        index = -1 if device.type == "cpu" else device.index or 0
+        # `torch._inductor.aoti_load_package` is this and an import of two seconds.
+        self._package = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, index)
+        self._inputs = json.loads(self._package.get_metadata()[INPUTS])
+        self._name = path.stem
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        outputs: list[Tensor] = self._package.run(self._checked(inputs))
+        return outputs
+
+    def _checked(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The inputs in the memory formats that were compiled. Raises ValueError for what cannot be computed."""
+        if len(inputs) != len(self._inputs):
+            raise ValueError(f"{self._name} is called with {len(inputs)} inputs; it takes {len(self._inputs)}")
+        for i, (tensor, wanted) in enumerate(zip(inputs, self._inputs, strict=True)):
+            fits = len(tensor.shape) == len(wanted["sizes"]) and all(
+                size == fixed for size, fixed in zip(tensor.shape, wanted["sizes"], strict=True) if fixed is not None
+            )
+            if not fits or str(tensor.dtype) != wanted["dtype"]:
+                raise ValueError(
+                    f"input {i} of {self._name} is {tensor.dtype} {list(tensor.shape)}; it was compiled for "
+                    f"{wanted['dtype']} {wanted['sizes']}, where None is any size"
+                )
+        formats = [
+            torch.channels_last if w["format"] == "channels_last" else torch.contiguous_format for w in self._inputs
+        ]
+        return [tensor.contiguous(memory_format=kind) for tensor, kind in zip(inputs, formats, strict=True)]
+
+
+def load(card: Card, directory: Path, device: torch.device) -> FlatBackend:
+    assert card.export
+    names = part_names(prompted=card.prompt.kind != "none")
+    try:
+        graphs = {name: AotGraph(directory / f"{name}.pt2", device) for name in names}
+    except (RuntimeError, KeyError) as error:
+        raise BadArtifact(f"{directory} holds a package that this torch cannot load: {error}") from None
+    return FlatBackend(graphs, device=device, dtype=DTYPES[card.export.precision])
+
+
+def target(device: torch.device) -> dict[str, str]:
+    """The processor, or the GPU and its compute capability, and torch."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        machine = {"gpu": torch.cuda.get_device_name(device), "compute capability": f"{major}.{minor}"}
+    else:
+        machine = {"processor": f"{_processor()} with {torch.backends.cpu.get_cpu_capability()}"}
+    return machine | {"torch": torch.__version__}
+
+
+def _processor() -> str:
+    """Its model's name: code is compiled for the instructions of exactly that (-march=native)."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "an unknown processor"
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "an unknown processor")
