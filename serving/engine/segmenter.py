@@ -71,11 +71,13 @@ class BandStream:
     The work is submitted when the first row is asked for and withdrawn when the caller stops, so that nothing stays
     in the queue that nobody waits for. Iterate once. abstain_above: entropy in nats above which a label is withheld.
     num_done: windows so far; each: called after every one. Pixels without a measurement (`Raster.nodata`) have the
-    label IGNORE.
+    label IGNORE. first_y: bands before this row are left out; not all of their windows are run.
     """
 
-    def __init__(self, scheduler: Scheduler, work: Work, *, abstain_above: float | None = None) -> None:
-        self._scheduler, self.work = scheduler, work
+    def __init__(
+        self, scheduler: Scheduler, work: Work, *, abstain_above: float | None = None, first_y: int = 0
+    ) -> None:
+        self._scheduler, self.work, self._first_y = scheduler, work, first_y
         self.abstain_above = abstain_above
         self.num_done = work.plan.num_windows - work.num_windows
         self.each: Callable[[], object] = lambda: None
@@ -94,6 +96,8 @@ class BandStream:
                 with self._clock("stitch"):
                     canvas.add(window, moments)
                 for y0, merged_hKW, expected_hW, extras_hEW in canvas.finished(window):
+                    if y0 < self._first_y:
+                        continue
                     with self._clock("read_out"):
                         band = read_out(y0, merged_hKW, expected_hW, average=card.readout.average)
                         band.maps.update(zip(names, extras_hEW.transpose(1, 0, 2), strict=True))
@@ -235,8 +239,9 @@ class Segmenter:
         if PROBABILITIES in options.outputs:
             raise BadOption(f"{PROBABILITIES} are only for images that are answered at once; leave them out")
         work = self._plan(image_HW3, options, limits=limits)
-        work = replace(work, cancelled=cancelled, first_row=work.plan.row_before(y), in_background=True)
-        return BandStream(self.scheduler, work, abstain_above=threshold_of(work, options))
+        first_y = work.plan.band_of(y)
+        work = replace(work, cancelled=cancelled, first_row=work.plan.row_before(first_y), in_background=True)
+        return BandStream(self.scheduler, work, abstain_above=threshold_of(work, options), first_y=first_y)
 
     def _plan(self, image_HW3: Pixels, options: SegmentOptions, *, limits: Limits) -> Work:
         image = check_array(image_HW3, limits)

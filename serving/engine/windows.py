@@ -54,6 +54,10 @@ class WindowPlan:
     def num_windows(self) -> int:
         return len(self.starts_y) * len(self.starts_x)
 
+    def band_of(self, y: int) -> int:
+        """The image row at which the band that holds row y begins: bands begin where rows of windows do."""
+        return max([0, *(y0 for y0 in self.starts_y if y0 <= y)])
+
     def row_before(self, y: int) -> int:
         """The first row of windows that an answer from image row y on needs; windows before it end above y."""
         return next(row for row, y0 in enumerate(self.starts_y) if y0 + self.window_height > y)

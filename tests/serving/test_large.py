@@ -1,0 +1,241 @@
+"""Images larger than memory should hold: the same bytes as small ones, in bounded memory, through a kill -9."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+from rasterio.transform import from_origin
+
+from export.bundle import export_network
+from models.card import IGNORE, WindowSpec
+from models.errors import BadImage, DiskFull
+from serving.engine.options import SegmentOptions
+from serving.engine.raster import Raster, open_raster
+from serving.engine.runtime import Tuning
+from serving.engine.segmenter import Segmenter
+from serving.jobs import disk
+from serving.offline import predict_file
+from serving.spool import LONG, RowFile, Spool
+from tests.conftest import picture, toy_card
+from tests.serving.server import ROOT, until
+
+PLACE = {"crs": "EPSG:32632", "transform": from_origin(400_000, 5_000_000, 10, 10)}
+SIDE = 6000
+ARRAYS_MB = SIDE * SIDE * (3 + 1 + 3 * 4) / 2**20
+"""Of the picture, its labels and three maps, if they were held at once: 549 MB."""
+
+
+@pytest.fixture(scope="module")
+def segmenter(toy_store: Path) -> Any:
+    with Segmenter.open(toy_store, threads=1, device="cpu", tuning=Tuning(samples_per_call=4)) as opened:
+        yield opened
+
+
+def tiff(path: Path, pixels_HWC: np.ndarray, **facts: Any) -> Path:
+    height, width, count = pixels_HWC.shape
+    profile = {"driver": "GTiff", "height": height, "width": width, "count": count, "dtype": pixels_HWC.dtype.name}
+    with rasterio.open(path, "w", **(profile | PLACE | facts)) as target:
+        target.write(pixels_HWC.transpose(2, 0, 1))
+    return path
+
+
+def opened(path: Path) -> Raster:
+    raster = open_raster(path)
+    assert raster is not None
+    return raster
+
+
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"tiled": True, "blockxsize": 64, "blockysize": 64, "compress": "deflate", "predictor": 2},
+    {"compress": "lzw", "blockysize": 7},
+    {"bigtiff": "YES", "tiled": True, "blockxsize": 16, "blockysize": 16},
+    {"interleave": "band", "compress": "zstd"},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_windows_of_a_raster_are_those_of_the_picture(tmp_path: Path, rng: np.random.Generator, kind: Any) -> None:
+    pixels = picture(rng, 150, 211)
+    raster = opened(tiff(tmp_path / "a.tif", pixels, **kind))
+    assert raster.shape == pixels.shape
+    for rows, columns in [(slice(0, 150), slice(0, 211)), (slice(7, 40), slice(100, 211)), (slice(149, 150), slice(3))]:
+        assert np.array_equal(raster[rows, columns], pixels[rows, columns])
+    assert np.array_equal(raster.load()[3:9, 5:7], pixels[3:9, 5:7])
+
+
+def test_deep_grey_and_many_bands_become_three_channels_of_eight_bits(tmp_path: Path, rng: np.random.Generator) -> None:
+    deep = rng.integers(0, 65536, (20, 30, 5), dtype=np.uint16)
+    assert np.array_equal(opened(tiff(tmp_path / "a.tif", deep))[:, :], deep[:, :, :3] >> 8)
+    grey = rng.integers(0, 256, (20, 30, 1), dtype=np.uint8)
+    assert np.array_equal(opened(tiff(tmp_path / "b.tif", grey))[:, :], grey.repeat(3, 2))
+
+
+def test_a_raster_is_answered_as_its_pixels_are(segmenter: Segmenter, tmp_path: Path, rng: np.random.Generator) -> None:
+    pixels = picture(rng, 170, 230)
+    options = SegmentOptions(model="toy-latent", seed=5, samples=4)
+    from_array = segmenter.segment(pixels, options)
+    from_file = segmenter.segment(opened(tiff(tmp_path / "a.tif", pixels)), options)
+    assert np.array_equal(from_array.labels_HW, from_file.labels_HW)
+    for name, values in from_array.maps.items():
+        assert np.array_equal(values, from_file.maps[name])
+
+
+def test_pixels_without_a_measurement_have_no_label(
+    segmenter: Segmenter, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    pixels = picture(rng, 80, 90) + 1
+    pixels[10:60, 20:30] = 0
+    pixels[0, 0] = (0, 0, 7)  # one channel is zero by chance
+    raster = opened(tiff(tmp_path / "a.tif", pixels, nodata=0))
+    labels = segmenter.segment(raster, SegmentOptions(model="toy-pointwise")).labels_HW
+    assert np.array_equal(labels == IGNORE, (pixels == 0).all(-1)) and labels[0, 0] == 2
+
+
+# -- going on where it ended ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.7])
+@pytest.mark.parametrize("size", [(200, 90), (31, 47), (33, 49)])
+def test_from_any_row_on_the_bytes_are_those_of_one_run(
+    segmenter: Segmenter, rng: np.random.Generator, overlap: float, size: tuple[int, int]
+) -> None:
+    image, options = picture(rng, *size), SegmentOptions(model="toy-latent", overlap=overlap, samples=3)
+    whole = {band.y0: band for band in segmenter.bands(image, options)}
+    for y in {0, 1, size[0] // 3, size[0] // 2, size[0] - 1}:
+        rest = list(segmenter.bands_from(y, image, options, limits=LONG, cancelled=threading.Event()))
+        sound = [band for band in rest if band.y0 + len(band.labels) > y]
+        assert sound[0].y0 <= y and sound[-1].y0 == max(whole)
+        for band in sound:
+            assert np.array_equal(band.labels, whole[band.y0].labels)
+            assert np.array_equal(band.maps["entropy"], whole[band.y0].maps["entropy"])
+
+
+def test_a_spool_of_another_question_is_begun_anew(
+    segmenter: Segmenter, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    image = picture(rng, 90, 60)
+    for seed, source in ((1, "a"), (2, "a"), (2, "b")):
+        options = SegmentOptions(model="toy-latent", seed=seed)
+        spool = Spool(tmp_path / "spool", segmenter, image, options, source=source)
+        assert spool._labels.num_rows == 0
+        found = spool.fill(limits=LONG, cancelled=threading.Event(), watch=lambda _: None)
+        wanted = segmenter.segment(image, options)
+        assert np.array_equal(found.labels_HW[:], wanted.labels_HW)
+        assert np.array_equal(found.maps["entropy"][:], wanted.maps["entropy"])
+
+
+def test_rows_are_written_and_read_by_slices(tmp_path: Path, rng: np.random.Generator) -> None:
+    values = rng.random((50, 7), dtype=np.float32)
+    rows = RowFile(tmp_path / "rows", (50, 7), np.float32)
+    assert rows.num_rows == 0
+    for y in range(0, 50, 20):
+        rows[y : y + 20] = values[y : y + 20]
+    assert rows.num_rows == 50 and np.array_equal(rows[:], values) and np.array_equal(rows[13:29], values[13:29])
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    """Every write to this device fails for want of room."""
+    (tmp_path / "rows").symlink_to("/dev/full")
+    with pytest.raises(DiskFull, match="disk is full"), disk():
+        RowFile(tmp_path / "rows", (5, 7), np.uint8)[0:5] = np.zeros((5, 7))
+
+
+# -- penumbra predict ----------------------------------------------------------------------------
+
+
+def test_a_raster_is_predicted_into_rasters_in_its_place(
+    segmenter: Segmenter, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    pixels = picture(rng, 600, 300)
+    path = tiff(tmp_path / "a.tif", pixels)
+    options = SegmentOptions(model="toy-latent", seed=3)
+    outcome = predict_file(segmenter, path, options, tmp_path / "out")
+    wanted = segmenter.segment(pixels, options)
+    with rasterio.open(outcome.files["labels"]) as labels, rasterio.open(outcome.files["maps"]) as maps:
+        for file in (labels, maps):
+            assert file.crs.to_epsg() == 32632 and file.transform == PLACE["transform"] and file.profile["tiled"]
+        assert np.array_equal(labels.read(1), wanted.labels_HW)
+        assert maps.descriptions == tuple(wanted.maps)
+        for band, values in enumerate(wanted.maps.values(), 1):
+            assert np.array_equal(maps.read(band), values)
+    assert sum(row["pixels"] for row in outcome.classes) == 600 * 300
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a_labels.tif", "a_maps.tif"}
+
+
+def test_a_raster_that_breaks_off_is_named_and_what_was_done_is_kept(
+    segmenter: Segmenter, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    path = tiff(tmp_path / "a.tif", picture(rng, 900, 200), compress="deflate", blockysize=50)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 2 // 3])
+    with pytest.raises(BadImage, match=r"a\.tif: the TIFF image is damaged or truncated"):
+        predict_file(segmenter, path, SegmentOptions(model="toy-latent"), tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A store with a model of usual windows, and a picture of 6000 x 6000."""
+    folder = tmp_path_factory.mktemp("large")
+    card, network = toy_card("latent", name="wide", window=WindowSpec(512, 512))
+    export_network(network, card, folder / "store")
+    tile = picture(np.random.Generator(np.random.PCG64(3)), 500, SIDE)
+    path = folder / "large.tif"
+    profile = {"driver": "GTiff", "height": SIDE, "width": SIDE, "count": 3, "dtype": "uint8", "tiled": True}
+    with rasterio.open(path, "w", **profile, blockxsize=512, blockysize=512, compress="deflate", **PLACE) as target:
+        for y in range(0, SIDE, 500):
+            window = rasterio.windows.Window(0, y, SIDE, 500)
+            target.write(np.roll(tile, y, axis=1).transpose(2, 0, 1), window=window)
+    return folder / "store", path
+
+
+MEASURED = """
+import resource, sys
+from penumbra import main
+main(sys.argv[1:], standalone_mode=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def command(large: tuple[Path, Path], out: Path) -> list[str]:
+    store, path = large
+    arguments = ["predict", path, "-o", out, "--store", store, "--samples", "2", "--json"]
+    return [sys.executable, "-c", MEASURED, *map(str, arguments)]
+
+
+@pytest.mark.slow
+def test_a_large_raster_takes_bounded_memory_and_outlives_a_kill(large: tuple[Path, Path], tmp_path: Path) -> None:
+    """36 megapixels twice, at once and killed in the middle: the same pixels, and a peak below the arrays' size."""
+    small, killed = tmp_path / "small", tmp_path / "killed"
+    environment = os.environ | {"PENUMBRA_THREADS": "1"}
+    done = subprocess.run(command(large, small), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    facts, peak_mb = done.stdout.splitlines()
+    assert json.loads(facts)["size"] == [SIDE, SIDE]
+    assert int(peak_mb) < 300 + 700, f"{peak_mb} MB"
+    process = subprocess.Popen(command(large, killed), cwd=ROOT, env=environment, start_new_session=True)
+    rows = RowFile(killed / "large.partial" / "labels", (SIDE, SIDE), np.uint8)
+    try:
+        until(lambda: rows.num_rows > SIDE // 3 or process.poll() is not None)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
+    assert SIDE // 3 < rows.num_rows < SIDE
+    done = subprocess.run(
+        command(large, killed), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[0])["timing_ms"]["run"] < 0.8 * json.loads(facts)["timing_ms"]["run"]
+    for name in ("labels", "maps"):
+        with rasterio.open(small / f"large_{name}.tif") as one, rasterio.open(killed / f"large_{name}.tif") as other:
+            for band in one.indexes:
+                assert np.allclose(one.read(band), other.read(band), atol=1e-5)
+    assert not (killed / "large.partial").exists()
