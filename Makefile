@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
-.PHONY: setup serve test test-gpu check format bench clean
+.PHONY: setup serve test test-gpu check format bench sbom audit clean
 
 setup: .venv/ready
 
@@ -44,6 +44,19 @@ format: setup
 
 bench: setup  # the demo store must be there: run `make serve` once
 	for name in sampling methods moments memory overhead identity; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+sbom: setup build/audit/ready  # bill of materials of the environment, CycloneDX
+	build/audit/bin/cyclonedx-py environment --output-format JSON --output-reproducible --pyproject pyproject.toml \
+		--output-file build/sbom.json $(BIN)/python
+
+audit: build/audit/ready  # known vulnerabilities of every pin; needs pypi.org itself
+	grep -o '^[A-Za-z].*' constraints.txt > build/pins.txt
+	build/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement build/pins.txt
+
+build/audit/ready: Makefile
+	python3 -m venv build/audit
+	build/audit/bin/pip install --quiet cyclonedx-bom==7.5.0 pip-audit==2.10.1
+	@touch $@
 
 clean:
 	rm -rf .venv store runs out build *.egg-info
