@@ -6,6 +6,7 @@ and the next one makes those that are missing. Engines differ in where `answer` 
 
 import json
 import os
+import re
 import secrets
 import sys
 from collections import Counter
@@ -83,8 +84,8 @@ def find_tasks(source: str, output: str, extension: str) -> list[Task]:
     """The images of a folder (with those below it), a pattern or a file. Raises BadOption: none, or two of one name."""
     files, path = files_of(source)
     if has_magic(path):
-        found, base = files.glob(path), PurePosixPath(path.split("*")[0].split("?")[0].split("[")[0])
-        base = base if str(base).endswith("/") else base.parent
+        plain = re.split(r"[*?\[]", path)[0]
+        found, base = files.glob(path), PurePosixPath(plain.rpartition("/")[0])
     elif files.isdir(path):
         found, base = files.find(path), PurePosixPath(path)
     else:

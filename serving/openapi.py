@@ -50,6 +50,12 @@ def describe(version: str) -> dict[str, Any]:
         },
         "paths": {
             "/segment": {"post": _segment()},
+            "/jobs": {"post": _jobs()},
+            "/jobs/{id}": {
+                "get": _plain("How a job stands: state, percent, windows.", parameter="id"),
+                "delete": _plain("Cancel a job and remove its files.", parameter="id", status="204"),
+            },
+            "/jobs/{id}/result": {"get": _result()},
             "/models": {"get": _plain("Served models, and those that were refused with the reason.")},
             "/models/{name}": {"get": _plain("The card of a model: every fact but its weights.", parameter="name")},
             "/healthz": {"get": _plain("Liveness.")},
@@ -86,6 +92,30 @@ def _segment() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _jobs() -> dict[str, Any]:
+    segment = _segment()
+    refusals = segment["responses"].keys() - {"200", "500", "504"}
+    created = {"description": "Accepted; Location says where to ask", "content": {
+        "application/json": {"schema": {"type": "object", "required": ["id", "url", "state"]}},
+    }}  # fmt: skip
+    return segment | {
+        "summary": "The same for images of any size: an id at once, the answer later. Large bodies are raw images.",
+        "responses": {"202": created, "507": {"description": "No room on the disk", "content": ERROR}}
+        | {status: segment["responses"][status] for status in sorted(refusals)},
+    }
+
+
+def _result() -> dict[str, Any]:
+    operation = _plain("The answer of a finished job, in the format asked for; ranges are possible.", parameter="id")
+    operation["responses"] |= {
+        "200": {"description": "The answer", "content": {media: {"schema": {}} for media in WRITERS}},
+        "206": {"description": "A part of it"},
+        "409": {"description": "There is no result, or none yet", "content": ERROR},
+        "416": {"description": "A range beyond the answer's end"},
+    }
+    return operation
+
+
 def _predict() -> dict[str, Any]:
     integer = {"type": "integer"}
     request = {"image": {"type": "array", "items": {"type": "array", "items": {"type": "array", "items": integer}}},
@@ -99,10 +129,11 @@ def _predict() -> dict[str, Any]:
     }
 
 
-def _plain(summary: str, *, media: str = "application/json", parameter: str | None = None) -> dict[str, Any]:
-    operation: dict[str, Any] = {
-        "summary": summary, "responses": {"200": {"description": "OK", "content": {media: {"schema": {}}}}},
-    }  # fmt: skip
+def _plain(
+    summary: str, *, media: str = "application/json", parameter: str | None = None, status: str = "200"
+) -> dict[str, Any]:
+    content = {} if status == "204" else {"content": {media: {"schema": {}}}}
+    operation: dict[str, Any] = {"summary": summary, "responses": {status: {"description": "OK"} | content}}
     if parameter:
         operation["parameters"] = [{"name": parameter, "in": "path", "required": True, "schema": {"type": "string"}}]
         operation["responses"]["404"] = {"description": "Unknown", "content": ERROR}
