@@ -39,7 +39,7 @@ async function chooseModel() {
   card = await (await ask(`models/${encodeURIComponent($("model").value)}`)).json();
   const { sampling, prompt, calibration } = card, isFree = ["latent", "dropout"].includes(sampling.kind);
   $("about").textContent = `${card.method}, version ${card.version}: ${aboutSamples(sampling)}`;
-  $("samples-row").hidden = !isFree;
+  $("samples-row").hidden = $("seed-row").hidden = !isFree;
   $("samples").value = $("samples-shown").value = sampling.default_samples;
   $("risk-row").hidden = !calibration;
   $("risk").replaceChildren(new Option("not bounded", ""), ...(calibration?.risks ?? []).map((risk) => new Option(`${100 * risk} %`, risk)));
@@ -122,7 +122,7 @@ function refused(error) {
 
 function told() {
   const { samples, seed, members, warnings, abstained } = answer.parameters;
-  const parts = [members ? `Done with ${members}.` : `Done with ${samples} sample${samples > 1 ? "s" : ""}, seed ${seed}.`];
+  const parts = [members ? `Done with ${members.replaceAll(",", ", ")}.` : `Done with ${samples} sample${samples > 1 ? "s" : ""}, seed ${seed}.`];
   if (abstained !== undefined) parts.push(`${(100 * abstained).toFixed(1)} % withheld.`);
   return [...parts, ...(warnings ? [`${warnings}.`] : [])].join(" ");
 }
