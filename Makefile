@@ -49,7 +49,7 @@ sbom: setup build/audit/ready  # bill of materials of the environment, CycloneDX
 	build/audit/bin/cyclonedx-py environment --output-format JSON --output-reproducible --pyproject pyproject.toml \
 		--output-file build/sbom.json $(BIN)/python
 
-audit: build/audit/ready  # known vulnerabilities of every pin; needs pypi.org itself
+audit: build/audit/ready  # known vulnerabilities of every pin; needs the package index to have its advisories
 	grep -o '^[A-Za-z].*' constraints.txt > build/pins.txt
 	build/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement build/pins.txt
 
