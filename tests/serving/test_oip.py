@@ -23,6 +23,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
+from serving import oip_rest
 from serving.engine.runtime import SIZES
 from tests.conftest import picture
 from tests.serving.conftest import BODY_BYTES
@@ -366,6 +367,18 @@ def test_health_is_watched_and_services_are_reflected(server: Server) -> None:
         asked = reflection_pb2.ServerReflectionRequest(file_containing_symbol="inference.GRPCInferenceService")
         (answer,) = stub.ServerReflectionInfo(iter([asked]), timeout=20)
         assert b"ModelStreamInfer" in answer.file_descriptor_response.file_descriptor_proto[0]
+
+
+def test_the_api_document_lists_every_path_and_every_listed_path_exists(client: httpx.Client) -> None:
+    listed = client.get("/docs.json").json()["paths"]
+    listed = {path: methods for path, methods in listed.items() if path.startswith("/v2")}
+    served = {route.path for route in oip_rest.routes(None, body_bytes=1, json_bytes=1)[1].routes}  # type: ignore
+    assert {*listed} == {"/v2", *(f"/v2{path}" for path in served)} - {"/v2/repository/{name}/index"}
+    for path, methods in listed.items():
+        for method, operation in methods.items():
+            answer = client.request(method, path.format(model="toy-latent", version=1), json={})
+            wanted = {"infer": 400, "load": 403, "unload": 403}.get(path.rpartition("/")[2], 200)
+            assert answer.status_code == wanted and str(wanted) in operation["responses"], (method, path)
 
 
 def _gauge(client: httpx.Client, name: str) -> float:
