@@ -12,7 +12,7 @@ the same code on small shapes to show that it works.
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.rounds import measure, save
 from export.bundle import NOT_MEASURED, ask, find_writer
 from export.parity import measure_parity
+from models.blocks.resnet import ResNetConfig
 from models.card import Card, ClassInfo, ExportFacts, InputSpec, Readout, WindowSpec
 from models.contract import Features
 from models.errors import BadOption, ParityFailed
@@ -37,8 +38,12 @@ from serving.engine.store import Golden
 
 WINDOWS, SAMPLES, MOST = (1, 2, 4, 8, 16, 32, 64), (1, 2, 5, 10, 20, 50), 800
 """Of one call; products of windows and samples above MOST are left out."""
-ENGINES = ("torchscript", "aot", "tensorrt")
+ENGINES = ("compile", "torchscript", "aot", "tensorrt")
+"""Beside eager."""
 ROUNDS, BATCHES = 5, 12
+QUICK = NpConfig(
+    3, ResNetConfig(depth=18, width=8), aspp_channels=16, low_channels=8, latent_length=8, hidden=16, head="published"
+)
 Results = dict[str, Any]
 
 
@@ -46,7 +51,7 @@ class Bench:
     """One network in one precision on one device, with all that is measured of it. Keeps what it has found so far."""
 
     def __init__(self, device: torch.device, precision: str, *, quick: bool) -> None:
-        config = replace(u2pl(3), latent_length=8) if quick else u2pl(21)
+        config = QUICK if quick else u2pl(21)
         self.device, self.precision, self.dtype = device, precision, DTYPES[precision]
         self.size = 64 if quick else 512
         self.windows, self.samples = ((1, 2), (1, 3)) if quick else (WINDOWS, SAMPLES)
@@ -111,14 +116,15 @@ class Bench:
         arithmetic_s = self.found[f"{part} flop"] * count / self.found["flops_per_s"]
         return max(arithmetic_s, (self.found["weight bytes"] + moved) / self.found["bytes_per_s"])
 
-    def engines(self, folder: Path) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
+    def engines(self, names: Sequence[str], folder: Path) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
         """encode and decode of everything that can be had here; what cannot is recorded with its reason."""
         found: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-            "eager": (self.eager_encode, self.eager_decode),
-            "compile": (torch.compile(self.eager_encode), torch.compile(self.eager_decode)),
+            "eager": (self.eager_encode, self.eager_decode)
         }
+        if "compile" in names:
+            found["compile"] = torch.compile(self.eager_encode), torch.compile(self.eager_decode)
         golden = ask(self.source, self.card)
-        for name in ENGINES:
+        for name in [name for name in names if name != "compile"]:
             started = time.perf_counter()
             try:
                 backend = self.exported(name, golden, folder)
@@ -266,8 +272,9 @@ def describe(device: torch.device) -> Results:
 @click.command()
 @click.option("--device", default="cuda", show_default=True)
 @click.option("--precision", "precisions", multiple=True, default=("bf16", "fp32"), show_default=True)
+@click.option("--engine", "names", multiple=True, type=click.Choice(ENGINES), default=ENGINES, show_default=True)
 @click.option("--quick", is_flag=True, help="Small shapes, to show that it runs.")
-def main(device: str, precisions: tuple[str, ...], quick: bool) -> None:
+def main(device: str, precisions: tuple[str, ...], names: tuple[str, ...], quick: bool) -> None:
     where = torch.device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
         return click.echo("there is no CUDA GPU here; nothing is measured")
@@ -276,7 +283,7 @@ def main(device: str, precisions: tuple[str, ...], quick: bool) -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for precision in precisions:
             bench = Bench(where, precision, quick=quick)
-            steps = [bench.floor, lambda bench=bench: bench.sweep(bench.engines(Path(folder)))]
+            steps = [bench.floor, lambda bench=bench: bench.sweep(bench.engines(names, Path(folder)))]
             for step in steps + [bench.graphs, bench.copies] * (where.type == "cuda"):
                 with bench.spared(getattr(step, "__name__", "step")):
                     step()

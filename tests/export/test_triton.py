@@ -1,5 +1,6 @@
 """A Triton repository leads a window to the engine's answer, and a real Triton loads and serves it."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import tritonclient.grpc as triton
+from click.testing import CliRunner
 from google.protobuf import text_format
 from torch import Tensor
 from tritonclient.grpc import model_config_pb2 as pb
@@ -23,6 +25,7 @@ from export.triton import MAX_BATCH, export_repository, write_repository
 from models.card import MAPS, Card, ClassInfo, InputSpec, Readout, WindowSpec
 from models.checkpoint import save_checkpoint
 from models.errors import BadOption, UnknownModel
+from penumbra import main
 from serving.engine.backends import load_backend
 from serving.engine.moments import accumulate, empty_sums, resize
 from serving.engine.store import Artifact, open_artifact
@@ -32,7 +35,7 @@ from tests.models.small import seeded
 from tests.models.test_contract import card_of
 from tests.serving.server import END_S, free_port, until
 
-START_S = 300
+START_S = 600
 """A bound of waiting: seven processes import torch."""
 PEERS = Path(sys.prefix) / "peers"
 """`make .venv/peers` puts a Triton there."""
@@ -209,6 +212,17 @@ def test_other_formats_and_unknown_names_are_refused_before_anything_is_written(
     with pytest.raises(UnknownModel, match="no model 'tiny'"):
         export_repository("tiny", tmp_path / "store", tmp_path / "repository")
     assert not (tmp_path / "repository").exists()
+
+
+def test_the_command_line_makes_a_repository_of_a_name_and_asks_for_a_directory(tmp_path: Path) -> None:
+    made(tmp_path, "toy")
+    command = ["export", "small", "--target", "triton", "--store", str(tmp_path / "store")]
+    done = CliRunner().invoke(main, [*command, "-o", str(tmp_path / "repository"), "--json"])
+    assert done.exit_code == 0, done.output
+    models = json.loads(done.stdout)["models"]
+    assert models == sorted(path.name for path in (tmp_path / "repository").iterdir())
+    refused = CliRunner().invoke(main, command)
+    assert refused.exit_code == 2 and "add -o DIRECTORY" in refused.stderr
 
 
 @contextmanager
