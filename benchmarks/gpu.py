@@ -9,6 +9,7 @@ whichever is longer; both are measured in the same run. Without a GPU it says so
 the same code on small shapes to show that it works.
 """
 
+import json
 import subprocess
 import tempfile
 import time
@@ -288,7 +289,10 @@ def main(device: str, precisions: tuple[str, ...], names: tuple[str, ...], quick
                 with bench.spared(getattr(step, "__name__", "step")):
                     step()
                 results |= {f"{precision} {name}": value for name, value in bench.found.items()}
-                save("gpu-quick" if quick else "gpu", results)
+                if not quick:
+                    save("gpu", results)
+    if quick:
+        click.echo(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

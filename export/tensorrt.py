@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 import torch_tensorrt
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
@@ -59,10 +57,12 @@ def write(
     network: Network, card: Card, golden: Golden, directory: Path, *, precision: str, device: torch.device
 ) -> None:
     """Build encode.engine and decode.engine, and prompt.engine where the network takes one: minutes each."""
-    builds = [made for _, made in prepare(network, card, golden, precision=precision, device=device)]
-    for made in track(builds, "Building TensorRT engines", console=Console(stderr=True)):
+    for _, made in prepare(network, card, golden, precision=precision, device=device):
         engine = torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine(
-            made.program, inputs=[made.inputs], disable_tf32=precision != "tf32", device=device
+            made.program,
+            inputs=[made.inputs],
+            disable_tf32=precision != "tf32",
+            device=f"cuda:{device.index or 0}",  # without an index torch-tensorrt would have none
         )
         (directory / f"{made.name}.engine").write_bytes(engine)
 

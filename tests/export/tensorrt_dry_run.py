@@ -141,6 +141,7 @@ def error_of(graph: Any, part: Part, made: Build, call: tuple[Any, ...]) -> floa
 
 def refusal() -> dict[str, Any]:
     """What is said of engines from elsewhere, and of windows that an engine cannot have."""
+    torch.cuda.is_available = lambda: True
     device = torch.device("cuda", 0)
     here = target(device)
     card = replace(card_of("toy"), window=WindowSpec(0, 0))
@@ -148,6 +149,7 @@ def refusal() -> dict[str, Any]:
     said = {}
     for name, call in (
         ("sentence", lambda: load_backend(replace(card, export=facts), Path("store/toy/1"), device)),
+        ("cpu", lambda: target(torch.device("cpu"))),
         ("open", lambda: prepare(seeded("toy"), card, ask(seeded("toy"), card), precision="fp16", device=device)),
     ):
         try:

@@ -94,4 +94,5 @@ def test_engines_of_another_gpu_are_refused_with_the_command_that_builds_them_he
     assert report["here"].keys() == {"gpu", "compute capability", "TensorRT", "driver"}
     assert "was built for gpu NVIDIA A100" in report["sentence"]
     assert "penumbra export CHECKPOINT --backend tensorrt --precision fp16" in report["sentence"]
+    assert "run on a CUDA GPU, and the device is cpu" in report["cpu"]
     assert "takes windows of any size, and an engine is built for one" in report["open"]

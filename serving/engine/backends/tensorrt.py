@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from models.card import Card
-from models.errors import BadArtifact
+from models.errors import BadArtifact, BadOption
 from serving.engine.backends import DTYPES
 from serving.engine.backends.flat import FlatBackend, part_names
 
@@ -28,7 +28,8 @@ class Engine:
     """One part of a network. Runs in the stream that is current; used by one thread at a time."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
-        engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(path.read_bytes())
+        self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))  # must outlive its engines
+        engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
             raise BadArtifact(
                 f"{path} is no engine that TensorRT {trt.__version__} can load; export the checkpoint here"
@@ -75,6 +76,8 @@ def load(card: Card, directory: Path, device: torch.device) -> FlatBackend:
 
 def target(device: torch.device) -> dict[str, str]:
     """The GPU, its compute capability, TensorRT and the driver. Raises BadOption where there is no GPU."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise BadOption(f"TensorRT engines are built for and run on a CUDA GPU, and the device is {device}")
     major, minor = torch.cuda.get_device_capability(device)
     driver = re.search(r"\d+\.\d+(\.\d+)?", DRIVER.read_text()) if DRIVER.exists() else None
     return {
