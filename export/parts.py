@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import AdditionalInputs, ExportedProgram
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
 
 from models.card import Card
 from models.contract import Features, Network, Prompt
@@ -30,12 +31,16 @@ class Part:
 
     def program(self) -> ExportedProgram:
         """As torch.export has it, with the free axes. Raises BadOption where an axis is not really free."""
-        free = AdditionalInputs()  # type: ignore[no-untyped-call]
-        free.add(self.other)  # type: ignore[no-untyped-call]
+        free = pytree.tree_map(_free_axes, self.example, self.other)
         try:
-            return torch.export.export(self.module, self.example, dynamic_shapes=free)  # type: ignore[arg-type]
+            return torch.export.export(self.module, self.example, dynamic_shapes=free)
         except (ValueError, torch._dynamo.exc.UserError) as error:
             raise BadOption(f"{self.name} cannot be exported for every size: {str(error).splitlines()[0]}") from None
+
+
+def _free_axes(example: Tensor, other: Tensor) -> tuple[Any, ...]:
+    pairs = zip(example.shape, other.shape, strict=True)
+    return tuple(Dim.STATIC if size == other_size else Dim.DYNAMIC for size, other_size in pairs)
 
 
 class _Part(nn.Module):
@@ -89,7 +94,8 @@ def cut(network: Network, card: Card, golden: Golden, *, precision: str, device:
                 prompted = take_prompt(*calls[-1]["prompt"])
                 calls[-1]["decode"] = (prompted, golden.prompted.noise_SBL.to(device))
     modules = {"encode": encode, "decode": decode, "prompt": take_prompt}
-    return [Part(name, modules[name], calls[0][name], calls[1][name]) for name in calls[0]]
+    example, other = (pytree.tree_map(torch.clone, call) for call in calls)  # views would be exported as such
+    return [Part(name, modules[name], example[name], other[name]) for name in example]
 
 
 def is_open(card: Card) -> bool:
