@@ -1,6 +1,7 @@
 """The parity gate: equal logits measure as equal, and what users would notice is refused by figure."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from export.parity import check_parity, measure_parity, rank_correlation
-from models.card import Parity
+from models.card import Card, ExportFacts, Parity
 from models.errors import ParityFailed
 from tests.conftest import toy_card
 
@@ -97,6 +98,29 @@ def test_each_figure_outside_its_tolerance_is_named(figure: str, value: float, s
     with pytest.raises(ParityFailed) as refusal:
         check_parity(dataclasses.replace(EQUAL, **{figure: value}), CARD)
     assert sentence in str(refusal.value)
+
+
+def in_precision(precision: str) -> Card:
+    return dataclasses.replace(CARD, export=ExportFacts("torchscript", precision, "2.13", {}, EQUAL))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_may_flip_half_a_percent_of_labels_and_reorder_little(precision: str) -> None:
+    rough = Parity(
+        max_abs=1, relative=0.09, label_flips_percent=0.49, entropy_rank_correlation=0.9951, variance_ratio=0.91
+    )
+    check_parity(rough, in_precision(precision))
+    with pytest.raises(ParityFailed):
+        check_parity(rough, in_precision("fp32"))
+    for figure, value, sentence in (
+        ("label_flips_percent", 0.51, "0.510 % of labels flip, 0.5 % allowed"),
+        ("entropy_rank_correlation", 0.9949, "entropy rank correlation 0.994900, 0.995 needed"),
+        ("variance_ratio", 0.0, "sample variance is 0.000"),
+        ("relative", 0.2, "relative error 2.0e-01, 1e-01 allowed"),
+        ("extras_relative", 0.2, "relative error of its own maps"),
+    ):
+        with pytest.raises(ParityFailed, match=re.escape(sentence)):
+            check_parity(dataclasses.replace(rough, **{figure: value}), in_precision(precision))
 
 
 def test_rank_correlation_of_orders() -> None:

@@ -1,0 +1,85 @@
+"""On labelled frames: an export that answers alike changes nothing, and another is measured by how much."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from export.bundle import export_checkpoint
+from export.frames import Frame, measure_frames
+from export.parity import check_parity
+from models.card import IGNORE
+from models.checkpoint import save_checkpoint
+from models.contract import Features
+from models.errors import BadOption, ParityFailed
+from models.toy.net import ToyConfig, ToyNetwork
+from serving.engine.store import open_artifact
+from tests.conftest import GAIN, toy_card
+
+CARD, NETWORK = toy_card("pointwise")
+
+
+def frame(rng: np.random.Generator, height: int = 50, width: int = 60) -> Frame:
+    """A picture whose labels are what the toy answers: the brightest channel. A corner is void."""
+    image_HW3 = rng.permuted(np.broadcast_to(np.array([20, 90, 200], np.uint8), (height, width, 3)), axis=2)
+    label_HW = image_HW3.argmax(2).astype(np.uint8)
+    label_HW[:5, :5] = IGNORE
+    return image_HW3, label_HW
+
+
+class Exported(ToyNetwork):
+    """A backend that answers the network's logits with the classes moved by one where the picture is dark in red."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
+        logits_SBKhw = super().decode(features, noise_SBL)
+        dark = logits_SBKhw[:, :, :1] < GAIN * 50 / 255
+        return torch.where(dark, logits_SBKhw.roll(1, dims=2), logits_SBKhw)
+
+
+def test_an_export_that_answers_alike_changes_nothing(rng: np.random.Generator) -> None:
+    parity = measure_frames(NETWORK, NETWORK, CARD, [frame(rng), frame(rng, 20, 30)])
+    assert (parity.max_abs, parity.label_flips_percent, parity.miou_change, parity.num_frames) == (0, 0, 0, 2)
+    assert parity.entropy_rank_correlation == 1 and parity.variance_ratio == 1
+
+
+def test_a_third_of_wrong_labels_costs_the_iou_that_it_must(rng: np.random.Generator) -> None:
+    """Wrong where red is darkest: green there is called blue, and blue red, half of either."""
+    image_HW3, label_HW = frame(rng, 32, 48)
+    parity = measure_frames(NETWORK, Exported(ToyConfig(gain=GAIN)), CARD, [(image_HW3, label_HW)])
+    wrong = image_HW3[..., 0] == 20
+    assert parity.label_flips_percent == pytest.approx(100 * wrong.mean(), abs=1e-6)
+    answer = np.where(wrong, (image_HW3.argmax(2) + 1) % 3, image_HW3.argmax(2))
+    known = label_HW != IGNORE
+    shares = [
+        np.sum((answer == k) & (label_HW == k) & known) / np.sum(((answer == k) | (label_HW == k)) & known)
+        for k in range(3)
+    ]
+    assert parity.miou_change == pytest.approx(100 * (np.mean(shares) - 1))
+    with pytest.raises(ParityFailed, match="relative error"):
+        check_parity(parity, CARD)
+
+
+def test_void_beyond_a_small_picture_counts_nothing(rng: np.random.Generator) -> None:
+    image_HW3, label_HW = frame(rng, 10, 10)
+    label_HW[:] = IGNORE
+    label_HW[9, 9] = image_HW3[9, 9].argmax()
+    assert measure_frames(NETWORK, NETWORK, CARD, [(image_HW3, label_HW)]).miou_change == 0
+
+
+def test_no_frame_is_refused() -> None:
+    with pytest.raises(BadOption, match="no labelled frame"):
+        measure_frames(NETWORK, NETWORK, CARD, [])
+
+
+def test_what_the_frames_showed_is_in_the_card(rng: np.random.Generator, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "toy.safetensors", *toy_card("latent"))
+    directory = export_checkpoint(
+        tmp_path / "toy.safetensors", tmp_path / "store", precision="bf16", frames=[frame(rng)]
+    )
+    facts = open_artifact(directory).card.export
+    assert facts and facts.parity.num_frames == 1
+    assert facts.parity.miou_change is not None and abs(facts.parity.miou_change) < 1
