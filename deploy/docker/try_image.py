@@ -1,0 +1,131 @@
+"""Run an unpacked image with runc as strictly as deploy/ does, and hold it to what docs/deploy.md says of it.
+
+python3 try_image.py ROOT_DIRECTORY IMAGE_JSON BUNDLE_DIRECTORY    (by build-without-docker.sh)
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+LAYER_GB = 1.3
+NAME = f"penumbra-{os.getpid()}"
+PORT = 3000
+START_S, END_S = 180, 60
+
+
+def bundle(root: Path, config: dict, directory: Path) -> None:
+    """An OCI bundle: the image's own command and user, no capabilities, root file system read-only."""
+    directory.mkdir(parents=True, exist_ok=True)
+    store = directory / "store"
+    store.mkdir(exist_ok=True)
+    user = int(config["User"].partition(":")[0])
+    os.chown(store, user, user)
+    hosts = directory / "hosts"
+    hosts.write_text("127.0.0.1 localhost\n")
+    subprocess.run(["runc", "spec", "--bundle", str(directory)], check=False)
+    spec = json.loads((directory / "config.json").read_text())
+    spec["root"] = {"path": str(root), "readonly": True}
+    spec["process"] |= {
+        "terminal": False, "args": config["Cmd"], "env": config["Env"], "user": {"uid": user, "gid": user},
+        "noNewPrivileges": True, "capabilities": {}, "rlimits": [], "cwd": "/",
+    }  # fmt: skip
+    spec["mounts"] += [
+        {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "nodev", "mode=1777"]},
+        {"destination": "/store", "type": "bind", "source": str(store), "options": ["bind", "rw"]},
+        {"destination": "/etc/hosts", "type": "bind", "source": str(hosts), "options": ["bind", "ro"]},
+    ]
+    spec["linux"]["namespaces"] = [{"type": kind} for kind in ("pid", "ipc", "uts", "mount")]
+    spec["linux"].pop("resources", None)
+    (directory / "config.json").write_text(json.dumps(spec))
+
+
+def inside(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["runc", "exec", NAME, *command], capture_output=True, text=True, timeout=60)
+
+
+def get(path: str) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{PORT}{path}", timeout=10) as answer:
+        return answer.read().decode()
+
+
+def is_healthy(check: list[str]) -> bool:
+    return inside(*check).returncode == 0
+
+
+def check_contents(root: Path, config: dict) -> float:
+    """What can be seen without running it; returns the size of the Python layer in GB."""
+    labels = config["Labels"]
+    assert {"title", "description", "version", "revision"} <= {name.rpartition(".")[2] for name in labels}, labels
+    compilers = [
+        p for n in ("gcc", "cc", "g++", "clang", "make", "pip") for p in root.glob(f"**/bin/{n}*") if p.is_file()
+    ]
+    assert not compilers, compilers
+    sizes = [p.lstat().st_size for p in (root / "opt" / "penumbra").rglob("*") if not p.is_dir()]
+    size_gb = sum(sizes) / 1e9
+    assert size_gb < LAYER_GB, f"the Python layer has {size_gb:.2f} GB"
+    return size_gb
+
+
+def check_running(config: dict) -> None:
+    """Who it runs as, what it may write, and that it answers."""
+    status = inside("cat", "/proc/1/status").stdout
+    assert f"Uid:\t{config['User'].partition(':')[0]}\t" in status, status
+    assert "CapEff:\t0000000000000000" in status and "NoNewPrivs:\t1" in status
+    for place in ("/x", "/opt/penumbra/x", "/usr/x", "/home/x"):
+        assert inside("touch", place).returncode != 0, place
+    assert inside("touch", "/tmp/x").returncode == 0
+    names = [model["name"] for model in json.loads(get("/models"))["models"]]
+    picture = inside("python", "-c", PICTURE).stdout.strip()
+    assert names and picture == "200 image/png", (names, picture)
+    assert "penumbra_request_seconds_count" in get("/metrics")
+
+
+PICTURE = f"""
+import io, urllib.request, numpy
+from PIL import Image
+buffer = io.BytesIO()
+Image.fromarray(numpy.random.default_rng(0).integers(0, 255, (240, 320, 3), numpy.uint8)).save(buffer, "PNG")
+import json
+name = json.load(urllib.request.urlopen("http://127.0.0.1:{PORT}/models"))["models"][0]["name"]
+request = urllib.request.Request(
+    f"http://127.0.0.1:{PORT}/segment?model={{name}}&samples=2", buffer.getvalue(),
+    {{"Content-Type": "image/png", "Accept": "image/png"}},
+)
+with urllib.request.urlopen(request, timeout=60) as answer:
+    assert Image.open(io.BytesIO(answer.read())).size == (320, 240)
+    print(answer.status, answer.headers["Content-Type"])
+"""
+
+
+def main(root: Path, image: Path, directory: Path) -> None:
+    docker = json.loads(image.read_text())["Docker"]
+    config = docker["config"]
+    print(f"python layer: {check_contents(root, config):.2f} GB of {LAYER_GB} GB")
+    bundle(root, config, directory)
+    for start in ("first, fills its store", "second"):
+        began = time.monotonic()
+        with (directory / "log").open("w") as log:
+            process = subprocess.Popen(["runc", "run", "--bundle", str(directory), NAME], stdout=log, stderr=log)
+        try:
+            while not is_healthy(config["Healthcheck"]["Test"][1:]):
+                assert process.poll() is None, (directory / "log").read_text()
+                assert time.monotonic() - began < START_S, "it never became healthy"
+                time.sleep(0.2)
+            print(f"start to healthy ({start}): {time.monotonic() - began:.1f} s")
+            check_running(config)
+        finally:
+            began = time.monotonic()
+            subprocess.run(["runc", "kill", NAME, "TERM"], check=False)
+            code = process.wait(END_S)
+        assert code == 0, (code, (directory / "log").read_text()[-2000:])
+        print(f"SIGTERM to exit 0: {time.monotonic() - began:.1f} s")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    main(*map(Path, sys.argv[1:]))
