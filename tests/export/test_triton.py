@@ -95,12 +95,12 @@ def read_config(place: Path) -> pb.ModelConfig:
     return text_format.Parse((place / "config.pbtxt").read_text(), pb.ModelConfig())
 
 
-def follow(repository: Path, ensemble: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def follow(repository: Path, ensemble: str, inputs: dict[str, Tensor], device: str = "cpu") -> dict[str, Tensor]:
     """Run an ensemble by its configuration alone, from the files that Triton would load."""
-    tensors = dict(inputs)
+    tensors = {name: tensor.to(device) for name, tensor in inputs.items()}
     for step in read_config(repository / ensemble).ensemble_scheduling.step:
         config = read_config(repository / step.model_name)
-        graph = torch.jit.load(repository / step.model_name / str(step.model_version) / "model.pt")
+        graph = torch.jit.load(repository / step.model_name / str(step.model_version) / "model.pt", device)
         assert {tensor.name for tensor in config.input} == set(step.input_map)
         with torch.inference_mode():
             answer = graph(*(tensors[step.input_map[tensor.name]] for tensor in config.input))
