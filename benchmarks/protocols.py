@@ -7,8 +7,6 @@ tensors for 2 megapixels. The clients are NVIDIA's and do their part of the work
 takes its turn in every round. The engine alone runs in this process, on the same store as the server.
 """
 
-import dataclasses
-import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,29 +19,26 @@ import tritonclient.http as triton_http
 
 from benchmarks.rounds import measure, save
 from export.bundle import export_network
-from models.card import Card, ClassInfo, InputSpec, Readout, WindowSpec
-from models.toy.net import ToyConfig, ToyNetwork
+from models.card import WindowSpec
+from models.toy.cards import toy_card
 from serving.engine.options import SegmentOptions
+from serving.engine.runtime import Tuning
 from serving.engine.segmenter import Segmenter
 from tests.serving.server import serving
 
 TOY_ROUNDS, LARGE_ROUNDS = 300, 15
 SMALL, LARGE = (64, 96), (1224, 1634)
 """Pixels: two windows, and 2 megapixels, which are fifteen windows of the larger model."""
+SIZES = {"windows_per_batch": 1, "samples_per_call": 1}
+"""The same for both sides; what warm-up would choose differs from start to start by what else the machine does."""
 MODELS = {"toy-small": WindowSpec(64, 48), "toy-large": WindowSpec(512, 512)}
 
 
 def fill_store(store: Path) -> None:
     """Toys, whose own work is as little as can be: what remains is the way to them and back."""
-    config = ToyConfig(form="pointwise", gain=8.0)
-    network = ToyNetwork(config)
     for name, window in MODELS.items():
-        export_network(network, Card(
-            name=name, version=1, method="toy", config=dataclasses.asdict(config),
-            classes=tuple(ClassInfo(colour, (0, 0, k)) for k, colour in enumerate(("red", "green", "blue"))),
-            input=InputSpec(mean=(0, 0, 0), std=(1, 1, 1)), window=window, sampling=network.sampling,
-            readout=Readout(), prompt=network.prompt, extra_maps=network.extra_maps,
-        ), store)  # fmt: skip
+        card, network = toy_card("pointwise", name=name, window=window)
+        export_network(network, card, store)
 
 
 def ask(client: Any, api: Any, model: str, image: np.ndarray, **more: Any) -> Callable[[], object]:
@@ -64,8 +59,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         fill_store(Path(folder) / "store")
         with (
-            Segmenter.open(Path(folder) / "store", threads=1) as engine,
-            serving(Path(folder) / "store", Path(folder), log_level="WARNING", predrain_s=0) as server,
+            Segmenter.open(Path(folder) / "store", threads=1, tuning=Tuning(**SIZES)) as engine,
+            serving(Path(folder) / "store", Path(folder), log_level="WARNING", predrain_s=0, **SIZES) as server,
             triton_http.InferenceServerClient(server.url.removeprefix("http://"), network_timeout=120) as http,
             triton_grpc.InferenceServerClient(server.grpc_address) as grpc,
             httpx.Client(base_url=server.url, timeout=60, trust_env=False) as plain,
@@ -81,7 +76,6 @@ def main() -> None:
                 "rest": ask(http, triton_http, "toy-large", large),
                 "grpc": ask(grpc, triton_grpc, "toy-large", large),
             }, rounds=LARGE_ROUNDS)  # fmt: skip
-            server.process.send_signal(signal.SIGTERM)
     save("protocols", {
         "toy request through the engine, ms": 1e3 * toy["engine"],
         "REST adds, ms (bar 3)": 1e3 * (toy["rest"] - toy["engine"]),

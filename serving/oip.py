@@ -42,6 +42,11 @@ EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "mo
 OWN_FIELDS = ("model", "version", "outputs")
 """Options that have their own place in a request of this protocol."""
 PARAMETERS = {spec.name for spec in fields(SegmentOptions)} - set(OWN_FIELDS)
+TRITONS_PARAMETERS: dict[str, tuple[type, ...]] = {
+    "sequence_id": (int, str), "sequence_start": (bool,), "sequence_end": (bool,), "priority": (int,),
+    "timeout": (int,),
+}  # fmt: skip
+"""Of other schedulers than ours: of the right type, they are ignored as every parameter that is not known."""
 PROMPT_READERS: dict[str, Callable[[Tensor], Any]] = {"boxes": read_boxes, "tags": read_tags}
 LARGE_BYTES = 2**16
 """Messages from here on are read off the event loop: smaller ones take less time than the change of thread."""
@@ -91,10 +96,14 @@ class Inference:
 
     def find(self, model: str, version: str = "") -> Runtime:
         """A loaded model. Raises UnknownModel; BadOption for a version that is no number."""
+        if version.startswith("-") and version[1:].isdigit():
+            raise BadOption(
+                f"invalid model version specified '{version[:SHOWN]}' , version should be an integral value > 0"
+            )
         if version and not (version.isascii() and version.isdigit() and len(version) < 19):
             raise BadOption(
-                f"failed to get model version from specified version string '{version[:SHOWN]}', version should be an "
-                "integral value > 0"
+                f"failed to get model version from specified version string '{version[:SHOWN]}' (details: stol), "
+                "version should be an integral value > 0"
             )
         try:
             return self.gateway.segmenter.find(model, int(version) if version else None)
@@ -249,13 +258,16 @@ class Inference:
 
 def read_options(parameters: Mapping[str, object]) -> SegmentOptions:
     """Options among a request's parameters; those that are none of ours are left alone. Raises BadOption."""
-    for name in parameters:
+    for name, value in parameters.items():
         if name in OWN_FIELDS:
             raise BadOption(f"{name} is not a parameter here; it has its own field in the request")
         if name.startswith("triton_") and name != "triton_enable_empty_final_response":
             raise BadOption(
                 "parameter keys starting with 'triton_' are reserved for Triton usage and should not be specified."
             )
+        if type(value) not in TRITONS_PARAMETERS.get(name, (type(value),)):
+            wanted = " or ".join(kind.__name__ for kind in TRITONS_PARAMETERS[name])
+            raise BadOption(f"Unable to parse '{name}': it is {str(value)[:SHOWN]!r}; {wanted} is wanted")
     return parse_options({name: str(value) for name, value in parameters.items() if name in PARAMETERS})
 
 

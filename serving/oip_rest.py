@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import orjson
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route, Router
@@ -118,7 +119,10 @@ class Rest:
 
 
 def _model(request: Request) -> tuple[str, str]:
-    return request.path_params["model"], request.path_params.get("version", "")
+    version = request.path_params.get("version", "")
+    if version and not (version.isascii() and version.isdigit()):
+        raise HTTPException(404, "Not Found")
+    return request.path_params["model"], version
 
 
 def decompress(body: bytes, encoding: str, *, limit_bytes: int) -> bytes:

@@ -226,6 +226,9 @@ BLACK, WHITE = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
         ("toy-latent", _json_request(BLACK, outputs=[{"name": "NOPE"}]), 400, "unexpected inference output 'NOPE'"),
         ("toy-latent", _json_request(BLACK, parameters={"samples": 65}), 400, "samples is 65"),
         ("toy-latent", _json_request(BLACK, parameters={"overlap": "x"}), 400, "overlap is 'x'"),
+        ("toy-latent", _json_request(BLACK, parameters={"priority": "high"}), 400, "Unable to parse 'priority'"),
+        ("toy-latent/versions/abc", _json_request(BLACK), 404, "Not Found"),
+        ("toy-latent/versions/0", _json_request(BLACK), 404, "'toy-latent' version 0 is not found"),
         ("toy-latent", _json_request(BLACK, parameters={"triton_x": 1}), 400, "reserved"),
         ("toy-latent", _json_request(BLACK, parameters={"outputs": "margin"}), 400, "has its own field"),
         ("toy-latent", _json_request(BLACK, parameters={"samples": [1]}), 400, "has invalid type"),
@@ -316,6 +319,14 @@ def test_what_server_and_models_are_is_told_alike(server: Server, api: Any) -> N
         index = client.get_model_repository_index(**as_json)
         index = index.get("models", []) if isinstance(index, dict) else index
         assert {"name": "toy-latent", "version": "1", "state": "READY"} in index
+
+
+def test_a_version_that_is_no_number_is_refused_by_grpc(grpc_client: triton_grpc.InferenceServerClient) -> None:
+    for version, says in (("abc", "version string 'abc'"), ("-1", "invalid model version specified '-1'")):
+        for ask in (grpc_client.get_model_metadata, grpc_client.is_model_ready, grpc_client.get_model_config):
+            with pytest.raises(InferenceServerException, match=says) as refused:
+                ask("toy-latent", version)
+            assert refused.value.status() == "StatusCode.INVALID_ARGUMENT"
 
 
 @pytest.mark.parametrize("api", [triton_http, triton_grpc])
