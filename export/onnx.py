@@ -1,5 +1,6 @@
 """The parts of a network as ONNX graphs: data and no code, with every axis free that needs to be."""
 
+import logging
 import warnings
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def write(
 
 def to_onnx(part: Part) -> onnx.ModelProto:
     """One graph, without the traces of where it was made that torch's exporter leaves in every node."""
+    # It misses torchvision once per operation of it.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of an exporter in motion; the parity gate judges what comes out
         program = torch.onnx.export(part.program(), dynamo=True, optimize=True, verbose=False)
