@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
-.PHONY: setup serve test test-gpu check format bench sbom audit clean
+.PHONY: setup serve test test-gpu check format bench load sbom audit clean
 
 setup: .venv/ready
 
@@ -44,6 +44,9 @@ format: setup
 
 bench: setup  # the demo store must be there: run `make serve` once
 	for name in sampling methods moments memory overhead identity; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+load: setup  # two minutes of callers over HTTP and gRPC against a server of its own; report in build/load
+	$(BIN)/python -m loadtests.run
 
 sbom: setup build/audit/ready  # bill of materials of the environment, CycloneDX
 	build/audit/bin/cyclonedx-py environment --output-format JSON --output-reproducible --pyproject pyproject.toml \

@@ -1,6 +1,5 @@
 """Shared by all tests: a store of toy artifacts, whose answers are known in closed form."""
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -9,25 +8,14 @@ import torch
 from hypothesis import settings
 
 from export.bundle import export_network
-from models.card import Card, ClassInfo, InputSpec, Readout, WindowSpec
-from models.toy.net import ToyConfig, ToyNetwork
+from models.toy.cards import CLASSES, toy_card
+from models.toy.net import ToyConfig
 
 settings.register_profile("penumbra", deadline=None)  # a busy machine is no failure
 settings.load_profile("penumbra")
 
-GAIN = 8.0
-CLASSES = (ClassInfo("red", (200, 0, 0)), ClassInfo("green", (0, 200, 0)), ClassInfo("blue", (0, 0, 200)))
-
-
-def toy_card(form: str, *, name: str | None = None, window: WindowSpec | None = None) -> tuple[Card, ToyNetwork]:
-    config = ToyConfig(form=form, gain=GAIN)
-    network = ToyNetwork(config)
-    card = Card(
-        name=name or f"toy-{form}", version=1, method="toy", config=dataclasses.asdict(config), classes=CLASSES,
-        input=InputSpec(mean=(0, 0, 0), std=(1, 1, 1)), window=window or WindowSpec(32, 48),
-        sampling=network.sampling, readout=Readout(), prompt=network.prompt, extra_maps=network.extra_maps,
-    )  # fmt: skip
-    return card, network
+__all__ = ["CLASSES", "GAIN", "picture", "toy_card"]
+GAIN = ToyConfig().gain
 
 
 @pytest.fixture(scope="session", autouse=True)
