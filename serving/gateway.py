@@ -5,6 +5,7 @@ Protocol files turn their bytes into a call of `answer` and its outcome into the
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -88,7 +89,8 @@ class Gateway:
         started, begun = request.started, time.perf_counter()
         pixels = self._decode(image, options) if isinstance(image, bytes) else image
         decoded = time.perf_counter()
-        prediction = self.segmenter.segment(pixels, options, cancelled=cancelled, deadline=started + self._timeout_s)
+        within_s = min(self._timeout_s, (options.deadline_ms or math.inf) / 1e3)
+        prediction = self.segmenter.segment(pixels, options, cancelled=cancelled, deadline=started + within_s)
         timing_ms = {"wait": 1e3 * (begun - started), "decode": 1e3 * (decoded - begun)} | prediction.timing_ms
         prediction = replace(prediction, timing_ms=timing_ms)
         writing = time.perf_counter()

@@ -21,6 +21,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "boxes": ({"type": "string"}, "For models that take boxes: JSON list of [x0, y0, x1, y1, class name or id], px."),
     "tags": ({"type": "string"}, "For models that take tags: the classes in the picture, comma-separated or JSON."),
     "alpha": ({"type": "number", "minimum": 0}, "Weight of the network that sees the boxes (self_correcting, linear)."),
+    "deadline_ms": (
+        {"type": "number", "minimum": 0, "exclusiveMinimum": True},
+        "Milliseconds from the request's arrival after which its answer is of no use; 504 then, and its windows leave.",
+    ),
     "max_risk": (
         {"type": "number", "minimum": 0, "maximum": 1},
         "Share of the pixels that may be answered and wrong; the most uncertain ones become 255. Calibrated models.",

@@ -26,6 +26,7 @@ class SegmentOptions:
     model's own, and whether PROBABILITIES. boxes, tags: prompts (`serving.engine.prompts`), for models that take them; alpha: weight of the
     network that sees the boxes in a linear self-correction. max_risk: share of the pixels that may be answered and
     wrong, 0 .. 1; the most uncertain ones then become `models.card.IGNORE`, for models whose card is calibrated.
+    deadline_ms: from a request's arrival; later than that its answer is of no use to the caller.
     """
 
     model: str | None = None
@@ -38,6 +39,7 @@ class SegmentOptions:
     tags: tuple[str | int, ...] = ()
     alpha: float | None = None
     max_risk: float | None = None
+    deadline_ms: float | None = None
 
     @property
     def maps(self) -> tuple[str, ...]:
@@ -77,6 +79,7 @@ def parse_options(fields: Mapping[str, str], *, beside: tuple[str, ...] = ()) ->
     readers: dict[str, Callable[[str, str], Any]] = {
         "model": _text, "version": _integer, "samples": _integer, "seed": _integer, "overlap": _share, "outputs": _maps,
         "boxes": _boxes, "tags": _tags, "alpha": _number, "max_risk": _number,
+        "deadline_ms": _number,
     }  # fmt: skip
     for name in fields:
         if name not in (*readers, *beside):
@@ -168,6 +171,8 @@ def check_options(options: SegmentOptions, card: Card, limits: Limits) -> int:
             raise BadOption(f"there is no output {name[:40]!r}; {card.name} has {', '.join(known)}")
     if options.max_risk is not None:
         abstain_above(card, options.max_risk)
+    if options.deadline_ms is not None and not options.deadline_ms > 0:
+        raise BadOption(f"deadline_ms is {options.deadline_ms:g}; a number of milliseconds above 0 is wanted")
     sampling = card.sampling_with(prompt=bool(options.boxes or options.tags))
     samples = sampling.default_samples if options.samples is None else options.samples
     fixed = sampling.kind in ("members", "single")

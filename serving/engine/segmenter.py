@@ -238,6 +238,8 @@ class Segmenter:
         """
         if PROBABILITIES in options.outputs:
             raise BadOption(f"{PROBABILITIES} are only for images that are answered at once; leave them out")
+        if options.deadline_ms is not None:
+            raise BadOption("deadline_ms is only for images that are answered at once; leave it out")
         work = self._plan(image_HW3, options, limits=limits)
         first_y = work.plan.band_of(y)
         work = replace(work, cancelled=cancelled, first_row=work.plan.row_before(first_y), in_background=True)

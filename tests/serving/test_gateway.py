@@ -3,12 +3,13 @@
 import asyncio
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from models.errors import Cancelled, DeadlineExceeded, ModelFault, NotReady, QueueFull, UnknownModel
+from models.errors import BadOption, Cancelled, DeadlineExceeded, ModelFault, NotReady, QueueFull, UnknownModel
 from serving.engine.options import SegmentOptions
 from serving.engine.segmenter import Prediction, Segmenter
 from serving.gateway import Gateway
@@ -108,3 +109,24 @@ def test_a_request_that_takes_too_long_expires(segmenter: Segmenter) -> None:
     impatient = gateway(segmenter, timeout_s=1e-9)
     with pytest.raises(DeadlineExceeded):
         asyncio.run(impatient.answer(IMAGE, OPTIONS, labels, request=Request()))
+
+
+@pytest.mark.parametrize(("timeout_s", "deadline_ms"), [(60, 1e-6), (1e-9, 60_000)])
+def test_the_earlier_of_its_callers_and_the_servers_deadline_ends_a_request(
+    segmenter: Segmenter, timeout_s: float, deadline_ms: float
+) -> None:
+    asked = replace(OPTIONS, deadline_ms=deadline_ms)
+    with pytest.raises(DeadlineExceeded):
+        asyncio.run(gateway(segmenter, timeout_s=timeout_s).answer(IMAGE, asked, labels, request=Request()))
+    assert segmenter.scheduler.queued == (0, 0)
+
+
+def test_a_request_within_its_deadline_is_answered(segmenter: Segmenter) -> None:
+    asked = replace(OPTIONS, deadline_ms=60_000)
+    prediction, _ = asyncio.run(gateway(segmenter).answer(IMAGE, asked, labels, request=Request()))
+    assert prediction.labels_HW.shape == IMAGE.shape[:2]
+
+
+def test_a_deadline_that_has_passed_already_is_refused(segmenter: Segmenter) -> None:
+    with pytest.raises(BadOption, match="deadline_ms is 0; a number of milliseconds above 0 is wanted"):
+        asyncio.run(gateway(segmenter).answer(IMAGE, replace(OPTIONS, deadline_ms=0), labels, request=Request()))
