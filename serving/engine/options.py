@@ -23,9 +23,10 @@ class SegmentOptions:
 
     samples: S. seed: of the noise, 0 .. 2^63 - 1; the same seed gives the same answer. overlap: share of a
     window covered again by its neighbour, 0 .. 0.9. outputs: which maps of `serving.engine.uncertainty`, or of the
-    model's own, and whether PROBABILITIES. boxes, tags: prompts (`serving.engine.prompts`), for models that take them; alpha: weight of the
-    network that sees the boxes in a linear self-correction. max_risk: share of the pixels that may be answered and
-    wrong, 0 .. 1; the most uncertain ones then become `models.card.IGNORE`, for models whose card is calibrated.
+    model's own, and whether PROBABILITIES. boxes, tags: prompts (`serving.engine.prompts`), for models that take
+    them; alpha: weight of the network that sees the boxes in a linear self-correction. max_risk: share of the pixels
+    that may be answered and wrong, 0 .. 1; the most uncertain ones then become `models.card.IGNORE`, for models whose
+    card is calibrated.
     deadline_ms: from a request's arrival; later than that its answer is of no use to the caller.
     """
 
