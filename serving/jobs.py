@@ -11,7 +11,6 @@ A server that starts finds what the last one left: jobs that were waiting or run
 that never became a job is removed, and a job that has taken the server down with it several times is given up.
 """
 
-import errno
 import fcntl
 import json
 import logging
@@ -43,7 +42,7 @@ from serving.gateway import Gateway
 from serving.render import MAPLESS, WRITERS, Style, read_wish
 from serving.rest import answer_headers
 from serving.settings import Settings
-from serving.spool import LONG, Spool, spool_bytes
+from serving.spool import LONG, Spool, disk, spool_bytes
 
 log = logging.getLogger("penumbra")
 
@@ -233,13 +232,15 @@ class Jobs:
                 waiting = [job for job in self._jobs.values() if job.state == "queued"]
                 if waiting:
                     self._stream, self._cancelled = None, threading.Event()
-                    return min(waiting, key=lambda job: job.created)
+                    job = min(waiting, key=lambda job: job.created)
+                    job.state = "running"
+                    return job
                 self._changed.wait(SWEEP_S)
         return None
 
     def _run(self, job: Job) -> None:
         place = self._directory / job.id
-        job.state, job.attempts = "running", job.attempts + 1
+        job.attempts += 1
         self._save(job)
         options, style = read_wish(job.media, job.fields)
         options = spooled(options, job.media, style)
@@ -320,17 +321,3 @@ def lock(directory: Path) -> IO[bytes]:
 def spooled(options: SegmentOptions, media: str, style: Style) -> SegmentOptions:
     """The same without maps that the format does not show: they would fill the disk for nobody."""
     return replace(options, outputs=style.maps) if media in MAPLESS else options
-
-
-class disk:
-    """Names what the disk refuses: a DiskFull in place of an OSError for want of room, or of leave."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            log.error("a job's files cannot be written: %s", error)
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            what = "the disk is full" if full else f"a file cannot be written ({error.strerror})"
-            raise DiskFull(f"{what}; delete old jobs, or give PENUMBRA_JOBS more room") from None

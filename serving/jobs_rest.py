@@ -12,9 +12,10 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from models.errors import Cancelled, TooLarge
-from serving.jobs import Jobs, disk
+from serving.jobs import Jobs
 from serving.render import choose_format
 from serving.rest import is_raw, read_upload, unique
+from serving.spool import disk
 from serving.telemetry import Telemetry
 
 CHUNK_BYTES = 2**20

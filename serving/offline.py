@@ -25,7 +25,7 @@ from serving.render import Style, render
 from serving.render.arrays import write_tiff
 from serving.render.pictures import heat_picture
 from serving.render.tables import class_table
-from serving.spool import LONG, Spool
+from serving.spool import LONG, Spool, disk
 
 BRIGHTEST_PERCENTILE = 99.5
 """What of a map is drawn white; the few pixels above would leave the rest dark."""
@@ -99,9 +99,10 @@ def predict_raster(
     files = {}
     for name, bands in (("labels", ("labels",)), ("maps", tuple(prediction.maps))):
         target = output / f"{path.stem}_{name}.tif"
-        with (partial / "writing.tif").open("wb") as file:
-            write_tiff(prediction, file, bands=bands)
-        os.replace(partial / "writing.tif", target)
+        with disk():
+            with (partial / "writing.tif").open("wb") as file:
+                write_tiff(prediction, file, bands=bands)
+            os.replace(partial / "writing.tif", target)
         files[name] = str(target)
     classes = class_table(prediction)
     prediction.timing_ms["write"] = 1e3 * (time.perf_counter() - started)

@@ -136,7 +136,7 @@ def _predict() -> dict[str, Any]:
 def _plain(
     summary: str, *, media: str = "application/json", parameter: str | None = None, status: str = "200"
 ) -> dict[str, Any]:
-    content = {} if status == "204" else {"content": {media: {"schema": {}}}}
+    content: dict[str, Any] = {} if status == "204" else {"content": {media: {"schema": {}}}}
     operation: dict[str, Any] = {"summary": summary, "responses": {status: {"description": "OK"} | content}}
     if parameter:
         operation["parameters"] = [{"name": parameter, "in": "path", "required": True, "schema": {"type": "string"}}]

@@ -1,10 +1,13 @@
 """An answer on disk: filled from the top, band by band, by as many processes as it takes to the end.
 
 What is there when a process is killed is kept, and the next one goes on with the band after it. The bytes are those of
-one run where both processes add samples in the same chunks (`Tuning.samples_per_call`), else equal to 1e-5. Memory is that of one band, whatever the image's height.
+one run where both processes add samples in the same chunks (`Tuning.samples_per_call`), else equal to 1e-5. Memory is
+that of one band, whatever the image's height.
 """
 
+import errno
 import hashlib
+import logging
 import os
 import shutil
 import threading
@@ -16,10 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.card import dump_card
+from models.errors import DiskFull
 from serving.engine.kernels import FloatArray
 from serving.engine.options import Limits, SegmentOptions
 from serving.engine.raster import Pixels
 from serving.engine.segmenter import BandStream, Prediction, Segmenter, collect
+
+log = logging.getLogger("penumbra")
 
 LONG = Limits(pixels=2**40, windows=2**40)
 """Limits of work that is bounded by its disk."""
@@ -64,10 +70,12 @@ class Spool:
         self._segmenter, self._image, self._options = segmenter, image, options
         card = segmenter.find(options.model, options.version).card
         key = hashlib.sha256(f"{source} {options} {dump_card(card)}".encode()).hexdigest()
-        if not (directory / "key").exists() or (directory / "key").read_text() != key:
+        mark = directory / "key.txt"  # no map has a dot in its name
+        if not mark.exists() or mark.read_text() != key:
             shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir(parents=True)
-            (directory / "key").write_text(key)
+            with disk():
+                directory.mkdir(parents=True)
+                mark.write_text(key)
         size = (image.shape[0], image.shape[1])
         self._labels = RowFile(directory / "labels", size, np.uint8)
         self._maps = {name: RowFile(directory / name, size, np.float32) for name in options.maps}
@@ -75,14 +83,29 @@ class Spool:
     def fill(self, *, limits: Limits, cancelled: threading.Event, watch: Callable[[BandStream], object]) -> Prediction:
         """Run what is missing. The prediction's arrays are `RowFile`s: they answer slices of rows, as all writers ask.
 
-        watch: is shown the stream before it runs, for its progress. Raises any PenumbraError, and OSError when the
-        disk is full; what was done stays.
+        watch: is shown the stream before it runs, for its progress. Raises any PenumbraError, DiskFull among them; what
+        was done stays.
         """
         done = min(self._labels.num_rows, self._labels.shape[0] - 1)  # labels are written last
         stream = self._segmenter.bands_from(done, self._image, self._options, limits=limits, cancelled=cancelled)
         watch(stream)
         labels_HW, maps = cast(NDArray[np.uint8], self._labels), cast(dict[str, FloatArray], self._maps)
-        return collect(stream, self._options, labels_HW, maps)
+        with disk():
+            return collect(stream, self._options, labels_HW, maps)
+
+
+class disk:
+    """Names what the disk refuses: a DiskFull in place of an OSError, for want of room or of leave."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            log.error("a file of an answer cannot be written: %s", error)
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            what = "the disk is full" if full else f"a file cannot be written ({error.strerror or 'no reason given'})"
+            raise DiskFull(f"{what}; make room for the answer's files and start again") from None
 
 
 def spool_bytes(height: int, width: int, options: SegmentOptions) -> int:

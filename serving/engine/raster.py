@@ -5,6 +5,7 @@ not plain grey or colour in 8 or 16 bits (palettes, CMYK, turned pictures) is le
 """
 
 import io
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -156,5 +157,5 @@ def _values(tags: ImageFileDirectory_v2, tag: int) -> set[int]:
 
 def _reason(error: BaseException) -> str:
     """GDAL's reason without the name of the file, which is not the caller's."""
-    cause = error.__cause__ or error
-    return str(cause).partition("\n")[0].rpartition("vsimem")[2].rpartition(": ")[2][:120] or type(error).__name__
+    cause = str(error.__cause__ or error).partition("\n")[0]
+    return re.sub(r"['\"]?/\S+\s*", "", cause)[:120] or type(error).__name__

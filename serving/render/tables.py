@@ -40,14 +40,17 @@ def class_table(prediction: Prediction) -> list[dict[str, Any]]:
     ]
 
 
-def run_length(mask_HW: NDArray[np.bool_]) -> dict[str, Any]:
-    """A mask in COCO's compressed run-length form: column-major, size is [height, width]."""
-    encoded = coco.encode(np.asfortranarray(mask_HW, np.uint8))
+def run_length(mask_WH: NDArray[np.bool_]) -> dict[str, Any]:
+    """A mask in COCO's compressed run-length form, which goes by columns; size is [height, width]."""
+    encoded = coco.encode(mask_WH.view(np.uint8).T)
     return {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
 
 
 def write_json(prediction: Prediction, file: BinaryIO) -> None:
     """Facts, and per class its row of the table and its mask."""
-    labels_HW = prediction.labels_HW[:]
-    classes = [row | {"rle": run_length(labels_HW == row["id"])} for row in class_table(prediction)]
+    height, width = prediction.labels_HW.shape
+    labels_WH = np.empty((width, height), np.uint8)
+    for rows in blocks(height):
+        labels_WH[:, rows] = prediction.labels_HW[rows].T
+    classes = [row | {"rle": run_length(labels_WH == row["id"])} for row in class_table(prediction)]
     file.write(json.dumps(facts(prediction) | {"classes": classes}, allow_nan=False).encode())

@@ -21,9 +21,8 @@ from serving.engine.options import SegmentOptions
 from serving.engine.raster import Raster, open_raster
 from serving.engine.runtime import Tuning
 from serving.engine.segmenter import Segmenter
-from serving.jobs import disk
 from serving.offline import predict_file
-from serving.spool import LONG, RowFile, Spool
+from serving.spool import LONG, RowFile, Spool, disk
 from tests.conftest import picture, toy_card
 from tests.serving.server import ROOT, until
 
