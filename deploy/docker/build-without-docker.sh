@@ -29,7 +29,7 @@ $buildah inspect --type image penumbra-base >/dev/null 2>&1 || {
 }
 
 echo "-- image"
-$buildah bud --isolation chroot --network host --format docker --layers --target cpu --file deploy/docker/Dockerfile \
+$buildah bud --isolation chroot --network host --format docker --target cpu --file deploy/docker/Dockerfile \
     --volume "$work/wheels:/wheels:ro" --build-arg BASE=localhost/penumbra-base \
     --build-arg PIP_FROM="--no-index --find-links /wheels" --build-arg VERSION="$(python3 -c 'import serving; print(serving.VERSION)')" \
     --build-arg REVISION="$(git rev-parse HEAD)" --tag penumbra:cpu . >"$work/build.log" 2>&1 || { tail -30 "$work/build.log"; exit 1; }
