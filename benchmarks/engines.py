@@ -46,7 +46,8 @@ LOOP = """
 typedef float vector __attribute__((vector_size(64)));
 float fused(long rounds) {
     vector sum[16], factor, term;
-    for (int j = 0; j < 16; j++) { factor[j] = 0.999f; term[j] = 0.001f; for (int i = 0; i < 16; i++) sum[i][j] = i + 2; }
+    for (int j = 0; j < 16; j++) factor[j] = 0.999f, term[j] = 0.001f;
+    for (int i = 0; i < 16; i++) for (int j = 0; j < 16; j++) sum[i][j] = i + 2;
     for (long r = 0; r < rounds; r++)
         for (int i = 0; i < 16; i++) sum[i] = sum[i] * factor + term;
     float all = 0;
