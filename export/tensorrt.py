@@ -26,8 +26,6 @@ from serving.engine.store import Golden
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 BEST_WINDOWS, BEST_SAMPLES = 8, 8
 """What the engines are tuned for, where B and S are free."""
-DECOMPOSED = (torch.ops.aten.select_scatter.default,)
-"""By torch's own rule: torch-tensorrt 2.13's turns the index -1 into an empty range, and the export fails."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +85,16 @@ def build(part: Part, card: Card) -> Build:
     used = [i for i, node in enumerate(placeholders) if node.users]
     calls = [({str(i): leaves[i] for i in used},) for leaves in (example, other)]
     program = _unguarded(Part(part.name, _Used(part, used), *calls).program())
-    program = _unguarded(program.run_decompositions(torch._decomp.get_decompositions(DECOMPOSED)))
+    program = _unguarded(program.run_decompositions({torch.ops.aten.select_scatter.default: _select_scatter}))
     noise = len(example) - 1 if part.name == "decode" else None
     inputs = {str(i): _profile(example[i], other[i], card, noise=i == noise) for i in used}
     return Build(part.name, program, inputs)
+
+
+def _select_scatter(x: Tensor, source: Tensor, dim: int, index: int) -> Tensor:
+    """torch-tensorrt 2.13's own rule turns the index -1 into an empty range, and fails."""
+    start = index % x.shape[dim]
+    return torch.slice_scatter(x, source.unsqueeze(dim), dim, start, start + 1)
 
 
 def _unguarded(program: ExportedProgram) -> ExportedProgram:

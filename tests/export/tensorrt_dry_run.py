@@ -114,6 +114,7 @@ def main(names: list[str]) -> None:
         return graph
 
     compiler.post_lowering = lowered
+    compiler.to_torch_device = lambda _: torch.device("cpu")  # where it would leave operators to torch
     compiler.dryrun_stats_display = lambda tracker, _: seen.update(tracker=tracker)
     for part, made in operators() if names == ["operators"] else networks(names):
         torch_tensorrt.dynamo.compile(
