@@ -21,10 +21,10 @@ START_S, END_S = 180, 60
 def bundle(root: Path, config: dict, directory: Path) -> None:
     """An OCI bundle: the image's own command and user, no capabilities, root file system read-only."""
     directory.mkdir(parents=True, exist_ok=True)
-    store = directory / "store"
-    store.mkdir(exist_ok=True)
     user = int(config["User"].partition(":")[0])
-    os.chown(store, user, user)
+    for name in ("store", "jobs"):
+        (directory / name).mkdir(exist_ok=True)
+        os.chown(directory / name, user, user)
     hosts = directory / "hosts"
     hosts.write_text("127.0.0.1 localhost\n")
     subprocess.run(["runc", "spec", "--bundle", str(directory)], check=False)
@@ -36,7 +36,10 @@ def bundle(root: Path, config: dict, directory: Path) -> None:
     }  # fmt: skip
     spec["mounts"] += [
         {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "nodev", "mode=1777"]},
-        {"destination": "/store", "type": "bind", "source": str(store), "options": ["bind", "rw"]},
+        *(
+            {"destination": f"/{name}", "type": "bind", "source": str(directory / name), "options": ["bind", "rw"]}
+            for name in ("store", "jobs")
+        ),
         {"destination": "/etc/hosts", "type": "bind", "source": str(hosts), "options": ["bind", "ro"]},
     ]
     spec["linux"]["namespaces"] = [{"type": kind} for kind in ("pid", "ipc", "uts", "mount")]

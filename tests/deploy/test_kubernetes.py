@@ -113,5 +113,5 @@ def test_the_pod_is_as_closed_as_the_image_allows() -> None:
     assert {"requests", "limits"} == CONTAINER["resources"].keys() and "memory" in CONTAINER["resources"]["limits"]
     mounts = {mount["mountPath"]: mount for mount in CONTAINER["volumeMounts"]}
     assert {mount["name"] for mount in mounts.values()} == {volume["name"] for volume in POD["volumes"]}
-    assert [path for path, mount in mounts.items() if not mount.get("readOnly")] == ["/tmp"]
+    assert [path for path, mount in mounts.items() if not mount.get("readOnly")] == ["/tmp", "/jobs"]
     assert ENVIRONMENT["PENUMBRA_API_KEYS_FILE"].startswith("/etc/penumbra/")
