@@ -3,7 +3,6 @@
 The same code runs on the CPU for the closed form, so that it is known to run before a GPU is at hand.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,15 +13,12 @@ import torch
 
 import models
 from export.bundle import export_checkpoint, export_network, verify_artifact
-from export.triton import write_repository
-from models.card import MAPS
 from models.errors import BadArtifact
 from serving.engine.backends import load_backend
 from serving.engine.options import SegmentOptions
 from serving.engine.runtime import Tuning
 from serving.engine.segmenter import Prediction, Segmenter
 from serving.engine.store import open_artifact
-from tests.export.test_triton import VARIANTS, ask, follow, made
 from tests.models.small import SMALL, seeded
 from tests.models.test_contract import card_of
 
@@ -36,14 +32,6 @@ FORMATS = [
 ]
 ROUNDING = 1e-3
 """Of probabilities and nats between processors, in float32 with TF32 off."""
-
-
-@pytest.fixture(autouse=True)
-def full_precision() -> Iterator[None]:
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def picture() -> np.ndarray:
@@ -107,19 +95,6 @@ def test_machine_code_of_another_gpu_is_refused(backend: str, tmp_path: Path) ->
     elsewhere = replace(card, export=replace(card.export, built_for=card.export.built_for | {"gpu": "another"}))
     with pytest.raises(BadArtifact, match=f"was built for gpu another and this is .*--backend {backend}"):
         load_backend(elsewhere, directory, torch.device("cuda"))
-
-
-@needs_gpu
-@pytest.mark.parametrize("name", VARIANTS)
-def test_a_triton_repository_made_on_the_cpu_answers_on_the_gpu(name: str, tmp_path: Path) -> None:
-    artifact = made(tmp_path, name)
-    write_repository(artifact, tmp_path / "repository")
-    kind = artifact.card.prompt.kind
-    for ensemble in ["small"] + [f"small_with_{kind}"] * (kind != "none"):
-        inputs = ask(artifact, num_windows=3, num_samples=5)
-        here, there = (follow(tmp_path / "repository", ensemble, inputs, device) for device in ("cpu", "cuda"))
-        for key in MAPS:
-            torch.testing.assert_close(there[key].cpu(), here[key], rtol=0, atol=ROUNDING)
 
 
 @needs_gpu

@@ -1,0 +1,27 @@
+"""The files of a Triton repository, made on a CPU, on a GPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("tritonclient.grpc", reason="needs tritonclient")
+pytest.importorskip("httpx", reason="needs httpx")
+
+from export.triton import write_repository
+from models.card import MAPS
+from tests.export.test_triton import VARIANTS, ask, follow, made
+from tests.gpu.test_gpu import ROUNDING, needs_gpu
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_triton_repository_made_on_the_cpu_answers_on_the_gpu(name: str, tmp_path: Path) -> None:
+    artifact = made(tmp_path, name)
+    write_repository(artifact, tmp_path / "repository")
+    kind = artifact.card.prompt.kind
+    for ensemble in ["small"] + [f"small_with_{kind}"] * (kind != "none"):
+        inputs = ask(artifact, num_windows=3, num_samples=5)
+        here, there = (follow(tmp_path / "repository", ensemble, inputs, device) for device in ("cpu", "cuda"))
+        for key in MAPS:
+            torch.testing.assert_close(there[key].cpu(), here[key], rtol=0, atol=ROUNDING)
