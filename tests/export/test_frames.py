@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
+from PIL import Image
 from torch import Tensor
 
 from export.bundle import export_checkpoint
@@ -15,6 +17,7 @@ from models.checkpoint import save_checkpoint
 from models.contract import Features
 from models.errors import BadOption, ParityFailed
 from models.toy.net import ToyConfig, ToyNetwork
+from penumbra import main
 from serving.engine.store import open_artifact
 from tests.conftest import GAIN, toy_card
 
@@ -83,3 +86,22 @@ def test_what_the_frames_showed_is_in_the_card(rng: np.random.Generator, tmp_pat
     facts = open_artifact(directory).card.export
     assert facts and facts.parity.num_frames == 1
     assert facts.parity.miou_change is not None and abs(facts.parity.miou_change) < 1
+
+
+def test_the_verb_reads_labelled_frames_and_prints_what_is_allowed(rng: np.random.Generator, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for kind in ("images", "masks"):
+        (data / kind).mkdir(parents=True)
+    (data / "classes.txt").write_text("red\ngreen\nblue\n")
+    (data / "val.txt").write_text("a\nb\nc\n")
+    for name in "abc":
+        image_HW3, label_HW = frame(rng)
+        Image.fromarray(image_HW3).save(data / "images" / f"{name}.png")
+        Image.fromarray(label_HW).save(data / "masks" / f"{name}.png")
+    save_checkpoint(tmp_path / "toy.safetensors", *toy_card("latent"))
+    verb = ["export", str(tmp_path / "toy.safetensors"), "--store", str(tmp_path / "store"), "--precision", "bf16"]
+    result = CliRunner().invoke(main, [*verb, "--data", str(data), "--set", "folder", "--every", "2"])
+    assert result.exit_code == 0, result.output
+    rows = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines()[1:]}
+    assert rows["num_frames"] == ["2"] and rows["label_flips_percent"][1:] == ["<=", "0.5"]
+    assert float(rows["miou_change"][0]) == pytest.approx(0, abs=1)
