@@ -85,7 +85,7 @@ def build(part: Part, card: Card) -> Build:
     used = [i for i, node in enumerate(placeholders) if node.users]
     calls = [({str(i): leaves[i] for i in used},) for leaves in (example, other)]
     program = _unguarded(Part(part.name, _Used(part, used), *calls).program())
-    program = _unguarded(program.run_decompositions({torch.ops.aten.select_scatter.default: _select_scatter}))
+    program = _unguarded(program.run_decompositions(RULES))
     noise = len(example) - 1 if part.name == "decode" else None
     inputs = {str(i): _profile(example[i], other[i], card, noise=i == noise) for i in used}
     return Build(part.name, program, inputs)
@@ -95,6 +95,22 @@ def _select_scatter(x: Tensor, source: Tensor, dim: int, index: int) -> Tensor:
     """torch-tensorrt 2.13's own rule turns the index -1 into an empty range, and fails."""
     start = index % x.shape[dim]
     return torch.slice_scatter(x, source.unsqueeze(dim), dim, start, start + 1)
+
+
+def _repeat(x: Tensor, repeats: Sequence[int]) -> Tensor:
+    """torch's own rule leaves `broadcast_in_dim`, which has no converter, where a count is free."""
+    shape = [1] * (len(repeats) - x.ndim) + list(x.shape)
+    apart: list[int] = []
+    tiled: list[int] = []
+    for times, size in zip(repeats, shape, strict=True):
+        once = isinstance(times, int) and times == 1
+        apart += [size] if once else [1, size]
+        tiled += [size] if once else [times, size]
+    return x.reshape(apart).expand(tiled).reshape([times * size for times, size in zip(repeats, shape, strict=True)])
+
+
+RULES = {torch.ops.aten.select_scatter.default: _select_scatter, torch.ops.aten.repeat.default: _repeat}
+"""Operators that are decomposed before torch-tensorrt sees them."""
 
 
 def _unguarded(program: ExportedProgram) -> ExportedProgram:
