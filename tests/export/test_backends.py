@@ -11,7 +11,7 @@ import torch
 
 from export.bundle import export_network, verify_artifact
 from models.card import Card
-from models.errors import BadArtifact, BadOption
+from models.errors import BadArtifact, BadOption, ParityFailed
 from serving.engine.backends import Backend, load_backend
 from serving.engine.backends.aot import AotGraph
 from serving.engine.store import open_artifact
@@ -31,6 +31,8 @@ SLOW = (
     "self_correcting dropout",
     "cpal wrn38-dropout",
 )
+BEYOND_OPENVINO = ("np_semiseg film", "np_semiseg published")
+"""Its CPU plugin (2026.4.1) computes another mean and sigma of the latent for two windows than for one."""
 COMPILED = ("toy latent", "self_correcting linear")
 """A compiler works on every graph for half a minute: few cases, the second with members that a prompt adds."""
 
@@ -51,11 +53,19 @@ def agrees(name: str, graphs: Backend) -> None:
         assert got.shape == wanted.shape and got.dtype == torch.float32 and close(got, wanted, EXACTLY)
 
 
+def test_what_openvino_gets_wrong_for_two_windows_is_refused(tmp_path: Path) -> None:
+    name = BEYOND_OPENVINO[0]
+    with pytest.raises(ParityFailed, match="does not reproduce its checkpoint"):
+        export_network(seeded(name), card_of(name), tmp_path, backend="openvino")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_onnx_graphs_agree_in_both_libraries_at_other_batches_and_are_served(name: str, tmp_path: Path) -> None:
     directory = export_network(seeded(name), card_of(name), tmp_path, backend="onnx")
     agrees(name, load(directory))
-    agrees(name, load(directory, backend="openvino"))
+    if name not in BEYOND_OPENVINO:
+        agrees(name, load(directory, backend="openvino"))
     is_served(card_of(name), tmp_path)
 
 
