@@ -15,8 +15,7 @@ from models.errors import BadArtifact, BadOption
 from serving.engine.options import SegmentOptions, abstain_above, parse_options
 from serving.engine.runtime import Tuning
 from serving.engine.segmenter import Segmenter
-from serving.oip import read_options
-from serving.oip_grpc import _answer
+from serving.oip import InferRequest, WantedOutput, answer_of, read_options
 from serving.render import Style, render
 from serving.rest import answer_headers, summary
 from serving.telemetry import Telemetry
@@ -36,6 +35,9 @@ def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Segmenter]:
         export_network(toy_card(form)[1], calibrated(form), store)
     with Segmenter.open(store, threads=1, tuning=Tuning(1, 1)) as opened:
         yield opened
+
+
+ASKED = InferRequest("toy-pointwise", outputs=[WantedOutput("labels")])
 
 
 def ask(max_risk: float | None, model: str = "toy-pointwise", **options: object) -> SegmentOptions:
@@ -88,7 +90,7 @@ def test_it_is_refused_before_the_pixels_are_looked_at(segmenter: Segmenter) -> 
 
 def test_it_is_an_option_of_text_and_of_grpc_parameters() -> None:
     assert parse_options({"max_risk": "0.05"}).max_risk == 0.05
-    assert read_options("m", "", {"max_risk": 0.05}, ()).max_risk == 0.05
+    assert read_options({"max_risk": 0.05}).max_risk == 0.05
     with pytest.raises(BadOption, match="max_risk is 'low'; a number is wanted"):
         parse_options({"max_risk": "low"})
 
@@ -100,7 +102,7 @@ def test_every_form_of_the_answer_says_what_was_withheld(segmenter: Segmenter, r
     assert document["abstained"] == share
     assert sum(row["share"] for row in document["classes"]) == pytest.approx(1 - (share or 0))
     assert float(answer_headers(prediction)["X-Penumbra-Abstained"]) == pytest.approx(share, abs=1e-6)
-    assert _answer(prediction, ("labels",)).parameters["abstained"].double_param == share
+    assert answer_of(prediction, ASKED, ()).parameters["abstained"] == share
     shown = Image.open(io.BytesIO(render(prediction, "image/png", Style()))).convert("RGB")
     black = np.asarray(shown)[prediction.labels_HW == IGNORE]
     assert len(black) and not black.any()
@@ -109,7 +111,7 @@ def test_every_form_of_the_answer_says_what_was_withheld(segmenter: Segmenter, r
 def test_unasked_no_answer_speaks_of_it(segmenter: Segmenter, rng: np.random.Generator) -> None:
     prediction = segmenter.segment(picture(rng, 40, 50), ask(None))
     assert "X-Penumbra-Abstained" not in answer_headers(prediction)
-    assert "abstained" not in _answer(prediction, ("labels",)).parameters
+    assert "abstained" not in answer_of(prediction, ASKED, ()).parameters
 
 
 def test_the_share_is_a_metric(segmenter: Segmenter, rng: np.random.Generator) -> None:

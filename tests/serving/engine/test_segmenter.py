@@ -281,7 +281,8 @@ def test_the_probabilities_are_those_that_labels_and_maps_are_read_from(
 ) -> None:
     image = rng.integers(0, 255, (21, 34, 3), dtype=np.uint8)
     plain = segmenter.segment(image, SegmentOptions(model="toy-latent", samples=4, seed=1))
-    asked = segmenter.segment(image, SegmentOptions("toy-latent", samples=4, seed=1, outputs=("entropy", PROBABILITIES)))
+    outputs = ("entropy", PROBABILITIES)
+    asked = segmenter.segment(image, SegmentOptions("toy-latent", samples=4, seed=1, outputs=outputs))
     assert plain.prob_KHW is None
     assert asked.prob_KHW is not None
     assert asked.prob_KHW.sum(0) == pytest.approx(1, abs=1e-6)
@@ -291,6 +292,6 @@ def test_the_probabilities_are_those_that_labels_and_maps_are_read_from(
 
 
 def test_probabilities_beyond_their_limit_are_refused_with_their_size(toy_store: Path) -> None:
-    with Segmenter.open(toy_store, limits=Limits(probability_bytes=1000)) as segmenter:
-        with pytest.raises(TooLarge, match=r"at 34x21 px have [0-9,]+ bytes and the limit is 1,000"):
-            segmenter.segment(np.zeros((21, 34, 3), np.uint8), SegmentOptions("toy-latent", outputs=(PROBABILITIES,)))
+    too_large = pytest.raises(TooLarge, match=r"at 34x21 px have [0-9,]+ bytes and the limit is 1,000")
+    with Segmenter.open(toy_store, limits=Limits(probability_bytes=1000)) as segmenter, too_large:
+        segmenter.segment(np.zeros((21, 34, 3), np.uint8), SegmentOptions("toy-latent", outputs=(PROBABILITIES,)))
