@@ -1,15 +1,16 @@
 """A small configuration of every network, with weights from a fixed seed."""
 
+import warnings
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models import find_method
 from models.blocks.resnet import ResNetConfig
 from models.card import InputSpec, Readout
-from models.contract import Network
+from models.contract import Network, Prompt
 from models.cpal.config import CpalConfig
 from models.cps.net import CpsConfig
 from models.ensemble.net import EnsembleConfig, MemberConfig
@@ -114,3 +115,15 @@ def calibrate(network: Network) -> None:
     for name, buffer in network.named_buffers():
         if name.endswith("num_batches_tracked"):
             buffer.zero_()  # checkpoints do not store it
+
+
+def traced(network: Network, image_B3hw: Tensor, noise_SBL: Tensor, prompt: Prompt = ()) -> Any:
+    """encode, decode and, with a prompt, take_prompt as TorchScript, traced with these examples alone."""
+    features = network.encode(image_B3hw)
+    calls: dict[str, Any] = {"encode": (image_B3hw,), "decode": (features, noise_SBL)}
+    if prompt:
+        calls["take_prompt"] = (image_B3hw, features, prompt)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        return torch.jit.trace_module(network, calls, check_trace=False)

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from export.bundle import export_network
 from export.importer import import_checkpoint
-from export.torchscript import write_torchscript
 from models.card import Card, ClassInfo, InputSpec, PromptSpec, Readout
 from models.checkpoint import load_checkpoint
 from models.cpal import METHOD
@@ -28,7 +27,7 @@ from serving.engine.runtime import Tuning
 from serving.engine.segmenter import Segmenter
 from serving.engine.windows import normalise
 from tests.models import golden
-from tests.models.small import SMALL, seeded
+from tests.models.small import SMALL, seeded, traced
 
 STEMS = golden.fixtures("sipe_*")
 SIZE = re.compile(r"_(\d+)x(\d+)")
@@ -404,20 +403,19 @@ def test_the_published_network_has_as_many_parameters_as_its_file() -> None:
 
 @pytest.mark.parametrize("name", [name for name in SMALL if name.startswith("cpal")])
 @torch.inference_mode()
-def test_traced_graphs_run_with_other_batches_and_sizes(name: str, tmp_path: Path) -> None:
+def test_traced_graphs_run_with_other_batches_and_sizes(name: str) -> None:
     network = seeded(name).double()  # rounding would be of the size of what is looked for
     sampling, tags_BK = network.sampling, torch.tensor([[1.0, 0, 1], [1, 1, 0], [1, 1, 1]])
     has_tags = network.prompt.kind == "tags"
     shape = (sampling.default_samples, 3, sampling.noise_length)
     noise = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(6)).double()
-    write_torchscript(network, picture().double(), noise[:, :2], tmp_path, prompt=(tags_BK[:2],) if has_tags else ())
-    encode, decode = (torch.jit.load(tmp_path / f"{part}.ts") for part in ("encode", "decode"))
+    graphs = traced(network, picture().double(), noise[:, :2], (tags_BK[:2],) if has_tags else ())
     for num, size in ((1, (37, 53)), (3, (101, 70))):
         image = picture(num, size).double()
-        features, traced = network.encode(image), encode(image)
+        features, theirs = network.encode(image), graphs.encode(image)
         if has_tags:
             features = network.take_prompt(image, features, (tags_BK[:num],))
-            traced = torch.jit.load(tmp_path / "prompt.ts")(image, traced, (tags_BK[:num],))
+            theirs = graphs.take_prompt(image, theirs, (tags_BK[:num],))
         ours = network.decode(features, noise[:, :num])
-        difference = (ours - decode(traced, noise[:, :num])).abs().max()
+        difference = (ours - graphs.decode(theirs, noise[:, :num])).abs().max()
         assert difference <= 1e-9 * ours[ours != ABSENT].abs().max()

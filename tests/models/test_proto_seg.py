@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from export.bundle import export_network
 from export.importer import import_checkpoint
-from export.torchscript import write_torchscript
 from models.card import Card, ClassInfo, InputSpec, Readout
 from models.checkpoint import load_checkpoint
 from models.errors import BadCheckpoint, BadOption
@@ -25,7 +24,7 @@ from serving.engine.runtime import Tuning
 from serving.engine.segmenter import Segmenter
 from serving.engine.windows import normalise
 from tests.models import golden
-from tests.models.small import SMALL, seeded
+from tests.models.small import SMALL, seeded, traced
 
 STEMS = golden.fixtures("protoseg_*") + golden.fixtures("protoseg-baseline_*")
 SCALES = (0.5, 0.75, 1, 1.25, 1.5, 1.75, 2)
@@ -467,19 +466,18 @@ def test_every_dropout_sample_is_the_head_behind_dropout2d_with_that_mask(name: 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if name.startswith("proto_seg")])
 @torch.inference_mode()
-def test_exported_graphs_run_at_other_batches_and_sizes(tmp_path: Path, name: str) -> None:
+def test_exported_graphs_run_at_other_batches_and_sizes(name: str) -> None:
     """In float64, so that what is left is the graphs' own difference; extras are float32 at all times."""
     network = seeded(name).double().requires_grad_(False)
     dropout = network.sampling.kind == "dropout"
-    write_torchscript(network, IMAGE.double(), masks(3).double() if dropout else torch.zeros(1, 2, 0), tmp_path)
-    encode, decode = (torch.jit.load(tmp_path / f"{half}.ts") for half in ("encode", "decode"))
+    graphs = traced(network, IMAGE.double(), masks(3).double() if dropout else torch.zeros(1, 2, 0))
     for num, size in ((1, (64, 96)), (3, (45, 70))):
         image = torch.randn(num, 3, *size, generator=torch.Generator().manual_seed(num)).double()
         noise = masks(5)[:, :1].repeat(1, num, 1).double() if dropout else torch.zeros(1, num, 0)
-        features, wanted = encode(image), network.encode(image)
+        features, wanted = graphs.encode(image), network.encode(image)
         for ours, theirs in zip(features, wanted, strict=True):
             assert torch.allclose(ours, theirs, rtol=0, atol=1e-10 if theirs.dtype == torch.float64 else 1e-6)
-        logits = decode(features, noise)
+        logits = graphs.decode(features, noise)
         assert logits.shape[:2] == (5 if dropout else 1, num)
         assert torch.allclose(logits, network.decode(wanted, noise), rtol=0, atol=1e-10)
 

@@ -11,15 +11,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from export.bundle import export_network
 from export.importer import import_checkpoint
-from export.torchscript import write_torchscript
 from models.card import ClassInfo, PromptSpec, WindowSpec
 from models.checkpoint import load_checkpoint
-from models.contract import Features, Prompt
+from models.contract import Prompt
 from models.errors import BadCheckpoint
 from models.self_correcting.net import SelfCorrectingNetwork, correct_linearly
 from models.self_correcting.upstream import ANCILLARY, CORRECTION, PRIMARY, assemble
@@ -27,7 +26,7 @@ from serving.engine.options import SegmentOptions
 from serving.engine.runtime import Tuning
 from serving.engine.segmenter import Segmenter
 from tests.models import golden
-from tests.models.small import SMALL, seeded
+from tests.models.small import SMALL, seeded, traced
 
 PROMPTED = ["self_correcting ancillary", "self_correcting linear", "self_correcting convolutional"]
 NO_NOISE = torch.zeros(1, 2, 0)
@@ -390,26 +389,13 @@ def test_a_mask_drops_what_the_aspp_gives_as_a_mask_before_the_decoder_would() -
 # -- export ----------------------------------------------------------------------------------------
 
 
-class TakePrompt(nn.Module):
-    def __init__(self, net: SelfCorrectingNetwork) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, image_B3hw: Tensor, features: Features, prompt: Prompt) -> Features:
-        return self.net.take_prompt(image_B3hw, features, prompt)
-
-
 @every_prompted
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @torch.inference_mode()
-def test_the_traced_graphs_run_with_boxes_on_other_batches_and_sizes(name: str, tmp_path: Path) -> None:
+def test_the_traced_graphs_run_with_boxes_on_other_batches_and_sizes(name: str) -> None:
     net = network(name)
-    example = (image(), net.encode(image()), prompt_of(name))
-    write_torchscript(net, image(), torch.zeros(1, 2, 0), tmp_path)
-    take_prompt = torch.jit.freeze(torch.jit.trace(TakePrompt(net).eval(), example, check_trace=False))
-    encode, decode = (torch.jit.load(tmp_path / file) for file in ("encode.ts", "decode.ts"))
+    graphs = traced(net, image(), torch.zeros(1, 2, 0), prompt_of(name))
     for num_windows, size in ((1, (37, 53)), (3, (96, 72))):
         picture, prompt = image(num_windows, size), prompt_of(name, num_windows, size)
-        traced = decode(take_prompt(picture, encode(picture), prompt), NO_NOISE)
+        theirs = graphs.decode(graphs.take_prompt(picture, graphs.encode(picture), prompt), NO_NOISE)
         eager = net.decode(net.take_prompt(picture, net.encode(picture), prompt), NO_NOISE)
-        torch.testing.assert_close(traced, eager, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(theirs, eager, atol=1e-5, rtol=1e-5)
