@@ -1,9 +1,9 @@
 """An artifact becomes a Triton model repository: its graphs as models, and ensembles that lead from pixels to maps.
 
     NAME_encode       image (uint8) -> features
-    NAME_decode       features, noise -> logits
-    NAME_prompted     image, features, prompt, noise -> logits        where the network takes a prompt
-    NAME_read_out     image, logits -> labels, maps of uncertainty, shares of the classes
+    NAME_decode       features, noise -> decoded
+    NAME_prompted     image, features, prompt, noise -> decoded        where the network takes a prompt
+    NAME_read_out     image, decoded -> labels, maps of uncertainty, shares of the classes, logits
     NAME, NAME_with_boxes, NAME_with_tags     the ensembles of these
 
 Triton batches along the first axis only, so noise and logits are [B, S, ...] here, and S may differ from call to call.
@@ -117,7 +117,11 @@ class _Prompted(nn.Module):
 
 
 class _ReadOut(nn.Module):
-    """What `serving.engine.moments` and `uncertainty` define, of one window alone, by the card's rules."""
+    """What `serving.engine.moments` and `uncertainty` define, of one window alone, by the card's rules.
+
+    The logits pass through, for who wants other maps: a Triton ensemble (2.51) whose output is also a step's input
+    answers only those who ask for it.
+    """
 
     def __init__(self, card: Card) -> None:
         super().__init__()
@@ -131,7 +135,7 @@ class _ReadOut(nn.Module):
         own = [resized for extras in extras_BEhw for resized in resize(extras, size, self.readout).unbind(1)]
         return (
             prob_BKHW.max(1).indices.to(torch.uint8), confidence_BHW, confidence_BHW - second_BHW, entropy_BHW,
-            expected_BHW, (entropy_BHW - expected_BHW).clamp(min=0), prob_BKHW.mean((2, 3)), *own,
+            expected_BHW, (entropy_BHW - expected_BHW).clamp(min=0), prob_BKHW.mean((2, 3)), *own, logits_BSKhw,
         )  # fmt: skip
 
     def moments(self, logits_BSKhw: Tensor, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -221,18 +225,18 @@ def _chains(artifact: Artifact) -> dict[str, tuple[Graph, ...]]:
     encode, decode, *prompt = (torch.jit.load(artifact.directory / f"{part}.ts", "cpu") for part in parts)  # type: ignore[no-untyped-call]
     features = tuple(f"feature_{i}" for i in range(len(encode(artifact.golden.image_B3hw))))
     normalise = _Normalise(card.input)
-    maps = ("labels", *MAPS, "shares", *(extra.name for extra in card.extra_maps))
+    maps = ("labels", *MAPS, "shares", *(extra.name for extra in card.extra_maps), "logits")
     first = Graph(f"{name}_encode", _Encode(normalise, encode), ("image",), features)
-    last = Graph(f"{name}_read_out", _ReadOut(card), ("image", "logits", *features[-1:] * bool(card.extra_maps)), maps)
+    last = Graph(f"{name}_read_out", _ReadOut(card), ("image", "decoded", *features[-1:] * bool(card.extra_maps)), maps)
     half, noise = _decode(decode, card.sampling)
     chains: dict[str, tuple[Graph, ...]] = {
-        name: (first, Graph(f"{name}_decode", half, (*features, *noise), ("logits",)), last)
+        name: (first, Graph(f"{name}_decode", half, (*features, *noise), ("decoded",)), last)
     }
     if prompt:
         asked = PROMPTS[card.prompt.kind][: 1 if card.prompt.alpha is None else 2]
         half, noise = _decode(decode, card.sampling_with(prompt=True))
         module = _Prompted(normalise, prompt[0], half, num_prompts=len(asked), num_features=len(features))
-        middle = Graph(f"{name}_prompted", module, ("image", *asked, *features, *noise), ("logits",))
+        middle = Graph(f"{name}_prompted", module, ("image", *asked, *features, *noise), ("decoded",))
         chains[f"{name}_with_{card.prompt.kind}"] = (first, middle, last)
     return chains
 
@@ -282,12 +286,12 @@ def _config(graph: Graph, runs: Sequence[Tensors]) -> pb.ModelConfig:
 
 
 def _ensemble_config(name: str, chain: Sequence[Graph], card: Card, runs: Sequence[Tensors]) -> pb.ModelConfig:
-    """Inputs are what no graph makes; outputs are the maps, and the logits for who wants other maps."""
+    """Inputs are what no graph makes; outputs are what the last one makes."""
     config = pb.ModelConfig(name=name, platform="ensemble", max_batch_size=MAX_BATCH)
     made = {output for graph in chain for output in graph.outputs}
     for tensor in dict.fromkeys(tensor for graph in chain for tensor in graph.inputs if tensor not in made):
         _declare(config.input, tensor, runs)
-    for tensor in (*chain[-1].outputs, "logits"):
+    for tensor in chain[-1].outputs:
         _declare(config.output, tensor, runs)
     for graph in chain:
         step = config.ensemble_scheduling.step.add(model_name=graph.name, model_version=card.version)
