@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -40,16 +41,13 @@ def compile_part(part: Part, path: Path) -> None:
     """Weights are constants of the code, with convolutions' laid out for it; threads are counted where it runs."""
     pairs = zip(*map(pytree.tree_leaves, (part.example, part.other)), strict=True)
     inputs = [_describe(example, other) for example, other in pairs]
+    settings = {
+        "freezing": True, "cpp.dynamic_threads": True, "aot_inductor.metadata": {INPUTS: json.dumps(inputs)},
+    }  # fmt: skip
     try:
-        torch._inductor.aoti_compile_and_package(
-            part.program(),
-            package_path=str(path),
-            inductor_configs={
-                "freezing": True,
-                "cpp.dynamic_threads": True,
-                "aot_inductor.metadata": {INPUTS: json.dumps(inputs)},
-            },
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch warns of its own compiler's use of its own names
+            torch._inductor.aoti_compile_and_package(part.program(), package_path=str(path), inductor_configs=settings)
     except torch._inductor.exc.InvalidCxxCompiler:
         raise BadOption("the backend aot needs a C++ compiler, and g++ is not found; install one") from None
 

@@ -28,6 +28,8 @@ In half precision it is twice what the export measured, if that is more."""
 SIZES = (1, 2, 4, 8, 16, 32)
 WORTHWHILE = 0.95
 """A larger batch or chunk must take at most this share of a smaller one's time, or it is not worth its memory."""
+BATCH_BYTES = {"cpu": 2**26, "cuda": 2**29}
+"""Moments of one batch of windows at most; a request holds those of up to three."""
 FEW = 3
 """Candidates that are always tried, time permitting: one disturbed measurement must not end the search."""
 
@@ -170,7 +172,8 @@ class Runtime:
             self.card.window.height
         ):  # images that are seen whole differ in size: what pays for one may not fit another
             share_s = tuning.budget_s * 2 / 3
-            self._choose("windows_per_batch", SIZES, lambda: self._run_full_batch(pieces), budget_s=share_s)
+            sizes = [size for size in SIZES if size == 1 or size * self._window_bytes <= self._batch_bytes]
+            self._choose("windows_per_batch", sizes, lambda: self._run_full_batch(pieces), budget_s=share_s)
         if tuning.deterministic:
             self.windows_per_batch = self._largest_identical_batch(pieces)
         log.info(
@@ -178,6 +181,16 @@ class Runtime:
             self.card.name, self.windows_per_batch, self.samples_per_call, self._backend.device,
             ", each with the same bytes as alone" if tuning.deterministic else "",
         )  # fmt: skip
+
+    @property
+    def _window_bytes(self) -> int:
+        """Of one window's moments."""
+        card = self.card
+        return 4 * card.window.height * card.window.width * (card.num_classes + 1 + len(card.extra_maps))
+
+    @property
+    def _batch_bytes(self) -> int:
+        return BATCH_BYTES.get(self._backend.device.type, BATCH_BYTES["cpu"])
 
     def _golden_pieces(self) -> list[Piece]:
         images = self._golden.image_B3hw.permute(0, 2, 3, 1).contiguous().numpy()
