@@ -41,12 +41,6 @@ def server(toy_store: Path, place: Path) -> Iterator[Server]:
         yield started
 
 
-@pytest.fixture
-def client(server: Server) -> Iterator[httpx.Client]:
-    with server.client() as opened:
-        yield opened
-
-
 def encoded(image_HW3: np.ndarray, kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image_HW3).save(buffer, kind)
