@@ -23,10 +23,12 @@ serve: setup
 test: setup .venv/peers
 	$(BIN)/pytest
 
-# What some tests ask, beside our own environment: a Triton server, and torch-tensorrt's Python; without them they skip.
+# What some tests and benchmarks.peers ask, beside our own environment: other servers, MONAI, and torch-tensorrt's Python;
+# without them they skip.
 .venv/peers: | .venv/ready
 	-$(BIN)/pip install --quiet --no-deps --target $@ nvidia-pytriton==0.7.0 torch-tensorrt==2.13.0 \
-		tensorrt-cu13-bindings==11.0.0.114 dllist==2.0.0
+		tensorrt-cu13-bindings==11.0.0.114 dllist==2.0.0 \
+		litserve==0.2.19 fastapi==0.165.0 annotated-doc==0.0.7 monai==1.6.1
 
 test-gpu:  # needs a CUDA GPU, and uses the torch that is there; without a GPU everything skips and says so
 	$(PYTHON) -m pytest tests/gpu -W default -rs
