@@ -9,21 +9,15 @@ import logging
 import os
 import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
-
-if TYPE_CHECKING:
-    from models.card import Card, Parity
 
 STORE = click.option(
     "--store", type=click.Path(path_type=Path, file_okay=False), default=Path("store"), envvar="PENUMBRA_STORE",
     show_default=True, help="Directory of artifacts.",
 )  # fmt: skip
-FEW = 12
-"""Lines of a table, above which names are counted instead."""
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
 
@@ -70,17 +64,8 @@ def serve(store: Path, host: str, port: int, grpc_port: int) -> None:
         "BENTOML_DO_NOT_TRACK": "True",
     }
     root = Path(__file__).resolve().parent
-    command = [
-        "bentoml",
-        "serve",
-        "serving.service:Penumbra",
-        "--host",
-        host,
-        "--port",
-        str(port),
-        "--working-dir",
-        str(root),
-    ]
+    command = ["bentoml", "serve", "serving.service:Penumbra", "--host", host, "--port", str(port)]
+    command += ["--working-dir", str(root)]
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, "-m", *command], environment)
 
@@ -246,6 +231,7 @@ def import_files(
 ) -> None:  # fmt: skip
     """Import a METHOD's published FILES, which are never run, as a checkpoint."""
     from export.importer import import_checkpoint
+    from export.report import print_imported
     from models.classes import read_classes
 
     imported = import_checkpoint(method, files, output, classes=read_classes(classes) if classes else None, **options)
@@ -254,33 +240,7 @@ def import_files(
     if as_json:
         click.echo(json.dumps({"file": str(output)} | dataclasses.asdict(imported)))
         return
-    _print_left_out(imported.train_only, imported.entries)
-    click.echo(f"{output}: {method}, {imported.card.num_classes} classes, {_describe(imported.card)}")
-    click.echo(f"next: penumbra export {output}")
-
-
-def _describe(card: "Card") -> str:
-    """The sample axis of a card in a few words."""
-    names = f" ({', '.join(card.sampling.members)})" if card.sampling.members else ""
-    text = f"{card.sampling.kind}{names}, {card.sampling.default_samples} samples"
-    if card.prompt.kind == "none":
-        return text
-    return f"{text}; with {card.prompt.kind}: {', '.join(card.prompt.members or card.sampling.members)}"
-
-
-def _print_left_out(tensors: tuple[str, ...], entries: tuple[str, ...]) -> None:
-    """What inference does not need: single tensors by name, many by the first two words of their names."""
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    groups = Counter(".".join(name.split(".")[:2]) if len(tensors) > FEW else name for name in tensors)
-    table = Table(Column("not imported", overflow="fold"), "tensors")
-    for name, count in groups.items():
-        table.add_row(name, str(count))
-    for entry in entries:
-        table.add_row(f"{entry} (beside the tensors)", "")
-    if table.row_count:
-        Console().print(table)
+    print_imported(imported, output)
 
 
 @main.command()
@@ -318,6 +278,7 @@ def export(
     from rich.console import Console
 
     from export.bundle import export_checkpoint
+    from export.report import print_parity
     from models.errors import BadOption
     from serving.engine.store import open_artifact
 
@@ -330,7 +291,7 @@ def export(
         directory = export_checkpoint(
             checkpoint, store, backend=backend, precision=precision, device=device, frames=frames
         )
-    _print_parity(open_artifact(directory).card, directory, as_json=as_json)
+    print_parity(open_artifact(directory).card, directory, as_json=as_json)
 
 
 def _read_frames(checkpoint: Path, every: int, **where: Any) -> list[Any]:
@@ -361,30 +322,11 @@ def _export_repository(source: Path, store: Path, repository: Path | None, *, as
 def verify(name: str, version: int | None, store: Path, as_json: bool) -> None:
     """Check an artifact's hashes and measure it on this machine against its checkpoint."""
     from export.bundle import verify_artifact
+    from export.report import print_parity
     from serving.engine.store import artifact_card, find_artifact
 
     directory = find_artifact(store, name, version)
-    _print_parity(artifact_card(directory), directory, as_json=as_json, measured=verify_artifact(directory))
-
-
-def _print_parity(card: "Card", directory: Path, *, as_json: bool, measured: "Parity | None" = None) -> None:
-    """The figures of the gate beside what is allowed. measured: here and now, if not at export."""
-    from export.parity import TOLERANCES
-
-    assert card.export
-    figures, allowed = measured or card.export.parity, TOLERANCES[card.export.precision]
-    if as_json:
-        click.echo(json.dumps({"directory": str(directory), "parity": dataclasses.asdict(figures)}))
-        return
-    limits = {
-        "relative": f"<= {allowed.relative:g}", "extras_relative": f"<= {allowed.relative:g}",
-        "label_flips_percent": f"<= {allowed.flips_percent:g}",
-        "entropy_rank_correlation": f">= {allowed.rank_correlation:g}",
-        "variance_ratio": f"1 +- {allowed.variance:g}",
-    }  # fmt: skip
-    click.echo(directory)
-    for name, value in dataclasses.asdict(figures).items():
-        click.echo(f"  {name:26} {'none' if value is None else f'{value:.6g}':12} {limits.get(name, '')}".rstrip())
+    print_parity(artifact_card(directory), directory, as_json=as_json, measured=verify_artifact(directory))
 
 
 def of_frames(verb: Any) -> Any:
