@@ -9,9 +9,11 @@ service. BentoML's metrics, UI page, URL inputs, pickle bodies, batching and int
 """
 
 import asyncio
+import ctypes
 import gc
 import logging
 import signal
+import sys
 from typing import TYPE_CHECKING, Any
 
 import bentoml
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 SETTINGS = Settings()
 TELEMETRY = Telemetry(latency_buckets_s=SETTINGS.latency_buckets_s)
 KEYS = read_keys(SETTINGS.api_keys.get_secret_value(), SETTINGS.api_keys_file)
+PR_SET_PDEATHSIG = 1
+"""From <linux/prctl.h>."""
 APP = Starlette()
 """Carries our routes; they are filled in when the worker has built the engine."""
 
@@ -69,6 +73,7 @@ class Penumbra:
         from serving.rest import ERROR_HANDLERS, routes
 
         logging.getLogger("penumbra").setLevel(SETTINGS.log_level)
+        end_with_parent()
         if SETTINGS.otlp_endpoint:
             use_bentomls_provider()
         self.gateway = build_gateway(SETTINGS, TELEMETRY)
@@ -172,6 +177,12 @@ def build_gateway(settings: Settings, telemetry: Telemetry) -> "Gateway":
         reasons = "; ".join(segmenter.refused.values()) or "it is empty"
         raise BadArtifact(f"the store {settings.store} has no model to serve: {reasons}")
     return Gateway(segmenter, telemetry, limit_requests=settings.limit_requests, timeout_s=settings.timeout_s)
+
+
+def end_with_parent() -> None:
+    """Get SIGTERM when the supervisor dies: a worker without one would keep the ports from the next server."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def check_one_worker() -> None:
