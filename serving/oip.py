@@ -46,7 +46,7 @@ TRITONS_PARAMETERS: dict[str, tuple[type, ...]] = {
     "sequence_id": (int, str), "sequence_start": (bool,), "sequence_end": (bool,), "priority": (int,),
     "timeout": (int,),
 }  # fmt: skip
-"""Of other schedulers than ours: of the right type, they are ignored as every parameter that is not known."""
+"""Of Triton's schedulers. Of the right type, those that are no options are ignored as every unknown parameter."""
 PROMPT_READERS: dict[str, Callable[[Tensor], Any]] = {"boxes": read_boxes, "tags": read_tags}
 LARGE_BYTES = 2**16
 """Messages from here on are read off the event loop: smaller ones take less time than the change of thread."""

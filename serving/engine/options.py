@@ -27,7 +27,8 @@ class SegmentOptions:
     them; alpha: weight of the network that sees the boxes in a linear self-correction. max_risk: share of the pixels
     that may be answered and wrong, 0 .. 1; the most uncertain ones then become `models.card.IGNORE`, for models whose
     card is calibrated.
-    deadline_ms: from a request's arrival; later than that its answer is of no use to the caller.
+    deadline_ms: from a request's arrival; later than that its answer is of no use to the caller. priority: 1 (first) to
+    3 (last), and 0 for the middle.
     """
 
     model: str | None = None
@@ -41,6 +42,7 @@ class SegmentOptions:
     alpha: float | None = None
     max_risk: float | None = None
     deadline_ms: float | None = None
+    priority: int = 0
 
     @property
     def maps(self) -> tuple[str, ...]:
@@ -80,7 +82,7 @@ def parse_options(fields: Mapping[str, str], *, beside: tuple[str, ...] = ()) ->
     readers: dict[str, Callable[[str, str], Any]] = {
         "model": _text, "version": _integer, "samples": _integer, "seed": _integer, "overlap": _share, "outputs": _maps,
         "boxes": _boxes, "tags": _tags, "alpha": _number, "max_risk": _number,
-        "deadline_ms": _number,
+        "deadline_ms": _number, "priority": _integer,
     }  # fmt: skip
     for name in fields:
         if name not in (*readers, *beside):
@@ -174,6 +176,8 @@ def check_options(options: SegmentOptions, card: Card, limits: Limits) -> int:
         abstain_above(card, options.max_risk)
     if options.deadline_ms is not None and not options.deadline_ms > 0:
         raise BadOption(f"deadline_ms is {options.deadline_ms:g}; a number of milliseconds above 0 is wanted")
+    if not 0 <= options.priority <= 3:
+        raise BadOption(f"priority is {options.priority}; 1 (first) to 3 (last) is possible, and 0 for 2")
     sampling = card.sampling_with(prompt=bool(options.boxes or options.tags))
     samples = sampling.default_samples if options.samples is None else options.samples
     fixed = sampling.kind in ("members", "single")

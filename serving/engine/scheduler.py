@@ -1,10 +1,11 @@
 """One inference thread per device: windows of all requests and models, in fair turns and shared batches.
 
-The batch element is a window, never a request. Requests take turns by work done (windows x samples), so a huge
-image cannot starve a small one; a request is only ever a few windows ahead of what its thread has stitched, so
-memory does not depend on its size. Promises: every window of a request is answered exactly once, with its
-moments or with the error that ends the request; a failing batch fails only the requests whose own windows
-fail; a cancelled or expired request's windows leave the queue before the next batch.
+The batch element is a window, never a request. Requests of one priority take turns by work done (windows x samples),
+so a huge image cannot starve a small one; priorities share the device by `STRIDES`, so none starves another; a request
+is only ever a few windows ahead of what its thread has stitched, so memory does not depend on its size. Promises: every
+window of a request is answered exactly once, with its moments or with the error that ends the request; a failing batch
+fails only the requests whose own windows fail; a cancelled or expired request's windows leave the queue before the
+next batch.
 """
 
 import logging
@@ -31,6 +32,9 @@ from serving.engine.windows import Window, WindowPlan, cut
 log = logging.getLogger("penumbra")
 T = TypeVar("T")
 Answer = Moments | PenumbraError
+NORMAL = 2
+STRIDES = {1: 1, NORMAL: 4, 3: 16}
+"""Priority -> how far a sample moves its turn: while all have work, they get 16, 4 and 1 of 21 samples."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +42,7 @@ class Work:
     """What a request wants run. deadline: a time of `time.perf_counter`; cancelled: set it to withdraw.
 
     first_row: of windows, where the rows before it were run already. in_background: is never refused and takes no
-    place in the queue from others; for the few whose number is bounded elsewhere.
+    place in the queue from others; for the few whose number is bounded elsewhere. priority: of `STRIDES`, 1 is first.
     """
 
     runtime: Runtime
@@ -51,6 +55,7 @@ class Work:
     deadline: float = float("inf")
     first_row: int = 0
     in_background: bool = False
+    priority: int = NORMAL
 
     @property
     def num_windows(self) -> int:
@@ -67,17 +72,26 @@ class Work:
         return id(self.runtime), self.num_samples, plan.window_height, plan.window_width, self.prompt is None
 
 
+@dataclass(slots=True, eq=False)
+class _Level:
+    """The requests of one priority. turn: of the level among levels; job_turn: of the job that it served last."""
+
+    priority: int
+    turn: float = 0.0
+    job_turn: float = 0.0
+
+
 class _Job:
     """One admitted request. All fields but `answers` are guarded by the scheduler's condition."""
 
-    def __init__(self, work: Work, turn: float) -> None:
-        self.work = work
+    def __init__(self, work: Work, level: _Level) -> None:
+        self.work, self.level = work, level
         self.windows = work.plan.windows(work.first_row)
         self.unanswered = work.num_windows
         self.ahead = 0
         """Windows taken from the plan and not yet consumed by the request's thread."""
         self.untaken = work.num_windows
-        self.turn = turn
+        self.turn = level.job_turn
         self.answers: queue.SimpleQueue[tuple[Window, Moments] | PenumbraError] = queue.SimpleQueue()
         self.submitted = time.perf_counter()
         self.started: float | None = None
@@ -86,6 +100,19 @@ class _Job:
     @property
     def has_room(self) -> bool:
         return self.untaken > 0 and self.ahead <= 2 * self.work.runtime.windows_per_batch
+
+    @property
+    def precedence(self) -> tuple[float, int, float]:
+        """The least of all is served next."""
+        return self.level.turn, self.level.priority, self.turn
+
+    def take(self) -> Window:
+        """The next window, at the cost of the job's turn and its level's."""
+        self.started = self.started or time.perf_counter()
+        self.level.job_turn = self.turn
+        self.untaken, self.ahead, self.turn = self.untaken - 1, self.ahead + 1, self.turn + self.work.num_samples
+        self.level.turn += self.work.num_samples * STRIDES[self.level.priority]
+        return next(self.windows)
 
     def ending(self, now: float) -> PenumbraError | None:
         """Why the request is over before it is answered, if it is."""
@@ -138,7 +165,9 @@ class Scheduler:
         self._jobs: list[_Job] = []
         self._calls: list[tuple[Callable[[], object], Future[object]]] = []
         self._reserved = 0
+        self._levels = {priority: _Level(priority) for priority in STRIDES}
         self._turn = 0.0
+        """Of the level that was served last: one that comes back after a pause does not make up for it."""
         self._samples_per_s = 0.0
         self._draining = False
         self._stopped = False
@@ -160,7 +189,9 @@ class Scheduler:
                     retry_after_s=self._retry_after_s,
                 )
             self._reserved += cost
-            job = _Job(work, self._turn)
+            level = self._levels[work.priority]
+            level.turn = max(level.turn, self._turn)
+            job = _Job(work, level)
             self._jobs.append(job)
             self._condition.notify_all()
         return Stream(self, job)
@@ -242,15 +273,13 @@ class Scheduler:
         ready = [job for job in self._jobs if job.has_room]
         if not ready:
             return []
-        lead = min(ready, key=lambda job: job.turn)
-        self._turn = lead.turn
+        lead = min(ready, key=lambda job: job.precedence)
+        self._turn = lead.level.turn
         ready = [job for job in ready if job.work.batch_key == lead.work.batch_key]
         batch: list[tuple[_Job, Window]] = []
         while ready and len(batch) < lead.work.runtime.windows_per_batch:
-            job = min(ready, key=lambda job: job.turn)
-            batch.append((job, next(job.windows)))
-            job.started = job.started or time.perf_counter()
-            job.untaken, job.ahead, job.turn = job.untaken - 1, job.ahead + 1, job.turn + job.work.num_samples
+            job = min(ready, key=lambda job: job.precedence)
+            batch.append((job, job.take()))
             ready = [job for job in ready if job.has_room]
         return batch
 

@@ -32,7 +32,7 @@ from serving.engine.options import PROBABILITIES, Limits, SegmentOptions, abstai
 from serving.engine.prompts import PromptSource, check_prompt
 from serving.engine.raster import Pixels, Raster
 from serving.engine.runtime import Runtime, Tuning
-from serving.engine.scheduler import Scheduler, Work
+from serving.engine.scheduler import NORMAL, Scheduler, Work
 from serving.engine.store import find_artifact, open_artifact, versions
 from serving.engine.uncertainty import Band, abstain, read_out
 from serving.engine.windows import WindowPlan, count_windows, cover
@@ -252,7 +252,7 @@ class Segmenter:
         sampling = runtime.card.sampling_with(prompt=prompt is not None)
         plan = cover(height, width, runtime.card.window, options.overlap)
         noise = SeededNoise(sampling, seed=options.seed, num_samples=num_samples)
-        return Work(runtime, image, plan, noise, num_samples, prompt)
+        return Work(runtime, image, plan, noise, num_samples, prompt, priority=options.priority or NORMAL)
 
     def segment(
         self, image_HW3: Pixels, options: SegmentOptions, *, noise: NoiseSource | None = None,

@@ -169,8 +169,18 @@ def test_an_answer_names_its_request_model_version_and_seed(http: triton_http.In
 
 def test_an_unknown_parameter_is_ignored_and_named(http: triton_http.InferenceServerClient) -> None:
     inputs = _inputs(triton_http, np.zeros((8, 8, 3), np.uint8))
-    answer = http.infer("toy-latent", inputs, parameters={"sampels": 3}, priority=1, timeout=5).get_response()
-    assert "ignored unknown parameters: priority, sampels, timeout" in answer["parameters"]["warnings"]
+    answer = http.infer("toy-latent", inputs, parameters={"sampels": 3}, timeout=5).get_response()
+    assert "ignored unknown parameters: sampels, timeout" in answer["parameters"]["warnings"]
+
+
+@pytest.mark.parametrize("api", [triton_http, triton_grpc])
+def test_the_priority_of_tritons_clients_is_taken_and_bounded(server: Server, api: Any) -> None:
+    address = _http_address(server) if api is triton_http else server.grpc_address
+    inputs = _inputs(api, np.zeros((8, 8, 3), np.uint8))
+    with api.InferenceServerClient(address) as client:
+        assert "warnings" not in str(client.infer("toy-latent", inputs, priority=1).get_response())
+        with pytest.raises(InferenceServerException, match="priority is 4; 1 \\(first\\) to 3"):
+            client.infer("toy-latent", inputs, priority=4)
 
 
 def test_only_wanted_outputs_are_answered_each_in_its_form(http: triton_http.InferenceServerClient) -> None:

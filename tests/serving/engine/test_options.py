@@ -60,6 +60,9 @@ def test_good_text_becomes_options() -> None:
         ("overlap", "abc", "0 to 0.9"),
         ("overlap", "", "0 to 0.9"),
         ("overlap", "1e999", "0 to 0.9"),
+        ("priority", "4", "1 (first) to 3"),
+        ("priority", "-1", "1 (first) to 3"),
+        ("priority", "high", "whole number"),
     ],
 )
 def test_bad_text_is_refused_by_name_value_and_what_is_right(name: str, text: str, right: str) -> None:

@@ -166,6 +166,48 @@ def test_a_request_is_only_a_few_windows_ahead_of_its_reader(scheduler: Schedule
     assert len(consume(stream)) == 100
 
 
+# -- priorities ----------------------------------------------------------------------------------
+
+
+def order_of(scheduler: Scheduler, *requests: tuple[int, int, int], windows_per_batch: int = 1) -> list[int]:
+    """Values in the order their windows were run, of (value, windows, priority) that wait at the same time."""
+    engine = runtime(going=False, windows_per_batch=windows_per_batch)
+    streams = [scheduler.submit(work(engine, 1, value=0))]
+    assert engine.entered.wait(WAIT_S)
+    streams += [scheduler.submit(work(engine, num, value=value, priority=level)) for value, num, level in requests]
+    engine.go.set()
+    assert in_threads(*streams) == [1, *(num for _, num, _ in requests)]
+    return [value for batch in engine.batches for value in batch][1:]
+
+
+def test_a_request_of_the_first_priority_overtakes_all_that_wait(scheduler: Scheduler) -> None:
+    waiting = [(value, 1, 2 + value % 2) for value in range(10, 30)]
+    assert order_of(scheduler, *waiting, (1, 1, 1))[0] == 1
+
+
+def test_no_priority_waits_for_ever_whatever_comes_before_it(scheduler: Scheduler) -> None:
+    """Every one that waits is a request of its own, and still one in 17 that are served is of the last priority."""
+    order = order_of(scheduler, *[(1, 1, 1)] * 170, *[(3, 1, 3)] * 10)
+    assert [order[:place].count(3) for place in range(17, 171, 17)] == list(range(1, 11))
+
+
+@pytest.mark.parametrize("windows_per_batch", [1, 3])
+def test_priorities_share_the_device_by_their_strides(scheduler: Scheduler, windows_per_batch: int) -> None:
+    requests = [(level, 3, level) for level in (3, 2, 1)] * 30
+    first = order_of(scheduler, *requests, windows_per_batch=windows_per_batch)[:105]
+    assert [first.count(level) for level in (1, 2, 3)] == pytest.approx([80, 20, 5], abs=2)
+
+
+def test_a_priority_that_comes_back_does_not_make_up_for_its_pause(scheduler: Scheduler) -> None:
+    order_of(scheduler, *[(2, 1, 2)] * 30)
+    order = order_of(scheduler, *[(3, 1, 3), (2, 1, 2)] * 20)
+    assert [order[:place].count(3) for place in (5, 10, 15, 20, 25)] == [1, 2, 3, 4, 5]
+
+
+def test_a_request_of_the_first_priority_still_takes_turns_with_its_equals(scheduler: Scheduler) -> None:
+    assert order_of(scheduler, (1, 3, 1), (2, 3, 1))[:6] in ([1, 2] * 3, [2, 1] * 3)
+
+
 # -- leaving early -------------------------------------------------------------------------------
 
 
