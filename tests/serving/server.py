@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 
 ROOT = Path(__file__).parents[2]
-START_S, END_S = 120, 30
+START_S, END_S = 300, 30
 """Bounds of waiting, not expectations: reached only when something is wrong."""
 
 
