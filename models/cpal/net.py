@@ -105,8 +105,8 @@ class CamNetwork(Network):
         if not self.flip:
             return self.observe(image_B3HW)
         both = self.observe(torch.cat((image_B3HW, image_B3HW.flip(3))))
-        score_BN = torch.stack(both.score_BN.chunk(2)).mean(0)
-        return View(score_BN, *(here + mirrored.flip(3) for here, mirrored in (maps.chunk(2) for maps in both[1:])))
+        score_2BN, *pairs = (each.unflatten(0, (2, -1)) for each in both)
+        return View(score_2BN.mean(0), *(here + mirrored.flip(3) for here, mirrored in pairs))
 
     def observe(self, image_B3HW: Tensor) -> View:
         """The backbone's pass: scores, raw CAM, hierarchical and deepest features.
