@@ -1,0 +1,101 @@
+"""A server that gets no more memory, or no more disk: the refusals of the system itself, not of a stand-in."""
+
+import io
+import resource
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from export.bundle import export_network
+from loadtests.pictures import Picture, check, picture
+from loadtests.run import scrape
+from models.card import WindowSpec
+from models.toy.cards import toy_card
+from tests.reliability.load import HEADERS
+from tests.reliability.test_crash import worker_of
+from tests.serving.server import serving, until
+
+pytestmark = pytest.mark.slow
+BATCH, SIDE = 32, 1024
+SPARE = 700 * 2**20
+"""Address space for a batch of some windows of 1024x1024, each of which takes about 50 MB on its way, but not of 32."""
+FILE_BYTES = 400_000
+"""Less than a map of the picture that is asked for, more than the server's log."""
+
+
+@contextmanager
+def limited(process: psutil.Process, kind: int, soft: int) -> Iterator[None]:
+    before = process.rlimit(kind)
+    process.rlimit(kind, (soft, before[1]))
+    yield
+    process.rlimit(kind, before)
+
+
+def labels_of(answer: httpx.Response) -> np.ndarray:
+    assert answer.status_code == 200, answer.text
+    return np.asarray(Image.open(io.BytesIO(answer.content)))
+
+
+def test_a_batch_for_which_there_is_no_memory_is_halved_and_answered(tmp_path: Path) -> None:
+    card, network = toy_card("pointwise", window=WindowSpec(SIDE, SIDE))
+    export_network(network, card, tmp_path / "store")
+    wide = Picture(np.tile(picture("large", 6).pixels_HW3, (4, 2, 1)), b"")
+    file = io.BytesIO()
+    Image.fromarray(wide.pixels_HW3).save(file, "PNG", compress_level=1)
+    with (
+        serving(tmp_path / "store", tmp_path, windows_per_batch=BATCH, predrain_s=0) as server,
+        server.client() as client,
+    ):
+
+        def ask() -> httpx.Response:
+            return client.post("/segment", content=file.getvalue(), headers=HEADERS)
+
+        client.post("/segment", content=picture("medium", 6).png, headers=HEADERS)
+        worker = worker_of(server)
+        with limited(worker, resource.RLIMIT_AS, worker.memory_info().vms + SPARE):
+            check(labels_of(ask()), wide, exact=True)
+        halved = scrape(server)["penumbra_oom_total"]
+        print(f"{halved:g} batches were halved")
+        assert halved > 0
+        check(labels_of(ask()), wide, exact=True)
+        assert worker_of(server).pid == worker.pid
+
+
+def test_a_disk_that_is_full_fails_what_needs_it_and_nothing_else(store: Path, tmp_path: Path) -> None:
+    jobs = tmp_path / "jobs"
+    asked = picture("medium", 7)
+    grain = np.random.default_rng(7).integers(0, 255, (512, 512, 3), dtype=np.uint8)
+    upload = io.BytesIO()
+    Image.fromarray(grain).save(upload, "PNG")
+    assert len(upload.getvalue()) > FILE_BYTES > len(asked.png)
+    with serving(store, tmp_path, predrain_s=0, jobs=jobs) as server, server.client() as client:
+
+        def send(content: bytes) -> httpx.Response:
+            headers = HEADERS | {"Accept": "application/x-npz"}
+            return client.post("/jobs?model=toy-pointwise", content=content, headers=headers)
+
+        def ended(answer: httpx.Response) -> dict[str, str]:
+            assert answer.status_code == 202, answer.text
+            until(lambda: client.get(answer.json()["url"]).json()["finished"])
+            told: dict[str, str] = client.get(answer.json()["url"]).json()
+            return told
+
+        with limited(worker_of(server), resource.RLIMIT_FSIZE, FILE_BYTES):
+            refused = send(upload.getvalue())
+            assert refused.status_code == 507 and "the disk is full" in refused.json()["error"]
+            failed = ended(send(asked.png))
+            assert failed["state"] == "failed" and "the disk is full" in failed["error"]
+            with ThreadPoolExecutor(4) as threads:
+                path = "/segment?model=toy-pointwise"
+                for answer in threads.map(lambda _: client.post(path, content=asked.png, headers=HEADERS), range(8)):
+                    check(labels_of(answer), asked, exact=True)
+            left = [path for path in jobs.rglob("*") if path.is_file() and path.name not in ("lock", "job.json")]
+            assert left == [], "what a failed job had written is removed"
+        assert ended(send(asked.png))["state"] == "done"
