@@ -45,7 +45,7 @@ class Backend(Protocol):
 
 
 def load_backend(card: Card, directory: Path, device: torch.device) -> Backend:
-    """The artifact's graphs, ready to run.
+    """The artifact's graphs, ready to run. On CUDA, float32 is float32 from here on in this process: TF32 is off.
 
     Raises BadArtifact: an unknown format, one whose library is not installed, or one that was built for elsewhere.
     """
@@ -61,6 +61,8 @@ def load_backend(card: Card, directory: Path, device: torch.device) -> Backend:
                 f"{directory} was built for {fact} {there.get(fact)} and this is {here.get(fact)}; build it here: "
                 f"penumbra export CHECKPOINT --backend {card.export.backend} --precision {card.export.precision}"
             )
+    if device.type == "cuda":  # cuDNN's convolutions round to 10 bits unless they are told not to
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     backend: Backend = module.load(card, directory, device)
     return backend
 
