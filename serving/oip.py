@@ -6,6 +6,7 @@ Triton's (docs/protocols.md). Request parameters are the options of `POST /segme
 """
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -114,15 +115,20 @@ class Inference:
     async def infer(
         self, read: Callable[[], InferRequest], write: Callable[[Answer, InferRequest], T], *, size_bytes: int,
         protocol: str, carrier: Mapping[str, str] | None = None, gone: Callable[[], Awaitable[None]] | None = None,
+        remaining: Callable[[], float | None] = lambda: None,
     ) -> T:  # fmt: skip
         """Read, check, answer and write one request; large ones wholly off the event loop. Raises PenumbraError.
 
-        gone: returns when the caller has gone away.
+        gone: returns when the caller has gone away. remaining: seconds that the transport's own timeout leaves, if it
+        has one; it counts as `deadline_ms` does.
         """
         with self.gateway.telemetry.track(protocol, carrier=carrier) as tracked:
             small = size_bytes < LARGE_BYTES
             prepared = self._prepare(read) if small else await asyncio.to_thread(self._prepare, read)
             request, card, image, options, ignored = prepared
+            if (seconds := remaining()) is not None:
+                asked_ms = math.inf if options.deadline_ms is None else options.deadline_ms
+                options = replace(options, deadline_ms=min(asked_ms, 1e3 * max(seconds, 1e-6)))
             started = time.perf_counter()
             try:
                 prediction, body = await self.gateway.answer(
@@ -274,6 +280,8 @@ def read_options(parameters: Mapping[str, object]) -> SegmentOptions:
 def answer_of(prediction: Prediction, request: InferRequest, ignored: Sequence[str]) -> Answer:
     """The answer to a request, with what its caller should know beside the tensors."""
     parameters: dict[str, str | int | float] = {"seed": prediction.seed, "samples": prediction.num_samples}
+    if prediction.num_asked:
+        parameters["samples_asked"] = prediction.num_asked
     if prediction.members:
         parameters["members"] = ",".join(prediction.members)
     warnings = list(prediction.warnings)

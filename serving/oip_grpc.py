@@ -96,7 +96,7 @@ class Calls:
     ) -> bytes:  # fmt: skip
         return await self._inference.infer(
             lambda: read_request(read()), lambda answer, _: write(message_of(answer)), size_bytes=size,
-            protocol="grpc", carrier=dict(context.invocation_metadata()),
+            protocol="grpc", carrier=dict(context.invocation_metadata()), remaining=context.time_remaining,
         )  # fmt: skip
 
 

@@ -25,6 +25,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"type": "number", "minimum": 0, "exclusiveMinimum": True},
         "Milliseconds from the request's arrival after which its answer is of no use; 504 then, and its windows leave.",
     ),
+    "anytime": (
+        {"type": "boolean", "default": False},
+        "Rather than miss the deadline, answer with fewer samples, and say how many.",
+    ),
     "priority": (
         {"type": "integer", "minimum": 0, "maximum": 3, "default": 0},
         "1 is served first, 3 last, and 0 stands for 2; none waits for ever.",

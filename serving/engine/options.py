@@ -27,8 +27,9 @@ class SegmentOptions:
     them; alpha: weight of the network that sees the boxes in a linear self-correction. max_risk: share of the pixels
     that may be answered and wrong, 0 .. 1; the most uncertain ones then become `models.card.IGNORE`, for models whose
     card is calibrated.
-    deadline_ms: from a request's arrival; later than that its answer is of no use to the caller. priority: 1 (first) to
-    3 (last), and 0 for the middle.
+    deadline_ms: from a request's arrival; later than that its answer is of no use to the caller. anytime: answer with
+    fewer samples, the first ones of the same seed, where all would take longer. priority: 1 (first) to 3 (last), and 0
+    for the middle.
     """
 
     model: str | None = None
@@ -42,6 +43,7 @@ class SegmentOptions:
     alpha: float | None = None
     max_risk: float | None = None
     deadline_ms: float | None = None
+    anytime: bool = False
     priority: int = 0
 
     @property
@@ -82,7 +84,7 @@ def parse_options(fields: Mapping[str, str], *, beside: tuple[str, ...] = ()) ->
     readers: dict[str, Callable[[str, str], Any]] = {
         "model": _text, "version": _integer, "samples": _integer, "seed": _integer, "overlap": _share, "outputs": _maps,
         "boxes": _boxes, "tags": _tags, "alpha": _number, "max_risk": _number,
-        "deadline_ms": _number, "priority": _integer,
+        "deadline_ms": _number, "anytime": _truth, "priority": _integer,
     }  # fmt: skip
     for name in fields:
         if name not in (*readers, *beside):
@@ -116,6 +118,12 @@ def _number(name: str, text: str) -> float:
     if not math.isfinite(value):
         raise BadOption(f"{name} is {text[:40]!r}; a number is wanted")
     return value
+
+
+def _truth(name: str, text: str) -> bool:
+    if text.strip().lower() not in ("true", "false"):
+        raise BadOption(f"{name} is {text[:40]!r}; true or false is wanted")
+    return text.strip().lower() == "true"
 
 
 def _boxes(name: str, text: str) -> tuple[Box, ...]:

@@ -9,124 +9,36 @@ next batch.
 """
 
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TypeVar
 
 import torch
 
-from models.errors import Cancelled, DeadlineExceeded, ModelFault, NotReady, PenumbraError, QueueFull
+from models.errors import ModelFault, NotReady, PenumbraError, QueueFull
 from serving.engine.moments import Moments
-from serving.engine.noise import NoiseSource
 from serving.engine.observer import Observer
-from serving.engine.prompts import PromptSource
-from serving.engine.raster import Pixels
-from serving.engine.runtime import Piece, Runtime, is_out_of_memory
-from serving.engine.windows import Window, WindowPlan, cut
+from serving.engine.pace import Paces
+from serving.engine.runtime import Piece, is_out_of_memory
+from serving.engine.windows import Window, cut
+from serving.engine.work import STRIDES, Job, Level, Work
 
 log = logging.getLogger("penumbra")
 T = TypeVar("T")
 Answer = Moments | PenumbraError
-NORMAL = 2
-STRIDES = {1: 1, NORMAL: 4, 3: 16}
-"""Priority -> how far a sample moves its turn: while all have work, they get 16, 4 and 1 of 21 samples."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Work:
-    """What a request wants run. deadline: a time of `time.perf_counter`; cancelled: set it to withdraw.
-
-    first_row: of windows, where the rows before it were run already. in_background: is never refused and takes no
-    place in the queue from others; for the few whose number is bounded elsewhere. priority: of `STRIDES`, 1 is first.
-    """
-
-    runtime: Runtime
-    image_HW3: Pixels
-    plan: WindowPlan
-    noise: NoiseSource
-    num_samples: int
-    prompt: PromptSource | None = None
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    deadline: float = float("inf")
-    first_row: int = 0
-    in_background: bool = False
-    priority: int = NORMAL
-
-    @property
-    def num_windows(self) -> int:
-        return (len(self.plan.starts_y) - self.first_row) * len(self.plan.starts_x)
-
-    @property
-    def reserved_per_window(self) -> int:
-        return 0 if self.in_background else self.num_samples
-
-    @property
-    def batch_key(self) -> tuple[object, ...]:
-        """Windows with equal keys can share a batch: same model, number of samples, size, and all or none prompted."""
-        plan = self.plan
-        return id(self.runtime), self.num_samples, plan.window_height, plan.window_width, self.prompt is None
-
-
-@dataclass(slots=True, eq=False)
-class _Level:
-    """The requests of one priority. turn: of the level among levels; job_turn: of the job that it served last."""
-
-    priority: int
-    turn: float = 0.0
-    job_turn: float = 0.0
-
-
-class _Job:
-    """One admitted request. All fields but `answers` are guarded by the scheduler's condition."""
-
-    def __init__(self, work: Work, level: _Level) -> None:
-        self.work, self.level = work, level
-        self.windows = work.plan.windows(work.first_row)
-        self.unanswered = work.num_windows
-        self.ahead = 0
-        """Windows taken from the plan and not yet consumed by the request's thread."""
-        self.untaken = work.num_windows
-        self.turn = level.job_turn
-        self.answers: queue.SimpleQueue[tuple[Window, Moments] | PenumbraError] = queue.SimpleQueue()
-        self.submitted = time.perf_counter()
-        self.started: float | None = None
-        self.run_s = 0.0
-
-    @property
-    def has_room(self) -> bool:
-        return self.untaken > 0 and self.ahead <= 2 * self.work.runtime.windows_per_batch
-
-    @property
-    def precedence(self) -> tuple[float, int, float]:
-        """The least of all is served next."""
-        return self.level.turn, self.level.priority, self.turn
-
-    def take(self) -> Window:
-        """The next window, at the cost of the job's turn and its level's."""
-        self.started = self.started or time.perf_counter()
-        self.level.job_turn = self.turn
-        self.untaken, self.ahead, self.turn = self.untaken - 1, self.ahead + 1, self.turn + self.work.num_samples
-        self.level.turn += self.work.num_samples * STRIDES[self.level.priority]
-        return next(self.windows)
-
-    def ending(self, now: float) -> PenumbraError | None:
-        """Why the request is over before it is answered, if it is."""
-        if self.work.cancelled.is_set():
-            return Cancelled("the request was cancelled")
-        if now > self.work.deadline:
-            return DeadlineExceeded(f"the deadline passed after {now - self.submitted:.1f} s")
-        return None
 
 
 class Stream:
-    """A request's finished windows, in the plan's order. Leaving the `with` block withdraws the rest."""
+    """A request's finished windows, in the plan's order. Leaving the `with` block withdraws the rest.
 
-    def __init__(self, scheduler: "Scheduler", job: _Job) -> None:
+    Where the moments have another number of samples than those before, work that is `anytime` has begun again: windows
+    come from the first one on, and those before are void.
+    """
+
+    def __init__(self, scheduler: "Scheduler", job: Job) -> None:
         self._scheduler, self._job = scheduler, job
 
     def __enter__(self) -> "Stream":
@@ -138,10 +50,14 @@ class Stream:
         self._scheduler._withdraw(self._job)
 
     def __iter__(self) -> Iterator[tuple[Window, Moments]]:
-        for _ in range(self._job.work.num_windows):
+        num_samples, missing = 0, 1
+        while missing:
             answer = self._job.answers.get()
             if isinstance(answer, PenumbraError):
                 raise answer
+            if answer[1].num_samples != num_samples:
+                num_samples, missing = answer[1].num_samples, self._job.work.num_windows
+            missing -= 1
             self._scheduler._consumed(self._job)
             yield answer
 
@@ -162,10 +78,10 @@ class Scheduler:
     def __init__(self, *, queue_samples: int, threads: int, observer: Observer) -> None:
         self._queue_samples, self._threads, self._observer = queue_samples, threads, observer
         self._condition = threading.Condition()
-        self._jobs: list[_Job] = []
+        self._jobs: list[Job] = []
         self._calls: list[tuple[Callable[[], object], Future[object]]] = []
-        self._reserved = 0
-        self._levels = {priority: _Level(priority) for priority in STRIDES}
+        self._paces = Paces()
+        self._levels = {priority: Level(priority) for priority in STRIDES}
         self._turn = 0.0
         """Of the level that was served last: one that comes back after a pause does not make up for it."""
         self._samples_per_s = 0.0
@@ -178,20 +94,20 @@ class Scheduler:
 
     def submit(self, work: Work) -> Stream:
         """Admit work. Raises QueueFull over the limit and NotReady while draining."""
-        cost = work.num_windows * work.reserved_per_window
+        cost = work.reserved(work.num_windows, work.num_samples)
         with self._condition:
             if self._draining:
                 raise NotReady("the server is draining and takes no new work; ask another replica")
-            if cost and self._reserved and self._reserved + cost > self._queue_samples:
+            reserved = self._reserved
+            if cost and reserved and reserved + cost > self._queue_samples:
                 raise QueueFull(
-                    f"the queue holds {self._reserved} of {self._queue_samples} window-samples and this request "
+                    f"the queue holds {reserved} of {self._queue_samples} window-samples and this request "
                     f"needs {cost}; try again in {self._retry_after_s} s",
                     retry_after_s=self._retry_after_s,
                 )
-            self._reserved += cost
             level = self._levels[work.priority]
             level.turn = max(level.turn, self._turn)
-            job = _Job(work, level)
+            job = Job(work, level)
             self._jobs.append(job)
             self._condition.notify_all()
         return Stream(self, job)
@@ -229,15 +145,19 @@ class Scheduler:
         self._thread.join()
 
     @property
+    def _reserved(self) -> int:
+        return sum(job.reserved for job in self._jobs)
+
+    @property
     def _retry_after_s(self) -> int:
         return int(min(60, 1 + self._reserved / self._samples_per_s)) if self._samples_per_s else 1
 
-    def _consumed(self, job: _Job) -> None:
+    def _consumed(self, job: Job) -> None:
         with self._condition:
             job.ahead -= 1
             self._condition.notify_all()
 
-    def _withdraw(self, job: _Job) -> None:
+    def _withdraw(self, job: Job) -> None:
         with self._condition:
             self._forget(job)
 
@@ -257,7 +177,7 @@ class Scheduler:
         finally:
             self._abandon()
 
-    def _wait(self) -> tuple[list[tuple[Callable[[], object], Future[object]]], list[tuple[_Job, Window]]]:
+    def _wait(self) -> tuple[list[tuple[Callable[[], object], Future[object]]], list[tuple[Job, Window]]]:
         """Sleep until there are calls or a batch; both empty means: stopped and nothing left to do."""
         with self._condition:
             while True:
@@ -267,16 +187,17 @@ class Scheduler:
                     return calls, batch
                 self._condition.wait()
 
-    def _take(self) -> list[tuple[_Job, Window]]:
+    def _take(self) -> list[tuple[Job, Window]]:
         """The next batch: the request whose turn it is, and others whose windows fit beside its own."""
         self._end_withdrawn()
+        self._paces.hasten(self._jobs)
         ready = [job for job in self._jobs if job.has_room]
         if not ready:
             return []
         lead = min(ready, key=lambda job: job.precedence)
         self._turn = lead.level.turn
-        ready = [job for job in ready if job.work.batch_key == lead.work.batch_key]
-        batch: list[tuple[_Job, Window]] = []
+        ready = [job for job in ready if job.batch_key == lead.batch_key]
+        batch: list[tuple[Job, Window]] = []
         while ready and len(batch) < lead.work.runtime.windows_per_batch:
             job = min(ready, key=lambda job: job.precedence)
             batch.append((job, job.take()))
@@ -290,12 +211,14 @@ class Scheduler:
             if error:
                 self._end(job, error)
 
-    def _run_batch(self, batch: list[tuple[_Job, Window]]) -> None:
+    def _run_batch(self, batch: list[tuple[Job, Window]]) -> None:
         started = time.perf_counter()
         answers = self._answer(batch)
         seconds = time.perf_counter() - started
-        runtime, num_samples = batch[0][0].work.runtime, batch[0][0].work.num_samples
+        job = batch[0][0]
+        runtime, num_samples = job.work.runtime, job.num_samples
         rate = len(batch) * num_samples / seconds
+        self._paces.learn(job, len(batch), seconds)
         with self._condition:
             self._samples_per_s = rate if not self._samples_per_s else 0.9 * self._samples_per_s + 0.1 * rate
             for (job, window), answer in zip(batch, answers, strict=True):
@@ -306,25 +229,23 @@ class Scheduler:
             samples=len(batch) * num_samples,
         )  # fmt: skip
 
-    def _answer(self, batch: list[tuple[_Job, Window]]) -> list[Answer]:
+    def _answer(self, batch: list[tuple[Job, Window]]) -> list[Answer]:
         """Run a batch; on failure, in parts: halves when memory is short, else request by request."""
         runtime = batch[0][0].work.runtime
         try:
-            return list(runtime.run([_piece(job.work, window) for job, window in batch]))
+            return list(runtime.run([_piece(job, window) for job, window in batch]))
         except Exception as error:
-            if is_out_of_memory(error) and len(batch) > 1:
-                self._observer.out_of_memory(runtime.card.name)
-                runtime.windows_per_batch = max(1, len(batch) // 2)
-                half = len(batch) // 2
-                return self._answer(batch[:half]) + self._answer(batch[half:])
-            if len({job for job, _ in batch}) > 1:
-                return self._answer_apart(batch)
-            if isinstance(error, PenumbraError):  # the image's fault: a file that breaks off under the last rows
-                return [error] * len(batch)
-            log.exception("%s failed on a batch of %d windows", runtime.card.name, len(batch))
-            return [ModelFault(f"{runtime.card.name} failed on this image")] * len(batch)
+            in_halves = is_out_of_memory(error) and len(batch) > 1
+            if not in_halves and len({job for job, _ in batch}) == 1:
+                return [_fault_of(error, runtime.card.name)] * len(batch)
+        # Here and not above, where the exception still holds the arrays of the batch that was too large.
+        if not in_halves:
+            return self._answer_apart(batch)
+        self._observer.out_of_memory(runtime.card.name)
+        half = runtime.windows_per_batch = len(batch) // 2
+        return self._answer(batch[:half]) + self._answer(batch[half:])
 
-    def _answer_apart(self, batch: list[tuple[_Job, Window]]) -> list[Answer]:
+    def _answer_apart(self, batch: list[tuple[Job, Window]]) -> list[Answer]:
         """Run each request's windows by themselves, and put the answers back in the batch's order."""
         answers: dict[int, Answer] = {}
         for one in dict.fromkeys(job for job, _ in batch):
@@ -332,7 +253,7 @@ class Scheduler:
             answers |= dict(zip(places, self._answer([batch[i] for i in places]), strict=True))
         return [answers[i] for i in range(len(batch))]
 
-    def _deliver(self, job: _Job, window: Window, answer: Answer) -> None:
+    def _deliver(self, job: Job, window: Window, answer: Answer) -> None:
         if job not in self._jobs:
             return
         if isinstance(answer, PenumbraError):
@@ -340,18 +261,16 @@ class Scheduler:
             return
         job.answers.put((window, answer))
         job.unanswered -= 1
-        self._reserved -= job.work.reserved_per_window
         if job.unanswered == 0:
             self._jobs.remove(job)
 
-    def _end(self, job: _Job, error: PenumbraError) -> None:
+    def _end(self, job: Job, error: PenumbraError) -> None:
         self._forget(job)
         job.answers.put(error)
 
-    def _forget(self, job: _Job) -> None:
+    def _forget(self, job: Job) -> None:
         if job in self._jobs:
             self._jobs.remove(job)
-            self._reserved -= job.unanswered * job.work.reserved_per_window
 
     def _abandon(self) -> None:
         """The thread ends: nobody may wait for it, whatever ended it."""
@@ -364,11 +283,19 @@ class Scheduler:
             self._calls = []
 
 
-def _piece(work: Work, window: Window) -> Piece:
-    card = work.runtime.card
+def _piece(job: Job, window: Window) -> Piece:
+    work, card = job.work, job.work.runtime.card
     pixels = cut(work.image_HW3, window, work.plan, spec=card.window, norm=card.input)
     prompt = work.prompt.cut(window, work.plan) if work.prompt else None
-    return Piece(pixels, work.noise.draw(window.index), prompt)
+    return Piece(pixels, work.noise.draw(window.index)[: job.num_samples], prompt)
+
+
+def _fault_of(error: Exception, model: str) -> PenumbraError:
+    """What a request is told: the image's own fault, as a file that breaks off under the last rows, or the model's."""
+    if isinstance(error, PenumbraError):
+        return error
+    log.error("%s failed on a batch of windows", model, exc_info=error)
+    return ModelFault(f"{model} failed on this image")
 
 
 def _resolve(future: Future[object], function: Callable[[], object]) -> None:

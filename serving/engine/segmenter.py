@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -32,10 +33,11 @@ from serving.engine.options import PROBABILITIES, Limits, SegmentOptions, abstai
 from serving.engine.prompts import PromptSource, check_prompt
 from serving.engine.raster import Pixels, Raster
 from serving.engine.runtime import Runtime, Tuning
-from serving.engine.scheduler import NORMAL, Scheduler, Work
+from serving.engine.scheduler import Scheduler
 from serving.engine.store import find_artifact, open_artifact, versions
 from serving.engine.uncertainty import Band, abstain, read_out
 from serving.engine.windows import WindowPlan, count_windows, cover
+from serving.engine.work import NORMAL, Work
 
 log = logging.getLogger("penumbra")
 
@@ -48,7 +50,8 @@ class Prediction:
     timing_ms: milliseconds by phase. num_windows: windows that were run. members: names of the samples, where they
     have names. warnings: sentences about what the caller should know of this answer. abstained: share of the pixels
     whose label is IGNORE because of `max_risk`; None where that was not asked for. image: what it is an answer to.
-    prob_KHW: mean probabilities of all classes, float32, where the output PROBABILITIES was asked for.
+    prob_KHW: mean probabilities of all classes, float32, where the output PROBABILITIES was asked for. num_asked: of
+    samples, where `anytime` lets the answer have fewer.
     """
 
     card: Card
@@ -63,6 +66,7 @@ class Prediction:
     abstained: float | None = None
     image: Pixels | None = None
     prob_KHW: FloatArray | None = None
+    num_asked: int | None = None
 
 
 class BandStream:
@@ -72,6 +76,8 @@ class BandStream:
     in the queue that nobody waits for. Iterate once. abstain_above: entropy in nats above which a label is withheld.
     num_done: windows so far; each: called after every one. Pixels without a measurement (`Raster.nodata`) have the
     label IGNORE. first_y: bands before this row are left out; not all of their windows are run.
+    work: with the samples that the answer has. Where it is `anytime` they can become fewer while it runs; bands then
+    come from the first one again, and those before are void.
     """
 
     def __init__(
@@ -88,9 +94,12 @@ class BandStream:
         card = self.work.runtime.card
         names = [extra.name for extra in card.extra_maps]
         work = self.work
-        canvas = Canvas(work.plan, card.num_classes, num_extras=len(names), first_row=work.first_row)
+        new_canvas = partial(Canvas, work.plan, card.num_classes, num_extras=len(names), first_row=work.first_row)
+        canvas = new_canvas()
         with self._scheduler.submit(work) as finished_windows:
             for window, moments in finished_windows:
+                if moments.num_samples != self.work.num_samples:
+                    self.work, canvas, self.num_done = replace(work, num_samples=moments.num_samples), new_canvas(), 0
                 self.num_done += 1
                 self.each()
                 with self._clock("stitch"):
@@ -238,8 +247,8 @@ class Segmenter:
         """
         if PROBABILITIES in options.outputs:
             raise BadOption(f"{PROBABILITIES} are only for images that are answered at once; leave them out")
-        if options.deadline_ms is not None:
-            raise BadOption("deadline_ms is only for images that are answered at once; leave it out")
+        if options.deadline_ms is not None or options.anytime:
+            raise BadOption("deadline_ms and anytime are only for images that are answered at once; leave them out")
         work = self._plan(image_HW3, options, limits=limits)
         first_y = work.plan.band_of(y)
         work = replace(work, cancelled=cancelled, first_row=work.plan.row_before(first_y), in_background=True)
@@ -252,7 +261,10 @@ class Segmenter:
         sampling = runtime.card.sampling_with(prompt=prompt is not None)
         plan = cover(height, width, runtime.card.window, options.overlap)
         noise = SeededNoise(sampling, seed=options.seed, num_samples=num_samples)
-        return Work(runtime, image, plan, noise, num_samples, prompt, priority=options.priority or NORMAL)
+        return Work(
+            runtime, image, plan, noise, num_samples, prompt, priority=options.priority or NORMAL,
+            anytime=options.anytime and sampling.kind in ("latent", "dropout"),
+        )  # fmt: skip
 
     def segment(
         self, image_HW3: Pixels, options: SegmentOptions, *, noise: NoiseSource | None = None,
@@ -313,6 +325,7 @@ def collect(
     prob_KHW: FloatArray | None = None,
 ) -> Prediction:  # fmt: skip
     """Run a stream to its end. Changes the arrays, whose rows are set band by band."""
+    num_asked = bands.work.num_samples if options.anytime else None
     with closing(iter(bands)) as rows:  # type: ignore[type-var]
         for band in rows:
             place = slice(band.y0, band.y0 + len(band.labels))
@@ -324,6 +337,8 @@ def collect(
     work, card = bands.work, bands.work.runtime.card
     members = card.sampling_with(prompt=work.prompt is not None).members
     warnings = warnings_of(card, work.plan)
+    if num_asked and work.num_samples < num_asked:
+        warnings += (f"the deadline left time for {work.num_samples} of the {num_asked} samples asked for",)
     abstained = None
     if options.max_risk is not None:
         warnings += calibration_warnings(card, work, overlap=options.overlap)
@@ -332,7 +347,7 @@ def collect(
         abstained = withheld / (work.plan.height * work.plan.width)
     return Prediction(
         card, options.seed, work.num_samples, work.plan.num_windows, members, warnings,
-        labels_HW, maps, bands.timing_ms, abstained, work.image_HW3, prob_KHW,
+        labels_HW, maps, bands.timing_ms, abstained, work.image_HW3, prob_KHW, num_asked,
     )  # fmt: skip
 
 

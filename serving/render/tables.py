@@ -19,7 +19,7 @@ def facts(prediction: Prediction) -> dict[str, Any]:
         "size": list(prediction.labels_HW.shape), "units": "nats",
         "timing_ms": {phase: round(ms, 3) for phase, ms in prediction.timing_ms.items()},
         "warnings": list(prediction.warnings), "abstained": prediction.abstained,
-    }  # fmt: skip
+    } | ({"samples_asked": prediction.num_asked} if prediction.num_asked else {})  # fmt: skip
 
 
 def class_table(prediction: Prediction) -> list[dict[str, Any]]:

@@ -1,0 +1,122 @@
+"""What a request wants run, and how far that is: windows, samples, turns. `serving.engine.scheduler` moves it on."""
+
+import queue
+import threading
+import time
+from dataclasses import dataclass, field
+
+from models.errors import Cancelled, DeadlineExceeded, PenumbraError
+from serving.engine.moments import Moments
+from serving.engine.noise import NoiseSource
+from serving.engine.prompts import PromptSource
+from serving.engine.raster import Pixels
+from serving.engine.runtime import Runtime
+from serving.engine.windows import Window, WindowPlan
+
+NORMAL = 2
+STRIDES = {1: 1, NORMAL: 4, 3: 16}
+"""Priority -> how far a sample moves its turn: while all have work, they get 16, 4 and 1 of 21 samples."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """What a request wants run. deadline: a time of `time.perf_counter`; cancelled: set it to withdraw.
+
+    anytime: fewer samples, the same of every window, are better than a missed deadline.
+    first_row: of windows, where the rows before it were run already. in_background: is never refused and takes no
+    place in the queue from others; for the few whose number is bounded elsewhere. priority: of `STRIDES`, 1 is first.
+    """
+
+    runtime: Runtime
+    image_HW3: Pixels
+    plan: WindowPlan
+    noise: NoiseSource
+    num_samples: int
+    prompt: PromptSource | None = None
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    deadline: float = float("inf")
+    anytime: bool = False
+    first_row: int = 0
+    in_background: bool = False
+    priority: int = NORMAL
+
+    @property
+    def num_windows(self) -> int:
+        return (len(self.plan.starts_y) - self.first_row) * len(self.plan.starts_x)
+
+    @property
+    def window_pixels(self) -> int:
+        return self.plan.window_height * self.plan.window_width
+
+    def reserved(self, num_windows: int, num_samples: int) -> int:
+        """What so many windows count in the queue."""
+        return 0 if self.in_background else num_windows * num_samples
+
+
+@dataclass(slots=True, eq=False)
+class Level:
+    """The requests of one priority. turn: of the level among levels; job_turn: of the job that it served last."""
+
+    priority: int
+    turn: float = 0.0
+    job_turn: float = 0.0
+
+
+class Job:
+    """One admitted request. All fields but `answers` are guarded by the scheduler's condition."""
+
+    def __init__(self, work: Work, level: Level) -> None:
+        self.work, self.level = work, level
+        self.begin(work.num_samples)
+        self.ahead = 0
+        """Windows taken from the plan and not yet consumed by the request's thread."""
+        self.turn = level.job_turn
+        self.answers: queue.SimpleQueue[tuple[Window, Moments] | PenumbraError] = queue.SimpleQueue()
+        self.submitted = time.perf_counter()
+        self.started: float | None = None
+        self.run_s = 0.0
+
+    def begin(self, num_samples: int) -> None:
+        """Take the windows from the first one on, each with this many samples."""
+        self.num_samples = num_samples
+        self.windows = self.work.plan.windows(self.work.first_row)
+        self.untaken = self.unanswered = self.work.num_windows
+
+    def samples_within(self, most: int) -> int:
+        """The samples of a window that is still to come, where no more than `most` are taken if that can be chosen."""
+        return min(most, self.work.num_samples) if self.work.anytime and not self.started else self.num_samples
+
+    @property
+    def reserved(self) -> int:
+        return self.work.reserved(self.unanswered, self.num_samples)
+
+    @property
+    def batch_key(self) -> tuple[object, ...]:
+        """Windows with equal keys can share a batch: same model, number of samples, size, and all or none prompted."""
+        work, plan = self.work, self.work.plan
+        return id(work.runtime), self.num_samples, plan.window_height, plan.window_width, work.prompt is None
+
+    @property
+    def has_room(self) -> bool:
+        return self.untaken > 0 and self.ahead <= 2 * self.work.runtime.windows_per_batch
+
+    @property
+    def precedence(self) -> tuple[float, int, float]:
+        """The least of all is served next."""
+        return self.level.turn, self.level.priority, self.turn
+
+    def take(self) -> Window:
+        """The next window, at the cost of the job's turn and its level's."""
+        self.started = self.started or time.perf_counter()
+        self.level.job_turn = self.turn
+        self.untaken, self.ahead, self.turn = self.untaken - 1, self.ahead + 1, self.turn + self.num_samples
+        self.level.turn += self.num_samples * STRIDES[self.level.priority]
+        return next(self.windows)
+
+    def ending(self, now: float) -> PenumbraError | None:
+        """Why the request is over before it is answered, if it is."""
+        if self.work.cancelled.is_set():
+            return Cancelled("the request was cancelled")
+        if now > self.work.deadline:
+            return DeadlineExceeded(f"the deadline passed after {now - self.submitted:.1f} s")
+        return None

@@ -1,0 +1,257 @@
+"""Deadlines with the anytime answer: a clock that only inference moves, so every sum of seconds is exact."""
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.card import Card
+from models.errors import BadOption, DeadlineExceeded, ModelFault
+from serving.engine.moments import Moments
+from serving.engine.observer import Observer
+from serving.engine.options import Limits, SegmentOptions
+from serving.engine.pace import SPARE, Pace
+from serving.engine.runtime import Piece, Runtime, Tuning
+from serving.engine.scheduler import Scheduler
+from serving.engine.segmenter import Segmenter
+from tests.conftest import picture, toy_card
+from tests.serving.engine.test_scheduler import SPEC, WAIT_S, in_threads, work
+
+ENCODE_S, SAMPLE_S = 3.0, 1.0
+"""Of one window."""
+
+
+class Clock:
+    """Stands for `time.perf_counter`."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass(eq=False)
+class TimedRuntime:
+    """Takes `slower` x (ENCODE_S + S x SAMPLE_S) of the clock's seconds per window, when `go` is set.
+
+    rounds: S of every window.
+    """
+
+    clock: Clock
+    slower: float = 1.0
+    windows_per_batch: int = 1
+    card: Card = field(default_factory=lambda: toy_card("latent", window=SPEC)[0])
+    rounds: list[int] = field(default_factory=list)
+    go: threading.Event = field(default_factory=threading.Event)
+    entered: threading.Event = field(default_factory=threading.Event)
+
+    def run(self, pieces: list[Piece]) -> list[Moments | ModelFault]:
+        self.entered.set()
+        assert self.go.wait(WAIT_S)
+        samples = [len(piece.noise_SL) for piece in pieces]
+        self.clock.now += self.slower * sum(ENCODE_S + S * SAMPLE_S for S in samples)
+        self.rounds += samples
+        return [Moments(np.zeros((4, 3, 4), np.float32), np.zeros((4, 4), np.float32), S) for S in samples]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
+    made = Clock()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "perf_counter", made)
+        yield made
+
+
+@pytest.fixture
+def scheduler(clock: Clock) -> Iterator[Scheduler]:
+    made = Scheduler(queue_samples=10_000, threads=1, observer=Observer())
+    yield made
+    made.close()
+
+
+def answer(scheduler: Scheduler, engine: TimedRuntime, num_windows: int, samples: int, within_s: float) -> set[int]:
+    """Numbers of samples of the windows that count. Raises DeadlineExceeded."""
+    asked = work(engine, num_windows, samples=samples, anytime=True, deadline=engine.clock.now + within_s)  # type: ignore[arg-type]
+    with scheduler.submit(asked) as stream:
+        answers = list(stream)[-num_windows:]
+    assert [window.index for window, _ in answers] == list(range(num_windows))
+    return {moments.num_samples for _, moments in answers}
+
+
+def known(scheduler: Scheduler, engine: TimedRuntime) -> None:
+    """Let the scheduler measure the least and the most samples."""
+    engine.go.set()
+    for samples in (1, 16):
+        assert answer(scheduler, engine, 1, samples, within_s=1e9) == {samples}
+    engine.rounds.clear()
+
+
+@pytest.mark.parametrize(("within_s", "samples"), [(1e9, 16), (5 * 19 / SPARE, 16), (5 * 9 / SPARE, 6), (25.0, 1)])
+def test_an_answer_has_the_most_samples_that_fit_the_time_left(
+    scheduler: Scheduler, clock: Clock, within_s: float, samples: int
+) -> None:
+    engine = TimedRuntime(clock)
+    known(scheduler, engine)
+    started = clock.now
+    assert answer(scheduler, engine, 5, 16, within_s + 1e-6) == {samples}
+    assert engine.rounds == [samples] * 5
+    assert clock.now - started <= within_s
+
+
+def test_what_is_slower_than_ever_before_begins_again_with_fewer_samples(scheduler: Scheduler, clock: Clock) -> None:
+    engine = TimedRuntime(clock)
+    known(scheduler, engine)
+    engine.slower, started = 3.0, clock.now
+    (samples,) = answer(scheduler, engine, 5, 16, within_s=200)
+    assert 1 <= samples < 16
+    assert engine.rounds[-5:] == [samples] * 5 and engine.rounds[0] == 16
+    assert clock.now - started <= 200
+
+
+def test_the_first_request_of_a_model_finds_its_pace_on_the_way(scheduler: Scheduler, clock: Clock) -> None:
+    engine, started = TimedRuntime(clock), clock.now
+    engine.go.set()
+    (samples,) = answer(scheduler, engine, 20, 16, within_s=200)
+    assert samples < 16 and engine.rounds[-20:] == [samples] * 20
+    assert clock.now - started <= 200
+    assert engine.rounds == sorted(engine.rounds, reverse=True)
+
+
+def test_even_one_sample_too_many_is_a_missed_deadline(scheduler: Scheduler, clock: Clock) -> None:
+    engine = TimedRuntime(clock)
+    known(scheduler, engine)
+    with pytest.raises(DeadlineExceeded):
+        answer(scheduler, engine, 5, 16, within_s=10)
+    assert set(engine.rounds) == {1}
+    assert scheduler.queued == (0, 0)
+
+
+def test_without_the_option_a_deadline_is_missed_and_no_sample_left_out(scheduler: Scheduler, clock: Clock) -> None:
+    engine = TimedRuntime(clock)
+    known(scheduler, engine)
+    (ended,) = in_threads(scheduler.submit(work(engine, 5, samples=16, deadline=clock.now + 50)))  # type: ignore[arg-type]
+    assert isinstance(ended, DeadlineExceeded) and set(engine.rounds) == {16}
+
+
+def test_those_who_share_the_device_count(scheduler: Scheduler, clock: Clock) -> None:
+    """Ten requests of two windows: 120 of their 150 seconds are 6 for each window, which are 3 samples.
+
+    The last to begin find time that was spared for surprises, and none came.
+    """
+    engine = TimedRuntime(clock)
+    known(scheduler, engine)
+    engine.go.clear()
+    engine.entered.clear()
+    streams = [scheduler.submit(work(engine, 1))]  # type: ignore[arg-type]
+    assert engine.entered.wait(WAIT_S)
+    deadline = clock.now + ENCODE_S + SAMPLE_S + 150
+    asked = work(engine, 2, samples=16, anytime=True, deadline=deadline)  # type: ignore[arg-type]
+    streams += [scheduler.submit(asked) for _ in range(10)]
+    engine.go.set()
+    assert in_threads(*streams) == [1] + [2] * 10
+    assert engine.rounds[1:11] == engine.rounds[11:] and engine.rounds[1:8] == [3] * 7
+    assert engine.rounds == sorted(engine.rounds[:11]) + sorted(engine.rounds[11:])
+    assert clock.now <= deadline
+
+
+@given(st.integers(1, 12), st.integers(1, 16), st.floats(0.1, 400), st.sampled_from((0.5, 1.0, 2.0)))
+def test_where_one_sample_fits_every_window_has_the_same_samples_and_none_is_late(
+    num_windows: int, samples: int, within_s: float, slower: float
+) -> None:
+    clock = Clock()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "perf_counter", clock)
+        scheduler = Scheduler(queue_samples=10_000, threads=1, observer=Observer())
+        engine = TimedRuntime(clock, slower)
+        known(scheduler, engine)
+        started = clock.now
+        try:
+            given_samples = answer(scheduler, engine, num_windows, samples, within_s)
+        except DeadlineExceeded:
+            given_samples = set()
+        scheduler.close()
+    least_s = slower * num_windows * (ENCODE_S + SAMPLE_S)
+    if least_s <= SPARE * within_s:
+        assert len(given_samples) == 1 and given_samples <= set(range(1, samples + 1))
+        assert clock.now - started <= within_s
+    assert scheduler.queued == (0, 0)
+
+
+# -- the segmenter ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def segmenter(toy_store: Path) -> Iterator[Segmenter]:
+    tuning = Tuning(windows_per_batch=1, samples_per_call=3)
+    with Segmenter.open(toy_store, threads=1, device="cpu", tuning=tuning) as opened:
+        yield opened
+
+
+def timed(runtime: Runtime, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let the model's windows take the clock's seconds; every fourth one three times as many. Returns S as they run."""
+    run, rounds = runtime.run, []
+
+    def slow(pieces: list[Piece]) -> list[Moments | ModelFault]:
+        rounds.extend(len(piece.noise_SL) for piece in pieces)
+        clock.now += sum((ENCODE_S + S) * (3 if len(rounds) % 4 == 0 else 1) for S in rounds[-len(pieces) :])
+        return run(pieces)
+
+    monkeypatch.setattr(runtime, "run", slow)
+    return rounds
+
+
+@pytest.mark.parametrize("within_s", [150.0, 250.0, 400.0])
+def test_an_answer_with_fewer_samples_is_the_answer_to_that_many(
+    segmenter: Segmenter, clock: Clock, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator, within_s: float
+) -> None:
+    image, asked = picture(rng, 90, 130), SegmentOptions("toy-latent", samples=16, seed=5, anytime=True, max_risk=None)
+    rounds = timed(segmenter.find("toy-latent"), clock, monkeypatch)
+    early = segmenter.segment(image, asked, deadline=clock.now + within_s)
+    assert 1 <= early.num_samples < 16 and early.num_asked == 16
+    assert f"time for {early.num_samples} of the 16 samples" in early.warnings[-1]
+    assert rounds[-early.num_windows :] == [early.num_samples] * early.num_windows
+    plain = segmenter.segment(image, replace(asked, samples=early.num_samples, anytime=False))
+    assert plain.labels_HW.tobytes() == early.labels_HW.tobytes()
+    assert {name: m.tobytes() for name, m in plain.maps.items()} == {n: m.tobytes() for n, m in early.maps.items()}
+
+
+def test_members_are_never_left_out(
+    segmenter: Segmenter, clock: Clock, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    timed(segmenter.find("toy-opposed"), clock, monkeypatch)
+    asked = SegmentOptions("toy-opposed", anytime=True)
+    assert segmenter.segment(picture(rng, 90, 130), asked, deadline=clock.now + 1000).num_samples == 2
+    with pytest.raises(DeadlineExceeded):
+        segmenter.segment(picture(rng, 90, 130), asked, deadline=clock.now + 10)
+
+
+def test_long_work_has_no_deadline_to_be_early_for(segmenter: Segmenter, rng: np.random.Generator) -> None:
+    with pytest.raises(BadOption, match="only for images that are answered at once"):
+        segmenter.bands_from(
+            0, picture(rng, 9, 9), SegmentOptions("toy-latent", anytime=True), limits=Limits(), cancelled=None  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+# -- the pace --------------------------------------------------------------------------------------
+
+
+def test_a_pace_is_a_line_through_what_was_measured() -> None:
+    pace = Pace()
+    assert pace.seconds(4) == 0
+    pace.learn(8, 16.0)
+    assert [pace.seconds(S) for S in (1, 4, 8, 16)] == [2, 8, 16, 32]
+    pace.learn(1, 9.0)
+    assert [pace.seconds(S) for S in (1, 8, 15)] == pytest.approx([9, 16, 23])
+
+
+def test_a_pace_follows_the_machine() -> None:
+    pace = Pace()
+    for seconds in [1.0] * 5 + [3.0] * 20:
+        pace.learn(4, seconds)
+    assert pace.seconds(4) == pytest.approx(3, rel=0.01)
