@@ -1,0 +1,111 @@
+"""What a careful user of any server writes around the two TorchScript files: pictures in, label maps out.
+
+Plain torch as its tuning guide has it: inference mode, channels-last, pictures of one size in one batch, all samples in
+one call. Knows nothing of a server; `bento`, `lit` and `triton_model` each put it behind one.
+"""
+
+import io
+import itertools
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.card import Card
+from serving.engine.noise import SeededNoise
+from serving.engine.store import open_artifact
+from serving.render.pictures import palette
+
+THREADS = len(os.sched_getaffinity(0))
+"""Of torch, for every server alike."""
+PEERS = Path(sys.prefix) / "peers"
+"""`make .venv/peers` puts what we compare with there."""
+TOGETHER = 4
+"""Pictures or windows per call, at most: more were no faster on two cores and take memory by the sample."""
+
+
+class Network:
+    """An artifact's graphs. whole: pictures are run whole; else those larger than a window by MONAI's windows."""
+
+    def __init__(self, artifact: Path, *, whole: bool) -> None:
+        torch.set_num_threads(THREADS)
+        self.card: Card = open_artifact(artifact).card
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._encode, self._decode = (torch.jit.load(artifact / name) for name in ("encode.ts", "decode.ts"))
+        sampling, norm = self.card.sampling, self.card.input
+        self.samples = sampling.default_samples
+        self._noise_S1L = torch.from_numpy(SeededNoise(sampling, seed=0, num_samples=self.samples).draw(0))[:, None]
+        self._scale_3 = torch.tensor(norm.scale) * torch.tensor(norm.std)
+        self._shift_3 = torch.tensor(norm.mean) / torch.tensor(norm.std)
+        self._palette = palette(self.card)
+        self._sliding_window = None if whole else sliding_window()
+
+    @torch.inference_mode()
+    def answer(self, jpegs: Sequence[bytes]) -> list[bytes]:
+        """Label maps as indexed PNG, in order; pictures of one size are run together."""
+        images = [np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")) for jpeg in jpegs]
+        order = sorted(range(len(images)), key=lambda i: images[i].shape)
+        answers: dict[int, bytes] = {}
+        for _, alike in itertools.groupby(order, key=lambda i: images[i].shape):
+            while places := list(itertools.islice(alike, TOGETHER)):
+                labels_BHW = self.labels(np.stack([images[i] for i in places]))
+                answers |= {i: self._png(labels_HW) for i, labels_HW in zip(places, labels_BHW, strict=True)}
+        return [answers[i] for i in range(len(images))]
+
+    def labels(self, images_BHW3: np.ndarray) -> np.ndarray:
+        image_B3HW = self.normalised(images_BHW3)
+        window = (self.card.window.height, self.card.window.width)
+        fits = all(size <= limit for size, limit in zip(image_B3HW.shape[2:], window, strict=True))
+        if self._sliding_window is None or fits:
+            merged_BKHW = self.probabilities(image_B3HW)
+        else:
+            merged_BKHW = self._sliding_window(
+                image_B3HW, window, TOGETHER, self.probabilities, overlap=self.card.window.overlap, mode="gaussian"
+            )
+        return merged_BKHW.max(1).indices.to(torch.uint8).numpy()
+
+    def normalised(self, images_BHW3: np.ndarray) -> Tensor:
+        image_BHW3 = torch.from_numpy(images_BHW3) / self._scale_3 - self._shift_3
+        return image_BHW3.permute(0, 3, 1, 2)  # channels-last in memory
+
+    def logits(self, image_B3hw: Tensor) -> Tensor:
+        """[S*B, K, h, w] at the pictures' size."""
+        noise_SBL = self._noise_S1L.expand(-1, len(image_B3hw), -1)
+        logits_NKhw = self._decode(self._encode(image_B3hw), noise_SBL).flatten(0, 1)
+        align = self.card.readout.align_corners
+        return F.interpolate(logits_NKhw, image_B3hw.shape[2:], mode="bilinear", align_corners=align)
+
+    def probabilities(self, image_B3hw: Tensor) -> Tensor:
+        """Mean over samples; of a single sample its logits, whose order is the same and which cost less."""
+        if self.samples == 1:
+            return self.logits(image_B3hw)
+        return self.logits(image_B3hw).softmax(1).unflatten(0, (self.samples, -1)).mean(0)
+
+    def _png(self, labels_HW: np.ndarray) -> bytes:
+        picture, buffer = Image.fromarray(labels_HW), io.BytesIO()
+        picture.putpalette(self._palette)
+        picture.save(buffer, "PNG", compress_level=1)
+        return buffer.getvalue()
+
+
+def from_environment() -> Network:
+    """The network that a server was started for."""
+    return Network(Path(os.environ["PEER_ARTIFACT"]), whole=os.environ["PEER_WHOLE"] == "1")
+
+
+def sliding_window() -> Any:
+    """MONAI's."""
+    sys.path.append(str(PEERS))
+    sys.modules.setdefault("torch_tensorrt", None)  # type: ignore[arg-type]  # MONAI would load it, and it is not whole
+    from monai.inferers import sliding_window_inference
+
+    return sliding_window_inference

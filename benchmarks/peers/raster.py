@@ -1,0 +1,122 @@
+"""One large picture in windows, by Penumbra's engine and by MONAI's sliding window: time, peak memory, labels.
+
+    python -m benchmarks.peers.raster penumbra|monai ARTIFACT LABELS.npy [BATCH]
+
+Each side runs in a process of its own and prints its figures as JSON; `benchmarks.peers` puts them side by side. The
+time of the network alone is that of a bare loop over as many windows of the same size in the same batches. What is
+more than that is stitching: reading windows, blending, and labels at the end.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+SIDE, ROUNDS = 4096, 3
+MEBI = 2**20
+
+
+def picture() -> np.ndarray:
+    """Soft blots, the same for both sides: uint8 [SIDE, SIDE, 3]."""
+    rng = np.random.Generator(np.random.PCG64(0))
+    small = Image.fromarray(rng.integers(0, 255, (SIDE // 32, SIDE // 32, 3), dtype=np.uint8))
+    return np.asarray(small.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+
+
+def run(whole: Callable[[], np.ndarray], bare: dict[str, Callable[[], object]], labels: Path) -> dict[str, Any]:
+    """Peak memory of the first run, then median seconds of everything and of the bare loops, taking turns."""
+    before = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    np.save(labels, whole())
+    figures: dict[str, Any] = {"peak MB": (_memory("VmHWM") - before) / MEBI}
+    seconds: dict[str, list[float]] = {"total": [], **{name: [] for name in bare}}
+    for _ in range(ROUNDS):
+        for name, work in {"total": whole, **bare}.items():
+            started = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - started)
+    return figures | {f"{name} s": statistics.median(values) for name, values in seconds.items()}
+
+
+def _memory(name: str) -> int:
+    """Of this process, in bytes. Not of getrusage, whose peak is inherited from the process that started this one."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(name)))
+
+
+def of_penumbra(artifact: Path, labels: Path, batch: int) -> dict[str, Any]:
+    """`network` is the graphs alone, `moments` with the mean probabilities and entropies of every window."""
+    from benchmarks.peers.network import THREADS
+    from serving.engine.options import SegmentOptions
+    from serving.engine.runtime import Piece, Tuning
+    from serving.engine.segmenter import Segmenter
+    from serving.engine.windows import cover, normalise
+
+    image = picture()
+    with Segmenter(threads=THREADS, tuning=Tuning(windows_per_batch=batch)) as segmenter:
+        card = segmenter.load(artifact)
+        runtime, window = segmenter.find(card.name), card.window
+        num_batches = -(-cover(*image.shape[:2], window).num_windows // runtime.windows_per_batch)
+        pixels = normalise(image[: window.height, : window.width], card.input)
+        pieces = [Piece(pixels, np.zeros((1, 0), np.float32))] * runtime.windows_per_batch
+        image_B3hw = torch.from_numpy(np.stack([pixels] * len(pieces))).permute(0, 3, 1, 2)
+        noise_SBL, graphs = torch.zeros(1, len(pieces), 0), runtime._backend
+
+        def loop(work: Callable[[], object]) -> Callable[[], object]:
+            return lambda: segmenter.scheduler.call(lambda: [work() for _ in range(num_batches)])
+
+        bare = {
+            "network": loop(lambda: graphs.decode(graphs.encode(image_B3hw), noise_SBL)),
+            "moments": loop(lambda: runtime.run(pieces)),
+        }
+        figures = run(lambda: segmenter.segment(image, SegmentOptions(outputs=())).labels_HW, bare, labels)
+        return figures | {"batch": len(pieces), "windows": num_batches * len(pieces)}
+
+
+def of_monai(artifact: Path, labels: Path, batch: int) -> dict[str, Any]:
+    """The network's logits at the window's size are blended by gaussian weights. `network` is that predictor alone.
+
+    The labels kept are of blended probabilities, as ours are; those of logits differ, and by how much is told.
+    """
+    from benchmarks.peers.network import Network, sliding_window
+    from serving.engine.allocator import keep_freed_memory
+    from serving.engine.windows import cover
+
+    keep_freed_memory()
+    network, slide, image = Network(artifact, whole=True), sliding_window(), picture()
+    window = network.card.window
+    size = (window.height, window.width)
+
+    @torch.inference_mode()
+    def whole(predict: Callable[[torch.Tensor], torch.Tensor] = network.logits) -> np.ndarray:
+        image_1HWC = network.normalised(image[None])
+        merged_1KHW = slide(image_1HWC, size, batch, predict, overlap=window.overlap, mode="gaussian")
+        labels_HW: np.ndarray = merged_1KHW.max(1).indices[0].to(torch.uint8).numpy()
+        return labels_HW
+
+    num_batches = -(-cover(*image.shape[:2], window).num_windows // batch)
+    image_B3hw = network.normalised(np.stack([image[: window.height, : window.width]] * batch))
+
+    @torch.inference_mode()
+    def bare() -> None:
+        for _ in range(num_batches):
+            network.logits(image_B3hw)
+
+    figures = run(whole, {"network": bare}, labels)
+    of_probabilities = whole(lambda x: network.logits(x).softmax(1))
+    figures["labels that blending logits changes"] = float((np.load(labels) != of_probabilities).mean())
+    np.save(labels, of_probabilities)
+    return figures | {"batch": batch, "windows": num_batches * batch}
+
+
+if __name__ == "__main__":
+    side, artifact, labels, *batch = sys.argv[1:]
+    measure = {"penumbra": of_penumbra, "monai": of_monai}[side]
+    print(json.dumps(measure(Path(artifact), Path(labels), int(batch[0]) if batch else 0)))

@@ -1,0 +1,185 @@
+"""Every server: how it is started for an artifact, in a process of its own, and how one client asks it.
+
+All of them run on this machine's cores with as many threads of torch as there are cores, one worker, batching on, and
+glibc told to keep freed memory, which Penumbra tells it by itself.
+"""
+
+import base64
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import tritonclient.grpc as triton
+
+from benchmarks.peers.network import PEERS, THREADS
+from tests.serving.server import END_S, ROOT, free_port, serving, until
+
+Ask = Callable[[bytes], bytes]
+"""One client's way to send a JPEG and get the label map's PNG."""
+START_S = 180
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**31 - 1), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+SITE = Path(httpx.__file__).parents[1]
+HERE = Path(__file__).parent
+TRITON = PEERS / "pytriton/tritonserver"
+TRITON_CONFIG = """
+backend: "python"
+max_batch_size: 16
+input [ { name: "image" data_type: TYPE_STRING dims: [ 1 ] } ]
+output [ { name: "labels" data_type: TYPE_STRING dims: [ 1 ] } ]
+dynamic_batching { }
+instance_group [ { kind: KIND_CPU count: 1 } ]
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is served: one artifact, its pictures run whole or in windows. folder: the server's own place."""
+
+    artifact: Path
+    whole: bool
+    folder: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return KEEP_MEMORY | {
+            "PEER_ARTIFACT": str(self.artifact), "PEER_WHOLE": str(int(self.whole)), "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": str(THREADS), "HOME": str(self.folder), "BENTOML_HOME": str(self.folder),
+            "BENTOML_DO_NOT_TRACK": "True", "PYTHONWARNINGS": "ignore",
+        }  # fmt: skip
+
+
+@contextmanager
+def penumbra(task: Task) -> Iterator[Callable[[], Ask]]:
+    store = task.artifact.parents[1]
+    with serving(store, task.folder, threads=THREADS, log_level="WARNING", predrain_s=0) as server:
+        path = f"/segment?model={task.artifact.parent.name}"
+        headers = {"Content-Type": "image/jpeg", "Accept": "image/png"}
+
+        def connect() -> Ask:
+            client = server.client()
+            return lambda jpeg: _body(client.post(path, content=jpeg, headers=headers))
+
+        yield connect
+
+
+@contextmanager
+def bentoml(task: Task) -> Iterator[Callable[[], Ask]]:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "bentoml", "serve", "benchmarks.peers.bento:Segment"]
+    with _running([*command, "--host", "127.0.0.1", "--port", str(port)], task, ready=f"{url}/readyz"):
+
+        def connect() -> Ask:
+            client = httpx.Client(base_url=url, timeout=300, trust_env=False)
+
+            def ask(jpeg: bytes) -> bytes:
+                given = {"images": [base64.b64encode(jpeg).decode()]}
+                return base64.b64decode(json.loads(_body(client.post("/segment", json=given)))[0])
+
+            return ask
+
+        yield connect
+
+
+@contextmanager
+def litserve(task: Task) -> Iterator[Callable[[], Ask]]:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with _running([sys.executable, "-m", "benchmarks.peers.lit", str(port)], task, ready=f"{url}/health"):
+
+        def connect() -> Ask:
+            client = httpx.Client(base_url=url, timeout=300, trust_env=False)
+
+            def ask(jpeg: bytes) -> bytes:
+                given = {"image": base64.b64encode(jpeg).decode()}
+                return base64.b64decode(json.loads(_body(client.post("/predict", json=given)))["labels"])
+
+            return ask
+
+        yield connect
+
+
+@contextmanager
+def tritonserver(task: Task) -> Iterator[Callable[[], Ask]]:
+    """Its wheel brings the Python backend alone, so the TorchScript files are run by a model of that."""
+    import numpy as np
+
+    model, backends = task.folder / "repository/segment/1", task.folder / "backends"
+    model.mkdir(parents=True)
+    shutil.copy(HERE / "triton_model.py", model / "model.py")
+    (model.parent / "config.pbtxt").write_text(TRITON_CONFIG)
+    shutil.copytree(TRITON / "backends", backends)
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    shutil.copy(TRITON / "python_backend_stubs" / version / "triton_python_backend_stub", backends / "python")
+    http, grpc = free_port(), free_port()
+    command = [
+        TRITON / "bin/tritonserver", "--model-repository", model.parents[1], "--backend-directory", backends,
+        "--http-port", http, "--grpc-port", grpc, "--http-address", "127.0.0.1", "--grpc-address", "127.0.0.1",
+        "--allow-metrics", "false", "--backend-config", f"python,stub-timeout-seconds={START_S}",
+    ]  # fmt: skip
+    libraries = [Path(sys.base_prefix) / "lib", PEERS / "nvidia_pytriton.libs"]
+    more = {"LD_LIBRARY_PATH": ":".join(map(str, libraries)), "PEER_PATH": f"{SITE}:{ROOT}"}
+    with _running(list(map(str, command)), task, ready=f"http://127.0.0.1:{http}/v2/health/ready", **more):
+
+        def connect() -> Ask:
+            client = triton.InferenceServerClient(f"127.0.0.1:{grpc}")
+            image = triton.InferInput("image", [1, 1], "BYTES")
+
+            def ask(jpeg: bytes) -> bytes:
+                image.set_data_from_numpy(np.array([[jpeg]], dtype=np.object_))
+                png: bytes = client.infer("segment", [image], client_timeout=300).as_numpy("labels").item()
+                return png
+
+            return ask
+
+        yield connect
+
+
+SERVERS = {"penumbra": penumbra, "bentoml": bentoml, "litserve": litserve, "triton": tritonserver}
+NEEDS = {"litserve": PEERS / "litserve", "triton": TRITON, "monai": PEERS / "monai"}
+"""What must be there; the rest is in the environment that Penumbra runs in."""
+
+
+@contextmanager
+def _running(command: list[str], task: Task, *, ready: str, **more: str) -> Iterator[None]:
+    """A process in a session of its own, ready, and ended with all that it started, by its id."""
+    log = task.folder / "server.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | task.environment | more, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        until(lambda: process.poll() is not None or _is_ready(ready), bound_s=START_S)
+        assert process.poll() is None, f"{command[0]} ended:\n{log.read_text(errors='replace')[-2000:]}"
+        yield
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(END_S)
+
+
+def _is_ready(url: str) -> bool:
+    assert urlsplit(url).hostname == "127.0.0.1"
+    try:
+        return httpx.get(url, timeout=5, trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def _body(answer: httpx.Response) -> bytes:
+    if answer.status_code != 200:
+        raise RuntimeError(f"{answer.url} answered {answer.status_code}: {answer.text[:200]}")
+    return answer.content
