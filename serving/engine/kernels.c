@@ -67,17 +67,21 @@ INLINE void source(long i, long length, long size, int align_corners, long *belo
 }
 
 /* Adds, for output rows [y0, y1), the softmax of every resized sample to prob[h][K][w] and its entropy (nats)
- * to entropy[h][w]. logits: [S][K][fh][fw]. Returns 0, or 1 when out of memory. */
+ * to entropy[h][w]. logits: [S][K][fh][fw]. Returns 0, or 1 when out of memory.
+ *
+ * A row of logits is widened once and used by every output row that lies beside it: `wide` holds two of them for each
+ * sample, row j in place j % 2, and `held` which they are. */
 FOR_EACH_CPU int penumbra_accumulate(
     const float *restrict logits, long S, long K, long fh, long fw, float *restrict prob, float *restrict entropy,
     long h, long w, long y0, long y1, int align_corners, float inverse_temperature) {
-    (void)h;
     int32_t *restrict at = malloc(w * sizeof *at);
-    float *restrict scratch = malloc((5 * w + K * w + fw + 1) * sizeof *scratch);
-    if (!at || !scratch) { free(at); free(scratch); return 1; }
+    long *restrict held = malloc(2 * S * sizeof *held);
+    float *restrict scratch = malloc((5 * w + K * w + fw + 1 + 2 * S * K * w) * sizeof *scratch);
+    if (!at || !held || !scratch) { free(at); free(held); free(scratch); return 1; }
     float *restrict fraction = scratch, *restrict top = fraction + w, *restrict sum = top + w;
     float *restrict dot = sum + w, *restrict inverse = dot + w, *restrict e = inverse + w;
-    float *restrict line = e + K * w;
+    float *restrict line = e + K * w, *restrict wide = line + fw + 1;
+    for (long i = 0; i < 2 * S; i++) held[i] = -1;
     for (long x = 0; x < w; x++) {
         long below;
         source(x, fw, w, align_corners, &below, &fraction[x]);
@@ -90,22 +94,26 @@ FOR_EACH_CPU int penumbra_accumulate(
         long next = row + 1 < fh ? row + 1 : row;
         float *restrict out = prob + y * K * w, *restrict nats = entropy + y * w;
         for (long s = 0; s < S; s++) {
-            for (long k = 0; k < K; k++) {
-                const float *a = logits + ((s * K + k) * fh + row) * fw, *b = logits + ((s * K + k) * fh + next) * fw;
-                for (long j = 0; j < fw; j++) line[j] = (a[j] + (b[j] - a[j]) * fy) * inverse_temperature;
-                line[fw] = line[fw - 1];
-                float *restrict ek = e + k * w;
-                if (k == 0) {
-                    for (long x = 0; x < w; x++) ek[x] = line[at[x]] + (line[at[x] + 1] - line[at[x]]) * fraction[x];
-                    memcpy(top, ek, w * sizeof *top);
-                } else {
-                    for (long x = 0; x < w; x++) {
-                        float v = line[at[x]] + (line[at[x] + 1] - line[at[x]]) * fraction[x];
-                        ek[x] = v;
-                        top[x] = v > top[x] ? v : top[x];
-                    }
+            for (long j = row; j <= next; j++) {
+                if (held[2 * s + j % 2] == j) continue;
+                held[2 * s + j % 2] = j;
+                for (long k = 0; k < K; k++) {
+                    const float *from = logits + ((s * K + k) * fh + j) * fw;
+                    float *restrict to = wide + ((2 * s + j % 2) * K + k) * w;
+                    for (long i = 0; i < fw; i++) line[i] = from[i] * inverse_temperature;
+                    line[fw] = line[fw - 1];
+                    for (long x = 0; x < w; x++) to[x] = line[at[x]] + (line[at[x] + 1] - line[at[x]]) * fraction[x];
                 }
             }
+            const float *a = wide + (2 * s + row % 2) * K * w, *b = wide + (2 * s + next % 2) * K * w;
+            for (long x = 0; x < w; x++) top[x] = a[x] + (b[x] - a[x]) * fy;
+            memcpy(e, top, w * sizeof *e);
+            for (long k = 1; k < K; k++)
+                for (long x = 0; x < w; x++) {
+                    float v = a[k * w + x] + (b[k * w + x] - a[k * w + x]) * fy;
+                    e[k * w + x] = v;
+                    top[x] = v > top[x] ? v : top[x];
+                }
             memset(sum, 0, 2 * w * sizeof *sum); /* sum and dot */
             for (long k = 0; k < K; k++) {
                 float *restrict ek = e + k * w;
@@ -125,6 +133,7 @@ FOR_EACH_CPU int penumbra_accumulate(
         }
     }
     free(at);
+    free(held);
     free(scratch);
     return 0;
 }
