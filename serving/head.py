@@ -1,8 +1,10 @@
-"""uvicorn's HTTP protocol with a bound and a clock on the request's line and headers, which it has not by itself.
+"""uvicorn's HTTP protocol with what it has not by itself: a bound and a clock on the request's line and headers, and an
+end to callers who do not read their answer.
 
 A whole head that is over the limit is refused by `serving.guard` with a sentence; here are those that do not end.
 """
 
+import socket
 from asyncio import TimerHandle, Transport
 from functools import partial
 
@@ -11,6 +13,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEAD_S = 30.0
 """Longer than any caller takes who means it; a proxy before the server may be stricter."""
+STALL_S = 60.0
+"""Without the caller taking a byte of its answer, which else is kept for ever for one that does not read."""
 REFUSAL = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\nconnection: close\r\n"
     b'content-length: 71\r\n\r\n{"error":"the headers do not end within the limit; send fewer of them"}'
@@ -28,6 +32,9 @@ class BoundedHead(HttpToolsProtocol):
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._clock = self.loop.call_later(HEAD_S, transport.close)
+        connection = transport.get_extra_info("socket")
+        if hasattr(socket, "TCP_USER_TIMEOUT") and connection.family in (socket.AF_INET, socket.AF_INET6):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1e3 * STALL_S))
 
     def on_message_begin(self) -> None:
         super().on_message_begin()

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing
 
+import psutil
 import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
@@ -13,17 +14,17 @@ from starlette.types import Receive, Scope, Send
 from serving import head
 from tests.serving.server import until
 
-LIMIT = 4096
+LIMIT, LARGE = 4096, 2**26
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers a request's body with its length."""
+    """Answers a request's body with its length; the path /large with LARGE bytes."""
     assert scope["type"] == "http"
     size, more = 0, True
     while more:
         message = await receive()
         size, more = size + len(message.get("body", b"")), message.get("more_body", False)
-    body = str(size).encode()
+    body = bytes(LARGE) if scope["path"] == "/large" else str(size).encode()
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
     await send({"type": "http.response.body", "body": body})
 
@@ -31,6 +32,7 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     monkeypatch.setattr(head, "HEAD_S", 0.3)
+    monkeypatch.setattr(head, "STALL_S", 2.0)
     monkeypatch.setitem(uvicorn.config.HTTP_PROTOCOLS, "auto", None)
     head.bound_heads(LIMIT)
     server = uvicorn.Server(uvicorn.Config(echo, port=0, log_config=None, lifespan="off", loop="asyncio"))
@@ -105,3 +107,24 @@ def test_a_slow_body_is_no_slow_head(port: int) -> None:
         connection.settimeout(30)
         connection.sendall(whole[-1:])
         assert connection.recv(65536).startswith(b"HTTP/1.1 200 OK")
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has no such bound")
+def test_a_caller_who_does_not_read_is_given_up_and_one_who_reads_slowly_is_not(port: int) -> None:
+    with (
+        closing(socket.create_connection(("127.0.0.1", port), timeout=30)) as deaf,
+        closing(socket.create_connection(("127.0.0.1", port), timeout=30)) as slow,
+    ):
+        for caller in (deaf, slow):
+            caller.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+        taken = 0
+
+        def open_connections() -> set[int]:
+            nonlocal taken
+            taken += len(slow.recv(2**19))
+            ours = [c for c in psutil.Process().net_connections("tcp4") if c.laddr.port == port and c.raddr]
+            return {connection.raddr.port for connection in ours}
+
+        until(lambda: deaf.getsockname()[1] not in open_connections())
+        while taken < LARGE:
+            taken += len(slow.recv(2**20))
