@@ -45,8 +45,9 @@ Figures = dict[str, Any]
 
 @click.command()
 @click.option("--seconds", default=12.0, show_default=True, help="Of traffic of each kind for each server and model.")
+@click.option("--side", default=4096, show_default=True, help="Of the large picture, in px.")
 @click.option("--only", multiple=True, type=click.Choice([*SERVERS, "monai"]), help="These alone; repeatable.")
-def main(seconds: float, only: tuple[str, ...]) -> None:
+def main(seconds: float, side: int, only: tuple[str, ...]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers are ended too
     chosen = [name for name in [*SERVERS, "monai"] if not only or name in only]
     missing = [name for name in chosen if name in NEEDS and not NEEDS[name].exists()]
@@ -60,7 +61,7 @@ def main(seconds: float, only: tuple[str, ...]) -> None:
             for kind, figures in measure_traffic(model, servers, Path(folder) / model, seconds).items():
                 results[f"{model}, {kind}"] = figures
         if "monai" in present:
-            results["4096x4096 in windows"] = measure_windows(Path(folder) / "raster")
+            results["one large picture in windows"] = {"side": side} | measure_windows(Path(folder) / "raster", side)
     save("peers", results | against_best(results))
     plots.draw(results, RESULTS / "peers.png")
 
@@ -110,13 +111,13 @@ def agreement(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
     return float(np.mean(np.concatenate([(a == b).ravel() for a, b in zip(ours, theirs, strict=True)])))
 
 
-def measure_windows(folder: Path) -> Figures:
+def measure_windows(folder: Path, side: int) -> Figures:
     card, network = load_checkpoint(ROOT / f"models/zoo/{MODELS[0]}.safetensors")
     artifact = export_network(network, dataclasses.replace(card, window=RASTER_WINDOW), folder / "store")
-    ours = one_side("penumbra", artifact, folder)
-    theirs = [one_side("monai", artifact, folder, batch) for batch in BATCHES]
-    best = min(theirs, key=lambda side: side["total s"])
-    labels = [np.load(folder / f"{side}.npy") for side in ("penumbra", "monai")]
+    ours = one_side("penumbra", artifact, side, 0, folder)
+    theirs = [one_side("monai", artifact, side, batch, folder) for batch in BATCHES]
+    best = min(theirs, key=lambda one: one["total s"])
+    labels = [np.load(folder / f"{name}.npy") for name in ("penumbra", "monai")]
     return {
         "penumbra": ours, "monai": theirs,
         "penumbra's time over MONAI's best": ours["total s"] / best["total s"],
@@ -128,11 +129,11 @@ def measure_windows(folder: Path) -> Figures:
     }  # fmt: skip
 
 
-def one_side(side: str, artifact: Path, folder: Path, *batch: int) -> Figures:
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.peers.raster", side, artifact, folder / f"{side}.npy"]
-    done = subprocess.run(
-        [*map(str, command), *map(str, batch)], cwd=ROOT, stdout=subprocess.PIPE, check=True, timeout=600
-    )
+def one_side(name: str, artifact: Path, side: int, batch: int, folder: Path) -> Figures:
+    """In a process of its own. batch 0: as Penumbra chooses."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.peers.raster", name, artifact, side, batch]
+    command.append(folder / f"{name}.npy")
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, check=True, timeout=600)
     figures: Figures = json.loads(done.stdout.splitlines()[-1])
     return figures
 

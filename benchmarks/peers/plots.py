@@ -12,7 +12,7 @@ COLORS = {"penumbra": "#3b2f6b", "bentoml": "#9aa5b1", "litserve": "#c9a66b", "t
 def draw(results: dict[str, Any], path: Path) -> None:
     """Writes a PNG. results: as `benchmarks.peers` keeps them; kinds of traffic that were not run are left out."""
     traffic = {kind: one for kind, one in results.items() if isinstance(one, dict) and _is_traffic(one)}
-    windows = results.get("4096x4096 in windows")
+    windows = results.get("one large picture in windows")
     panels = 2 * bool(traffic) + bool(windows)
     if not panels:
         return
@@ -56,5 +56,5 @@ def _windows(axes: Axes, windows: dict[str, Any]) -> None:
         axes.barh(list(rows), widths, left=left, color=color, label=name)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     axes.invert_yaxis()
-    axes.set_title("4096x4096 in windows, seconds", fontsize=9)
+    axes.set_title(f"{windows['side']}x{windows['side']} in windows, seconds", fontsize=9)
     axes.legend(fontsize=8)

@@ -1,6 +1,6 @@
 """One large picture in windows, by Penumbra's engine and by MONAI's sliding window: time, peak memory, labels.
 
-    python -m benchmarks.peers.raster penumbra|monai ARTIFACT LABELS.npy [BATCH]
+    python -m benchmarks.peers.raster penumbra|monai ARTIFACT SIDE BATCH LABELS.npy
 
 Each side runs in a process of its own and prints its figures as JSON; `benchmarks.peers` puts them side by side. The
 time of the network alone is that of a bare loop over as many windows of the same size in the same batches. What is
@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-SIDE, ROUNDS = 4096, 3
+ROUNDS = 3
 MEBI = 2**20
 
 
-def picture() -> np.ndarray:
-    """Soft blots, the same for both sides: uint8 [SIDE, SIDE, 3]."""
+def picture(side: int) -> np.ndarray:
+    """Soft blots, the same for both sides: uint8 [side, side, 3]."""
     rng = np.random.Generator(np.random.PCG64(0))
-    small = Image.fromarray(rng.integers(0, 255, (SIDE // 32, SIDE // 32, 3), dtype=np.uint8))
-    return np.asarray(small.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+    small = Image.fromarray(rng.integers(0, 255, (side // 32, side // 32, 3), dtype=np.uint8))
+    return np.asarray(small.resize((side, side), Image.Resampling.BICUBIC))
 
 
 def run(whole: Callable[[], np.ndarray], bare: dict[str, Callable[[], object]], labels: Path) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def _memory(name: str) -> int:
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(name)))
 
 
-def of_penumbra(artifact: Path, labels: Path, batch: int) -> dict[str, Any]:
+def of_penumbra(artifact: Path, side: int, batch: int, labels: Path) -> dict[str, Any]:
     """`network` is the graphs alone, `moments` with the mean probabilities and entropies of every window."""
     from benchmarks.peers.network import THREADS
     from serving.engine.options import SegmentOptions
@@ -59,7 +59,7 @@ def of_penumbra(artifact: Path, labels: Path, batch: int) -> dict[str, Any]:
     from serving.engine.segmenter import Segmenter
     from serving.engine.windows import cover, normalise
 
-    image = picture()
+    image = picture(side)
     with Segmenter(threads=THREADS, tuning=Tuning(windows_per_batch=batch)) as segmenter:
         card = segmenter.load(artifact)
         runtime, window = segmenter.find(card.name), card.window
@@ -80,24 +80,25 @@ def of_penumbra(artifact: Path, labels: Path, batch: int) -> dict[str, Any]:
         return figures | {"batch": len(pieces), "windows": num_batches * len(pieces)}
 
 
-def of_monai(artifact: Path, labels: Path, batch: int) -> dict[str, Any]:
-    """The network's logits at the window's size are blended by gaussian weights. `network` is that predictor alone.
+def of_monai(artifact: Path, side: int, batch: int, labels: Path) -> dict[str, Any]:
+    """As MONAI is used: logits at the window's size, blended by its own gaussian. `network` is that predictor alone.
 
-    The labels kept are of blended probabilities, as ours are; those of logits differ, and by how much is told.
+    The labels kept are of what Penumbra blends, probabilities by its gaussian, whose centre is half a pixel off MONAI's;
+    how many labels these two choices change is told.
     """
     from benchmarks.peers.network import Network, sliding_window
     from serving.engine.allocator import keep_freed_memory
     from serving.engine.windows import cover
 
     keep_freed_memory()
-    network, slide, image = Network(artifact, whole=True), sliding_window(), picture()
+    network, slide, image = Network(artifact, whole=True), sliding_window(), picture(side)
     window = network.card.window
     size = (window.height, window.width)
 
     @torch.inference_mode()
-    def whole(predict: Callable[[torch.Tensor], torch.Tensor] = network.logits) -> np.ndarray:
-        image_1HWC = network.normalised(image[None])
-        merged_1KHW = slide(image_1HWC, size, batch, predict, overlap=window.overlap, mode="gaussian")
+    def whole(predict: Callable[[torch.Tensor], torch.Tensor] = network.logits, **weights: torch.Tensor) -> np.ndarray:
+        image_13HW = network.normalised(image[None])
+        merged_1KHW = slide(image_13HW, size, batch, predict, overlap=window.overlap, mode="gaussian", **weights)
         labels_HW: np.ndarray = merged_1KHW.max(1).indices[0].to(torch.uint8).numpy()
         return labels_HW
 
@@ -110,13 +111,19 @@ def of_monai(artifact: Path, labels: Path, batch: int) -> dict[str, Any]:
             network.logits(image_B3hw)
 
     figures = run(whole, {"network": bare}, labels)
-    of_probabilities = whole(lambda x: network.logits(x).softmax(1))
-    figures["labels that blending logits changes"] = float((np.load(labels) != of_probabilities).mean())
+    of_probabilities = whole(lambda x: network.logits(x).softmax(1), roi_weight_map=gaussian(size))
+    figures["labels that its logits and gaussian change"] = float((np.load(labels) != of_probabilities).mean())
     np.save(labels, of_probabilities)
     return figures | {"batch": batch, "windows": num_batches * batch}
 
 
+def gaussian(size: tuple[int, int]) -> torch.Tensor:
+    """The weights of a window as `models.card.WindowSpec` has them, [h, w]."""
+    across = [torch.exp(-0.5 * ((torch.arange(n) - (n - 1) / 2) / (n / 8)) ** 2).clamp(min=1e-3) for n in size]
+    return torch.outer(*across)
+
+
 if __name__ == "__main__":
-    side, artifact, labels, *batch = sys.argv[1:]
-    measure = {"penumbra": of_penumbra, "monai": of_monai}[side]
-    print(json.dumps(measure(Path(artifact), Path(labels), int(batch[0]) if batch else 0)))
+    name, artifact, side, batch, labels = sys.argv[1:]
+    measure = {"penumbra": of_penumbra, "monai": of_monai}[name]
+    print(json.dumps(measure(Path(artifact), int(side), int(batch), Path(labels))))

@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
+import numpy as np
 import tritonclient.grpc as triton
 
 from benchmarks.peers.network import PEERS, THREADS
@@ -26,6 +27,8 @@ from tests.serving.server import END_S, ROOT, free_port, serving, until
 Ask = Callable[[bytes], bytes]
 """One client's way to send a JPEG and get the label map's PNG."""
 START_S = 180
+FILE_BYTES = 2**17
+"""What a JPEG is padded to for Triton, which batches equal shapes alone; decoders stop at a picture's end."""
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**31 - 1), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 SITE = Path(httpx.__file__).parents[1]
 HERE = Path(__file__).parent
@@ -33,8 +36,8 @@ TRITON = PEERS / "pytriton/tritonserver"
 TRITON_CONFIG = """
 backend: "python"
 max_batch_size: 16
-input [ { name: "image" data_type: TYPE_STRING dims: [ 1 ] } ]
-output [ { name: "labels" data_type: TYPE_STRING dims: [ 1 ] } ]
+input [ { name: "image" data_type: TYPE_UINT8 dims: [ -1 ] } ]
+output [ { name: "labels" data_type: TYPE_UINT8 dims: [ -1 ] } ]
 dynamic_batching { }
 instance_group [ { kind: KIND_CPU count: 1 } ]
 """
@@ -111,8 +114,6 @@ def litserve(task: Task) -> Iterator[Callable[[], Ask]]:
 @contextmanager
 def tritonserver(task: Task) -> Iterator[Callable[[], Ask]]:
     """Its wheel brings the Python backend alone, so the TorchScript files are run by a model of that."""
-    import numpy as np
-
     model, backends = task.folder / "repository/segment/1", task.folder / "backends"
     model.mkdir(parents=True)
     shutil.copy(HERE / "triton_model.py", model / "model.py")
@@ -132,11 +133,11 @@ def tritonserver(task: Task) -> Iterator[Callable[[], Ask]]:
 
         def connect() -> Ask:
             client = triton.InferenceServerClient(f"127.0.0.1:{grpc}")
-            image = triton.InferInput("image", [1, 1], "BYTES")
+            image = triton.InferInput("image", [1, FILE_BYTES], "UINT8")
 
             def ask(jpeg: bytes) -> bytes:
-                image.set_data_from_numpy(np.array([[jpeg]], dtype=np.object_))
-                png: bytes = client.infer("segment", [image], client_timeout=300).as_numpy("labels").item()
+                image.set_data_from_numpy(np.frombuffer(jpeg.ljust(FILE_BYTES, b"\0"), np.uint8)[None])
+                png: bytes = client.infer("segment", [image], client_timeout=300).as_numpy("labels").tobytes()
                 return png
 
             return ask
