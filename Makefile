@@ -14,7 +14,7 @@ setup: .venv/ready
 	python3 -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,training,onnx,openvino]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,training,onnx,openvino,ray]'
 	@touch $@
 
 serve: setup
