@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.errors import ModelFault, NotReady, PenumbraError, QueueFull
-from serving.engine.decode import open_image
-from serving.engine.options import SegmentOptions
+from serving.cache import AnswerCache, key_of
+from serving.engine.decode import check_array, open_image
+from serving.engine.options import SegmentOptions, check_options
 from serving.engine.raster import Pixels, Raster
 from serving.engine.segmenter import Prediction, Segmenter
 from serving.telemetry import Request, Telemetry
@@ -31,10 +32,14 @@ T = TypeVar("T")
 class Gateway:
     """Stands between protocols and engine. State: starting -> ready -> draining."""
 
-    def __init__(self, segmenter: Segmenter, telemetry: Telemetry, *, limit_requests: int, timeout_s: float) -> None:
+    def __init__(
+        self, segmenter: Segmenter, telemetry: Telemetry, *, limit_requests: int, timeout_s: float, cache_bytes: int = 0
+    ) -> None:  # fmt: skip
+        """cache_bytes: of answers that are kept to be given again; 0 keeps none."""
         self.segmenter, self.telemetry = segmenter, telemetry
         self.state: Literal["starting", "ready", "draining"] = "starting"
         self._limit_requests, self._timeout_s = limit_requests, timeout_s
+        self._cache = AnswerCache(cache_bytes) if cache_bytes else None
         self._inflight = 0
         self._threads = ThreadPoolExecutor(limit_requests, thread_name_prefix="request")
 
@@ -86,18 +91,43 @@ class Gateway:
         cancelled: threading.Event, request: Request,
     ) -> tuple[Prediction, T]:  # fmt: skip
         """In a request thread: the whole way of one image."""
-        started, begun = request.started, time.perf_counter()
-        pixels = self._decode(image, options) if isinstance(image, bytes) else image
-        decoded = time.perf_counter()
-        within_s = min(self._timeout_s, (options.deadline_ms or math.inf) / 1e3)
-        prediction = self.segmenter.segment(pixels, options, cancelled=cancelled, deadline=started + within_s)
-        timing_ms = {"wait": 1e3 * (begun - started), "decode": 1e3 * (decoded - begun)} | prediction.timing_ms
+        begun = time.perf_counter()
+        predict = self._recall if self._cache else self._segment
+        prediction = predict(image, options, cancelled, request.started)
+        timing_ms = {"wait": 1e3 * (begun - request.started)} | prediction.timing_ms
         prediction = replace(prediction, timing_ms=timing_ms)
         writing = time.perf_counter()
         body = write(prediction)
         request.timing_ms = timing_ms | {"write": 1e3 * (time.perf_counter() - writing)}
         self.telemetry.answered(prediction, request.timing_ms)
         return prediction, body
+
+    def _recall(
+        self, image: bytes | NDArray[np.uint8], options: SegmentOptions, cancelled: threading.Event, started: float
+    ) -> Prediction:
+        """What is kept of an equal request; what is not is made, and kept."""
+        assert self._cache
+        card, limits = self.segmenter.find(options.model, options.version).card, self.segmenter.limits
+        if not isinstance(image, bytes):
+            check_array(image, limits)
+        key = key_of(image, card, options, num_samples=check_options(options, card, limits))
+        kept = self._cache.find(key, card)
+        self.telemetry.cache_asked(hit=kept is not None)
+        if kept:
+            return replace(kept, timing_ms={})
+        prediction = self._segment(image, options, cancelled, started)
+        self._cache.keep(key, prediction, image_bytes=len(image) if isinstance(image, bytes) else image.nbytes)
+        return prediction
+
+    def _segment(
+        self, image: bytes | NDArray[np.uint8], options: SegmentOptions, cancelled: threading.Event, started: float
+    ) -> Prediction:
+        begun = time.perf_counter()
+        pixels = self._decode(image, options) if isinstance(image, bytes) else image
+        decode_ms = 1e3 * (time.perf_counter() - begun)
+        within_s = min(self._timeout_s, (options.deadline_ms or math.inf) / 1e3)
+        prediction = self.segmenter.segment(pixels, options, cancelled=cancelled, deadline=started + within_s)
+        return replace(prediction, timing_ms={"decode": decode_ms} | prediction.timing_ms)
 
     def _decode(self, data: bytes, options: SegmentOptions) -> Pixels:
         """Refuse by header and options first: pixels are decoded only for requests that can be answered."""

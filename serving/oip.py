@@ -282,6 +282,8 @@ def answer_of(prediction: Prediction, request: InferRequest, ignored: Sequence[s
     parameters: dict[str, str | int | float] = {"seed": prediction.seed, "samples": prediction.num_samples}
     if prediction.num_asked:
         parameters["samples_asked"] = prediction.num_asked
+    if prediction.age_s is not None:
+        parameters["age_s"] = prediction.age_s
     if prediction.members:
         parameters["members"] = ",".join(prediction.members)
     warnings = list(prediction.warnings)

@@ -41,6 +41,9 @@ class Statistics:
             tally = self._tally(prediction.card.name, prediction.card.version)
             tally.last_ms = int(1e3 * time.time())
             tally.add("success", seconds)
+            if prediction.age_s is not None:
+                tally.add("cache_hit", seconds)
+                return
             for name, phases in PHASES.items():
                 tally.add(name, sum(prediction.timing_ms.get(phase, 0) for phase in phases) / 1e3)
 

@@ -185,6 +185,7 @@ def answer_headers(prediction: Prediction, timing_ms: Mapping[str, float] | None
         "X-Penumbra-Members": ",".join(prediction.members),
         "X-Penumbra-Warning": "; ".join(prediction.warnings),
         "X-Penumbra-Samples-Asked": str(prediction.num_asked or ""),
+        "Age": "" if prediction.age_s is None else f"{prediction.age_s:.0f}",
         "X-Penumbra-Abstained": "" if prediction.abstained is None else f"{prediction.abstained:.6f}",
     }
     return {name: text for name, text in told.items() if text} | {

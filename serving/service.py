@@ -176,7 +176,10 @@ def build_gateway(settings: Settings, telemetry: Telemetry) -> "Gateway":
     if not segmenter.cards():
         reasons = "; ".join(segmenter.refused.values()) or "it is empty"
         raise BadArtifact(f"the store {settings.store} has no model to serve: {reasons}")
-    return Gateway(segmenter, telemetry, limit_requests=settings.limit_requests, timeout_s=settings.timeout_s)
+    return Gateway(
+        segmenter, telemetry, limit_requests=settings.limit_requests, timeout_s=settings.timeout_s,
+        cache_bytes=settings.cache_mb * 2**20,
+    )  # fmt: skip
 
 
 def end_with_parent() -> None:

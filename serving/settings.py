@@ -35,7 +35,8 @@ class Settings(BaseSettings):
     threads: of the inference thread; 0 takes one per usable core.
     deterministic: bytes of an answer never depend on what else is in its batch; costs the batch sizes that this
     machine's kernels round differently. windows_per_batch, samples_per_call: 0 measures at start. limit_*: see
-    docs/limits.md. predrain_s: how long readiness is down before connections are closed on SIGTERM.
+    docs/limits.md. cache_mb: memory for answers that are given again (docs/scheduling.md); 0 keeps none.
+    predrain_s: how long readiness is down before connections are closed on SIGTERM.
     latency_buckets_s: bounds of the latency histograms. otlp_endpoint: collector of traces, empty for none;
     trace_share: of the requests that are traced, unless their caller says so.
     api_keys, api_keys_file: `serving.keys`; none lets everybody in.
@@ -66,6 +67,7 @@ class Settings(BaseSettings):
     limit_job_pixels: int = Field(2_000_000_000, ge=1)
     limit_jobs: int = Field(16, ge=1)
     job_keep_s: float = Field(86_400.0, gt=0)
+    cache_mb: int = Field(0, ge=0)
     timeout_s: float = Field(300.0, gt=0)
     predrain_s: float = Field(2.0, ge=0)
     latency_buckets_s: Bounds = SECONDS

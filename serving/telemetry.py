@@ -73,6 +73,8 @@ class Telemetry(Observer):
         self._inflight = gauge("inflight", "Requests being worked on.")
         self._rejected = counter("rejected", "Requests refused or failed, by kind of error.", ["reason"])
         self._cancelled = counter("cancelled", "Requests whose caller went away.")
+        self._cache_hits = counter("cache_hits", "Requests answered with an answer that was kept.")
+        self._cache_misses = counter("cache_misses", "Requests whose answer was not kept, where answers are.")
         self._oom = counter("oom", "Batches that did not fit and were run in halves.", ["model"])
         self._windows = counter("windows", "Windows run.", ["model"])
         self._samples = counter("samples", "Samples drawn: windows x S.", ["model"])
@@ -148,6 +150,9 @@ class Telemetry(Observer):
             self._entropy.labels(prediction.card.name).observe(float(np.mean(prediction.maps["entropy"])))
         if prediction.abstained is not None:
             self._abstained.labels(prediction.card.name).observe(prediction.abstained)
+
+    def cache_asked(self, *, hit: bool) -> None:
+        (self._cache_hits if hit else self._cache_misses).inc()
 
     def page(self, accept: str) -> tuple[bytes, str]:
         """The metrics page and its content type: OpenMetrics where the scraper asks for it."""

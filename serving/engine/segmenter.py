@@ -41,6 +41,9 @@ from serving.engine.work import NORMAL, Work
 
 log = logging.getLogger("penumbra")
 
+KEPT_VERSIONS = 2
+"""Of a model: the newest, and the one before it for callers who name it. Older ones would fill the memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
@@ -51,7 +54,7 @@ class Prediction:
     have names. warnings: sentences about what the caller should know of this answer. abstained: share of the pixels
     whose label is IGNORE because of `max_risk`; None where that was not asked for. image: what it is an answer to.
     prob_KHW: mean probabilities of all classes, float32, where the output PROBABILITIES was asked for. num_asked: of
-    samples, where `anytime` lets the answer have fewer.
+    samples, where `anytime` lets the answer have fewer. age_s: of an answer that was kept (`serving.cache`).
     """
 
     card: Card
@@ -67,6 +70,7 @@ class Prediction:
     image: Pixels | None = None
     prob_KHW: FloatArray | None = None
     num_asked: int | None = None
+    age_s: float | None = None
 
 
 class BandStream:
@@ -184,7 +188,9 @@ class Segmenter:
 
         runtime = self.scheduler.call(make_ready)
         card = artifact.card
-        self._runtimes = self._runtimes | {card.name: self._runtimes.get(card.name, {}) | {card.version: runtime}}
+        loaded = self._runtimes.get(card.name, {}) | {card.version: runtime}
+        newest = {version: loaded[version] for version in sorted(loaded)[-KEPT_VERSIONS:]}
+        self._runtimes = self._runtimes | {card.name: newest}
         self._observer.model_loaded(card.name, seconds=time.perf_counter() - started)
         return card
 

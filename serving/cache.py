@@ -1,0 +1,64 @@
+"""Answers that were given before, in bounded memory: a picture that is asked again with the same wish is not run again.
+
+What is kept is the prediction and not its bytes, so every surface and format shares it. With its seed an answer is a
+function of picture, model and options, so nothing expires: the least recently used makes room.
+"""
+
+import hashlib
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.card import Card
+from serving.engine.options import SegmentOptions
+from serving.engine.segmenter import Prediction
+
+Key = tuple[bytes, tuple[int, ...], SegmentOptions]
+
+
+def key_of(image: bytes | NDArray[np.uint8], card: Card, options: SegmentOptions, *, num_samples: int) -> Key:
+    """Everything that changes an answer, and nothing that does not: when it is wanted is left out."""
+    wish = replace(
+        options, model=card.name, version=card.version, samples=num_samples, deadline_ms=None, anytime=False, priority=0
+    )
+    shape = () if isinstance(image, bytes) else image.shape
+    data = image if isinstance(image, bytes) else np.ascontiguousarray(image).data
+    return hashlib.sha256(data).digest(), shape, wish
+
+
+class AnswerCache:
+    """Predictions by key; safe from any thread. Arrays of those that are kept can only be read."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes, self._bytes = limit_bytes, 0
+        self._kept: OrderedDict[Key, tuple[Prediction, float, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, key: Key, card: Card) -> Prediction | None:
+        """A prediction of the very artifact that is loaded, with its age; None where there is none."""
+        with self._lock:
+            if key not in self._kept or self._kept[key][0].card is not card:
+                return None
+            self._kept.move_to_end(key)
+            prediction, made, _ = self._kept[key]
+        return replace(prediction, age_s=time.monotonic() - made)
+
+    def keep(self, key: Key, prediction: Prediction, *, image_bytes: int) -> None:
+        """Keep a prediction if it is what the key asks for and has room. image_bytes: of the picture as it was sent."""
+        arrays: list[NDArray[Any]] = [prediction.labels_HW, *prediction.maps.values()]
+        arrays += [] if prediction.prob_KHW is None else [prediction.prob_KHW]
+        size = image_bytes + 3 * prediction.labels_HW.size + sum(array.nbytes for array in arrays)
+        if prediction.num_samples != key[2].samples or size > self._limit_bytes:
+            return
+        for array in arrays:
+            array.setflags(write=False)
+        with self._lock:
+            self._bytes += size - self._kept.pop(key, (None, 0, 0))[2]
+            self._kept[key] = prediction, time.monotonic(), size
+            while self._bytes > self._limit_bytes:
+                self._bytes -= self._kept.popitem(last=False)[1][2]

@@ -1,0 +1,187 @@
+"""The cache of answers: a hit is the answer, whatever its form, and whatever changes an answer is another one."""
+
+import asyncio
+import io
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.http as triton
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from models.errors import BadImage, BadOption
+from serving.cache import AnswerCache, key_of
+from serving.engine.options import PROBABILITIES, SegmentOptions
+from serving.engine.segmenter import Prediction, Segmenter
+from serving.gateway import Gateway
+from serving.render import WRITERS, Style, render
+from serving.telemetry import Request, Telemetry
+from tests.conftest import picture, toy_card
+from tests.serving.server import serving
+
+IMAGE = picture(np.random.Generator(np.random.PCG64(0)), 20, 30)
+OPTIONS = SegmentOptions(model="toy-latent", samples=3, seed=1)
+SIZE = 2 * 3 * 600 + 600 * (1 + 3 * 4)
+"""Of an answer to IMAGE: the picture as sent and decoded, labels, three maps."""
+
+
+@pytest.fixture(scope="module")
+def segmenter(toy_store: Path) -> Iterator[Segmenter]:
+    with Segmenter(threads=1, device="cpu") as opened:
+        for name in ("toy-latent", "toy-pointwise"):
+            opened.load(toy_store / name / "1")
+        yield opened
+
+
+def gateway(segmenter: Segmenter, *, cache_bytes: int = 2**20) -> Gateway:
+    made = Gateway(segmenter, Telemetry(), limit_requests=2, timeout_s=60, cache_bytes=cache_bytes)
+    made.state = "ready"
+    return made
+
+
+def ask(to: Gateway, image: Any = IMAGE, options: SegmentOptions = OPTIONS) -> Prediction:
+    return asyncio.run(to.answer(image, options, lambda prediction: None, request=Request()))[0]
+
+
+def counts(of: Gateway) -> tuple[float, float]:
+    values = [of.telemetry.registry.get_sample_value(f"penumbra_cache_{what}_total") for what in ("hits", "misses")]
+    return values[0] or 0, values[1] or 0
+
+
+def test_an_equal_request_is_answered_from_memory_and_says_so(segmenter: Segmenter) -> None:
+    cached = gateway(segmenter)
+    first, again = ask(cached), ask(cached, IMAGE.copy())
+    assert first.age_s is None and again.age_s is not None and again.age_s >= 0
+    assert again.labels_HW is first.labels_HW and again.maps == first.maps and again.num_samples == 3
+    assert set(again.timing_ms) == {"wait"}
+    assert counts(cached) == (1, 1)
+
+
+def test_without_memory_nothing_is_kept(segmenter: Segmenter) -> None:
+    plain = gateway(segmenter, cache_bytes=0)
+    assert [ask(plain).age_s for _ in range(2)] == [None, None] and counts(plain) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 2}, {"samples": 4}, {"overlap": 0.5}, {"outputs": ("entropy",)}, {"outputs": (PROBABILITIES,)},
+     {"model": "toy-pointwise", "samples": 1}],
+)  # fmt: skip
+def test_whatever_changes_an_answer_is_another_one(segmenter: Segmenter, change: dict[str, Any]) -> None:
+    cached, other = gateway(segmenter), replace(OPTIONS, **change)
+    ask(cached)
+    answer = ask(cached, options=other)
+    assert answer.age_s is None and counts(cached) == (0, 2)
+    assert answer.labels_HW.tobytes() == segmenter.segment(IMAGE, other).labels_HW.tobytes()
+
+
+def test_a_pixel_more_or_less_is_another_picture(segmenter: Segmenter) -> None:
+    cached, changed = gateway(segmenter), IMAGE.copy()
+    changed[0, 0, 0] ^= 1
+    for image in (IMAGE, changed, IMAGE.reshape(30, 20, 3)):
+        assert ask(cached, image).age_s is None
+    assert counts(cached) == (0, 3)
+
+
+@pytest.mark.parametrize(
+    "change", [{"deadline_ms": 60_000.0}, {"anytime": True}, {"priority": 1}, {"version": 1}]
+)  # fmt: skip
+def test_when_an_answer_is_wanted_does_not_change_it(segmenter: Segmenter, change: dict[str, Any]) -> None:
+    cached = gateway(segmenter)
+    ask(cached)
+    assert ask(cached, options=replace(OPTIONS, **change)).age_s is not None
+
+
+def test_the_cards_number_of_samples_is_the_same_wish_said_otherwise(segmenter: Segmenter) -> None:
+    cached = gateway(segmenter)
+    ask(cached, options=replace(OPTIONS, samples=4))
+    assert ask(cached, options=replace(OPTIONS, samples=None)).age_s is not None
+
+
+def test_what_is_wrong_is_refused_whether_or_not_the_answer_is_there(segmenter: Segmenter) -> None:
+    cached = gateway(segmenter)
+    ask(cached)
+    for change in ({"deadline_ms": 0.0}, {"priority": 9}):
+        with pytest.raises(BadOption):
+            ask(cached, options=replace(OPTIONS, **change))  # type: ignore[arg-type]
+    with pytest.raises(BadImage, match="int8"):
+        ask(cached, IMAGE.view(np.int8))
+
+
+def test_an_artifact_that_was_loaded_again_answers_anew(toy_store: Path) -> None:
+    with Segmenter(threads=1, device="cpu") as segmenter:
+        segmenter.load(toy_store / "toy-latent" / "1")
+        cached = gateway(segmenter)
+        ask(cached)
+        segmenter.unload("toy-latent")
+        segmenter.load(toy_store / "toy-latent" / "1")
+        assert [ask(cached).age_s is None for _ in range(2)] == [True, False]
+
+
+def test_an_answer_with_fewer_samples_than_asked_is_not_kept(segmenter: Segmenter) -> None:
+    card = segmenter.find("toy-latent").card
+    prediction = segmenter.segment(IMAGE, OPTIONS)
+    cache, key = AnswerCache(2**20), key_of(IMAGE, card, OPTIONS, num_samples=3)
+    cache.keep(key, replace(prediction, num_samples=2), image_bytes=IMAGE.nbytes)
+    assert cache.find(key, card) is None
+    cache.keep(key, prediction, image_bytes=IMAGE.nbytes)
+    assert cache.find(key, card)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.integers(0, 4))
+def test_the_last_used_are_kept_as_many_as_there_is_room_for(seeds: list[int], room: int) -> None:
+    card = toy_card("latent")[0]
+    labels_HW, maps = np.zeros((20, 30), np.uint8), {name: np.zeros((20, 30), np.float32) for name in "abc"}
+    cache, used = AnswerCache(room * SIZE + 1), list[int]()
+    for seed in seeds:
+        key = key_of(IMAGE, card, replace(OPTIONS, seed=seed), num_samples=3)
+        kept = cache.find(key, card)
+        assert (kept is not None) == (seed in used)
+        cache.keep(key, Prediction(card, seed, 3, 1, (), (), labels_HW, maps, {}), image_bytes=IMAGE.nbytes)
+        used = [*(other for other in used if other != seed), seed][-room:] if room else []
+
+
+def test_an_answer_larger_than_the_memory_leaves_the_others_there(segmenter: Segmenter) -> None:
+    cached = gateway(segmenter, cache_bytes=SIZE + 1)
+    ask(cached)
+    assert ask(cached, np.zeros((200, 300, 3), np.uint8)).age_s is None
+    assert ask(cached).age_s is not None
+
+
+@pytest.mark.parametrize("media", WRITERS)
+def test_every_format_writes_a_kept_answer_to_the_same_bytes(segmenter: Segmenter, media: str) -> None:
+    cached, buffer = gateway(segmenter), io.BytesIO()
+    Image.fromarray(IMAGE).save(buffer, "TIFF")
+    for style in [Style()] + [Style("overlay"), Style("entropy")] * (media in ("image/png", "image/tiff")):
+
+        def write(prediction: Prediction, style: Style = style) -> bytes:
+            return render(replace(prediction, timing_ms={}), media, style)
+
+        bodies = [asyncio.run(cached.answer(buffer.getvalue(), OPTIONS, write, request=Request()))[1] for _ in range(2)]
+        assert bodies[0] == bodies[1]
+    assert counts(cached)[1] == 1
+
+
+@pytest.mark.slow
+def test_all_surfaces_of_a_server_share_it(toy_store: Path, tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(IMAGE).save(buffer, "PNG")
+    file = triton.InferInput("image", [1], "BYTES")
+    file.set_data_from_numpy(np.array([buffer.getvalue()], object))
+    options = {"samples": 3, "seed": 1}
+    with serving(toy_store, tmp_path, cache_mb=1) as server, server.client() as http:
+        asked = {"params": options | {"model": "toy-latent"}, "content": buffer.getvalue()}
+        first, again = (http.post("/segment", headers={"Content-Type": "image/png"}, **asked) for _ in range(2))
+        assert "age" not in first.headers and int(again.headers["age"]) >= 0
+        assert first.json()["classes"] == again.json()["classes"]
+        with triton.InferenceServerClient(server.url.removeprefix("http://")) as client:
+            answer = client.infer("toy-latent", [file], parameters=options).get_response()
+            statistics = client.get_inference_statistics("toy-latent")["model_stats"][0]["inference_stats"]
+        assert answer["parameters"]["age_s"] >= 0
+        assert statistics["cache_hit"]["count"] == 1 and statistics["compute_infer"]["count"] == 0
+        assert "penumbra_cache_hits_total 2.0" in http.get("/metrics").text
