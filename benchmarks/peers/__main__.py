@@ -73,9 +73,11 @@ def measure_traffic(model: str, servers: list[str], folder: Path, seconds: float
     card, network = load_checkpoint(ROOT / f"models/zoo/{model}.safetensors")
     whole = dataclasses.replace(card, window=WindowSpec(0, 0))
     of_whole = Task(export_network(network, whole, folder / "whole/store"), True, folder / "whole")
-    of_windows = Task(export_network(network, card, folder / "windows/store"), False, folder / "windows")
+    stitched = NEEDS["monai"].exists()
+    of_windows = Task(export_network(network, card, folder / "windows/store"), not stitched, folder / "windows")
+    kinds = {"mixed sizes, in windows": mixed, "one size": uniform} if stitched else {"one size": uniform}
     return take_turns(of_whole, servers, {"mixed sizes, run whole": mixed}, seconds) | take_turns(
-        of_windows, servers, {"mixed sizes, in windows": mixed, "one size": uniform}, seconds
+        of_windows, servers, kinds, seconds
     )
 
 

@@ -83,8 +83,8 @@ def of_penumbra(artifact: Path, side: int, batch: int, labels: Path) -> dict[str
 def of_monai(artifact: Path, side: int, batch: int, labels: Path) -> dict[str, Any]:
     """As MONAI is used: logits at the window's size, blended by its own gaussian. `network` is that predictor alone.
 
-    The labels kept are of what Penumbra blends, probabilities by its gaussian, whose centre is half a pixel off MONAI's;
-    how many labels these two choices change is told.
+    The labels kept are of what Penumbra blends, probabilities, by its gaussian, whose centre is half a pixel off; how
+    many labels these two choices change is told.
     """
     from benchmarks.peers.network import Network, sliding_window
     from serving.engine.allocator import keep_freed_memory
