@@ -168,7 +168,10 @@ def build_gateway(settings: Settings, telemetry: Telemetry) -> "Gateway":
         settings.limit_pixels, settings.limit_windows, settings.limit_samples, settings.limit_queue_samples,
         settings.limit_window_pixels,
     )  # fmt: skip
-    tuning = Tuning(settings.windows_per_batch, settings.samples_per_call, settings.deterministic)
+    tuning = Tuning(
+        settings.windows_per_batch, settings.samples_per_call, settings.deterministic,
+        target_s=settings.target_ms / 1e3,
+    )  # fmt: skip
     segmenter = Segmenter.open(
         settings.store, limits=limits, device=settings.device or None, threads=settings.threads or None,
         tuning=tuning, observer=telemetry,
@@ -202,5 +205,7 @@ check_one_worker()
 bound_heads(SETTINGS.limit_head_bytes)
 Penumbra.add_asgi_middleware(  # type: ignore[attr-defined]
     Guard, ours=APP, telemetry=TELEMETRY, keys=KEYS,
-    bounds=Bounds(SETTINGS.limit_head_bytes, SETTINGS.limit_body_bytes, SETTINGS.limit_json_bytes),
+    bounds=Bounds(
+        SETTINGS.limit_head_bytes, SETTINGS.limit_body_bytes, SETTINGS.limit_json_bytes, SETTINGS.limit_bodies_bytes
+    ),
 )  # fmt: skip

@@ -34,7 +34,8 @@ class Settings(BaseSettings):
     load models of the store and unload them. device: "cpu" or "cuda[:n]"; empty takes CUDA where there is one.
     threads: of the inference thread; 0 takes one per usable core.
     deterministic: bytes of an answer never depend on what else is in its batch; costs the batch sizes that this
-    machine's kernels round differently. windows_per_batch, samples_per_call: 0 measures at start. limit_*: see
+    machine's kernels round differently. windows_per_batch, samples_per_call: 0 measures at start.
+    target_ms: of a request of one window, which bounds batches; 0 is none (docs/scheduling.md). limit_*: see
     docs/limits.md. cache_mb: memory for answers that are given again (docs/scheduling.md); 0 keeps none.
     predrain_s: how long readiness is down before connections are closed on SIGTERM.
     latency_buckets_s: bounds of the latency histograms. otlp_endpoint: collector of traces, empty for none;
@@ -53,8 +54,10 @@ class Settings(BaseSettings):
     deterministic: bool = False
     windows_per_batch: int = Field(0, ge=0)
     samples_per_call: int = Field(0, ge=0)
+    target_ms: float = Field(0.0, ge=0)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     limit_body_bytes: int = Field(64 * 2**20, ge=1)
+    limit_bodies_bytes: int = Field(2**30, ge=1)
     limit_json_bytes: int = Field(8 * 2**20, ge=1)
     limit_head_bytes: int = Field(64 * 2**10, ge=1024)
     limit_pixels: int = Field(64_000_000, ge=1, le=178_956_970)  # beyond, Pillow opens no file

@@ -1,4 +1,4 @@
-"""How long work takes here, learnt from the batches that were run, and how many samples end before a deadline."""
+"""How long work takes here, learnt from the batches that were run, and what therefore fits into a time."""
 
 import time
 from bisect import bisect_right
@@ -16,41 +16,72 @@ SPARE = 0.8
 
 
 class Pace:
-    """Seconds per pixel of a window by its number of samples; straight lines between what was measured, from (0, 0) on.
+    """Seconds by size (of samples, or of windows); straight lines between what was measured, from (0, 0) on.
 
-    The first guess for fewer samples than ever measured leaves out what a window costs without them, so it is too
-    small; measuring it once corrects it. Whatever slows one number of samples down slows all.
+    The first guess for a size below all that were measured leaves out what any size costs, so it is too small;
+    measuring it once corrects it. Whatever slows one size down slows all.
     """
 
     def __init__(self) -> None:
-        self._points = [(0, 0.0)]
+        self._known = {0: 0.0}
 
-    def learn(self, num_samples: int, seconds: float) -> None:
-        known = dict(self._points)
-        before = known.get(num_samples, seconds)
+    def learn(self, size: int, seconds: float) -> None:
+        before = self._known.get(size, seconds)
         now = (1 - RECENT) * before + RECENT * seconds
-        known = {number: known_s * now / before for number, known_s in known.items()} | {num_samples: now}
-        self._points = sorted(known.items())
+        self._known = {known: known_s * now / before for known, known_s in self._known.items()} | {size: now}
 
-    def seconds(self, num_samples: int) -> float:
+    def knows(self, size: int) -> bool:
+        return size in self._known
+
+    def seconds(self, size: int) -> float:
         """0 while nothing is known."""
-        if len(self._points) == 1:
+        points = sorted(self._known.items())
+        if len(points) == 1:
             return 0.0
-        above = min(bisect_right(self._points, (num_samples,)), len(self._points) - 1)
-        (s0, t0), (s1, t1) = self._points[above - 1 : above + 1]
-        return max(t0 + (t1 - t0) * (num_samples - s0) / (s1 - s0), 0.0)
+        above = min(bisect_right(points, (size,)), len(points) - 1)
+        (size0, seconds0), (size1, seconds1) = points[above - 1 : above + 1]
+        return max(seconds0 + (seconds1 - seconds0) * (size - size0) / (size1 - size0), 0.0)
 
 
 class Paces:
-    """The pace of every model that ran. Used by the inference thread."""
+    """The pace of every model that ran, per pixel, so that windows of any size tell of each other.
 
-    def __init__(self) -> None:
+    Used by the inference thread. target_s: a request of one window is to be answered within it; 0 is no target. It
+    meets a batch at work and is in the next one, so a batch may take half of that.
+    """
+
+    def __init__(self, target_s: float = 0.0) -> None:
+        self._batch_s = target_s / 2
         self._of: WeakKeyDictionary[Runtime, Pace] = WeakKeyDictionary()
+        self._of_batches: WeakKeyDictionary[Runtime, dict[int, Pace]] = WeakKeyDictionary()
+        """By number of samples."""
 
     def learn(self, job: Job, num_windows: int, seconds: float) -> None:
         """From a batch of windows like those of a job."""
-        pace = self._of.setdefault(job.work.runtime, Pace())
-        pace.learn(job.num_samples, seconds / (num_windows * job.work.window_pixels))
+        pixel_s = seconds / job.work.window_pixels
+        self._of.setdefault(job.work.runtime, Pace()).learn(job.num_samples, pixel_s / num_windows)
+        if self._batch_s:
+            self._batches(job).learn(num_windows, pixel_s)
+
+    def room(self, job: Job) -> int:
+        """Windows of a batch that a job leads: the most that end in time.
+
+        Sizes are tried one after another, so the first that is late was by one window, and it is not tried again until
+        all have become faster.
+        """
+        most = job.work.runtime.windows_per_batch
+        if not self._batch_s:
+            return most
+        pace = self._batches(job)
+        for size in range(1, most + 1):
+            if not pace.knows(size):
+                return size
+            if pace.seconds(size) * job.work.window_pixels > self._batch_s:
+                return max(size - 1, 1)
+        return most
+
+    def _batches(self, job: Job) -> Pace:
+        return self._of_batches.setdefault(job.work.runtime, {}).setdefault(job.num_samples, Pace())
 
     def seconds(self, job: Job, num_samples: int, num_windows: int) -> float:
         """That windows of a job take; 0 while nothing is known of its model."""

@@ -40,12 +40,14 @@ class Tuning:
 
     windows_per_batch, samples_per_call: fixed sizes; 0 chooses by measurement. budget_s: time for that, per model.
     deterministic: take only batch sizes up to which every window's result has the same bytes as alone.
+    target_s: time that a request of one window may take, which bounds batches while they run; 0 bounds none.
     """
 
     windows_per_batch: int = 0
     samples_per_call: int = 0
     deterministic: bool = False
     budget_s: float = 0.4
+    target_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

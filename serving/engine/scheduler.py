@@ -75,12 +75,13 @@ class Stream:
 class Scheduler:
     """Runs submitted work in its own thread, which is the only one that enters a torch parallel region."""
 
-    def __init__(self, *, queue_samples: int, threads: int, observer: Observer) -> None:
+    def __init__(self, *, queue_samples: int, threads: int, observer: Observer, target_s: float = 0.0) -> None:
+        """target_s: of `Paces`."""
         self._queue_samples, self._threads, self._observer = queue_samples, threads, observer
         self._condition = threading.Condition()
         self._jobs: list[Job] = []
         self._calls: list[tuple[Callable[[], object], Future[object]]] = []
-        self._paces = Paces()
+        self._paces = Paces(target_s)
         self._levels = {priority: Level(priority) for priority in STRIDES}
         self._turn = 0.0
         """Of the level that was served last: one that comes back after a pause does not make up for it."""
@@ -198,7 +199,8 @@ class Scheduler:
         self._turn = lead.level.turn
         ready = [job for job in ready if job.batch_key == lead.batch_key]
         batch: list[tuple[Job, Window]] = []
-        while ready and len(batch) < lead.work.runtime.windows_per_batch:
+        room = self._paces.room(lead)
+        while ready and len(batch) < room:
             job = min(ready, key=lambda job: job.precedence)
             batch.append((job, job.take()))
             ready = [job for job in ready if job.has_room]

@@ -157,8 +157,9 @@ class Segmenter:
         self._runtimes: dict[str, dict[int, Runtime]] = {}
         self.refused: dict[str, str] = {}
         self.scheduler = Scheduler(
-            queue_samples=self.limits.queue_samples, threads=self._threads, observer=self._observer
-        )
+            queue_samples=self.limits.queue_samples, threads=self._threads, observer=self._observer,
+            target_s=self._tuning.target_s,
+        )  # fmt: skip
 
     @classmethod
     def open(cls, store: Path, **options: object) -> "Segmenter":

@@ -1,4 +1,7 @@
-"""Deadlines with the anytime answer: a clock that only inference moves, so every sum of seconds is exact."""
+"""What fits into a time: the anytime answer, and batches within a target.
+
+Only inference moves the clock, so every sum of seconds is exact.
+"""
 
 import threading
 import time
@@ -38,16 +41,19 @@ class Clock:
 
 @dataclass(eq=False)
 class TimedRuntime:
-    """Takes `slower` x (ENCODE_S + S x SAMPLE_S) of the clock's seconds per window, when `go` is set.
+    """Takes `slower` x (ENCODE_S + S x SAMPLE_S) of the clock's seconds per window, and start_s per batch, once `go` is
+    set.
 
-    rounds: S of every window.
+    rounds: S of every window; batches: windows of every batch.
     """
 
     clock: Clock
     slower: float = 1.0
+    start_s: float = 0.0
     windows_per_batch: int = 1
     card: Card = field(default_factory=lambda: toy_card("latent", window=SPEC)[0])
     rounds: list[int] = field(default_factory=list)
+    batches: list[int] = field(default_factory=list)
     go: threading.Event = field(default_factory=threading.Event)
     entered: threading.Event = field(default_factory=threading.Event)
 
@@ -55,7 +61,8 @@ class TimedRuntime:
         self.entered.set()
         assert self.go.wait(WAIT_S)
         samples = [len(piece.noise_SL) for piece in pieces]
-        self.clock.now += self.slower * sum(ENCODE_S + S * SAMPLE_S for S in samples)
+        self.clock.now += self.slower * (self.start_s + sum(ENCODE_S + S * SAMPLE_S for S in samples))
+        self.batches.append(len(samples))
         self.rounds += samples
         return [Moments(np.zeros((4, 3, 4), np.float32), np.zeros((4, 4), np.float32), S) for S in samples]
 
@@ -236,6 +243,56 @@ def test_long_work_has_no_deadline_to_be_early_for(segmenter: Segmenter, rng: np
         segmenter.bands_from(
             0, picture(rng, 9, 9), SegmentOptions("toy-latent", anytime=True), limits=Limits(), cancelled=None  # type: ignore[arg-type]
         )  # fmt: skip
+
+
+# -- batches within a target -----------------------------------------------------------------------
+
+
+def batches(scheduler: Scheduler, engine: TimedRuntime, *, num_requests: int) -> list[int]:
+    """Windows of each batch that is made of so many requests of one window and one sample, which all wait."""
+    engine.go.clear()
+    engine.entered.clear()
+    streams = [scheduler.submit(work(engine, 1))]  # type: ignore[arg-type]
+    assert engine.entered.wait(WAIT_S)
+    streams += [scheduler.submit(work(engine, 1)) for _ in range(num_requests)]  # type: ignore[arg-type]
+    engine.batches.clear()
+    engine.go.set()
+    assert in_threads(*streams) == [1] * (num_requests + 1)
+    return engine.batches[1:]
+
+
+@pytest.fixture
+def aiming(clock: Clock) -> Iterator[Scheduler]:
+    """Batches of n windows of one sample take 9 + 4 n seconds, so 5 of them are within half of 60 and 6 are not."""
+    made = Scheduler(queue_samples=10_000, threads=1, observer=Observer(), target_s=60.0)
+    yield made
+    made.close()
+
+
+def test_batches_grow_to_what_the_target_allows_and_stay_there(aiming: Scheduler, clock: Clock) -> None:
+    engine = TimedRuntime(clock, start_s=9.0, windows_per_batch=32)
+    assert batches(aiming, engine, num_requests=40) == [2, 3, 4, 5, 6] + [5] * 4
+    assert batches(aiming, engine, num_requests=21) == [5] * 4 + [1]
+
+
+def test_batches_follow_a_machine_that_slows_down_and_recovers(aiming: Scheduler, clock: Clock) -> None:
+    engine = TimedRuntime(clock, start_s=9.0, windows_per_batch=32)
+    batches(aiming, engine, num_requests=40)
+    engine.slower = 1.5
+    assert batches(aiming, engine, num_requests=40)[-1] == 2  # 1.5 x (9 + 2 x 4) is 25.5, and with 3 it is 31.5
+    engine.slower = 1.0
+    assert 5 in batches(aiming, engine, num_requests=60)[-4:]
+
+
+def test_a_target_that_no_batch_can_meet_leaves_batches_of_one(clock: Clock) -> None:
+    scheduler = Scheduler(queue_samples=10_000, threads=1, observer=Observer(), target_s=1.0)
+    engine = TimedRuntime(clock, windows_per_batch=8)
+    assert batches(scheduler, engine, num_requests=5) == [1] * 5
+    scheduler.close()
+
+
+def test_without_a_target_batches_are_as_large_as_the_model_takes(scheduler: Scheduler, clock: Clock) -> None:
+    assert batches(scheduler, TimedRuntime(clock, windows_per_batch=8), num_requests=20) == [8, 8, 4]
 
 
 # -- the pace --------------------------------------------------------------------------------------
