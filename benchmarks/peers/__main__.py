@@ -71,6 +71,7 @@ def measure_traffic(model: str, servers: list[str], folder: Path, seconds: float
     made = {image.shape[:2]: jpeg for image, jpeg in pictures()}
     mixed, uniform = list(made.values()), [made[size] for size in UNIFORM]
     card, network = load_checkpoint(ROOT / f"models/zoo/{model}.safetensors")
+    card = dataclasses.replace(card, name="peers")  # a store with a demo model would be filled with the others
     whole = dataclasses.replace(card, window=WindowSpec(0, 0))
     of_whole = Task(export_network(network, whole, folder / "whole/store"), True, folder / "whole")
     stitched = NEEDS["monai"].exists()

@@ -1,0 +1,97 @@
+"""What the comparison with peers rests on: they answer as we do, every caller counts, the best is the bar."""
+
+import io
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.peers.__main__ import against_best, agreement, labels_of
+from benchmarks.peers.network import Network
+from benchmarks.peers.raster import gaussian
+from benchmarks.peers.traffic import CLIENTS, Slices, run_slice
+from export.bundle import export_network
+from models.card import WindowSpec
+from models.toy.cards import toy_card
+from serving.engine.options import SegmentOptions
+from serving.engine.segmenter import Segmenter
+from serving.engine.windows import cover
+
+
+@pytest.mark.parametrize("form", ["pointwise", "latent"])
+def test_what_peers_run_gives_our_labels_for_pictures_of_several_sizes_at_once(form: str, tmp_path: Path) -> None:
+    card, network = toy_card(form, name="toy", window=WindowSpec(0, 0))
+    artifact = export_network(network, card, tmp_path)
+    rng = np.random.Generator(np.random.PCG64(0))
+    images = [rng.integers(0, 255, (*size, 3), dtype=np.uint8) for size in ((40, 60), (32, 48), (40, 60))]
+    answers = Network(artifact, whole=True).answer([png_of(image) for image in images])
+    with Segmenter(threads=1) as segmenter:
+        segmenter.load(artifact)
+        ours = [segmenter.segment(image, SegmentOptions()).labels_HW for image in images]
+    assert agreement([labels_of(answer) for answer in answers], ours) > 0.999
+
+
+def png_of(image_HW3: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image_HW3).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_every_answer_of_every_caller_counts_and_begins_with_another_picture() -> None:
+    seen: list[bytes] = []
+    together = threading.Barrier(CLIENTS)
+
+    def connect():
+        turn = iter(range(10**9))
+
+        def ask(jpeg: bytes) -> bytes:
+            if next(turn) == 0:
+                seen.append(jpeg)
+                together.wait(30)
+            return jpeg
+
+        return ask
+
+    slices = Slices()
+    run_slice(connect, [b"a", b"b"], slices, seconds=0.05)
+    assert sorted(seen) == [b"a"] * (CLIENTS // 2) + [b"b"] * (CLIENTS // 2)
+    assert slices.answers == len(slices.latencies_s) >= CLIENTS
+    assert slices.figures()["requests/s"] == pytest.approx(slices.answers / slices.seconds)
+
+
+def test_a_fault_of_a_server_ends_its_slice_and_is_told() -> None:
+    def connect():
+        def ask(_: bytes) -> bytes:
+            raise RuntimeError("answered 500")
+
+        return ask
+
+    with pytest.raises(RuntimeError, match="answered 500"):
+        run_slice(connect, [b"a"], Slices(), seconds=60)
+
+
+def test_the_peer_with_the_most_requests_per_second_is_the_bar() -> None:
+    def of(rate: float) -> dict[str, float]:
+        return {"requests/s": rate, "p50 ms": 100 / rate, "p99 ms": 300 / rate}
+
+    ratios = against_best({
+        "net, mixed sizes, run whole": {"penumbra": of(30), "litserve": of(10), "triton": of(20)},
+        "net, one size": {"penumbra": of(30), "litserve": of(40)},
+        "seconds": 4,
+    })  # fmt: skip
+    assert ratios["net, mixed sizes, run whole: best peer"] == "triton"
+    assert ratios["net, mixed sizes, run whole: requests/s over the best peer's (bar 1.5)"] == 1.5
+    assert ratios["net, one size: requests/s over the best peer's (bar 1.0)"] == 0.75
+    assert ratios["net, one size: p50 and p99 over the same peer's"] == [1.333, 1.333]
+
+
+def test_the_weights_given_to_monai_are_ours() -> None:
+    plan = cover(96, 80, WindowSpec(64, 48, overlap=0.25))
+    weight_hw = gaussian((64, 48)).numpy()
+    blended = np.zeros((96, 80))
+    for window in plan:
+        blended[window.y0 : window.y0 + 64, window.x0 : window.x0 + 48] += weight_hw
+    ours = plan.weights_y[0][:, None] * plan.weights_x[0]
+    np.testing.assert_allclose(weight_hw / blended[:64, :48], ours, rtol=1e-4)
