@@ -1,12 +1,21 @@
 """What stands before every route: keys, bounds on head and body, and on what BentoML's own routes may be sent."""
 
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from models.errors import Cancelled, HeadTooLarge, PenumbraError, TooLarge, Unauthenticated, UnsupportedMedia
+from models.errors import (
+    Cancelled,
+    HeadTooLarge,
+    PenumbraError,
+    QueueFull,
+    TooLarge,
+    Unauthenticated,
+    UnsupportedMedia,
+)
 from serving.keys import Keys
 from serving.statuses import status_of
 from serving.telemetry import Telemetry
@@ -21,11 +30,13 @@ HEALTH_PATHS = ("/healthz", "/livez", "/readyz")
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """In bytes: of the line and headers, of a body, and of JSON, which takes up to forty times its size in memory."""
+    """In bytes: of the line and headers, of a body, of JSON, which takes up to forty times its size in memory, and of
+    the bodies of all requests together, from their first byte to their answer."""
 
     head: int
     body: int
     json: int
+    bodies: int
 
 
 class Guard:
@@ -36,11 +47,16 @@ class Guard:
 
     def __init__(self, app: ASGIApp, *, ours: ASGIApp, telemetry: Telemetry, keys: Keys, bounds: Bounds) -> None:
         self._app, self._ours, self._telemetry, self._keys, self._bounds = app, ours, telemetry, keys, bounds
+        self._held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        with self._room() as take:
+            await self._pass(scope, receive, send, take)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send, take: Callable[[int], None]) -> None:
         path, method = scope["path"], scope["method"]
         headers = dict(scope["headers"])
         try:
@@ -51,13 +67,31 @@ class Guard:
                 is_bentos = BENTO_PATHS.get(path) == method
                 _check_media(path, headers.get(b"content-type", b""), json_only=is_bentos)
                 limit = min(self._bounds.json, self._bounds.body) if is_bentos else self._bounds.body
-                receive = _Replay(
-                    await _read(receive, declared=headers.get(b"content-length", b""), limit=limit), receive
-                )
+                declared = headers.get(b"content-length", b"")
+                receive = _Replay(await _read(receive, take, declared=declared, limit=limit), receive)
         except PenumbraError as error:
             await self._refuse(error, scope, receive, send)
             return
         await (self._ours if path in HEALTH_PATHS else self._app)(scope, receive, send)
+
+    @contextmanager
+    def _room(self) -> Iterator[Callable[[int], None]]:
+        """Yields what a request takes its bytes by, which are given back at its end. It raises QueueFull."""
+        taken = 0
+
+        def take(size: int) -> None:
+            nonlocal taken
+            if self._held_bytes + size > self._bounds.bodies:
+                raise QueueFull(
+                    f"the bodies of all requests have {self._held_bytes:,} bytes and the limit is "
+                    f"{self._bounds.bodies:,}; try again in 1 s", retry_after_s=1,
+                )  # fmt: skip
+            self._held_bytes, taken = self._held_bytes + size, taken + size
+
+        try:
+            yield take
+        finally:
+            self._held_bytes -= taken
 
     async def _refuse(self, error: PenumbraError, scope: Scope, receive: Receive, send: Send) -> None:
         with suppress(PenumbraError), self._telemetry.track("http"):
@@ -65,6 +99,8 @@ class Guard:
         headers = {"Connection": "close"}
         if isinstance(error, Unauthenticated):
             headers["WWW-Authenticate"] = "Bearer"
+        if isinstance(error, QueueFull):
+            headers["Retry-After"] = str(error.retry_after_s)
         await JSONResponse({"error": str(error)}, status_of(error)[0], headers)(scope, receive, send)
 
     def _check_head(self, scope: Scope) -> None:
@@ -84,8 +120,9 @@ def _check_media(path: str, content_type: bytes, *, json_only: bool) -> None:
         raise UnsupportedMedia(f"the body is {media[:60]}; pickles are read nowhere here")
 
 
-async def _read(receive: Receive, *, declared: bytes, limit: int) -> bytes:
-    """The whole body. Raises TooLarge from its declared length, else as soon as more has arrived; Cancelled."""
+async def _read(receive: Receive, take: Callable[[int], None], *, declared: bytes, limit: int) -> bytes:
+    """The whole body. Raises TooLarge from its declared length, else as soon as more has arrived; Cancelled; QueueFull
+    from `take`, which is told of every byte."""
     remedy = f"bytes and the limit is {limit:,}; send a smaller or better compressed image, or parts of it"
     if declared.isdigit() and (len(declared) > 18 or int(declared) > limit):
         raise TooLarge(f"the body has {declared[:18].decode()} {remedy}")
@@ -99,6 +136,7 @@ async def _read(receive: Receive, *, declared: bytes, limit: int) -> bytes:
         size, more = size + len(chunks[-1]), message.get("more_body", False)
         if size > limit:
             raise TooLarge(f"the body has more than {limit:,} {remedy}")
+        take(len(chunks[-1]))
     return b"".join(chunks)
 
 

@@ -6,7 +6,8 @@ import socket
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, suppress
 from itertools import repeat
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import tritonclient.grpc as triton
 from PIL import Image
 from tritonclient.grpc import service_pb2_grpc
 
-from tests.serving.server import Server, serving
+from tests.serving.server import Server, serving, until
 from tests.serving.test_http import PNG, ask, bomb, is_refused
 
 pytestmark = pytest.mark.slow
@@ -176,3 +177,36 @@ def test_messages_and_metadata_of_grpc_are_bounded(limited: tuple[Server, Memory
     with triton.InferenceServerClient(server.grpc_address) as rpc, pytest.raises(Exception, match=f"{PIXELS:,}"):
         rpc.infer("toy-latent", [tensor], client_timeout=30)
     assert memory.peak_mib < ROOM_MIB
+
+
+def test_bodies_of_many_slow_callers_take_no_more_memory_together_than_their_limit(
+    toy_store: Path, tmp_path: Path
+) -> None:
+    held, num_callers = 24 * MIB, 32
+    settings = {"limit_body_bytes": BODY, "limit_bodies_bytes": held, "predrain_s": 0}
+    with (
+        serving(toy_store, tmp_path, **settings) as server,
+        server.client() as client,
+        ExitStack() as callers,
+        ThreadPoolExecutor(num_callers) as threads,
+    ):
+        assert ask(client).status_code == 200
+        memory = Memory(server)
+        memory.forget_peak()
+        host, port = server.url.removeprefix("http://").split(":")
+
+        def send_most_of_a_body(_: int) -> socket.socket:
+            caller = callers.enter_context(closing(socket.create_connection((host, int(port)), timeout=30)))
+            head = f"POST {SEGMENT} HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {BODY}\r\n\r\n"
+            with suppress(OSError):  # refused while sending
+                caller.sendall(head.encode() + bytes(BODY - 1))
+            return caller
+
+        refused = 0
+        for caller in threads.map(send_most_of_a_body, range(num_callers)):
+            caller.settimeout(0.5)
+            with suppress(OSError):
+                refused += b"429 Too Many Requests" in (said := caller.recv(65536)) and b"retry-after" in said.lower()
+        assert refused > 0 and memory.peak_mib < held / MIB + ROOM_MIB
+        callers.close()
+        until(lambda: ask(client).status_code == 200)
