@@ -17,6 +17,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import bentoml
+import bentoml._internal.server.http.traffic as bentomls
 import numpy as np
 from pydantic import BaseModel
 from starlette.applications import Starlette
@@ -24,7 +25,7 @@ from starlette.responses import JSONResponse
 
 from models.errors import BadArtifact, BadOption, PenumbraError
 from serving import VERSION
-from serving.guard import Bounds, Guard
+from serving.guard import Bounds, Guard, Timeout
 from serving.head import bound_heads
 from serving.keys import read_keys, warn_if_open
 from serving.settings import Settings
@@ -94,7 +95,7 @@ class Penumbra:
         """Ready; on SIGTERM readiness falls first, and connections close `predrain_s` later."""
         gc.collect()
         gc.freeze()
-        gc.set_threshold(50_000, 20, 100)  # BentoML keeps ~45 objects per request alive until its timeout
+        gc.set_threshold(50_000, 20, 100)  # what a request makes is freed by count of references
         stop = signal.getsignal(signal.SIGTERM)
         loop = asyncio.get_running_loop()
         await self._start_grpc()
@@ -202,6 +203,7 @@ def check_one_worker() -> None:
 
 
 check_one_worker()
+bentomls.TimeoutMiddleware = Timeout
 bound_heads(SETTINGS.limit_head_bytes)
 Penumbra.add_asgi_middleware(  # type: ignore[attr-defined]
     Guard, ours=APP, telemetry=TELEMETRY, keys=KEYS,

@@ -13,7 +13,7 @@ from tests.reliability.load import LOST, Callers, closed_loop
 from tests.serving.server import Server, serving, until
 
 pytestmark = pytest.mark.slow
-USERS, KILLS = 4, 3
+USERS, KILLS = 4, 2
 
 
 def worker_of(server: Server) -> psutil.Process:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 REQUESTS = 12
 """The server's bound on requests at work, and the users who find out its capacity."""
 LOADS = (0.2, 0.5, 1.0, 2.0, 3.0)
-LEVEL_S, CAPACITY_S = 8.0, 4.0
+LEVEL_S, CAPACITY_S = 6.0, 3.0
 HUGE = (4000, 5000)
 """Height and width: 20 megapixels."""
 SMALL, ROUNDS = 16, 3

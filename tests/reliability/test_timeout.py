@@ -1,0 +1,93 @@
+"""The bound on a request's time: it ends those that have no answer, and keeps nothing of those that have one."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import weakref
+from typing import Any
+
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from serving.guard import Timeout
+from tests.serving.server import ROOT
+
+FOREVER_S = 10_000
+BEGIN: Message = {"type": "http.response.start", "status": 200, "headers": []}
+
+
+class Kept:
+    """An object of a request."""
+
+
+def ask(app: Any, timeout_s: float, scope: Scope | None = None) -> list[Message]:
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return await asyncio.Future()
+
+    asyncio.run(Timeout(app, timeout_s)(scope or {"type": "http"}, receive, send))
+    return sent
+
+
+def test_a_request_that_has_no_answer_in_time_is_cancelled_and_told_so() -> None:
+    ended = []
+
+    async def waiting(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await receive()
+        finally:
+            ended.append(True)
+
+    begun, body = ask(waiting, 0.05)
+    assert ended == [True] and begun["status"] == 504
+    assert "0.05 s" in json.loads(body["body"])["error"]
+
+
+def test_an_answer_that_has_begun_is_not_cut_off() -> None:
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(BEGIN)
+        await asyncio.sleep(0.1)
+        await send({"type": "http.response.body", "body": b"whole"})
+
+    assert ask(slow, 0.02)[-1]["body"] == b"whole"
+
+
+def test_a_time_that_ran_out_inside_is_none_of_its_business() -> None:
+    async def fails(scope: Scope, receive: Receive, send: Send) -> None:
+        raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        ask(fails, FOREVER_S)
+
+
+def test_nothing_of_an_answered_request_is_kept() -> None:
+    async def both() -> bool:
+        async def answers(scope: Scope, receive: Receive, send: Send) -> None:
+            await send(BEGIN)
+
+        async def send(message: Message) -> None:
+            pass
+
+        async def request() -> weakref.ref[Kept]:
+            scope = {"type": "http", "kept": Kept()}
+            await Timeout(answers, FOREVER_S)(scope, send, send)  # type: ignore[arg-type]
+            return weakref.ref(scope["kept"])  # type: ignore[type-var]
+
+        kept = await asyncio.create_task(request())
+        return kept() is None
+
+    assert asyncio.run(both())
+
+
+@pytest.mark.slow
+def test_the_server_uses_it() -> None:
+    program = (
+        "import serving.service; from serving.guard import Timeout; app = serving.service.Penumbra.to_asgi();"
+        "assert Timeout in [middleware.cls for middleware in app.user_middleware]"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=120)
