@@ -56,10 +56,14 @@ class Paces:
         self._of_batches: WeakKeyDictionary[Runtime, dict[int, Pace]] = WeakKeyDictionary()
         """By number of samples."""
 
+    def of(self, runtime: Runtime) -> Pace:
+        """By number of samples, per window and pixel."""
+        return self._of.setdefault(runtime, Pace())
+
     def learn(self, job: Job, num_windows: int, seconds: float) -> None:
         """From a batch of windows like those of a job."""
         pixel_s = seconds / job.work.window_pixels
-        self._of.setdefault(job.work.runtime, Pace()).learn(job.num_samples, pixel_s / num_windows)
+        self.of(job.work.runtime).learn(job.num_samples, pixel_s / num_windows)
         if self._batch_s:
             self._batches(job).learn(num_windows, pixel_s)
 
@@ -85,8 +89,7 @@ class Paces:
 
     def seconds(self, job: Job, num_samples: int, num_windows: int) -> float:
         """That windows of a job take; 0 while nothing is known of its model."""
-        pace = self._of.get(job.work.runtime)
-        return num_windows * job.work.window_pixels * pace.seconds(num_samples) if pace else 0.0
+        return num_windows * job.work.window_pixels * self.of(job.work.runtime).seconds(num_samples)
 
     def hasten(self, jobs: Sequence[Job]) -> None:
         """Give work that is `anytime` the most samples that end in time: before its first window is run, and again,

@@ -3,9 +3,9 @@
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -183,6 +183,15 @@ class Runtime:
             self.card.name, self.windows_per_batch, self.samples_per_call, self._backend.device,
             ", each with the same bytes as alone" if tuning.deterministic else "",
         )  # fmt: skip
+
+    def seconds_per_pixel(self) -> Iterator[tuple[int, float]]:
+        """A window's, with the fewest samples and with the usual number, as measured now."""
+        piece = self._golden_pieces()[0]
+        usual = len(piece.noise_SL)
+        for num_samples in sorted({1, usual}) if self.card.sampling.kind in ("latent", "dropout") else [usual]:
+            started = time.perf_counter()
+            self.run([replace(piece, noise_SL=piece.noise_SL[:num_samples])])
+            yield num_samples, (time.perf_counter() - started) / (piece.image_hw3.shape[0] * piece.image_hw3.shape[1])
 
     @property
     def _window_bytes(self) -> int:

@@ -22,7 +22,7 @@ from models.errors import ModelFault, NotReady, PenumbraError, QueueFull
 from serving.engine.moments import Moments
 from serving.engine.observer import Observer
 from serving.engine.pace import Paces
-from serving.engine.runtime import Piece, is_out_of_memory
+from serving.engine.runtime import Piece, Runtime, is_out_of_memory
 from serving.engine.windows import Window, cut
 from serving.engine.work import STRIDES, Job, Level, Work
 
@@ -161,6 +161,11 @@ class Scheduler:
     def _withdraw(self, job: Job) -> None:
         with self._condition:
             self._forget(job)
+
+    def get_to_know(self, runtime: Runtime) -> None:
+        """Measure a model's pace before its first request. Only within a `call`."""
+        for num_samples, pixel_s in runtime.seconds_per_pixel():
+            self._paces.of(runtime).learn(num_samples, pixel_s)
 
     # -- the inference thread ---------------------------------------------------------------------
 

@@ -185,6 +185,7 @@ class Segmenter:
             runtime = Runtime(artifact, device=self._device, threads=self._threads)
             runtime.check_golden()
             runtime.warm_up(self._tuning)
+            self.scheduler.get_to_know(runtime)
             return runtime
 
         runtime = self.scheduler.call(make_ready)

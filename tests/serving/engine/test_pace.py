@@ -193,32 +193,34 @@ def test_where_one_sample_fits_every_window_has_the_same_samples_and_none_is_lat
 # -- the segmenter ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def segmenter(toy_store: Path) -> Iterator[Segmenter]:
-    tuning = Tuning(windows_per_batch=1, samples_per_call=3)
-    with Segmenter.open(toy_store, threads=1, device="cpu", tuning=tuning) as opened:
+@pytest.fixture
+def rounds(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """S of every window that a model runs; it takes the clock's seconds, and every fourth one three times as many."""
+    run, made = Runtime.run, list[int]()
+
+    def timed(runtime: Runtime, pieces: list[Piece]) -> list[Moments | ModelFault]:
+        made.extend(len(piece.noise_SL) for piece in pieces)
+        clock.now += sum((ENCODE_S + S) * (3 if len(made) % 4 == 0 else 1) for S in made[-len(pieces) :])
+        return run(runtime, pieces)
+
+    monkeypatch.setattr(Runtime, "run", timed)
+    return made
+
+
+@pytest.fixture
+def segmenter(toy_store: Path, rounds: list[int]) -> Iterator[Segmenter]:
+    with Segmenter(threads=1, device="cpu", tuning=Tuning(1, 3)) as opened:
+        for name in ("toy-latent", "toy-opposed"):
+            opened.load(toy_store / name / "1")
+            rounds.clear()  # loading runs fewer than four
         yield opened
-
-
-def timed(runtime: Runtime, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Let the model's windows take the clock's seconds; every fourth one three times as many. Returns S as they run."""
-    run, rounds = runtime.run, []
-
-    def slow(pieces: list[Piece]) -> list[Moments | ModelFault]:
-        rounds.extend(len(piece.noise_SL) for piece in pieces)
-        clock.now += sum((ENCODE_S + S) * (3 if len(rounds) % 4 == 0 else 1) for S in rounds[-len(pieces) :])
-        return run(pieces)
-
-    monkeypatch.setattr(runtime, "run", slow)
-    return rounds
 
 
 @pytest.mark.parametrize("within_s", [150.0, 250.0, 400.0])
 def test_an_answer_with_fewer_samples_is_the_answer_to_that_many(
-    segmenter: Segmenter, clock: Clock, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator, within_s: float
+    segmenter: Segmenter, clock: Clock, rounds: list[int], rng: np.random.Generator, within_s: float
 ) -> None:
-    image, asked = picture(rng, 90, 130), SegmentOptions("toy-latent", samples=16, seed=5, anytime=True, max_risk=None)
-    rounds = timed(segmenter.find("toy-latent"), clock, monkeypatch)
+    image, asked = picture(rng, 90, 130), SegmentOptions("toy-latent", samples=16, seed=5, anytime=True)
     early = segmenter.segment(image, asked, deadline=clock.now + within_s)
     assert 1 <= early.num_samples < 16 and early.num_asked == 16
     assert f"time for {early.num_samples} of the 16 samples" in early.warnings[-1]
@@ -228,10 +230,16 @@ def test_an_answer_with_fewer_samples_is_the_answer_to_that_many(
     assert {name: m.tobytes() for name, m in plain.maps.items()} == {n: m.tobytes() for n, m in early.maps.items()}
 
 
-def test_members_are_never_left_out(
-    segmenter: Segmenter, clock: Clock, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+def test_a_models_first_request_is_planned_with_what_loading_measured(
+    segmenter: Segmenter, clock: Clock, rounds: list[int], rng: np.random.Generator
 ) -> None:
-    timed(segmenter.find("toy-opposed"), clock, monkeypatch)
+    """Of 1 and 4 samples, and the line through the two says that 2 windows of 6 samples take 18 seconds."""
+    asked = SegmentOptions("toy-latent", samples=16, anytime=True, overlap=0.0)
+    early = segmenter.segment(picture(rng, 64, 48), asked, deadline=clock.now + 18 / SPARE + 1e-6)
+    assert early.num_samples == 6 and rounds == [6, 6]
+
+
+def test_members_are_never_left_out(segmenter: Segmenter, clock: Clock, rng: np.random.Generator) -> None:
     asked = SegmentOptions("toy-opposed", anytime=True)
     assert segmenter.segment(picture(rng, 90, 130), asked, deadline=clock.now + 1000).num_samples == 2
     with pytest.raises(DeadlineExceeded):
