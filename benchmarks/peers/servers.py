@@ -128,7 +128,7 @@ def tritonserver(task: Task) -> Iterator[Callable[[], Ask]]:
         "--allow-metrics", "false", "--backend-config", f"python,stub-timeout-seconds={START_S}",
     ]  # fmt: skip
     libraries = [Path(sys.base_prefix) / "lib", PEERS / "nvidia_pytriton.libs"]
-    more = {"LD_LIBRARY_PATH": ":".join(map(str, libraries)), "PEER_PATH": f"{SITE}:{ROOT}"}
+    more = {"LD_LIBRARY_PATH": ":".join(map(str, libraries)), "PEER_PATH": f"{SITE}:{ROOT}:{PEERS}"}
     with _running(list(map(str, command)), task, ready=f"http://127.0.0.1:{http}/v2/health/ready", **more):
 
         def connect() -> Ask:
