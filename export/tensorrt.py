@@ -4,6 +4,7 @@ What is used of torch-tensorrt exists in 2.11 (TensorRT 10.15) as in 2.13 (Tenso
 precision is a cast network, never a builder's flag.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ import torch
 import torch_tensorrt
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from export.parts import Part, cut, is_open
@@ -109,7 +111,41 @@ def _repeat(x: Tensor, repeats: Sequence[int]) -> Tensor:
     return x.reshape(apart).expand(tiled).reshape([times * size for times, size in zip(repeats, shape, strict=True)])
 
 
-RULES = {torch.ops.aten.select_scatter.default: _select_scatter, torch.ops.aten.repeat.default: _repeat}
+def _max_pool2d(
+    x: Tensor, kernel: list[int], stride: Sequence[int] = (), padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1), ceil_mode: bool = False,
+) -> Tensor:  # fmt: skip
+    """The converter has no ceil mode: what a last step reaches of beyond the map is padded, and never the largest."""
+    stride = stride or kernel
+    beyond: list[int] = []
+    for axis in (1, 0):
+        reach = dilation[axis] * (kernel[axis] - 1) + 1
+        lacking = (reach - x.shape[2 + axis] - 2 * padding[axis]) % stride[axis]
+        beyond += [0, lacking if lacking < reach - padding[axis] else 0]  # no step begins beyond the map
+    if ceil_mode and any(beyond):
+        x = F.pad(x, beyond, value=float("-inf"))
+    pooled: Tensor = torch.ops.aten.max_pool2d_with_indices(x, kernel, stride, padding, dilation)[0]
+    return pooled
+
+
+def _var_mean(
+    x: Tensor, dim: Sequence[int] | None = None, *, correction: float | None = None, keepdim: bool = False
+) -> tuple[Tensor, Tensor]:
+    """torch's own rule leaves `broadcast_in_dim`, which has no converter, where a size is free."""
+    axes = list(dim or range(x.ndim))
+    count = math.prod(x.shape[axis] for axis in axes) - (1 if correction is None else correction)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # squares do not fit half precision
+    mean = wide.mean(axes, keepdim=True)
+    variance = (wide - mean).square().sum(axes, keepdim=keepdim) / count
+    return variance.to(x.dtype), (mean if keepdim else wide.mean(axes)).to(x.dtype)
+
+
+RULES = {
+    torch.ops.aten.select_scatter.default: _select_scatter,
+    torch.ops.aten.repeat.default: _repeat,
+    torch.ops.aten.max_pool2d.default: _max_pool2d,
+    torch.ops.aten.var_mean.correction: _var_mean,
+}
 """Operators that are decomposed before torch-tensorrt sees them."""
 
 

@@ -1,10 +1,11 @@
-"""Ask torch-tensorrt, on a machine without CUDA, what it could convert: networks by name, or `operators`.
+"""Ask torch-tensorrt, on a machine without CUDA, what it could convert: networks by name, `operators`, or `rules`.
 
 Runs in a process of its own, whose search path begins with a copy of torch_tensorrt without its native parts, and
 whose TensorRT is an empty shell. Prints one JSON object per graph.
 """
 
 import copy
+import itertools
 import json
 import logging
 import sys
@@ -35,13 +36,15 @@ import torch_tensorrt.dynamo._compiler as compiler  # noqa: E402
 
 from export.bundle import NOT_MEASURED, ask  # noqa: E402
 from export.parts import Part  # noqa: E402
-from export.tensorrt import Build, build, prepare  # noqa: E402
+from export.tensorrt import RULES, Build, build, prepare  # noqa: E402
 from models.card import ExportFacts, WindowSpec  # noqa: E402
 from models.errors import PenumbraError  # noqa: E402
 from serving.engine.backends import load_backend  # noqa: E402
 from serving.engine.backends.tensorrt import target  # noqa: E402
 from tests.models.small import seeded  # noqa: E402
 from tests.models.test_contract import card_of  # noqa: E402
+
+aten = torch.ops.aten
 
 
 class Op(nn.Module):
@@ -103,8 +106,9 @@ def networks(names: list[str]) -> Iterator[tuple[Part, Build]]:
 
 @torch.no_grad()
 def main(names: list[str]) -> None:
-    if names == ["refusal"]:
-        return print(json.dumps(refusal()))
+    alone = {"refusal": refusal, "rules": rules}
+    if names[0] in alone:
+        return print(json.dumps(alone[names[0]]()))
     seen: dict[str, Any] = {}
     lower = compiler.post_lowering
 
@@ -138,6 +142,32 @@ def error_of(graph: Any, part: Part, made: Build, call: tuple[Any, ...]) -> floa
     got = torch.utils._pytree.tree_leaves(graph({name: leaves[int(name)] for name in made.inputs}))
     wanted = torch.utils._pytree.tree_leaves(part.module(*call))
     return max(float((g - w).abs().max() / w.abs().max()) for g, w in zip(got, wanted, strict=True))
+
+
+def rules() -> dict[str, list[float]]:
+    """Largest differences of our decompositions from torch's own operators, on plain tensors."""
+    x = torch.randn(2, 3, 8, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pools = itertools.product((1, 2, 3), (1, 2, 3), (0, 1), (1, 2), (False, True))
+    calls: dict[Any, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
+        aten.select_scatter.default: [((x, x[:, :, 0] + 1, 2, index), {}) for index in (-1, 0, 5)],
+        aten.repeat.default: [((x, counts), {}) for counts in ((1, 2, 1, 3), (2, 1, 1, 1, 1))],
+        aten.max_pool2d.default: [
+            ((x, [taps, taps + 1], [step, 2], [min(pad, taps // 2), pad], [apart, 1], ceil), {})
+            for taps, step, pad, apart, ceil in pools
+        ],
+        aten.var_mean.correction: [
+            ((x, dim), {"correction": correction, "keepdim": keepdim})
+            for dim, correction, keepdim in itertools.product(((2, 3), (1,), None), (0, 1, None), (False, True))
+        ],
+    }
+    assert calls.keys() == RULES.keys()
+    return {str(op): [_difference(op, *call) for call in each] for op, each in calls.items()}
+
+
+def _difference(op: Any, args: tuple[Any, ...], options: dict[str, Any]) -> float:
+    wanted, got = (torch.utils._pytree.tree_leaves(run(*args, **options)) for run in (op, RULES[op]))
+    assert [each.shape for each in got] == [each.shape for each in wanted]
+    return max(float((g - w).abs().max()) for g, w in zip(got, wanted, strict=True))
 
 
 def refusal() -> dict[str, Any]:
