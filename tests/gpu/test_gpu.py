@@ -31,7 +31,7 @@ FORMATS = [
     *(pytest.param("tensorrt", p, marks=needs_tensorrt) for p in ("fp32", "tf32", "fp16", "bf16")),
 ]
 ROUNDING = 1e-3
-"""Of probabilities and nats between processors, in float32 with TF32 off."""
+"""Of probabilities and nats between processors, in float32; loading an artifact switches TF32 off."""
 
 
 def picture() -> np.ndarray:

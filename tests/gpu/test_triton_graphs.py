@@ -16,7 +16,10 @@ from tests.gpu.test_gpu import ROUNDING, needs_gpu
 
 @needs_gpu
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_triton_repository_made_on_the_cpu_answers_on_the_gpu(name: str, tmp_path: Path) -> None:
+def test_a_triton_repository_made_on_the_cpu_answers_on_the_gpu(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # no backend is loaded, which would see to it
     artifact = made(tmp_path, name)
     write_repository(artifact, tmp_path / "repository")
     kind = artifact.card.prompt.kind
