@@ -2,14 +2,14 @@
 
 python -m benchmarks.parity --data DIR [--every N] [--only BACKEND] [NAME ...]
 
-Every figure is what `penumbra export --data DIR` measures and stores in the card. What the gate refuses, or what takes
-longer than the limit, stays in the table with the reason. Results are kept beside those of earlier runs.
+Every figure is what `penumbra export --data DIR` measures and stores in the card. What the gate refuses stays in the
+table with the reason. Every export is kept at once, beside those of earlier runs.
 """
 
+import dataclasses
 import json
-import subprocess
-import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,13 @@ import click
 from rich.progress import track
 
 from benchmarks.rounds import RESULTS, save
+from export.bundle import export_checkpoint
+from export.frames import Frame
 from export.zoo import ZOO
+from models.checkpoint import read_card
+from models.errors import PenumbraError
+from serving.engine.store import open_artifact
+from training.evaluation.run import Question, load_frames
 
 FORMATS = (
     ("torchscript", "fp32"), ("onnx", "fp32"), ("openvino", "fp32"), ("aot", "fp32"),
@@ -30,22 +36,24 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def export(name: str, backend: str, precision: str, *, data: Path, every: int, limit_s: float) -> dict[str, Any]:
-    """The card's figures, or why there are none."""
+def read_frames(checkpoint: Path, data: Path, every: int) -> list[Frame]:
+    frames = load_frames(Question(checkpoint.stem, data), read_card(checkpoint))
+    chosen = (frames[i] for i in range(0, len(frames), every))
+    return [(image_3HW.permute(1, 2, 0).contiguous().numpy(), label_HW.numpy()) for image_3HW, label_HW in chosen]
+
+
+def figures_of(checkpoint: Path, backend: str, precision: str, frames: list[Frame]) -> dict[str, Any]:
+    """What the card of the export says, or why there is none; and the seconds that it took."""
+    started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            *(sys.executable, "-m", "penumbra", "export", str(ZOO / f"{name}.safetensors"), "--json"),
-            *("--backend", backend, "--precision", precision, "--store", folder, "--data", str(data)),
-            *("--every", str(every)),
-        ]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
-        except subprocess.TimeoutExpired:
-            return {"failed": f"took more than {limit_s:g} s"}
-    if done.returncode:
-        return {"failed": done.stderr.strip().splitlines()[-1]}
-    figures: dict[str, Any] = json.loads(done.stdout)["parity"]
-    return figures
+            directory = export_checkpoint(checkpoint, Path(folder), backend=backend, precision=precision, frames=frames)
+            facts = open_artifact(directory).card.export
+            assert facts
+            figures = dataclasses.asdict(facts.parity)
+        except PenumbraError as error:
+            figures = {"failed": str(error)}
+    return figures | {"seconds": time.perf_counter() - started}
 
 
 def row(case: str, figures: dict[str, Any]) -> str:
@@ -58,14 +66,14 @@ def row(case: str, figures: dict[str, Any]) -> str:
 @click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--every", default=12, show_default=True, help="Every n-th validation frame only.")
 @click.option("--only", multiple=True, help="These backends.")
-@click.option("--limit", "limit_s", default=300.0, show_default=True, help="Seconds for one export.")
 @click.argument("names", nargs=-1)
-def main(data: Path, every: int, only: tuple[str, ...], limit_s: float, names: tuple[str, ...]) -> None:
+def main(data: Path, every: int, only: tuple[str, ...], names: tuple[str, ...]) -> None:
     """Export, measure, keep, and print the table of all that is kept."""
     chosen = names or tuple(sorted(path.stem for path in ZOO.glob("*.safetensors")))
     formats = [each for each in FORMATS if not only or each[0] in only]
     for name, (backend, precision) in track([(name, each) for each in formats for name in chosen], "Exporting"):
-        figures = export(name, backend, precision, data=data, every=every, limit_s=limit_s)
+        checkpoint = ZOO / f"{name}.safetensors"
+        figures = figures_of(checkpoint, backend, precision, read_frames(checkpoint, data, every))
         save("parity", {f"{name} | {backend} {precision}": figures}, keep=True)
     kept = json.loads((RESULTS / "parity.json").read_text())
     print("| model | format |", " | ".join(title for title, _ in COLUMNS.values()), "|")
