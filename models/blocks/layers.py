@@ -44,4 +44,5 @@ class VectorLinear(nn.Linear):
     """nn.Linear for few vectors, with the same bytes for each whatever stands beside it."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return weighted_sums(input, self.weight) + self.bias
+        # One axis more: behind a sum of three, OpenVINO (2026.4) adds the bias along the wrong one.
+        return weighted_sums(input[..., None, :], self.weight)[..., 0, :] + self.bias
