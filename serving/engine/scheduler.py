@@ -228,6 +228,7 @@ class Scheduler:
         self._paces.learn(job, len(batch), seconds)
         with self._condition:
             self._samples_per_s = rate if not self._samples_per_s else 0.9 * self._samples_per_s + 0.1 * rate
+            self._end_withdrawn()  # a deadline that passed during its last batch is missed, too
             for (job, window), answer in zip(batch, answers, strict=True):
                 job.run_s += seconds / len(batch)
                 self._deliver(job, window, answer)

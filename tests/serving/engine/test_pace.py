@@ -146,6 +146,17 @@ def test_without_the_option_a_deadline_is_missed_and_no_sample_left_out(schedule
     assert isinstance(ended, DeadlineExceeded) and set(engine.rounds) == {16}
 
 
+@pytest.mark.parametrize("anytime", [True, False])
+def test_an_answer_that_is_ready_too_late_is_a_missed_deadline(
+    scheduler: Scheduler, clock: Clock, anytime: bool
+) -> None:
+    engine = TimedRuntime(clock)
+    known(scheduler, engine)
+    late = work(engine, 1, samples=1, anytime=anytime, deadline=clock.now + 3)  # type: ignore[arg-type]
+    (ended,) = in_threads(scheduler.submit(late))
+    assert isinstance(ended, DeadlineExceeded) and engine.rounds == [1]
+
+
 def test_those_who_share_the_device_count(scheduler: Scheduler, clock: Clock) -> None:
     """Ten requests of two windows: 120 of their 150 seconds are 6 for each window, which are 3 samples.
 
@@ -216,7 +227,7 @@ def segmenter(toy_store: Path, rounds: list[int]) -> Iterator[Segmenter]:
         yield opened
 
 
-@pytest.mark.parametrize("within_s", [150.0, 250.0, 400.0])
+@pytest.mark.parametrize("within_s", [200.0, 250.0, 400.0])
 def test_an_answer_with_fewer_samples_is_the_answer_to_that_many(
     segmenter: Segmenter, clock: Clock, rounds: list[int], rng: np.random.Generator, within_s: float
 ) -> None:
