@@ -2,10 +2,9 @@
 
 import asyncio
 import io
-import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import httpx
 import numpy as np
@@ -14,16 +13,18 @@ import tritonclient.grpc as triton
 from PIL import Image
 
 from models.errors import DeadlineExceeded
+from serving.engine.options import SegmentOptions
 from serving.engine.segmenter import Segmenter
 from serving.gateway import Gateway
-from serving.oip import Inference
+from serving.oip import Inference, InferRequest, answer_of
 from serving.oip_grpc import Calls
+from serving.render.tables import facts
+from serving.rest import answer_headers
 from serving.telemetry import Telemetry
 from tests.conftest import picture
 from tests.serving.server import Server
 
 IMAGE = picture(np.random.Generator(np.random.PCG64(0)), 120, 120)
-ASKED = {"model": "toy-latent", "samples": 64, "overlap": 0.5, "seed": 3}
 
 
 def png() -> bytes:
@@ -32,23 +33,28 @@ def png() -> bytes:
     return buffer.getvalue()
 
 
-def ask(client: httpx.Client, **options: Any) -> dict[str, Any]:
-    answer = client.post("/segment", params=ASKED | options, content=png(), headers={"Content-Type": "image/png"})
-    assert answer.status_code == 200, answer.text
-    return answer.json() | {"header": answer.headers.get("x-penumbra-samples-asked")}
+def test_an_anytime_answer_with_time_enough_has_all_its_samples_and_says_so(client: httpx.Client) -> None:
+    asked = {"model": "toy-latent", "samples": 8, "seed": 3}
+    plain, early = (
+        client.post("/segment", params=asked | more, content=png(), headers={"Content-Type": "image/png"})
+        for more in ({}, {"anytime": "true", "deadline_ms": 60_000})
+    )
+    assert early.json()["samples"] == early.json()["samples_asked"] == 8 and early.json()["warnings"] == []
+    assert early.headers["x-penumbra-samples-asked"] == "8"
+    assert early.json()["classes"] == plain.json()["classes"]
+    assert "samples_asked" not in plain.json() and "x-penumbra-samples-asked" not in plain.headers
 
 
-def test_an_early_answer_says_how_many_samples_it_has_of_how_many_and_is_that_answer(client: httpx.Client) -> None:
-    """The deadline lies between the times of one sample and of all; how many fit depends on the machine."""
-    started = time.perf_counter()
-    ask(client)
-    all_ms = 1e3 * (time.perf_counter() - started)
-    early = ask(client, anytime="true", deadline_ms=all_ms / 2)
-    assert early["samples_asked"] == 64 and early["header"] == "64" and 1 <= early["samples"] <= 64
-    assert len(early["warnings"]) == (early["samples"] < 64)
-    plain = ask(client, samples=early["samples"])
-    assert plain["classes"] == early["classes"]
-    assert plain["header"] is None and "samples_asked" not in plain
+def test_fewer_samples_are_told_by_every_surface(toy_store: Path) -> None:
+    with Segmenter(threads=1, device="cpu") as segmenter:
+        segmenter.load(toy_store / "toy-latent" / "1")
+        prediction = segmenter.segment(IMAGE, SegmentOptions("toy-latent", samples=3))
+    early = replace(prediction, num_asked=64)
+    told = {"samples": 3, "samples_asked": 64}
+    assert told.items() <= facts(early).items()
+    assert told.items() <= answer_of(early, InferRequest("toy-latent"), []).parameters.items()
+    headers = answer_headers(early)
+    assert (headers["X-Penumbra-Samples"], headers["X-Penumbra-Samples-Asked"]) == ("3", "64")
 
 
 def test_over_grpc_the_answers_parameters_say_so(server: Server) -> None:
