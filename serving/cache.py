@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.card import Card
+from serving.engine.answer import Prediction
 from serving.engine.options import SegmentOptions
-from serving.engine.segmenter import Prediction
 
 Key = tuple[bytes, tuple[int, ...], SegmentOptions]
 

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Literal, TypeVar
 
@@ -18,11 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.errors import ModelFault, NotReady, PenumbraError, QueueFull
-from serving.cache import AnswerCache, key_of
+from serving.cache import AnswerCache, Key, key_of
+from serving.engine.answer import Prediction
 from serving.engine.decode import check_array, open_image
 from serving.engine.options import SegmentOptions, check_options
 from serving.engine.raster import Pixels, Raster
-from serving.engine.segmenter import Prediction, Segmenter
+from serving.engine.segmenter import Segmenter
 from serving.telemetry import Request, Telemetry
 
 log = logging.getLogger("penumbra")
@@ -53,12 +54,14 @@ class Gateway:
 
     async def answer(
         self, image: bytes | NDArray[np.uint8], options: SegmentOptions, write: Callable[[Prediction], T], *,
-        request: Request, gone: Callable[[], Awaitable[None]] | None = None,
+        request: Request, gone: Callable[[], Awaitable[None]] | None = None, in_bands: bool = False,
     ) -> tuple[Prediction, T]:  # fmt: skip
         """Decode, segment and write one tracked request off the event loop.
 
-        gone: returns when the caller has gone away; its windows then leave the queue. Raises PenumbraError;
-        any other failure is logged and becomes a ModelFault without internals.
+        in_bands: `write` takes labels and maps from the top by slices of rows, and nothing that is known at the end; it
+        is then at work on the first rows while later windows run. gone: returns when the caller has gone away; its
+        windows then leave the queue. Raises PenumbraError; any other failure is logged and becomes a ModelFault
+        without internals.
         """
         if self.state == "starting":
             raise NotReady("the server is still loading its models; try again in a few seconds")
@@ -73,7 +76,7 @@ class Gateway:
         try:
             request.model = self.segmenter.find(options.model, options.version).card.name
             return await asyncio.get_running_loop().run_in_executor(
-                self._threads, self._work, image, options, write, cancelled, request
+                self._threads, self._work, image, options, write, cancelled, request, in_bands
             )
         except PenumbraError:
             raise
@@ -88,46 +91,57 @@ class Gateway:
 
     def _work(
         self, image: bytes | NDArray[np.uint8], options: SegmentOptions, write: Callable[[Prediction], T],
-        cancelled: threading.Event, request: Request,
+        cancelled: threading.Event, request: Request, in_bands: bool,
     ) -> tuple[Prediction, T]:  # fmt: skip
         """In a request thread: the whole way of one image."""
         begun = time.perf_counter()
-        predict = self._recall if self._cache else self._segment
-        prediction = predict(image, options, cancelled, request.started)
-        timing_ms = {"wait": 1e3 * (begun - request.started)} | prediction.timing_ms
-        prediction = replace(prediction, timing_ms=timing_ms)
-        writing = time.perf_counter()
-        body = write(prediction)
-        request.timing_ms = timing_ms | {"write": 1e3 * (time.perf_counter() - writing)}
+        request.timing_ms = {"wait": 1e3 * (begun - request.started)}
+        key = self._key_of(image, options) if self._cache else None
+        prediction = self._recall(key, options) if key else None
+        if prediction:
+            prediction = replace(prediction, timing_ms=request.timing_ms)
+            body = write(prediction)
+        else:
+            prediction, body = self._make(image, options, write, cancelled, request, in_bands=in_bands)
+            if self._cache and key:
+                self._cache.keep(key, prediction, image_bytes=len(image) if isinstance(image, bytes) else image.nbytes)
+        spent_ms = sum(ms for phase, ms in prediction.timing_ms.items() if phase in ("decode", "total"))
+        write_ms = 1e3 * (time.perf_counter() - begun) - spent_ms
+        request.timing_ms = dict(prediction.timing_ms) | {"write": write_ms}
         self.telemetry.answered(prediction, request.timing_ms)
         return prediction, body
 
-    def _recall(
-        self, image: bytes | NDArray[np.uint8], options: SegmentOptions, cancelled: threading.Event, started: float
-    ) -> Prediction:
-        """What is kept of an equal request; what is not is made, and kept."""
-        assert self._cache
+    def _key_of(self, image: bytes | NDArray[np.uint8], options: SegmentOptions) -> Key:
+        """Raises what an image or options would be refused for."""
         card, limits = self.segmenter.find(options.model, options.version).card, self.segmenter.limits
         if not isinstance(image, bytes):
             check_array(image, limits)
-        key = key_of(image, card, options, num_samples=check_options(options, card, limits))
-        kept = self._cache.find(key, card)
-        self.telemetry.cache_asked(hit=kept is not None)
-        if kept:
-            return replace(kept, timing_ms={})
-        prediction = self._segment(image, options, cancelled, started)
-        self._cache.keep(key, prediction, image_bytes=len(image) if isinstance(image, bytes) else image.nbytes)
-        return prediction
+        return key_of(image, card, options, num_samples=check_options(options, card, limits))
 
-    def _segment(
-        self, image: bytes | NDArray[np.uint8], options: SegmentOptions, cancelled: threading.Event, started: float
-    ) -> Prediction:
-        begun = time.perf_counter()
+    def _recall(self, key: Key, options: SegmentOptions) -> Prediction | None:
+        """What is kept of an equal request."""
+        assert self._cache
+        kept = self._cache.find(key, self.segmenter.find(options.model, options.version).card)
+        self.telemetry.cache_asked(hit=kept is not None)
+        return kept
+
+    def _make(
+        self, image: bytes | NDArray[np.uint8], options: SegmentOptions, write: Callable[[Prediction], T],
+        cancelled: threading.Event, request: Request, *, in_bands: bool,
+    ) -> tuple[Prediction, T]:  # fmt: skip
+        decoding = time.perf_counter()
         pixels = self._decode(image, options) if isinstance(image, bytes) else image
-        decode_ms = 1e3 * (time.perf_counter() - begun)
+        before_ms = dict(request.timing_ms) | {"decode": 1e3 * (time.perf_counter() - decoding)}
         within_s = min(self._timeout_s, (options.deadline_ms or math.inf) / 1e3)
-        prediction = self.segmenter.segment(pixels, options, cancelled=cancelled, deadline=started + within_s)
-        return replace(prediction, timing_ms={"decode": decode_ms} | prediction.timing_ms)
+        answer = self.segmenter.unfold(pixels, options, cancelled=cancelled, deadline=request.started + within_s)
+        with closing(answer):
+            if in_bands and not options.anytime:
+                body = write(answer.begun)
+                prediction = answer.finish()
+                return replace(prediction, timing_ms=before_ms | prediction.timing_ms), body
+            prediction = answer.finish()
+        prediction = replace(prediction, timing_ms=before_ms | prediction.timing_ms)
+        return prediction, write(prediction)
 
     def _decode(self, data: bytes, options: SegmentOptions) -> Pixels:
         """Refuse by header and options first: pixels are decoded only for requests that can be answered."""

@@ -35,9 +35,9 @@ from models.errors import (
     QueueFull,
     UnknownJob,
 )
+from serving.engine.bands import BandStream
 from serving.engine.decode import measure_image, open_image
 from serving.engine.options import SegmentOptions
-from serving.engine.segmenter import BandStream
 from serving.gateway import Gateway
 from serving.render import MAPLESS, WRITERS, Style, read_wish
 from serving.rest import answer_headers

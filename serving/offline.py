@@ -17,10 +17,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from models.errors import BadImage
+from serving.engine.answer import Prediction
+from serving.engine.bands import BandStream
 from serving.engine.decode import open_image
 from serving.engine.options import SegmentOptions
 from serving.engine.raster import Raster, open_raster
-from serving.engine.segmenter import BandStream, Prediction, Segmenter
+from serving.engine.segmenter import Segmenter
 from serving.render import Style, render
 from serving.render.arrays import write_tiff
 from serving.render.pictures import heat_picture

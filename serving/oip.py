@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 from models.card import Card
 from models.errors import BadArtifact, BadOption, Cancelled, PenumbraError, Restricted, UnknownModel
 from serving import VERSION
+from serving.engine.answer import Prediction
 from serving.engine.options import DEFAULT_MAPS, PROBABILITIES, SegmentOptions, parse_options
 from serving.engine.runtime import Runtime
-from serving.engine.segmenter import Prediction
 from serving.engine.store import find_artifact, versions
 from serving.gateway import Gateway
 from serving.oip_statistics import Statistics

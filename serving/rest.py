@@ -17,11 +17,11 @@ from starlette.types import Scope
 from models.card import Card
 from models.errors import BadImage, BadOption, PenumbraError, QueueFull, UnsupportedMedia
 from serving import playground
-from serving.engine.segmenter import Prediction
+from serving.engine.answer import Prediction
 from serving.gateway import Gateway
 from serving.guard import BENTO_PATHS
 from serving.openapi import describe
-from serving.render import choose_format, read_wish, render
+from serving.render import IN_BANDS, choose_format, read_wish, render
 from serving.statuses import status_of
 
 MAX_FIELDS, MAX_FIELD_BYTES = 16, 64 * 1024
@@ -66,7 +66,7 @@ class Surface:
             options, style = read_wish(media, fields)
             prediction, body = await self._gateway.answer(
                 data, options, lambda answer: render(answer, media, style), request=tracked,
-                gone=lambda: _disconnected(request),
+                gone=lambda: _disconnected(request), in_bands=media in IN_BANDS,
             )  # fmt: skip
         return Response(body, media_type=media, headers=answer_headers(prediction, tracked.timing_ms))
 

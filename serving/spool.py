@@ -20,10 +20,12 @@ from numpy.typing import NDArray
 
 from models.card import dump_card
 from models.errors import DiskFull
+from serving.engine.answer import Arrays, Prediction, collect
+from serving.engine.bands import BandStream
 from serving.engine.kernels import FloatArray
 from serving.engine.options import Limits, SegmentOptions
 from serving.engine.raster import Pixels
-from serving.engine.segmenter import BandStream, Prediction, Segmenter, collect
+from serving.engine.segmenter import Segmenter
 
 log = logging.getLogger("penumbra")
 
@@ -91,7 +93,7 @@ class Spool:
         watch(stream)
         labels_HW, maps = cast(NDArray[np.uint8], self._labels), cast(dict[str, FloatArray], self._maps)
         with disk():
-            return collect(stream, self._options, labels_HW, maps)
+            return collect(stream, self._options, Arrays(labels_HW, maps))
 
 
 class disk:

@@ -26,7 +26,7 @@ from serving.statuses import status_of
 from serving.tracing import record_request
 
 if TYPE_CHECKING:
-    from serving.engine.segmenter import Prediction
+    from serving.engine.answer import Prediction
 
 log = logging.getLogger("penumbra")
 

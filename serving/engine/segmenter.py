@@ -10,133 +10,33 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from models.card import IGNORE, Card
+from models.card import Card
 from models.errors import BadArtifact, BadOption, TooLarge, UnknownModel
 from serving.engine.allocator import keep_freed_memory
-from serving.engine.canvas import Canvas
+from serving.engine.answer import Prediction, Unfolding, collect, new_arrays
+from serving.engine.bands import BandStream
 from serving.engine.decode import check_array
-from serving.engine.kernels import FloatArray
 from serving.engine.noise import NoiseSource, SeededNoise
 from serving.engine.observer import Observer
 from serving.engine.options import PROBABILITIES, Limits, SegmentOptions, abstain_above, check_options
 from serving.engine.prompts import PromptSource, check_prompt
-from serving.engine.raster import Pixels, Raster
+from serving.engine.raster import Pixels
 from serving.engine.runtime import Runtime, Tuning
 from serving.engine.scheduler import Scheduler
 from serving.engine.store import find_artifact, open_artifact, versions
-from serving.engine.uncertainty import Band, abstain, read_out
-from serving.engine.windows import WindowPlan, count_windows, cover
+from serving.engine.windows import count_windows, cover
 from serving.engine.work import NORMAL, Work
 
 log = logging.getLogger("penumbra")
 
 KEPT_VERSIONS = 2
 """Of a model: the newest, and the one before it for callers who name it. Older ones would fill the memory."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """One image's answer at the image's size.
-
-    labels_HW: uint8 class ids. maps: float32 [H, W] by name, uncertainties in nats (`serving.engine.uncertainty`).
-    timing_ms: milliseconds by phase. num_windows: windows that were run. members: names of the samples, where they
-    have names. warnings: sentences about what the caller should know of this answer. abstained: share of the pixels
-    whose label is IGNORE because of `max_risk`; None where that was not asked for. image: what it is an answer to.
-    prob_KHW: mean probabilities of all classes, float32, where the output PROBABILITIES was asked for. num_asked: of
-    samples, where `anytime` lets the answer have fewer. age_s: of an answer that was kept (`serving.cache`).
-    """
-
-    card: Card
-    seed: int
-    num_samples: int
-    num_windows: int
-    members: tuple[str, ...]
-    warnings: tuple[str, ...]
-    labels_HW: NDArray[np.uint8]
-    maps: dict[str, FloatArray]
-    timing_ms: dict[str, float]
-    abstained: float | None = None
-    image: Pixels | None = None
-    prob_KHW: FloatArray | None = None
-    num_asked: int | None = None
-    age_s: float | None = None
-
-
-class BandStream:
-    """The rows of one answer as they become final, and how long each phase took.
-
-    The work is submitted when the first row is asked for and withdrawn when the caller stops, so that nothing stays
-    in the queue that nobody waits for. Iterate once. abstain_above: entropy in nats above which a label is withheld.
-    num_done: windows so far; each: called after every one. Pixels without a measurement (`Raster.nodata`) have the
-    label IGNORE. first_y: bands before this row are left out; not all of their windows are run.
-    work: with the samples that the answer has. Where it is `anytime` they can become fewer while it runs; bands then
-    come from the first one again, and those before are void.
-    """
-
-    def __init__(
-        self, scheduler: Scheduler, work: Work, *, abstain_above: float | None = None, first_y: int = 0
-    ) -> None:
-        self._scheduler, self.work, self._first_y = scheduler, work, first_y
-        self.abstain_above = abstain_above
-        self.num_done = work.plan.num_windows - work.num_windows
-        self.each: Callable[[], object] = lambda: None
-        self.timing_ms: dict[str, float] = {"queue": 0.0, "run": 0.0, "stitch": 0.0, "read_out": 0.0, "total": 0.0}
-
-    def __iter__(self) -> Iterator[Band]:
-        started = time.perf_counter()
-        card = self.work.runtime.card
-        names = [extra.name for extra in card.extra_maps]
-        work = self.work
-        new_canvas = partial(Canvas, work.plan, card.num_classes, num_extras=len(names), first_row=work.first_row)
-        canvas = new_canvas()
-        with self._scheduler.submit(work) as finished_windows:
-            for window, moments in finished_windows:
-                if moments.num_samples != self.work.num_samples:
-                    self.work, canvas, self.num_done = replace(work, num_samples=moments.num_samples), new_canvas(), 0
-                self.num_done += 1
-                self.each()
-                with self._clock("stitch"):
-                    canvas.add(window, moments)
-                for y0, merged_hKW, expected_hW, extras_hEW in canvas.finished(window):
-                    if y0 < self._first_y:
-                        continue
-                    with self._clock("read_out"):
-                        band = read_out(y0, merged_hKW, expected_hW, average=card.readout.average)
-                        band.maps.update(zip(names, extras_hEW.transpose(1, 0, 2), strict=True))
-                        if self.abstain_above is not None:
-                            abstain(band, above_nats=self.abstain_above)
-                        withhold_void(band, work.image_HW3)
-                    yield band
-        self.timing_ms["queue"] = 1e3 * finished_windows.queue_s
-        self.timing_ms["run"] = 1e3 * finished_windows.run_s
-        self.timing_ms["total"] = 1e3 * (time.perf_counter() - started)
-
-    def _clock(self, phase: str) -> "_Clock":
-        return _Clock(self.timing_ms, phase)
-
-
-class _Clock:
-    """Adds the time spent in a `with` block to a phase."""
-
-    def __init__(self, timing_ms: dict[str, float], phase: str) -> None:
-        self._timing_ms, self._phase = timing_ms, phase
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._timing_ms[self._phase] += 1e3 * (time.perf_counter() - self._started)
 
 
 class Segmenter:
@@ -280,14 +180,15 @@ class Segmenter:
     ) -> Prediction:  # fmt: skip
         """Labels and uncertainty of one image: uint8 RGB [H, W, 3]. Raises any PenumbraError."""
         bands = self.bands(image_HW3, options, noise=noise, cancelled=cancelled, deadline=deadline)
-        height, width = image_HW3.shape[:2]
-        labels_HW = np.empty((height, width), np.uint8)
-        maps = {name: np.empty((height, width), np.float32) for name in options.maps}
-        prob_KHW = None
-        if PROBABILITIES in options.outputs:
-            num_classes = bands.work.runtime.card.num_classes
-            prob_KHW = np.empty((num_classes, height, width), np.float32)
-        return collect(bands, options, labels_HW, maps, prob_KHW)
+        return collect(bands, options, new_arrays(bands, options))
+
+    def unfold(
+        self, image_HW3: Pixels, options: SegmentOptions, *, cancelled: threading.Event | None = None,
+        deadline: float = float("inf"),
+    ) -> Unfolding:  # fmt: skip
+        """The same answer, read while it is made. Raises any PenumbraError, now or from its rows."""
+        bands = self.bands(image_HW3, options, cancelled=cancelled, deadline=deadline)
+        return Unfolding(bands, options, new_arrays(bands, options))
 
     def close(self) -> None:
         """Finish accepted work and release the models."""
@@ -328,68 +229,6 @@ def _check_probabilities(height: int, width: int, card: Card, *, limits: Limits)
         )
 
 
-def collect(
-    bands: BandStream, options: SegmentOptions, labels_HW: NDArray[np.uint8], maps: dict[str, FloatArray],
-    prob_KHW: FloatArray | None = None,
-) -> Prediction:  # fmt: skip
-    """Run a stream to its end. Changes the arrays, whose rows are set band by band."""
-    num_asked = bands.work.num_samples if options.anytime else None
-    with closing(iter(bands)) as rows:  # type: ignore[type-var]
-        for band in rows:
-            place = slice(band.y0, band.y0 + len(band.labels))
-            for name, values in maps.items():
-                values[place] = band.maps[name]
-            labels_HW[place] = band.labels
-            if prob_KHW is not None:
-                prob_KHW[:, place] = band.prob_hKW.swapaxes(0, 1)
-    work, card = bands.work, bands.work.runtime.card
-    members = card.sampling_with(prompt=work.prompt is not None).members
-    warnings = warnings_of(card, work.plan)
-    if num_asked and work.num_samples < num_asked:
-        warnings += (f"the deadline left time for {work.num_samples} of the {num_asked} samples asked for",)
-    abstained = None
-    if options.max_risk is not None:
-        warnings += calibration_warnings(card, work, overlap=options.overlap)
-        step = work.plan.window_height
-        withheld = sum(int((labels_HW[y : y + step] == IGNORE).sum()) for y in range(0, work.plan.height, step))
-        abstained = withheld / (work.plan.height * work.plan.width)
-    return Prediction(
-        card, options.seed, work.num_samples, work.plan.num_windows, members, warnings,
-        labels_HW, maps, bands.timing_ms, abstained, work.image_HW3, prob_KHW, num_asked,
-    )  # fmt: skip
-
-
 def threshold_of(work: Work, options: SegmentOptions) -> float | None:
     """Entropy in nats above which a label is withheld; None where no risk is bounded."""
     return None if options.max_risk is None else abstain_above(work.runtime.card, options.max_risk)
-
-
-def withhold_void(band: Band, image: Pixels) -> None:
-    """Where the image has no measurement there is no label. Changes the band's labels."""
-    void_hW = image.void(slice(band.y0, band.y0 + len(band.labels))) if isinstance(image, Raster) else None
-    if void_hW is not None:
-        band.labels[void_hW] = IGNORE
-
-
-def warnings_of(card: Card, plan: WindowPlan) -> tuple[str, ...]:
-    """What a caller should know of an answer whose windows are not those the network's results hold for."""
-    trained, run = card.window.trained, (plan.window_height, plan.window_width)
-    if trained is None or run == trained:
-        return ()
-    return (
-        f"the published results of {card.name} hold for windows of {trained[1]}x{trained[0]} px, and its answers "
-        f"depend on their width; this image was run at {run[1]}x{run[0]}",
-    )
-
-
-def calibration_warnings(card: Card, work: Work, *, overlap: float | None) -> tuple[str, ...]:
-    """What a caller should know of a `max_risk` that was calibrated on answers of another kind."""
-    assert card.calibration
-    num_samples = card.calibration.num_samples
-    usual_overlap = overlap in (None, card.window.overlap)
-    if work.num_samples == num_samples and usual_overlap and work.prompt is None:
-        return ()
-    return (
-        f"max_risk of {card.name} was calibrated with {num_samples} samples, overlap {card.window.overlap:g} and no "
-        "prompt; this answer was made otherwise, and its risk may be another",
-    )

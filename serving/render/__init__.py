@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from models.errors import BadOption, NotAcceptable
+from serving.engine.answer import Prediction
 from serving.engine.options import PROBABILITIES, SegmentOptions, parse_options
-from serving.engine.segmenter import Prediction
 from serving.render.arrays import write_npz, write_tiff
 from serving.render.pictures import LEVELS, palette, write_png
 from serving.render.regions import write_geojson
 from serving.render.tables import write_json
 
-__all__ = ["MAPLESS", "WRITERS", "Style", "choose_format", "palette", "read_wish", "render"]
+__all__ = ["IN_BANDS", "MAPLESS", "WRITERS", "Style", "choose_format", "palette", "read_wish", "render"]
 
 STYLE_OPTIONS = ("picture", "levels", "min_pixels")
 
@@ -55,6 +55,8 @@ WRITERS: dict[str, Write] = {
 
 MAPLESS = ("image/png", "image/tiff")
 """Formats that show one picture, and need no map but its own."""
+IN_BANDS = ("image/png", "image/tiff", "application/x-npz")
+"""Formats that are written from the top and say nothing that is known at the end."""
 WITH_MEANS = ("application/json", "application/geo+json")
 """Formats that tell the mean of every map."""
 

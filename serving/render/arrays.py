@@ -9,9 +9,9 @@ import rasterio
 from numpy.lib import format as npy
 
 from models.card import IGNORE, MAPS
+from serving.engine.answer import Prediction
 from serving.engine.options import PROBABILITIES
 from serving.engine.raster import Raster, gdal
-from serving.engine.segmenter import Prediction
 from serving.render.pictures import blocks, palette, shown
 
 TILE = 512

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from models.card import IGNORE, MAPS, Card
+from serving.engine.answer import Prediction
 from serving.engine.kernels import FloatArray
-from serving.engine.segmenter import Prediction
 
 BLOCK = 512
 """Rows that are worked on at a time; a multiple of the tiles of our TIFFs."""

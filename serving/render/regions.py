@@ -15,8 +15,8 @@ from rasterio.warp import transform_geom
 
 from models.card import IGNORE
 from models.errors import TooLarge
+from serving.engine.answer import Prediction
 from serving.engine.raster import Raster, gdal
-from serving.engine.segmenter import Prediction
 from serving.render.pictures import blocks
 from serving.render.tables import facts
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco
 
-from serving.engine.segmenter import Prediction
+from serving.engine.answer import Prediction
 from serving.render.pictures import blocks
 
 

@@ -14,10 +14,11 @@ import torch
 import models
 from export.bundle import export_checkpoint, export_network, verify_artifact
 from models.errors import BadArtifact
+from serving.engine.answer import Prediction
 from serving.engine.backends import load_backend
 from serving.engine.options import SegmentOptions
 from serving.engine.runtime import Tuning
-from serving.engine.segmenter import Prediction, Segmenter
+from serving.engine.segmenter import Segmenter
 from serving.engine.store import open_artifact
 from tests.models.small import SMALL, seeded
 from tests.models.test_contract import card_of

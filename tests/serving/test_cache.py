@@ -16,8 +16,9 @@ from PIL import Image
 
 from models.errors import BadImage, BadOption
 from serving.cache import AnswerCache, key_of
+from serving.engine.answer import Prediction
 from serving.engine.options import PROBABILITIES, SegmentOptions
-from serving.engine.segmenter import Prediction, Segmenter
+from serving.engine.segmenter import Segmenter
 from serving.gateway import Gateway
 from serving.render import WRITERS, Style, render
 from serving.telemetry import Request, Telemetry

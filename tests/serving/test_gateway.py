@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from models.errors import BadOption, Cancelled, DeadlineExceeded, ModelFault, NotReady, QueueFull, UnknownModel
+from serving.engine.answer import Prediction
 from serving.engine.options import SegmentOptions
-from serving.engine.segmenter import Prediction, Segmenter
+from serving.engine.segmenter import Segmenter
 from serving.gateway import Gateway
 from serving.telemetry import Request, Telemetry
 from tests.conftest import picture

@@ -20,8 +20,8 @@ from rasterio.warp import transform as move
 
 from models.card import Card, ClassInfo
 from models.errors import BadOption, NotAcceptable, TooLarge
+from serving.engine.answer import Prediction
 from serving.engine.raster import Raster, open_raster
-from serving.engine.segmenter import Prediction
 from serving.render import WRITERS, Style, choose_format, palette, parse_style, render
 from serving.render.arrays import write_tiff
 from serving.render.pictures import heat_picture, overlay

@@ -11,10 +11,11 @@ import pytest
 from export.bundle import export_network
 from models.card import MAPS, PromptSpec, Readout, WindowSpec
 from models.errors import BadArtifact, BadOption, TooLarge
+from serving.engine.answer import Prediction
 from serving.engine.options import Limits, SegmentOptions, parse_options
 from serving.engine.prompts import check_prompt
 from serving.engine.runtime import Tuning
-from serving.engine.segmenter import Prediction, Segmenter
+from serving.engine.segmenter import Segmenter
 from serving.engine.windows import cover
 from tests.conftest import GAIN, picture, toy_card
 

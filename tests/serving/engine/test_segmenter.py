@@ -23,10 +23,11 @@ from models.errors import (
     TooLarge,
     UnknownModel,
 )
+from serving.engine.answer import Prediction
 from serving.engine.noise import SeededNoise
 from serving.engine.options import PROBABILITIES, Limits, SegmentOptions
 from serving.engine.runtime import Tuning
-from serving.engine.segmenter import Prediction, Segmenter
+from serving.engine.segmenter import Segmenter
 from serving.engine.uncertainty import MAPS
 from tests.conftest import GAIN, picture, toy_card
 

@@ -1,0 +1,83 @@
+"""An answer's rows as they become final: windows in, bands of labels and maps out."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+from models.card import IGNORE
+from serving.engine.canvas import Canvas
+from serving.engine.raster import Pixels, Raster
+from serving.engine.scheduler import Scheduler
+from serving.engine.uncertainty import Band, abstain, read_out
+from serving.engine.work import Work
+
+
+class BandStream:
+    """The rows of one answer as they become final, and how long each phase took.
+
+    The work is submitted when the first row is asked for and withdrawn when the caller stops, so that nothing stays
+    in the queue that nobody waits for. Iterate once. abstain_above: entropy in nats above which a label is withheld.
+    num_done: windows so far; each: called after every one. Pixels without a measurement (`Raster.nodata`) have the
+    label IGNORE. first_y: bands before this row are left out; not all of their windows are run.
+    work: with the samples that the answer has. Where it is `anytime` they can become fewer while it runs; bands then
+    come from the first one again, and those before are void.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, work: Work, *, abstain_above: float | None = None, first_y: int = 0
+    ) -> None:
+        self._scheduler, self.work, self._first_y = scheduler, work, first_y
+        self.abstain_above = abstain_above
+        self.num_done = work.plan.num_windows - work.num_windows
+        self.each: Callable[[], object] = lambda: None
+        self.timing_ms: dict[str, float] = {"queue": 0.0, "run": 0.0, "stitch": 0.0, "read_out": 0.0, "total": 0.0}
+
+    def __iter__(self) -> Iterator[Band]:
+        card = self.work.runtime.card
+        names = [extra.name for extra in card.extra_maps]
+        work = self.work
+        new_canvas = partial(Canvas, work.plan, card.num_classes, num_extras=len(names), first_row=work.first_row)
+        canvas = new_canvas()
+        with self._scheduler.submit(work) as finished_windows:
+            for window, moments in finished_windows:
+                if moments.num_samples != self.work.num_samples:
+                    self.work, canvas, self.num_done = replace(work, num_samples=moments.num_samples), new_canvas(), 0
+                self.num_done += 1
+                self.each()
+                with self.clock("stitch"):
+                    canvas.add(window, moments)
+                for y0, merged_hKW, expected_hW, extras_hEW in canvas.finished(window):
+                    if y0 < self._first_y:
+                        continue
+                    with self.clock("read_out"):
+                        band = read_out(y0, merged_hKW, expected_hW, average=card.readout.average)
+                        band.maps.update(zip(names, extras_hEW.transpose(1, 0, 2), strict=True))
+                        if self.abstain_above is not None:
+                            abstain(band, above_nats=self.abstain_above)
+                        withhold_void(band, work.image_HW3)
+                    yield band
+        self.timing_ms["queue"] = 1e3 * finished_windows.queue_s
+        self.timing_ms["run"] = 1e3 * finished_windows.run_s
+
+    def clock(self, phase: str) -> "_Clock":
+        """Adds the time spent in a `with` block to a phase."""
+        return _Clock(self.timing_ms, phase)
+
+
+class _Clock:
+    def __init__(self, timing_ms: dict[str, float], phase: str) -> None:
+        self._timing_ms, self._phase = timing_ms, phase
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._timing_ms[self._phase] += 1e3 * (time.perf_counter() - self._started)
+
+
+def withhold_void(band: Band, image: Pixels) -> None:
+    """Where the image has no measurement there is no label. Changes the band's labels."""
+    void_hW = image.void(slice(band.y0, band.y0 + len(band.labels))) if isinstance(image, Raster) else None
+    if void_hW is not None:
+        band.labels[void_hW] = IGNORE
