@@ -36,7 +36,6 @@ class Network:
     """An artifact's graphs. whole: pictures are run whole; else those larger than a window by MONAI's windows."""
 
     def __init__(self, artifact: Path, *, whole: bool) -> None:
-        torch.set_num_threads(THREADS)
         self.card: Card = open_artifact(artifact).card
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -98,7 +97,8 @@ class Network:
 
 
 def from_environment() -> Network:
-    """The network that a server was started for."""
+    """The network that a server was started for; it is all that its process runs."""
+    torch.set_num_threads(THREADS)
     return Network(Path(os.environ["PEER_ARTIFACT"]), whole=os.environ["PEER_WHOLE"] == "1")
 
 
