@@ -19,7 +19,8 @@ class BandStream:
     The work is submitted when the first row is asked for and withdrawn when the caller stops, so that nothing stays
     in the queue that nobody waits for. Iterate once. abstain_above: entropy in nats above which a label is withheld.
     num_done: windows so far; each: called after every one. Pixels without a measurement (`Raster.nodata`) have the
-    label IGNORE. first_y: bands before this row are left out; not all of their windows are run.
+    label IGNORE. first_y: bands before this row are left out; not all of their windows are run. timing_ms: `total` is
+    clocked by whoever iterates.
     work: with the samples that the answer has. Where it is `anytime` they can become fewer while it runs; bands then
     come from the first one again, and those before are void.
     """

@@ -56,7 +56,7 @@ def answer(segmenter: Segmenter, image_HW3: Labels, truth_HW: Labels, options: S
     names = (*options.outputs, *(extra.name for extra in card.extra_maps))
     maps = {name: np.empty(truth_HW.shape, np.float32) for name in names}
     prob_HW, squares_HW = np.empty((2, *truth_HW.shape), np.float32)
-    with closing(iter(stream)) as bands:  # type: ignore[type-var]
+    with stream.clock("total"), closing(iter(stream)) as bands:  # type: ignore[type-var]
         for band in bands:
             rows = slice(band.y0, band.y0 + len(band.labels))
             labels_HW[rows] = band.labels
