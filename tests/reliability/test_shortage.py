@@ -28,8 +28,9 @@ from tests.serving.server import serving, until
 
 pytestmark = pytest.mark.slow
 BATCH, SAMPLES, WINDOW = 16, 16, WindowSpec(512, 512)
-SPARE = 400 * 2**20
-"""Address space for the logits of some windows, which are 48 MiB for each, but not for a batch of 15."""
+SPARE = 600 * 2**20
+"""Address space for the logits of some windows, which are 48 MiB for each, but not for a batch of 15; a new thread's
+heap takes up to 128 MiB of it."""
 FILE_BYTES = 400_000
 """Less than a map of the picture that is asked for, more than the server's log."""
 
