@@ -164,7 +164,9 @@ def build_gateway(settings: Settings, telemetry: Telemetry) -> "Gateway":
     from serving.engine.segmenter import Segmenter
     from serving.gateway import Gateway
 
-    torch.set_num_threads(1)  # only the inference thread enters parallel regions; two teams of threads would fight
+    torch.set_num_threads(
+        1
+    )  # only the scheduler's lanes enter parallel regions; others would fight
     limits = Limits(
         settings.limit_pixels, settings.limit_windows, settings.limit_samples, settings.limit_queue_samples,
         settings.limit_window_pixels,
@@ -175,7 +177,7 @@ def build_gateway(settings: Settings, telemetry: Telemetry) -> "Gateway":
     )  # fmt: skip
     segmenter = Segmenter.open(
         settings.store, limits=limits, device=settings.device or None, threads=settings.threads or None,
-        tuning=tuning, observer=telemetry,
+        lanes=settings.lanes or None, tuning=tuning, observer=telemetry,
     )  # fmt: skip
     if not segmenter.cards():
         reasons = "; ".join(segmenter.refused.values()) or "it is empty"

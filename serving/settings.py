@@ -32,7 +32,8 @@ class Settings(BaseSettings):
     store: directory of artifacts. jobs: directory of jobs, this server's alone; job_keep_s: how long their results are
     kept. grpc_address: host:port of gRPC, empty for none. model_control: whether callers may
     load models of the store and unload them. device: "cpu" or "cuda[:n]"; empty takes CUDA where there is one.
-    threads: of the inference thread; 0 takes one per usable core.
+    threads: of all inference; 0 takes one per usable core. lanes: batches at a time, which share the threads out; 0
+    takes one per thread on a CPU and one on a GPU.
     deterministic: bytes of an answer never depend on what else is in its batch; costs the batch sizes that this
     machine's kernels round differently. windows_per_batch, samples_per_call: 0 measures at start.
     target_ms: of a request of one window, which bounds batches; 0 is none (docs/scheduling.md). limit_*: see
@@ -51,6 +52,7 @@ class Settings(BaseSettings):
     model_control: bool = False
     device: str = ""
     threads: int = Field(0, ge=0)
+    lanes: int = Field(0, ge=0)
     deterministic: bool = False
     windows_per_batch: int = Field(0, ge=0)
     samples_per_call: int = Field(0, ge=0)

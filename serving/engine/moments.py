@@ -5,6 +5,7 @@ not grow with S. The softmax is taken at window resolution in bands of rows: sof
 a resize afterwards makes the mutual information wrong by several times its own mean.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -20,8 +21,8 @@ from serving.engine.kernels import FloatArray
 BAND = 16
 """Rows per band of the plain form: measured best in memory, and in time with the default allocator."""
 
-Spread = Callable[[Callable[[range], None], Iterable[range]], object]
-"""Runs a function on every range, e.g. the `map` of a thread pool."""
+Spread = Callable[[Callable[[range], None], Iterable[range]], Iterable[None]]
+"""Runs a function on every range: `map`, or that of a thread pool."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +71,9 @@ def _accumulate_compiled(
             align_corners=readout.align_corners, temperature=readout.temperature,
         )  # fmt: skip
 
-    height, half = len(prob_hKw), (len(prob_hKw) + 1) // 2
-    for _ in spread(add, (range(0, half), range(half, height))):  # type: ignore[attr-defined]
-        pass
+    height, num_bands = len(prob_hKw), torch.get_num_threads()
+    edges = [height * band // num_bands for band in range(num_bands + 1)]
+    deque(spread(add, map(range, edges, edges[1:])), maxlen=0)
 
 
 def accumulate_banded(logits_SKhw: Tensor, prob_hKw: FloatArray, entropy_hw: FloatArray, *, readout: Readout) -> None:

@@ -7,7 +7,7 @@ from functools import cache
 from weakref import WeakKeyDictionary
 
 from serving.engine.runtime import Runtime
-from serving.engine.work import Job
+from serving.engine.work import Cores, Job
 
 RECENT = 0.5
 """Weight of the newest batch: one disturbance is not believed, and two are."""
@@ -46,26 +46,27 @@ class Pace:
 class Paces:
     """The pace of every model that ran, per pixel, so that windows of any size tell of each other.
 
-    Used by the inference thread. target_s: a request of one window is to be answered within it; 0 is no target. It
-    meets a batch at work and is in the next one, so a batch may take half of that.
+    Guarded by the scheduler's condition. Seconds of a batch count once for every core it had. target_s: a request of
+    one window is to be answered within it; 0 is no target. It meets a batch at work and is in the next one, so a batch
+    may take half of that.
     """
 
-    def __init__(self, target_s: float = 0.0) -> None:
-        self._batch_s = target_s / 2
+    def __init__(self, cores: Cores, target_s: float = 0.0) -> None:
+        self._cores, self._batch_s = cores, target_s / 2
         self._of: WeakKeyDictionary[Runtime, Pace] = WeakKeyDictionary()
         self._of_batches: WeakKeyDictionary[Runtime, dict[int, Pace]] = WeakKeyDictionary()
         """By number of samples."""
 
     def of(self, runtime: Runtime) -> Pace:
-        """By number of samples, per window and pixel."""
+        """By number of samples, per window and pixel, times cores."""
         return self._of.setdefault(runtime, Pace())
 
-    def learn(self, job: Job, num_windows: int, seconds: float) -> None:
+    def learn(self, job: Job, num_samples: int, num_windows: int, seconds: float, *, cores: int) -> None:
         """From a batch of windows like those of a job."""
         pixel_s = seconds / job.work.window_pixels
-        self.of(job.work.runtime).learn(job.num_samples, pixel_s / num_windows)
-        if self._batch_s:
-            self._batches(job).learn(num_windows, pixel_s)
+        self.of(job.work.runtime).learn(num_samples, cores * pixel_s / num_windows)
+        if self._batch_s and cores == self._cores.least:
+            self._batches(job.work.runtime, num_samples).learn(num_windows, pixel_s)
 
     def room(self, job: Job) -> int:
         """Windows of a batch that a job leads: the most that end in time.
@@ -76,7 +77,7 @@ class Paces:
         most = job.work.runtime.windows_per_batch
         if not self._batch_s:
             return most
-        pace = self._batches(job)
+        pace = self._batches(job.work.runtime, job.num_samples)
         for size in range(1, most + 1):
             if not pace.knows(size):
                 return size
@@ -84,10 +85,10 @@ class Paces:
                 return max(size - 1, 1)
         return most
 
-    def _batches(self, job: Job) -> Pace:
-        return self._of_batches.setdefault(job.work.runtime, {}).setdefault(job.num_samples, Pace())
+    def _batches(self, runtime: Runtime, num_samples: int) -> Pace:
+        return self._of_batches.setdefault(runtime, {}).setdefault(num_samples, Pace())
 
-    def seconds(self, job: Job, num_samples: int, num_windows: int) -> float:
+    def core_s(self, job: Job, num_samples: int, num_windows: int) -> float:
         """That windows of a job take; 0 while nothing is known of its model."""
         return num_windows * job.work.window_pixels * self.of(job.work.runtime).seconds(num_samples)
 
@@ -101,7 +102,7 @@ class Paces:
         @cache
         def queued_s(most: int) -> float:
             """All that waits, where what can still have fewer samples has at most so many."""
-            return sum(self.seconds(job, job.samples_within(most), job.untaken) for job in jobs)
+            return sum(self.core_s(job, job.samples_within(most), job.untaken) for job in jobs)
 
         for job in jobs:
             if job.work.anytime and job.untaken:
@@ -109,10 +110,12 @@ class Paces:
 
     def _fit(self, job: Job, left_s: float, *, queued_s: Callable[[int], float], num_others: int) -> None:
         def needed_s(num_samples: int, num_windows: int) -> float:
-            """In fair turns each other request takes at most as much as this one, and all at most what they have."""
-            own_s = self.seconds(job, num_samples, num_windows)
-            others_s = queued_s(num_samples) - self.seconds(job, job.samples_within(num_samples), job.untaken)
-            return own_s + min(others_s, own_s * num_others)
+            """In fair turns each other request takes at most as much as this one, and all at most what they have; a
+            window takes its time however many lanes there are."""
+            own_s = self.core_s(job, num_samples, num_windows)
+            others_s = queued_s(num_samples) - self.core_s(job, job.samples_within(num_samples), job.untaken)
+            shared_s = (own_s + min(others_s, own_s * num_others)) / self._cores.threads
+            return max(shared_s, self.core_s(job, num_samples, 1) / self._cores.of_batch(num_windows + num_others))
 
         if job.started and needed_s(job.num_samples, job.untaken) <= left_s:
             return

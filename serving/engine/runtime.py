@@ -1,4 +1,4 @@
-"""One loaded model on one device: windows and noise in, moments out. Runs in the inference thread only."""
+"""One loaded model on one device: windows and noise in, moments out. Runs in the scheduler's lanes."""
 
 import itertools
 import logging
@@ -66,6 +66,7 @@ class Runtime:
     """
 
     def __init__(self, artifact: Artifact, *, device: torch.device, threads: int) -> None:
+        """threads: for the moments of a batch that has several cores."""
         self.card: Card = artifact.card
         self.windows_per_batch = 1
         self.samples_per_call = 1
@@ -98,13 +99,14 @@ class Runtime:
         noise_SBL = torch.from_numpy(np.stack([piece.noise_SL for piece in pieces], axis=1))
         sums = [empty_sums(self.card.num_classes, height, width) for _ in pieces]
         finite = [True] * len(pieces)
+        spread = self._rows.map if torch.get_num_threads() > 1 else map
         for chunk_SBL in torch.split(noise_SBL, self._chunk(pieces[0])):
             logits_SBKhw = self._backend.decode(features, chunk_SBL)
             for b, (prob_hKw, entropy_hw) in enumerate(sums):
                 logits_SKhw = logits_SBKhw[:, b]
                 finite[b] = finite[b] and bool(torch.isfinite(logits_SKhw).all())
                 if finite[b]:
-                    accumulate(logits_SKhw, prob_hKw, entropy_hw, readout=self.card.readout, spread=self._rows.map)
+                    accumulate(logits_SKhw, prob_hKw, entropy_hw, readout=self.card.readout, spread=spread)
         fault = ModelFault(f"{self.card.name} produced values that are not finite for this image")
         extras_BhEw = self._extras(features, height, width)
         return [

@@ -1,6 +1,8 @@
-"""One inference thread per device: windows of all requests and models, in fair turns and shared batches.
+"""What a device runs next: windows of all requests and models, in fair turns and shared batches.
 
-The batch element is a window, never a request. Requests of one priority take turns by work done (windows x samples),
+Batches run in lanes, threads that share the cores out: on a GPU there is one, on a CPU one per core, since two windows
+on a core each take less time than one after the other on both, and nobody waits for the slower half of every layer. The
+batch element is a window, never a request. Requests of one priority take turns by work done (windows x samples),
 so a huge image cannot starve a small one; priorities share the device by `STRIDES`, so none starves another; a request
 is only ever a few windows ahead of what its thread has stitched, so memory does not depend on its size. Promises: every
 window of a request is answered exactly once, with its moments or with the error that ends the request; a failing batch
@@ -13,6 +15,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import TypeVar
 
@@ -24,11 +28,23 @@ from serving.engine.observer import Observer
 from serving.engine.pace import Paces
 from serving.engine.runtime import Piece, Runtime, is_out_of_memory
 from serving.engine.windows import Window, cut
-from serving.engine.work import STRIDES, Job, Level, Work
+from serving.engine.work import STRIDES, Cores, Job, Level, Work
 
 log = logging.getLogger("penumbra")
 T = TypeVar("T")
 Answer = Moments | PenumbraError
+Turn = tuple[int, Callable[[], object]]
+"""What a lane runs next, and on how many cores."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Windows that are run together: of one model, with one number of samples each, on so many cores."""
+
+    runtime: Runtime
+    num_samples: int
+    windows: list[tuple[Job, Window]]
+    cores: int
 
 
 class Stream:
@@ -50,16 +66,21 @@ class Stream:
         self._scheduler._withdraw(self._job)
 
     def __iter__(self) -> Iterator[tuple[Window, Moments]]:
-        num_samples, missing = 0, 1
-        while missing:
+        work = self._job.work
+        num_samples, due = 0, work.first_window
+        early: dict[int, tuple[Window, Moments]] = {}
+        """Windows that another lane had ready before those that come first."""
+        while due < work.plan.num_windows:
             answer = self._job.answers.get()
             if isinstance(answer, PenumbraError):
                 raise answer
             if answer[1].num_samples != num_samples:
-                num_samples, missing = answer[1].num_samples, self._job.work.num_windows
-            missing -= 1
-            self._scheduler._consumed(self._job)
-            yield answer
+                num_samples, due, early = answer[1].num_samples, work.first_window, {}
+            early[answer[0].index] = answer
+            while due in early:
+                self._scheduler._consumed(self._job)
+                yield early.pop(due)
+                due += 1
 
     @property
     def queue_s(self) -> float:
@@ -73,23 +94,29 @@ class Stream:
 
 
 class Scheduler:
-    """Runs submitted work in its own thread, which is the only one that enters a torch parallel region."""
+    """Runs submitted work in its lanes, which are the only threads that enter a torch parallel region."""
 
-    def __init__(self, *, queue_samples: int, threads: int, observer: Observer, target_s: float = 0.0) -> None:
+    def __init__(self, *, queue_samples: int, cores: Cores, observer: Observer, target_s: float = 0.0) -> None:
         """target_s: of `Paces`."""
-        self._queue_samples, self._threads, self._observer = queue_samples, threads, observer
+        self._queue_samples, self._cores, self._observer = queue_samples, cores, observer
         self._condition = threading.Condition()
         self._jobs: list[Job] = []
         self._calls: list[tuple[Callable[[], object], Future[object]]] = []
-        self._paces = Paces(target_s)
+        self._idle, self._free = set(range(cores.lanes)), cores.threads
+        """Lanes without work, and cores that no lane uses."""
+        self._paces = Paces(cores, target_s)
         self._levels = {priority: Level(priority) for priority in STRIDES}
         self._turn = 0.0
         """Of the level that was served last: one that comes back after a pause does not make up for it."""
         self._samples_per_s = 0.0
         self._draining = False
         self._stopped = False
-        self._thread = threading.Thread(target=self._loop, name="inference", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._loop, args=(lane,), name=f"inference-{lane}", daemon=True)
+            for lane in range(cores.lanes)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     # -- called by request threads ---------------------------------------------------------------
 
@@ -108,13 +135,13 @@ class Scheduler:
                 )
             level = self._levels[work.priority]
             level.turn = max(level.turn, self._turn)
-            job = Job(work, level)
+            job = Job(work, level, lanes=self._cores.lanes)
             self._jobs.append(job)
             self._condition.notify_all()
         return Stream(self, job)
 
     def call(self, function: Callable[[], T]) -> T:
-        """Run a function in the inference thread, between batches, and return its result."""
+        """Run a function in the first lane, between batches, on all cores that are free; returns its result."""
         future: Future[T] = Future()
         with self._condition:
             if self._stopped:
@@ -131,7 +158,7 @@ class Scheduler:
 
     @property
     def is_alive(self) -> bool:
-        return self._thread.is_alive()
+        return all(thread.is_alive() for thread in self._threads)
 
     def drain(self) -> None:
         """Refuse new work from now on; accepted work goes on."""
@@ -139,11 +166,12 @@ class Scheduler:
             self._draining = True
 
     def close(self) -> None:
-        """Finish accepted work, then end the thread."""
+        """Finish accepted work, then end the lanes."""
         with self._condition:
             self._draining = self._stopped = True
             self._condition.notify_all()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     @property
     def _reserved(self) -> int:
@@ -165,51 +193,64 @@ class Scheduler:
     def get_to_know(self, runtime: Runtime) -> None:
         """Measure a model's pace before its first request. Only within a `call`."""
         for num_samples, pixel_s in runtime.seconds_per_pixel():
-            self._paces.of(runtime).learn(num_samples, pixel_s)
+            with self._condition:
+                self._paces.of(runtime).learn(num_samples, pixel_s * torch.get_num_threads())
 
-    # -- the inference thread ---------------------------------------------------------------------
+    # -- the lanes --------------------------------------------------------------------------------
 
-    def _loop(self) -> None:
-        torch.set_num_threads(self._threads)
+    def _loop(self, lane: int) -> None:
         try:
-            while True:
-                calls, batch = self._wait()
-                if not calls and not batch:
-                    return
-                for function, future in calls:
-                    _resolve(future, function)
-                if batch:
-                    self._run_batch(batch)
+            while turn := self._wait(lane):
+                cores, run = turn
+                torch.set_num_threads(cores)
+                run()
+                with self._condition:
+                    self._idle.add(lane)
+                    self._free += cores
+                    self._condition.notify_all()
         finally:
             self._abandon()
 
-    def _wait(self) -> tuple[list[tuple[Callable[[], object], Future[object]]], list[tuple[Job, Window]]]:
-        """Sleep until there are calls or a batch; both empty means: stopped and nothing left to do."""
-        with self._condition:
-            while True:
-                calls, self._calls = self._calls, []
-                batch = self._take()
-                if calls or batch or (self._stopped and not self._jobs):
-                    return calls, batch
-                self._condition.wait()
+    def _wait(self, lane: int) -> Turn | None:
+        """Sleep until it is this lane's turn; None means: stopped, and nothing left to do.
 
-    def _take(self) -> list[tuple[Job, Window]]:
+        Lanes go in order, so that it is always the first that has several cores: two teams of threads slow each other
+        down even while one of them rests.
+        """
+        with self._condition:
+            while not (self._stopped and not self._jobs and not self._calls):
+                if lane == min(self._idle) and self._free >= self._cores.least:
+                    turn = self._take_call() if lane == 0 and self._calls else self._take()
+                    if turn:
+                        self._idle.remove(lane)
+                        self._free -= turn[0]
+                        self._condition.notify_all()
+                        return turn
+                self._condition.wait()
+        return None
+
+    def _take_call(self) -> Turn:
+        function, future = self._calls.pop(0)
+        return self._free, partial(_resolve, future, function)
+
+    def _take(self) -> Turn | None:
         """The next batch: the request whose turn it is, and others whose windows fit beside its own."""
         self._end_withdrawn()
         self._paces.hasten(self._jobs)
         ready = [job for job in self._jobs if job.has_room]
         if not ready:
-            return []
+            return None
         lead = min(ready, key=lambda job: job.precedence)
         self._turn = lead.level.turn
         ready = [job for job in ready if job.batch_key == lead.batch_key]
-        batch: list[tuple[Job, Window]] = []
+        windows: list[tuple[Job, Window]] = []
         room = self._paces.room(lead)
-        while ready and len(batch) < room:
+        while ready and len(windows) < room:
             job = min(ready, key=lambda job: job.precedence)
-            batch.append((job, job.take()))
+            windows.append((job, job.take()))
             ready = [job for job in ready if job.has_room]
-        return batch
+        cores = min(self._free, self._cores.of_batch(sum(job.work.num_windows for job in self._jobs)))
+        return cores, partial(self._run, Batch(lead.work.runtime, lead.num_samples, windows, cores))
 
     def _end_withdrawn(self) -> None:
         now = time.perf_counter()
@@ -218,54 +259,58 @@ class Scheduler:
             if error:
                 self._end(job, error)
 
-    def _run_batch(self, batch: list[tuple[Job, Window]]) -> None:
+    def _run(self, batch: Batch) -> None:
         started = time.perf_counter()
         answers = self._answer(batch)
         seconds = time.perf_counter() - started
-        job = batch[0][0]
-        runtime, num_samples = job.work.runtime, job.num_samples
-        rate = len(batch) * num_samples / seconds
-        self._paces.learn(job, len(batch), seconds)
+        num_windows, model = len(batch.windows), batch.runtime.card.name
+        rate = num_windows * batch.num_samples * self._cores.threads / (seconds * batch.cores)
         with self._condition:
+            self._paces.learn(batch.windows[0][0], batch.num_samples, num_windows, seconds, cores=batch.cores)
             self._samples_per_s = rate if not self._samples_per_s else 0.9 * self._samples_per_s + 0.1 * rate
             self._end_withdrawn()  # a deadline that passed during its last batch is missed, too
-            for (job, window), answer in zip(batch, answers, strict=True):
-                job.run_s += seconds / len(batch)
+            for (job, window), answer in zip(batch.windows, answers, strict=True):
+                job.run_s += seconds / num_windows
                 self._deliver(job, window, answer)
         self._observer.batch_done(
-            runtime.card.name, windows=len(batch), capacity=runtime.windows_per_batch,
-            samples=len(batch) * num_samples,
+            model, windows=num_windows, capacity=batch.runtime.windows_per_batch,
+            samples=num_windows * batch.num_samples,
         )  # fmt: skip
 
-    def _answer(self, batch: list[tuple[Job, Window]]) -> list[Answer]:
+    def _answer(self, batch: Batch) -> list[Answer]:
         """Run a batch; on failure, in parts: halves when memory is short, else request by request."""
-        runtime = batch[0][0].work.runtime
+        runtime, windows = batch.runtime, batch.windows
         try:
-            return list(runtime.run([_piece(job, window) for job, window in batch]))
+            return list(runtime.run([_piece(job, window, batch.num_samples) for job, window in windows]))
         except Exception as error:
-            in_halves = is_out_of_memory(error) and len(batch) > 1
-            if not in_halves and len({job for job, _ in batch}) == 1:
-                return [_fault_of(error, runtime.card.name)] * len(batch)
+            in_halves = is_out_of_memory(error) and len(windows) > 1
+            if not in_halves and len({job for job, _ in windows}) == 1:
+                return [_fault_of(error, runtime.card.name)] * len(windows)
         # Here and not above, where the exception still holds the arrays of the batch that was too large.
         if not in_halves:
             return self._answer_apart(batch)
         self._observer.out_of_memory(runtime.card.name)
-        half = runtime.windows_per_batch = len(batch) // 2
-        return self._answer(batch[:half]) + self._answer(batch[half:])
+        half = runtime.windows_per_batch = len(windows) // 2
+        parts = (replace(batch, windows=part) for part in (windows[:half], windows[half:]))
+        return [answer for part in parts for answer in self._answer(part)]
 
-    def _answer_apart(self, batch: list[tuple[Job, Window]]) -> list[Answer]:
+    def _answer_apart(self, batch: Batch) -> list[Answer]:
         """Run each request's windows by themselves, and put the answers back in the batch's order."""
         answers: dict[int, Answer] = {}
-        for one in dict.fromkeys(job for job, _ in batch):
-            places = [i for i, (job, _) in enumerate(batch) if job is one]
-            answers |= dict(zip(places, self._answer([batch[i] for i in places]), strict=True))
-        return [answers[i] for i in range(len(batch))]
+        for one in dict.fromkeys(job for job, _ in batch.windows):
+            places = [i for i, (job, _) in enumerate(batch.windows) if job is one]
+            alone = replace(batch, windows=[batch.windows[i] for i in places])
+            answers |= dict(zip(places, self._answer(alone), strict=True))
+        return [answers[i] for i in range(len(batch.windows))]
 
     def _deliver(self, job: Job, window: Window, answer: Answer) -> None:
         if job not in self._jobs:
             return
         if isinstance(answer, PenumbraError):
             self._end(job, answer)
+            return
+        if answer.num_samples != job.num_samples:  # it began again with fewer while this one ran
+            job.ahead -= 1
             return
         job.answers.put((window, answer))
         job.unanswered -= 1
@@ -281,21 +326,22 @@ class Scheduler:
             self._jobs.remove(job)
 
     def _abandon(self) -> None:
-        """The thread ends: nobody may wait for it, whatever ended it."""
+        """A lane ends, and all with it: nobody may wait for them, whatever ended it."""
         with self._condition:
             self._draining = self._stopped = True
             for job in list(self._jobs):
-                self._end(job, ModelFault("the inference thread ended before this request was answered"))
+                self._end(job, ModelFault("the inference threads ended before this request was answered"))
             for _, future in self._calls:
                 future.set_exception(NotReady("the engine is closed"))
             self._calls = []
+            self._condition.notify_all()
 
 
-def _piece(job: Job, window: Window) -> Piece:
+def _piece(job: Job, window: Window, num_samples: int) -> Piece:
     work, card = job.work, job.work.runtime.card
     pixels = cut(work.image_HW3, window, work.plan, spec=card.window, norm=card.input)
     prompt = work.prompt.cut(window, work.plan) if work.prompt else None
-    return Piece(pixels, work.noise.draw(window.index)[: job.num_samples], prompt)
+    return Piece(pixels, work.noise.draw(window.index)[:num_samples], prompt)
 
 
 def _fault_of(error: Exception, model: str) -> PenumbraError:

@@ -31,7 +31,7 @@ from serving.engine.runtime import Runtime, Tuning
 from serving.engine.scheduler import Scheduler
 from serving.engine.store import find_artifact, open_artifact, versions
 from serving.engine.windows import count_windows, cover
-from serving.engine.work import NORMAL, Work
+from serving.engine.work import NORMAL, Cores, Work
 
 log = logging.getLogger("penumbra")
 
@@ -44,20 +44,22 @@ class Segmenter:
 
     def __init__(
         self, *, limits: Limits | None = None, device: str | None = None, threads: int | None = None,
-        tuning: Tuning | None = None, observer: Observer | None = None,
+        lanes: int | None = None, tuning: Tuning | None = None, observer: Observer | None = None,
     ) -> None:  # fmt: skip
-        """device: "cpu" or "cuda[:n]", by default CUDA where there is one. threads: of the inference thread, by
-        default one per core this process may use."""
+        """device: "cpu" or "cuda[:n]", by default CUDA where there is one. threads: of all inference, by default one
+        per core this process may use. lanes: batches at a time, by default one per thread on a CPU and one on a GPU."""
         keep_freed_memory()
         self.limits = limits or Limits()
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._threads = threads or len(os.sched_getaffinity(0))
         self._tuning = tuning or Tuning()
+        threads = threads or len(os.sched_getaffinity(0))
+        lanes = min(lanes or (threads if self._device.type == "cpu" else 1), threads)
+        self._cores = Cores(threads, lanes, widen=not self._tuning.deterministic)
         self._observer = observer or Observer()
         self._runtimes: dict[str, dict[int, Runtime]] = {}
         self.refused: dict[str, str] = {}
         self.scheduler = Scheduler(
-            queue_samples=self.limits.queue_samples, threads=self._threads, observer=self._observer,
+            queue_samples=self.limits.queue_samples, cores=self._cores, observer=self._observer,
             target_s=self._tuning.target_s,
         )  # fmt: skip
 
@@ -82,8 +84,10 @@ class Segmenter:
         artifact = open_artifact(directory)
 
         def make_ready() -> Runtime:
-            runtime = Runtime(artifact, device=self._device, threads=self._threads)
+            torch.set_num_threads(self._cores.threads)  # of those backends that bring their own, too
+            runtime = Runtime(artifact, device=self._device, threads=self._cores.threads)
             runtime.check_golden()
+            torch.set_num_threads(self._cores.least)  # sizes are chosen for a server that has much to do
             runtime.warm_up(self._tuning)
             self.scheduler.get_to_know(runtime)
             return runtime

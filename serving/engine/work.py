@@ -45,12 +45,39 @@ class Work:
         return (len(self.plan.starts_y) - self.first_row) * len(self.plan.starts_x)
 
     @property
+    def first_window(self) -> int:
+        """Its index in the plan."""
+        return self.first_row * len(self.plan.starts_x)
+
+    @property
     def window_pixels(self) -> int:
         return self.plan.window_height * self.plan.window_width
 
     def reserved(self, num_windows: int, num_samples: int) -> int:
         """What so many windows count in the queue."""
         return 0 if self.in_background else num_windows * num_samples
+
+
+@dataclass(frozen=True, slots=True)
+class Cores:
+    """How processor cores are shared out to the batches that run at a time.
+
+    threads: all cores. lanes: batches at a time, at most. widen: whether a window has more cores while there are fewer
+    windows than lanes; how many it has may change how its sums are rounded.
+    """
+
+    threads: int
+    lanes: int = 1
+    widen: bool = True
+
+    @property
+    def least(self) -> int:
+        """Of every batch."""
+        return self.threads // self.lanes
+
+    def of_batch(self, num_windows: int) -> int:
+        """Of a batch while there are so many windows."""
+        return max(self.least, self.threads // num_windows) if self.widen else self.least
 
 
 @dataclass(slots=True, eq=False)
@@ -65,8 +92,8 @@ class Level:
 class Job:
     """One admitted request. All fields but `answers` are guarded by the scheduler's condition."""
 
-    def __init__(self, work: Work, level: Level) -> None:
-        self.work, self.level = work, level
+    def __init__(self, work: Work, level: Level, *, lanes: int = 1) -> None:
+        self.work, self.level, self._lanes = work, level, lanes
         self.begin(work.num_samples)
         self.ahead = 0
         """Windows taken from the plan and not yet consumed by the request's thread."""
@@ -98,7 +125,8 @@ class Job:
 
     @property
     def has_room(self) -> bool:
-        return self.untaken > 0 and self.ahead <= 2 * self.work.runtime.windows_per_batch
+        """Windows for every lane and one batch more may be ahead of what was stitched."""
+        return self.untaken > 0 and self.ahead <= (self._lanes + 1) * self.work.runtime.windows_per_batch
 
     @property
     def precedence(self) -> tuple[float, int, float]:

@@ -21,6 +21,7 @@ from models.card import WindowSpec
 from models.toy.cards import toy_card
 from serving.engine.observer import Observer
 from serving.engine.scheduler import Scheduler
+from serving.engine.work import Cores
 from tests.reliability.load import HEADERS
 from tests.reliability.test_crash import worker_of
 from tests.serving.engine.test_scheduler import runtime, work
@@ -81,7 +82,7 @@ def test_the_halves_of_a_batch_run_without_the_arrays_of_the_whole() -> None:
 
     model = runtime(windows_per_batch=8, before=run)
     with (
-        closing(Scheduler(queue_samples=100, threads=1, observer=Observer())) as scheduler,
+        closing(Scheduler(queue_samples=100, cores=Cores(1), observer=Observer())) as scheduler,
         scheduler.submit(work(model, 8)) as windows,
     ):
         assert len(list(windows)) == 8

@@ -2,7 +2,7 @@
 
 Each module has
 
-    load(card, directory, device) -> Backend    the artifact's graphs, ready to run; raises BadArtifact
+    load(card, directory, device) -> Backend    the artifact's graphs, ready to run in any thread; raises BadArtifact
     target(device) -> dict[str, str]            what its artifacts are bound to; {} where they run anywhere
 
 `target` is recorded at export (`card.export.built_for`), and an artifact is refused where it is another. All graphs

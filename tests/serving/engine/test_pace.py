@@ -23,6 +23,7 @@ from serving.engine.pace import SPARE, Pace
 from serving.engine.runtime import Piece, Runtime, Tuning
 from serving.engine.scheduler import Scheduler
 from serving.engine.segmenter import Segmenter
+from serving.engine.work import Cores
 from tests.conftest import picture, toy_card
 from tests.serving.engine.test_scheduler import SPEC, WAIT_S, in_threads, work
 
@@ -77,7 +78,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
 
 @pytest.fixture
 def scheduler(clock: Clock) -> Iterator[Scheduler]:
-    made = Scheduler(queue_samples=10_000, threads=1, observer=Observer())
+    made = Scheduler(queue_samples=10_000, cores=Cores(1), observer=Observer())
     yield made
     made.close()
 
@@ -185,7 +186,7 @@ def test_where_one_sample_fits_every_window_has_the_same_samples_and_none_is_lat
     clock = Clock()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "perf_counter", clock)
-        scheduler = Scheduler(queue_samples=10_000, threads=1, observer=Observer())
+        scheduler = Scheduler(queue_samples=10_000, cores=Cores(1), observer=Observer())
         engine = TimedRuntime(clock, slower)
         known(scheduler, engine)
         started = clock.now
@@ -283,7 +284,7 @@ def batches(scheduler: Scheduler, engine: TimedRuntime, *, num_requests: int) ->
 @pytest.fixture
 def aiming(clock: Clock) -> Iterator[Scheduler]:
     """Batches of n windows of one sample take 9 + 4 n seconds, so 5 of them are within half of 60 and 6 are not."""
-    made = Scheduler(queue_samples=10_000, threads=1, observer=Observer(), target_s=60.0)
+    made = Scheduler(queue_samples=10_000, cores=Cores(1), observer=Observer(), target_s=60.0)
     yield made
     made.close()
 
@@ -304,7 +305,7 @@ def test_batches_follow_a_machine_that_slows_down_and_recovers(aiming: Scheduler
 
 
 def test_a_target_that_no_batch_can_meet_leaves_batches_of_one(clock: Clock) -> None:
-    scheduler = Scheduler(queue_samples=10_000, threads=1, observer=Observer(), target_s=1.0)
+    scheduler = Scheduler(queue_samples=10_000, cores=Cores(1), observer=Observer(), target_s=1.0)
     engine = TimedRuntime(clock, windows_per_batch=8)
     assert batches(scheduler, engine, num_requests=5) == [1] * 5
     scheduler.close()

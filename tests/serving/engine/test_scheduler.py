@@ -18,8 +18,9 @@ from serving.engine.moments import Moments
 from serving.engine.noise import SeededNoise
 from serving.engine.observer import Observer
 from serving.engine.runtime import Piece
-from serving.engine.scheduler import Scheduler, Stream, Work
+from serving.engine.scheduler import Scheduler, Stream
 from serving.engine.windows import Window, cover
+from serving.engine.work import Cores, Work
 from tests.conftest import toy_card
 
 WAIT_S = 30
@@ -63,7 +64,7 @@ def runtime(*, going: bool = True, **options: object) -> SteppedRuntime:
 
 @pytest.fixture
 def scheduler() -> Iterator[Scheduler]:
-    made = Scheduler(queue_samples=10_000, threads=1, observer=Observer())
+    made = Scheduler(queue_samples=10_000, cores=Cores(1), observer=Observer())
     yield made
     made.close()
 
@@ -250,7 +251,7 @@ def test_leaving_a_stream_gives_its_place_in_the_queue_back(scheduler: Scheduler
 
 def test_a_full_queue_refuses_at_the_door_and_says_when_to_come_again() -> None:
     engine = runtime(going=False)
-    scheduler = Scheduler(queue_samples=100, threads=1, observer=Observer())
+    scheduler = Scheduler(queue_samples=100, cores=Cores(1), observer=Observer())
     streams = [scheduler.submit(work(engine, 20, samples=4))]
     with pytest.raises(QueueFull, match="80 of 100 window-samples and this request needs 21") as refusal:
         scheduler.submit(work(engine, 21))
@@ -263,7 +264,7 @@ def test_a_full_queue_refuses_at_the_door_and_says_when_to_come_again() -> None:
 
 
 def test_an_empty_queue_takes_a_request_larger_than_itself() -> None:
-    scheduler = Scheduler(queue_samples=10, threads=1, observer=Observer())
+    scheduler = Scheduler(queue_samples=10, cores=Cores(1), observer=Observer())
     assert len(consume(scheduler.submit(work(runtime(), 30)))) == 30
     scheduler.close()
 
@@ -339,7 +340,7 @@ def test_out_of_memory_halves_the_batch_and_everything_is_answered(shortage: Exc
             raise shortage
 
     observer = Counting()
-    scheduler = Scheduler(queue_samples=10_000, threads=1, observer=observer)
+    scheduler = Scheduler(queue_samples=10_000, cores=Cores(1), observer=observer)
     engine = runtime(going=False, windows_per_batch=8, before=too_much)
     streams = [scheduler.submit(work(engine, 1, value=0))]
     assert engine.entered.wait(WAIT_S)
@@ -364,7 +365,7 @@ def test_when_the_inference_thread_dies_nobody_waits_for_it() -> None:
         def batch_done(self, model: str, *, windows: int, capacity: int, samples: int) -> None:
             raise RuntimeError("an observer that fails")
 
-    scheduler = Scheduler(queue_samples=10_000, threads=1, observer=Deadly())
+    scheduler = Scheduler(queue_samples=10_000, cores=Cores(1), observer=Deadly())
     engine = runtime(going=False)
     streams = [scheduler.submit(work(engine, 20, value=value)) for value in (1, 2, 3)]
     assert engine.entered.wait(WAIT_S)
@@ -411,7 +412,7 @@ def test_whatever_requests_do_every_one_ends_and_the_queue_is_empty(
             raise ValueError
 
     engine = runtime(windows_per_batch=3, before=fail)
-    scheduler = Scheduler(queue_samples=10_000, threads=1, observer=Observer())
+    scheduler = Scheduler(queue_samples=10_000, cores=Cores(1), observer=Observer())
 
     def request(num_windows: int, samples: int, what: str) -> int | PenumbraError:
         cancelled = threading.Event()
