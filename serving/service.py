@@ -164,9 +164,7 @@ def build_gateway(settings: Settings, telemetry: Telemetry) -> "Gateway":
     from serving.engine.segmenter import Segmenter
     from serving.gateway import Gateway
 
-    torch.set_num_threads(
-        1
-    )  # only the scheduler's lanes enter parallel regions; others would fight
+    torch.set_num_threads(1)  # only the scheduler's lanes enter parallel regions; others would fight
     limits = Limits(
         settings.limit_pixels, settings.limit_windows, settings.limit_samples, settings.limit_queue_samples,
         settings.limit_window_pixels,

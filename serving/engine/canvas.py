@@ -22,7 +22,7 @@ class Canvas:
         self._plan = plan
         self._top = max(plan.starts_y[first_row], 0)
         """Image row of the canvas' first row."""
-        rows = min(plan.window_height, plan.height)
+        rows = 0 if plan.num_windows == 1 else min(plan.window_height, plan.height)
         self._prob_hKW = np.zeros((rows, num_classes, plan.width), np.float32)
         self._entropy_hW = np.zeros((rows, plan.width), np.float32)
         self._extras_hEW = np.zeros((rows, num_extras, plan.width), np.float32)
@@ -36,6 +36,9 @@ class Canvas:
         plan = self._plan
         inside_y = slice(max(-window.y0, 0), min(plan.height - window.y0, window.height))
         inside_x = slice(max(-window.x0, 0), min(plan.width - window.x0, window.width))
+        if plan.num_windows == 1:
+            self._take(moments, inside_y, inside_x)
+            return
         y = max(window.y0, 0) - self._top
         rows = slice(y, y + inside_y.stop - inside_y.start)
         columns = slice(max(window.x0, 0), window.x0 + inside_x.stop)
@@ -50,6 +53,16 @@ class Canvas:
         if moments.extras_hEw is not None:
             blend(self._extras_hEW[rows, :, columns], moments.extras_hEw[inside_y, :, inside_x], share, column_weight)
 
+    def _take(self, moments: Moments, rows: slice, columns: slice) -> None:
+        """The only window of a plan is the image; there is nothing to blend it with."""
+        mean = np.float32(1 / moments.num_samples)
+        self._prob_hKW = np.ascontiguousarray(moments.prob_hKw[rows, :, columns])
+        self._entropy_hW = np.ascontiguousarray(moments.entropy_hw[rows, columns])
+        if moments.num_samples > 1:
+            self._prob_hKW, self._entropy_hW = self._prob_hKW * mean, self._entropy_hW * mean
+        if moments.extras_hEw is not None:
+            self._extras_hEW = np.ascontiguousarray(moments.extras_hEw[rows, :, columns])
+
     def finished(self, window: Window) -> Iterator[tuple[int, FloatArray, FloatArray, FloatArray]]:
         """After adding `window`: rows that no later window touches, as (y0, pbar_hKW, expected_entropy_hW, extras_hEW).
 
@@ -61,8 +74,11 @@ class Canvas:
             return
         last = window.row + 1 == len(plan.starts_y)
         num_rows = (plan.height if last else plan.starts_y[window.row + 1]) - self._top
-        expected_hW, extras_hEW = self._entropy_hW[:num_rows].copy(), self._extras_hEW[:num_rows].copy()
-        yield self._top, self._prob_hKW[:num_rows], expected_hW, extras_hEW
+        finished = self._prob_hKW[:num_rows], self._entropy_hW[:num_rows], self._extras_hEW[:num_rows]
+        if last:
+            yield self._top, *finished
+            return
+        yield self._top, finished[0], finished[1].copy(), finished[2].copy()
         self._top += num_rows
         for rows in (self._prob_hKW, self._entropy_hW, self._extras_hEW):
             kept = len(rows) - num_rows

@@ -66,6 +66,19 @@ INLINE void source(long i, long length, long size, int align_corners, long *belo
     *fraction = at - (float)*below;
 }
 
+/* out[row][i] = pixels[row][i] * factor[i] + offset[i], rounded twice as in the plain form; a row of pixels is
+ * `stride` bytes after the one before. */
+#if defined(__GNUC__) && !defined(__clang__)
+__attribute__((optimize("fp-contract=off")))
+#endif
+FOR_EACH_CPU void penumbra_normalise(
+    const uint8_t *restrict pixels, long stride, long rows, long length, const float *restrict factor,
+    const float *restrict offset, float *restrict out) {
+    for (long y = 0; y < rows; y++)
+        for (long i = 0; i < length; i++)
+            out[y * length + i] = (float)pixels[y * stride + i] * factor[i] + offset[i];
+}
+
 /* Adds, for output rows [y0, y1), the softmax of every resized sample to prob[h][K][w] and its entropy (nats)
  * to entropy[h][w]. logits: [S][K][fh][fw]. Returns 0, or 1 when out of memory.
  *

@@ -1,4 +1,4 @@
-"""Binding of kernels.c: three functions on numpy arrays that release the GIL while they run.
+"""Binding of kernels.c: functions on numpy arrays that release the GIL while they run.
 
 `COMPILED` is None where the extension was not built; callers then use their plain forms.
 """
@@ -22,6 +22,18 @@ def _load() -> ctypes.CDLL | None:
 
 
 COMPILED = _load()
+
+
+def normalise(pixels_hw3: NDArray[np.uint8], factor: FloatArray, offset: FloatArray) -> FloatArray:
+    """pixels * factor + offset, as float32 [h, w, 3]; both have the length of a row. Views of whole pixels are fine."""
+    rows, columns, channels = pixels_hw3.shape
+    assert COMPILED and pixels_hw3.strides[1:] == (channels, 1) and len(factor) == len(offset) == columns * channels
+    out = np.empty((rows, columns, channels), np.float32)
+    COMPILED.penumbra_normalise(
+        _pointer(pixels_hw3), *_longs(pixels_hw3.strides[0], rows, columns * channels), _pointer(factor),
+        _pointer(offset), _pointer(out),
+    )  # fmt: skip
+    return out
 
 
 def accumulate(

@@ -2,7 +2,7 @@
 
 
 class Observer:
-    """Receives events on the inference thread; the default ignores them."""
+    """Receives events, from any lane; the default ignores them."""
 
     def batch_done(self, model: str, *, windows: int, capacity: int, samples: int) -> None:
         """A batch of `windows` out of `capacity` windows, with `samples` samples in all, was run."""

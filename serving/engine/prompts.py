@@ -23,7 +23,7 @@ MAX_BOXES = 1000
 
 
 class PromptSource(Protocol):
-    """A checked prompt of one request. Its arrays may be made in the inference thread, window by window."""
+    """A checked prompt of one request. Its arrays may be made window by window, in any lane."""
 
     def cut(self, window: Window, plan: WindowPlan) -> PromptArrays: ...
 

@@ -53,7 +53,7 @@ def gdal() -> Iterator[None]:
 
 
 class Raster:
-    """A TIFF as uint8 [H, W, 3]: `raster[rows, columns]` reads just that, from any one thread at a time.
+    """A TIFF as uint8 [H, W, 3]: `raster[rows, columns]` reads just that; threads take turns.
 
     Grey is repeated, 16-bit values keep their high byte, and bands beyond the third are dropped. nodata: value of
     pixels that hold no measurement, or None.

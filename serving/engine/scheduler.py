@@ -75,6 +75,8 @@ class Stream:
             if isinstance(answer, PenumbraError):
                 raise answer
             if answer[1].num_samples != num_samples:
+                for _ in early:
+                    self._scheduler._consumed(self._job)
                 num_samples, due, early = answer[1].num_samples, work.first_window, {}
             early[answer[0].index] = answer
             while due in early:

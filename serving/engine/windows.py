@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.card import InputSpec, WindowSpec
+from serving.engine import kernels
 from serving.engine.kernels import FloatArray
 from serving.engine.raster import Pixels
 
@@ -161,6 +162,8 @@ def normalise(pixels_hw3: NDArray[np.uint8], norm: InputSpec) -> FloatArray:
     std = np.asarray(norm.std, np.float64)
     factor = np.tile((1 / (norm.scale * std)).astype(np.float32), width)
     offset = np.tile((-np.asarray(norm.mean) / std).astype(np.float32), width)
+    if kernels.COMPILED and pixels_hw3.strides[1:] == (3, 1):
+        return kernels.normalise(pixels_hw3, factor, offset)
     normalised: FloatArray = pixels_hw3.reshape(height, 3 * width) * factor  # whole rows: five times as fast
     normalised += offset
     return normalised.reshape(height, width, 3)

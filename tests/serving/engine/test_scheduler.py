@@ -385,7 +385,7 @@ def test_when_the_inference_thread_dies_nobody_waits_for_it() -> None:
 
 
 def test_a_call_runs_in_the_inference_thread_and_returns(scheduler: Scheduler) -> None:
-    assert scheduler.call(lambda: threading.current_thread().name) == "inference"
+    assert scheduler.call(lambda: threading.current_thread().name) == "inference-0"
 
 
 def test_a_calls_exception_is_raised_where_it_was_called_and_the_thread_goes_on(scheduler: Scheduler) -> None:
