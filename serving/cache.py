@@ -8,6 +8,8 @@ import hashlib
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -37,7 +39,25 @@ class AnswerCache:
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes, self._bytes = limit_bytes, 0
         self._kept: OrderedDict[Key, tuple[Prediction, float, int]] = OrderedDict()
+        self._in_work: dict[Key, threading.Event] = {}
         self._lock = threading.Lock()
+
+    @contextmanager
+    def first(self, key: Key, *, timeout_s: float) -> Iterator[None]:
+        """Let one of several equal requests work; the others come in when it is done, and find its answer or work."""
+        with self._lock:
+            other = self._in_work.get(key)
+            done = self._in_work.setdefault(key, threading.Event())
+        if other:
+            other.wait(timeout_s)
+            yield
+            return
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._in_work[key]
+            done.set()
 
     def find(self, key: Key, card: Card) -> Prediction | None:
         """A prediction of the very artifact that is loaded, with its age; None where there is none."""

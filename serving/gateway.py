@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import replace
 from typing import Literal, TypeVar
 
@@ -94,22 +94,29 @@ class Gateway:
         cancelled: threading.Event, request: Request, in_bands: bool,
     ) -> tuple[Prediction, T]:  # fmt: skip
         """In a request thread: the whole way of one image."""
-        begun = time.perf_counter()
-        request.timing_ms = {"wait": 1e3 * (begun - request.started)}
         key = self._key_of(image, options) if self._cache else None
-        prediction = self._recall(key, options) if key else None
-        if prediction:
-            prediction = replace(prediction, timing_ms=request.timing_ms)
-            body = write(prediction)
-        else:
-            prediction, body = self._make(image, options, write, cancelled, request, in_bands=in_bands)
-            if self._cache and key:
-                self._cache.keep(key, prediction, image_bytes=len(image) if isinstance(image, bytes) else image.nbytes)
+        with self._cache.first(key, timeout_s=self._left_s(options, request)) if self._cache and key else nullcontext():
+            begun = time.perf_counter()
+            request.timing_ms = {"wait": 1e3 * (begun - request.started)}
+            prediction = self._recall(key, options) if key else None
+            if prediction:
+                prediction = replace(prediction, timing_ms=request.timing_ms)
+                body = write(prediction)
+            else:
+                prediction, body = self._make(image, options, write, cancelled, request, in_bands=in_bands)
+                if self._cache and key:
+                    size = len(image) if isinstance(image, bytes) else image.nbytes
+                    self._cache.keep(key, prediction, image_bytes=size)
         spent_ms = sum(ms for phase, ms in prediction.timing_ms.items() if phase in ("decode", "total"))
         write_ms = 1e3 * (time.perf_counter() - begun) - spent_ms
         request.timing_ms = dict(prediction.timing_ms) | {"write": write_ms}
         self.telemetry.answered(prediction, request.timing_ms)
         return prediction, body
+
+    def _left_s(self, options: SegmentOptions, request: Request) -> float:
+        """Until the request's deadline."""
+        within_s = min(self._timeout_s, (options.deadline_ms or math.inf) / 1e3)
+        return request.started + within_s - time.perf_counter()
 
     def _key_of(self, image: bytes | NDArray[np.uint8], options: SegmentOptions) -> Key:
         """Raises what an image or options would be refused for."""
@@ -132,8 +139,8 @@ class Gateway:
         decoding = time.perf_counter()
         pixels = self._decode(image, options) if isinstance(image, bytes) else image
         before_ms = dict(request.timing_ms) | {"decode": 1e3 * (time.perf_counter() - decoding)}
-        within_s = min(self._timeout_s, (options.deadline_ms or math.inf) / 1e3)
-        answer = self.segmenter.unfold(pixels, options, cancelled=cancelled, deadline=request.started + within_s)
+        deadline = time.perf_counter() + self._left_s(options, request)
+        answer = self.segmenter.unfold(pixels, options, cancelled=cancelled, deadline=deadline)
         with closing(answer):
             if in_bands and not options.anytime:
                 body = write(answer.begun)

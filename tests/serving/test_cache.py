@@ -2,7 +2,11 @@
 
 import asyncio
 import io
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from models.errors import BadImage, BadOption
+from models.errors import BadImage, BadOption, ModelFault
 from serving.cache import AnswerCache, key_of
 from serving.engine.answer import Prediction
 from serving.engine.options import PROBABILITIES, SegmentOptions
@@ -27,6 +31,7 @@ from tests.serving.server import serving
 
 IMAGE = picture(np.random.Generator(np.random.PCG64(0)), 20, 30)
 OPTIONS = SegmentOptions(model="toy-latent", samples=3, seed=1)
+WAIT_S = 30
 SIZE = 2 * 3 * 600 + 600 * (1 + 3 * 4)
 """Of an answer to IMAGE: the picture as sent and decoded, labels, three maps."""
 
@@ -132,6 +137,53 @@ def test_an_answer_with_fewer_samples_than_asked_is_not_kept(segmenter: Segmente
     assert cache.find(key, card) is None
     cache.keep(key, prediction, image_bytes=IMAGE.nbytes)
     assert cache.find(key, card)
+
+
+def ask_while_an_equal_one_is_written(cached: Gateway, write: Callable[[], None]) -> Prediction:
+    """The answer to a request that comes while the first, whatever becomes of it, is at its writing."""
+    writing, go = threading.Event(), threading.Event()
+
+    def write_first(_: Prediction) -> None:
+        writing.set()
+        assert go.wait(WAIT_S)
+        write()
+
+    def ask_first() -> None:
+        with suppress(ModelFault):
+            asyncio.run(cached.answer(IMAGE, OPTIONS, write_first, request=Request()))
+
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(ask_first)
+        assert writing.wait(WAIT_S)
+        second = threads.submit(ask, cached)
+        while cached._inflight < 2:
+            time.sleep(0.001)
+        go.set()
+        first.result(WAIT_S)
+        return second.result(WAIT_S)
+
+
+def test_of_equal_requests_at_the_same_moment_one_is_computed(segmenter: Segmenter) -> None:
+    cached = gateway(segmenter)
+    assert ask_while_an_equal_one_is_written(cached, lambda: None).age_s is not None
+    assert counts(cached) == (1, 1)
+
+
+def test_where_the_first_of_equal_requests_fails_the_next_is_computed(segmenter: Segmenter) -> None:
+    cached = gateway(segmenter)
+
+    def fail() -> None:
+        raise ValueError
+
+    assert ask_while_an_equal_one_is_written(cached, fail).age_s is None
+    assert counts(cached) == (0, 2)
+
+
+def test_nobody_waits_longer_for_an_equal_request_than_its_deadline() -> None:
+    cache, key = AnswerCache(2**20), key_of(IMAGE, toy_card("latent")[0], OPTIONS, num_samples=3)
+    with cache.first(key, timeout_s=0), cache.first(key, timeout_s=0.01), cache.first(key, timeout_s=-1):
+        pass
+    assert not cache._in_work
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.integers(0, 4))
