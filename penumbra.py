@@ -100,9 +100,7 @@ def the_model(store: Path, model: str | None) -> str:
 @main.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--model", "-m", help="Which model; may be left out when the store has one.")
-@click.option(
-    "--output", "-o", type=click.Path(path_type=Path, file_okay=False), default=Path("out"), show_default=True
-)
+@click.option("--output", "-o", type=click.Path(path_type=Path, file_okay=False), default="out", show_default=True)
 @of_answers
 @STORE
 @JSON
@@ -217,13 +215,8 @@ def train(recipe: Path, data: Path, **options: Any) -> None:
 @click.option(
     "--classes", metavar="NAME|FILE", help="voc, cityscapes, camvid, or a file of names; by count if left out."
 )
-@click.option(
-    "--protocol",
-    type=click.Choice(["published", "penumbra"]),
-    default="published",
-    show_default=True,
-    help="Run as the paper's code does, or as we would.",
-)
+@click.option("--protocol", type=click.Choice(["published", "penumbra"]), default="published", show_default=True,
+              help="Run as the paper's code does, or as we would.")  # fmt: skip
 @click.option("--sampling", help="Where the method has a choice: dropout, for one.")
 @JSON
 def import_files(
@@ -327,6 +320,21 @@ def verify(name: str, version: int | None, store: Path, as_json: bool) -> None:
 
     directory = find_artifact(store, name, version)
     print_parity(artifact_card(directory), directory, as_json=as_json, measured=verify_artifact(directory))
+
+
+@main.command()
+@click.argument("name")
+@click.option("--key", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Private, Ed25519, PEM.")
+@click.option("--version", type=int, help="The newest by default.")
+@STORE
+def sign(name: str, key: Path, version: int | None, store: Path) -> None:
+    """Sign an artifact whose hashes hold, for servers that serve signed ones alone."""
+    from serving.engine.signature import read_private_key, sign_card
+    from serving.engine.store import find_artifact, open_artifact
+
+    artifact = open_artifact(find_artifact(store, name, version))
+    path = sign_card(artifact.directory, artifact.card_bytes, read_private_key(key))
+    click.echo(f"{path}: signed {artifact.card.name} version {artifact.card.version}")
 
 
 def of_frames(verb: Any) -> Any:

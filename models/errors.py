@@ -25,7 +25,7 @@ Messages are one sentence: what was wrong, the value, what would be right. No tr
     ├── ModelFault           the model failed or produced NaN for this request
     └── Refused              offline: files that must not be used
         ├── BadCheckpoint    not a checkpoint of ours, or not of this network
-        ├── BadArtifact      hashes, card or golden window do not hold
+        ├── BadArtifact      hashes, card, signature or golden window do not hold
         ├── BadData          a data set is incomplete or inconsistent
         └── ParityFailed     an export does not reproduce its checkpoint
 """
@@ -124,7 +124,7 @@ class BadCheckpoint(Refused):
 
 
 class BadArtifact(Refused):
-    """Hashes, card or golden window of an artifact do not hold."""
+    """Hashes, card, signature or golden window of an artifact do not hold."""
 
 
 class BadData(Refused):

@@ -4,7 +4,7 @@
 
 One worker process per device. Every route is ours (`serving.rest`, `serving.oip_rest`) on a mounted Starlette app, gRPC
 runs in the same event loop (`serving.oip_grpc`), and one typed BentoML route serves `bentoml.SyncHTTPClient`. This
-module is also imported by BentoML's supervisor, so torch and the engine are imported where the worker builds its
+module is also imported by BentoML's supervisor, so torch and what imports it are imported where the worker builds its
 service. BentoML's metrics, UI page, URL inputs, pickle bodies, batching and inter-process calls are off.
 """
 
@@ -25,6 +25,7 @@ from starlette.responses import JSONResponse
 
 from models.errors import BadArtifact, BadOption, PenumbraError
 from serving import VERSION
+from serving.engine.signature import PublicKeys, read_public_keys
 from serving.guard import Bounds, Guard, Timeout
 from serving.head import bound_heads
 from serving.keys import read_keys, warn_if_open
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 SETTINGS = Settings()
 TELEMETRY = Telemetry(latency_buckets_s=SETTINGS.latency_buckets_s)
 KEYS = read_keys(SETTINGS.api_keys.get_secret_value(), SETTINGS.api_keys_file)
+TRUSTED_KEYS = None if SETTINGS.trusted_keys_file is None else read_public_keys(SETTINGS.trusted_keys_file)
 PR_SET_PDEATHSIG = 1
 """From <linux/prctl.h>."""
 APP = Starlette()
@@ -77,7 +79,7 @@ class Penumbra:
         end_with_parent()
         if SETTINGS.otlp_endpoint:
             use_bentomls_provider()
-        self.gateway = build_gateway(SETTINGS, TELEMETRY)
+        self.gateway = build_gateway(SETTINGS, TELEMETRY, trusted_keys=TRUSTED_KEYS)
         scheduler = self.gateway.segmenter.scheduler
         TELEMETRY.describe(version=VERSION, queued_windows=lambda: scheduler.queued[0])
         self.grpc: GrpcServer | None = None
@@ -155,7 +157,7 @@ def _as_lists(prediction: Any) -> PredictAnswer:
     return PredictAnswer(labels=prediction.labels_HW.tolist(), **maps)
 
 
-def build_gateway(settings: Settings, telemetry: Telemetry) -> "Gateway":
+def build_gateway(settings: Settings, telemetry: Telemetry, *, trusted_keys: PublicKeys | None) -> "Gateway":
     """The engine over the store, and the gateway over the engine. A store without one good model is an error."""
     import torch
 
@@ -175,7 +177,7 @@ def build_gateway(settings: Settings, telemetry: Telemetry) -> "Gateway":
     )  # fmt: skip
     segmenter = Segmenter.open(
         settings.store, limits=limits, device=settings.device or None, threads=settings.threads or None,
-        lanes=settings.lanes or None, tuning=tuning, observer=telemetry,
+        lanes=settings.lanes or None, tuning=tuning, observer=telemetry, trusted_keys=trusted_keys,
     )  # fmt: skip
     if not segmenter.cards():
         reasons = "; ".join(segmenter.refused.values()) or "it is empty"

@@ -41,7 +41,8 @@ class Settings(BaseSettings):
     predrain_s: how long readiness is down before connections are closed on SIGTERM.
     latency_buckets_s: bounds of the latency histograms. otlp_endpoint: collector of traces, empty for none;
     trace_share: of the requests that are traced, unless their caller says so.
-    api_keys, api_keys_file: `serving.keys`; none lets everybody in.
+    api_keys, api_keys_file: `serving.keys`; none lets everybody in. trusted_keys_file: public keys of which one must
+    have signed an artifact (`serving.engine.signature`); none takes any artifact.
     """
 
     model_config = SettingsConfigDict(env_prefix="PENUMBRA_", frozen=True, extra="ignore")
@@ -80,3 +81,4 @@ class Settings(BaseSettings):
     trace_share: float = Field(1.0, ge=0, le=1)
     api_keys: SecretStr = SecretStr("")
     api_keys_file: Path | None = None
+    trusted_keys_file: Path | None = None

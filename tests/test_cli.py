@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from PIL import Image
 
 from models.card import Parity
@@ -54,7 +56,10 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def test_help_lists_the_verbs_in_the_order_of_the_work() -> None:
     output = run("--help").stdout
-    verbs = ("serve", "predict", "models", "train", "import", "ensemble", "export", "verify", "evaluate", "calibrate")
+    verbs = (
+        "serve", "predict", "models", "train", "import", "ensemble", "export", "verify", "sign", "evaluate",
+        "calibrate",
+    )  # fmt: skip
     places = [output.index(f"\n  {verb} ") for verb in verbs]
     assert places == sorted(places)
     assert run("--version").exit_code == 0
@@ -198,6 +203,24 @@ def test_verify_refuses_a_changed_artifact_with_exit_code_1(checkpoint: Path, tm
 def test_verify_of_what_is_not_there_is_exit_code_2(toy_store: Path) -> None:
     failed(run("verify", "unheard", "--store", toy_store), 2, "'unheard'", "toy-latent")
     failed(run("verify", "toy-latent", "--version", 7, "--store", toy_store), 2, "no version 7")
+
+
+def test_sign_signs_the_newest_version_whose_hashes_hold(checkpoint: Path, tmp_path: Path) -> None:
+    store, key = tmp_path / "store", Ed25519PrivateKey.from_private_bytes(bytes(32))
+    pem = tmp_path / "signing.pem"
+    pem.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    older, newer = store / "toy-latent" / "1", store / "toy-latent" / "2"
+    run("export", checkpoint, "--store", store)
+    run("export", checkpoint, "--store", store)
+    result = run("sign", "toy-latent", "--store", store, "--key", pem)
+    assert result.exit_code == 0 and result.stdout == f"{newer / 'card.sig'}: signed toy-latent version 2\n"
+    open_artifact(newer, trusted_keys=(key.public_key(),))
+    (older / "encode.ts").write_bytes(b"changed")
+    failed(run("sign", "toy-latent", "--version", 1, "--store", store, "--key", pem), 1, "encode.ts was changed")
+    failed(run("sign", "toy-latent", "--store", store, "--key", checkpoint), 2, "toy.safetensors is no Ed25519 private")
+    failed(run("sign", "toy-latent", "--store", store, "--key", tmp_path / "no.pem"), 2, "no.pem cannot be read")
+    failed(run("sign", "unheard", "--store", store, "--key", pem), 2, "'unheard'", "toy-latent")
+    assert not (older / "card.sig").exists() and run("verify", "toy-latent", "--store", store).exit_code == 0
 
 
 def test_export_of_a_bad_checkpoint_is_exit_code_1_and_writes_nothing(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from serving.engine.prompts import PromptSource, check_prompt
 from serving.engine.raster import Pixels
 from serving.engine.runtime import Runtime, Tuning
 from serving.engine.scheduler import Scheduler
+from serving.engine.signature import PublicKeys
 from serving.engine.store import find_artifact, open_artifact, versions
 from serving.engine.windows import count_windows, cover
 from serving.engine.work import NORMAL, Cores, Work
@@ -45,13 +46,16 @@ class Segmenter:
     def __init__(
         self, *, limits: Limits | None = None, device: str | None = None, threads: int | None = None,
         lanes: int | None = None, tuning: Tuning | None = None, observer: Observer | None = None,
+        trusted_keys: PublicKeys | None = None,
     ) -> None:  # fmt: skip
         """device: "cpu" or "cuda[:n]", by default CUDA where there is one. threads: of all inference, by default one
-        per core this process may use. lanes: batches at a time, by default one per thread on a CPU and one on a GPU."""
+        per core this process may use. lanes: batches at a time, by default one per thread on a CPU and one on a GPU.
+        trusted_keys: artifacts that none of them has signed are refused; None takes any."""
         keep_freed_memory()
         self.limits = limits or Limits()
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._tuning = tuning or Tuning()
+        self._trusted_keys = trusted_keys
         threads = threads or len(os.sched_getaffinity(0))
         lanes = min(lanes or (threads if self._device.type == "cpu" else 1), threads)
         self._cores = Cores(threads, lanes, widen=not self._tuning.deterministic)
@@ -81,7 +85,7 @@ class Segmenter:
     def load(self, directory: Path) -> Card:
         """Open an artifact, reproduce its golden window, warm it up, then make it available. Raises BadArtifact."""
         started = time.perf_counter()
-        artifact = open_artifact(directory)
+        artifact = open_artifact(directory, trusted_keys=self._trusted_keys)
 
         def make_ready() -> Runtime:
             torch.set_num_threads(self._cores.threads)  # of those backends that bring their own, too

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from models.card import Card, parse_card
 from models.errors import BadArtifact, UnknownModel
+from serving.engine.signature import PublicKeys, check_signature
 
 if TYPE_CHECKING:  # torch is imported where tensors are read: looking into a store is instant
     from torch import Tensor
@@ -59,6 +60,8 @@ class Artifact:
     directory: Path
     card: Card
     golden: Golden
+    card_bytes: bytes
+    """As the card was read; what is signed."""
 
 
 def sha256_of(path: Path) -> str:
@@ -71,9 +74,20 @@ def artifact_card(directory: Path) -> Card:
 
     Raises BadArtifact: a card that does not read, belongs elsewhere, or names no exported files.
     """
+    return _parse(directory, _read_card(directory))
+
+
+def _read_card(directory: Path) -> bytes:
     try:
-        card = parse_card((directory / CARD).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError):
+        return (directory / CARD).read_bytes()
+    except OSError:
+        raise BadArtifact(f"{directory} has no readable {CARD}; export the checkpoint again") from None
+
+
+def _parse(directory: Path, card_bytes: bytes) -> Card:
+    try:
+        card = parse_card(card_bytes.decode("utf-8"))
+    except UnicodeDecodeError:
         raise BadArtifact(f"{directory} has no readable {CARD}; export the checkpoint again") from None
     except BadArtifact as error:
         raise BadArtifact(f"{directory}: {error}") from None
@@ -84,9 +98,15 @@ def artifact_card(directory: Path) -> Card:
     return card
 
 
-def open_artifact(directory: Path) -> Artifact:
-    """Read and check an artifact. Raises BadArtifact as `artifact_card`, or a missing file, or a wrong hash."""
-    card = artifact_card(directory)
+def open_artifact(directory: Path, *, trusted_keys: PublicKeys | None = None) -> Artifact:
+    """Read and check an artifact; with `trusted_keys`, first of all that one of them has signed it.
+
+    Raises BadArtifact as `artifact_card` and `check_signature`, or a missing file, or a wrong hash.
+    """
+    card_bytes = _read_card(directory)  # once: what is signed is what is parsed
+    if trusted_keys is not None:
+        check_signature(directory, card_bytes, trusted_keys)
+    card = _parse(directory, card_bytes)
     assert card.export
     for name, wanted in card.export.files.items():
         path = directory / name
@@ -94,7 +114,7 @@ def open_artifact(directory: Path) -> Artifact:
             raise BadArtifact(f"{directory} lacks the file {name} that its card names; export the checkpoint again")
         if sha256_of(path) != wanted:
             raise BadArtifact(f"{path} was changed after its export (sha256 differs from the card); export it again")
-    return Artifact(directory, card, _read_golden(directory / GOLDEN))
+    return Artifact(directory, card, _read_golden(directory / GOLDEN), card_bytes)
 
 
 def _read_golden(path: Path) -> Golden:
