@@ -70,6 +70,7 @@ class Penumbra:
     """Loads the store, then answers."""
 
     def __init__(self) -> None:
+        gc.disable()  # until all is loaded: collecting while torch is imported takes a quarter of its time
         from serving import jobs_rest, oip_rest
         from serving.jobs import Jobs, job_bounds
         from serving.oip import Inference
@@ -97,6 +98,7 @@ class Penumbra:
         """Ready; on SIGTERM readiness falls first, and connections close `predrain_s` later."""
         gc.collect()
         gc.freeze()
+        gc.enable()
         gc.set_threshold(50_000, 20, 100)  # what a request makes is freed by count of references
         stop = signal.getsignal(signal.SIGTERM)
         loop = asyncio.get_running_loop()

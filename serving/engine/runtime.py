@@ -30,6 +30,8 @@ WORTHWHILE = 0.95
 """A larger batch or chunk must take at most this share of a smaller one's time, or it is not worth its memory."""
 BATCH_BYTES = {"cpu": 2**26, "cuda": 2**29}
 """Moments of one batch of windows at most; a request holds those of up to three."""
+SLOW = 2
+"""Times the budget of tuning that a window takes of one core."""
 FEW = 3
 """Candidates that are always tried, time permitting: one disturbed measurement must not end the search."""
 
@@ -70,6 +72,8 @@ class Runtime:
         self.card: Card = artifact.card
         self.windows_per_batch = 1
         self.samples_per_call = 1
+        self._window_core_s = 0.0
+        """Seconds times cores of one window with the usual samples, as measured while getting ready."""
         self._golden = artifact.golden
         self._backend: Backend = load_backend(artifact.card, artifact.directory, device)
         self._rows = ThreadPoolExecutor(threads, thread_name_prefix="rows")
@@ -130,9 +134,10 @@ class Runtime:
     def check_golden(self) -> None:
         """Run the golden window, without and with its prompt. Raises BadArtifact when this machine does not
         reproduce it."""
-        golden = self._golden
+        golden, started = self._golden, time.perf_counter()
         features = self._backend.encode(golden.image_B3hw)
         self._check_answer(features, golden.plain)
+        self._window_core_s = _core_seconds(started) / len(golden.image_B3hw)
         if golden.prompted:
             self._check_answer(self._backend.take_prompt(golden.image_B3hw, features, golden.prompt), golden.prompted)
 
@@ -160,24 +165,32 @@ class Runtime:
             )
 
     def warm_up(self, tuning: Tuning) -> None:
-        """Run once, and set the chunk of samples and the batch of windows: as told, or what is fastest here."""
+        """Set the chunk of samples and the batch of windows: as told, or what is fastest here, after a first run.
+
+        A network that is slow on a CPU keeps one of each: more gain nothing there, and its golden window was its run.
+        """
         pieces = self._golden_pieces()
-        self.run(pieces[:1])
+        is_slow = self._backend.device.type == "cpu" and self._window_core_s > SLOW * tuning.budget_s
+        if not is_slow:
+            self.run(pieces[:1])
         if tuning.samples_per_call:
             self.samples_per_call = tuning.samples_per_call
-        elif self.card.sampling.kind in ("latent", "dropout"):
+        elif self.card.sampling.kind in ("latent", "dropout") and not is_slow:
             features = self._encode(pieces[:1])
             chunks = [size for size in SIZES if size <= len(pieces[0].noise_SL)]
             share_s = tuning.budget_s / 3
             self._choose("samples_per_call", chunks, lambda: self._sample(features, pieces[:1]), budget_s=share_s)
         if tuning.windows_per_batch:
             self.windows_per_batch = tuning.windows_per_batch
-        elif (
-            self.card.window.height
-        ):  # images that are seen whole differ in size: what pays for one may not fit another
+        elif self.card.window.height and not is_slow:
+            # Images that are seen whole differ in size: what pays for one may not fit another.
             share_s = tuning.budget_s * 2 / 3
             sizes = [size for size in SIZES if size == 1 or size * self._window_bytes <= self._batch_bytes]
             self._choose("windows_per_batch", sizes, lambda: self._run_full_batch(pieces), budget_s=share_s)
+        if not is_slow:
+            started = time.perf_counter()
+            self.run(pieces[:1])
+            self._window_core_s = _core_seconds(started)
         if tuning.deterministic:
             self.windows_per_batch = self._largest_identical_batch(pieces)
         log.info(
@@ -186,14 +199,16 @@ class Runtime:
             ", each with the same bytes as alone" if tuning.deterministic else "",
         )  # fmt: skip
 
-    def seconds_per_pixel(self) -> Iterator[tuple[int, float]]:
-        """A window's, with the fewest samples and with the usual number, as measured now."""
+    def core_seconds_per_pixel(self) -> Iterator[tuple[int, float]]:
+        """A window's, with the fewest samples, as measured now, and with the usual number."""
         piece = self._golden_pieces()[0]
-        usual = len(piece.noise_SL)
-        for num_samples in sorted({1, usual}) if self.card.sampling.kind in ("latent", "dropout") else [usual]:
+        num_pixels, usual = piece.image_hw3.shape[0] * piece.image_hw3.shape[1], len(piece.noise_SL)
+        if self.card.sampling.kind in ("latent", "dropout") and usual > 1:
+            alone = replace(piece, noise_SL=piece.noise_SL[:1])
             started = time.perf_counter()
-            self.run([replace(piece, noise_SL=piece.noise_SL[:num_samples])])
-            yield num_samples, (time.perf_counter() - started) / (piece.image_hw3.shape[0] * piece.image_hw3.shape[1])
+            self.run([alone])
+            yield 1, _core_seconds(started) / num_pixels
+        yield usual, self._window_core_s / num_pixels
 
     @property
     def _window_bytes(self) -> int:
@@ -221,8 +236,7 @@ class Runtime:
             setattr(self, setting, size)
             started = time.perf_counter()
             work()
-            windows = size if setting == "windows_per_batch" else 1
-            return (time.perf_counter() - started) / windows
+            return (time.perf_counter() - started) / (size if setting == "windows_per_batch" else 1)
 
         for size in sizes:  # the first few, then up as long as it pays
             fastest = min(best_s.values(), default=float("inf"))
@@ -250,6 +264,11 @@ class Runtime:
 
     def close(self) -> None:
         self._rows.shutdown()
+
+
+def _core_seconds(started: float) -> float:
+    """Since then, on the cores of this lane."""
+    return (time.perf_counter() - started) * torch.get_num_threads()
 
 
 def _relative_error(got: Tensor, wanted: Tensor) -> float:

@@ -194,9 +194,9 @@ class Scheduler:
 
     def get_to_know(self, runtime: Runtime) -> None:
         """Measure a model's pace before its first request. Only within a `call`."""
-        for num_samples, pixel_s in runtime.seconds_per_pixel():
+        for num_samples, pixel_core_s in runtime.core_seconds_per_pixel():
             with self._condition:
-                self._paces.of(runtime).learn(num_samples, pixel_s * torch.get_num_threads())
+                self._paces.of(runtime).learn(num_samples, pixel_core_s)
 
     # -- the lanes --------------------------------------------------------------------------------
 
