@@ -2,9 +2,9 @@
 
     python -m benchmarks.overhead [--model np_semiseg-camvid]
 
-The bare loop runs the same windows with the same batch size and samples through the same runtime, in the
-inference thread, without decoding, scheduling, stitching, writing or HTTP. Both take turns on this machine;
-the clients' own work counts against the server.
+The bare loop runs the same windows with the same batch size and samples through the same runtime, in as many
+lanes, without decoding, scheduling, stitching, writing or HTTP. Both take turns on this machine; the clients' own
+work counts against the server.
 """
 
 import http.client
@@ -18,12 +18,14 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import click
 import numpy as np
 from PIL import Image
 
+from benchmarks.lanes import in_lanes
 from benchmarks.rounds import save
 from serving.engine.noise import SeededNoise
 from serving.engine.runtime import Piece, Tuning
@@ -60,13 +62,11 @@ def bare_loop(segmenter: Segmenter, name: str, images: list[np.ndarray]) -> floa
         plan = cover(*image.shape[:2], card.window)
         pieces += [Piece(cut(image, w, plan, spec=card.window, norm=card.input), noise) for w in plan]
 
-    def run_all() -> float:
-        started = time.perf_counter()
-        for i in range(0, len(pieces), runtime.windows_per_batch):
-            runtime.run(pieces[i : i + runtime.windows_per_batch])
-        return time.perf_counter() - started
-
-    return len(pieces) / segmenter.scheduler.call(run_all)
+    size = runtime.windows_per_batch
+    batches = [pieces[i : i + size] for i in range(0, len(pieces), size)]
+    started = time.perf_counter()
+    in_lanes(segmenter.cores, [partial(runtime.run, batch) for batch in batches])
+    return len(pieces) / (time.perf_counter() - started)
 
 
 def served(port: int, name: str, bodies: list[bytes], windows: list[int]) -> float:

@@ -53,6 +53,7 @@ def _memory(name: str) -> int:
 
 def of_penumbra(artifact: Path, side: int, batch: int, labels: Path) -> dict[str, Any]:
     """`network` is the graphs alone, `moments` with the mean probabilities and entropies of every window."""
+    from benchmarks.lanes import in_lanes
     from benchmarks.peers.network import THREADS
     from serving.engine.options import SegmentOptions
     from serving.engine.runtime import Piece, Tuning
@@ -70,7 +71,7 @@ def of_penumbra(artifact: Path, side: int, batch: int, labels: Path) -> dict[str
         noise_SBL, graphs = torch.zeros(1, len(pieces), 0), runtime._backend
 
         def loop(work: Callable[[], object]) -> Callable[[], object]:
-            return lambda: segmenter.scheduler.call(lambda: [work() for _ in range(num_batches)])
+            return lambda: in_lanes(segmenter.cores, [work] * num_batches)
 
         bare = {
             "network": loop(lambda: graphs.decode(graphs.encode(image_B3hw), noise_SBL)),

@@ -58,12 +58,12 @@ class Segmenter:
         self._trusted_keys = trusted_keys
         threads = threads or len(os.sched_getaffinity(0))
         lanes = min(lanes or (threads if self._device.type == "cpu" else 1), threads)
-        self._cores = Cores(threads, lanes, widen=not self._tuning.deterministic)
+        self.cores = Cores(threads, lanes, widen=not self._tuning.deterministic)
         self._observer = observer or Observer()
         self._runtimes: dict[str, dict[int, Runtime]] = {}
         self.refused: dict[str, str] = {}
         self.scheduler = Scheduler(
-            queue_samples=self.limits.queue_samples, cores=self._cores, observer=self._observer,
+            queue_samples=self.limits.queue_samples, cores=self.cores, observer=self._observer,
             target_s=self._tuning.target_s,
         )  # fmt: skip
 
@@ -88,10 +88,10 @@ class Segmenter:
         artifact = open_artifact(directory, trusted_keys=self._trusted_keys)
 
         def make_ready() -> Runtime:
-            torch.set_num_threads(self._cores.threads)  # of those backends that bring their own, too
-            runtime = Runtime(artifact, device=self._device, threads=self._cores.threads)
+            torch.set_num_threads(self.cores.threads)  # of those backends that bring their own, too
+            runtime = Runtime(artifact, device=self._device, threads=self.cores.threads)
             runtime.check_golden()
-            torch.set_num_threads(self._cores.least)  # sizes are chosen for a server that has much to do
+            torch.set_num_threads(self.cores.least)  # sizes are chosen for a server that has much to do
             runtime.warm_up(self._tuning)
             self.scheduler.get_to_know(runtime)
             return runtime
