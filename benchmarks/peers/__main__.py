@@ -1,7 +1,7 @@
 """Penumbra beside other servers, and its windows beside MONAI's: one run, one machine, the same files and pictures.
 
     python -m benchmarks.peers                                   # all of it
-    python -m benchmarks.peers --seconds 4 --only penumbra --only litserve
+    python -m benchmarks.peers --requests 5 --only penumbra --only litserve
 
 docs/peers.md says how each is set up and what the numbers mean. Figures go to benchmarks/results/peers.json with a plot
 beside them. What is not installed is named and left out (`make .venv/peers` fetches it).
@@ -44,10 +44,12 @@ Figures = dict[str, Any]
 
 
 @click.command()
-@click.option("--seconds", default=12.0, show_default=True, help="Of traffic of each kind for each server and model.")
+@click.option(
+    "--requests", default=5, show_default=True, help="Of each client in a slice; each size is asked for as often if 5."
+)
 @click.option("--side", default=4096, show_default=True, help="Of the large picture, in px.")
 @click.option("--only", multiple=True, type=click.Choice([*SERVERS, "monai"]), help="These alone; repeatable.")
-def main(seconds: float, side: int, only: tuple[str, ...]) -> None:
+def main(requests: int, side: int, only: tuple[str, ...]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers are ended too
     chosen = [name for name in [*SERVERS, "monai"] if not only or name in only]
     missing = [name for name in chosen if name in NEEDS and not NEEDS[name].exists()]
@@ -55,11 +57,11 @@ def main(seconds: float, side: int, only: tuple[str, ...]) -> None:
         click.echo(f"{name} is not installed and left out; make .venv/peers fetches it")
     present = [name for name in chosen if name not in missing]
     servers = [name for name in present if name in SERVERS]
-    results: Figures = {"seconds": seconds, "left out": missing}
+    results: Figures = {"requests of a client in a slice": requests, "left out": missing}
     try:
         with tempfile.TemporaryDirectory() as folder:
             for model in MODELS if servers else ():
-                for kind, figures in measure_traffic(model, servers, Path(folder) / model, seconds).items():
+                for kind, figures in measure_traffic(model, servers, Path(folder) / model, requests).items():
                     results[f"{model}, {kind}"] = figures
             if "monai" in present:
                 results["one large picture in windows"] = measure_windows(Path(folder) / "raster", side)
@@ -68,7 +70,7 @@ def main(seconds: float, side: int, only: tuple[str, ...]) -> None:
         plots.draw(results, RESULTS / "peers.png")
 
 
-def measure_traffic(model: str, servers: list[str], folder: Path, seconds: float) -> Figures:
+def measure_traffic(model: str, servers: list[str], folder: Path, requests: int) -> Figures:
     """Figures by kind of traffic and server; each kind with the servers that are set up for it."""
     made = {image.shape[:2]: jpeg for image, jpeg in pictures()}
     mixed, uniform = list(made.values()), [made[size] for size in UNIFORM]
@@ -79,12 +81,12 @@ def measure_traffic(model: str, servers: list[str], folder: Path, seconds: float
     stitched = NEEDS["monai"].exists()
     of_windows = Task(export_network(network, card, folder / "windows/store"), not stitched, folder / "windows")
     kinds = {"mixed sizes, in windows": mixed, "one size": uniform} if stitched else {"one size": uniform}
-    return take_turns(of_whole, servers, {"mixed sizes, run whole": mixed}, seconds) | take_turns(
-        of_windows, servers, kinds, seconds
+    return take_turns(of_whole, servers, {"mixed sizes, run whole": mixed}, requests) | take_turns(
+        of_windows, servers, kinds, requests
     )
 
 
-def take_turns(task: Task, servers: list[str], kinds: dict[str, list[bytes]], seconds: float) -> Figures:
+def take_turns(task: Task, servers: list[str], kinds: dict[str, list[bytes]], requests: int) -> Figures:
     """All servers are up at once; slices of their traffic are in shuffled order. The first answers only warm up."""
     results: Figures = {}
     with ExitStack() as stack:
@@ -102,7 +104,7 @@ def take_turns(task: Task, servers: list[str], kinds: dict[str, list[bytes]], se
             slices = {name: Slices() for name in servers}
             for turn in range(ROUNDS):
                 for name in random.Random(turn).sample(servers, len(servers)):
-                    run_slice(connect[name], jpegs, slices[name], seconds=seconds / ROUNDS)
+                    run_slice(connect[name], jpegs, slices[name], requests=requests)
             first = answers[servers[0]]
             results[kind] = {
                 name: one.figures() | {"labels as the first server's": agreement(answers[name], first)}
