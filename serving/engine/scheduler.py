@@ -106,6 +106,8 @@ class Scheduler:
         self._calls: list[tuple[Callable[[], object], Future[object]]] = []
         self._idle, self._free = set(range(cores.lanes)), cores.threads
         """Lanes without work, and cores that no lane uses."""
+        self._working, self._stepped_back, self._most_working = 0, 0, cores.lanes
+        """Lanes that run something, and that wait to do so with nobody beside them; how many may run at a time."""
         self._paces = Paces(cores, target_s)
         self._levels = {priority: Level(priority) for priority in STRIDES}
         self._turn = 0.0
@@ -208,7 +210,7 @@ class Scheduler:
                 run()
                 with self._condition:
                     self._idle.add(lane)
-                    self._free += cores
+                    self._free, self._working = self._free + cores, self._working - 1
                     self._condition.notify_all()
         finally:
             self._abandon()
@@ -221,15 +223,20 @@ class Scheduler:
         """
         with self._condition:
             while not (self._stopped and not self._jobs and not self._calls):
-                if lane == min(self._idle) and self._free >= self._cores.least:
+                if lane == min(self._idle) and self._has_place:
                     turn = self._take_call() if lane == 0 and self._calls else self._take()
                     if turn:
                         self._idle.remove(lane)
-                        self._free -= turn[0]
+                        self._free, self._working = self._free - turn[0], self._working + 1
                         self._condition.notify_all()
                         return turn
                 self._condition.wait()
         return None
+
+    @property
+    def _has_place(self) -> bool:
+        """Whether one lane more may begin."""
+        return self._free >= self._cores.least and self._working < self._most_working and not self._stepped_back
 
     def _take_call(self) -> Turn:
         function, future = self._calls.pop(0)
@@ -279,22 +286,36 @@ class Scheduler:
             samples=num_windows * batch.num_samples,
         )  # fmt: skip
 
-    def _answer(self, batch: Batch) -> list[Answer]:
-        """Run a batch; on failure, in parts: halves when memory is short, else request by request."""
+    def _answer(self, batch: Batch, *, is_alone: bool = False) -> list[Answer]:
+        """Run a batch; on failure, in parts: halves when memory is short, at last alone; else request by request."""
         runtime, windows = batch.runtime, batch.windows
         try:
             return list(runtime.run([_piece(job, window, batch.num_samples) for job, window in windows]))
         except Exception as error:
-            in_halves = is_out_of_memory(error) and len(windows) > 1
-            if not in_halves and len({job for job, _ in windows}) == 1:
+            others = 0 if is_alone else self._working + self._stepped_back - 1
+            short = is_out_of_memory(error) and (len(windows) > 1 or others > 0)
+            if not short and len({job for job, _ in windows}) == 1:
                 return [_fault_of(error, runtime.card.name)] * len(windows)
         # Here and not above, where the exception still holds the arrays of the batch that was too large.
-        if not in_halves:
+        if not short:
             return self._answer_apart(batch)
         self._observer.out_of_memory(runtime.card.name)
+        if len(windows) == 1:
+            return self._answer_alone(batch)
         half = runtime.windows_per_batch = len(windows) // 2
         parts = (replace(batch, windows=part) for part in (windows[:half], windows[half:]))
         return [answer for part in parts for answer in self._answer(part)]
+
+    def _answer_alone(self, batch: Batch) -> list[Answer]:
+        """Run one window again with no lane beside it, and one lane less at a time from now on."""
+        with self._condition:
+            self._most_working = max(1, self._most_working - 1)
+            self._working, self._stepped_back = self._working - 1, self._stepped_back + 1
+            self._condition.notify_all()
+            while self._working:
+                self._condition.wait()
+            self._working, self._stepped_back = self._working + 1, self._stepped_back - 1
+        return self._answer(batch, is_alone=True)
 
     def _answer_apart(self, batch: Batch) -> list[Answer]:
         """Run each request's windows by themselves, and put the answers back in the batch's order."""

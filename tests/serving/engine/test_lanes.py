@@ -120,6 +120,41 @@ def test_a_call_runs_while_the_other_lanes_work(scheduler: Scheduler) -> None:
         assert reader.result(WAIT_S) == [8]
 
 
+def test_where_memory_is_short_for_two_windows_at_a_time_they_run_one_by_one(scheduler: Scheduler) -> None:
+    lock, running, most = threading.Lock(), 0, [0]
+
+    def meet(samples: int, _: int) -> None:
+        nonlocal running
+        with lock:
+            running += 1
+            most[-1] = max(most[-1], running)
+        try:
+            time.sleep(0.002)  # lets the other lanes come in
+            if running > 1:
+                raise MemoryError
+        finally:
+            with lock:
+                running -= 1
+
+    engine = MetRuntime(meet)
+    for _ in range(scheduler._cores.lanes):
+        assert in_threads(*[scheduler.submit(work(engine, 5)) for _ in range(3)]) == [5] * 3  # type: ignore[arg-type]
+        most.append(0)
+    assert most[0] > 1 and most[-2] == 1 and scheduler._most_working == 1
+    assert scheduler.queued == (0, 0)
+
+
+def test_what_does_not_fit_even_alone_fails_its_own_request(scheduler: Scheduler) -> None:
+    def meet(samples: int, _: int) -> None:
+        if samples == 2:
+            raise MemoryError
+
+    engine = MetRuntime(meet)
+    asked = [work(engine, 5, samples=samples) for samples in (1, 2, 1, 2)]  # type: ignore[arg-type]
+    outcomes = in_threads(*map(scheduler.submit, asked))
+    assert outcomes[::2] == [5, 5] and all(isinstance(one, ModelFault) for one in outcomes[1::2])
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_lane_that_dies_ends_all_and_nobody_waits_for_ever() -> None:
     class Deadly(Observer):
@@ -127,7 +162,10 @@ def test_a_lane_that_dies_ends_all_and_nobody_waits_for_ever() -> None:
             raise RuntimeError
 
     scheduler = Scheduler(queue_samples=100, cores=Cores(2, lanes=2), observer=Deadly())
-    outcomes = in_threads(*[scheduler.submit(work(runtime(), 40, value=value)) for value in (1, 2)])
+    engine = runtime(going=False)
+    streams = [scheduler.submit(work(engine, 40, value=value)) for value in (1, 2)]
+    engine.go.set()
+    outcomes = in_threads(*streams)
     assert all(isinstance(one, ModelFault) for one in outcomes)
     scheduler.close()
     assert not scheduler.is_alive
