@@ -45,15 +45,14 @@ def measure_parity(wanted_SBKhw: Tensor, got_SBKhw: Tensor, card: Card, *, heigh
     wanted_maps = [read_maps(wanted_SBKhw[:, b], card, height, width) for b in range(wanted_SBKhw.shape[1])]
     got_maps = [read_maps(got_SBKhw[:, b], card, height, width) for b in range(wanted_SBKhw.shape[1])]
     flips = np.mean([np.mean(w[0] != g[0]) for w, g in zip(wanted_maps, got_maps, strict=True)])
-    entropies = [
-        np.round(np.concatenate([maps[1].ravel() for maps in side]) / ENTROPY_RESOLUTION)
-        for side in (wanted_maps, got_maps)
-    ]
+    wanted, got = (np.concatenate([maps[1].ravel() for maps in side]) for side in (wanted_maps, got_maps))
     return Parity(
         max_abs=difference,
         relative=relative_error(wanted_SBKhw, got_SBKhw),
         label_flips_percent=100 * float(flips),
-        entropy_rank_correlation=rank_correlation(entropies[0], entropies[1]),
+        entropy_rank_correlation=rank_correlation(
+            wanted, np.where(np.abs(got - wanted) <= ENTROPY_RESOLUTION, wanted, got)
+        ),
         variance_ratio=_variance_ratio(wanted_SBKhw, got_SBKhw),
     )
 
