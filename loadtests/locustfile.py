@@ -20,7 +20,7 @@ import numpy as np
 import tritonclient.grpc as triton
 from gevent import socket
 from gevent.pool import Group
-from locust import FastHttpUser, User, between, events, task
+from locust import FastHttpUser, User, between, constant, events, task
 from tritonclient.utils import InferenceServerException
 
 from loadtests.pictures import Picture, WrongAnswer, check, picture
@@ -197,7 +197,7 @@ class OpenLoop(Http):
     """Arrivals as a Poisson process: they do not wait for answers, so a slow server is met with as many."""
 
     fixed_count = 1
-    wait_time = staticmethod(lambda _: 0)  # type: ignore[assignment]
+    wait_time = constant(0)
 
     def on_start(self) -> None:
         self.unanswered = Group()
@@ -217,6 +217,12 @@ def fire(user: User, name: str, started: float, error: Exception | None) -> None
     user.environment.events.request.fire(
         request_type="", name=name, response_time=elapsed_ms, response_length=0, exception=error, context={}
     )
+
+
+@events.user_error.add_listener
+def report_dead_caller(user_instance: User, exception: Exception, **_: object) -> None:
+    """A caller that dies of its own fault asks nothing more; a run with fewer callers than were wanted is none."""
+    fire(user_instance, f"{type(user_instance).__name__} died", 0.0, exception)
 
 
 @events.quitting.add_listener
