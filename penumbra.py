@@ -53,6 +53,8 @@ def serve(store: Path, host: str, port: int, grpc_port: int) -> None:
     """Serve a store over HTTP and gRPC; an empty one is filled with the demo models first."""
     from export.zoo import fill_store
 
+    if port == grpc_port:
+        raise click.UsageError(f"--port and --grpc-port are both {port}; give two, or --grpc-port 0 for no gRPC")
     fill_store(store)
     home = Path(tempfile.gettempdir()) / f"penumbra-{os.getuid()}-{port}"
     home.mkdir(mode=0o700, exist_ok=True)
@@ -63,9 +65,8 @@ def serve(store: Path, host: str, port: int, grpc_port: int) -> None:
         "BENTOML_HOME": str(home),  # two servers with one home delete each other's files
         "BENTOML_DO_NOT_TRACK": "True",
     }
-    root = Path(__file__).resolve().parent
     command = ["bentoml", "serve", "serving.service:Penumbra", "--host", host, "--port", str(port)]
-    command += ["--working-dir", str(root)]
+    command += ["--working-dir", str(Path(__file__).resolve().parent)]
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, "-m", *command], environment)
 

@@ -151,7 +151,14 @@ def test_a_wrong_option_is_one_sentence_and_exit_code_2(
 
 @pytest.mark.parametrize(
     "arguments",
-    [["predict"], ["predict", "absent.png"], ["predict", "--samples", "x", "a.png"], ["nothing"], ["verify"]],
+    [
+        ["predict"],
+        ["predict", "absent.png"],
+        ["predict", "--samples", "x", "a.png"],
+        ["nothing"],
+        ["verify"],
+        ["serve", "--port", "3000", "--grpc-port", "3000"],
+    ],
 )
 def test_a_wrong_command_line_is_exit_code_2(arguments: list[str]) -> None:
     result = run(*arguments)

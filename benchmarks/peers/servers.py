@@ -22,7 +22,7 @@ import numpy as np
 import tritonclient.grpc as triton
 
 from benchmarks.peers.network import PEERS, THREADS
-from tests.serving.server import END_S, ROOT, free_port, serving, until
+from tests.serving.server import END_S, ROOT, free_port, free_ports, serving, until
 
 Ask = Callable[[bytes], bytes]
 """One client's way to send a JPEG and get the label map's PNG."""
@@ -121,7 +121,7 @@ def tritonserver(task: Task) -> Iterator[Callable[[], Ask]]:
     shutil.copytree(TRITON / "backends", backends)
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     shutil.copy(TRITON / "python_backend_stubs" / version / "triton_python_backend_stub", backends / "python")
-    http, grpc = free_port(), free_port()
+    http, grpc = free_ports(2)
     command = [
         TRITON / "bin/tritonserver", "--model-repository", model.parents[1], "--backend-directory", backends,
         "--http-port", http, "--grpc-port", grpc, "--http-address", "127.0.0.1", "--grpc-address", "127.0.0.1",

@@ -33,7 +33,7 @@ from serving.engine.uncertainty import read_out
 from serving.engine.windows import normalise
 from tests.models.small import seeded
 from tests.models.test_contract import card_of
-from tests.serving.server import END_S, free_port, until
+from tests.serving.server import END_S, free_ports, until
 
 START_S = 600
 """A bound of waiting: seven processes import torch."""
@@ -236,7 +236,7 @@ def tritonserver(repository: Path, directory: Path) -> Iterator[triton.Inference
     shutil.copytree(SERVER / "backends", backends)
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     shutil.copy(SERVER / "python_backend_stubs" / version / "triton_python_backend_stub", backends / "python")
-    http, grpc = free_port(), free_port()
+    http, grpc = free_ports(2)
     command = [
         SERVER / "bin/tritonserver", "--model-repository", repository, "--backend-directory", backends,
         "--http-port", http, "--grpc-port", grpc, "--http-address", "127.0.0.1", "--grpc-address", "127.0.0.1",

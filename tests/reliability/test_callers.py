@@ -26,7 +26,7 @@ from loadtests.run import scrape
 from tests.reliability.load import HEADERS
 from tests.reliability.test_crash import worker_of
 from tests.reliability.test_shortage import labels_of
-from tests.serving.server import ROOT, Server, free_port, serving, until
+from tests.serving.server import ROOT, Server, free_ports, serving, until
 
 pytestmark = pytest.mark.slow
 NUM_CALLERS, NUM_GOOD = 40, 4
@@ -86,7 +86,7 @@ def proxied(servers: list[Server], place: Path) -> Iterator[tuple[int, int]]:
     """nginx before some servers: its two ports."""
     if not shutil.which("nginx"):
         pytest.skip("nginx is not installed")
-    ports = free_port(), free_port()
+    ports = free_ports(2)
     text = (ROOT / "deploy/nginx/penumbra.conf").read_text()
     for listening, port in zip(("127.0.0.1:8080", "127.0.0.1:8081"), ports, strict=True):
         text = text.replace(listening, f"127.0.0.1:{port}")

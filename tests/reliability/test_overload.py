@@ -31,7 +31,7 @@ SMALL, ROUNDS = 16, 3
 
 @pytest.fixture(scope="module")
 def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(store, tmp_path_factory.mktemp("loaded"), predrain_s=0, limit_requests=REQUESTS) as started:
+    with serving(store, tmp_path_factory.mktemp("loaded"), threads=0, predrain_s=0, limit_requests=REQUESTS) as started:
         yield started
 
 

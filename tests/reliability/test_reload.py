@@ -35,7 +35,7 @@ def own_store(store: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def server(own_store: Path, tmp_path: Path) -> Iterator[Server]:
     fixed = {"windows_per_batch": 1, "samples_per_call": 1}  # nothing is measured at a load, so it is quick
-    with serving(own_store, tmp_path, model_control=True, predrain_s=0, **fixed) as started:
+    with serving(own_store, tmp_path, threads=0, model_control=True, predrain_s=0, **fixed) as started:
         yield started
 
 

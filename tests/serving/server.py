@@ -41,7 +41,7 @@ def until(condition: Callable[[], object], *, bound_s: float = START_S) -> None:
 @contextmanager
 def serving(store: Path, directory: Path, **settings: object) -> Iterator[Server]:
     """A ready server over a store. settings: PENUMBRA_* variables by name."""
-    port, grpc_port = free_port(), free_port()
+    port, grpc_port = free_ports(2)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PENUMBRA_", "BENTOML_"))}
     environment |= {"HOME": str(directory), "TMPDIR": str(directory), "PENUMBRA_THREADS": "1"}
     environment |= {f"PENUMBRA_{name.upper()}": str(value) for name, value in settings.items()}
@@ -67,12 +67,19 @@ def serving(store: Path, directory: Path, **settings: object) -> Iterator[Server
 
 
 def free_port() -> int:
-    """A port below those that the system gives to outgoing connections: polling one of those can meet itself."""
+    return free_ports(1)[0]
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports below those that the system gives to outgoing connections: polling one of those can meet itself."""
+    free: list[int] = []
     for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("no port is free")
+            free.append(port)
+        if len(free) == number:
+            return free
+    raise AssertionError(f"{number} ports are not free")
 
 
 def _is_ready(server: Server) -> bool:
