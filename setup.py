@@ -5,7 +5,7 @@ from setuptools import Extension, setup
 setup(
     ext_modules=[
         Extension(
-            "serving.engine._kernels",
+            "penumbra.serving.engine._kernels",
             ["serving/engine/kernels.c"],
             extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"],
             optional=True,

@@ -4,9 +4,10 @@
 
 All variants take turns in shuffled order, and medians count. `eager` runs in a process of its own with the allocator as
 it comes, as a notebook would run the checkpoint; `eager, kept memory` and all formats run as the server does, with
-freed memory kept (`serving.engine.allocator`). The peak is a loop of fused multiply-adds on registers, on all threads;
-`product` is torch's of two matrices, which is what memory and caches leave of it. R50 is the
-published DeepLabv3+ of `models.cps` at 512x512 with random weights, whose normalisations have the statistics of noise.
+freed memory kept (`penumbra.serving.engine.allocator`). The peak is a loop of fused multiply-adds on registers, on all
+threads; `product` is torch's of two matrices, which is what memory and caches leave of it. R50 is the
+published DeepLabv3+ of `penumbra.models.cps` at 512x512 with random weights, whose normalisations have the statistics
+of noise.
 """
 
 import ctypes
@@ -29,14 +30,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.overhead import start_server
 from benchmarks.rounds import measure, save
-from export.bundle import ask, export_network, find_writer
-from export.zoo import ZOO
-from models.card import Card, ClassInfo, ExportFacts, InputSpec, Parity, Readout, WindowSpec
-from models.checkpoint import load_checkpoint
-from models.contract import Network
-from models.cps.net import CpsConfig, CpsNetwork
-from serving.engine.allocator import keep_freed_memory
-from serving.engine.backends import Backend, find_format, load_backend
+from penumbra.export.bundle import ask, export_network, find_writer
+from penumbra.export.zoo import ZOO
+from penumbra.models.card import Card, ClassInfo, ExportFacts, InputSpec, Parity, Readout, WindowSpec
+from penumbra.models.checkpoint import load_checkpoint
+from penumbra.models.contract import Network
+from penumbra.models.cps.net import CpsConfig, CpsNetwork
+from penumbra.serving.engine.allocator import keep_freed_memory
+from penumbra.serving.engine.backends import Backend, find_format, load_backend
 
 R50 = "cps R50"
 FORMATS = (
@@ -105,7 +106,7 @@ def build(network: Network, card: Card, backend: str, precision: str, place: Pat
     directory.mkdir()
     facts = ExportFacts(backend, precision, torch.__version__, {}, Parity(0, 0, 0, 0, 0))
     cpu = torch.device("cpu")
-    facts = dataclasses.replace(facts, built_for=find_format("serving.engine.backends", backend).target(cpu))
+    facts = dataclasses.replace(facts, built_for=find_format("penumbra.serving.engine.backends", backend).target(cpu))
     card = dataclasses.replace(card, export=facts)
     find_writer(backend, precision).write(network, card, ask(network, card), directory, precision=precision, device=cpu)
     return load_backend(card, directory, cpu)

@@ -26,16 +26,16 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.rounds import measure, save
-from export.bundle import NOT_MEASURED, ask, find_writer
-from export.parity import measure_parity
-from models.blocks.resnet import ResNetConfig
-from models.card import Card, ClassInfo, ExportFacts, InputSpec, Readout, WindowSpec
-from models.contract import Features
-from models.errors import BadOption, ParityFailed
-from models.np_semiseg.net import NpConfig, NpNetwork, u2pl
-from serving.engine.backends import DTYPES, find_format
-from serving.engine.runtime import is_out_of_memory
-from serving.engine.store import Golden
+from penumbra.export.bundle import NOT_MEASURED, ask, find_writer
+from penumbra.export.parity import measure_parity
+from penumbra.models.blocks.resnet import ResNetConfig
+from penumbra.models.card import Card, ClassInfo, ExportFacts, InputSpec, Readout, WindowSpec
+from penumbra.models.contract import Features
+from penumbra.models.errors import BadOption, ParityFailed
+from penumbra.models.np_semiseg.net import NpConfig, NpNetwork, u2pl
+from penumbra.serving.engine.backends import DTYPES, find_format
+from penumbra.serving.engine.runtime import is_out_of_memory
+from penumbra.serving.engine.store import Golden
 
 WINDOWS, SAMPLES, MOST = (1, 2, 4, 8, 16, 32, 64), (1, 2, 5, 10, 20, 50), 800
 """Of one call; products of windows and samples above MOST are left out."""
@@ -146,7 +146,7 @@ class Bench:
         writer = find_writer(name, self.precision)
         writer.write(self.source, self.card, golden, place, precision=self.precision, device=self.device)
         facts = ExportFacts(name, self.precision, torch.__version__, {}, NOT_MEASURED)
-        module = find_format("serving.engine.backends", name)
+        module = find_format("penumbra.serving.engine.backends", name)
         return module.load(replace(self.card, export=facts), place, self.device)
 
     def parity(self, backend: Any, golden: Golden) -> Results | str:

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.rounds import save
-from serving.engine.runtime import Runtime
-from serving.engine.segmenter import Segmenter
-from serving.engine.store import versions
+from penumbra.serving.engine.runtime import Runtime
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.store import versions
 
 SIZES = (1, 2, 3, 4, 5, 8, 16)
 

@@ -19,9 +19,9 @@ import rasterio
 from rasterio.transform import from_origin
 
 from benchmarks.rounds import save
-from export.bundle import export_network
-from models.card import WindowSpec
-from models.toy.cards import toy_card
+from penumbra.export.bundle import export_network
+from penumbra.models.card import WindowSpec
+from penumbra.models.toy.cards import toy_card
 
 ROWS = 512
 

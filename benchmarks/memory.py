@@ -13,11 +13,11 @@ import sys
 import numpy as np
 
 from benchmarks.rounds import save
-from models.card import WindowSpec
-from serving.engine.canvas import Canvas
-from serving.engine.moments import Moments
-from serving.engine.uncertainty import read_out
-from serving.engine.windows import cover
+from penumbra.models.card import WindowSpec
+from penumbra.serving.engine.canvas import Canvas
+from penumbra.serving.engine.moments import Moments
+from penumbra.serving.engine.uncertainty import read_out
+from penumbra.serving.engine.windows import cover
 
 WIDTH, CLASSES, HEIGHTS = 8192, 11, (1024, 2048, 4096, 8192)
 

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 
 from benchmarks.rounds import save
-from models import find_method
-from models.contract import Network, Prompt
-from models.cpal.config import CpalConfig, cpal, deeplabv2, sipe, wrn38
-from models.cps.net import CpsConfig
-from models.np_semiseg.heads import PublishedHead
-from models.np_semiseg.net import NpNetwork, augseg, u2pl
-from models.proto_seg.net import ProtoConfig
-from models.self_correcting.net import SelfCorrectingConfig
+from penumbra.models import find_method
+from penumbra.models.contract import Network, Prompt
+from penumbra.models.cpal.config import CpalConfig, cpal, deeplabv2, sipe, wrn38
+from penumbra.models.cps.net import CpsConfig
+from penumbra.models.np_semiseg.heads import PublishedHead
+from penumbra.models.np_semiseg.net import NpNetwork, augseg, u2pl
+from penumbra.models.proto_seg.net import ProtoConfig
+from penumbra.models.self_correcting.net import SelfCorrectingConfig
 
 SIZE, MIN_ROUNDS, MAX_ROUNDS, BUDGET_S = 512, 3, 9, 20.0
 NETWORKS: dict[str, Any] = {

@@ -13,10 +13,10 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.rounds import measure, save
-from models.card import Readout
-from serving.engine.allocator import keep_freed_memory
-from serving.engine.canvas import blend
-from serving.engine.moments import accumulate, accumulate_banded, empty_sums
+from penumbra.models.card import Readout
+from penumbra.serving.engine.allocator import keep_freed_memory
+from penumbra.serving.engine.canvas import blend
+from penumbra.serving.engine.moments import accumulate, accumulate_banded, empty_sums
 
 SAMPLES, CLASSES, HEIGHT, WIDTH, WINDOW, ROUNDS = 5, 19, 1024, 2048, 512, 5
 

@@ -27,11 +27,11 @@ from PIL import Image
 
 from benchmarks.lanes import in_lanes
 from benchmarks.rounds import save
-from serving.engine.noise import SeededNoise
-from serving.engine.runtime import Piece, Tuning
-from serving.engine.segmenter import Segmenter
-from serving.engine.store import find_artifact
-from serving.engine.windows import cover, cut
+from penumbra.serving.engine.noise import SeededNoise
+from penumbra.serving.engine.runtime import Piece, Tuning
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.store import find_artifact
+from penumbra.serving.engine.windows import cover, cut
 
 SIZES = ((240, 320), (360, 480), (360, 640), (480, 640), (720, 960))
 CLIENTS, REQUESTS, ROUNDS = 16, 48, 7

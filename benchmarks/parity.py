@@ -17,13 +17,13 @@ import click
 from rich.progress import track
 
 from benchmarks.rounds import RESULTS, save
-from export.bundle import export_checkpoint
-from export.frames import Frame
-from export.zoo import ZOO
-from models.checkpoint import read_card
-from models.errors import PenumbraError
-from serving.engine.store import open_artifact
-from training.evaluation.run import Question, load_frames
+from penumbra.export.bundle import export_checkpoint
+from penumbra.export.frames import Frame
+from penumbra.export.zoo import ZOO
+from penumbra.models.checkpoint import read_card
+from penumbra.models.errors import PenumbraError
+from penumbra.serving.engine.store import open_artifact
+from penumbra.training.evaluation.run import Question, load_frames
 
 FORMATS = (
     ("torchscript", "fp32"), ("onnx", "fp32"), ("openvino", "fp32"), ("aot", "fp32"),

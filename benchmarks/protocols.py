@@ -18,12 +18,12 @@ import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 
 from benchmarks.rounds import measure, save
-from export.bundle import export_network
-from models.card import WindowSpec
-from models.toy.cards import toy_card
-from serving.engine.options import SegmentOptions
-from serving.engine.runtime import Tuning
-from serving.engine.segmenter import Segmenter
+from penumbra.export.bundle import export_network
+from penumbra.models.card import WindowSpec
+from penumbra.models.toy.cards import toy_card
+from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.runtime import Tuning
+from penumbra.serving.engine.segmenter import Segmenter
 from tests.serving.server import serving
 
 TOY_ROUNDS, LARGE_ROUNDS = 300, 15

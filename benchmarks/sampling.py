@@ -17,15 +17,15 @@ import numpy as np
 import torch
 
 from benchmarks.rounds import measure, save
-from export.bundle import export_network
-from models.card import Card, ClassInfo, InputSpec, Readout, WindowSpec
-from models.np_semiseg.heads import PublishedHead
-from models.np_semiseg.net import NpConfig, NpNetwork, u2pl
-from serving.engine.allocator import keep_freed_memory
-from serving.engine.moments import accumulate, empty_sums
-from serving.engine.options import SegmentOptions
-from serving.engine.runtime import Tuning
-from serving.engine.segmenter import Segmenter
+from penumbra.export.bundle import export_network
+from penumbra.models.card import Card, ClassInfo, InputSpec, Readout, WindowSpec
+from penumbra.models.np_semiseg.heads import PublishedHead
+from penumbra.models.np_semiseg.net import NpConfig, NpNetwork, u2pl
+from penumbra.serving.engine.allocator import keep_freed_memory
+from penumbra.serving.engine.moments import accumulate, empty_sums
+from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.runtime import Tuning
+from penumbra.serving.engine.segmenter import Segmenter
 
 SIZE, CLASSES, ROUNDS = 512, 21, 3
 

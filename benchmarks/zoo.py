@@ -11,9 +11,9 @@ import click
 from rich.progress import track
 
 from benchmarks.rounds import save
-from export.bundle import export_checkpoint
-from export.zoo import ZOO
-from training.evaluation.run import Question, evaluate_artifact
+from penumbra.export.bundle import export_checkpoint
+from penumbra.export.zoo import ZOO
+from penumbra.training.evaluation.run import Question, evaluate_artifact
 
 COLUMNS = {
     "seg/mIoU": "mIoU", "seg/pixAcc": "accuracy", "seg/NLL": "NLL", "cal/ECE": "ECE", "sc/AURC": "AURC",

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from export.parts import Part, cut
-from models.card import Card
-from models.contract import Network
-from models.errors import BadOption
-from serving.engine.backends.aot import FORMATS, INPUTS
-from serving.engine.store import Golden
+from penumbra.export.parts import Part, cut
+from penumbra.models.card import Card
+from penumbra.models.contract import Network
+from penumbra.models.errors import BadOption
+from penumbra.serving.engine.backends.aot import FORMATS, INPUTS
+from penumbra.serving.engine.store import Golden
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 

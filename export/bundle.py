@@ -13,15 +13,24 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from export.frames import Frame, measure_frames
-from export.parity import check_parity, measure_parity, relative_error, worst_parity
-from models.card import Card, ExportFacts, Parity, Sampling, check_facts, dump_card
-from models.checkpoint import load_checkpoint
-from models.contract import Features, Network, Prompt
-from models.errors import BadOption
-from serving.engine.backends import Backend, find_format, load_backend
-from serving.engine.noise import SeededNoise
-from serving.engine.store import CARD, GOLDEN, Answer, Golden, golden_tensors, open_artifact, sha256_of, versions
+from penumbra.export.frames import Frame, measure_frames
+from penumbra.export.parity import check_parity, measure_parity, relative_error, worst_parity
+from penumbra.models.card import Card, ExportFacts, Parity, Sampling, check_facts, dump_card
+from penumbra.models.checkpoint import load_checkpoint
+from penumbra.models.contract import Features, Network, Prompt
+from penumbra.models.errors import BadOption
+from penumbra.serving.engine.backends import Backend, find_format, load_backend
+from penumbra.serving.engine.noise import SeededNoise
+from penumbra.serving.engine.store import (
+    CARD,
+    GOLDEN,
+    Answer,
+    Golden,
+    golden_tensors,
+    open_artifact,
+    sha256_of,
+    versions,
+)
 
 GOLDEN_WINDOWS, GOLDEN_SAMPLES = 2, 3
 WHOLE_IMAGE_EXAMPLE = (128, 160)
@@ -100,7 +109,7 @@ def _write(network: Network, card: Card, draft: Path, device: torch.device, fram
     writer.write(network, card, golden, draft, precision=facts.precision, device=device)
     save_file(golden_tensors(golden), draft / GOLDEN)
     files = {path.name: sha256_of(path) for path in sorted(draft.iterdir())}
-    built_for = find_format("serving.engine.backends", facts.backend).target(device)
+    built_for = find_format("penumbra.serving.engine.backends", facts.backend).target(device)
     card = dataclasses.replace(card, export=dataclasses.replace(facts, files=files, built_for=built_for))
     graphs = load_backend(card, draft, device)
     parity = _measure(card, graphs, golden)

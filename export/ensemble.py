@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from models import find_method
-from models.card import Card, Provenance, Readout
-from models.checkpoint import load_checkpoint, save_checkpoint
-from models.ensemble.net import EnsembleConfig, MemberConfig
-from models.errors import BadOption
+from penumbra.models import find_method
+from penumbra.models.card import Card, Provenance, Readout
+from penumbra.models.checkpoint import load_checkpoint, save_checkpoint
+from penumbra.models.ensemble.net import EnsembleConfig, MemberConfig
+from penumbra.models.errors import BadOption
 
 
 def make_ensemble(checkpoints: Sequence[Path], output: Path) -> Card:

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from export.parity import measure_parity, read_maps, worst_parity
-from models.card import IGNORE, Card, Parity
-from models.contract import Network
-from models.errors import BadOption
-from serving.engine.backends import Backend
-from serving.engine.noise import SeededNoise
-from serving.engine.windows import Window, WindowPlan, cover, cut, place
+from penumbra.export.parity import measure_parity, read_maps, worst_parity
+from penumbra.models.card import IGNORE, Card, Parity
+from penumbra.models.contract import Network
+from penumbra.models.errors import BadOption
+from penumbra.serving.engine.backends import Backend
+from penumbra.serving.engine.noise import SeededNoise
+from penumbra.serving.engine.windows import Window, WindowPlan, cover, cut, place
 
 Pixels = NDArray[np.uint8]
 Frame = tuple[Pixels, Pixels]

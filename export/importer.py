@@ -12,16 +12,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from export.layouts import Part, published_name, read_part
-from export.pickles import read_torch_file
-from models import find_method
-from models.card import NAME, Card, ClassInfo, Provenance, Sampling, dump_card, parse_card, read_strict
-from models.checkpoint import fill_network, save_checkpoint
-from models.classes import TABLES
-from models.contract import Method, Network
-from models.errors import BadArtifact, BadCheckpoint, BadOption
-from models.layout import Assembly, Protocol
-from serving.engine.store import sha256_of
+from penumbra.export.layouts import Part, published_name, read_part
+from penumbra.export.pickles import read_torch_file
+from penumbra.models import find_method
+from penumbra.models.card import NAME, Card, ClassInfo, Provenance, Sampling, dump_card, parse_card, read_strict
+from penumbra.models.checkpoint import fill_network, save_checkpoint
+from penumbra.models.classes import TABLES
+from penumbra.models.contract import Method, Network
+from penumbra.models.errors import BadArtifact, BadCheckpoint, BadOption
+from penumbra.models.layout import Assembly, Protocol
+from penumbra.serving.engine.store import sha256_of
 
 SUFFIX = ".safetensors"
 

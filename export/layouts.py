@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models import methods
-from models.checkpoint import COUNTER, few
-from models.contract import Method
-from models.errors import BadCheckpoint
-from models.layout import Layout
+from penumbra.models import methods
+from penumbra.models.checkpoint import COUNTER, few
+from penumbra.models.contract import Method
+from penumbra.models.errors import BadCheckpoint
+from penumbra.models.layout import Layout
 
 PREFIX = "module."
 """What DataParallel puts before every name; taken off where all names have it, as often as they have it."""

@@ -8,10 +8,10 @@ import onnx
 import onnxscript  # noqa: F401  (torch's exporter needs it, and it may be the one that is missing)
 import torch
 
-from export.parts import Part, cut
-from models.card import Card
-from models.contract import Network
-from serving.engine.store import Golden
+from penumbra.export.parts import Part, cut
+from penumbra.models.card import Card
+from penumbra.models.contract import Network
+from penumbra.serving.engine.store import Golden
 
 PRECISIONS = ("fp32",)
 

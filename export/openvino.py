@@ -1,6 +1,6 @@
 """OpenVINO reads ONNX: the graphs are the same, and the precision is chosen where they are compiled, at load."""
 
-from export.onnx import write
+from penumbra.export.onnx import write
 
 PRECISIONS = ("fp32", "bf16")
 

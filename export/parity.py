@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.card import Card, Parity
-from models.errors import ParityFailed
-from serving.engine.moments import accumulate, empty_sums
-from serving.engine.uncertainty import read_out
+from penumbra.models.card import Card, Parity
+from penumbra.models.errors import ParityFailed
+from penumbra.serving.engine.moments import accumulate, empty_sums
+from penumbra.serving.engine.uncertainty import read_out
 
 
 @dataclass(frozen=True, slots=True)

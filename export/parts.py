@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from models.card import Card
-from models.contract import Features, Network, Prompt
-from models.errors import BadOption
-from serving.engine.backends import DTYPES
-from serving.engine.store import Answer, Golden
+from penumbra.models.card import Card
+from penumbra.models.contract import Features, Network, Prompt
+from penumbra.models.errors import BadOption
+from penumbra.serving.engine.backends import DTYPES
+from penumbra.serving.engine.store import Answer, Golden
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import torch
 
-from models.errors import BadCheckpoint
+from penumbra.models.errors import BadCheckpoint
 
 PACKAGES = frozenset((
     "__main__", "addict", "albumentations", "argparse", "config", "configs", "core", "cv2", "data", "dataset",

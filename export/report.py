@@ -9,9 +9,9 @@ import click
 from rich.console import Console
 from rich.table import Column, Table
 
-from export.importer import Imported
-from export.parity import TOLERANCES
-from models.card import Card, Parity
+from penumbra.export.importer import Imported
+from penumbra.export.parity import TOLERANCES
+from penumbra.models.card import Card, Parity
 
 FEW = 12
 """Lines of a table, above which names are counted instead."""

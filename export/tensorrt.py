@@ -18,12 +18,12 @@ from torch.export import ExportedProgram
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from export.parts import Part, cut, is_open
-from models.card import Card
-from models.contract import Network
-from models.errors import BadOption
-from serving.engine.runtime import SIZES
-from serving.engine.store import Golden
+from penumbra.export.parts import Part, cut, is_open
+from penumbra.models.card import Card
+from penumbra.models.contract import Network
+from penumbra.models.errors import BadOption
+from penumbra.serving.engine.runtime import SIZES
+from penumbra.serving.engine.store import Golden
 
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 BEST_WINDOWS, BEST_SAMPLES = 8, 8

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from export.parts import cut
-from models.card import Card
-from models.contract import Network
-from serving.engine.store import Golden
+from penumbra.export.parts import cut
+from penumbra.models.card import Card
+from penumbra.models.contract import Network
+from penumbra.serving.engine.store import Golden
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 

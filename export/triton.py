@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tritonclient.grpc import model_config_pb2 as pb
 
-from export.bundle import export_checkpoint, golden_image, golden_prompt
-from models.card import MAPS, Card, InputSpec, Sampling, dump_card
-from models.contract import Features
-from models.errors import BadOption
-from serving.engine.moments import resize
-from serving.engine.store import CARD, Artifact, find_artifact, open_artifact
+from penumbra.export.bundle import export_checkpoint, golden_image, golden_prompt
+from penumbra.models.card import MAPS, Card, InputSpec, Sampling, dump_card
+from penumbra.models.contract import Features
+from penumbra.models.errors import BadOption
+from penumbra.serving.engine.moments import resize
+from penumbra.serving.engine.store import CARD, Artifact, find_artifact, open_artifact
 
 MAX_BATCH = 8
 """Windows that Triton may join into one call; to be changed in config.pbtxt."""
@@ -53,7 +53,7 @@ class Graph:
 
 
 class _Normalise(nn.Module):
-    """Pixels image_BHW3 as they come to image_B3HW, channels-last, as `serving.engine.windows.normalise` does it."""
+    """Pixels image_BHW3 to image_B3HW, channels-last, as `penumbra.serving.engine.windows.normalise` does it."""
 
     factor_3: Tensor
     offset_3: Tensor
@@ -117,7 +117,7 @@ class _Prompted(nn.Module):
 
 
 class _ReadOut(nn.Module):
-    """What `serving.engine.moments` and `uncertainty` define, of one window alone, by the card's rules.
+    """What `penumbra.serving.engine.moments` and `uncertainty` define, of one window alone, by the card's rules.
 
     The logits pass through, for who wants other maps: a Triton ensemble (2.51) whose output is also a step's input
     answers only those who ask for it.

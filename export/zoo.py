@@ -5,8 +5,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-import models
-from serving.engine.store import artifact_card, find_artifact, sha256_of, versions
+from penumbra import models
+from penumbra.serving.engine.store import artifact_card, find_artifact, sha256_of, versions
 
 ZOO = Path(models.__file__).parent / "zoo"
 """One `<name>.safetensors` per method, its own and the baselines'."""
@@ -27,7 +27,7 @@ def fill_store(store: Path) -> list[Path]:
     stale = [path for name, path in checkpoints.items() if name not in present or not _is_current(store, path)]
     if not stale:
         return []
-    from export.bundle import export_checkpoint  # imports torch, which a full store does not need
+    from penumbra.export.bundle import export_checkpoint  # imports torch, which a full store does not need
 
     console = Console(stderr=True)
     return [export_checkpoint(path, store) for path in track(stale, "Exporting the demo models", console=console)]

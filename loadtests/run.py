@@ -19,9 +19,9 @@ from typing import Any
 import click
 from prometheus_client.parser import text_string_to_metric_families
 
-from export.bundle import export_network
-from models.card import WindowSpec
-from models.toy.cards import toy_card
+from penumbra.export.bundle import export_network
+from penumbra.models.card import WindowSpec
+from penumbra.models.toy.cards import toy_card
 from tests.serving.server import Server, serving, until
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")

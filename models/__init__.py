@@ -5,17 +5,17 @@ import pkgutil
 from functools import cache
 from typing import TYPE_CHECKING
 
-from models.errors import BadOption
+from penumbra.models.errors import BadOption
 
 if TYPE_CHECKING:  # the card and the errors are read without torch
-    from models.contract import Method
+    from penumbra.models.contract import Method
 
 
 @cache
 def methods() -> dict[str, "Method"]:
     """Every method found in this package, by name: a folder with a METHOD is a method."""
     folders = [m.name for m in pkgutil.iter_modules(__path__) if m.ispkg]
-    found = [getattr(importlib.import_module(f"models.{name}"), "METHOD", None) for name in folders]
+    found = [getattr(importlib.import_module(f"penumbra.models.{name}"), "METHOD", None) for name in folders]
     return {method.name: method for method in found if method is not None}
 
 

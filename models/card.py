@@ -12,7 +12,7 @@ import types
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from models.errors import BadArtifact
+from penumbra.models.errors import BadArtifact
 
 CARD_FORMAT = 1
 IGNORE = 255
@@ -22,7 +22,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 MAP_NAME = re.compile(r"(?!labels$|probabilities$|image$)[a-z][a-z0-9_]{0,39}")
 
 MAPS = ("confidence", "margin", "entropy", "expected_entropy", "mutual_information")
-"""The maps that every model's answer has, defined in `serving.engine.uncertainty`."""
+"""The maps that every model's answer has, defined in `penumbra.serving.engine.uncertainty`."""
 
 EXACT = 2**53
 """Up to here every whole number is a float too."""

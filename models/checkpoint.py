@@ -9,10 +9,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models import find_method
-from models.card import Card, Sampling, dump_card, parse_card, read_strict
-from models.contract import Network
-from models.errors import BadArtifact, BadCheckpoint, BadOption
+from penumbra.models import find_method
+from penumbra.models.card import Card, Sampling, dump_card, parse_card, read_strict
+from penumbra.models.contract import Network
+from penumbra.models.errors import BadArtifact, BadCheckpoint, BadOption
 
 COUNTER = "num_batches_tracked"
 """Of BatchNorm: never needed, sometimes missing, sometimes a float."""

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from models.card import ClassInfo, read_strict
-from models.errors import BadArtifact, BadOption
+from penumbra.models.card import ClassInfo, read_strict
+from penumbra.models.errors import BadArtifact, BadOption
 
 
 def _table(text: str) -> tuple[ClassInfo, ...]:

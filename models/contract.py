@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from models.card import ExtraMap, PromptSpec, Sampling
-from models.layout import Upstream
+from penumbra.models.card import ExtraMap, PromptSpec, Sampling
+from penumbra.models.layout import Upstream
 
 Features = tuple[Tensor, ...]
 Prompt = tuple[Tensor, ...]
@@ -28,7 +28,7 @@ class Network(nn.Module):
     """What every method's network offers.
 
     sampling: what its sample axis is. `decode` may return logits at a feature resolution below the
-    window's; resizing and softmax belong to whoever reads them out (`serving.engine.moments`).
+    window's; resizing and softmax belong to whoever reads them out (`penumbra.serving.engine.moments`).
     prompt: what it takes beside the image. extra_maps: named maps of its own; they are the last feature,
     extras_BEhw float32, at any resolution.
     """

@@ -1,6 +1,6 @@
 """Published checkpoint layouts as data: what a method's original files hold, and what it is called here.
 
-Every method's `upstream.py` states its layouts with these values; `export.importer` reads files by them.
+Every method's `upstream.py` states its layouts with these values; `penumbra.export.importer` reads files by them.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from models.card import InputSpec, Readout, WindowSpec
+from penumbra.models.card import InputSpec, Readout, WindowSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ class Layout:
 class Protocol:
     """How a network is run and read out: the published evaluation, or ours.
 
-    default_samples, noise_per: as in `models.card.Sampling`, for networks that draw. unused: prefixes of our tensors
-    that this run does without (a second branch).
+    default_samples, noise_per: as in `penumbra.models.card.Sampling`, for networks that draw. unused: prefixes of our
+    tensors that this run does without (a second branch).
     """
 
     window: WindowSpec

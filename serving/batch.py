@@ -22,13 +22,13 @@ from fsspec.implementations.local import LocalFileSystem
 from rich.console import Console
 from rich.progress import Progress
 
-from models.errors import BadOption, PenumbraError
-from serving.engine.decode import open_image
-from serving.engine.options import Limits, check_options
-from serving.engine.raster import Raster
-from serving.engine.segmenter import Segmenter
-from serving.engine.store import find_artifact, open_artifact
-from serving.render import read_wish, render
+from penumbra.models.errors import BadOption, PenumbraError
+from penumbra.serving.engine.decode import open_image
+from penumbra.serving.engine.options import Limits, check_options
+from penumbra.serving.engine.raster import Raster
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.store import find_artifact, open_artifact
+from penumbra.serving.render import read_wish, render
 
 FORMATS = {
     "png": "image/png", "json": "application/json", "npz": "application/x-npz", "geojson": "application/geo+json",
@@ -197,7 +197,9 @@ def run_on_ray(asked: Asked, tasks: Sequence[Task], *, cpus: int = 1) -> Iterato
         import ray
         import ray.data
     except ImportError:
-        raise BadOption("the engine ray needs Ray; pip install 'penumbra[ray]', or take the engine local") from None
+        raise BadOption(
+            "the engine ray needs Ray; pip install 'penumbra-serving[ray]', or take the engine local"
+        ) from None
     ray.init(ignore_reinit_error=True)
     engines = max(1, int(ray.cluster_resources().get("CPU", 1)) // (cpus + 1))  # one more for Ray's own tasks
     blocks = min(len(tasks), 4 * engines)

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.card import Card
-from serving.engine.answer import Prediction
-from serving.engine.options import SegmentOptions
+from penumbra.models.card import Card
+from penumbra.serving.engine.answer import Prediction
+from penumbra.serving.engine.options import SegmentOptions
 
 Key = tuple[bytes, tuple[int, ...], SegmentOptions]
 

@@ -17,14 +17,14 @@ from typing import Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from models.errors import ModelFault, NotReady, PenumbraError, QueueFull
-from serving.cache import AnswerCache, Key, key_of
-from serving.engine.answer import Prediction
-from serving.engine.decode import check_array, open_image
-from serving.engine.options import SegmentOptions, check_options
-from serving.engine.raster import Pixels, Raster
-from serving.engine.segmenter import Segmenter
-from serving.telemetry import Request, Telemetry
+from penumbra.models.errors import ModelFault, NotReady, PenumbraError, QueueFull
+from penumbra.serving.cache import AnswerCache, Key, key_of
+from penumbra.serving.engine.answer import Prediction
+from penumbra.serving.engine.decode import check_array, open_image
+from penumbra.serving.engine.options import SegmentOptions, check_options
+from penumbra.serving.engine.raster import Pixels, Raster
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.telemetry import Request, Telemetry
 
 log = logging.getLogger("penumbra")
 T = TypeVar("T")

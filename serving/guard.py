@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from models.errors import (
+from penumbra.models.errors import (
     Cancelled,
     HeadTooLarge,
     PenumbraError,
@@ -17,14 +17,14 @@ from models.errors import (
     Unauthenticated,
     UnsupportedMedia,
 )
-from serving.keys import Keys
-from serving.statuses import status_of
-from serving.telemetry import Telemetry
+from penumbra.serving.keys import Keys
+from penumbra.serving.statuses import status_of
+from penumbra.serving.telemetry import Telemetry
 
 STREAMED = ("POST", "/jobs")
 """What may be larger than memory, where it is a raw body: its handler bounds it as it comes."""
 BENTO_PATHS = {"/predict": "POST", "/schema.json": "GET"}
-"""Path and method of what BentoML itself answers; everything else is ours (`serving.rest`)."""
+"""Path and method of what BentoML itself answers; everything else is ours (`penumbra.serving.rest`)."""
 HEALTH_PATHS = ("/healthz", "/livez", "/readyz")
 """BentoML has these too, before ours and with other bodies; they go straight to ours."""
 

@@ -1,7 +1,8 @@
 """uvicorn's HTTP protocol with what it has not by itself: a bound and a clock on the request's line and headers, and an
 end to callers who do not read their answer.
 
-A whole head that is over the limit is refused by `serving.guard` with a sentence; here are those that do not end.
+A whole head that is over the limit is refused by `penumbra.serving.guard` with a sentence; here are those that do not
+end.
 """
 
 import socket

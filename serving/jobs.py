@@ -4,7 +4,7 @@ A job is a directory, so that nothing of it is lost with the process or kept in 
 
     <jobs>/<id>/image      as it was sent, until there is a result
     <jobs>/<id>/job.json   what was asked, and how far it is
-    <jobs>/<id>/spool/     the answer's finished rows (`serving.spool`)
+    <jobs>/<id>/spool/     the answer's finished rows (`penumbra.serving.spool`)
     <jobs>/<id>/result     the answer in its format
 
 A server that starts finds what the last one left: jobs that were waiting or running go on where they were, an upload
@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from models.errors import (
+from penumbra.models.errors import (
     BadArtifact,
     Cancelled,
     DiskFull,
@@ -35,14 +35,14 @@ from models.errors import (
     QueueFull,
     UnknownJob,
 )
-from serving.engine.bands import BandStream
-from serving.engine.decode import measure_image, open_image
-from serving.engine.options import SegmentOptions
-from serving.gateway import Gateway
-from serving.render import MAPLESS, WRITERS, Style, read_wish
-from serving.rest import answer_headers
-from serving.settings import Settings
-from serving.spool import LONG, Spool, disk, spool_bytes
+from penumbra.serving.engine.bands import BandStream
+from penumbra.serving.engine.decode import measure_image, open_image
+from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.gateway import Gateway
+from penumbra.serving.render import MAPLESS, WRITERS, Style, read_wish
+from penumbra.serving.rest import answer_headers
+from penumbra.serving.settings import Settings
+from penumbra.serving.spool import LONG, Spool, disk, spool_bytes
 
 log = logging.getLogger("penumbra")
 

@@ -11,12 +11,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from models.errors import Cancelled, TooLarge
-from serving.jobs import Jobs
-from serving.render import choose_format
-from serving.rest import is_raw, read_upload, unique
-from serving.spool import disk
-from serving.telemetry import Telemetry
+from penumbra.models.errors import Cancelled, TooLarge
+from penumbra.serving.jobs import Jobs
+from penumbra.serving.render import choose_format
+from penumbra.serving.rest import is_raw, read_upload, unique
+from penumbra.serving.spool import disk
+from penumbra.serving.telemetry import Telemetry
 
 CHUNK_BYTES = 2**20
 

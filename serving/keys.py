@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from models.errors import BadOption, Forbidden, Unauthenticated
+from penumbra.models.errors import BadOption, Forbidden, Unauthenticated
 
 log = logging.getLogger("penumbra")
 

@@ -16,18 +16,18 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from models.errors import BadImage
-from serving.engine.answer import Prediction
-from serving.engine.bands import BandStream
-from serving.engine.decode import open_image
-from serving.engine.options import SegmentOptions
-from serving.engine.raster import Raster, open_raster
-from serving.engine.segmenter import Segmenter
-from serving.render import Style, render
-from serving.render.arrays import write_tiff
-from serving.render.pictures import heat_picture
-from serving.render.tables import class_table
-from serving.spool import LONG, Spool, disk
+from penumbra.models.errors import BadImage
+from penumbra.serving.engine.answer import Prediction
+from penumbra.serving.engine.bands import BandStream
+from penumbra.serving.engine.decode import open_image
+from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.raster import Raster, open_raster
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.render import Style, render
+from penumbra.serving.render.arrays import write_tiff
+from penumbra.serving.render.pictures import heat_picture
+from penumbra.serving.render.tables import class_table
+from penumbra.serving.spool import LONG, Spool, disk
 
 BRIGHTEST_PERCENTILE = 99.5
 """What of a map is drawn white; the few pixels above would leave the rest dark."""

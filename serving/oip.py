@@ -1,8 +1,8 @@
 """The Open Inference Protocol v2 without a transport: what it says of server and models, and how a request is answered.
 
-`serving.oip_rest` and `serving.oip_grpc` bring their bytes into an `InferRequest` and an `Answer` into their bytes;
-all that lies between, and every document, is made here once, so the two cannot differ. Statuses and sentences are
-Triton's (docs/protocols.md). Request parameters are the options of `POST /segment`.
+`penumbra.serving.oip_rest` and `penumbra.serving.oip_grpc` bring their bytes into an `InferRequest` and an `Answer`
+into their bytes; all that lies between, and every document, is made here once, so the two cannot differ. Statuses and
+sentences are Triton's (docs/protocols.md). Request parameters are the options of `POST /segment`.
 """
 
 import asyncio
@@ -14,16 +14,16 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from models.card import Card
-from models.errors import BadArtifact, BadOption, Cancelled, PenumbraError, Restricted, UnknownModel
-from serving import VERSION
-from serving.engine.answer import Prediction
-from serving.engine.options import DEFAULT_MAPS, PROBABILITIES, SegmentOptions, parse_options
-from serving.engine.runtime import Runtime
-from serving.engine.store import find_artifact, versions
-from serving.gateway import Gateway
-from serving.oip_statistics import Statistics
-from serving.oip_tensors import (
+from penumbra.models.card import Card
+from penumbra.models.errors import BadArtifact, BadOption, Cancelled, PenumbraError, Restricted, UnknownModel
+from penumbra.serving import VERSION
+from penumbra.serving.engine.answer import Prediction
+from penumbra.serving.engine.options import DEFAULT_MAPS, PROBABILITIES, SegmentOptions, parse_options
+from penumbra.serving.engine.runtime import Runtime
+from penumbra.serving.engine.store import find_artifact, versions
+from penumbra.serving.gateway import Gateway
+from penumbra.serving.oip_statistics import Statistics
+from penumbra.serving.oip_tensors import (
     SHOWN,
     Output,
     Tensor,

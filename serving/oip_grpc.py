@@ -18,13 +18,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from tritonclient.grpc import service_pb2 as pb
 
-from models.errors import BadOption, PenumbraError
-from serving import VERSION
-from serving.keys import Keys
-from serving.oip import DEFAULT_OUTPUTS, Answer, Inference, InferRequest, WantedOutput
-from serving.oip_tensors import DTYPES, SHOWN, Tensor, join_strings
-from serving.statuses import status_of
-from serving.telemetry import Telemetry
+from penumbra.models.errors import BadOption, PenumbraError
+from penumbra.serving import VERSION
+from penumbra.serving.keys import Keys
+from penumbra.serving.oip import DEFAULT_OUTPUTS, Answer, Inference, InferRequest, WantedOutput
+from penumbra.serving.oip_tensors import DTYPES, SHOWN, Tensor, join_strings
+from penumbra.serving.statuses import status_of
+from penumbra.serving.telemetry import Telemetry
 
 log = logging.getLogger("penumbra")
 

@@ -18,10 +18,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route, Router
 
-from models.errors import BadOption, TooLarge, Unsupported
-from serving.oip import DEFAULT_OUTPUTS, Answer, Inference, InferRequest, WantedOutput
-from serving.oip_tensors import DTYPES, SHOWN, Output, Tensor, join_strings
-from serving.rest import server_timing
+from penumbra.models.errors import BadOption, TooLarge, Unsupported
+from penumbra.serving.oip import DEFAULT_OUTPUTS, Answer, Inference, InferRequest, WantedOutput
+from penumbra.serving.oip_tensors import DTYPES, SHOWN, Output, Tensor, join_strings
+from penumbra.serving.rest import server_timing
 
 HEADER_LENGTH = "inference-header-content-length"
 KINDS: dict[type, str] = {list: "array", dict: "object", str: "string", bool: "boolean", int: "unsigned-integer"}

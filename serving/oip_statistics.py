@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from serving.engine.answer import Prediction
+from penumbra.serving.engine.answer import Prediction
 
 PHASES = {
     "queue": ("wait", "queue"),

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from models.card import MAPS, Card
-from models.errors import BadOption
-from serving.engine.options import PROBABILITIES, read_box
-from serving.engine.prompts import MAX_BOXES, Box
+from penumbra.models.card import MAPS, Card
+from penumbra.models.errors import BadOption
+from penumbra.serving.engine.options import PROBABILITIES, read_box
+from penumbra.serving.engine.prompts import MAX_BOXES, Box
 
 DTYPES = {
     "BOOL": "?", "UINT8": "u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8", "INT8": "i1", "INT16": "<i2",

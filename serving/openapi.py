@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from models.card import MAPS
-from serving import oip_openapi
-from serving.engine.options import DEFAULT_MAPS
-from serving.render import WRITERS
-from serving.render.pictures import LEVELS
+from penumbra.models.card import MAPS
+from penumbra.serving import oip_openapi
+from penumbra.serving.engine.options import DEFAULT_MAPS
+from penumbra.serving.render import WRITERS
+from penumbra.serving.render.pictures import LEVELS
 
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "model": ({"type": "string"}, "Which model; may be left out when one is served."),

@@ -14,15 +14,15 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import Scope
 
-from models.card import Card
-from models.errors import BadImage, BadOption, PenumbraError, QueueFull, UnsupportedMedia
-from serving import playground
-from serving.engine.answer import Prediction
-from serving.gateway import Gateway
-from serving.guard import BENTO_PATHS
-from serving.openapi import describe
-from serving.render import IN_BANDS, choose_format, read_wish, render
-from serving.statuses import status_of
+from penumbra.models.card import Card
+from penumbra.models.errors import BadImage, BadOption, PenumbraError, QueueFull, UnsupportedMedia
+from penumbra.serving import playground
+from penumbra.serving.engine.answer import Prediction
+from penumbra.serving.gateway import Gateway
+from penumbra.serving.guard import BENTO_PATHS
+from penumbra.serving.openapi import describe
+from penumbra.serving.render import IN_BANDS, choose_format, read_wish, render
+from penumbra.serving.statuses import status_of
 
 MAX_FIELDS, MAX_FIELD_BYTES = 16, 64 * 1024
 

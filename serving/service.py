@@ -1,11 +1,12 @@
 """How Penumbra sits in BentoML: it owns the process, packaging and lifecycle, and nothing on a request's way.
 
-    bentoml serve serving.service:Penumbra
+    bentoml serve penumbra.serving.service:Penumbra
 
-One worker process per device. Every route is ours (`serving.rest`, `serving.oip_rest`) on a mounted Starlette app, gRPC
-runs in the same event loop (`serving.oip_grpc`), and one typed BentoML route serves `bentoml.SyncHTTPClient`. This
-module is also imported by BentoML's supervisor, so torch and what imports it are imported where the worker builds its
-service. BentoML's metrics, UI page, URL inputs, pickle bodies, batching and inter-process calls are off.
+One worker process per device. Every route is ours (`penumbra.serving.rest`, `penumbra.serving.oip_rest`) on a mounted
+Starlette app, gRPC runs in the same event loop (`penumbra.serving.oip_grpc`), and one typed BentoML route serves
+`bentoml.SyncHTTPClient`. This module is also imported by BentoML's supervisor, so torch and what imports it are
+imported where the worker builds its service. BentoML's metrics, UI page, URL inputs, pickle bodies, batching and
+inter-process calls are off.
 """
 
 import asyncio
@@ -23,20 +24,20 @@ from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 
-from models.errors import BadArtifact, BadOption, PenumbraError
-from serving import VERSION
-from serving.engine.signature import PublicKeys, read_public_keys
-from serving.guard import Bounds, Guard, Timeout
-from serving.head import bound_heads
-from serving.keys import read_keys, warn_if_open
-from serving.settings import Settings
-from serving.statuses import status_of
-from serving.telemetry import Telemetry
-from serving.tracing import bentoml_tracing, use_bentomls_provider
+from penumbra.models.errors import BadArtifact, BadOption, PenumbraError
+from penumbra.serving import VERSION
+from penumbra.serving.engine.signature import PublicKeys, read_public_keys
+from penumbra.serving.guard import Bounds, Guard, Timeout
+from penumbra.serving.head import bound_heads
+from penumbra.serving.keys import read_keys, warn_if_open
+from penumbra.serving.settings import Settings
+from penumbra.serving.statuses import status_of
+from penumbra.serving.telemetry import Telemetry
+from penumbra.serving.tracing import bentoml_tracing, use_bentomls_provider
 
 if TYPE_CHECKING:
-    from serving.gateway import Gateway
-    from serving.oip_grpc import GrpcServer
+    from penumbra.serving.gateway import Gateway
+    from penumbra.serving.oip_grpc import GrpcServer
 
 SETTINGS = Settings()
 TELEMETRY = Telemetry(latency_buckets_s=SETTINGS.latency_buckets_s)
@@ -71,10 +72,10 @@ class Penumbra:
 
     def __init__(self) -> None:
         gc.disable()  # until all is loaded: collecting while torch is imported takes a quarter of its time
-        from serving import jobs_rest, oip_rest
-        from serving.jobs import Jobs, job_bounds
-        from serving.oip import Inference
-        from serving.rest import ERROR_HANDLERS, routes
+        from penumbra.serving import jobs_rest, oip_rest
+        from penumbra.serving.jobs import Jobs, job_bounds
+        from penumbra.serving.oip import Inference
+        from penumbra.serving.rest import ERROR_HANDLERS, routes
 
         logging.getLogger("penumbra").setLevel(SETTINGS.log_level)
         end_with_parent()
@@ -117,7 +118,7 @@ class Penumbra:
         self.jobs.start()
 
     async def _start_grpc(self) -> None:
-        from serving.oip_grpc import GrpcServer
+        from penumbra.serving.oip_grpc import GrpcServer
 
         if SETTINGS.grpc_address:
             self.grpc = GrpcServer(
@@ -137,7 +138,7 @@ class Penumbra:
         self, image: np.ndarray, model: str = "", samples: int | None = None, seed: int = 0
     ) -> PredictAnswer:
         """Labels and uncertainty of one image, uint8 [H, W, 3], as arrays."""
-        from serving.engine.options import SegmentOptions
+        from penumbra.serving.engine.options import SegmentOptions
 
         options = SegmentOptions(model=model or None, samples=samples, seed=seed)
         try:
@@ -163,10 +164,10 @@ def build_gateway(settings: Settings, telemetry: Telemetry, *, trusted_keys: Pub
     """The engine over the store, and the gateway over the engine. A store without one good model is an error."""
     import torch
 
-    from serving.engine.options import Limits
-    from serving.engine.runtime import Tuning
-    from serving.engine.segmenter import Segmenter
-    from serving.gateway import Gateway
+    from penumbra.serving.engine.options import Limits
+    from penumbra.serving.engine.runtime import Tuning
+    from penumbra.serving.engine.segmenter import Segmenter
+    from penumbra.serving.gateway import Gateway
 
     torch.set_num_threads(1)  # only the scheduler's lanes enter parallel regions; others would fight
     limits = Limits(

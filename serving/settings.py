@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from serving.telemetry import SECONDS
+from penumbra.serving.telemetry import SECONDS
 
 
 def _rising(bounds: tuple[float, ...]) -> tuple[float, ...]:
@@ -41,8 +41,8 @@ class Settings(BaseSettings):
     predrain_s: how long readiness is down before connections are closed on SIGTERM.
     latency_buckets_s: bounds of the latency histograms. otlp_endpoint: collector of traces, empty for none;
     trace_share: of the requests that are traced, unless their caller says so.
-    api_keys, api_keys_file: `serving.keys`; none lets everybody in. trusted_keys_file: public keys of which one must
-    have signed an artifact (`serving.engine.signature`); none takes any artifact.
+    api_keys, api_keys_file: `penumbra.serving.keys`; none lets everybody in. trusted_keys_file: public keys of which
+    one must have signed an artifact (`penumbra.serving.engine.signature`); none takes any artifact.
     """
 
     model_config = SettingsConfigDict(env_prefix="PENUMBRA_", frozen=True, extra="ignore")

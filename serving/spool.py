@@ -18,14 +18,14 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from models.card import dump_card
-from models.errors import DiskFull
-from serving.engine.answer import Arrays, Prediction, collect
-from serving.engine.bands import BandStream
-from serving.engine.kernels import FloatArray
-from serving.engine.options import Limits, SegmentOptions
-from serving.engine.raster import Pixels
-from serving.engine.segmenter import Segmenter
+from penumbra.models.card import dump_card
+from penumbra.models.errors import DiskFull
+from penumbra.serving.engine.answer import Arrays, Prediction, collect
+from penumbra.serving.engine.bands import BandStream
+from penumbra.serving.engine.kernels import FloatArray
+from penumbra.serving.engine.options import Limits, SegmentOptions
+from penumbra.serving.engine.raster import Pixels
+from penumbra.serving.engine.segmenter import Segmenter
 
 log = logging.getLogger("penumbra")
 

@@ -1,6 +1,6 @@
 """The one table from errors to statuses of every transport. A test demands that it is total."""
 
-from models import errors
+from penumbra.models import errors
 
 STATUSES: dict[type[errors.PenumbraError], tuple[int, str]] = {
     errors.BadOption: (400, "INVALID_ARGUMENT"),

@@ -20,13 +20,13 @@ os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, PlatformCollector, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 
-from models.errors import PenumbraError
-from serving.engine.observer import Observer
-from serving.statuses import status_of
-from serving.tracing import record_request
+from penumbra.models.errors import PenumbraError
+from penumbra.serving.engine.observer import Observer
+from penumbra.serving.statuses import status_of
+from penumbra.serving.tracing import record_request
 
 if TYPE_CHECKING:
-    from serving.engine.answer import Prediction
+    from penumbra.serving.engine.answer import Prediction
 
 log = logging.getLogger("penumbra")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from opentelemetry import propagate, trace
 
-from models.errors import BadOption
+from penumbra.models.errors import BadOption
 
 INTERLEAVED = ("run", "stitch", "read_out")
 """Phases that alternate, window by window: their spans start together and last as long as each was busy."""
@@ -25,7 +25,8 @@ def bentoml_tracing(endpoint: str, share: float) -> dict[str, Any]:
         return {"sample_rate": 0.0}
     if find_spec("opentelemetry.exporter") is None:
         raise BadOption(
-            f"PENUMBRA_OTLP_ENDPOINT is {endpoint!r} and the exporter is not installed; `pip install 'penumbra[otlp]'`"
+            f"PENUMBRA_OTLP_ENDPOINT is {endpoint!r} and the exporter is not installed; "
+            "`pip install 'penumbra-serving[otlp]'` brings it"
         )
     otlp = {"protocol": "grpc", "endpoint": endpoint, "grpc": {"insecure": not endpoint.startswith("https://")}}
     return {"exporter_type": "otlp", "sample_rate": share, "otlp": otlp}

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-from export.bundle import export_network
-from models.toy.cards import CLASSES, toy_card
-from models.toy.net import ToyConfig
+from penumbra.export.bundle import export_network
+from penumbra.models.toy.cards import CLASSES, toy_card
+from penumbra.models.toy.net import ToyConfig
 
 settings.register_profile("penumbra", deadline=None)  # a busy machine is no failure
 settings.load_profile("penumbra")

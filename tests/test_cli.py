@@ -11,10 +11,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from PIL import Image
 
-from models.card import Parity
-from models.checkpoint import save_checkpoint
-from penumbra import main
-from serving.engine.store import open_artifact, sha256_of
+from penumbra.__main__ import main
+from penumbra.models.card import Parity
+from penumbra.models.checkpoint import save_checkpoint
+from penumbra.serving.engine.store import open_artifact, sha256_of
 from tests.conftest import CLASSES, picture, toy_card
 
 MAPS = ("confidence", "entropy", "mutual_information")

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from penumbra import main
-from serving.settings import Settings
+from penumbra.__main__ import main
+from penumbra.serving.settings import Settings
 from tests.serving.server import Server, serving
 
 ROOT = Path(__file__).parents[1]

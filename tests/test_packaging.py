@@ -23,7 +23,7 @@ def test_a_bento_installs_the_serving_dependencies_of_the_project() -> None:
 
 
 def test_a_serving_install_pulls_no_training_library() -> None:
-    serving = [r for r in requires("penumbra") or [] if "extra ==" not in r]
+    serving = [r for r in requires("penumbra-serving") or [] if "extra ==" not in r]
     names = {re.split(r"[^A-Za-z0-9_.-]", r)[0].lower() for r in serving}
     assert not names & {"lightning", "lightning-fabric", "torchmetrics", "torchvision", "pytest", "ruff"}
 
@@ -38,6 +38,6 @@ def test_the_lock_names_every_declared_dependency_and_no_index() -> None:
 
 
 def test_the_supervisor_and_a_full_store_are_reached_without_torch() -> None:
-    code = "import sys, serving.service, export.zoo; print('torch' in sys.modules)"
+    code = "import sys, penumbra.serving.service, penumbra.export.zoo; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.stdout.strip() == "False", done.stderr

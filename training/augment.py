@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.card import IGNORE, InputSpec
+from penumbra.models.card import IGNORE, InputSpec
 
 NUM_BOXES = 3
 """CutMix boxes per picture, as in CPS."""

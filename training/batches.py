@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.card import IGNORE, InputSpec
-from models.contract import Views
-from models.errors import BadOption
-from training.augment import cutmix_masks, jitter_color, normalise, random_view
-from training.data.frames import FrameSet, read_split, split_labelled
-from training.data.weak import derive_boxes, derive_tags
-from training.recipe import Recipe
+from penumbra.models.card import IGNORE, InputSpec
+from penumbra.models.contract import Views
+from penumbra.models.errors import BadOption
+from penumbra.training.augment import cutmix_masks, jitter_color, normalise, random_view
+from penumbra.training.data.frames import FrameSet, read_split, split_labelled
+from penumbra.training.data.weak import derive_boxes, derive_tags
+from penumbra.training.recipe import Recipe
 
 
 def choose_split(frames: FrameSet, recipe: Recipe) -> tuple[Tensor, Tensor]:

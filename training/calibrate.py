@@ -25,15 +25,15 @@ from rich.console import Console
 from rich.table import Table
 from scipy.optimize import minimize_scalar
 
-from models.card import Calibration, Card, check_facts, dump_card
-from models.errors import BadData, BadOption
-from serving.engine.segmenter import Segmenter
-from serving.engine.store import CARD, find_artifact, versions
-from training.data.frames import FrameSet
-from training.evaluation.answers import Answer, answer, pictures
-from training.evaluation.figures import Evaluation
-from training.evaluation.run import Question, follow, load_frames
-from training.metrics import LEAST_PROBABILITY, NUM_BINS, Doubles, Floats, Mask, bins_of, top_of
+from penumbra.models.card import Calibration, Card, check_facts, dump_card
+from penumbra.models.errors import BadData, BadOption
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.store import CARD, find_artifact, versions
+from penumbra.training.data.frames import FrameSet
+from penumbra.training.evaluation.answers import Answer, answer, pictures
+from penumbra.training.evaluation.figures import Evaluation
+from penumbra.training.evaluation.run import Question, follow, load_frames
+from penumbra.training.metrics import LEAST_PROBABILITY, NUM_BINS, Doubles, Floats, Mask, bins_of, top_of
 
 RISKS = (0.01, 0.02, 0.05, 0.1)
 LEAST_FRAMES = 8

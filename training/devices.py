@@ -14,8 +14,8 @@ from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor, distributed, nn
 
-from models.errors import BadOption
-from training.recipe import Precision
+from penumbra.models.errors import BadOption
+from penumbra.training.recipe import Precision
 
 
 def start_devices(*, devices: int = 1, precision: Precision = "32-true") -> Fabric:

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.card import IGNORE, ClassInfo, InputSpec, Sampling
-from models.contract import Network
-from training.augment import normalise
-from training.data.frames import FrameSet
+from penumbra.models.card import IGNORE, ClassInfo, InputSpec, Sampling
+from penumbra.models.contract import Network
+from penumbra.training.augment import normalise
+from penumbra.training.data.frames import FrameSet
 
 BORDER_PX = 32
 """Left out of `sample_spread`: what zero padding does at a picture's edge is no opinion of a latent."""

@@ -13,19 +13,19 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from models import find_method
-from models.card import Card, InputSpec, Provenance, Readout, read_strict
-from models.checkpoint import load_checkpoint, save_checkpoint
-from models.contract import Network
-from models.errors import BadArtifact, BadOption
-from serving.engine.allocator import keep_freed_memory
-from training.batches import Batches, choose_split
-from training.data import DataSet, find_data
-from training.data.frames import FrameSet, write_split
-from training.devices import follow_first, gather, share_of, start_devices
-from training.evaluate import measure
-from training.objective import build_objective, update_average
-from training.recipe import Recipe
+from penumbra.models import find_method
+from penumbra.models.card import Card, InputSpec, Provenance, Readout, read_strict
+from penumbra.models.checkpoint import load_checkpoint, save_checkpoint
+from penumbra.models.contract import Network
+from penumbra.models.errors import BadArtifact, BadOption
+from penumbra.serving.engine.allocator import keep_freed_memory
+from penumbra.training.batches import Batches, choose_split
+from penumbra.training.data import DataSet, find_data
+from penumbra.training.data.frames import FrameSet, write_split
+from penumbra.training.devices import follow_first, gather, share_of, start_devices
+from penumbra.training.evaluate import measure
+from penumbra.training.objective import build_objective, update_average
+from penumbra.training.recipe import Recipe
 
 MAX_GRADIENT_NORM = 5.0
 """As in NP-SemiSeg's released training; it only matters in the first steps."""

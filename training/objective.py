@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.contract import Network, Views
-from models.errors import BadOption
+from penumbra.models.contract import Network, Views
+from penumbra.models.errors import BadOption
 
 
 class Objective(nn.Module):
@@ -28,9 +28,9 @@ class Objective(nn.Module):
 def build_objective(method: str, network: Network, average: Network, options: Mapping[str, Any]) -> Objective:
     """`models.<method>.objective.build_objective`. Raises BadOption if the method cannot be trained here."""
     try:
-        module = importlib.import_module(f"models.{method}.objective")
+        module = importlib.import_module(f"penumbra.models.{method}.objective")
     except ModuleNotFoundError as error:
-        if error.name != f"models.{method}.objective":
+        if error.name != f"penumbra.models.{method}.objective":
             raise
         raise BadOption(f"the method {method!r} has no objective; it can be imported but not trained") from None
     objective: Objective = module.build_objective(network, average, options)

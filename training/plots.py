@@ -10,11 +10,11 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from models.card import IGNORE, Card
-from serving.render import palette
-from training.evaluation.answers import Answer
-from training.evaluation.figures import PATCH_PX, STEPS, UNCERTAINTIES
-from training.evaluation.run import Measured
+from penumbra.models.card import IGNORE, Card
+from penumbra.serving.render import palette
+from penumbra.training.evaluation.answers import Answer
+from penumbra.training.evaluation.figures import PATCH_PX, STEPS, UNCERTAINTIES
+from penumbra.training.evaluation.run import Measured
 
 DPI = 120
 Shown = Sequence[tuple[str, Any, Answer]]

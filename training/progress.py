@@ -6,9 +6,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from training.devices import start_devices
-from training.loop import train
-from training.recipe import Precision, Recipe
+from penumbra.training.devices import start_devices
+from penumbra.training.loop import train
+from penumbra.training.recipe import Precision, Recipe
 
 
 def follow(

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import yaml
 
-from models.card import WindowSpec, read_strict
-from models.errors import BadArtifact, BadOption
+from penumbra.models.card import WindowSpec, read_strict
+from penumbra.models.errors import BadArtifact, BadOption
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 

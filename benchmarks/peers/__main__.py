@@ -28,9 +28,9 @@ from benchmarks.peers import plots
 from benchmarks.peers.servers import NEEDS, SERVERS, Task
 from benchmarks.peers.traffic import Slices, run_slice
 from benchmarks.rounds import RESULTS, save
-from export.bundle import export_network
-from models.card import WindowSpec
-from models.checkpoint import load_checkpoint
+from penumbra.export.bundle import export_network
+from penumbra.models.card import WindowSpec
+from penumbra.models.checkpoint import load_checkpoint
 from tests.serving.server import ROOT
 
 ROUNDS = 2

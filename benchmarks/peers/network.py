@@ -19,10 +19,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.card import Card
-from serving.engine.noise import SeededNoise
-from serving.engine.store import open_artifact
-from serving.render.pictures import palette
+from penumbra.models.card import Card
+from penumbra.serving.engine.noise import SeededNoise
+from penumbra.serving.engine.store import open_artifact
+from penumbra.serving.render.pictures import palette
 
 THREADS = len(os.sched_getaffinity(0))
 """Of torch, for every server alike."""

@@ -55,10 +55,10 @@ def of_penumbra(artifact: Path, side: int, batch: int, labels: Path) -> dict[str
     """`network` is the graphs alone, `moments` with the mean probabilities and entropies of every window."""
     from benchmarks.lanes import in_lanes
     from benchmarks.peers.network import THREADS
-    from serving.engine.options import SegmentOptions
-    from serving.engine.runtime import Piece, Tuning
-    from serving.engine.segmenter import Segmenter
-    from serving.engine.windows import cover, normalise
+    from penumbra.serving.engine.options import SegmentOptions
+    from penumbra.serving.engine.runtime import Piece, Tuning
+    from penumbra.serving.engine.segmenter import Segmenter
+    from penumbra.serving.engine.windows import cover, normalise
 
     image = picture(side)
     with Segmenter(threads=THREADS, tuning=Tuning(windows_per_batch=batch)) as segmenter:
@@ -88,8 +88,8 @@ def of_monai(artifact: Path, side: int, batch: int, labels: Path) -> dict[str, A
     many labels these two choices change is told.
     """
     from benchmarks.peers.network import Network, sliding_window
-    from serving.engine.allocator import keep_freed_memory
-    from serving.engine.windows import cover
+    from penumbra.serving.engine.allocator import keep_freed_memory
+    from penumbra.serving.engine.windows import cover
 
     keep_freed_memory()
     network, slide, image = Network(artifact, whole=True), sliding_window(), picture(side)
@@ -121,7 +121,7 @@ def of_monai(artifact: Path, side: int, batch: int, labels: Path) -> dict[str, A
 
 
 def gaussian(size: tuple[int, int]) -> torch.Tensor:
-    """The weights of a window as `models.card.WindowSpec` has them, [h, w]."""
+    """The weights of a window as `penumbra.models.card.WindowSpec` has them, [h, w]."""
     across = [torch.exp(-0.5 * ((torch.arange(n) - (n - 1) / 2) / (n / 8)) ** 2).clamp(min=1e-3) for n in size]
     return torch.outer(*across)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from models.blocks.layers import conv_norm_act, convolve_pooled
+from penumbra.models.blocks.layers import conv_norm_act, convolve_pooled
 
 
 class Aspp(nn.Module):

@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.card import IGNORE
+from penumbra.models.card import IGNORE
 
 
 def at_size(logits_BKhw: Tensor, target: Tensor) -> Tensor:

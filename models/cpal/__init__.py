@@ -1,10 +1,10 @@
 """CPAL (Tang et al., CVPR 2024): pseudo masks from image-level labels with context prototypes, and what they train."""
 
-from models.contract import Method, Network
-from models.cpal.config import CpalConfig
-from models.cpal.net import CamNetwork
-from models.cpal.segmentation import DeepLabV2Network, Wrn38Network
-from models.cpal.upstream import UPSTREAM
+from penumbra.models.contract import Method, Network
+from penumbra.models.cpal.config import CpalConfig
+from penumbra.models.cpal.net import CamNetwork
+from penumbra.models.cpal.segmentation import DeepLabV2Network, Wrn38Network
+from penumbra.models.cpal.upstream import UPSTREAM
 
 NETWORKS: dict[str, type[CamNetwork] | type[DeepLabV2Network] | type[Wrn38Network]] = {
     "cam": CamNetwork,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.errors import BadData
+from penumbra.models.errors import BadData
 
 BANK_SIZE = 1000
 """Instance prototypes that are kept (the paper's size; that it is per class is OURS)."""

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from models.card import Sampling
-from models.errors import BadOption
+from penumbra.models.card import Sampling
+from penumbra.models.errors import BadOption
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from models.cpal.config import CpalConfig
+    from penumbra.models.cpal.config import CpalConfig
 
 EPS = 1e-8
 """Shortest length that a cosine divides by."""
@@ -27,7 +27,7 @@ EPS = 1e-8
 class Context(nn.Module):
     """The projection head v, and what a support bank left behind: context_centres_NPD and shift_ND.
 
-    Both are filled by `adopt`, from `models.cpal.bank.summarise`.
+    Both are filled by `adopt`, from `penumbra.models.cpal.bank.summarise`.
     """
 
     def __init__(self, config: "CpalConfig", channels: int) -> None:

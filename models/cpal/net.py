@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.blocks.layers import resize_like
-from models.blocks.resnet import ResNet, ResNetConfig
-from models.card import PromptSpec
-from models.contract import Features, Network, Prompt
-from models.cpal.config import CpalConfig, choose_sampling
-from models.cpal.context import Context
-from models.cpal.pyramid import Pyramid
-from models.cpal.seeds import (
+from penumbra.models.blocks.layers import resize_like
+from penumbra.models.blocks.resnet import ResNet, ResNetConfig
+from penumbra.models.card import PromptSpec
+from penumbra.models.contract import Features, Network, Prompt
+from penumbra.models.cpal.config import CpalConfig, choose_sampling
+from penumbra.models.cpal.context import Context
+from penumbra.models.cpal.pyramid import Pyramid
+from penumbra.models.cpal.seeds import (
     BACKGROUND_WEIGHT,
     choose_seeds,
     divide_by_maximum,

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from models.contract import Network
-from models.cpal.net import CamNetwork
-from models.cpal.objective_cam import CamObjective, read_cam_options
-from models.cpal.objective_masks import MaskObjective, read_mask_options
+from penumbra.models.contract import Network
+from penumbra.models.cpal.net import CamNetwork
+from penumbra.models.cpal.objective_cam import CamObjective, read_cam_options
+from penumbra.models.cpal.objective_masks import MaskObjective, read_mask_options
 
 
 def build_objective(network: Network, average: Network, options: Mapping[str, Any]) -> CamObjective | MaskObjective:

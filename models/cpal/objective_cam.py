@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.blocks.losses import ramp
-from models.card import read_strict
-from models.contract import Views
-from models.cpal.bank import BANK_SIZE, SupportBank, summarise
-from models.cpal.net import CamNetwork, Localisation, View
-from models.cpal.seeds import divide_by_maximum
-from models.errors import BadOption
+from penumbra.models.blocks.losses import ramp
+from penumbra.models.card import read_strict
+from penumbra.models.contract import Views
+from penumbra.models.cpal.bank import BANK_SIZE, SupportBank, summarise
+from penumbra.models.cpal.net import CamNetwork, Localisation, View
+from penumbra.models.cpal.seeds import divide_by_maximum
+from penumbra.models.errors import BadOption
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.blocks.losses import at_size, cross_entropy
-from models.card import IGNORE, read_strict
-from models.checkpoint import load_checkpoint
-from models.contract import Network, Views
-from models.cpal.net import CamNetwork
-from models.cpal.objective_cam import read_tags
-from models.errors import BadOption
+from penumbra.models.blocks.losses import at_size, cross_entropy
+from penumbra.models.card import IGNORE, read_strict
+from penumbra.models.checkpoint import load_checkpoint
+from penumbra.models.contract import Network, Views
+from penumbra.models.cpal.net import CamNetwork
+from penumbra.models.cpal.objective_cam import read_tags
+from penumbra.models.errors import BadOption
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ graph; fixed-point sums are exact in float64, hence have the same bytes in every
 import torch
 from torch import Tensor, nn
 
-from models.card import InputSpec
+from penumbra.models.card import InputSpec
 
 FIXED_POINT = 2.0**22
 """Pillow's resampling weights for 8-bit images are multiples of its inverse."""

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.blocks.layers import drop_channels, resize_like
-from models.blocks.resnet import BLOCKS
-from models.card import Sampling
-from models.contract import Features, Network
-from models.cpal.config import CpalConfig, choose_sampling
-from models.cpal.wideresnet import WideResNet
+from penumbra.models.blocks.layers import drop_channels, resize_like
+from penumbra.models.blocks.resnet import BLOCKS
+from penumbra.models.card import Sampling
+from penumbra.models.contract import Features, Network
+from penumbra.models.cpal.config import CpalConfig, choose_sampling
+from penumbra.models.cpal.wideresnet import WideResNet
 
 RATES = (6, 12, 18, 24)
 """Of the four 3x3 convolutions whose sum is DeepLabV2's answer."""

@@ -9,10 +9,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from models.card import InputSpec, Readout, WindowSpec
-from models.cpal.config import CpalConfig, deeplabv2, sipe, wrn38
-from models.errors import BadCheckpoint
-from models.layout import Assembly, Layout, Protocol, Upstream
+from penumbra.models.card import InputSpec, Readout, WindowSpec
+from penumbra.models.cpal.config import CpalConfig, deeplabv2, sipe, wrn38
+from penumbra.models.errors import BadCheckpoint
+from penumbra.models.layout import Assembly, Layout, Protocol, Upstream
 
 STAGES = {"0.0.": "conv1.", "0.1.": "bn1."} | {f"{n}.0.": f"layer{n}." for n in (1, 2, 3, 4)}
 """SIPE stores its backbone three times; this is how the two further copies call a stage."""

@@ -1,8 +1,8 @@
 """Cross Pseudo Supervision (Chen, Yuan, Zeng, Wang, CVPR 2021): two networks supervising each other."""
 
-from models.contract import Method
-from models.cps.net import CpsConfig, CpsNetwork
-from models.cps.upstream import UPSTREAM
+from penumbra.models.contract import Method
+from penumbra.models.cps.net import CpsConfig, CpsNetwork
+from penumbra.models.cps.upstream import UPSTREAM
 
 METHOD = Method(
     name="cps",

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.blocks.layers import conv_norm_act, convolve_pooled, resize_like
-from models.blocks.resnet import ResNet, ResNetConfig
-from models.card import Sampling
-from models.contract import Features, Network
+from penumbra.models.blocks.layers import conv_norm_act, convolve_pooled, resize_like
+from penumbra.models.blocks.resnet import ResNet, ResNetConfig
+from penumbra.models.card import Sampling
+from penumbra.models.contract import Features, Network
 
 
 @dataclass(frozen=True, slots=True)

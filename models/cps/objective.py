@@ -1,20 +1,20 @@
-"""Training of the CPS branches: which objective a recipe asks for. One file each in `models.cps.objectives`."""
+"""Training of the CPS branches: which objective a recipe asks for, a file each in `penumbra.models.cps.objectives`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from models.card import read_strict
-from models.cps.net import CpsNetwork
-from models.cps.objectives.cross_probability import CrossProbabilityObjective, CrossProbabilityOptions
-from models.cps.objectives.cross_pseudo import CpsObjective, CpsOptions, PlainCpsObjective
-from models.cps.objectives.mean_teacher import MeanTeacherObjective, MeanTeacherOptions
-from models.cps.objectives.pseudo import PseudoObjective
-from models.cps.objectives.pseudoseg import PseudoSegObjective, PseudoSegOptions
-from models.cps.objectives.semi_supervised import Ramped
-from models.cps.objectives.supervised import SupervisedObjective, SupervisedOptions
-from models.errors import BadOption
+from penumbra.models.card import read_strict
+from penumbra.models.cps.net import CpsNetwork
+from penumbra.models.cps.objectives.cross_probability import CrossProbabilityObjective, CrossProbabilityOptions
+from penumbra.models.cps.objectives.cross_pseudo import CpsObjective, CpsOptions, PlainCpsObjective
+from penumbra.models.cps.objectives.mean_teacher import MeanTeacherObjective, MeanTeacherOptions
+from penumbra.models.cps.objectives.pseudo import PseudoObjective
+from penumbra.models.cps.objectives.pseudoseg import PseudoSegObjective, PseudoSegOptions
+from penumbra.models.cps.objectives.semi_supervised import Ramped
+from penumbra.models.cps.objectives.supervised import SupervisedObjective, SupervisedOptions
+from penumbra.models.errors import BadOption
 
 
 class Kind(NamedTuple):

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from models.blocks.resnet import ResNetConfig
-from models.card import InputSpec, Readout, WindowSpec
-from models.cps.net import CpsConfig
-from models.errors import BadCheckpoint
-from models.layout import Assembly, Layout, Protocol, Upstream
+from penumbra.models.blocks.resnet import ResNetConfig
+from penumbra.models.card import InputSpec, Readout, WindowSpec
+from penumbra.models.cps.net import CpsConfig
+from penumbra.models.errors import BadCheckpoint
+from penumbra.models.layout import Assembly, Layout, Protocol, Upstream
 
 CITY_CLASSES = 19
 DEPTH_BY_BLOCKS = {6: 50, 23: 101}

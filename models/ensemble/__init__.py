@@ -1,7 +1,7 @@
 """Deep ensembles (Lakshminarayanan, Pritzel, Blundell, NeurIPS 2017): checkpoints of the same classes as members."""
 
-from models.contract import Method
-from models.ensemble.net import EnsembleConfig, EnsembleNetwork
+from penumbra.models.contract import Method
+from penumbra.models.ensemble.net import EnsembleConfig, EnsembleNetwork
 
 METHOD = Method(
     name="ensemble",

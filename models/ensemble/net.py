@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models import find_method
-from models.card import InputSpec, Readout, Sampling, read_strict
-from models.contract import Features, Network
+from penumbra.models import find_method
+from penumbra.models.card import InputSpec, Readout, Sampling, read_strict
+from penumbra.models.contract import Features, Network
 
 
 @dataclass(frozen=True, slots=True)

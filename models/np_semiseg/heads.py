@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.blocks.layers import VectorLinear, conv_norm_act
-from models.contract import Features
+from penumbra.models.blocks.layers import VectorLinear, conv_norm_act
+from penumbra.models.contract import Features
 
 if TYPE_CHECKING:
-    from models.np_semiseg.net import NpConfig
+    from penumbra.models.np_semiseg.net import NpConfig
 
 LatentStatistics = tuple[Tensor, Tensor, Tensor]
 """mean_BL and sigma_BL of the latent, and the deterministic context_BL."""

@@ -1,7 +1,7 @@
 """The NP-SemiSeg network: a DeepLabv3+ host, whose classifier is a neural process.
 
 Published layout (hosts U2PL and AugSeg, Wang et al. 2023): `head="published"`. Our own layout, in which the
-latent enters late and cannot be normalised away: `head="film"` (see `models.np_semiseg.heads`).
+latent enters late and cannot be normalised away: `head="film"` (see `penumbra.models.np_semiseg.heads`).
 """
 
 from dataclasses import dataclass, field
@@ -10,12 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from models.blocks.layers import conv_norm_act, convolve_pooled, drop_channels, resize_like
-from models.blocks.resnet import ResNet, ResNetConfig
-from models.card import Sampling
-from models.contract import Features, Network
-from models.errors import BadOption
-from models.np_semiseg.heads import FilmHead, PublishedHead
+from penumbra.models.blocks.layers import conv_norm_act, convolve_pooled, drop_channels, resize_like
+from penumbra.models.blocks.resnet import ResNet, ResNetConfig
+from penumbra.models.card import Sampling
+from penumbra.models.contract import Features, Network
+from penumbra.models.errors import BadOption
+from penumbra.models.np_semiseg.heads import FilmHead, PublishedHead
 
 
 @dataclass(frozen=True, slots=True)

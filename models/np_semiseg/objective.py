@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.blocks.losses import ramp
-from models.card import IGNORE, read_strict
-from models.contract import Views
-from models.errors import BadOption
-from models.np_semiseg.heads import LatentPath, attend
-from models.np_semiseg.net import NpNetwork
-from models.np_semiseg.objective_dropout import DropoutObjective, DropoutOptions
-from models.np_semiseg.objective_terms import at_grid, labelled, picture_loss, pseudo_labelled
+from penumbra.models.blocks.losses import ramp
+from penumbra.models.card import IGNORE, read_strict
+from penumbra.models.contract import Views
+from penumbra.models.errors import BadOption
+from penumbra.models.np_semiseg.heads import LatentPath, attend
+from penumbra.models.np_semiseg.net import NpNetwork
+from penumbra.models.np_semiseg.objective_dropout import DropoutObjective, DropoutOptions
+from penumbra.models.np_semiseg.objective_terms import at_grid, labelled, picture_loss, pseudo_labelled
 
 CONTEXT, TARGET = 0, 1
 SAMPLED = {"np": "latent", "dropout": "dropout"}

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.blocks.losses import ramp
-from models.card import IGNORE
-from models.contract import Views
-from models.np_semiseg.net import NpNetwork
-from models.np_semiseg.objective_terms import labelled, picture_loss, pseudo_labelled
+from penumbra.models.blocks.losses import ramp
+from penumbra.models.card import IGNORE
+from penumbra.models.contract import Views
+from penumbra.models.np_semiseg.net import NpNetwork
+from penumbra.models.np_semiseg.objective_terms import labelled, picture_loss, pseudo_labelled
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.card import IGNORE
-from models.contract import Views
-from models.np_semiseg.net import NpNetwork
+from penumbra.models.card import IGNORE
+from penumbra.models.contract import Views
+from penumbra.models.np_semiseg.net import NpNetwork
 
 
 class Pictures(NamedTuple):

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from models.card import InputSpec, Readout, WindowSpec
-from models.errors import BadCheckpoint
-from models.layout import Assembly, Layout, Protocol, Upstream
-from models.np_semiseg.net import NpConfig, augseg, u2pl
+from penumbra.models.card import InputSpec, Readout, WindowSpec
+from penumbra.models.errors import BadCheckpoint
+from penumbra.models.layout import Assembly, Layout, Protocol, Upstream
+from penumbra.models.np_semiseg.net import NpConfig, augseg, u2pl
 
 CITY_CLASSES = 19
 DEPTH_BY_BLOCKS = {6: 50, 23: 101}

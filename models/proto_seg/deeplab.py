@@ -5,8 +5,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from models.blocks.aspp import Aspp
-from models.blocks.resnet import ResNet, ResNetConfig
+from penumbra.models.blocks.aspp import Aspp
+from penumbra.models.blocks.resnet import ResNet, ResNetConfig
 
 RATES = (12, 24, 36)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.card import ExtraMap
+from penumbra.models.card import ExtraMap
 
 AXES = {"width": 3, "channel": 1}
 """Of BDhw. DEVIATION (published code and weights, not ours): the released projection is scaled over the image's width,

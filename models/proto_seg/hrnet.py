@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.blocks.layers import resize_like
-from models.blocks.resnet import BasicBlock, Bottleneck
+from penumbra.models.blocks.layers import resize_like
+from penumbra.models.blocks.resnet import BasicBlock, Bottleneck
 
 
 @dataclass(frozen=True, slots=True)

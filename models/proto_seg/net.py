@@ -1,8 +1,8 @@
 """The ProtoSeg network: a trunk, which makes one feature map x_BDhw of a picture, and a head that scores it.
 
 `head="prototype"` classifies by the nearest of several prototypes per class, `head="parametric"` is the paper's
-baseline, a 1x1 convolution (see `models.proto_seg.heads`). `sampling="dropout"` draws the masks of the dropout in
-front of the head, which training uses (Dropout2d, p = 0.1), also at inference: MC dropout (Gal & Ghahramani 2016).
+baseline, a 1x1 convolution (see `penumbra.models.proto_seg.heads`). `sampling="dropout"` draws the masks of the dropout
+in front of the head, which training uses (Dropout2d, p = 0.1), also at inference: MC dropout (Gal & Ghahramani 2016).
 """
 
 from dataclasses import dataclass, field
@@ -11,13 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from models.blocks.layers import conv_norm_act, drop_channels, resize_like
-from models.card import Sampling
-from models.contract import Features, Network
-from models.errors import BadOption
-from models.proto_seg.deeplab import DeepLab, DeepLabConfig
-from models.proto_seg.heads import ParametricHead, PrototypeHead
-from models.proto_seg.hrnet import Hrnet, HrnetConfig
+from penumbra.models.blocks.layers import conv_norm_act, drop_channels, resize_like
+from penumbra.models.card import Sampling
+from penumbra.models.contract import Features, Network
+from penumbra.models.errors import BadOption
+from penumbra.models.proto_seg.deeplab import DeepLab, DeepLabConfig
+from penumbra.models.proto_seg.heads import ParametricHead, PrototypeHead
+from penumbra.models.proto_seg.hrnet import Hrnet, HrnetConfig
 
 KEEP = 0.9
 """Share of channels that the published dropout keeps."""

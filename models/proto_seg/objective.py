@@ -23,14 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.blocks.layers import drop_channels
-from models.blocks.losses import at_size, cross_entropy, ramp
-from models.card import IGNORE, read_strict
-from models.contract import Views
-from models.errors import BadOption
-from models.proto_seg.clustering import assign, move_prototypes
-from models.proto_seg.heads import PrototypeHead
-from models.proto_seg.net import ProtoNetwork
+from penumbra.models.blocks.layers import drop_channels
+from penumbra.models.blocks.losses import at_size, cross_entropy, ramp
+from penumbra.models.card import IGNORE, read_strict
+from penumbra.models.contract import Views
+from penumbra.models.errors import BadOption
+from penumbra.models.proto_seg.clustering import assign, move_prototypes
+from penumbra.models.proto_seg.heads import PrototypeHead
+from penumbra.models.proto_seg.net import ProtoNetwork
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from models.card import InputSpec, Readout, WindowSpec
-from models.errors import BadCheckpoint
-from models.layout import Assembly, Layout, Protocol, Upstream
-from models.proto_seg.deeplab import DeepLabConfig
-from models.proto_seg.hrnet import HrnetConfig
-from models.proto_seg.net import ProtoConfig
+from penumbra.models.card import InputSpec, Readout, WindowSpec
+from penumbra.models.errors import BadCheckpoint
+from penumbra.models.layout import Assembly, Layout, Protocol, Upstream
+from penumbra.models.proto_seg.deeplab import DeepLabConfig
+from penumbra.models.proto_seg.hrnet import HrnetConfig
+from penumbra.models.proto_seg.net import ProtoConfig
 
 CONTAINERS = ("state_dict", "model")
 TRUNK = {"backbone.": "trunk.backbone.", "cls_head.0.": "trunk.neck.0.", "cls_head.1.0.": "trunk.neck.1."}

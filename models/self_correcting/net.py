@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.blocks.aspp import Aspp
-from models.blocks.layers import conv_norm_act, drop_channels, resize_like
-from models.blocks.resnet import ResNet, ResNetConfig
-from models.card import PromptSpec, Sampling
-from models.contract import Features, Network, Prompt
+from penumbra.models.blocks.aspp import Aspp
+from penumbra.models.blocks.layers import conv_norm_act, drop_channels, resize_like
+from penumbra.models.blocks.resnet import ResNet, ResNetConfig
+from penumbra.models.card import PromptSpec, Sampling
+from penumbra.models.contract import Features, Network, Prompt
 
 BACKBONE = ResNetConfig(depth=101, stem="plain", output_stride=8, dilation="rest")
 """Of the unofficial code: torchvision's ResNet-101 with the strides of its last two stages made dilations."""

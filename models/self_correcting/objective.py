@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.blocks.losses import at_size, cross_entropy, ramp, soft_cross_entropy
-from models.card import read_strict
-from models.contract import Views
-from models.errors import BadOption
-from models.self_correcting.net import SelfCorrectingNetwork, correct_by_convolution, correct_linearly
+from penumbra.models.blocks.losses import at_size, cross_entropy, ramp, soft_cross_entropy
+from penumbra.models.card import read_strict
+from penumbra.models.contract import Views
+from penumbra.models.errors import BadOption
+from penumbra.models.self_correcting.net import SelfCorrectingNetwork, correct_by_convolution, correct_linearly
 
 
 class Stage(IntEnum):

@@ -9,10 +9,10 @@ from typing import Literal, TypeVar
 
 from torch import Tensor
 
-from models.card import InputSpec, Readout, WindowSpec
-from models.errors import BadCheckpoint
-from models.layout import Assembly, Layout, Protocol, Upstream
-from models.self_correcting.net import BACKBONE, SelfCorrectingConfig
+from penumbra.models.card import InputSpec, Readout, WindowSpec
+from penumbra.models.errors import BadCheckpoint
+from penumbra.models.layout import Assembly, Layout, Protocol, Upstream
+from penumbra.models.self_correcting.net import BACKBONE, SelfCorrectingConfig
 
 PRIMARY, ANCILLARY, CORRECTION = "primary network", "ancillary network", "correction network"
 CONTAINERS = ("model_state_dict",)

@@ -1,7 +1,7 @@
 """The toy method: closed-form logits of pixel and noise, no weights. The whole server is tested against it."""
 
-from models.contract import Method
-from models.toy.net import ToyConfig, ToyNetwork
+from penumbra.models.contract import Method
+from penumbra.models.toy.net import ToyConfig, ToyNetwork
 
 METHOD = Method(
     name="toy",

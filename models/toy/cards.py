@@ -3,14 +3,14 @@
 import dataclasses
 from typing import Any
 
-from models.card import Card, ClassInfo, InputSpec, Readout, WindowSpec
-from models.toy.net import ToyConfig, ToyNetwork
+from penumbra.models.card import Card, ClassInfo, InputSpec, Readout, WindowSpec
+from penumbra.models.toy.net import ToyConfig, ToyNetwork
 
 CLASSES = (ClassInfo("red", (200, 0, 0)), ClassInfo("green", (0, 200, 0)), ClassInfo("blue", (0, 0, 200)))
 
 
 def toy_card(form: Any, *, name: str | None = None, window: WindowSpec | None = None) -> tuple[Card, ToyNetwork]:
-    """A network of a form of `models.toy.net` and its card, to be exported; by default with tiny windows."""
+    """A network of a form of `penumbra.models.toy.net` and its card, to be exported; by default with tiny windows."""
     network = ToyNetwork(ToyConfig(form=form))
     card = Card(
         name=name or f"toy-{form}", version=1, method="toy", config=dataclasses.asdict(network.config), classes=CLASSES,

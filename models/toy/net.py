@@ -17,8 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from models.card import ExtraMap, PromptSpec, Sampling
-from models.contract import Features, Network, Prompt
+from penumbra.models.card import ExtraMap, PromptSpec, Sampling
+from penumbra.models.contract import Features, Network, Prompt
 
 SAMPLING = {
     "latent": Sampling(kind="latent", noise_length=3, default_samples=4),

@@ -8,25 +8,26 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from models.card import IGNORE, Card
-from serving.engine.bands import BandStream
-from serving.engine.kernels import FloatArray
-from serving.engine.options import PROBABILITIES, SegmentOptions
-from serving.engine.raster import Pixels
-from serving.engine.windows import WindowPlan
-from serving.engine.work import Work
+from penumbra.models.card import IGNORE, Card
+from penumbra.serving.engine.bands import BandStream
+from penumbra.serving.engine.kernels import FloatArray
+from penumbra.serving.engine.options import PROBABILITIES, SegmentOptions
+from penumbra.serving.engine.raster import Pixels
+from penumbra.serving.engine.windows import WindowPlan
+from penumbra.serving.engine.work import Work
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """One image's answer at the image's size.
 
-    labels_HW: uint8 class ids. maps: float32 [H, W] by name, uncertainties in nats (`serving.engine.uncertainty`).
-    timing_ms: milliseconds by phase. num_windows: windows that were run. members: names of the samples, where they
-    have names. warnings: sentences about what the caller should know of this answer. abstained: share of the pixels
-    whose label is IGNORE because of `max_risk`; None where that was not asked for. image: what it is an answer to.
-    prob_KHW: mean probabilities of all classes, float32, where the output PROBABILITIES was asked for. num_asked: of
-    samples, where `anytime` lets the answer have fewer. age_s: of an answer that was kept (`serving.cache`).
+    labels_HW: uint8 class ids. maps: float32 [H, W] by name, uncertainties in nats
+    (`penumbra.serving.engine.uncertainty`). timing_ms: milliseconds by phase. num_windows: windows that were run.
+    members: names of the samples, where they have names. warnings: sentences about what the caller should know of this
+    answer. abstained: share of the pixels whose label is IGNORE because of `max_risk`; None where that was not asked
+    for. image: what it is an answer to. prob_KHW: mean probabilities of all classes, float32, where the output
+    PROBABILITIES was asked for. num_asked: of samples, where `anytime` lets the answer have fewer. age_s: of an answer
+    that was kept (`penumbra.serving.cache`).
     """
 
     card: Card

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
-from models.card import IGNORE
-from serving.engine.canvas import Canvas
-from serving.engine.raster import Pixels, Raster
-from serving.engine.scheduler import Scheduler
-from serving.engine.uncertainty import Band, abstain, read_out
-from serving.engine.work import Work
+from penumbra.models.card import IGNORE
+from penumbra.serving.engine.canvas import Canvas
+from penumbra.serving.engine.raster import Pixels, Raster
+from penumbra.serving.engine.scheduler import Scheduler
+from penumbra.serving.engine.uncertainty import Band, abstain, read_out
+from penumbra.serving.engine.work import Work
 
 
 class BandStream:

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from serving.engine import kernels
-from serving.engine.kernels import FloatArray
-from serving.engine.moments import Moments
-from serving.engine.windows import Window, WindowPlan
+from penumbra.serving.engine import kernels
+from penumbra.serving.engine.kernels import FloatArray
+from penumbra.serving.engine.moments import Moments
+from penumbra.serving.engine.windows import Window, WindowPlan
 
 
 class Canvas:

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
-from models.errors import BadImage, TooLarge
-from serving.engine.options import Limits
-from serving.engine.raster import Pixels, Raster, open_raster
+from penumbra.models.errors import BadImage, TooLarge
+from penumbra.serving.engine.options import Limits
+from penumbra.serving.engine.raster import Pixels, Raster, open_raster
 
 SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations that exchange height and width."""

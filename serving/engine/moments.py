@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.card import Readout
-from serving.engine import kernels
-from serving.engine.kernels import FloatArray
+from penumbra.models.card import Readout
+from penumbra.serving.engine import kernels
+from penumbra.serving.engine.kernels import FloatArray
 
 BAND = 16
 """Rows per band of the plain form: measured best in memory, and in time with the default allocator."""

@@ -8,8 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
-from models.card import Sampling
-from serving.engine.kernels import FloatArray
+from penumbra.models.card import Sampling
+from penumbra.serving.engine.kernels import FloatArray
 
 
 class NoiseSource(Protocol):

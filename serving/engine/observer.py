@@ -1,4 +1,4 @@
-"""What the engine reports while it works; `serving.telemetry` turns it into metrics."""
+"""What the engine reports while it works; `penumbra.serving.telemetry` turns it into metrics."""
 
 
 class Observer:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from models.card import MAPS, Card
-from models.errors import BadOption
-from serving.engine.prompts import MAX_BOXES, Box
+from penumbra.models.card import MAPS, Card
+from penumbra.models.errors import BadOption
+from penumbra.serving.engine.prompts import MAX_BOXES, Box
 
 DEFAULT_MAPS = ("confidence", "entropy", "mutual_information")
 
@@ -22,11 +22,11 @@ class SegmentOptions:
     """Options of one request; None means the card's default.
 
     samples: S. seed: of the noise, 0 .. 2^63 - 1; the same seed gives the same answer. overlap: share of a
-    window covered again by its neighbour, 0 .. 0.9. outputs: which maps of `serving.engine.uncertainty`, or of the
-    model's own, and whether PROBABILITIES. boxes, tags: prompts (`serving.engine.prompts`), for models that take
-    them; alpha: weight of the network that sees the boxes in a linear self-correction. max_risk: share of the pixels
-    that may be answered and wrong, 0 .. 1; the most uncertain ones then become `models.card.IGNORE`, for models whose
-    card is calibrated.
+    window covered again by its neighbour, 0 .. 0.9. outputs: which maps of `penumbra.serving.engine.uncertainty`, or of
+    the model's own, and whether PROBABILITIES. boxes, tags: prompts (`penumbra.serving.engine.prompts`), for models
+    that take them; alpha: weight of the network that sees the boxes in a linear self-correction. max_risk: share of the
+    pixels that may be answered and wrong, 0 .. 1; the most uncertain ones then become `penumbra.models.card.IGNORE`,
+    for models whose card is calibrated.
     deadline_ms: from a request's arrival; later than that its answer is of no use to the caller. anytime: answer with
     fewer samples, the first ones of the same seed, where all would take longer. priority: 1 (first) to 3 (last), and 0
     for the middle.

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from weakref import WeakKeyDictionary
 
-from serving.engine.runtime import Runtime
-from serving.engine.work import Cores, Job
+from penumbra.serving.engine.runtime import Runtime
+from penumbra.serving.engine.work import Cores, Job
 
 RECENT = 0.5
 """Weight of the newest batch: one disturbance is not believed, and two are."""

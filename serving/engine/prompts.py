@@ -12,12 +12,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from models.card import Card
-from models.errors import BadOption
-from serving.engine.windows import Window, WindowPlan, place
+from penumbra.models.card import Card
+from penumbra.models.errors import BadOption
+from penumbra.serving.engine.windows import Window, WindowPlan, place
 
 PromptArrays = tuple[NDArray[Any], ...]
-"""One window's prompt as `models.contract.Prompt` has it, without the window axis."""
+"""One window's prompt as `penumbra.models.contract.Prompt` has it, without the window axis."""
 Box = tuple[float, float, float, float, int | str]
 MAX_BOXES = 1000
 

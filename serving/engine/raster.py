@@ -1,7 +1,7 @@
 """TIFF files read window by window, of any size, with what places them on the ground.
 
 A `Raster` stands where an image array stands: the windows that the scheduler cuts are all that is read. Whatever is
-not plain grey or colour in 8 or 16 bits (palettes, CMYK, turned pictures) is left to `serving.engine.decode`.
+not plain grey or colour in 8 or 16 bits (palettes, CMYK, turned pictures) is left to `penumbra.serving.engine.decode`.
 """
 
 import io
@@ -21,7 +21,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window as Frame
 
-from models.errors import BadImage
+from penumbra.models.errors import BadImage
 
 CACHE_BYTES = 192 * 2**20
 """GDAL's cache of decoded blocks; by default a twentieth of the memory. It holds a row of windows of 120,000 px."""

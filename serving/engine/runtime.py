@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.card import Card
-from models.contract import Features
-from models.errors import BadArtifact, ModelFault
-from serving.engine.backends import Backend, load_backend
-from serving.engine.kernels import FloatArray
-from serving.engine.moments import Moments, accumulate, empty_sums, resize
-from serving.engine.prompts import PromptArrays
-from serving.engine.store import Answer, Artifact
+from penumbra.models.card import Card
+from penumbra.models.contract import Features
+from penumbra.models.errors import BadArtifact, ModelFault
+from penumbra.serving.engine.backends import Backend, load_backend
+from penumbra.serving.engine.kernels import FloatArray
+from penumbra.serving.engine.moments import Moments, accumulate, empty_sums, resize
+from penumbra.serving.engine.prompts import PromptArrays
+from penumbra.serving.engine.store import Answer, Artifact
 
 log = logging.getLogger("penumbra")
 

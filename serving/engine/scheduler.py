@@ -22,13 +22,13 @@ from typing import TypeVar
 
 import torch
 
-from models.errors import ModelFault, NotReady, PenumbraError, QueueFull
-from serving.engine.moments import Moments
-from serving.engine.observer import Observer
-from serving.engine.pace import Paces
-from serving.engine.runtime import Piece, Runtime, is_out_of_memory
-from serving.engine.windows import Window, cut
-from serving.engine.work import STRIDES, Cores, Job, Level, Work
+from penumbra.models.errors import ModelFault, NotReady, PenumbraError, QueueFull
+from penumbra.serving.engine.moments import Moments
+from penumbra.serving.engine.observer import Observer
+from penumbra.serving.engine.pace import Paces
+from penumbra.serving.engine.runtime import Piece, Runtime, is_out_of_memory
+from penumbra.serving.engine.windows import Window, cut
+from penumbra.serving.engine.work import STRIDES, Cores, Job, Level, Work
 
 log = logging.getLogger("penumbra")
 T = TypeVar("T")

@@ -1,6 +1,6 @@
 """The engine's front: pictures in, predictions out. The server uses exactly this, and so can a notebook.
 
-from serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.segmenter import Segmenter
 with Segmenter.open(Path("store")) as segmenter:
     prediction = segmenter.segment(image_HW3, SegmentOptions(model="np_semiseg-camvid", samples=8))
     prediction.labels_HW, prediction.maps["mutual_information"]
@@ -16,23 +16,23 @@ from types import TracebackType
 
 import torch
 
-from models.card import Card
-from models.errors import BadArtifact, BadOption, TooLarge, UnknownModel
-from serving.engine.allocator import keep_freed_memory
-from serving.engine.answer import Prediction, Unfolding, collect, new_arrays
-from serving.engine.bands import BandStream
-from serving.engine.decode import check_array
-from serving.engine.noise import NoiseSource, SeededNoise
-from serving.engine.observer import Observer
-from serving.engine.options import PROBABILITIES, Limits, SegmentOptions, abstain_above, check_options
-from serving.engine.prompts import PromptSource, check_prompt
-from serving.engine.raster import Pixels
-from serving.engine.runtime import Runtime, Tuning
-from serving.engine.scheduler import Scheduler
-from serving.engine.signature import PublicKeys
-from serving.engine.store import find_artifact, open_artifact, versions
-from serving.engine.windows import count_windows, cover
-from serving.engine.work import NORMAL, Cores, Work
+from penumbra.models.card import Card
+from penumbra.models.errors import BadArtifact, BadOption, TooLarge, UnknownModel
+from penumbra.serving.engine.allocator import keep_freed_memory
+from penumbra.serving.engine.answer import Prediction, Unfolding, collect, new_arrays
+from penumbra.serving.engine.bands import BandStream
+from penumbra.serving.engine.decode import check_array
+from penumbra.serving.engine.noise import NoiseSource, SeededNoise
+from penumbra.serving.engine.observer import Observer
+from penumbra.serving.engine.options import PROBABILITIES, Limits, SegmentOptions, abstain_above, check_options
+from penumbra.serving.engine.prompts import PromptSource, check_prompt
+from penumbra.serving.engine.raster import Pixels
+from penumbra.serving.engine.runtime import Runtime, Tuning
+from penumbra.serving.engine.scheduler import Scheduler
+from penumbra.serving.engine.signature import PublicKeys
+from penumbra.serving.engine.store import find_artifact, open_artifact, versions
+from penumbra.serving.engine.windows import count_windows, cover
+from penumbra.serving.engine.work import NORMAL, Cores, Work
 
 log = logging.getLogger("penumbra")
 

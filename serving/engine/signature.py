@@ -10,7 +10,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
-from models.errors import BadArtifact, BadOption
+from penumbra.models.errors import BadArtifact, BadOption
 
 SIGNATURE = "card.sig"
 BEGIN = b"-----BEGIN "

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from models.card import Card, parse_card
-from models.errors import BadArtifact, UnknownModel
-from serving.engine.signature import PublicKeys, check_signature
+from penumbra.models.card import Card, parse_card
+from penumbra.models.errors import BadArtifact, UnknownModel
+from penumbra.serving.engine.signature import PublicKeys, check_signature
 
 if TYPE_CHECKING:  # torch is imported where tensors are read: looking into a store is instant
     from torch import Tensor

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from models.card import IGNORE, MAPS
-from serving.engine import kernels
-from serving.engine.kernels import FloatArray
+from penumbra.models.card import IGNORE, MAPS
+from penumbra.serving.engine import kernels
+from penumbra.serving.engine.kernels import FloatArray
 
 
 @dataclass(frozen=True, slots=True)

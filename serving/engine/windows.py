@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from models.card import InputSpec, WindowSpec
-from serving.engine import kernels
-from serving.engine.kernels import FloatArray
-from serving.engine.raster import Pixels
+from penumbra.models.card import InputSpec, WindowSpec
+from penumbra.serving.engine import kernels
+from penumbra.serving.engine.kernels import FloatArray
+from penumbra.serving.engine.raster import Pixels
 
 
 @dataclass(frozen=True, slots=True)

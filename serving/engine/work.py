@@ -1,17 +1,20 @@
-"""What a request wants run, and how far that is: windows, samples, turns. `serving.engine.scheduler` moves it on."""
+"""What a request wants run, and how far that is: windows, samples, turns.
+
+`penumbra.serving.engine.scheduler` moves it on.
+"""
 
 import queue
 import threading
 import time
 from dataclasses import dataclass, field
 
-from models.errors import Cancelled, DeadlineExceeded, PenumbraError
-from serving.engine.moments import Moments
-from serving.engine.noise import NoiseSource
-from serving.engine.prompts import PromptSource
-from serving.engine.raster import Pixels
-from serving.engine.runtime import Runtime
-from serving.engine.windows import Window, WindowPlan
+from penumbra.models.errors import Cancelled, DeadlineExceeded, PenumbraError
+from penumbra.serving.engine.moments import Moments
+from penumbra.serving.engine.noise import NoiseSource
+from penumbra.serving.engine.prompts import PromptSource
+from penumbra.serving.engine.raster import Pixels
+from penumbra.serving.engine.runtime import Runtime
+from penumbra.serving.engine.windows import Window, WindowPlan
 
 NORMAL = 2
 STRIDES = {1: 1, NORMAL: 4, 3: 16}

@@ -1,7 +1,7 @@
 """From a prediction to bytes: one writer per media type, and which one an Accept header asks for.
 
 A writer takes a prediction, a style and a binary file, and goes through the answer in blocks of rows, so that an
-answer whose arrays lie on disk (`serving.spool`) is written in the memory of one block.
+answer whose arrays lie on disk (`penumbra.serving.spool`) is written in the memory of one block.
 """
 
 import io
@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from models.errors import BadOption, NotAcceptable
-from serving.engine.answer import Prediction
-from serving.engine.options import PROBABILITIES, SegmentOptions, parse_options
-from serving.render.arrays import write_npz, write_tiff
-from serving.render.pictures import LEVELS, palette, write_png
-from serving.render.regions import write_geojson
-from serving.render.tables import write_json
+from penumbra.models.errors import BadOption, NotAcceptable
+from penumbra.serving.engine.answer import Prediction
+from penumbra.serving.engine.options import PROBABILITIES, SegmentOptions, parse_options
+from penumbra.serving.render.arrays import write_npz, write_tiff
+from penumbra.serving.render.pictures import LEVELS, palette, write_png
+from penumbra.serving.render.regions import write_geojson
+from penumbra.serving.render.tables import write_json
 
 __all__ = ["IN_BANDS", "MAPLESS", "WRITERS", "Style", "choose_format", "palette", "read_wish", "render"]
 

@@ -8,11 +8,11 @@ import numpy as np
 import rasterio
 from numpy.lib import format as npy
 
-from models.card import IGNORE, MAPS
-from serving.engine.answer import Prediction
-from serving.engine.options import PROBABILITIES
-from serving.engine.raster import Raster, gdal
-from serving.render.pictures import blocks, palette, shown
+from penumbra.models.card import IGNORE, MAPS
+from penumbra.serving.engine.answer import Prediction
+from penumbra.serving.engine.options import PROBABILITIES
+from penumbra.serving.engine.raster import Raster, gdal
+from penumbra.serving.render.pictures import blocks, palette, shown
 
 TILE = 512
 

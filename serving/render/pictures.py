@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from models.card import IGNORE, MAPS, Card
-from serving.engine.answer import Prediction
-from serving.engine.kernels import FloatArray
+from penumbra.models.card import IGNORE, MAPS, Card
+from penumbra.serving.engine.answer import Prediction
+from penumbra.serving.engine.kernels import FloatArray
 
 BLOCK = 512
 """Rows that are worked on at a time; a multiple of the tiles of our TIFFs."""

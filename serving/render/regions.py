@@ -13,12 +13,12 @@ from rasterio import Affine
 from rasterio.features import rasterize, shapes
 from rasterio.warp import transform_geom
 
-from models.card import IGNORE
-from models.errors import TooLarge
-from serving.engine.answer import Prediction
-from serving.engine.raster import Raster, gdal
-from serving.render.pictures import blocks
-from serving.render.tables import facts
+from penumbra.models.card import IGNORE
+from penumbra.models.errors import TooLarge
+from penumbra.serving.engine.answer import Prediction
+from penumbra.serving.engine.raster import Raster, gdal
+from penumbra.serving.render.pictures import blocks
+from penumbra.serving.render.tables import facts
 
 MAX_EDGES = 8_000_000
 """Pixel borders between classes: all outlines together. More is noise, and a document that nobody opens."""

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco
 
-from serving.engine.answer import Prediction
-from serving.render.pictures import blocks
+from penumbra.serving.engine.answer import Prediction
+from penumbra.serving.render.pictures import blocks
 
 
 def facts(prediction: Prediction) -> dict[str, Any]:

@@ -12,12 +12,12 @@ from benchmarks.peers.__main__ import against_best, agreement, labels_of
 from benchmarks.peers.network import Network
 from benchmarks.peers.raster import gaussian
 from benchmarks.peers.traffic import CLIENTS, Slices, run_slice
-from export.bundle import export_network
-from models.card import WindowSpec
-from models.toy.cards import toy_card
-from serving.engine.options import SegmentOptions
-from serving.engine.segmenter import Segmenter
-from serving.engine.windows import cover
+from penumbra.export.bundle import export_network
+from penumbra.models.card import WindowSpec
+from penumbra.models.toy.cards import toy_card
+from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.windows import cover
 
 
 @pytest.mark.parametrize("form", ["pointwise", "latent"])

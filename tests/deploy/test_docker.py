@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from serving.settings import Settings
+from penumbra.serving.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "deploy" / "docker"

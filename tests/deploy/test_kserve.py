@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-import penumbra
-from serving.settings import Settings
+from penumbra.__main__ import main
+from penumbra.serving.settings import Settings
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "kserve"
 RUNTIMES, SERVICES = (
@@ -25,7 +25,7 @@ def _only(items: list[Any]) -> Any:
 def test_a_runtime_exposes_the_port_of_its_protocol(runtime: dict[str, Any]) -> None:
     container = _only(runtime["spec"]["containers"])
     assert container["command"][0] == "penumbra"
-    verb = penumbra.main.commands[container["command"][1]]
+    verb = main.commands[container["command"][1]]
     context = verb.make_context("serve", list(container["args"]))
     assert {"v2": context.params["port"], "grpc-v2": context.params["grpc_port"]} == PORTS
     assert context.params["host"] == "0.0.0.0" and str(context.params["store"]) == "/mnt/models"

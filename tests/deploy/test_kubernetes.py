@@ -8,9 +8,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from serving.keys import OPEN_PATHS
-from serving.settings import Settings
-from serving.telemetry import Telemetry
+from penumbra.serving.keys import OPEN_PATHS
+from penumbra.serving.settings import Settings
+from penumbra.serving.telemetry import Telemetry
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 PLACE = DEPLOY / "kubernetes"

@@ -34,13 +34,13 @@ logging.disable(logging.WARNING)
 import torch_tensorrt  # noqa: E402 - after the shell above stands in for CUDA
 import torch_tensorrt.dynamo._compiler as compiler  # noqa: E402
 
-from export.bundle import NOT_MEASURED, ask  # noqa: E402
-from export.parts import Part  # noqa: E402
-from export.tensorrt import RULES, Build, build, prepare  # noqa: E402
-from models.card import ExportFacts, WindowSpec  # noqa: E402
-from models.errors import PenumbraError  # noqa: E402
-from serving.engine.backends import load_backend  # noqa: E402
-from serving.engine.backends.tensorrt import target  # noqa: E402
+from penumbra.export.bundle import NOT_MEASURED, ask  # noqa: E402
+from penumbra.export.parts import Part  # noqa: E402
+from penumbra.export.tensorrt import RULES, Build, build, prepare  # noqa: E402
+from penumbra.models.card import ExportFacts, WindowSpec  # noqa: E402
+from penumbra.models.errors import PenumbraError  # noqa: E402
+from penumbra.serving.engine.backends import load_backend  # noqa: E402
+from penumbra.serving.engine.backends.tensorrt import target  # noqa: E402
 from tests.models.small import seeded  # noqa: E402
 from tests.models.test_contract import card_of  # noqa: E402
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from export.bundle import export_network, verify_artifact
-from models.card import Card
-from models.contract import Features
-from models.errors import BadArtifact, BadOption, ParityFailed
-from models.toy.net import ToyNetwork
-from serving.engine.backends import Backend, load_backend
-from serving.engine.backends.aot import AotGraph
-from serving.engine.store import open_artifact
+from penumbra.export.bundle import export_network, verify_artifact
+from penumbra.models.card import Card
+from penumbra.models.contract import Features
+from penumbra.models.errors import BadArtifact, BadOption, ParityFailed
+from penumbra.models.toy.net import ToyNetwork
+from penumbra.serving.engine.backends import Backend, load_backend
+from penumbra.serving.engine.backends.aot import AotGraph
+from penumbra.serving.engine.store import open_artifact
 from tests.conftest import toy_card
 from tests.models.small import seeded
 from tests.models.test_contract import card_of, close, image, is_served, noise
@@ -152,15 +152,15 @@ def test_loading_needs_no_method_no_training_and_no_exporter(backend: str, onnx_
     directory = onnx_toy if backend != "torchscript" else export_network(*reversed(toy_card("latent")), tmp_path)
     code = f"""
 import dataclasses, pathlib, sys, torch
-from serving.engine.backends import load_backend
-from serving.engine.store import open_artifact
+from penumbra.serving.engine.backends import load_backend
+from penumbra.serving.engine.store import open_artifact
 artifact = open_artifact(pathlib.Path({str(directory)!r}))
 facts = dataclasses.replace(artifact.card.export, backend={backend!r})
 graphs = load_backend(dataclasses.replace(artifact.card, export=facts), artifact.directory, torch.device("cpu"))
 answer = artifact.golden.plain
 assert torch.allclose(graphs.decode(graphs.encode(artifact.golden.image_B3hw), answer.noise_SBL), answer.logits_SBKhw)
 print([name for name in sys.modules if name.split(".")[0] in ("export", "training", "onnx", "onnxscript")
-       or name.startswith(("models.toy", "models.blocks", "models.checkpoint"))])
+       or name.startswith(("penumbra.models.toy", "penumbra.models.blocks", "penumbra.models.checkpoint"))])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stderr
@@ -217,7 +217,7 @@ def test_a_library_that_is_not_installed_is_named_with_the_extra_that_brings_it(
     backend: str, library: str, onnx_toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
-    monkeypatch.delitem(sys.modules, f"serving.engine.backends.{backend}", raising=False)
+    monkeypatch.delitem(sys.modules, f"penumbra.serving.engine.backends.{backend}", raising=False)
     with pytest.raises(
         BadArtifact, match=rf"needs {library}, which is not installed; pip install 'penumbra\[{backend}"
     ):
@@ -228,7 +228,7 @@ def test_exporting_without_the_exporters_library_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    monkeypatch.delitem(sys.modules, "export.onnx", raising=False)
+    monkeypatch.delitem(sys.modules, "penumbra.export.onnx", raising=False)
     with pytest.raises(BadOption, match=r"needs onnxscript, which is not installed; pip install 'penumbra\[onnx\]'"):
         export_network(*reversed(toy_card("latent")), tmp_path, backend="onnx")
     assert not any(tmp_path.iterdir())

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from export.bundle import export_checkpoint, export_network, verify_artifact
-from models.checkpoint import save_checkpoint
-from models.contract import Features
-from models.errors import BadArtifact, BadCheckpoint, BadOption, ParityFailed
-from models.toy.net import ToyConfig, ToyNetwork
-from serving.engine.store import open_artifact, sha256_of, versions
+from penumbra.export.bundle import export_checkpoint, export_network, verify_artifact
+from penumbra.models.checkpoint import save_checkpoint
+from penumbra.models.contract import Features
+from penumbra.models.errors import BadArtifact, BadCheckpoint, BadOption, ParityFailed
+from penumbra.models.toy.net import ToyConfig, ToyNetwork
+from penumbra.serving.engine.store import open_artifact, sha256_of, versions
 from tests.conftest import toy_card
 
 

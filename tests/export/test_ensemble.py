@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from export.bundle import export_checkpoint
-from export.ensemble import make_ensemble
-from models.card import Card, ClassInfo, InputSpec, Readout, WindowSpec
-from models.checkpoint import load_checkpoint, save_checkpoint
-from models.contract import Network
-from models.errors import BadOption
-from serving.engine.options import SegmentOptions
-from serving.engine.segmenter import Segmenter
-from serving.engine.windows import normalise
+from penumbra.export.bundle import export_checkpoint
+from penumbra.export.ensemble import make_ensemble
+from penumbra.models.card import Card, ClassInfo, InputSpec, Readout, WindowSpec
+from penumbra.models.checkpoint import load_checkpoint, save_checkpoint
+from penumbra.models.contract import Network
+from penumbra.models.errors import BadOption
+from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.windows import normalise
 from tests.conftest import CLASSES, picture
 from tests.models.small import SMALL, seeded
 

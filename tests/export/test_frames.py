@@ -9,16 +9,16 @@ from click.testing import CliRunner
 from PIL import Image
 from torch import Tensor
 
-from export.bundle import export_checkpoint
-from export.frames import Frame, measure_frames
-from export.parity import check_parity
-from models.card import IGNORE
-from models.checkpoint import save_checkpoint
-from models.contract import Features
-from models.errors import BadOption, ParityFailed
-from models.toy.net import ToyConfig, ToyNetwork
-from penumbra import main
-from serving.engine.store import open_artifact
+from penumbra.__main__ import main
+from penumbra.export.bundle import export_checkpoint
+from penumbra.export.frames import Frame, measure_frames
+from penumbra.export.parity import check_parity
+from penumbra.models.card import IGNORE
+from penumbra.models.checkpoint import save_checkpoint
+from penumbra.models.contract import Features
+from penumbra.models.errors import BadOption, ParityFailed
+from penumbra.models.toy.net import ToyConfig, ToyNetwork
+from penumbra.serving.engine.store import open_artifact
 from tests.conftest import GAIN, toy_card
 
 CARD, NETWORK = toy_card("pointwise")

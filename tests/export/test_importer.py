@@ -11,16 +11,16 @@ import torch
 from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
-import models
-from export.importer import import_checkpoint
-from models.card import ClassInfo, InputSpec, Readout, Sampling, WindowSpec
-from models.checkpoint import load_checkpoint
-from models.classes import VOC, color_of, read_classes
-from models.contract import Features, Method, Network
-from models.errors import BadCheckpoint, BadOption
-from models.layout import Assembly, Layout, Protocol, Upstream
-from penumbra import main
-from serving.engine.store import sha256_of
+from penumbra import models
+from penumbra.__main__ import main
+from penumbra.export.importer import import_checkpoint
+from penumbra.models.card import ClassInfo, InputSpec, Readout, Sampling, WindowSpec
+from penumbra.models.checkpoint import load_checkpoint
+from penumbra.models.classes import VOC, color_of, read_classes
+from penumbra.models.contract import Features, Method, Network
+from penumbra.models.errors import BadCheckpoint, BadOption
+from penumbra.models.layout import Assembly, Layout, Protocol, Upstream
+from penumbra.serving.engine.store import sha256_of
 
 THREE = tuple(ClassInfo(name, (k, k, k)) for k, name in enumerate("abc"))
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from export.parity import check_parity, measure_parity, rank_correlation
-from models.card import Card, ExportFacts, Parity
-from models.errors import ParityFailed
+from penumbra.export.parity import check_parity, measure_parity, rank_correlation
+from penumbra.models.card import Card, ExportFacts, Parity
+from penumbra.models.errors import ParityFailed
 from tests.conftest import toy_card
 
 CARD = toy_card("latent")[0]

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from export.pickles import read_torch_file
-from models.errors import BadCheckpoint
+from penumbra.export.pickles import read_torch_file
+from penumbra.models.errors import BadCheckpoint
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 WEIGHT = torch.arange(6.0).reshape(2, 3)

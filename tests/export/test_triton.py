@@ -20,17 +20,17 @@ from google.protobuf import text_format
 from torch import Tensor
 from tritonclient.grpc import model_config_pb2 as pb
 
-from export.bundle import export_network
-from export.triton import MAX_BATCH, export_repository, write_repository
-from models.card import MAPS, Card, ClassInfo, InputSpec, Readout, WindowSpec
-from models.checkpoint import save_checkpoint
-from models.errors import BadOption, UnknownModel
-from penumbra import main
-from serving.engine.backends import load_backend
-from serving.engine.moments import accumulate, empty_sums, resize
-from serving.engine.store import Artifact, open_artifact
-from serving.engine.uncertainty import read_out
-from serving.engine.windows import normalise
+from penumbra.__main__ import main
+from penumbra.export.bundle import export_network
+from penumbra.export.triton import MAX_BATCH, export_repository, write_repository
+from penumbra.models.card import MAPS, Card, ClassInfo, InputSpec, Readout, WindowSpec
+from penumbra.models.checkpoint import save_checkpoint
+from penumbra.models.errors import BadOption, UnknownModel
+from penumbra.serving.engine.backends import load_backend
+from penumbra.serving.engine.moments import accumulate, empty_sums, resize
+from penumbra.serving.engine.store import Artifact, open_artifact
+from penumbra.serving.engine.uncertainty import read_out
+from penumbra.serving.engine.windows import normalise
 from tests.models.small import seeded
 from tests.models.test_contract import card_of
 from tests.serving.server import END_S, free_ports, until

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-import models
-from export.bundle import export_checkpoint, export_network, verify_artifact
-from models.errors import BadArtifact
-from serving.engine.answer import Prediction
-from serving.engine.backends import load_backend
-from serving.engine.options import SegmentOptions
-from serving.engine.runtime import Tuning
-from serving.engine.segmenter import Segmenter
-from serving.engine.store import open_artifact
+from penumbra import models
+from penumbra.export.bundle import export_checkpoint, export_network, verify_artifact
+from penumbra.models.errors import BadArtifact
+from penumbra.serving.engine.answer import Prediction
+from penumbra.serving.engine.backends import load_backend
+from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.runtime import Tuning
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.store import open_artifact
 from tests.models.small import SMALL, seeded
 from tests.models.test_contract import card_of
 

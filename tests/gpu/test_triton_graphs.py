@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("tritonclient.grpc", reason="needs tritonclient")
 pytest.importorskip("httpx", reason="needs httpx")
 
-from export.triton import write_repository
-from models.card import MAPS
+from penumbra.export.triton import write_repository
+from penumbra.models.card import MAPS
 from tests.export.test_triton import VARIANTS, ask, follow, made
 from tests.gpu.test_gpu import ROUNDING, needs_gpu
 

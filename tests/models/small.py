@@ -7,19 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models import find_method
-from models.blocks.resnet import ResNetConfig
-from models.card import InputSpec, Readout
-from models.contract import Network, Prompt
-from models.cpal.config import CpalConfig
-from models.cps.net import CpsConfig
-from models.ensemble.net import EnsembleConfig, MemberConfig
-from models.np_semiseg.net import NpConfig
-from models.proto_seg.deeplab import DeepLabConfig
-from models.proto_seg.hrnet import HrnetConfig
-from models.proto_seg.net import ProtoConfig
-from models.self_correcting.net import SelfCorrectingConfig
-from models.toy.net import ToyConfig
+from penumbra.models import find_method
+from penumbra.models.blocks.resnet import ResNetConfig
+from penumbra.models.card import InputSpec, Readout
+from penumbra.models.contract import Network, Prompt
+from penumbra.models.cpal.config import CpalConfig
+from penumbra.models.cps.net import CpsConfig
+from penumbra.models.ensemble.net import EnsembleConfig, MemberConfig
+from penumbra.models.np_semiseg.net import NpConfig
+from penumbra.models.proto_seg.deeplab import DeepLabConfig
+from penumbra.models.proto_seg.hrnet import HrnetConfig
+from penumbra.models.proto_seg.net import ProtoConfig
+from penumbra.models.self_correcting.net import SelfCorrectingConfig
+from penumbra.models.toy.net import ToyConfig
 
 BACKBONE = ResNetConfig(depth=18, width=8)
 SELF_CORRECTING = SelfCorrectingConfig(

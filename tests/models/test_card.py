@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.card import Card, ExportFacts, Parity, Provenance, dump_card, parse_card
-from models.errors import BadArtifact
+from penumbra.models.card import Card, ExportFacts, Parity, Provenance, dump_card, parse_card
+from penumbra.models.errors import BadArtifact
 from tests.conftest import toy_card
 
 

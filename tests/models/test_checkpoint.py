@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.card import Card, ClassInfo, InputSpec, Readout, WindowSpec, dump_card
-from models.checkpoint import load_checkpoint, read_card, save_checkpoint
-from models.contract import Network
-from models.errors import BadCheckpoint
+from penumbra.models.card import Card, ClassInfo, InputSpec, Readout, WindowSpec, dump_card
+from penumbra.models.checkpoint import load_checkpoint, read_card, save_checkpoint
+from penumbra.models.contract import Network
+from penumbra.models.errors import BadCheckpoint
 from tests.conftest import toy_card
 from tests.models.small import SMALL, seeded
 

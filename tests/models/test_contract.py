@@ -11,22 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 
-import models
-from export.bundle import export_network, golden_prompt
-from export.parity import FULL
-from models import find_method, methods
-from models.blocks.resnet import ResNet, ResNetConfig
-from models.card import MAPS, Card, ClassInfo, InputSpec, Readout, WindowSpec, read_strict
-from models.contract import Method, Network
-from models.cps.net import CpsNetwork
-from models.errors import BadOption
-from models.np_semiseg.net import NpConfig, NpNetwork
-from serving.engine.backends import load_backend
-from serving.engine.noise import SeededNoise
-from serving.engine.options import SegmentOptions
-from serving.engine.runtime import Tuning
-from serving.engine.segmenter import Segmenter
-from serving.engine.store import open_artifact
+from penumbra import models
+from penumbra.export.bundle import export_network, golden_prompt
+from penumbra.export.parity import FULL
+from penumbra.models import find_method, methods
+from penumbra.models.blocks.resnet import ResNet, ResNetConfig
+from penumbra.models.card import MAPS, Card, ClassInfo, InputSpec, Readout, WindowSpec, read_strict
+from penumbra.models.contract import Method, Network
+from penumbra.models.cps.net import CpsNetwork
+from penumbra.models.errors import BadOption
+from penumbra.models.np_semiseg.net import NpConfig, NpNetwork
+from penumbra.serving.engine.backends import load_backend
+from penumbra.serving.engine.noise import SeededNoise
+from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.runtime import Tuning
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.store import open_artifact
 from tests.models.small import SMALL, fresh, seeded
 
 every_network = pytest.mark.parametrize("name", SMALL)

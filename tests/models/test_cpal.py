@@ -11,21 +11,28 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from export.bundle import export_network
-from export.importer import import_checkpoint
-from models.card import Card, ClassInfo, InputSpec, PromptSpec, Readout
-from models.checkpoint import load_checkpoint
-from models.cpal import METHOD
-from models.cpal.config import CpalConfig, sipe
-from models.cpal.net import ABSENT, CamNetwork
-from models.cpal.pyramid import Pyramid, rescale
-from models.cpal.seeds import choose_seeds, divide_by_maximum, gather_prototypes, normalise_cam, overlap, reactivate
-from models.cpal.upstream import SIPE
-from models.errors import BadCheckpoint, BadOption
-from serving.engine.options import SegmentOptions
-from serving.engine.runtime import Tuning
-from serving.engine.segmenter import Segmenter
-from serving.engine.windows import normalise
+from penumbra.export.bundle import export_network
+from penumbra.export.importer import import_checkpoint
+from penumbra.models.card import Card, ClassInfo, InputSpec, PromptSpec, Readout
+from penumbra.models.checkpoint import load_checkpoint
+from penumbra.models.cpal import METHOD
+from penumbra.models.cpal.config import CpalConfig, sipe
+from penumbra.models.cpal.net import ABSENT, CamNetwork
+from penumbra.models.cpal.pyramid import Pyramid, rescale
+from penumbra.models.cpal.seeds import (
+    choose_seeds,
+    divide_by_maximum,
+    gather_prototypes,
+    normalise_cam,
+    overlap,
+    reactivate,
+)
+from penumbra.models.cpal.upstream import SIPE
+from penumbra.models.errors import BadCheckpoint, BadOption
+from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.runtime import Tuning
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.windows import normalise
 from tests.models import golden
 from tests.models.small import SMALL, seeded, traced
 

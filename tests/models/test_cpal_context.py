@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.card import Card, ClassInfo, InputSpec, Readout, WindowSpec
-from models.checkpoint import load_checkpoint, save_checkpoint
-from models.cpal.bank import SupportBank, cluster, summarise
-from models.cpal.context import activate, gather_instances, keep_neighbours, positiveness
-from models.cpal.net import CamNetwork
-from models.errors import BadData
+from penumbra.models.card import Card, ClassInfo, InputSpec, Readout, WindowSpec
+from penumbra.models.checkpoint import load_checkpoint, save_checkpoint
+from penumbra.models.cpal.bank import SupportBank, cluster, summarise
+from penumbra.models.cpal.context import activate, gather_instances, keep_neighbours, positiveness
+from penumbra.models.cpal.net import CamNetwork
+from penumbra.models.errors import BadData
 from tests.models.small import SMALL, seeded
 
 NO_SHIFT = torch.zeros(2, 6)

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export.bundle import export_network
-from export.importer import import_checkpoint
-from models.card import Card, ClassInfo, InputSpec, Readout
-from models.checkpoint import load_checkpoint
-from models.contract import Network
-from models.cpal import METHOD
-from models.cpal.config import deeplabv2, wrn38
-from models.cpal.segmentation import DeepLabV2Network, Wrn38Network
-from models.errors import BadOption
-from serving.engine.options import SegmentOptions
-from serving.engine.runtime import Tuning
-from serving.engine.segmenter import Segmenter
-from serving.engine.windows import normalise
+from penumbra.export.bundle import export_network
+from penumbra.export.importer import import_checkpoint
+from penumbra.models.card import Card, ClassInfo, InputSpec, Readout
+from penumbra.models.checkpoint import load_checkpoint
+from penumbra.models.contract import Network
+from penumbra.models.cpal import METHOD
+from penumbra.models.cpal.config import deeplabv2, wrn38
+from penumbra.models.cpal.segmentation import DeepLabV2Network, Wrn38Network
+from penumbra.models.errors import BadOption
+from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.runtime import Tuning
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.windows import normalise
 from tests.models import golden
 from tests.models.small import SMALL, seeded
 

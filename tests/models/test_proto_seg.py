@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from export.bundle import export_network
-from export.importer import import_checkpoint
-from models.card import Card, ClassInfo, InputSpec, Readout
-from models.checkpoint import load_checkpoint
-from models.errors import BadCheckpoint, BadOption
-from models.proto_seg.heads import PrototypeHead
-from models.proto_seg.net import ProtoConfig, ProtoNetwork, build_network
-from models.proto_seg.upstream import BASELINE, DEEPLAB, PROTOTYPE, TRAINED
-from serving.engine.options import SegmentOptions
-from serving.engine.runtime import Tuning
-from serving.engine.segmenter import Segmenter
-from serving.engine.windows import normalise
+from penumbra.export.bundle import export_network
+from penumbra.export.importer import import_checkpoint
+from penumbra.models.card import Card, ClassInfo, InputSpec, Readout
+from penumbra.models.checkpoint import load_checkpoint
+from penumbra.models.errors import BadCheckpoint, BadOption
+from penumbra.models.proto_seg.heads import PrototypeHead
+from penumbra.models.proto_seg.net import ProtoConfig, ProtoNetwork, build_network
+from penumbra.models.proto_seg.upstream import BASELINE, DEEPLAB, PROTOTYPE, TRAINED
+from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.runtime import Tuning
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.windows import normalise
 from tests.models import golden
 from tests.models.small import SMALL, seeded, traced
 

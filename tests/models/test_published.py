@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from export.importer import Imported, import_checkpoint
-from export.layouts import read_part
-from models import find_method
-from models.card import ClassInfo, Readout, WindowSpec
-from models.checkpoint import load_checkpoint
-from models.contract import Network
-from models.cps.net import CpsConfig
-from models.errors import BadCheckpoint
-from models.layout import Assembly
-from models.np_semiseg import upstream as np_upstream
-from models.np_semiseg.net import NpNetwork, augseg, u2pl
-from serving.engine.windows import cover
+from penumbra.export.importer import Imported, import_checkpoint
+from penumbra.export.layouts import read_part
+from penumbra.models import find_method
+from penumbra.models.card import ClassInfo, Readout, WindowSpec
+from penumbra.models.checkpoint import load_checkpoint
+from penumbra.models.contract import Network
+from penumbra.models.cps.net import CpsConfig
+from penumbra.models.errors import BadCheckpoint
+from penumbra.models.layout import Assembly
+from penumbra.models.np_semiseg import upstream as np_upstream
+from penumbra.models.np_semiseg.net import NpNetwork, augseg, u2pl
+from penumbra.serving.engine.windows import cover
 from tests.models import golden
 
 CPS = [s for s in golden.fixtures("cps_*") if not s.endswith("_protocol")]

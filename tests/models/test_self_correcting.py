@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from export.bundle import export_network
-from export.importer import import_checkpoint
-from models.card import ClassInfo, PromptSpec, WindowSpec
-from models.checkpoint import load_checkpoint
-from models.contract import Prompt
-from models.errors import BadCheckpoint
-from models.self_correcting.net import SelfCorrectingNetwork, correct_linearly
-from models.self_correcting.upstream import ANCILLARY, CORRECTION, PRIMARY, assemble
-from serving.engine.options import SegmentOptions
-from serving.engine.runtime import Tuning
-from serving.engine.segmenter import Segmenter
+from penumbra.export.bundle import export_network
+from penumbra.export.importer import import_checkpoint
+from penumbra.models.card import ClassInfo, PromptSpec, WindowSpec
+from penumbra.models.checkpoint import load_checkpoint
+from penumbra.models.contract import Prompt
+from penumbra.models.errors import BadCheckpoint
+from penumbra.models.self_correcting.net import SelfCorrectingNetwork, correct_linearly
+from penumbra.models.self_correcting.upstream import ANCILLARY, CORRECTION, PRIMARY, assemble
+from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.runtime import Tuning
+from penumbra.serving.engine.segmenter import Segmenter
 from tests.models import golden
 from tests.models.small import SMALL, seeded, traced
 

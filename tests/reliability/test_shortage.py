@@ -14,14 +14,14 @@ import psutil
 import pytest
 from PIL import Image
 
-from export.bundle import export_network
 from loadtests.pictures import check, picture
 from loadtests.run import scrape
-from models.card import WindowSpec
-from models.toy.cards import toy_card
-from serving.engine.observer import Observer
-from serving.engine.scheduler import Scheduler
-from serving.engine.work import Cores
+from penumbra.export.bundle import export_network
+from penumbra.models.card import WindowSpec
+from penumbra.models.toy.cards import toy_card
+from penumbra.serving.engine.observer import Observer
+from penumbra.serving.engine.scheduler import Scheduler
+from penumbra.serving.engine.work import Cores
 from tests.reliability.load import HEADERS
 from tests.reliability.test_crash import worker_of
 from tests.serving.engine.test_scheduler import runtime, work

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from serving.guard import Timeout
+from penumbra.serving.guard import Timeout
 from tests.serving.server import ROOT
 
 FOREVER_S = 10_000
@@ -87,7 +87,7 @@ def test_nothing_of_an_answered_request_is_kept() -> None:
 @pytest.mark.slow
 def test_the_server_uses_it() -> None:
     program = (
-        "import serving.service; from serving.guard import Timeout; app = serving.service.Penumbra.to_asgi();"
+        "import serving.service; from penumbra.serving.guard import Timeout; app = serving.service.Penumbra.to_asgi();"
         "assert Timeout in [middleware.cls for middleware in app.user_middleware]"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=120)

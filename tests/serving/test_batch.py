@@ -15,11 +15,11 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from models.errors import BadOption
-from penumbra import main
-from serving.batch import FORMATS, MANIFEST, ask, find_tasks, run_batch
-from serving.engine.options import SegmentOptions
-from serving.engine.segmenter import Segmenter
+from penumbra.__main__ import main
+from penumbra.models.errors import BadOption
+from penumbra.serving.batch import FORMATS, MANIFEST, ask, find_tasks, run_batch
+from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.segmenter import Segmenter
 from tests.conftest import picture
 from tests.serving.server import ROOT, until
 

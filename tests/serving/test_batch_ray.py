@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serving.batch import ask, run_batch
+from penumbra.serving.batch import ask, run_batch
 from tests.conftest import picture
 
 pytest.importorskip("ray", reason="the extra ray is not installed")

@@ -18,14 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from models.errors import BadImage, BadOption, ModelFault
-from serving.cache import AnswerCache, key_of
-from serving.engine.answer import Prediction
-from serving.engine.options import PROBABILITIES, SegmentOptions
-from serving.engine.segmenter import Segmenter
-from serving.gateway import Gateway
-from serving.render import WRITERS, Style, render
-from serving.telemetry import Request, Telemetry
+from penumbra.models.errors import BadImage, BadOption, ModelFault
+from penumbra.serving.cache import AnswerCache, key_of
+from penumbra.serving.engine.answer import Prediction
+from penumbra.serving.engine.options import PROBABILITIES, SegmentOptions
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.gateway import Gateway
+from penumbra.serving.render import WRITERS, Style, render
+from penumbra.serving.telemetry import Request, Telemetry
 from tests.conftest import picture, toy_card
 from tests.serving.server import serving
 

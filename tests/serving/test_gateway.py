@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.errors import BadOption, Cancelled, DeadlineExceeded, ModelFault, NotReady, QueueFull, UnknownModel
-from serving.engine.answer import Prediction
-from serving.engine.options import SegmentOptions
-from serving.engine.segmenter import Segmenter
-from serving.gateway import Gateway
-from serving.telemetry import Request, Telemetry
+from penumbra.models.errors import BadOption, Cancelled, DeadlineExceeded, ModelFault, NotReady, QueueFull, UnknownModel
+from penumbra.serving.engine.answer import Prediction
+from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.gateway import Gateway
+from penumbra.serving.telemetry import Request, Telemetry
 from tests.conftest import picture
 
 OPTIONS = SegmentOptions(model="toy-pointwise")

@@ -11,7 +11,7 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from serving import head
+from penumbra.serving import head
 from tests.serving.server import until
 
 LIMIT, LARGE = 4096, 2**26

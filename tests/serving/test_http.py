@@ -16,8 +16,8 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from pycocotools import mask as coco
 
-from serving import jobs_rest
-from serving.rest import routes
+from penumbra.serving import jobs_rest
+from penumbra.serving.rest import routes
 from tests.conftest import CLASSES, GAIN, picture
 from tests.serving.conftest import BODY_BYTES, PIXELS
 from tests.serving.server import Server, until

@@ -16,8 +16,8 @@ import psutil
 import pytest
 from PIL import Image
 
-from serving.jobs import MAX_ATTEMPTS, Job
-from serving.spool import RowFile
+from penumbra.serving.jobs import MAX_ATTEMPTS, Job
+from penumbra.serving.spool import RowFile
 from tests.conftest import picture
 from tests.serving.server import Server, serving, until
 
@@ -312,11 +312,11 @@ def test_a_disk_that_fills_up_while_a_job_runs_fails_it_with_a_sentence(
 
 
 def test_two_servers_do_not_share_a_directory_of_jobs(server: Server, toy_store: Path, place: Path) -> None:
-    from models.errors import BadArtifact
-    from serving.engine.segmenter import Segmenter
-    from serving.gateway import Gateway
-    from serving.jobs import JobBounds, Jobs
-    from serving.telemetry import Telemetry
+    from penumbra.models.errors import BadArtifact
+    from penumbra.serving.engine.segmenter import Segmenter
+    from penumbra.serving.gateway import Gateway
+    from penumbra.serving.jobs import JobBounds, Jobs
+    from penumbra.serving.telemetry import Telemetry
 
     with Segmenter() as segmenter:
         gateway = Gateway(segmenter, Telemetry(), limit_requests=1, timeout_s=1)

@@ -14,15 +14,15 @@ import pytest
 import rasterio
 from rasterio.transform import from_origin
 
-from export.bundle import export_network
-from models.card import IGNORE, WindowSpec
-from models.errors import BadImage, DiskFull
-from serving.engine.options import SegmentOptions
-from serving.engine.raster import Raster, open_raster
-from serving.engine.runtime import Tuning
-from serving.engine.segmenter import Segmenter
-from serving.offline import predict_file
-from serving.spool import LONG, RowFile, Spool, disk
+from penumbra.export.bundle import export_network
+from penumbra.models.card import IGNORE, WindowSpec
+from penumbra.models.errors import BadImage, DiskFull
+from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.raster import Raster, open_raster
+from penumbra.serving.engine.runtime import Tuning
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.offline import predict_file
+from penumbra.serving.spool import LONG, RowFile, Spool, disk
 from tests.conftest import picture, toy_card
 from tests.serving.server import ROOT, until
 
@@ -199,7 +199,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 MEASURED = """
 import re, sys
 from pathlib import Path
-from penumbra import main
+from penumbra.__main__ import main
 main(sys.argv[1:], standalone_mode=False)
 print(int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1)) // 1024)
 """

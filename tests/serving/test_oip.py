@@ -23,8 +23,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from serving import oip_rest
-from serving.engine.runtime import SIZES
+from penumbra.serving import oip_rest
+from penumbra.serving.engine.runtime import SIZES
 from tests.conftest import picture
 from tests.serving.conftest import BODY_BYTES
 from tests.serving.server import Server, until

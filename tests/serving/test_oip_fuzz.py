@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2 as pb
 
-from models.card import MAPS
-from models.errors import PenumbraError
-from serving import oip_grpc, oip_rest
-from serving.oip import InferRequest, read_options
-from serving.oip_tensors import IMAGE, PROMPTS, check_inputs, read_boxes, read_image, read_tags
-from serving.statuses import status_of
+from penumbra.models.card import MAPS
+from penumbra.models.errors import PenumbraError
+from penumbra.serving import oip_grpc, oip_rest
+from penumbra.serving.oip import InferRequest, read_options
+from penumbra.serving.oip_tensors import IMAGE, PROMPTS, check_inputs, read_boxes, read_image, read_tags
+from penumbra.serving.statuses import status_of
 from tests.serving.server import Server
 
 SPECS = (IMAGE, *PROMPTS["boxes"], *PROMPTS["tags"])

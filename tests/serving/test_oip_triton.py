@@ -16,10 +16,10 @@ from google.protobuf.json_format import MessageToDict, Parse
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
-from models.errors import PenumbraError
-from serving import oip_grpc, oip_rest
-from serving.oip_tensors import Tensor, TensorSpec, check_inputs
-from serving.statuses import status_of
+from penumbra.models.errors import PenumbraError
+from penumbra.serving import oip_grpc, oip_rest
+from penumbra.serving.oip_tensors import Tensor, TensorSpec, check_inputs
+from penumbra.serving.statuses import status_of
 from tests.models.golden import GOLDEN
 from tests.serving.server import Server
 

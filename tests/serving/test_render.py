@@ -18,14 +18,14 @@ from rasterio.features import rasterize
 from rasterio.transform import from_origin
 from rasterio.warp import transform as move
 
-from models.card import Card, ClassInfo
-from models.errors import BadOption, NotAcceptable, TooLarge
-from serving.engine.answer import Prediction
-from serving.engine.raster import Raster, open_raster
-from serving.render import WRITERS, Style, choose_format, palette, parse_style, render
-from serving.render.arrays import write_tiff
-from serving.render.pictures import heat_picture, overlay
-from serving.render.tables import class_table
+from penumbra.models.card import Card, ClassInfo
+from penumbra.models.errors import BadOption, NotAcceptable, TooLarge
+from penumbra.serving.engine.answer import Prediction
+from penumbra.serving.engine.raster import Raster, open_raster
+from penumbra.serving.render import WRITERS, Style, choose_format, palette, parse_style, render
+from penumbra.serving.render.arrays import write_tiff
+from penumbra.serving.render.pictures import heat_picture, overlay
+from penumbra.serving.render.tables import class_table
 from tests.conftest import toy_card
 
 

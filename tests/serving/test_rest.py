@@ -2,7 +2,7 @@
 
 from starlette.datastructures import Headers, UploadFile
 
-from serving.rest import parse_form
+from penumbra.serving.rest import parse_form
 
 
 def test_a_large_upload_is_parsed_without_a_temporary_file() -> None:

@@ -12,15 +12,15 @@ import pytest
 import tritonclient.grpc as triton
 from PIL import Image
 
-from models.errors import DeadlineExceeded
-from serving.engine.options import SegmentOptions
-from serving.engine.segmenter import Segmenter
-from serving.gateway import Gateway
-from serving.oip import Inference, InferRequest, answer_of
-from serving.oip_grpc import Calls
-from serving.render.tables import facts
-from serving.rest import answer_headers
-from serving.telemetry import Telemetry
+from penumbra.models.errors import DeadlineExceeded
+from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.gateway import Gateway
+from penumbra.serving.oip import Inference, InferRequest, answer_of
+from penumbra.serving.oip_grpc import Calls
+from penumbra.serving.render.tables import facts
+from penumbra.serving.rest import answer_headers
+from penumbra.serving.telemetry import Telemetry
 from tests.conftest import picture
 from tests.serving.server import Server
 

@@ -18,9 +18,9 @@ from grpc_health.v1 import health_pb2
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.utils import InferenceServerException
 
-from models.errors import BadOption, Forbidden, PenumbraError, Unauthenticated
-from serving import keys
-from serving.keys import OPEN_CALLS, OPEN_PATHS, Keys, read_keys
+from penumbra.models.errors import BadOption, Forbidden, PenumbraError, Unauthenticated
+from penumbra.serving import keys
+from penumbra.serving.keys import OPEN_CALLS, OPEN_PATHS, Keys, read_keys
 from tests.conftest import picture
 from tests.serving.server import ROOT, Server, serving
 from tests.serving.test_http import PNG
@@ -248,8 +248,8 @@ def test_a_pickle_is_415_wherever_it_is_sent(client: httpx.Client, path: str) ->
 def test_loading_a_store_and_answering_unpickles_nothing(toy_store: Path) -> None:
     code = f"""
 import sys, pathlib, pickle, numpy as np
-from serving.engine.segmenter import Segmenter
-from serving.engine.options import SegmentOptions
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.options import SegmentOptions
 found = []
 sys.addaudithook(lambda event, facts: found.append(facts) if event == "pickle.find_class" else None)
 with Segmenter.open(pathlib.Path({str(toy_store)!r}), threads=1, device="cpu") as segmenter:

@@ -4,8 +4,8 @@ import inspect
 
 import pytest
 
-from models import errors
-from serving.statuses import STATUSES, status_of
+from penumbra.models import errors
+from penumbra.serving.statuses import STATUSES, status_of
 
 CLASSES = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.PenumbraError)]
 LEAVES = [kind for kind in CLASSES if not kind.__subclasses__()]

@@ -19,9 +19,9 @@ import tritonclient.grpc as triton
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
-from serving.settings import Settings
-from serving.telemetry import Telemetry
-from serving.tracing import bentoml_tracing, phase_intervals
+from penumbra.serving.settings import Settings
+from penumbra.serving.telemetry import Telemetry
+from penumbra.serving.tracing import bentoml_tracing, phase_intervals
 from tests.conftest import picture
 from tests.serving.server import ROOT, Server, serving, until
 from tests.serving.test_http import PNG, ask, metrics, total

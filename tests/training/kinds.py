@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.contract import Views
-from models.cps.objective import KINDS
+from penumbra.models.contract import Views
+from penumbra.models.cps.objective import KINDS
+from penumbra.training.data import find_data
+from penumbra.training.loop import Training, build_network
+from penumbra.training.objective import build_objective
+from penumbra.training.recipe import Recipe
 from tests.training import tiny
-from training.data import find_data
-from training.loop import Training, build_network
-from training.objective import build_objective
-from training.recipe import Recipe
 
 SINGLE = ("supervised", "pseudo", "pseudoseg")
 VARIANTS: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS} | {"cross_probability-kl": {"distance": "kl"}}

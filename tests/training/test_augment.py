@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.card import IGNORE, InputSpec
-from training.augment import cutmix_masks, jitter_color, normalise, random_view
+from penumbra.models.card import IGNORE, InputSpec
+from penumbra.training.augment import cutmix_masks, jitter_color, normalise, random_view
 
 SIZE = (48, 64)
 

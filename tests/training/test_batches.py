@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.card import IGNORE
-from models.contract import Views
+from penumbra.models.card import IGNORE
+from penumbra.models.contract import Views
+from penumbra.training.batches import Batches
+from penumbra.training.data import find_data
+from penumbra.training.data.frames import Frames
+from penumbra.training.data.weak import MIN_BOX_SHARE, MIN_TAG_SHARE, derive_boxes, derive_tags
 from tests.training import tiny
-from training.batches import Batches
-from training.data import find_data
-from training.data.frames import Frames
-from training.data.weak import MIN_BOX_SHARE, MIN_TAG_SHARE, derive_boxes, derive_tags
 
 SPLIT = (torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5]))
 

@@ -11,16 +11,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from export.bundle import export_network, verify_artifact
-from models.card import IGNORE, Card
-from models.errors import BadOption
-from penumbra import main
-from serving.engine.options import SegmentOptions
-from serving.engine.runtime import Tuning
-from serving.engine.segmenter import Segmenter
-from serving.engine.store import GOLDEN, artifact_card, open_artifact
-from tests.conftest import GAIN, picture, toy_card
-from training.calibrate import (
+from penumbra.__main__ import main
+from penumbra.export.bundle import export_network, verify_artifact
+from penumbra.models.card import IGNORE, Card
+from penumbra.models.errors import BadOption
+from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.runtime import Tuning
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.store import GOLDEN, artifact_card, open_artifact
+from penumbra.training.calibrate import (
     AbstentionLoss,
     Calibrated,
     calibrate,
@@ -30,8 +29,9 @@ from training.calibrate import (
     warm,
     write_version,
 )
-from training.data.frames import Frames
-from training.evaluation.run import Question
+from penumbra.training.data.frames import Frames
+from penumbra.training.evaluation.run import Question
+from tests.conftest import GAIN, picture, toy_card
 
 TRUE_TEMPERATURE = 2.5
 RISKS = (0.02, 0.1, 0.2, 0.9)

@@ -10,24 +10,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.blocks.losses import cross_entropy
-from models.card import IGNORE, Card, InputSpec, Readout, WindowSpec
-from models.checkpoint import load_checkpoint, save_checkpoint
-from models.contract import Network, Views
-from models.cpal import build
-from models.cpal.config import CpalConfig
-from models.cpal.net import CamNetwork
-from models.cpal.objective import build_objective
-from models.cpal.objective_cam import CamObjective, CamOptions, read_cam_options, self_supervision
-from models.cpal.objective_masks import MaskObjective, draw_masks
-from models.cpal.seeds import divide_by_maximum
-from models.errors import BadArtifact, BadOption
+from penumbra.models.blocks.losses import cross_entropy
+from penumbra.models.card import IGNORE, Card, InputSpec, Readout, WindowSpec
+from penumbra.models.checkpoint import load_checkpoint, save_checkpoint
+from penumbra.models.contract import Network, Views
+from penumbra.models.cpal import build
+from penumbra.models.cpal.config import CpalConfig
+from penumbra.models.cpal.net import CamNetwork
+from penumbra.models.cpal.objective import build_objective
+from penumbra.models.cpal.objective_cam import CamObjective, CamOptions, read_cam_options, self_supervision
+from penumbra.models.cpal.objective_masks import MaskObjective, draw_masks
+from penumbra.models.cpal.seeds import divide_by_maximum
+from penumbra.models.errors import BadArtifact, BadOption
+from penumbra.training.batches import choose_split
+from penumbra.training.data import find_data
+from penumbra.training.data.frames import Frames
+from penumbra.training.loop import Training
+from penumbra.training.recipe import Recipe
 from tests.training import tiny
-from training.batches import choose_split
-from training.data import find_data
-from training.data.frames import Frames
-from training.loop import Training
-from training.recipe import Recipe
 
 Precision = Literal["32-true", "bf16-mixed"]
 CAM = CpalConfig(

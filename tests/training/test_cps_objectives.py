@@ -12,20 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.blocks.losses import at_size, cross_entropy, ramp, soft_cross_entropy
-from models.card import IGNORE
-from models.checkpoint import load_checkpoint
-from models.cps.objective import KINDS
-from models.cps.objectives.cross_probability import squared_distance, symmetric_divergence
-from models.cps.objectives.mean_teacher import MeanTeacherObjective, follow
-from models.cps.objectives.pseudoseg import soft_labels
-from models.cps.objectives.semi_supervised import SemiSupervised
-from models.cps.objectives.terms import cross_supervision, mean_where, mixed, pseudo_labels, supervision
-from models.errors import BadArtifact, BadOption
+from penumbra.models.blocks.losses import at_size, cross_entropy, ramp, soft_cross_entropy
+from penumbra.models.card import IGNORE
+from penumbra.models.checkpoint import load_checkpoint
+from penumbra.models.cps.objective import KINDS
+from penumbra.models.cps.objectives.cross_probability import squared_distance, symmetric_divergence
+from penumbra.models.cps.objectives.mean_teacher import MeanTeacherObjective, follow
+from penumbra.models.cps.objectives.pseudoseg import soft_labels
+from penumbra.models.cps.objectives.semi_supervised import SemiSupervised
+from penumbra.models.cps.objectives.terms import cross_supervision, mean_where, mixed, pseudo_labels, supervision
+from penumbra.models.errors import BadArtifact, BadOption
+from penumbra.training.loop import build_network, train
+from penumbra.training.objective import build_objective
 from tests.training import tiny
 from tests.training.kinds import RUNS, VARIANTS, losses_of, objective_of, recipe_of, training_of
-from training.loop import build_network, train
-from training.objective import build_objective
 
 
 def _logits(num: int = 2) -> tuple[Tensor, ...]:

@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from models.card import IGNORE
-from models.errors import BadData, BadOption
+from penumbra.models.card import IGNORE
+from penumbra.models.errors import BadData, BadOption
+from penumbra.training.batches import Batches, choose_split
+from penumbra.training.data import find_data
+from penumbra.training.data.camvid import CLASSES, VOID, load_camvid
+from penumbra.training.data.frames import read_split, split_labelled, write_split
 from tests.training import tiny
-from training.batches import Batches, choose_split
-from training.data import find_data
-from training.data.camvid import CLASSES, VOID, load_camvid
-from training.data.frames import read_split, split_labelled, write_split
 
 
 def _write_pair(folder: Path, name: str, *, label: int = 3, size: tuple[int, int] = (6, 4)) -> None:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from models.card import IGNORE, ClassInfo
-from models.errors import BadData
-from training.data import find_data
-from training.data.cityscapes import CLASS_IDS
+from penumbra.models.card import IGNORE, ClassInfo
+from penumbra.models.errors import BadData
+from penumbra.training.data import find_data
+from penumbra.training.data.cityscapes import CLASS_IDS
 
 
 def _save(path: Path, mode: str, color: tuple[int, int, int] | int, *, size: tuple[int, int] = (6, 4)) -> Path:

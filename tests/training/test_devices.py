@@ -11,12 +11,12 @@ import pytest
 import torch
 import yaml
 
-from models.checkpoint import load_checkpoint
-from models.errors import BadOption
+from penumbra.models.checkpoint import load_checkpoint
+from penumbra.models.errors import BadOption
+from penumbra.training.data import find_data
+from penumbra.training.devices import share_of, start_devices
+from penumbra.training.loop import Training
 from tests.training import tiny
-from training.data import find_data
-from training.devices import share_of, start_devices
-from training.loop import Training
 
 ROOT = Path(__file__).parents[2]
 PENUMBRA = (sys.executable, "-m", "penumbra")

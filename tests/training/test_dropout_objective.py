@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.card import Sampling
-from models.contract import Features
-from models.errors import BadOption
-from models.np_semiseg.net import NpNetwork
-from models.np_semiseg.objective_dropout import draw_masks
-from models.np_semiseg.objective_terms import at_grid
+from penumbra.models.card import Sampling
+from penumbra.models.contract import Features
+from penumbra.models.errors import BadOption
+from penumbra.models.np_semiseg.net import NpNetwork
+from penumbra.models.np_semiseg.objective_dropout import draw_masks
+from penumbra.models.np_semiseg.objective_terms import at_grid
+from penumbra.training.evaluate import draw_noise
+from penumbra.training.loop import build_network
+from penumbra.training.objective import build_objective
 from tests.training import tiny
 from tests.training.kinds import losses_of, objective_of, recipe_of
-from training.evaluate import draw_noise
-from training.loop import build_network
-from training.objective import build_objective
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.75])

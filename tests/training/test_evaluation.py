@@ -12,20 +12,28 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from export.bundle import export_network
-from models.card import IGNORE, Calibration, Readout
-from models.errors import BadData, BadOption
-from penumbra import main
-from serving.engine.options import SegmentOptions
-from serving.engine.runtime import Tuning
-from serving.engine.segmenter import Segmenter
+from penumbra.__main__ import main
+from penumbra.export.bundle import export_network
+from penumbra.models.card import IGNORE, Calibration, Readout
+from penumbra.models.errors import BadData, BadOption
+from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.runtime import Tuning
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.training.data import find_data
+from penumbra.training.data.frames import Frames
+from penumbra.training.evaluation.answers import answer, check_classes, pictures
+from penumbra.training.evaluation.figures import Evaluation
+from penumbra.training.evaluation.run import (
+    SAMPLE_COUNTS,
+    Measured,
+    Question,
+    evaluate,
+    evaluate_artifact,
+    load_frames,
+    typical,
+)
+from penumbra.training.plots import draw_all
 from tests.conftest import CLASSES, GAIN, picture, toy_card
-from training.data import find_data
-from training.data.frames import Frames
-from training.evaluation.answers import answer, check_classes, pictures
-from training.evaluation.figures import Evaluation
-from training.evaluation.run import SAMPLE_COUNTS, Measured, Question, evaluate, evaluate_artifact, load_frames, typical
-from training.plots import draw_all
 
 MAPS = ("confidence", "entropy", "mutual_information")
 CALIBRATION = Calibration((0.02, 0.3), (0.2, 0.9), num_frames=60, num_samples=1, data="made up")

@@ -7,14 +7,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from models.checkpoint import load_checkpoint
-from models.errors import BadOption
-from penumbra import main
+from penumbra.__main__ import main
+from penumbra.models.checkpoint import load_checkpoint
+from penumbra.models.errors import BadOption
+from penumbra.training.data import find_data
+from penumbra.training.evaluate import confusion, intersection_over_union, summarise
+from penumbra.training.loop import Training, schedule, train
+from penumbra.training.recipe import read_recipe
 from tests.training import tiny
-from training.data import find_data
-from training.evaluate import confusion, intersection_over_union, summarise
-from training.loop import Training, schedule, train
-from training.recipe import read_recipe
 
 METHODS = ("np_semiseg", "cps")
 RECIPES = Path(__file__).parents[2] / "training" / "recipes"

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
 
-from training.metrics import NUM_BINS, Ranking, Reliability, bins_of, patch_curve, patches, top_of
+from penumbra.training.metrics import NUM_BINS, Ranking, Reliability, bins_of, patch_curve, patches, top_of
 
 NUM = 200_000
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)

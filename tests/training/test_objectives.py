@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from models.card import IGNORE
-from models.errors import BadArtifact, BadOption
-from models.np_semiseg.net import NpNetwork
-from models.np_semiseg.objective import CONTEXT, NpObjective, NpOptions, gaussian_kl, push
-from models.np_semiseg.objective_terms import at_grid, multi_sample_loss
+from penumbra.models.card import IGNORE
+from penumbra.models.errors import BadArtifact, BadOption
+from penumbra.models.np_semiseg.net import NpNetwork
+from penumbra.models.np_semiseg.objective import CONTEXT, NpObjective, NpOptions, gaussian_kl, push
+from penumbra.models.np_semiseg.objective_terms import at_grid, multi_sample_loss
+from penumbra.training.loop import build_network
+from penumbra.training.objective import build_objective, update_average
 from tests.training import tiny
-from training.loop import build_network
-from training.objective import build_objective, update_average
 
 
 def _np(**options: float) -> NpObjective:

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, distributed, multiprocessing
 from torch.nn import functional as F
 
-from models.card import IGNORE, WindowSpec
-from models.errors import BadArtifact, BadOption
-from models.proto_seg.clustering import assign, move_prototypes, sinkhorn
-from models.proto_seg.net import ProtoNetwork
-from models.proto_seg.objective import ProtoObjective, build_objective, prototype_head, prototype_losses
+from penumbra.models.card import IGNORE, WindowSpec
+from penumbra.models.errors import BadArtifact, BadOption
+from penumbra.models.proto_seg.clustering import assign, move_prototypes, sinkhorn
+from penumbra.models.proto_seg.net import ProtoNetwork
+from penumbra.models.proto_seg.objective import ProtoObjective, build_objective, prototype_head, prototype_losses
+from penumbra.training.data import find_data
+from penumbra.training.loop import Training, build_network
+from penumbra.training.recipe import Recipe
 from tests.training import tiny
-from training.data import find_data
-from training.loop import Training, build_network
-from training.recipe import Recipe
 
 CONFIG: dict[str, Any] = {
     "num_prototypes": 4,

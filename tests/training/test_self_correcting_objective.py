@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.blocks.losses import soft_cross_entropy
-from models.card import IGNORE, WindowSpec
-from models.contract import Views
-from models.errors import BadArtifact, BadOption
-from models.self_correcting.net import SelfCorrectingNetwork
-from models.self_correcting.objective import SelfCorrectingObjective, Stage, build_objective
+from penumbra.models.blocks.losses import soft_cross_entropy
+from penumbra.models.card import IGNORE, WindowSpec
+from penumbra.models.contract import Views
+from penumbra.models.errors import BadArtifact, BadOption
+from penumbra.models.self_correcting.net import SelfCorrectingNetwork
+from penumbra.models.self_correcting.objective import SelfCorrectingObjective, Stage, build_objective
+from penumbra.training.data import find_data
+from penumbra.training.loop import Training, build_network
+from penumbra.training.recipe import Recipe
 from tests.training import tiny
-from training.data import find_data
-from training.loop import Training, build_network
-from training.recipe import Recipe
 
 Correction = Literal["none", "linear", "convolutional"]
 CORRECTIONS: tuple[Correction, ...] = ("none", "linear", "convolutional")

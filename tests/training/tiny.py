@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from models.card import WindowSpec
-from models.contract import Views
-from training.augment import cutmix_masks
-from training.recipe import Recipe
+from penumbra.models.card import WindowSpec
+from penumbra.models.contract import Views
+from penumbra.training.augment import cutmix_masks
+from penumbra.training.recipe import Recipe
 
 BACKBONE = {"depth": 18, "stem": "plain", "width": 8}
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
+from penumbra.training.data import find_data
+from penumbra.training.devices import gather, start_devices
+from penumbra.training.loop import Training
 from tests.training import tiny
-from training.data import find_data
-from training.devices import gather, start_devices
-from training.loop import Training
 
 
 def main(method: str, folder: Path) -> None:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from models.card import ClassInfo
-from models.errors import BadOption
-from training.data import camvid, cityscapes, folder, shapes, voc
-from training.data.frames import FrameSet
+from penumbra.models.card import ClassInfo
+from penumbra.models.errors import BadOption
+from penumbra.training.data import camvid, cityscapes, folder, shapes, voc
+from penumbra.training.data.frames import FrameSet
 
 Split = Literal["train", "val"]
 

@@ -5,10 +5,10 @@ Brostow, Fauqueur, Cipolla 2009. The folder has train/ and val/, each with image
 
 from pathlib import Path
 
-from models.classes import CAMVID
-from training.data.files import count_ids
-from training.data.folder import find_pairs
-from training.data.frames import Frames, hold
+from penumbra.models.classes import CAMVID
+from penumbra.training.data.files import count_ids
+from penumbra.training.data.folder import find_pairs
+from penumbra.training.data.frames import Frames, hold
 
 CLASSES = CAMVID
 VOID = 11

@@ -6,11 +6,11 @@ The folder has leftImg8bit/SPLIT/CITY/*_leftImg8bit.png and gtFine/SPLIT/CITY/*_
 
 from pathlib import Path
 
-from models.card import IGNORE
-from models.classes import CITYSCAPES
-from models.errors import BadData
-from training.data.files import count_ids, name_ids
-from training.data.frames import FrameFiles, pair_files
+from penumbra.models.card import IGNORE
+from penumbra.models.classes import CITYSCAPES
+from penumbra.models.errors import BadData
+from penumbra.training.data.files import count_ids, name_ids
+from penumbra.training.data.frames import FrameFiles, pair_files
 
 CLASSES = CITYSCAPES
 NUM_IDS = 34

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models.card import IGNORE
-from models.errors import BadData
+from penumbra.models.card import IGNORE
+from penumbra.models.errors import BadData
 
 UNKNOWN = -1
 

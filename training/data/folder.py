@@ -6,11 +6,11 @@ folder without either is all validation.
 
 from pathlib import Path
 
-from models.card import ClassInfo
-from models.classes import read_classes
-from models.errors import BadData
-from training.data.files import LabelIds, count_ids
-from training.data.frames import FrameFiles, find_listed, pair_files
+from penumbra.models.card import ClassInfo
+from penumbra.models.classes import read_classes
+from penumbra.models.errors import BadData
+from penumbra.training.data.files import LabelIds, count_ids
+from penumbra.training.data.frames import FrameFiles, find_listed, pair_files
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 

@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from models.errors import BadData, BadOption
-from training.data.files import LabelIds, read_mask, read_picture
+from penumbra.models.errors import BadData, BadOption
+from penumbra.training.data.files import LabelIds, read_mask, read_picture
 
 
 class FrameSet(Protocol):

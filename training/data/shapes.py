@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.card import IGNORE, ClassInfo
-from training.data.frames import Frames
+from penumbra.models.card import IGNORE, ClassInfo
+from penumbra.training.data.frames import Frames
 
 CLASSES = (
     ClassInfo("ground", (0, 0, 0)),

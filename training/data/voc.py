@@ -5,9 +5,9 @@ The folder is VOC2012 itself: JPEGImages/, SegmentationClass/ and the lists of I
 
 from pathlib import Path
 
-from models.classes import VOC
-from training.data.files import count_ids
-from training.data.frames import FrameFiles, pair_files, read_list
+from penumbra.models.classes import VOC
+from penumbra.training.data.files import count_ids
+from penumbra.training.data.frames import FrameFiles, pair_files, read_list
 
 CLASSES = VOC
 

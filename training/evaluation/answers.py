@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from models.card import IGNORE, Card, ClassInfo
-from models.errors import BadData
-from serving.engine.options import SegmentOptions
-from serving.engine.segmenter import Segmenter
-from training.data.frames import FrameSet
-from training.metrics import Floats, Mask
+from penumbra.models.card import IGNORE, Card, ClassInfo
+from penumbra.models.errors import BadData
+from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.training.data.frames import FrameSet
+from penumbra.training.metrics import Floats, Mask
 
 Labels = NDArray[np.uint8]
 

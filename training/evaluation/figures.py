@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from models.card import IGNORE, Calibration, Card
-from training.evaluate import intersection_over_union
-from training.evaluation.answers import Answer
-from training.metrics import Doubles, Floats, Mask, Ranking, Reliability, patch_curve, patches, top_of
+from penumbra.models.card import IGNORE, Calibration, Card
+from penumbra.training.evaluate import intersection_over_union
+from penumbra.training.evaluation.answers import Answer
+from penumbra.training.metrics import Doubles, Floats, Mask, Ranking, Reliability, patch_curve, patches, top_of
 
 PATCH_PX = (4, 8, 16, 32)
 UNCERTAINTIES = ("entropy", "mutual_information")

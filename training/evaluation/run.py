@@ -11,15 +11,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
-from models.card import Card, Sampling
-from models.errors import BadData, BadOption
-from serving.engine.options import SegmentOptions
-from serving.engine.segmenter import Segmenter
-from serving.engine.store import find_artifact
-from training.data import find_data
-from training.data.frames import FrameSet
-from training.evaluation.answers import Answer, answer, check_classes, pictures
-from training.evaluation.figures import Evaluation
+from penumbra.models.card import Card, Sampling
+from penumbra.models.errors import BadData, BadOption
+from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.store import find_artifact
+from penumbra.training.data import find_data
+from penumbra.training.data.frames import FrameSet
+from penumbra.training.evaluation.answers import Answer, answer, check_classes, pictures
+from penumbra.training.evaluation.figures import Evaluation
 
 MAPS = ("confidence", "entropy", "mutual_information")
 SAMPLE_COUNTS = (1, 2, 5, 10, 20, 50)
@@ -156,7 +156,7 @@ def evaluate_artifact(question: Question, store: Path, *, plots: Path | None = N
         frames = load_frames(question, card)
         measured = evaluate(segmenter, question, frames, compare=plots is not None)
         if plots:
-            from training.plots import draw_all  # matplotlib is only needed here
+            from penumbra.training.plots import draw_all  # matplotlib is only needed here
 
             draw_all(measured, typical(measured, segmenter, frames), plots)
     return measured

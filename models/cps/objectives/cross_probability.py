@@ -13,11 +13,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from models.blocks.losses import at_size
-from models.contract import Views
-from models.cps.net import CpsNetwork
-from models.cps.objectives.semi_supervised import Ramped, SemiSupervised
-from models.cps.objectives.terms import mean_where, supervision, two_views
+from penumbra.models.blocks.losses import at_size
+from penumbra.models.contract import Views
+from penumbra.models.cps.net import CpsNetwork
+from penumbra.models.cps.objectives.semi_supervised import Ramped, SemiSupervised
+from penumbra.models.cps.objectives.terms import mean_where, supervision, two_views
 
 
 @dataclass(frozen=True, slots=True)

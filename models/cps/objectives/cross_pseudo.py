@@ -15,11 +15,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from models.blocks.losses import at_size
-from models.card import IGNORE
-from models.contract import Views
-from models.cps.objectives.semi_supervised import SemiSupervised
-from models.cps.objectives.terms import cross_supervision, encode_pair, mixed, pseudo_labels, supervision, two_views
+from penumbra.models.blocks.losses import at_size
+from penumbra.models.card import IGNORE
+from penumbra.models.contract import Views
+from penumbra.models.cps.objectives.semi_supervised import SemiSupervised
+from penumbra.models.cps.objectives.terms import (
+    cross_supervision,
+    encode_pair,
+    mixed,
+    pseudo_labels,
+    supervision,
+    two_views,
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.blocks.losses import at_size, cross_entropy
-from models.contract import Views
-from models.cps.net import CpsNetwork
-from models.cps.objectives.semi_supervised import Ramped, SemiSupervised
-from models.cps.objectives.terms import mean_where, two_views
+from penumbra.models.blocks.losses import at_size, cross_entropy
+from penumbra.models.contract import Views
+from penumbra.models.cps.net import CpsNetwork
+from penumbra.models.cps.objectives.semi_supervised import Ramped, SemiSupervised
+from penumbra.models.cps.objectives.terms import mean_where, two_views
 
 
 @dataclass(frozen=True, slots=True)

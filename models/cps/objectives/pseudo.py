@@ -9,10 +9,10 @@ the net's own hard label would teach it nothing but confidence.
 
 from torch import Tensor
 
-from models.blocks.losses import cross_entropy
-from models.contract import Views
-from models.cps.objectives.semi_supervised import SemiSupervised
-from models.cps.objectives.terms import encode_pair, mixed, pseudo_labels
+from penumbra.models.blocks.losses import cross_entropy
+from penumbra.models.contract import Views
+from penumbra.models.cps.objectives.semi_supervised import SemiSupervised
+from penumbra.models.cps.objectives.terms import encode_pair, mixed, pseudo_labels
 
 
 class PseudoObjective(SemiSupervised):

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from models.blocks.losses import cross_entropy, soft_cross_entropy
-from models.contract import Views
-from models.cps.net import CpsNetwork
-from models.cps.objectives.semi_supervised import Ramped, SemiSupervised
-from models.cps.objectives.terms import encode_pair, mixed, predict_weak
+from penumbra.models.blocks.losses import cross_entropy, soft_cross_entropy
+from penumbra.models.contract import Views
+from penumbra.models.cps.net import CpsNetwork
+from penumbra.models.cps.objectives.semi_supervised import Ramped, SemiSupervised
+from penumbra.models.cps.objectives.terms import encode_pair, mixed, predict_weak
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from models.blocks.losses import ramp
-from models.contract import Views
-from models.cps.net import CpsNetwork
-from models.cps.objectives.terms import supervision
+from penumbra.models.blocks.losses import ramp
+from penumbra.models.contract import Views
+from penumbra.models.cps.net import CpsNetwork
+from penumbra.models.cps.objectives.terms import supervision
 
 
 class Weighting(Protocol):

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.contract import Views
-from models.cps.net import CpsNetwork
-from models.cps.objectives.terms import supervision
+from penumbra.models.contract import Views
+from penumbra.models.cps.net import CpsNetwork
+from penumbra.models.cps.objectives.terms import supervision
 
 
 @dataclass(frozen=True, slots=True)

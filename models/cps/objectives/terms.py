@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.blocks.losses import at_size, cross_entropy
-from models.card import IGNORE
-from models.contract import Views
-from models.cps.net import CpsNetwork
+from penumbra.models.blocks.losses import at_size, cross_entropy
+from penumbra.models.card import IGNORE
+from penumbra.models.contract import Views
+from penumbra.models.cps.net import CpsNetwork
 
 
 def supervision(logits: Sequence[Tensor], label_Bhw: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from models.card import Card
-from models.contract import Features, Prompt
-from models.errors import BadArtifact, BadOption
+from penumbra.models.card import Card
+from penumbra.models.contract import Features, Prompt
+from penumbra.models.errors import BadArtifact, BadOption
 
 BACKENDS = ("torchscript", "onnx", "openvino", "aot", "tensorrt")
 EXTRAS = {
@@ -32,7 +32,7 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, 
 
 
 class Backend(Protocol):
-    """Both halves of a network, on one device in one precision (see `models.contract`)."""
+    """Both halves of a network, on one device in one precision (see `penumbra.models.contract`)."""
 
     device: torch.device
     dtype: torch.dtype
@@ -78,5 +78,6 @@ def find_format(package: str, name: str) -> ModuleType:
             raise
         extra = EXTRAS[error.name]
         raise BadOption(
-            f"the backend {name} needs {error.name}, which is not installed; pip install 'penumbra[{extra}]' brings it"
+            f"the backend {name} needs {error.name}, which is not installed; "
+            f"pip install 'penumbra-serving[{extra}]' brings it"
         ) from None

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.card import Card
-from models.errors import BadArtifact
-from serving.engine.backends import DTYPES
-from serving.engine.backends.flat import FlatBackend, part_names
+from penumbra.models.card import Card
+from penumbra.models.errors import BadArtifact
+from penumbra.serving.engine.backends import DTYPES
+from penumbra.serving.engine.backends.flat import FlatBackend, part_names
 
 INPUTS = "penumbra_inputs"
 FORMATS = ("contiguous", "channels_last")

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from models.contract import Features, Prompt
+from penumbra.models.contract import Features, Prompt
 
 
 class FlatGraph(Protocol):

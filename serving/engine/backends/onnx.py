@@ -7,10 +7,10 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from models.card import Card
-from models.errors import BadArtifact
-from serving.engine.backends import DTYPES
-from serving.engine.backends.flat import FlatBackend, part_names
+from penumbra.models.card import Card
+from penumbra.models.errors import BadArtifact
+from penumbra.serving.engine.backends import DTYPES
+from penumbra.serving.engine.backends.flat import FlatBackend, part_names
 
 
 class OnnxGraph:

@@ -7,10 +7,10 @@ import openvino
 import torch
 from torch import Tensor
 
-from models.card import Card
-from models.errors import BadArtifact
-from serving.engine.backends import DTYPES
-from serving.engine.backends.flat import FlatBackend, part_names
+from penumbra.models.card import Card
+from penumbra.models.errors import BadArtifact
+from penumbra.serving.engine.backends import DTYPES
+from penumbra.serving.engine.backends.flat import FlatBackend, part_names
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 """Set always: left alone, OpenVINO takes bf16 where the processor has it."""

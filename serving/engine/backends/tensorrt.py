@@ -11,10 +11,10 @@ import tensorrt as trt
 import torch
 from torch import Tensor
 
-from models.card import Card
-from models.errors import BadArtifact, BadOption
-from serving.engine.backends import DTYPES
-from serving.engine.backends.flat import FlatBackend, part_names
+from penumbra.models.card import Card
+from penumbra.models.errors import BadArtifact, BadOption
+from penumbra.serving.engine.backends import DTYPES
+from penumbra.serving.engine.backends.flat import FlatBackend, part_names
 
 DRIVER = Path("/proc/driver/nvidia/version")
 TORCH_DTYPES = {

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.card import Card
-from models.contract import Features, Prompt
-from models.errors import BadArtifact
-from serving.engine.backends import DTYPES
+from penumbra.models.card import Card
+from penumbra.models.contract import Features, Prompt
+from penumbra.models.errors import BadArtifact
+from penumbra.serving.engine.backends import DTYPES
 
 
 class TorchScriptBackend:

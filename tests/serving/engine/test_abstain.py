@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from export.bundle import export_network
-from models.card import IGNORE, Calibration, Card, dump_card, parse_card
-from models.errors import BadArtifact, BadOption
-from serving.engine.options import SegmentOptions, abstain_above, parse_options
-from serving.engine.runtime import Tuning
-from serving.engine.segmenter import Segmenter
-from serving.oip import InferRequest, WantedOutput, answer_of, read_options
-from serving.render import Style, render
-from serving.rest import answer_headers, summary
-from serving.telemetry import Telemetry
+from penumbra.export.bundle import export_network
+from penumbra.models.card import IGNORE, Calibration, Card, dump_card, parse_card
+from penumbra.models.errors import BadArtifact, BadOption
+from penumbra.serving.engine.options import SegmentOptions, abstain_above, parse_options
+from penumbra.serving.engine.runtime import Tuning
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.oip import InferRequest, WantedOutput, answer_of, read_options
+from penumbra.serving.render import Style, render
+from penumbra.serving.rest import answer_headers, summary
+from penumbra.serving.telemetry import Telemetry
 from tests.conftest import GAIN, picture, toy_card
 
 CALIBRATION = Calibration(risks=(0.05, 0.1), entropy_nats=(0.25, 0.5), num_frames=40, num_samples=1, data="made up")

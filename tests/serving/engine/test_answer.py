@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.errors import Cancelled
-from serving.engine.answer import Unfolding, new_arrays
-from serving.engine.bands import BandStream
-from serving.engine.options import SegmentOptions
-from serving.engine.segmenter import Segmenter
-from serving.render import IN_BANDS, Style, render
+from penumbra.models.errors import Cancelled
+from penumbra.serving.engine.answer import Unfolding, new_arrays
+from penumbra.serving.engine.bands import BandStream
+from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.render import IN_BANDS, Style, render
 from tests.conftest import picture
 
 TALL = (400, 70)

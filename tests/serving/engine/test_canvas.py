@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.card import InputSpec, WindowSpec
-from serving.engine import kernels
-from serving.engine.canvas import Canvas
-from serving.engine.moments import Moments
-from serving.engine.windows import cover, cut
+from penumbra.models.card import InputSpec, WindowSpec
+from penumbra.serving.engine import kernels
+from penumbra.serving.engine.canvas import Canvas
+from penumbra.serving.engine.moments import Moments
+from penumbra.serving.engine.windows import cover, cut
 from tests.conftest import picture
 
 needs_kernels = pytest.mark.skipif(kernels.COMPILED is None, reason="the C kernels are not built on this machine")

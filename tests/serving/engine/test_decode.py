@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from models.errors import BadImage, BadOption, TooLarge
-from serving.engine.decode import check_array, decode_image
-from serving.engine.options import Limits
+from penumbra.models.errors import BadImage, BadOption, TooLarge
+from penumbra.serving.engine.decode import check_array, decode_image
+from penumbra.serving.engine.options import Limits
 from tests.conftest import picture
 
 LIMITS = Limits(pixels=100_000)

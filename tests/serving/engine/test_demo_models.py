@@ -5,11 +5,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from export.zoo import DEMO, fill_store
-from serving.engine.moments import Moments
-from serving.engine.options import SegmentOptions
-from serving.engine.runtime import Runtime
-from serving.engine.segmenter import Segmenter
+from penumbra.export.zoo import DEMO, fill_store
+from penumbra.serving.engine.moments import Moments
+from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.runtime import Runtime
+from penumbra.serving.engine.segmenter import Segmenter
 
 pytestmark = pytest.mark.slow
 

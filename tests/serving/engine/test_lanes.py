@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from models.card import Card
-from models.errors import ModelFault
-from serving.engine.moments import Moments
-from serving.engine.observer import Observer
-from serving.engine.runtime import Piece
-from serving.engine.scheduler import Scheduler
-from serving.engine.work import Cores
+from penumbra.models.card import Card
+from penumbra.models.errors import ModelFault
+from penumbra.serving.engine.moments import Moments
+from penumbra.serving.engine.observer import Observer
+from penumbra.serving.engine.runtime import Piece
+from penumbra.serving.engine.scheduler import Scheduler
+from penumbra.serving.engine.work import Cores
 from tests.conftest import toy_card
 from tests.serving.engine.test_scheduler import SPEC, WAIT_S, consume, in_threads, runtime, work
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.card import Readout
-from serving.engine import kernels
-from serving.engine.moments import accumulate, accumulate_banded, empty_sums
+from penumbra.models.card import Readout
+from penumbra.serving.engine import kernels
+from penumbra.serving.engine.moments import accumulate, accumulate_banded, empty_sums
 
 needs_kernels = pytest.mark.skipif(kernels.COMPILED is None, reason="the C kernels are not built on this machine")
 FORMS = [pytest.param("compiled", marks=needs_kernels), "banded"]

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.card import Sampling
-from serving.engine.noise import SeededNoise
+from penumbra.models.card import Sampling
+from penumbra.serving.engine.noise import SeededNoise
 
 LATENT = Sampling(kind="latent", noise_length=16)
 MASKS = Sampling(kind="dropout", noise_length=16, keep=0.8)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.errors import BadOption
-from serving.engine.options import Limits, SegmentOptions, check_options, parse_options
+from penumbra.models.errors import BadOption
+from penumbra.serving.engine.options import Limits, SegmentOptions, check_options, parse_options
 from tests.conftest import toy_card
 
 LIMITS = Limits()

@@ -14,16 +14,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.card import Card
-from models.errors import BadOption, DeadlineExceeded, ModelFault
-from serving.engine.moments import Moments
-from serving.engine.observer import Observer
-from serving.engine.options import Limits, SegmentOptions
-from serving.engine.pace import SPARE, Pace
-from serving.engine.runtime import Piece, Runtime, Tuning
-from serving.engine.scheduler import Scheduler
-from serving.engine.segmenter import Segmenter
-from serving.engine.work import Cores
+from penumbra.models.card import Card
+from penumbra.models.errors import BadOption, DeadlineExceeded, ModelFault
+from penumbra.serving.engine.moments import Moments
+from penumbra.serving.engine.observer import Observer
+from penumbra.serving.engine.options import Limits, SegmentOptions
+from penumbra.serving.engine.pace import SPARE, Pace
+from penumbra.serving.engine.runtime import Piece, Runtime, Tuning
+from penumbra.serving.engine.scheduler import Scheduler
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.work import Cores
 from tests.conftest import picture, toy_card
 from tests.serving.engine.test_scheduler import SPEC, WAIT_S, in_threads, work
 

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.bundle import export_network
-from models.card import MAPS, PromptSpec, Readout, WindowSpec
-from models.errors import BadArtifact, BadOption, TooLarge
-from serving.engine.answer import Prediction
-from serving.engine.options import Limits, SegmentOptions, parse_options
-from serving.engine.prompts import check_prompt
-from serving.engine.runtime import Tuning
-from serving.engine.segmenter import Segmenter
-from serving.engine.windows import cover
+from penumbra.export.bundle import export_network
+from penumbra.models.card import MAPS, PromptSpec, Readout, WindowSpec
+from penumbra.models.errors import BadArtifact, BadOption, TooLarge
+from penumbra.serving.engine.answer import Prediction
+from penumbra.serving.engine.options import Limits, SegmentOptions, parse_options
+from penumbra.serving.engine.prompts import check_prompt
+from penumbra.serving.engine.runtime import Tuning
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.windows import cover
 from tests.conftest import GAIN, picture, toy_card
 
 HEIGHT, WIDTH = 70, 101

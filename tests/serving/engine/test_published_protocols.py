@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from export.bundle import export_network
-from export.importer import import_checkpoint
-from models.card import Card, ClassInfo, Readout, WindowSpec
-from models.checkpoint import load_checkpoint
-from models.contract import Network
-from models.np_semiseg.upstream import published_u2pl
-from serving.engine.moments import accumulate, empty_sums
-from serving.engine.options import SegmentOptions
-from serving.engine.runtime import Tuning
-from serving.engine.segmenter import Segmenter
-from serving.engine.windows import WindowPlan, cover
+from penumbra.export.bundle import export_network
+from penumbra.export.importer import import_checkpoint
+from penumbra.models.card import Card, ClassInfo, Readout, WindowSpec
+from penumbra.models.checkpoint import load_checkpoint
+from penumbra.models.contract import Network
+from penumbra.models.np_semiseg.upstream import published_u2pl
+from penumbra.serving.engine.moments import accumulate, empty_sums
+from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.runtime import Tuning
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.windows import WindowPlan, cover
 from tests.models import golden
 
 pytestmark = pytest.mark.slow

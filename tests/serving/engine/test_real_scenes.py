@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from export.bundle import export_checkpoint
-from export.zoo import ZOO
-from serving.engine.decode import decode_image
-from serving.engine.options import SegmentOptions
-from serving.engine.segmenter import Segmenter
+from penumbra.export.bundle import export_checkpoint
+from penumbra.export.zoo import ZOO
+from penumbra.serving.engine.decode import decode_image
+from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.segmenter import Segmenter
 
 FRAMES = Path(__file__).parents[4] / "shared" / "camvid" / "val"
 EVERY = 3

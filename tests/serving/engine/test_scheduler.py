@@ -12,15 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.card import Card, WindowSpec
-from models.errors import Cancelled, DeadlineExceeded, ModelFault, NotReady, PenumbraError, QueueFull
-from serving.engine.moments import Moments
-from serving.engine.noise import SeededNoise
-from serving.engine.observer import Observer
-from serving.engine.runtime import Piece
-from serving.engine.scheduler import Scheduler, Stream
-from serving.engine.windows import Window, cover
-from serving.engine.work import Cores, Work
+from penumbra.models.card import Card, WindowSpec
+from penumbra.models.errors import Cancelled, DeadlineExceeded, ModelFault, NotReady, PenumbraError, QueueFull
+from penumbra.serving.engine.moments import Moments
+from penumbra.serving.engine.noise import SeededNoise
+from penumbra.serving.engine.observer import Observer
+from penumbra.serving.engine.runtime import Piece
+from penumbra.serving.engine.scheduler import Scheduler, Stream
+from penumbra.serving.engine.windows import Window, cover
+from penumbra.serving.engine.work import Cores, Work
 from tests.conftest import toy_card
 
 WAIT_S = 30

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.bundle import export_network
-from models.card import WindowSpec
-from models.errors import (
+from penumbra.export.bundle import export_network
+from penumbra.models.card import WindowSpec
+from penumbra.models.errors import (
     BadArtifact,
     BadImage,
     BadOption,
@@ -23,12 +23,12 @@ from models.errors import (
     TooLarge,
     UnknownModel,
 )
-from serving.engine.answer import Prediction
-from serving.engine.noise import SeededNoise
-from serving.engine.options import PROBABILITIES, Limits, SegmentOptions
-from serving.engine.runtime import Tuning
-from serving.engine.segmenter import Segmenter
-from serving.engine.uncertainty import MAPS
+from penumbra.serving.engine.answer import Prediction
+from penumbra.serving.engine.noise import SeededNoise
+from penumbra.serving.engine.options import PROBABILITIES, Limits, SegmentOptions
+from penumbra.serving.engine.runtime import Tuning
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.uncertainty import MAPS
 from tests.conftest import GAIN, picture, toy_card
 
 SIZES = [(1, 1), (7, 200), (32, 48), (33, 49), (90, 121), (200, 64)]

@@ -22,12 +22,12 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from models.errors import BadArtifact, BadOption
-from serving.engine.options import SegmentOptions
-from serving.engine.runtime import Tuning
-from serving.engine.segmenter import Segmenter
-from serving.engine.signature import SIGNATURE, check_signature, read_private_key, read_public_keys, sign_card
-from serving.engine.store import CARD, open_artifact, sha256_of, versions
+from penumbra.models.errors import BadArtifact, BadOption
+from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.runtime import Tuning
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.signature import SIGNATURE, check_signature, read_private_key, read_public_keys, sign_card
+from penumbra.serving.engine.store import CARD, open_artifact, sha256_of, versions
 from tests.conftest import picture
 from tests.serving.server import ROOT, serving
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from models.errors import BadArtifact, UnknownModel
-from serving.engine.store import CARD, find_artifact, open_artifact, sha256_of, versions
+from penumbra.models.errors import BadArtifact, UnknownModel
+from penumbra.serving.engine.store import CARD, find_artifact, open_artifact, sha256_of, versions
 
 
 @pytest.fixture

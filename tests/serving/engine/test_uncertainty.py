@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.engine import kernels
-from serving.engine.uncertainty import MAPS, read_out, read_out_plain
+from penumbra.serving.engine import kernels
+from penumbra.serving.engine.uncertainty import MAPS, read_out, read_out_plain
 
 needs_kernels = pytest.mark.skipif(kernels.COMPILED is None, reason="the C kernels are not built on this machine")
 Form = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, ...]]

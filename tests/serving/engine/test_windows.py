@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.card import InputSpec, WindowSpec
-from serving.engine.windows import WindowPlan, count_windows, cover, cut, normalise
+from penumbra.models.card import InputSpec, WindowSpec
+from penumbra.serving.engine.windows import WindowPlan, count_windows, cover, cut, normalise
 from tests.conftest import picture
 
 PLAIN = InputSpec(mean=(0, 0, 0), std=(1, 1, 1))

@@ -28,7 +28,7 @@ class Verbs(click.Group):
         return list(self.commands)
 
     def invoke(self, context: click.Context) -> Any:
-        from models.errors import BadOption, PenumbraError, UnknownModel
+        from penumbra.models.errors import BadOption, PenumbraError, UnknownModel
 
         try:
             return super().invoke(context)
@@ -38,7 +38,7 @@ class Verbs(click.Group):
 
 
 @click.group(cls=Verbs)
-@click.version_option(package_name="penumbra")
+@click.version_option(package_name="penumbra-serving")
 def main() -> None:
     """Serve trained segmentation checkpoints and say, per pixel, how sure they are."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -51,7 +51,7 @@ def main() -> None:
 @click.option("--grpc-port", default=3001, show_default=True, help="Of gRPC; 0 for none.")
 def serve(store: Path, host: str, port: int, grpc_port: int) -> None:
     """Serve a store over HTTP and gRPC; an empty one is filled with the demo models first."""
-    from export.zoo import fill_store
+    from penumbra.export.zoo import fill_store
 
     if port == grpc_port:
         raise click.UsageError(f"--port and --grpc-port are both {port}; give two, or --grpc-port 0 for no gRPC")
@@ -65,8 +65,8 @@ def serve(store: Path, host: str, port: int, grpc_port: int) -> None:
         "BENTOML_HOME": str(home),  # two servers with one home delete each other's files
         "BENTOML_DO_NOT_TRACK": "True",
     }
-    command = ["bentoml", "serve", "serving.service:Penumbra", "--host", host, "--port", str(port)]
-    command += ["--working-dir", str(Path(__file__).resolve().parent)]
+    command = ["bentoml", "serve", "penumbra.serving.service:Penumbra", "--host", host, "--port", str(port)]
+    command += ["--working-dir", str(Path(__file__).parents[1])]
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, "-m", *command], environment)
 
@@ -89,8 +89,8 @@ def of_answers(verb: Any) -> Any:
 
 def the_model(store: Path, model: str | None) -> str:
     """The model that was named, or the only one. Raises BadOption."""
-    from models.errors import BadOption
-    from serving.engine.store import versions
+    from penumbra.models.errors import BadOption
+    from penumbra.serving.engine.store import versions
 
     names = list(versions(store))
     if model is None and len(names) > 1:
@@ -109,12 +109,12 @@ def predict(
     images: tuple[Path, ...], model: str | None, output: Path, store: Path, as_json: bool, **options: Any
 ) -> None:
     """Segment picture files without a server; writes labels, overlay and uncertainty maps."""
-    from export.zoo import fill_store
-    from models.errors import BadOption
-    from serving.engine.options import parse_options
-    from serving.engine.segmenter import Segmenter
-    from serving.engine.store import find_artifact
-    from serving.offline import describe_outcome, predict_file, report, watched
+    from penumbra.export.zoo import fill_store
+    from penumbra.models.errors import BadOption
+    from penumbra.serving.engine.options import parse_options
+    from penumbra.serving.engine.segmenter import Segmenter
+    from penumbra.serving.engine.store import find_artifact
+    from penumbra.serving.offline import describe_outcome, predict_file, report, watched
 
     if len({path.stem for path in images}) < len(images):
         raise BadOption("two pictures have the same name, and their files would too; predict them into two directories")
@@ -144,8 +144,8 @@ def predict(
 @JSON
 def batch(source: str, output: str, model: str | None, store: Path, as_json: bool, engine: str, **options: Any) -> None:
     """Answer all images of INPUT, a folder, 'a/*.png' or s3://..., into OUTPUT; goes on where it was stopped."""
-    from export.zoo import fill_store
-    from serving.batch import ask, run_batch
+    from penumbra.export.zoo import fill_store
+    from penumbra.serving.batch import ask, run_batch
 
     fill_store(store)
     fields = {name: str(value) for name, value in options.items() if value is not None}
@@ -167,8 +167,8 @@ def models(store: Path, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from models.errors import BadArtifact, UnknownModel
-    from serving.engine.store import open_artifact, versions
+    from penumbra.models.errors import BadArtifact, UnknownModel
+    from penumbra.serving.engine.store import open_artifact, versions
 
     if not versions(store):
         raise UnknownModel(f"there are no models in {store}; `penumbra export CHECKPOINT --store {store}` adds one")
@@ -203,8 +203,8 @@ def train(recipe: Path, data: Path, **options: Any) -> None:
 
     For many machines, start it with torchrun on each.
     """
-    from training.progress import follow
-    from training.recipe import read_recipe
+    from penumbra.training.progress import follow
+    from penumbra.training.recipe import read_recipe
 
     click.echo(follow(read_recipe(recipe), data, **options))
 
@@ -224,9 +224,9 @@ def import_files(
     method: str, files: tuple[Path, ...], output: Path, classes: str | None, as_json: bool, **options: Any
 ) -> None:  # fmt: skip
     """Import a METHOD's published FILES, which are never run, as a checkpoint."""
-    from export.importer import import_checkpoint
-    from export.report import print_imported
-    from models.classes import read_classes
+    from penumbra.export.importer import import_checkpoint
+    from penumbra.export.report import print_imported
+    from penumbra.models.classes import read_classes
 
     imported = import_checkpoint(method, files, output, classes=read_classes(classes) if classes else None, **options)
     for warning in imported.warnings:
@@ -242,7 +242,7 @@ def import_files(
 @click.option("--output", "-o", required=True, type=click.Path(dir_okay=False, path_type=Path), help="A .safetensors.")
 def ensemble(checkpoints: tuple[Path, ...], output: Path) -> None:
     """Join checkpoints of the same classes into one, whose members they are."""
-    from export.ensemble import make_ensemble
+    from penumbra.export.ensemble import make_ensemble
 
     card = make_ensemble(checkpoints, output)
     click.echo(f"{output}: {len(card.sampling.members)} members: {', '.join(card.sampling.members)}")
@@ -271,10 +271,10 @@ def export(
     """Export a checkpoint into a store, proved against the checkpoint, or not at all."""
     from rich.console import Console
 
-    from export.bundle import export_checkpoint
-    from export.report import print_parity
-    from models.errors import BadOption
-    from serving.engine.store import open_artifact
+    from penumbra.export.bundle import export_checkpoint
+    from penumbra.export.report import print_parity
+    from penumbra.models.errors import BadOption
+    from penumbra.serving.engine.store import open_artifact
 
     if target == "triton":
         return _export_repository(checkpoint, store, output, as_json=as_json)
@@ -289,9 +289,9 @@ def export(
 
 
 def _read_frames(checkpoint: Path, every: int, **where: Any) -> list[Any]:
-    """Every n-th labelled frame, as `export.frames` takes them."""
-    from models.checkpoint import read_card
-    from training.evaluation.run import Question, load_frames
+    """Every n-th labelled frame, as `penumbra.export.frames` takes them."""
+    from penumbra.models.checkpoint import read_card
+    from penumbra.training.evaluation.run import Question, load_frames
 
     frames = load_frames(Question(checkpoint.stem, **where), read_card(checkpoint))
     chosen = [frames[i] for i in range(0, len(frames), every)]
@@ -299,8 +299,8 @@ def _read_frames(checkpoint: Path, every: int, **where: Any) -> list[Any]:
 
 
 def _export_repository(source: Path, store: Path, repository: Path | None, *, as_json: bool) -> None:
-    from export.triton import export_repository
-    from models.errors import BadOption
+    from penumbra.export.triton import export_repository
+    from penumbra.models.errors import BadOption
 
     if repository is None:
         raise BadOption("a Triton repository needs a directory; add -o DIRECTORY")
@@ -315,9 +315,9 @@ def _export_repository(source: Path, store: Path, repository: Path | None, *, as
 @JSON
 def verify(name: str, version: int | None, store: Path, as_json: bool) -> None:
     """Check an artifact's hashes and measure it on this machine against its checkpoint."""
-    from export.bundle import verify_artifact
-    from export.report import print_parity
-    from serving.engine.store import artifact_card, find_artifact
+    from penumbra.export.bundle import verify_artifact
+    from penumbra.export.report import print_parity
+    from penumbra.serving.engine.store import artifact_card, find_artifact
 
     directory = find_artifact(store, name, version)
     print_parity(artifact_card(directory), directory, as_json=as_json, measured=verify_artifact(directory))
@@ -330,8 +330,8 @@ def verify(name: str, version: int | None, store: Path, as_json: bool) -> None:
 @STORE
 def sign(name: str, key: Path, version: int | None, store: Path) -> None:
     """Sign an artifact whose hashes hold, for servers that serve signed ones alone."""
-    from serving.engine.signature import read_private_key, sign_card
-    from serving.engine.store import find_artifact, open_artifact
+    from penumbra.serving.engine.signature import read_private_key, sign_card
+    from penumbra.serving.engine.store import find_artifact, open_artifact
 
     artifact = open_artifact(find_artifact(store, name, version))
     path = sign_card(artifact.directory, artifact.card_bytes, read_private_key(key))
@@ -339,7 +339,7 @@ def sign(name: str, key: Path, version: int | None, store: Path) -> None:
 
 
 def of_frames(verb: Any) -> Any:
-    """The options of a verb that asks an artifact about labelled frames (`training.evaluation.run.Question`)."""
+    """The options of a verb that asks about labelled frames (`penumbra.training.evaluation.run.Question`)."""
     for option in (
         click.option(
             "--every", type=click.IntRange(min=1), default=1, show_default=True, help="Every n-th frame only."
@@ -365,7 +365,7 @@ def of_frames(verb: Any) -> Any:
 @STORE
 def evaluate(name: str, store: Path, json_file: Path | None, plots: Path | None, **options: Any) -> None:
     """Measure a model on labelled pictures as it is served: accuracy, calibration, and its uncertainty."""
-    from training.evaluation.run import Question, evaluate_artifact, report
+    from penumbra.training.evaluation.run import Question, evaluate_artifact, report
 
     measured = evaluate_artifact(Question(name, **options), store, plots=plots)
     report(measured)
@@ -382,9 +382,9 @@ def evaluate(name: str, store: Path, json_file: Path | None, plots: Path | None,
 @JSON
 def calibrate(name: str, store: Path, risks: str, as_json: bool, **options: Any) -> None:
     """Fit a model's temperature and abstention thresholds; they become its next version."""
-    from models.errors import BadOption
-    from training.calibrate import calibrate_artifact, report
-    from training.evaluation.run import Question
+    from penumbra.models.errors import BadOption
+    from penumbra.training.calibrate import calibrate_artifact, report
+    from penumbra.training.evaluation.run import Question
 
     try:
         wanted = [float(risk) for risk in risks.split(",")]
