@@ -1,5 +1,5 @@
-"""uvicorn's HTTP protocol with what it has not by itself: a bound and a clock on the request's line and headers, and an
-end to callers who do not read their answer.
+"""uvicorn's HTTP protocol with what it has not by itself: a bound and a clock on the request's line and headers, an end
+to callers who do not read their answer, and requests that offer another protocol read as if they did not.
 
 A whole head that is over the limit is refused by `penumbra.serving.guard` with a sentence; here are those that do not
 end.
@@ -8,7 +8,9 @@ end.
 import socket
 from asyncio import TimerHandle, Transport
 from functools import partial
+from typing import Any
 
+import httptools
 from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -22,11 +24,50 @@ REFUSAL = (
 )
 
 
+class PlainParser:
+    """httptools' parser, to which `Upgrade` is a header like any other (RFC 9110 7.8 lets a server pass it over).
+
+    By itself it ends a request that offers h2c or a WebSocket behind its head, and its body is lost. Here that head is
+    read once more, without the offer, and what follows is the request's body.
+    """
+
+    def __init__(self, protocol: "BoundedHead") -> None:
+        self._protocol, self._parser = protocol, _new_parser(protocol)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._parser, name)
+
+    def feed_data(self, data: bytes) -> None:
+        """Raises HttpParserError."""
+        rest = memoryview(data)
+        while True:
+            try:
+                self._parser.feed_data(rest)
+                return
+            except httptools.HttpParserUpgrade as offer:
+                method, version = self._parser.get_method(), self._parser.get_http_version().encode()
+                if method == b"CONNECT":
+                    raise httptools.HttpParserError("there is no way from here to another server") from None
+                rest = rest[offer.args[0] :]
+                lines = [b"%s %s HTTP/%s" % (method, self._protocol.url, version)]
+                lines += [b"%s: %s" % header for header in self._protocol.headers if header[0] != b"upgrade"]
+                self._parser = _new_parser(self._protocol)
+                self._parser.feed_data(b"\r\n".join([*lines, b"", b""]))
+
+
+def _new_parser(protocol: HttpToolsProtocol) -> httptools.HttpRequestParser:
+    """A parser of requests with the one leniency that uvicorn gives its own."""
+    parser = httptools.HttpRequestParser(protocol)
+    parser.set_dangerous_leniencies(lenient_data_after_close=True)
+    return parser
+
+
 class BoundedHead(HttpToolsProtocol):
     """One connection. The clock runs from the connection, or the first byte of a later request, to the head's end."""
 
     def __init__(self, *arguments: object, limit_bytes: int, **options: object) -> None:
         super().__init__(*arguments, **options)  # type: ignore[arg-type]
+        self.parser = PlainParser(self)  # type: ignore[assignment]
         self._limit_bytes, self._head_bytes = limit_bytes, 0
         self._clock: TimerHandle | None = None
 
@@ -36,6 +77,10 @@ class BoundedHead(HttpToolsProtocol):
         connection = transport.get_extra_info("socket")
         if hasattr(socket, "TCP_USER_TIMEOUT") and connection.family in (socket.AF_INET, socket.AF_INET6):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1e3 * STALL_S))
+
+    def _should_upgrade(self) -> bool:
+        """A head that offers another protocol begins no request: `PlainParser` brings it again without the offer."""
+        return True
 
     def on_message_begin(self) -> None:
         super().on_message_begin()

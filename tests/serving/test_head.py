@@ -70,6 +70,40 @@ def test_requests_one_after_the_other_and_pipelined_with_large_bodies_are_answer
     assert [b"50000" in said, b"70000" in said, said.endswith(b"3")] == [True] * 3
 
 
+OFFERS = {
+    "h2c": b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA",
+    "websocket": b"Connection: keep-alive, Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13",
+    "several": b"connection: upgrade\r\nUPGRADE: h2c, TLS/1.0",
+}
+BODIES = {
+    "length": (b"Content-Length: 70000", bytes(70_000)),
+    "chunked": (b"Transfer-Encoding: chunked", b"11170\r\n%s\r\n0\r\nX: trailer\r\n\r\n" % bytes(70_000)),
+}
+
+
+@pytest.mark.parametrize("offer", OFFERS)
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("cut", [None, 1, 40, 150, 400])
+def test_an_offer_of_another_protocol_is_passed_over_and_the_body_is_read(
+    port: int, offer: str, body: str, cut: int | None
+) -> None:
+    size, content = BODIES[body]
+    asked = b"POST /x HTTP/1.1\r\nHost: x\r\n%s\r\n%s\r\n\r\n%s" % (OFFERS[offer], size, content)
+    said = exchange(port, asked[:cut], asked[len(asked[:cut]) :] + asked + post(3), answers=3)
+    assert said.count(b"HTTP/1.1 200 OK") == 3
+    assert said.count(b"\r\n\r\n70000") == 2 and said.endswith(b"\r\n\r\n3") and b"101 " not in said
+
+
+def test_many_offers_in_one_packet_are_all_answered(port: int) -> None:
+    asked = b"GET /x HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
+    assert exchange(port, asked * 700, answers=700).count(b"HTTP/1.1 200 OK") == 700
+
+
+@pytest.mark.parametrize("asked", [b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"])
+def test_what_is_no_request_here_is_refused_and_not_read_for_ever(port: int, asked: bytes) -> None:
+    assert exchange(port, asked).startswith(b"HTTP/1.1 400 ")
+
+
 @pytest.mark.parametrize("endless", [b"X: %s" % (b"a" * 1000), b"X: y\r\n" * 150])
 def test_a_head_that_does_not_end_is_refused_with_431(port: int, endless: bytes) -> None:
     said = b""
