@@ -1,13 +1,16 @@
-"""Who may ask: API keys with a scope, the same for HTTP and gRPC. No keys: everybody may ask everything.
+"""Who may ask: API keys with a scope and a name, the same for HTTP and gRPC. No keys: everybody may ask everything.
 
-A key is sent as `Authorization: Bearer KEY`, over gRPC as metadata of that name. Scopes: `infer`, and `admin`, which
-may load and unload models besides. Health is open to all, for whoever restarts or routes cannot keep a secret.
+A key is sent as `Authorization: Bearer KEY`, over gRPC as metadata of that name. Scopes: `metrics` may read /metrics
+and nothing else; `infer` may do all but what is the administrator's; `admin` may load and unload models besides. Health
+is open to all, for whoever restarts or routes cannot keep a secret.
 """
 
 import hashlib
 import hmac
 import logging
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from penumbra.models.errors import BadOption, Forbidden, Unauthenticated
@@ -23,46 +26,65 @@ OPEN_CALLS = {
 }  # fmt: skip
 ADMIN_PATHS, ADMIN_ENDINGS = "/v2/repository/", ("/load", "/unload")
 ADMIN_CALLS = {f"/inference.GRPCInferenceService/RepositoryModel{verb}" for verb in ("Load", "Unload")}
-SCOPES = ("infer", "admin")
+METRICS_PATH = "/metrics"
+SCOPES = ("infer", "admin", "metrics")
 SHORTEST = 16
 """Characters; shorter keys can be guessed."""
+NAME = r"(@[A-Za-z0-9_.-]{1,64})?"
+"""What may follow a scope; the log shows it as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry: what its key may do, what the log calls its bearer, and the key's digest."""
+
+    scope: str
+    name: str
+    digest: bytes
 
 
 class Keys:
     """The keys of a process, kept as digests. Truth: whether there are any."""
 
     def __init__(self, text: str = "") -> None:
-        """text: entries `scope:key` with white space between them. Raises BadOption, never with a key in it."""
-        self._digests = [(scope, _digest(key)) for scope, key in _entries(text)]
+        """text: entries `scope:key` or `scope@name:key` with white space between them. Raises BadOption, never with a
+        key in it."""
+        self._entries = list(_entries(text))
 
     def __bool__(self) -> bool:
-        return bool(self._digests)
+        return bool(self._entries)
 
-    def check_path(self, path: str, authorization: str) -> None:
-        """Raises Unauthenticated or Forbidden where an HTTP path is not for the bearer of this header."""
+    def check_path(self, path: str, authorization: str) -> str:
+        """Returns the name of the bearer of this header, empty for nobody's; raises Unauthenticated or Forbidden where
+        the HTTP path is not for them."""
         is_admin = path.startswith(ADMIN_PATHS) and path.endswith(ADMIN_ENDINGS)
-        self._check(path, authorization, is_open=path in OPEN_PATHS or path.startswith(PAGE), is_admin=is_admin)
+        scopes = {"admin"} if is_admin else {"admin", "infer"} | ({"metrics"} if path == METRICS_PATH else set())
+        return self._check(path, authorization, scopes, is_open=path in OPEN_PATHS or path.startswith(PAGE))
 
-    def check_call(self, name: str, authorization: str) -> None:
+    def check_call(self, name: str, authorization: str) -> str:
         """The same for a gRPC method, `/service/Method`."""
-        self._check(name, authorization, is_open=name in OPEN_CALLS, is_admin=name in ADMIN_CALLS)
+        scopes = {"admin"} if name in ADMIN_CALLS else {"admin", "infer"}
+        return self._check(name, authorization, scopes, is_open=name in OPEN_CALLS)
 
-    def _check(self, what: str, authorization: str, *, is_open: bool, is_admin: bool) -> None:
-        if is_open or not self._digests:
-            return
+    def _check(self, what: str, authorization: str, scopes: set[str], *, is_open: bool) -> str:
+        if is_open or not self._entries:
+            return ""
         kind, _, key = authorization.strip().partition(" ")
         if kind.lower() != "bearer" or not key:
             raise Unauthenticated(f"{what[:80]} wants an API key; send the header Authorization: Bearer KEY")
-        scopes = self._scopes_of(key.strip())
-        if not scopes:
+        owned = self._entries_of(key.strip())
+        if not owned:
             raise Unauthenticated("the API key is not known; ask who runs this server for another")
-        if is_admin and "admin" not in scopes:
-            raise Forbidden(f"{what[:80]} is for keys of scope admin, and this one's is infer")
+        for entry in owned:
+            if entry.scope in scopes:
+                return entry.name
+        needed, own = (" or ".join(sorted(s)) for s in (scopes, {entry.scope for entry in owned}))
+        raise Forbidden(f"{what[:80]} is for keys of scope {needed}, and this one's is {own}")
 
-    def _scopes_of(self, key: str) -> set[str]:
+    def _entries_of(self, key: str) -> list[Entry]:
         """Looks at every key, and at digests of one length: time tells nothing of them."""
         given = _digest(key)
-        return {scope for scope, digest in self._digests if hmac.compare_digest(digest, given)}
+        return [entry for entry in self._entries if hmac.compare_digest(entry.digest, given)]
 
 
 def read_keys(text: str, file: Path | None) -> Keys:
@@ -87,15 +109,17 @@ def warn_if_open(keys: Keys, *, model_control: bool) -> None:
         )
 
 
-def _entries(text: str) -> Iterator[tuple[str, str]]:
+def _entries(text: str) -> Iterator[Entry]:
     for number, entry in enumerate(text.split(), 1):
-        scope, _, key = entry.partition(":")
-        if scope not in SCOPES or len(key) < SHORTEST:
+        owner, _, key = entry.partition(":")
+        scope, _, name = owner.partition("@")
+        if scope not in SCOPES or len(key) < SHORTEST or not re.fullmatch(NAME, owner.removeprefix(scope)):
             raise BadOption(
-                f"entry {number} of the API keys is none; infer:KEY or admin:KEY with at least {SHORTEST} characters "
-                "in the key is wanted"
+                f"entry {number} of the API keys is none; infer:KEY, admin:KEY or metrics:KEY, or one with a name as "
+                f"infer@NAME:KEY, with at least {SHORTEST} characters in the key and only letters, digits, dots, - and "
+                "_ in the name is wanted"
             )
-        yield scope, key
+        yield Entry(scope, name or f"{scope}-{number}", _digest(key))
 
 
 def _digest(key: str) -> bytes:

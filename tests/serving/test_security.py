@@ -26,7 +26,11 @@ from tests.serving.server import ROOT, Server, serving
 from tests.serving.test_http import PNG
 
 INFER, ADMIN, OTHER = "infer-key-0123456789", "admin-key-0123456789", "wrong-key-0123456789"
-BEARERS = {"nobody": "", "wrong": f"Bearer {OTHER}", "infer": f"Bearer {INFER}", "admin": f"Bearer {ADMIN}"}
+METRICS = "metrics-key-0123456789"
+BEARERS = {
+    "nobody": "", "wrong": f"Bearer {OTHER}", "metrics": f"Bearer {METRICS}", "infer": f"Bearer {INFER}",
+    "admin": f"Bearer {ADMIN}",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +38,12 @@ def keyed(toy_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     directory = tmp_path_factory.mktemp("keyed")
     file = directory / "keys"
     file.write_text(f"# of the tests\n  # and more\ninfer:{INFER}\r\n\n")
-    settings = {"api_keys": f"admin:{ADMIN}", "api_keys_file": file, "model_control": True, "predrain_s": 0}
+    settings = {
+        "api_keys": f"admin:{ADMIN} metrics@prom:{METRICS}",
+        "api_keys_file": file,
+        "model_control": True,
+        "predrain_s": 0,
+    }
     with serving(toy_store, directory, **settings) as started:
         yield started
 
@@ -65,8 +74,11 @@ def test_every_route_asks_for_a_key_of_the_right_scope_but_health(keyed: Server)
                 answer = client.request(method, url, headers=headers)
                 if path in OPEN_PATHS or who == "admin" or (who == "infer" and not path.endswith("load")):
                     assert answer.status_code not in (401, 403), (method, path, who)
-                elif who == "infer":
-                    assert answer.status_code == 403 and "scope admin" in answer.json()["error"], (method, path)
+                elif who == "metrics" and path == "/metrics":
+                    assert answer.status_code == 200
+                elif who in ("infer", "metrics"):
+                    assert answer.status_code == 403, (method, path, who)
+                    assert method == "HEAD" or "is for keys of scope admin" in answer.json()["error"]
                 else:
                     assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer", (method, path)
 
@@ -103,6 +115,7 @@ def test_every_call_asks_for_a_key_of_the_right_scope_but_health(keyed: Server) 
             assert got["nobody"] == got["wrong"] == status.UNAUTHENTICATED, name
             refused = (status.UNAUTHENTICATED, status.PERMISSION_DENIED)
             assert got["admin"] not in refused, name
+            assert got["metrics"] == status.PERMISSION_DENIED
             if re.search("RepositoryModel(Unl|L)oad", name):
                 assert got["infer"] == status.PERMISSION_DENIED
             else:
@@ -151,11 +164,16 @@ def test_a_server_without_keys_says_so_at_its_start(server: Server) -> None:
         (f"Bearer {INFER}", "/segment", None),
         (f"bearer  {INFER} ", "/segment", None),
         (f"Bearer {ADMIN}", "/v2/repository/models/m/unload", None),
+        (f"Bearer {METRICS}", "/metrics", None),
+        (f"Bearer {INFER}", "/metrics", None),
+        (f"Bearer {METRICS}", "/segment", Forbidden),
+        (f"Bearer {METRICS}", "/metrics/", Forbidden),
+        (f"Bearer {METRICS}", "/v2/repository/models/m/load", Forbidden),
         ("", "/readyz", None),
     ],
 )
 def test_a_header_opens_what_its_key_is_for(authorization: str, path: str, error: type[PenumbraError] | None) -> None:
-    ring = Keys(f"infer:{INFER} admin:{ADMIN}")
+    ring = Keys(f"infer:{INFER} admin:{ADMIN} metrics:{METRICS}")
     if error is None:
         ring.check_path(path, authorization)
         return
@@ -164,7 +182,30 @@ def test_a_header_opens_what_its_key_is_for(authorization: str, path: str, error
     assert INFER not in str(refusal.value) and ADMIN not in str(refusal.value)
 
 
-@pytest.mark.parametrize("text", ["infer", "infer:", "infer:short", f"root:{INFER}", INFER, f"infer:{INFER} admin:x"])
+def test_the_bearer_of_a_key_has_its_name_or_else_its_scope_and_place() -> None:
+    ring = Keys(f"infer@camera-7:{INFER} admin:{ADMIN} metrics:{METRICS} infer@second:{METRICS}")
+    paths = {INFER: "/segment", ADMIN: "/segment", METRICS: "/metrics"}
+    named = {key: ring.check_path(path, f"Bearer {key}") for key, path in paths.items()}
+    assert named == {INFER: "camera-7", ADMIN: "admin-2", METRICS: "metrics-3"}
+    assert ring.check_path("/segment", f"Bearer {METRICS}") == "second", "the entry that opens is the one that is named"
+    assert ring.check_path("/readyz", "") == Keys("").check_path("/segment", "") == ""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "infer",
+        "infer:",
+        "infer:short",
+        f"root:{INFER}",
+        INFER,
+        f"infer:{INFER} admin:x",
+        f"infer@:{INFER}",
+        f"infer@a/b:{INFER}",
+        f"infer@{'n' * 65}:{INFER}",
+        f"@a:{INFER}",
+    ],
+)
 def test_keys_that_are_none_are_refused_without_being_shown(text: str) -> None:
     with pytest.raises(BadOption, match=r"entry \d of the API keys is none") as refusal:
         Keys(text)
