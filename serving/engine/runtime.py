@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,15 @@ BATCH_BYTES = {"cpu": 2**26, "cuda": 2**29}
 """Moments of one batch of windows at most; a request holds those of up to three."""
 SLOW = 2
 """Times the budget of tuning that a window takes of one core."""
+SHORTAGE = re.compile(
+    r"out[ _]?of[ _](host_|device_|gpu )?memory|OutOfMemory|bad_alloc|(can't|cannot|failed to|unable to) allocate"
+    r"|could not be allocated|alloc(ation)?_fail(ed|ure)|available memory of \d+ is smaller than requested"
+    r"|unable to find (an engine to execute|a valid cudnn algorithm)|could not create a memory",
+    re.IGNORECASE,
+)
+"""What allocators say. Only torch outside TorchScript has a type for it: TorchScript and AOTInductor raise RuntimeError
+around the allocator's text, OpenVINO a RuntimeError and onnxruntime exceptions of its own (`Fail`, `RuntimeException`)
+around theirs; cuBLAS and cuDNN name a status, and cuDNN without room for any algorithm says that it found none."""
 FEW = 3
 """Candidates that are always tried, time permitting: one disturbed measurement must not end the search."""
 
@@ -240,7 +250,12 @@ class Runtime:
 
         for size in sizes:  # the first few, then up as long as it pays
             fastest = min(best_s.values(), default=float("inf"))
-            best_s[size] = measure(size)
+            try:
+                best_s[size] = measure(size)
+            except Exception as error:
+                if not (best_s and is_out_of_memory(error)):
+                    raise
+                break
             if time.perf_counter() > end or (len(best_s) >= FEW and best_s[size] >= fastest):
                 break
         for size in itertools.cycle(list(best_s)):  # again and interleaved: a disturbance can only add time
@@ -285,7 +300,5 @@ def _same_bytes(one: Moments | ModelFault, other: Moments | ModelFault) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that a smaller batch may succeed (CUDA, and the CPU allocator's RuntimeError)."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
+    """Whether an exception means that a smaller batch may succeed, whichever backend on whichever device raises it."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(SHORTAGE.search(str(error)))

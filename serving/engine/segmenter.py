@@ -17,7 +17,7 @@ from types import TracebackType
 import torch
 
 from penumbra.models.card import Card
-from penumbra.models.errors import BadArtifact, BadOption, TooLarge, UnknownModel
+from penumbra.models.errors import BadArtifact, BadOption, PenumbraError, TooLarge, UnknownModel
 from penumbra.serving.engine.allocator import keep_freed_memory
 from penumbra.serving.engine.answer import Prediction, Unfolding, collect, new_arrays
 from penumbra.serving.engine.bands import BandStream
@@ -27,7 +27,7 @@ from penumbra.serving.engine.observer import Observer
 from penumbra.serving.engine.options import PROBABILITIES, Limits, SegmentOptions, abstain_above, check_options
 from penumbra.serving.engine.prompts import PromptSource, check_prompt
 from penumbra.serving.engine.raster import Pixels
-from penumbra.serving.engine.runtime import Runtime, Tuning
+from penumbra.serving.engine.runtime import Runtime, Tuning, is_out_of_memory
 from penumbra.serving.engine.scheduler import Scheduler
 from penumbra.serving.engine.signature import PublicKeys
 from penumbra.serving.engine.store import find_artifact, open_artifact, versions
@@ -96,8 +96,15 @@ class Segmenter:
             self.scheduler.get_to_know(runtime)
             return runtime
 
-        runtime = self.scheduler.call(make_ready)
         card = artifact.card
+        try:
+            runtime = self.scheduler.call(make_ready)
+        except PenumbraError:
+            raise
+        except Exception as error:  # whatever a graph raises
+            log.error("%s failed while it was loaded", card.name, exc_info=error)
+            why = "does not fit into the memory that is free" if is_out_of_memory(error) else "cannot be run"
+            raise BadArtifact(f"{card.name} {why} on {self._device}; the server's log says more") from None
         loaded = self._runtimes.get(card.name, {}) | {card.version: runtime}
         newest = {version: loaded[version] for version in sorted(loaded)[-KEPT_VERSIONS:]}
         self._runtimes = self._runtimes | {card.name: newest}

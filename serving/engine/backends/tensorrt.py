@@ -3,6 +3,7 @@
 An engine takes the inputs that its part of the network uses; each is named `inputs_<position among all inputs>`.
 """
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from penumbra.models.errors import BadArtifact, BadOption
 from penumbra.serving.engine.backends import DTYPES
 from penumbra.serving.engine.backends.flat import FlatBackend, part_names
 
+log = logging.getLogger("penumbra")
+
 DRIVER = Path("/proc/driver/nvidia/version")
 TORCH_DTYPES = {
     trt.DataType.FLOAT: torch.float32,
@@ -24,11 +27,25 @@ TORCH_DTYPES = {
 }
 
 
+class Log(trt.ILogger):  # type: ignore[misc]
+    """Passes on what TensorRT says is wrong, and keeps the last of it: a call that fails returns no reason."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = "no reason is given"
+
+    def log(self, severity: trt.ILogger.Severity, text: str) -> None:
+        if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+            self.last = text
+            log.error("TensorRT: %s", text)
+
+
 class Engine:
     """One part of a network. Runs in the stream that is current; used by one thread at a time."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
-        self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))  # must outlive its engines
+        self._log = Log()
+        self._runtime = trt.Runtime(self._log)  # must outlive its engines
         engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
             raise BadArtifact(
@@ -58,7 +75,7 @@ class Engine:
         for name, tensor in (given | outputs).items():
             self._context.set_tensor_address(name, tensor.data_ptr())
         if not self._context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream):
-            raise RuntimeError(f"TensorRT could not run {self._name}; its log says why")
+            raise RuntimeError(f"TensorRT could not run {self._name}: {self._log.last}")
         return list(outputs.values())
 
 
