@@ -1,8 +1,9 @@
-# The two commands of the README are `make serve` and `make test`; both set the environment up first.
+# The two commands of the README are `make serve` and `make test`; each first installs what it needs into .venv.
 PORT ?= 3000
 GRPC_PORT ?= 3001
 STORE ?= store
 BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --progress-bar on --constraint constraints.txt
 
 PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
@@ -10,14 +11,21 @@ PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 setup: .venv/ready
 
-.venv/ready: pyproject.toml setup.py constraints.txt serving/engine/kernels.c
+# The server and nothing else: what `make serve` needs.
+.venv/server: pyproject.toml setup.py constraints.txt serving/engine/kernels.c
 	python3 -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,training,onnx,openvino,ray]'
+	@echo '1 of 2: torch'
+	$(INSTALL) torch==2.13.0
+	@echo '2 of 2: the server, and its kernels where there is a C compiler'
+	$(INSTALL) --editable .
 	@touch $@
 
-serve: setup
+# Beside it, what tests, checks, training, formats and benchmarks need.
+.venv/ready: .venv/server
+	$(INSTALL) --editable '.[dev,training,onnx,openvino,ray]'
+	@touch $@
+
+serve: .venv/server
 	$(BIN)/penumbra serve --port $(PORT) --grpc-port $(GRPC_PORT) --store $(STORE)
 
 test: setup .venv/peers

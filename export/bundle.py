@@ -65,7 +65,7 @@ def export_network(
 
 def find_writer(backend: str, precision: str) -> ModuleType:
     """The module that writes a format. Raises BadOption: unknown, not installed, or not in this precision."""
-    writer = find_format("export", backend)
+    writer = find_format("penumbra.export", backend)
     if precision not in writer.PRECISIONS:
         raise BadOption(f"{backend} is not exported in {precision!r}; it is in {', '.join(writer.PRECISIONS)}")
     return writer

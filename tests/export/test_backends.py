@@ -159,8 +159,10 @@ facts = dataclasses.replace(artifact.card.export, backend={backend!r})
 graphs = load_backend(dataclasses.replace(artifact.card, export=facts), artifact.directory, torch.device("cpu"))
 answer = artifact.golden.plain
 assert torch.allclose(graphs.decode(graphs.encode(artifact.golden.image_B3hw), answer.noise_SBL), answer.logits_SBKhw)
-print([name for name in sys.modules if name.split(".")[0] in ("export", "training", "onnx", "onnxscript")
-       or name.startswith(("penumbra.models.toy", "penumbra.models.blocks", "penumbra.models.checkpoint"))])
+strangers = ("penumbra.export", "penumbra.training", "onnx", "onnxscript", "penumbra.models.toy", "penumbra.models.blocks",
+             "penumbra.models.checkpoint")
+print([name for name in sys.modules if name.startswith(tuple(f"{stranger}." for stranger in strangers))
+       or name in strangers])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stderr
