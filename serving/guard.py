@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penumbra.models.errors import (
+    BadOption,
     Cancelled,
     HeadTooLarge,
     PenumbraError,
@@ -95,6 +96,8 @@ class Guard:
             is_form = headers.get(b"content-type", b"").lower().startswith(b"multipart/")
             if method not in ("GET", "HEAD", "OPTIONS") and ((method, path) != STREAMED or is_form):
                 is_bentos = BENTO_PATHS.get(path) == method
+                if is_bentos and scope["query_string"]:
+                    raise BadOption(f"{path} has a query; it takes its options in the JSON")
                 _check_media(path, headers.get(b"content-type", b""), json_only=is_bentos)
                 limit = min(self._bounds.json, self._bounds.body) if is_bentos else self._bounds.body
                 declared = headers.get(b"content-length", b"")

@@ -14,7 +14,7 @@ from starlette.routing import BaseRoute, Route
 from penumbra.models.errors import Cancelled, TooLarge
 from penumbra.serving.jobs import Jobs
 from penumbra.serving.render import choose_format
-from penumbra.serving.rest import is_raw, read_upload, unique
+from penumbra.serving.rest import is_raw, read_upload, refuse_options, unique
 from penumbra.serving.spool import disk
 from penumbra.serving.telemetry import Telemetry
 
@@ -50,13 +50,16 @@ class JobSurface:
         return JSONResponse(told, 202, headers={"Location": told["url"]})
 
     async def describe(self, request: Request) -> Response:
+        refuse_options(request)
         return JSONResponse(self._jobs.describe(request.path_params["id"]))
 
     async def result(self, request: Request) -> Response:
+        refuse_options(request)
         path, job = self._jobs.result(request.path_params["id"])
         return FileResponse(path, headers=job.headers, media_type=job.media)
 
     async def remove(self, request: Request) -> Response:
+        refuse_options(request)
         await run_in_threadpool(self._jobs.remove, request.path_params["id"])
         return Response(status_code=204)
 

@@ -132,7 +132,9 @@ def _predict() -> dict[str, Any]:
     integer = {"type": "integer"}
     request = {"image": {"type": "array", "items": {"type": "array", "items": {"type": "array", "items": integer}}},
                "model": {"type": "string"}, "samples": integer | {"nullable": True}, "seed": integer}  # fmt: skip
-    body = {"schema": {"type": "object", "properties": request, "required": ["image"]}}
+    body = {"schema": {
+        "type": "object", "properties": request, "required": ["image"], "additionalProperties": False,
+    }}  # fmt: skip
     return {
         "summary": "The same as arrays in JSON, for bentoml.SyncHTTPClient.",
         "requestBody": {"required": True, "content": {"application/json": body}},

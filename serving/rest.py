@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import AsyncGenerator, Mapping
 from html import escape
 
+from python_multipart.multipart import parse_options_header
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, Headers
 from starlette.exceptions import HTTPException
@@ -70,7 +71,8 @@ class Surface:
             )  # fmt: skip
         return Response(body, media_type=media, headers=answer_headers(prediction, tracked.timing_ms))
 
-    async def models(self, _: Request) -> Response:
+    async def models(self, request: Request) -> Response:
+        refuse_options(request)
         gateway = self._gateway
         return JSONResponse({
             "models": [summary(card) for card in gateway.segmenter.cards()],
@@ -78,6 +80,7 @@ class Surface:
         })  # fmt: skip
 
     async def model(self, request: Request) -> Response:
+        refuse_options(request)
         card = self._gateway.segmenter.find(request.path_params["name"]).card
         return JSONResponse(dataclasses.asdict(card))
 
@@ -130,7 +133,9 @@ async def read_upload(request: Request) -> tuple[bytes, dict[str, str]]:
     try:
         form = await run_in_threadpool(parse_form, request.headers, body)
     except MultiPartException as error:
-        raise BadImage(f"the multipart body cannot be read ({error.message})") from None
+        raise BadImage(f"the multipart body cannot be read: {error.message}") from None
+    except UnicodeError:
+        raise BadImage("the multipart body cannot be read: its names are not in its charset; send UTF-8") from None
     upload = form.get("image")
     if upload is None or isinstance(upload, str):
         raise BadImage("the form has no file field image; add one that holds the picture")
@@ -152,16 +157,35 @@ class InMemoryParser(MultiPartParser):
     """Keeps files in memory: the guard has bounded the body already, and a container may have no place for others."""
 
     spool_max_size = 2**63 - 1
+    has_ended = False
+
+    def on_end(self) -> None:
+        self.has_ended = True
 
 
 def parse_form(headers: Headers, body: bytes) -> FormData:
-    """Parse a whole multipart body, off the event loop: 50 MB take a quarter of a second. Raises MultiPartException."""
+    """Parse a whole multipart body, off the event loop: 50 MB take a quarter of a second.
+
+    A preamble and an epilogue are passed over (RFC 2046 5.1.1). A body that ends before its closing boundary was cut
+    off, and its last field with it. Raises MultiPartException and UnicodeError.
+    """
+    boundary = parse_options_header(headers["content-type"])[1].get(b"boundary", b"")
+    start = 0 if body.startswith(b"--" + boundary) else body.find(b"\r\n--" + boundary)
+    if not body:
+        return FormData()
+    if not boundary:
+        raise MultiPartException("its Content-Type names no boundary")
+    if start < 0:
+        raise MultiPartException("the boundary that its Content-Type names does not occur in it")
 
     async def stream() -> AsyncGenerator[bytes, None]:
-        yield body
+        yield body[start:]
+        if not parser.has_ended:
+            raise MultiPartException("it ends before its closing boundary; send all of it")
 
     limits = {"max_files": 1, "max_fields": MAX_FIELDS, "max_part_size": MAX_FIELD_BYTES}
-    return asyncio.run(InMemoryParser(headers, stream(), **limits).parse())
+    parser = InMemoryParser(headers, stream(), **limits)
+    return asyncio.run(parser.parse())
 
 
 def unique(items: list[tuple[str, str]], *, beside: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -172,6 +196,12 @@ def unique(items: list[tuple[str, str]], *, beside: Mapping[str, str] | None = N
             raise BadOption(f"the option {name[:40]!r} is given twice; once is enough")
         fields[name] = value
     return fields
+
+
+def refuse_options(request: Request) -> None:
+    """Raises BadOption for a query to a path that takes none: ?version=2 would be answered with the newest."""
+    for name in request.query_params:
+        raise BadOption(f"{request.url.path[:80]} takes no option {name[:40]!r}; leave the query out")
 
 
 async def _disconnected(request: Request) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import bentoml
 import bentoml._internal.server.http.traffic as bentomls
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 
@@ -47,6 +47,18 @@ PR_SET_PDEATHSIG = 1
 """From <linux/prctl.h>."""
 APP = Starlette()
 """Carries our routes; they are filled in when the worker has built the engine."""
+
+
+class PredictInput(bentoml.IODescriptor):  # type: ignore[misc]
+    """What the typed route takes, and nothing else: a misspelt option is an error and not its default."""
+
+    model_config = ConfigDict(
+        extra="forbid", title="the JSON of /predict, which takes image, model, samples and seed; detail says where"
+    )
+    image: np.ndarray
+    model: str = ""
+    samples: int | None = None
+    seed: int = 0
 
 
 class PredictAnswer(BaseModel):
@@ -133,7 +145,7 @@ class Penumbra:
         await asyncio.to_thread(self.jobs.close)
         await asyncio.to_thread(self.gateway.close)
 
-    @bentoml.api  # type: ignore[untyped-decorator]
+    @bentoml.api(input_spec=PredictInput)  # type: ignore[untyped-decorator]
     async def predict(
         self, image: np.ndarray, model: str = "", samples: int | None = None, seed: int = 0
     ) -> PredictAnswer:

@@ -319,6 +319,7 @@ def test_a_chunked_body_within_the_limit_is_read(client: httpx.Client) -> None:
 MULTIPART = "multipart/form-data; boundary=b"
 TEXT_PART = b'--b\r\nContent-Disposition: form-data; name="image"\r\n\r\nhttp://127.0.0.1:1/x.png\r\n--b--\r\n'
 PART = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'
+SEED_PART = b'--b\r\nContent-Disposition: form-data; name="seed"\r\n\r\n77'
 
 
 @pytest.mark.parametrize(
@@ -330,6 +331,9 @@ PART = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r
         (MULTIPART, b"", 400, ("no file field image",)),
         (MULTIPART, b"\x00\x01 garbage", 400, ()),
         (MULTIPART, PART + PNG[:100], 400, ()),
+        (MULTIPART, PART + PNG + b"\r\n" + SEED_PART, 400, ("ends before its closing boundary",)),
+        (MULTIPART, PART + PNG + b"\r\n--b\r\n", 400, ("ends before its closing boundary",)),
+        (MULTIPART + "; charset=undefined", PART + PNG + b"\r\n--b--\r\n", 400, ("charset",)),
         (MULTIPART, b"--b--\r\n", 400, ("no file field image",)),
         (MULTIPART, b"--b\r\nContent-Type: image/png\r\n\r\nx\r\n--b--\r\n", 400, ("multipart",)),
         (MULTIPART, PART.replace(b'"image"', b'"file"') + PNG + b"\r\n--b--\r\n", 400, ("no file field image",)),
@@ -347,6 +351,7 @@ def test_a_body_that_is_not_a_picture_or_a_form_with_one_is_refused(
 ) -> None:
     headers = {"Content-Type": content_type} if content_type else {}
     is_refused(client.post("/segment?model=toy-latent", content=body, headers=headers), status, *words)
+    is_refused(client.post("/jobs?model=toy-latent", content=body, headers=headers), status, *words)
 
 
 @pytest.mark.parametrize(
@@ -436,6 +441,21 @@ def test_the_typed_route_refuses_with_the_same_body(client: httpx.Client, body: 
     is_bentos_refusal(response, status)
 
 
+@pytest.mark.parametrize("options", [{"sed": 77}, {"Seed": 77}, {"outputs": "entropy"}, {"overlap": 0.5}])
+def test_the_typed_route_refuses_an_option_that_it_does_not_know(
+    client: httpx.Client, options: dict[str, object]
+) -> None:
+    response = client.post("/predict", json={"image": IMAGE.tolist(), "model": "toy-latent"} | options)
+    is_bentos_refusal(response, 400)
+    assert "takes image, model, samples and seed" in response.json()["error"]
+    assert [one["loc"] for one in response.json()["detail"]] == [[name] for name in options]
+
+
+def test_the_typed_route_refuses_options_in_the_query(client: httpx.Client) -> None:
+    response = client.post("/predict?seed=77", json={"image": IMAGE.tolist(), "model": "toy-latent"})
+    is_refused(response, 400, "query", "in the JSON")
+
+
 def test_the_typed_route_refuses_json_that_does_not_parse(client: httpx.Client) -> None:
     response = client.post("/predict", content=b"{", headers={"Content-Type": "application/json"})
     is_bentos_refusal(response, 400)
@@ -462,6 +482,15 @@ def test_models_are_listed_with_their_facts(client: httpx.Client) -> None:
     latent = models["toy-latent"]
     assert latent["classes"] == ["red", "green", "blue"] and latent["window"] == [32, 48]
     assert latent["sampling"]["kind"] == "latent" and latent["version"] == 1
+
+
+@pytest.mark.parametrize(
+    "path", ["/models?name=x", "/models/toy-latent?version=2", "/jobs/x?format=json", "/jobs/x/result?a"]
+)
+def test_a_path_without_options_refuses_a_query_and_does_not_pass_it_over(client: httpx.Client, path: str) -> None:
+    response = client.get(path)
+    assert response.request.url.query
+    is_refused(response, 400, "takes no option", repr(path.split("?")[1].split("=")[0]))
 
 
 def test_a_model_shows_its_card(client: httpx.Client) -> None:

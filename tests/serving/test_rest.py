@@ -1,8 +1,16 @@
 """Parsing of requests, without a server."""
 
+import pytest
 from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException
 
 from penumbra.serving.rest import parse_form
+
+HEADERS = Headers({"Content-Type": "multipart/form-data; boundary=x"})
+FORM = (
+    b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\npixels\r\n'
+    b'--x\r\nContent-Disposition: form-data; name="seed"\r\n\r\n77\r\n--x--\r\n'
+)
 
 
 def test_a_large_upload_is_parsed_without_a_temporary_file() -> None:
@@ -14,3 +22,35 @@ def test_a_large_upload_is_parsed_without_a_temporary_file() -> None:
     with upload.file as file:
         assert upload._in_memory, "it went to a file on disk"
         assert file.read() == content
+
+
+@pytest.mark.parametrize("size", range(1, len(FORM) - 2))
+def test_a_form_that_is_cut_off_anywhere_before_its_end_is_refused(size: int) -> None:
+    with pytest.raises(MultiPartException, match=r"ends before its closing boundary|does not occur"):
+        parse_form(HEADERS, FORM[:size])
+
+
+WHOLE = [FORM, FORM[:-2], FORM[:-1], FORM + b"an epilogue\r\n--x\r\n", b"a preamble\r\n" + FORM, b"\r\n" + FORM]
+
+
+@pytest.mark.parametrize("body", WHOLE)
+def test_what_may_stand_around_a_form_is_passed_over(body: bytes) -> None:
+    form = parse_form(HEADERS, body)
+    upload = form["image"]
+    assert form["seed"] == "77" and isinstance(upload, UploadFile)
+    with upload.file as file:
+        assert file.read() == b"pixels"
+
+
+@pytest.mark.parametrize(
+    ("content_type", "sentence"),
+    [
+        ("multipart/form-data; boundary=y", "does not occur in it"),
+        ("multipart/form-data; boundary=", "names no boundary"),
+        ("multipart/form-data", "names no boundary"),
+    ],
+)
+def test_a_form_whose_boundary_is_not_found_says_so(content_type: str, sentence: str) -> None:
+    with pytest.raises(MultiPartException) as refusal:
+        parse_form(Headers({"Content-Type": content_type}), FORM)
+    assert sentence in refusal.value.message
