@@ -30,6 +30,10 @@ Messages are one sentence: what was wrong, the value, what would be right. No tr
         └── ParityFailed     an export does not reproduce its checkpoint
 """
 
+import logging
+
+log = logging.getLogger("penumbra")
+
 
 class PenumbraError(Exception):
     """Any mistake or condition that the caller can be told about in one sentence."""
@@ -133,3 +137,13 @@ class BadData(Refused):
 
 class ParityFailed(Refused):
     """An export does not reproduce its checkpoint."""
+
+
+def reason_of(error: Exception) -> str:
+    """What to say of an error that one picture's work ended with; a strange one's traceback is in the debug log."""
+    if isinstance(error, PenumbraError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    log.debug("an unexpected error", exc_info=error)
+    return f"it failed unexpectedly ({type(error).__name__}: {str(error).partition(chr(10))[0][:200]})"

@@ -145,17 +145,17 @@ def predict(
 def batch(source: str, output: str, model: str | None, store: Path, as_json: bool, engine: str, **options: Any) -> None:
     """Answer all images of INPUT, a folder, 'a/*.png' or s3://..., into OUTPUT; goes on where it was stopped."""
     from penumbra.export.zoo import fill_store
-    from penumbra.serving.batch import ask, run_batch
+    from penumbra.serving.batch import ask, run_batch, tell
 
     fill_store(store)
     fields = {name: str(value) for name, value in options.items() if value is not None}
     asked = ask(store, the_model(store, model), fields.pop("format"), fields)
-    counts, failures = run_batch(asked, source, output, engine=engine)
-    for done in failures:
-        click.echo(f"penumbra: {done.source}: {done.error}", err=True)
+    counts, reasons = run_batch(asked, source, output, engine=engine)
+    for line in tell(reasons):
+        click.echo(f"penumbra: {line}", err=True)
     told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
     click.echo(json.dumps(counts) if as_json else f"{output}: {told}")
-    if failures:
+    if counts["failed"]:
         raise SystemExit(1)
 
 

@@ -1,0 +1,114 @@
+"""What a batch made, so that it tells its own answers from other files: a receipt for every answer.
+
+    <output>/.penumbra-batch/<token>-<number>     {"deep/a.png": [fingerprint of the image, fingerprint of the answer]}
+
+A receipt is written before its answer, so an answer without one is somebody else's file: it is neither counted as done
+nor overwritten, and a file with one is no image to answer. Every process writes receipts of its own, in files of up to
+PER_FILE, because an object of a bucket is put as a whole and nodes share no lock.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from penumbra.models.errors import BadOption
+
+FOLDER = ".penumbra-batch"
+PER_FILE = 64
+TAIL_BYTES = 2**16
+"""Of a file's end are in its fingerprint, with its size: there a PNG and an npz have checksums of all they hold."""
+
+
+def files_of(url: str) -> tuple[Any, str]:
+    """The file system of a URL or path, and the path in it. Raises BadOption where there is none such here."""
+    try:
+        if "://" not in url:  # a path is a path, whatever signs are in it
+            return fsspec.filesystem("file"), str(Path(url).expanduser().absolute())
+        files, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise BadOption(f"{url[:80]} cannot be reached ({error}); s3:// needs the package s3fs") from None
+    return files, path
+
+
+def write_whole(url: str, data: bytes) -> None:
+    """Write a file so that it is there as a whole or not at all."""
+    files, path = files_of(url)
+    if not isinstance(files, LocalFileSystem):
+        files.pipe_file(path, data)  # an object is put as one
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        part.write_bytes(data)
+        os.replace(part, target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from None  # nobody asked for the other name
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def fingerprint(data: bytes) -> str:
+    """A file's size and the hash of its end."""
+    return f"{len(data)}-{hashlib.sha256(data[-TAIL_BYTES:]).hexdigest()[:32]}"
+
+
+def fingerprint_of(url: str) -> str:
+    """The same of a file, of which only the end is read."""
+    files, path = files_of(url)
+    size = files.size(path)
+    tail = files.cat_file(path, start=max(0, size - TAIL_BYTES))
+    return f"{size}-{hashlib.sha256(tail).hexdigest()[:32]}"
+
+
+def read_receipts(output: str) -> dict[str, set[tuple[str, str]]]:
+    """The receipts of an output by the answer's name: fingerprints of image and answer, as often as it was made."""
+    files, folder = files_of(f"{output.rstrip('/')}/{FOLDER}")
+    files.invalidate_cache()  # others write here
+    found: dict[str, set[tuple[str, str]]] = {}
+    if not files.isdir(folder):
+        return found
+    for data in files.cat(files.ls(folder, detail=False), on_error="omit").values():
+        with suppress(ValueError, AttributeError, TypeError):  # no receipts: the file is somebody else's
+            for name, (image, answer) in json.loads(data).items():
+                found.setdefault(name, set()).add((image, answer))
+    return found
+
+
+class Receipts:
+    """The receipts of one output, as one process reads and writes them. Methods may be called from any thread."""
+
+    def __init__(self, output: str) -> None:
+        self._output, self._known = output, read_receipts(output)
+        self._lock = threading.Lock()
+        self._token, self._number = secrets.token_hex(4), 0
+        self._fresh: dict[str, tuple[str, str]] = {}
+
+    def check(self, name: str, source: str) -> None:
+        """Raises BadOption unless the file in an answer's place is this batch's answer to that image."""
+        image, answer = fingerprint_of(source), fingerprint_of(f"{self._output}/{name}")
+        with self._lock:
+            if (image, answer) not in self._known.get(name, ()):
+                self._known |= read_receipts(self._output)  # another process may have made it
+            made = self._known.get(name, set())
+        if (image, answer) not in made:
+            whose = (
+                "the answer to another image" if answer in {answer for _, answer in made} else "no answer of a batch"
+            )
+            raise BadOption(f"{self._output}/{name} is there and {whose}; move it away, or name another OUTPUT")
+
+    def add(self, name: str, image: bytes, answer: bytes) -> None:
+        """Write an answer's receipt; the answer is to be written next."""
+        with self._lock:
+            if len(self._fresh) == PER_FILE:
+                self._number, self._fresh = self._number + 1, {}
+            self._fresh[name] = (fingerprint(image), fingerprint(answer))
+            write_whole(f"{self._output}/{FOLDER}/{self._token}-{self._number}", json.dumps(self._fresh).encode())
