@@ -10,7 +10,7 @@ from types import ModuleType
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from penumbra.export.frames import Frame, measure_frames
@@ -19,7 +19,9 @@ from penumbra.models.card import Card, ExportFacts, Parity, Sampling, check_fact
 from penumbra.models.checkpoint import load_checkpoint
 from penumbra.models.contract import Features, Network, Prompt
 from penumbra.models.errors import BadOption
+from penumbra.models.files import writing
 from penumbra.serving.engine.backends import Backend, find_format, load_backend
+from penumbra.serving.engine.device import find_device
 from penumbra.serving.engine.noise import SeededNoise
 from penumbra.serving.engine.store import (
     CARD,
@@ -51,7 +53,7 @@ def export_checkpoint(
     find_writer(backend, precision)
     card, network = load_checkpoint(checkpoint)
     facts = ExportFacts(backend, precision, torch.__version__, {}, NOT_MEASURED, sha256_of(checkpoint))
-    return _export(network, dataclasses.replace(card, export=facts), store, torch.device(device), frames)
+    return _export(network, dataclasses.replace(card, export=facts), store, find_device(device), frames)
 
 
 def export_network(
@@ -60,7 +62,7 @@ def export_network(
 ) -> Path:  # fmt: skip
     """As `export_checkpoint`, from a network in memory."""
     facts = ExportFacts(backend, precision, torch.__version__, {}, NOT_MEASURED)
-    return _export(network, dataclasses.replace(card, export=facts), store, torch.device(device))
+    return _export(network, dataclasses.replace(card, export=facts), store, find_device(device))
 
 
 def find_writer(backend: str, precision: str) -> ModuleType:
@@ -80,7 +82,8 @@ def _export(network: Network, card: Card, store: Path, device: torch.device, fra
     place.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=place))
     try:
-        _write(network, card, draft, device, frames)
+        with writing(place):
+            _write(network, card, draft, device, frames)
         for path in (draft, *draft.iterdir()):
             path.chmod(0o755 if path.is_dir() else 0o644)  # temporary files are private; servers have other users
         os.replace(draft, place / str(card.version))
@@ -95,7 +98,7 @@ def _export(network: Network, card: Card, store: Path, device: torch.device, fra
 def verify_artifact(directory: Path, device: str = "cpu") -> Parity:
     """Check hashes and card, run the golden window on this machine, and measure it against the checkpoint's logits."""
     artifact = open_artifact(directory)
-    graphs = load_backend(artifact.card, directory, torch.device(device))
+    graphs = load_backend(artifact.card, directory, find_device(device))
     parity = _measure(artifact.card, graphs, artifact.golden)
     check_parity(parity, artifact.card)
     return parity
@@ -107,7 +110,7 @@ def _write(network: Network, card: Card, draft: Path, device: torch.device, fram
     golden = ask(network, card)
     writer = find_writer(facts.backend, facts.precision)
     writer.write(network, card, golden, draft, precision=facts.precision, device=device)
-    save_file(golden_tensors(golden), draft / GOLDEN)
+    (draft / GOLDEN).write_bytes(save(golden_tensors(golden)))
     files = {path.name: sha256_of(path) for path in sorted(draft.iterdir())}
     built_for = find_format("penumbra.serving.engine.backends", facts.backend).target(device)
     card = dataclasses.replace(card, export=dataclasses.replace(facts, files=files, built_for=built_for))

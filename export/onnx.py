@@ -21,7 +21,7 @@ def write(
 ) -> None:
     """Save encode.onnx and decode.onnx, and prompt.onnx where the network takes one; in fp32 for every precision."""
     for part in cut(network, card, golden, precision="fp32", device=torch.device("cpu")):
-        onnx.save(to_onnx(part), directory / f"{part.name}.onnx")
+        (directory / f"{part.name}.onnx").write_bytes(to_onnx(part).SerializeToString())
 
 
 def to_onnx(part: Part) -> onnx.ModelProto:

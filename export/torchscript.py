@@ -1,5 +1,6 @@
 """The parts of a network as frozen TorchScript graphs with B and S free."""
 
+import io
 import warnings
 from pathlib import Path
 
@@ -27,4 +28,11 @@ def write(
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
         for part in cut(network, card, golden, precision=precision, device=device):
             traced = torch.jit.trace(part.module, part.example, check_trace=False)  # type: ignore[no-untyped-call]
-            torch.jit.save(torch.jit.freeze(traced), directory / f"{part.name}.ts")
+            save_script(torch.jit.freeze(traced), directory / f"{part.name}.ts")
+
+
+def save_script(graph: torch.jit.ScriptModule, path: Path) -> None:
+    """Write a graph. Raises OSError."""
+    buffer = io.BytesIO()
+    torch.jit.save(graph, buffer)
+    path.write_bytes(buffer.getvalue())

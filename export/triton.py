@@ -25,9 +25,11 @@ from torch.nn import functional as F
 from tritonclient.grpc import model_config_pb2 as pb
 
 from penumbra.export.bundle import export_checkpoint, golden_image, golden_prompt
+from penumbra.export.torchscript import save_script
 from penumbra.models.card import MAPS, Card, InputSpec, Sampling, dump_card
 from penumbra.models.contract import Features
 from penumbra.models.errors import BadOption
+from penumbra.models.files import writing
 from penumbra.serving.engine.moments import resize
 from penumbra.serving.engine.store import CARD, Artifact, find_artifact, open_artifact
 
@@ -189,7 +191,8 @@ def write_repository(artifact: Artifact, repository: Path) -> list[str]:
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated", category=DeprecationWarning)
             warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
-            _write(artifact, draft)
+            with writing(repository):
+                _write(artifact, draft)
         names = sorted(path.name for path in draft.iterdir())
         for name in names:
             if (repository / name).exists():
@@ -213,7 +216,7 @@ def _write(artifact: Artifact, draft: Path) -> None:
         run = next(run for run in runs if run.keys() >= set(graph.inputs))
         example = tuple(run[name] for name in graph.inputs)
         traced = torch.jit.trace(graph.module, example, check_trace=False)  # type: ignore[no-untyped-call]
-        torch.jit.save(traced, place / "model.pt")
+        save_script(traced, place / "model.pt")
     for name, chain in chains.items():
         shutil.copy(artifact.directory / CARD, _place(_ensemble_config(name, chain, card, runs), card, draft))
 

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from penumbra.models import find_method
 from penumbra.models.card import Card, Sampling, dump_card, parse_card, read_strict
 from penumbra.models.contract import Network
 from penumbra.models.errors import BadArtifact, BadCheckpoint, BadOption
+from penumbra.models.files import writing
 
 COUNTER = "num_batches_tracked"
 """Of BatchNorm: never needed, sometimes missing, sometimes a float."""
@@ -27,11 +28,15 @@ def save_checkpoint(path: Path, card: Card, network: Network, *, half: bool = Fa
         for key, value in network.state_dict().items()
         if not key.endswith(COUNTER)
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.new")  # a reader sees the old file or the whole new one
-    save_file(tensors, fresh, metadata={"card": dump_card(card)})
-    fresh.chmod(0o644)
-    fresh.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with writing(path):
+            fresh.write_bytes(save(tensors, metadata={"card": dump_card(card)}))
+            fresh.chmod(0o644)
+            fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def read_card(path: Path) -> Card:

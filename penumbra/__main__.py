@@ -14,27 +14,13 @@ from typing import Any
 
 import click
 
+from penumbra.failures import Verbs
+
 STORE = click.option(
     "--store", type=click.Path(path_type=Path, file_okay=False), default=Path("store"), envvar="PENUMBRA_STORE",
     show_default=True, help="Directory of artifacts.",
 )  # fmt: skip
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
-
-
-class Verbs(click.Group):
-    """Verbs in the order of the work; a PenumbraError is printed as its sentence."""
-
-    def list_commands(self, _: click.Context) -> list[str]:
-        return list(self.commands)
-
-    def invoke(self, context: click.Context) -> Any:
-        from penumbra.models.errors import BadOption, PenumbraError, UnknownModel
-
-        try:
-            return super().invoke(context)
-        except PenumbraError as error:
-            click.echo(f"penumbra: {error}", err=True)
-            context.exit(2 if isinstance(error, (BadOption, UnknownModel)) else 1)
 
 
 @click.group(cls=Verbs)
@@ -367,10 +353,12 @@ def evaluate(name: str, store: Path, json_file: Path | None, plots: Path | None,
     """Measure a model on labelled pictures as it is served: accuracy, calibration, and its uncertainty."""
     from penumbra.training.evaluation.run import Question, evaluate_artifact, report
 
+    for folder in (json_file and json_file.parent, plots):
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)  # a place that cannot be is told before the work, not after it
     measured = evaluate_artifact(Question(name, **options), store, plots=plots)
     report(measured)
     if json_file:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(measured.document(), allow_nan=False) + "\n")
 
 

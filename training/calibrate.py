@@ -27,6 +27,7 @@ from scipy.optimize import minimize_scalar
 
 from penumbra.models.card import Calibration, Card, check_facts, dump_card
 from penumbra.models.errors import BadData, BadOption
+from penumbra.models.files import writing
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import CARD, find_artifact, versions
 from penumbra.training.data.frames import FrameSet
@@ -249,9 +250,10 @@ def write_version(source: Path, place: Path, card: Card) -> None:
     assert card.export
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=place.parent))
     try:
-        for name in card.export.files:
-            link(source / name, draft / name)
-        (draft / CARD).write_text(dump_card(card), "utf-8")
+        with writing(place):
+            for name in card.export.files:
+                link(source / name, draft / name)
+            (draft / CARD).write_text(dump_card(card), "utf-8")
         (draft / CARD).chmod(0o644)
         draft.chmod(0o755)
         os.replace(draft, place)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import io
 import math
 import subprocess
 import time
@@ -18,6 +19,7 @@ from penumbra.models.card import Card, InputSpec, Provenance, Readout, read_stri
 from penumbra.models.checkpoint import load_checkpoint, save_checkpoint
 from penumbra.models.contract import Network
 from penumbra.models.errors import BadArtifact, BadOption
+from penumbra.models.files import writing
 from penumbra.serving.engine.allocator import keep_freed_memory
 from penumbra.training.batches import Batches, choose_split
 from penumbra.training.data import DataSet, find_data
@@ -105,9 +107,11 @@ class Training:
             "step": self.step,
             "elapsed_s": self.elapsed_s,
         }
-        fresh = path.with_suffix(".new")
-        torch.save(state, fresh)
-        fresh.replace(path)
+        fresh, buffer = path.with_suffix(".new"), io.BytesIO()
+        torch.save(state, buffer)
+        with writing(path):
+            fresh.write_bytes(buffer.getvalue())
+            fresh.replace(path)
 
     def resume(self, path: Path) -> None:
         """Go on where `save` was called. Raises BadOption if the file is of another recipe."""
@@ -143,8 +147,9 @@ def train(
         torch.set_num_threads(threads)
     data = find_data(recipe.data, data_dir)
     frames, val = data.load(data_dir, "train"), data.load(data_dir, "val")
-    run_dir = runs_dir / recipe.name
-    run_dir.mkdir(parents=True, exist_ok=True)
+    run_dir, path = runs_dir / recipe.name, Path(recipe.checkpoint)
+    for folder in (run_dir, path.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     training = Training(recipe, frames, len(data.classes), fabric=fabric)
     if training.fabric.is_global_zero:
         write_split(run_dir / "labelled.txt", frames, training.split[0])
@@ -152,7 +157,6 @@ def train(
         training.resume(run_dir / "state.ckpt")
     card = describe(recipe, data, num_frames=len(frames), num_labelled=len(training.split[0]), network=training.average)
     run(training, card, val, run_dir, minutes=minutes, report=report)
-    path = Path(recipe.checkpoint)
     if training.fabric.is_global_zero:
         report(1.0, f"wrote {path}: {brief(write_measured(path, card, training.average, val))}")
         (run_dir / "state.ckpt").unlink(missing_ok=True)

@@ -57,7 +57,7 @@ class Recipe:
 def read_recipe(path: Path) -> Recipe:
     """Raises BadOption: no such file, not YAML, or a field that is unknown, missing or mistyped."""
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.safe_load(path.read_bytes())
     except OSError as error:
         raise BadOption(f"the recipe {path} cannot be read ({error.strerror})") from None
     except yaml.YAMLError as error:

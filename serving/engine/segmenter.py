@@ -22,6 +22,7 @@ from penumbra.serving.engine.allocator import keep_freed_memory
 from penumbra.serving.engine.answer import Prediction, Unfolding, collect, new_arrays
 from penumbra.serving.engine.bands import BandStream
 from penumbra.serving.engine.decode import check_array
+from penumbra.serving.engine.device import find_device
 from penumbra.serving.engine.noise import NoiseSource, SeededNoise
 from penumbra.serving.engine.observer import Observer
 from penumbra.serving.engine.options import PROBABILITIES, Limits, SegmentOptions, abstain_above, check_options
@@ -53,7 +54,7 @@ class Segmenter:
         trusted_keys: artifacts that none of them has signed are refused; None takes any."""
         keep_freed_memory()
         self.limits = limits or Limits()
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._device = find_device(device or "")
         self._tuning = tuning or Tuning()
         self._trusted_keys = trusted_keys
         threads = threads or len(os.sched_getaffinity(0))

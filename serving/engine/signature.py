@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
 from penumbra.models.errors import BadArtifact, BadOption
+from penumbra.models.files import writing
 
 SIGNATURE = "card.sig"
 BEGIN = b"-----BEGIN "
@@ -22,7 +23,8 @@ PublicKeys = tuple[Ed25519PublicKey, ...]
 def sign_card(directory: Path, card_bytes: bytes, key: Ed25519PrivateKey) -> Path:
     """Write the signature of an artifact's card beside it; returns its file."""
     path = directory / SIGNATURE
-    path.write_bytes(key.sign(card_bytes))
+    with writing(path):
+        path.write_bytes(key.sign(card_bytes))
     path.chmod(0o644)  # as the artifact's other files: servers have other users
     return path
 

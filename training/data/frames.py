@@ -115,7 +115,7 @@ def find_listed(path: Path, names: Sequence[str]) -> list[int]:
 def read_list(path: Path) -> list[str]:
     """Names, one per line. Raises BadData: no such text file, no name in it, or a name twice."""
     try:
-        names = path.read_text().split()
+        names = path.read_text("utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
         raise BadData(f"the list {path} cannot be read ({error})") from None
     if not names:
@@ -129,7 +129,7 @@ def read_list(path: Path) -> list[str]:
 def write_split(path: Path, frames: FrameSet, labelled: Tensor) -> None:
     """Write the names of the labelled frames, one per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{frames.names[i]}\n" for i in labelled.tolist()))
+    path.write_text("".join(f"{frames.names[i]}\n" for i in labelled.tolist()), "utf-8")
 
 
 def _divide(order: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,186 @@
+"""How a verb ends when a file, a disk, a device or a pipe fails: one sentence, exit code 1 or 2, never a traceback."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+from penumbra.failures import REMEDIES, sentence_of
+from penumbra.models.checkpoint import save_checkpoint
+from tests.conftest import toy_card
+from tests.test_cli import failed, run
+
+COMMAND = [sys.executable, "-m", "penumbra"]
+ENDS_S = 120
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> list[Path]:
+    paths = [tmp_path / f"{name}.safetensors" for name in ("one", "two")]
+    for path in paths:
+        card, network = toy_card("pointwise")
+        save_checkpoint(path, replace(card, name=path.stem), network)
+    return paths
+
+
+@pytest.fixture
+def signing_key(tmp_path: Path) -> Path:
+    path = tmp_path / "signing.pem"
+    key = Ed25519PrivateKey.from_private_bytes(bytes(32))
+    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return path
+
+
+@contextmanager
+def full_disk(*, bytes_left: int = 0) -> Iterator[None]:
+    """Files cannot grow beyond that; the system refuses a write as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def ended(arguments: list[object], *, full: str = "", **environment: str) -> tuple[int, str]:
+    """The exit code of a verb in its own process and its stderr. full: the stream that cannot be written."""
+    with Path("/dev/full").open("wb") as device:
+        streams = {name: device if name == full else subprocess.PIPE for name in ("stdout", "stderr")}
+        command = [*COMMAND, *map(str, arguments)]
+        done = subprocess.run(command, **streams, env=os.environ | environment, timeout=ENDS_S)  # type: ignore[call-overload]
+    return done.returncode, (done.stderr or b"").decode()
+
+
+# -- a disk --------------------------------------------------------------------------------------
+
+
+def test_an_export_to_a_full_disk_is_one_sentence_and_leaves_nothing(checkpoints: list[Path], tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    with full_disk(bytes_left=1000):
+        result = run("export", checkpoints[0], "--store", store)
+    failed(result, 1, f"{store}", "file too large", "name another place")
+    assert ".draft" not in result.stderr and not store.exists()
+
+
+def test_a_triton_repository_on_a_full_disk_is_one_sentence(toy_store: Path, tmp_path: Path) -> None:
+    place = tmp_path / "triton"
+    with full_disk(bytes_left=1000):
+        result = run("export", "toy-pointwise", "--target", "triton", "-o", place, "--store", toy_store)
+    failed(result, 1, f"{place}: file too large")
+    assert not place.exists()
+
+
+def test_an_ensemble_on_a_full_disk_is_one_sentence_and_leaves_the_old_file(checkpoints: list[Path]) -> None:
+    target = checkpoints[0].with_name("both.safetensors")
+    target.write_bytes(b"old")
+    with full_disk(bytes_left=100):
+        failed(run("ensemble", *checkpoints, "-o", target), 1, f"{target}: file too large")
+    assert target.read_bytes() == b"old" and sorted(target.parent.glob(".both*")) == []
+
+
+def test_a_signature_that_cannot_be_written_is_one_sentence(
+    checkpoints: list[Path], tmp_path: Path, signing_key: Path
+) -> None:
+    run("export", checkpoints[0], "--store", tmp_path / "store")
+    with full_disk():
+        result = run("sign", "one", "--store", tmp_path / "store", "--key", signing_key)
+    failed(result, 1, "card.sig: file too large")
+
+
+# -- files in the way ----------------------------------------------------------------------------
+
+
+def test_a_file_in_the_way_of_a_directory_is_named(
+    checkpoints: list[Path], toy_store: Path, tmp_path: Path, signing_key: Path
+) -> None:
+    file = checkpoints[0]
+    for arguments in (
+        ["export", file, "--store", file / "store"],
+        ["export", "toy-pointwise", "--target", "triton", "-o", file / "t", "--store", toy_store],
+        ["ensemble", *checkpoints, "-o", file / "both.safetensors"],
+        ["evaluate", "toy-pointwise", "--store", toy_store, "--data", tmp_path, "--json", file / "a" / "b.json"],
+        ["evaluate", "toy-pointwise", "--store", toy_store, "--data", tmp_path, "--plots", file / "plots"],
+    ):
+        failed(run(*arguments), 1, str(file), "move")
+
+
+def test_a_directory_in_the_way_of_a_file_is_named(checkpoints: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "card.sig").mkdir()
+    for arguments in (["ensemble", *checkpoints, "-o", tmp_path], ["export", tmp_path, "--store", tmp_path / "s"]):
+        result = run(*arguments)
+        assert result.exit_code == 2 and str(tmp_path) in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_sentence_of_the_system_says_what_would_be_right() -> None:
+    for number, remedy in REMEDIES.items():
+        sentence = sentence_of(OSError(number, os.strerror(number), "a/b.png"))
+        assert sentence.startswith("a/b.png: ") and sentence.endswith(remedy)
+    assert sentence_of(OSError("cannot write mode F as PNG")) == "cannot write mode F as PNG"
+
+
+# -- a pipe and a terminal -----------------------------------------------------------------------
+
+
+def test_a_reader_who_has_had_enough_is_no_traceback(toy_store: Path) -> None:
+    for command in ("models --json", "models", "--help", "models --help"):
+        line = f'"$0" -m penumbra {command} | head -c 0; exit "${{PIPESTATUS[0]}}"'
+        done = subprocess.run(
+            ["bash", "-c", line, sys.executable], env=os.environ | {"PENUMBRA_STORE": str(toy_store)},
+            stderr=subprocess.PIPE, timeout=ENDS_S,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) in [(0, b""), (1, b"")], command  # 0 where all was written before
+
+
+def test_output_that_cannot_be_written_is_one_sentence(toy_store: Path) -> None:
+    for command in (["models", "--store", toy_store], ["models", "--json", "--store", toy_store], ["--help"]):
+        code, said = ended(command, full="stdout")
+        assert code == 1 and said.startswith("penumbra: ") and said.count("\n") == 1 and "no space left" in said
+    assert ended(["models", "--store", toy_store / "none"], full="stderr") == (2, "")
+    assert ended(["models", "--unknown"], full="stderr")[0] in (1, 2)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1"])
+def test_a_terminal_that_cannot_show_a_name_is_no_failure(tmp_path: Path, encoding: str) -> None:
+    card, network = toy_card("pointwise")
+    data = replace(card.provenance, data="Łódź, 2024 … 日本")
+    path = tmp_path / "Łódź.safetensors"
+    save_checkpoint(path, replace(card, name="one", provenance=data), network)
+    for code, arguments in (
+        (0, ["export", path, "--store", tmp_path / "Łódź"]),
+        (0, ["models", "--store", tmp_path / "Łódź"]),
+        (0, ["models", "--store", tmp_path / "Łódź", "--json"]),
+        (2, ["models", "--store", tmp_path / "日本"]),
+    ):
+        result, said = ended(arguments, PYTHONIOENCODING=encoding)
+        assert result == code and "Traceback" not in said, said
+
+
+def test_ctrl_c_ends_a_verb_without_a_traceback(checkpoints: list[Path], tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "export", str(checkpoints[0]), "--store", str(tmp_path / "store")], stderr=subprocess.PIPE
+    )
+    while not (tmp_path / "store").exists() and process.poll() is None:
+        pass
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=ENDS_S)
+    assert process.returncode in (0, 1) and b"Traceback" not in said  # 0 where it had done its work by then
+
+
+# -- a device ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99", "cuda:", "mps", "cpu:1"])
+def test_an_unknown_device_is_one_sentence_with_those_that_there_are(
+    checkpoints: list[Path], tmp_path: Path, device: str
+) -> None:
+    failed(run("export", checkpoints[0], "--store", tmp_path / "s", "--device", device), 2, f"'{device}'", "has cpu")
+    assert not (tmp_path / "s").exists()
