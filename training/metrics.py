@@ -42,7 +42,8 @@ def bins_of(score: Floats) -> Counts:
 
 def top_of(place: int) -> float:
     """The largest float32 in a bin: the scores up to it are those of this bin and the ones below."""
-    ordered = np.int32(((place - NUM_BINS // 2 + 1) << (32 - KEPT_BITS)) - 1)
+    last = ((place - NUM_BINS // 2 + 1) << (32 - KEPT_BITS)) - 1
+    ordered = np.int32(last - (last == -1))  # which is -0.0, and that is in the bin of 0.0
     return float((ordered ^ ((ordered >> 31) & np.int32(0x7FFFFFFF))).view(np.float32))
 
 

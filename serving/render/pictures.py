@@ -75,6 +75,7 @@ def blocks(height: int) -> Iterator[slice]:
 def write_png(prediction: Prediction, file: BinaryIO, picture: str, *, levels: int) -> None:
     """`labels` as indices of the model's palette, `overlay` in colour, or a map in grey `levels`."""
     height, width = prediction.labels_HW.shape
+    top = 1.0 if picture in ("labels", "overlay") else top_of(prediction, picture)  # once: it may look at every row
     if picture == "labels":
         png = PngWriter(file, (height, width), color=PALETTE)
         png.chunk(b"PLTE", palette(prediction.card))
@@ -82,19 +83,21 @@ def write_png(prediction: Prediction, file: BinaryIO, picture: str, *, levels: i
         png = PngWriter(file, (height, width), color=RGB)
     else:
         png = PngWriter(file, (height, width), color=GREY, depth=16 if levels > 256 else 8)
-        png.chunk(b"tEXt", b"Penumbra\0" + json.dumps(scale_facts(prediction, picture)).encode())
+        png.chunk(b"tEXt", b"Penumbra\0" + json.dumps(scale_facts(prediction, picture, top=top)).encode())
     for rows in blocks(height):
-        png.add(shown(prediction, picture, rows, levels=levels))
+        png.add(shown(prediction, picture, rows, top=top, levels=levels))
     png.end()
 
 
-def shown(prediction: Prediction, picture: str, rows: slice, *, levels: int = 256) -> NDArray[Any]:
-    """Rows of a picture: class ids, colours, or grey values."""
+def shown(
+    prediction: Prediction, picture: str, rows: slice, *, top: float = 1.0, levels: int = 256
+) -> NDArray[Any]:  # fmt: skip
+    """Rows of a picture: class ids, colours, or grey values up to `top_of` a map."""
     if picture == "labels":
         return prediction.labels_HW[rows]
     if picture == "overlay":
         return overlay(prediction, rows)
-    return quantised(prediction.maps[picture][rows], top=top_of(prediction, picture), levels=levels)
+    return quantised(prediction.maps[picture][rows], top=top, levels=levels)
 
 
 def quantised(values_HW: FloatArray, *, top: float, levels: int) -> NDArray[Any]:
@@ -111,15 +114,16 @@ def top_of(prediction: Prediction, name: str) -> float:
     if name in MAPS:
         return math.log(max(prediction.card.num_classes, 2))
     values = prediction.maps[name]
-    return max(float(np.nanmax(values[rows])) for rows in blocks(values.shape[0])) or 1.0
+    tops = (np.fmax.reduce(values[rows], axis=None, initial=0) for rows in blocks(values.shape[0]))  # passes over NaN
+    return float(max(tops)) or 1.0
 
 
-def scale_facts(prediction: Prediction, name: str) -> dict[str, Any]:
+def scale_facts(prediction: Prediction, name: str, *, top: float) -> dict[str, Any]:
     """What a map's picture says of itself, so that its grey can be turned into values again."""
     unit = "" if name in ("confidence", "margin") else "nats" if name in MAPS else "the model's"
     card = prediction.card
     return {
-        "map": name, "white": top_of(prediction, name), "black": 0, "unit": unit, "model": card.name,
+        "map": name, "white": top, "black": 0, "unit": unit, "model": card.name,
         "version": card.version, "seed": prediction.seed, "samples": prediction.num_samples,
     }  # fmt: skip
 

@@ -119,6 +119,33 @@ def test_a_models_own_map_is_scaled_to_its_largest_value() -> None:
     assert np.asarray(picture).tolist() == [[0, 128, 255]] and json.loads(picture.info["Penumbra"])["white"] == 4
 
 
+class Counted:
+    """A map that counts the rows that are read of it."""
+
+    def __init__(self, values_HW: np.ndarray) -> None:
+        self.values_HW, self.shape, self.num_rows = values_HW, values_HW.shape, 0
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        self.num_rows += len(self.values_HW[rows])
+        return self.values_HW[rows]
+
+
+def test_a_models_own_map_is_read_twice_however_many_rows_it_has(rng: np.random.Generator) -> None:
+    values: Any = Counted(rng.random((5000, 2), dtype=np.float32))
+    answer = dataclasses.replace(prediction(np.zeros((5000, 2)), 3), maps={"distance": values})
+    picture = opened(render(answer, "image/png", Style("distance")))
+    assert values.num_rows == 2 * 5000 and np.asarray(picture).max() == 65535
+
+
+def test_rows_without_a_measurement_do_not_change_what_white_is() -> None:
+    values = np.full((1100, 2), np.nan, np.float32)
+    values[1050] = 4, 2
+    answer = dataclasses.replace(prediction(np.zeros(values.shape), 3), maps={"distance": values})
+    picture = opened(render(answer, "image/png", Style("distance", 256)))
+    assert json.loads(picture.info["Penumbra"])["white"] == 4 and np.asarray(picture)[1050].tolist() == [255, 128]
+    assert np.asarray(picture).sum() == 255 + 128
+
+
 def test_npz_holds_the_arrays_bit_by_bit(rng: np.random.Generator) -> None:
     answer = prediction(patches(rng, *TALL), 3)
     with np.load(io.BytesIO(render(answer, "application/x-npz", Style()))) as file:

@@ -49,6 +49,11 @@ def test_the_top_of_a_bin_is_its_largest_float(value: float) -> None:
         assert abs(float(top) - value) <= 2**-9 * abs(value)
 
 
+def test_the_top_of_the_bin_below_zero_is_in_it_and_not_minus_zero() -> None:
+    below = int(bins_of(np.zeros(1, np.float32))[0]) - 1
+    assert top_of(below) < 0 and bins_of(np.array([top_of(below)]))[0] == below
+
+
 def test_a_perfect_detector_has_auroc_1_a_reversed_one_0_and_a_constant_one_a_half(rng: np.random.Generator) -> None:
     wrong = rng.random(1000) < 0.2
     assert ranked(wrong * 1.0, wrong).auroc() == (1.0, 0.0)
