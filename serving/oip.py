@@ -245,8 +245,7 @@ class Inference:
             except UnknownModel:
                 raise BadArtifact(f"failed to load '{model[:SHOWN]}', failed to poll from model repository") from None
             except BadArtifact as error:
-                segmenter.refused[model] = str(error)
-                raise BadArtifact(f"failed to load '{model}', {error}") from None
+                raise BadArtifact(f"failed to load '{model}', {segmenter.refuse(directory, error)}") from None
             segmenter.refused.pop(model, None)
 
     async def unload(self, model: str) -> None:

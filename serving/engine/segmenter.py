@@ -76,12 +76,20 @@ class Segmenter:
         """
         segmenter = cls(**options)  # type: ignore[arg-type]
         for name in versions(store):
+            directory = find_artifact(store, name)
             try:
-                segmenter.load(find_artifact(store, name))
+                segmenter.load(directory)
             except BadArtifact as error:
-                log.error("not served: %s", error)
-                segmenter.refused[name] = str(error)
+                segmenter.refuse(directory, error)
         return segmenter
+
+    def refuse(self, directory: Path, error: BadArtifact) -> str:
+        """Log why an artifact is not served, and keep it in `refused`, for callers: without this machine's paths."""
+        log.error("not served: %s", error)
+        name, version = directory.parts[-2:]
+        why = " ".join(str(error).replace(str(directory), f"{name}/{version}").split())
+        self.refused[name] = why
+        return why
 
     def load(self, directory: Path) -> Card:
         """Open an artifact, reproduce its golden window, warm it up, then make it available. Raises BadArtifact."""

@@ -73,11 +73,18 @@ def test_a_model_is_unloaded_and_loaded_again(client: Any, rng: np.random.Genera
 
 
 def test_a_model_that_is_refused_says_why_and_is_served_once_it_is_repaired(
-    client: Any, store: Path, toy_store: Path
+    client: Any, controlled: Server, store: Path, toy_store: Path
 ) -> None:
     state, reason = _index(client)["toy-latent"]
+    assert reason.startswith("toy-latent/1/decode.ts was changed"), "callers see names, and the log the path"
+    assert f"{store}/toy-latent/1/decode.ts was changed" in controlled.log.read_text()
+    refused = httpx.get(f"{controlled.url}/models", timeout=60, trust_env=False).json()["refused"]
+    assert refused == [{"name": "toy-latent", "error": reason}]
     assert state == "UNAVAILABLE" and "was changed after its export" in reason
-    with pytest.raises(InferenceServerException, match=r"failed to load 'toy-latent', .*was changed after its export"):
+    with pytest.raises(
+        InferenceServerException,
+        match=r"failed to load 'toy-latent', toy-latent/1/decode.ts was changed",
+    ):
         client.load_model("toy-latent")
     broken = store / "toy-latent" / "1"
     kept = broken / "decode.ts"
