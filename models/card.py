@@ -240,6 +240,7 @@ def parse_card(text: str) -> Card:
     """
     try:
         data = json.loads(text)
+        json.dumps(data, ensure_ascii=False).encode()  # fails for half a surrogate pair, which no answer could hold
     except (ValueError, RecursionError) as error:
         raise BadArtifact(f"the card is not valid JSON ({error})") from None
     if isinstance(data, dict) and data.get("format") != CARD_FORMAT:

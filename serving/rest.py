@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 from collections.abc import AsyncGenerator, Mapping
 from html import escape
+from urllib.parse import quote
 
 from python_multipart.multipart import parse_options_header
 from starlette.concurrency import run_in_threadpool
@@ -25,6 +26,8 @@ from penumbra.serving.openapi import describe
 from penumbra.serving.render import IN_BANDS, choose_format, read_wish, render
 from penumbra.serving.statuses import status_of
 
+PRINTABLE = bytes(range(0x20, 0x7F)).decode().replace("%", "")
+"""What text in a header is not percent-encoded: any other character, a line's end above all, would break the answer."""
 MAX_FIELDS, MAX_FIELD_BYTES = 16, 64 * 1024
 
 
@@ -210,10 +213,13 @@ async def _disconnected(request: Request) -> None:
 
 
 def answer_headers(prediction: Prediction, timing_ms: Mapping[str, float] | None = None) -> dict[str, str]:
-    """Which model answered, with what seed and members, what to know, and how long each phase took."""
+    """Which model answered, with what seed and members, what to know, and how long each phase took.
+
+    Texts are percent-encoded as UTF-8 where they are not printable ASCII, and so are the commas in members' names.
+    """
     told = {
-        "X-Penumbra-Members": ",".join(prediction.members),
-        "X-Penumbra-Warning": "; ".join(prediction.warnings),
+        "X-Penumbra-Members": ",".join(encoded(name).replace(",", "%2C") for name in prediction.members),
+        "X-Penumbra-Warning": encoded("; ".join(prediction.warnings)),
         "X-Penumbra-Samples-Asked": str(prediction.num_asked or ""),
         "Age": "" if prediction.age_s is None else f"{prediction.age_s:.0f}",
         "X-Penumbra-Abstained": "" if prediction.abstained is None else f"{prediction.abstained:.6f}",
@@ -225,6 +231,11 @@ def answer_headers(prediction: Prediction, timing_ms: Mapping[str, float] | None
         "X-Penumbra-Samples": str(prediction.num_samples),
         "Server-Timing": server_timing(timing_ms or prediction.timing_ms),
     }
+
+
+def encoded(text: str) -> str:
+    """A text as a header can hold it."""
+    return quote(text, PRINTABLE, errors="replace")
 
 
 def server_timing(timing_ms: Mapping[str, float]) -> str:

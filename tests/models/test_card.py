@@ -108,6 +108,12 @@ def test_text_that_is_no_card_of_this_format_is_refused(text: str) -> None:
         parse_card(text)
 
 
+def test_text_that_no_answer_could_hold_is_refused() -> None:
+    with pytest.raises(BadArtifact, match="surrogates not allowed"):
+        parse_card(changed("provenance.data", "half a pair: \ud800"))
+    assert parse_card(changed("provenance.data", "a whole pair: \ud83d\ude00")).provenance.data.endswith("\U0001f600")
+
+
 def test_deeply_nested_json_is_refused_not_a_crash() -> None:
     with pytest.raises(BadArtifact, match="JSON"):
         parse_card("[" * 200_000)

@@ -1,10 +1,16 @@
-"""Parsing of requests, without a server."""
+"""Parsing of requests, and headers of answers, without a server."""
 
+from urllib.parse import unquote
+
+import numpy as np
 import pytest
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException
+from starlette.responses import Response
 
-from penumbra.serving.rest import parse_form
+from penumbra.serving.engine.answer import Prediction
+from penumbra.serving.rest import answer_headers, parse_form
+from tests.conftest import toy_card
 
 HEADERS = Headers({"Content-Type": "multipart/form-data; boundary=x"})
 FORM = (
@@ -54,3 +60,17 @@ def test_a_form_whose_boundary_is_not_found_says_so(content_type: str, sentence:
     with pytest.raises(MultiPartException) as refusal:
         parse_form(Headers({"Content-Type": content_type}), FORM)
     assert sentence in refusal.value.message
+
+
+MEMBERS = ("plain", "Größe, 100 %", "日本\r\nSet-Cookie: a=b", "half \ud800")
+
+
+def test_texts_of_a_card_reach_headers_as_printable_ascii_and_are_read_back() -> None:
+    card, labels = toy_card("pointwise")[0], np.zeros((1, 1), np.uint8)
+    prediction = Prediction(card, 0, 4, 1, MEMBERS, ("été\n", "a; b"), labels, {}, {"total": 1.0})
+    sent = Response(headers=answer_headers(prediction)).raw_headers
+    assert all(byte in range(0x20, 0x7F) for _, value in sent for byte in value)
+    assert b"set-cookie" not in dict(sent)
+    members = dict(sent)[b"x-penumbra-members"].decode().split(",")
+    assert [unquote(name) for name in members] == [*MEMBERS[:3], "half ?"] and members[0] == "plain"
+    assert unquote(dict(sent)[b"x-penumbra-warning"].decode()) == "été\n; a; b"
