@@ -32,7 +32,7 @@ def compare(runtime: Runtime) -> dict[str, float]:
 
 def _furthest(together: list, alone: list) -> float:
     pairs = [(moments, alone[i % len(alone)]) for i, moments in enumerate(together)]
-    return max(float(np.abs(a.prob_hKw - b.prob_hKw).max()) for a, b in pairs)
+    return float(np.max([np.abs(a.summed_hKw - b.summed_hKw).max() for a, b in pairs]))
 
 
 def main() -> None:

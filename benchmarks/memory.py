@@ -31,8 +31,8 @@ def stitch(height: int) -> tuple[int, int, int]:
     canvas = Canvas(plan, CLASSES)
     for window in plan:
         canvas.add(window, moments)
-        for y0, prob_hKW, expected_hW, _ in canvas.finished(window):
-            band = read_out(y0, prob_hKW, expected_hW)
+        for y0, merged_hKW, expected_hW, _ in canvas.finished(window):
+            band = read_out(y0, merged_hKW, expected_hW)
             assert abs(float(band.maps["confidence"].max()) - 1 / CLASSES) < 1e-4
     return plan.num_windows, canvas.nbytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 

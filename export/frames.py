@@ -24,7 +24,7 @@ Frame = tuple[Pixels, Pixels]
 def measure_frames(network: Network, graphs: Backend, card: Card, frames: Iterable[Frame]) -> Parity:
     """The worst figure of all windows of all frames, the mean of label flips, and the change of mean IoU.
 
-    Pixels where windows overlap count as often as they are covered. Raises BadOption: there is no frame.
+    Pixels where windows overlap count as often as they are covered. Raises BadOption: there is no frame, or no label.
     """
     figures, num_frames = [], 0
     confusion_KK = [np.zeros((card.num_classes,) * 2, np.int64) for _ in range(2)]
@@ -41,8 +41,8 @@ def measure_frames(network: Network, graphs: Backend, card: Card, frames: Iterab
             truth = _truth(label_HW, window, plan)
             for counts_KK, logits_SBKhw in zip(confusion_KK, (wanted, got), strict=True):
                 counts_KK += _confusion(truth, read_maps(logits_SBKhw[:, 0], card, **size)[0], card.num_classes)
-    if not figures:
-        raise BadOption("there is no labelled frame to measure the export on")
+    if not confusion_KK[0].any():
+        raise BadOption("there is no labelled frame to measure the export on, or none of their pixels has a label")
     before, after = map(_mean_iou, confusion_KK)
     flips = float(np.mean([parity.label_flips_percent for parity in figures]))
     return dataclasses.replace(
@@ -65,4 +65,4 @@ def _confusion(truth_hw: Pixels, label_hw: Pixels, num_classes: int) -> NDArray[
 def _mean_iou(counts_KK: NDArray[np.int64]) -> float:
     """Of the classes that occur in the truth or in the answer."""
     union_K = counts_KK.sum(0) + counts_KK.sum(1) - counts_KK.diagonal()
-    return float((counts_KK.diagonal()[union_K > 0] / union_K[union_K > 0]).mean()) if union_K.any() else float("nan")
+    return float((counts_KK.diagonal()[union_K > 0] / union_K[union_K > 0]).mean())

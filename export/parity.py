@@ -1,5 +1,6 @@
 """How far an exported network is from its checkpoint, in the numbers that matter to its users."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,8 +40,9 @@ def measure_parity(wanted_SBKhw: Tensor, got_SBKhw: Tensor, card: Card, *, heigh
     """
     if wanted_SBKhw.shape != got_SBKhw.shape:
         raise ParityFailed(f"the export gives logits {list(got_SBKhw.shape)}; {list(wanted_SBKhw.shape)} are wanted")
-    if not torch.isfinite(got_SBKhw).all():
-        raise ParityFailed("the export gives logits that are not finite")
+    for whose, logits_SBKhw in (("checkpoint", wanted_SBKhw), ("export", got_SBKhw)):
+        if not torch.isfinite(logits_SBKhw).all():
+            raise ParityFailed(f"the {whose} gives logits that are not finite")
     difference = float((wanted_SBKhw - got_SBKhw).abs().max())
     wanted_maps = [read_maps(wanted_SBKhw[:, b], card, height, width) for b in range(wanted_SBKhw.shape[1])]
     got_maps = [read_maps(got_SBKhw[:, b], card, height, width) for b in range(wanted_SBKhw.shape[1])]
@@ -58,21 +60,26 @@ def measure_parity(wanted_SBKhw: Tensor, got_SBKhw: Tensor, card: Card, *, heigh
 
 
 def relative_error(wanted: Tensor, got: Tensor) -> float:
-    """Largest difference over the largest value; infinite where the shapes differ."""
+    """Largest difference over the largest value; infinite where the shapes differ, NaN where a value is."""
     if wanted.shape != got.shape:
         return float("inf")
     return float((wanted - got).abs().max()) / max(float(wanted.abs().max()), 1e-6)
 
 
 def worst_parity(figures: Sequence[Parity]) -> Parity:
-    """Of each figure the one that is furthest from perfect."""
+    """The figure of each kind that is furthest from perfect, and NaN where one of them is."""
+
+    def each(name: str) -> np.ndarray:
+        return np.array([getattr(parity, name) for parity in figures])  # numpy's max and min give a NaN back
+
+    ratios = each("variance_ratio")
     return Parity(
-        max(parity.max_abs for parity in figures),
-        max(parity.relative for parity in figures),
-        max(parity.label_flips_percent for parity in figures),
-        min(parity.entropy_rank_correlation for parity in figures),
-        max((parity.variance_ratio for parity in figures), key=lambda ratio: abs(ratio - 1)),
-        max(parity.extras_relative for parity in figures),
+        max_abs=float(each("max_abs").max()),
+        relative=float(each("relative").max()),
+        label_flips_percent=float(each("label_flips_percent").max()),
+        entropy_rank_correlation=float(each("entropy_rank_correlation").min()),
+        variance_ratio=float(ratios[np.abs(ratios - 1).argmax()]),
+        extras_relative=float(each("extras_relative").max()),
     )
 
 
@@ -92,6 +99,9 @@ def check_parity(parity: Parity, card: Card) -> None:
             not low <= parity.variance_ratio <= high,
         f"relative error of its own maps {parity.extras_relative:.1e}, {allowed.relative:.0e} allowed":
             not parity.extras_relative <= allowed.relative,
+        f"largest difference {parity.max_abs}, a number is wanted": not math.isfinite(parity.max_abs),
+        f"mean IoU changes by {parity.miou_change} points, a number is wanted":
+            not math.isfinite(parity.miou_change or 0),
     }  # fmt: skip
     for sentence, failed in failures.items():
         if failed:
@@ -99,19 +109,30 @@ def check_parity(parity: Parity, card: Card) -> None:
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's rank correlation, ties broken by position; 1 for equal arrays, also constant ones."""
+    """Spearman's rank correlation: equal values share the mean of their ranks. 1 for equal arrays, also constant ones;
+    NaN where a value is NaN, and where one array is constant and the other is not."""
+    if np.isnan(a).any() or np.isnan(b).any():
+        return float("nan")
     if np.array_equal(a, b):
         return 1.0
-    ranks = [np.argsort(np.argsort(values, kind="stable"), kind="stable") for values in (a, b)]
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+    ranks_a, ranks_b = (_ranks(values) for values in (a, b))
+    spread = float(np.sqrt((ranks_a**2).mean() * (ranks_b**2).mean()))
+    return float((ranks_a * ranks_b).mean()) / spread if spread else float("nan")
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """The rank of every value, less the mean rank; ties have the mean of theirs."""
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: np.ndarray = (np.cumsum(count) - (count + len(values)) / 2)[place]
+    return ranks
 
 
 def read_maps(logits_SKhw: Tensor, card: Card, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Labels and entropy of one window."""
-    prob_hKw, entropy_hw = empty_sums(card.num_classes, height, width)
-    accumulate(logits_SKhw, prob_hKw, entropy_hw, readout=card.readout, spread=map)
+    """Labels and entropy of one window, read out as the card says."""
+    summed_hKw, entropy_hw = empty_sums(card.num_classes, height, width)
+    accumulate(logits_SKhw, summed_hKw, entropy_hw, readout=card.readout, spread=map)
     samples = np.float32(len(logits_SKhw))
-    band = read_out(0, prob_hKw / samples, entropy_hw / samples)
+    band = read_out(0, summed_hKw / samples, entropy_hw / samples, average=card.readout.average)
     return band.labels, band.maps["entropy"]
 
 

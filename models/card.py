@@ -341,6 +341,8 @@ def check_facts(card: Card) -> None:
             not 0 <= (prompt.background or 0) < card.num_classes,
         f"extra_maps are {', '.join(extra)}; plain names are wanted, each once and none of {', '.join(MAPS)}":
             len({*extra, *MAPS}) < len(extra) + len(MAPS) or not all(MAP_NAME.fullmatch(name) for name in extra),
+        f"export.parity is {card.export and card.export.parity}; numbers are wanted":
+            card.export is not None and not _is_finite(dataclasses.astuple(card.export.parity)),
         f"calibration is {card.calibration}; ascending risks between 0 and 1, each with a threshold, are wanted":
             card.calibration is not None and not _is_sound(card.calibration),
     }  # fmt: skip
@@ -349,11 +351,17 @@ def check_facts(card: Card) -> None:
             raise BadArtifact(f"the card of {card.name[:60]!r}: {sentence}")
 
 
+def _is_finite(figures: tuple[float | None, ...]) -> bool:
+    """Whether none of the figures that there are is NaN or infinite."""
+    return all(math.isfinite(figure) for figure in figures if figure is not None)
+
+
 def _is_sound(calibration: Calibration) -> bool:
     """Whether a larger risk never abstains from more, and every figure is possible."""
     risks, thresholds = calibration.risks, calibration.entropy_nats
     return (
         0 < len(risks) == len(thresholds)
+        and _is_finite((*risks, *thresholds))
         and list(risks) == sorted(set(risks))
         and 0 < risks[0] <= risks[-1] < 1
         and list(thresholds) == sorted(thresholds)

@@ -160,13 +160,15 @@ class Trials:
 
 
 def mean_nll(answers: Iterable[Answer]) -> float:
-    """Over the labelled pixels of all answers, nats."""
+    """Over the labelled pixels of all answers, nats. Raises BadData: there are none, and any temperature would do."""
     total, num = 0.0, 0
     for answered in answers:
         prob = answered.prob_HW[answered.known_HW]
         total -= float(np.log(np.maximum(prob, LEAST_PROBABILITY)).sum(dtype=np.float64))
         num += len(prob)
-    return total / max(num, 1)
+    if num == 0:
+        raise BadData("none of the frames for the temperature has a label; give it more frames")
+    return total / num
 
 
 def total_loss(answers: Iterable[Answer]) -> AbstentionLoss:

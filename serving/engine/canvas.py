@@ -23,13 +23,13 @@ class Canvas:
         self._top = max(plan.starts_y[first_row], 0)
         """Image row of the canvas' first row."""
         rows = 0 if plan.num_windows == 1 else min(plan.window_height, plan.height)
-        self._prob_hKW = np.zeros((rows, num_classes, plan.width), np.float32)
+        self._merged_hKW = np.zeros((rows, num_classes, plan.width), np.float32)
         self._entropy_hW = np.zeros((rows, plan.width), np.float32)
         self._extras_hEW = np.zeros((rows, num_extras, plan.width), np.float32)
 
     @property
     def nbytes(self) -> int:
-        return self._prob_hKW.nbytes + self._entropy_hW.nbytes + self._extras_hEW.nbytes
+        return self._merged_hKW.nbytes + self._entropy_hW.nbytes + self._extras_hEW.nbytes
 
     def add(self, window: Window, moments: Moments) -> None:
         """Blend a window in. Only the part of it that lies in the image counts."""
@@ -45,7 +45,7 @@ class Canvas:
         share = plan.weights_y[window.row][inside_y]
         row_weight = share * np.float32(1 / moments.num_samples)
         column_weight = plan.weights_x[window.column][inside_x]
-        blend(self._prob_hKW[rows, :, columns], moments.prob_hKw[inside_y, :, inside_x], row_weight, column_weight)
+        blend(self._merged_hKW[rows, :, columns], moments.summed_hKw[inside_y, :, inside_x], row_weight, column_weight)
         blend(
             self._entropy_hW[rows, None, columns], moments.entropy_hw[inside_y, None, inside_x],
             row_weight, column_weight,
@@ -56,31 +56,31 @@ class Canvas:
     def _take(self, moments: Moments, rows: slice, columns: slice) -> None:
         """The only window of a plan is the image; there is nothing to blend it with."""
         mean = np.float32(1 / moments.num_samples)
-        self._prob_hKW = np.ascontiguousarray(moments.prob_hKw[rows, :, columns])
+        self._merged_hKW = np.ascontiguousarray(moments.summed_hKw[rows, :, columns])
         self._entropy_hW = np.ascontiguousarray(moments.entropy_hw[rows, columns])
         if moments.num_samples > 1:
-            self._prob_hKW, self._entropy_hW = self._prob_hKW * mean, self._entropy_hW * mean
+            self._merged_hKW, self._entropy_hW = self._merged_hKW * mean, self._entropy_hW * mean
         if moments.extras_hEw is not None:
             self._extras_hEW = np.ascontiguousarray(moments.extras_hEw[rows, :, columns])
 
     def finished(self, window: Window) -> Iterator[tuple[int, FloatArray, FloatArray, FloatArray]]:
-        """After adding `window`: rows that no later window touches, as (y0, pbar_hKW, expected_entropy_hW, extras_hEW).
+        """After adding `window`: rows that no later window touches, as (y0, merged_hKW, expected_hW, extras_hEW).
 
-        At most one band: nothing unless the window was the last of its row. pbar is a view that is valid until
-        the iterator goes on.
+        At most one band: nothing unless the window was the last of its row. merged is what samples and windows were
+        averaged to, probabilities or logits, and a view that is valid until the iterator goes on.
         """
         plan = self._plan
         if window.column + 1 < len(plan.starts_x):
             return
         last = window.row + 1 == len(plan.starts_y)
         num_rows = (plan.height if last else plan.starts_y[window.row + 1]) - self._top
-        finished = self._prob_hKW[:num_rows], self._entropy_hW[:num_rows], self._extras_hEW[:num_rows]
+        finished = self._merged_hKW[:num_rows], self._entropy_hW[:num_rows], self._extras_hEW[:num_rows]
         if last:
             yield self._top, *finished
             return
         yield self._top, finished[0], finished[1].copy(), finished[2].copy()
         self._top += num_rows
-        for rows in (self._prob_hKW, self._entropy_hW, self._extras_hEW):
+        for rows in (self._merged_hKW, self._entropy_hW, self._extras_hEW):
             kept = len(rows) - num_rows
             rows[:kept] = rows[num_rows:]
             rows[kept:] = 0

@@ -27,37 +27,35 @@ Spread = Callable[[Callable[[range], None], Iterable[range]], Iterable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Sums over `num_samples` samples of one window: p as prob_hKw, H(p) in nats as entropy_hw.
+    """Sums over `num_samples` samples of one window: of what the card averages (`Readout.average`), probabilities or
+    logits, as summed_hKw, and of H(p) in nats as entropy_hw. extras_hEw: a method's own maps, no sums."""
 
-    Where the card averages logits, prob_hKw holds their sum instead. extras_hEw: a method's own maps, no sums.
-    """
-
-    prob_hKw: FloatArray
+    summed_hKw: FloatArray
     entropy_hw: FloatArray
     num_samples: int
     extras_hEw: FloatArray | None = None
 
 
 def empty_sums(num_classes: int, height: int, width: int) -> tuple[FloatArray, FloatArray]:
-    """Zeroed prob_hKw and entropy_hw to accumulate into."""
+    """Zeroed summed_hKw and entropy_hw to accumulate into."""
     return np.zeros((height, num_classes, width), np.float32), np.zeros((height, width), np.float32)
 
 
 def accumulate(
-    logits_SKhw: Tensor, prob_hKw: FloatArray, entropy_hw: FloatArray, *, readout: Readout, spread: Spread
+    logits_SKhw: Tensor, summed_hKw: FloatArray, entropy_hw: FloatArray, *, readout: Readout, spread: Spread
 ) -> None:
-    """Add the samples' softmax and entropy at the size of the sums. Changes prob and entropy.
+    """Add what the card averages of the samples, and their entropy, at the size of the sums. Changes both sums.
 
     logits: any device and float dtype; `spread` shares bands of rows out to threads (compiled form only).
     """
     if readout.average == "logits":
-        _accumulate_logits(logits_SKhw, prob_hKw, entropy_hw, readout=readout)
+        _accumulate_logits(logits_SKhw, summed_hKw, entropy_hw, readout=readout)
     elif readout.softmax_at == "feature":
-        _accumulate_features(logits_SKhw, prob_hKw, entropy_hw, readout=readout)
+        _accumulate_features(logits_SKhw, summed_hKw, entropy_hw, readout=readout)
     elif kernels.COMPILED and logits_SKhw.device.type == "cpu":
-        _accumulate_compiled(logits_SKhw, prob_hKw, entropy_hw, readout=readout, spread=spread)
+        _accumulate_compiled(logits_SKhw, summed_hKw, entropy_hw, readout=readout, spread=spread)
     else:
-        accumulate_banded(logits_SKhw, prob_hKw, entropy_hw, readout=readout)
+        accumulate_banded(logits_SKhw, summed_hKw, entropy_hw, readout=readout)
 
 
 def _accumulate_compiled(

@@ -91,7 +91,7 @@ class Runtime:
     def run(self, pieces: Sequence[Piece]) -> list[Moments | ModelFault]:
         """Moments of every window, in order. All pieces have one S, and all have a prompt or none has.
 
-        A window whose logits are not finite is answered with a ModelFault; its neighbours are unharmed.
+        A window whose logits or own maps are not finite is answered with a ModelFault; its neighbours are unharmed.
         """
         answers: list[Moments | ModelFault] = []
         for _, alike in itertools.groupby(pieces, lambda piece: piece.image_hw3.shape):  # clipped windows are smaller
@@ -116,16 +116,18 @@ class Runtime:
         spread = self._rows.map if torch.get_num_threads() > 1 else map
         for chunk_SBL in torch.split(noise_SBL, self._chunk(pieces[0])):
             logits_SBKhw = self._backend.decode(features, chunk_SBL)
-            for b, (prob_hKw, entropy_hw) in enumerate(sums):
+            for b, (summed_hKw, entropy_hw) in enumerate(sums):
                 logits_SKhw = logits_SBKhw[:, b]
                 finite[b] = finite[b] and bool(torch.isfinite(logits_SKhw).all())
                 if finite[b]:
-                    accumulate(logits_SKhw, prob_hKw, entropy_hw, readout=self.card.readout, spread=spread)
+                    accumulate(logits_SKhw, summed_hKw, entropy_hw, readout=self.card.readout, spread=spread)
         fault = ModelFault(f"{self.card.name} produced values that are not finite for this image")
         extras_BhEw = self._extras(features, height, width)
+        if extras_BhEw is None:
+            return [Moments(*sums[b], len(noise_SBL)) if finite[b] else fault for b in range(len(pieces))]
         return [
-            Moments(*sums[b], len(noise_SBL), None if extras_BhEw is None else extras_BhEw[b]) if finite[b] else fault
-            for b in range(len(pieces))
+            Moments(*sums[b], len(noise_SBL), extras_hEw) if finite[b] and np.isfinite(extras_hEw).all() else fault
+            for b, extras_hEw in enumerate(extras_BhEw)
         ]
 
     def _extras(self, features: Features, height: int, width: int) -> FloatArray | None:
@@ -142,11 +144,14 @@ class Runtime:
         return len(piece.noise_SL) if prompted.kind == "members" else self.samples_per_call
 
     def check_golden(self) -> None:
-        """Run the golden window, without and with its prompt. Raises BadArtifact when this machine does not
-        reproduce it."""
+        """Run the golden window, without and with its prompt, and its own maps. Raises BadArtifact when this machine
+        does not reproduce it."""
         golden, started = self._golden, time.perf_counter()
         features = self._backend.encode(golden.image_B3hw)
         self._check_answer(features, golden.plain)
+        assert self.card.export
+        if golden.extras_BEhw is not None:
+            self._check_near(features[-1].cpu(), golden.extras_BEhw, self.card.export.parity.extras_relative)
         self._window_core_s = _core_seconds(started) / len(golden.image_B3hw)
         if golden.prompted:
             self._check_answer(self._backend.take_prompt(golden.image_B3hw, features, golden.prompt), golden.prompted)
@@ -162,12 +167,17 @@ class Runtime:
                 f"{self.card.name} gives {features[-1].shape[1]} maps of its own; its card names "
                 f"{len(self.card.extra_maps)}"
             )
-        if got.shape != wanted.logits_SBKhw.shape or not torch.isfinite(got).all():
-            raise BadArtifact(f"{self.card.name} does not reproduce its golden window: wrong shape or not finite")
         assert self.card.export
-        error, allowed = _relative_error(got, wanted.logits_SBKhw), GOLDEN_TOLERANCE
+        self._check_near(got, wanted.logits_SBKhw, self.card.export.parity.relative)
+
+    def _check_near(self, got: Tensor, wanted: Tensor, measured: float) -> None:
+        """measured: the relative error at export, which half precisions may have twice."""
+        assert self.card.export
+        if got.shape != wanted.shape or not torch.isfinite(got).all():
+            raise BadArtifact(f"{self.card.name} does not reproduce its golden window: wrong shape or not finite")
+        error, allowed = _relative_error(got, wanted), GOLDEN_TOLERANCE
         if self.card.export.precision != "fp32":
-            allowed = max(allowed, 2 * self.card.export.parity.relative)
+            allowed = max(allowed, 2 * measured)
         if not error <= allowed:
             raise BadArtifact(
                 f"{self.card.name} does not reproduce its golden window on this machine: relative error {error:.1e}, "
@@ -294,7 +304,7 @@ def _same_bytes(one: Moments | ModelFault, other: Moments | ModelFault) -> bool:
     return (
         isinstance(one, Moments)
         and isinstance(other, Moments)
-        and one.prob_hKw.tobytes() == other.prob_hKw.tobytes()
+        and one.summed_hKw.tobytes() == other.summed_hKw.tobytes()
         and one.entropy_hw.tobytes() == other.entropy_hw.tobytes()
     )
 

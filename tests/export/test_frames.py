@@ -73,9 +73,11 @@ def test_void_beyond_a_small_picture_counts_nothing(rng: np.random.Generator) ->
     assert measure_frames(NETWORK, NETWORK, CARD, [(image_HW3, label_HW)]).miou_change == 0
 
 
-def test_no_frame_is_refused() -> None:
-    with pytest.raises(BadOption, match="no labelled frame"):
-        measure_frames(NETWORK, NETWORK, CARD, [])
+def test_no_frame_is_refused_and_so_are_frames_without_a_label(rng: np.random.Generator) -> None:
+    image_HW3, label_HW = frame(rng, 10, 10)
+    for frames in ([], [(image_HW3, np.full_like(label_HW, IGNORE))]):
+        with pytest.raises(BadOption, match="no labelled frame"):
+            measure_frames(NETWORK, NETWORK, CARD, frames)
 
 
 def test_what_the_frames_showed_is_in_the_card(rng: np.random.Generator, tmp_path: Path) -> None:

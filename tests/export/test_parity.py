@@ -6,10 +6,11 @@ import re
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 
-from penumbra.export.parity import check_parity, measure_parity, rank_correlation
-from penumbra.models.card import Card, ExportFacts, Parity
+from penumbra.export.parity import FULL, check_parity, measure_parity, rank_correlation, read_maps, worst_parity
+from penumbra.models.card import Card, ExportFacts, Parity, Readout
 from penumbra.models.errors import ParityFailed
 from tests.conftest import toy_card
 
@@ -77,8 +78,10 @@ def test_other_shapes_are_refused_with_both(shape: tuple[int, ...]) -> None:
 def test_values_that_are_not_finite_are_refused(value: float) -> None:
     got = logits()
     got[1, 1, 1, 1, 1] = value
-    with pytest.raises(ParityFailed, match="not finite"):
+    with pytest.raises(ParityFailed, match="the export gives logits that are not finite"):
         measure(logits(), got)
+    with pytest.raises(ParityFailed, match="the checkpoint gives logits that are not finite"):
+        measure(got, logits())
 
 
 @pytest.mark.parametrize(
@@ -92,12 +95,50 @@ def test_values_that_are_not_finite_are_refused(value: float) -> None:
         ("variance_ratio", 0.5, "sample variance is 0.500"),
         ("variance_ratio", 2.0, "sample variance is 2.000"),
         ("variance_ratio", float("nan"), "sample variance is nan"),
+        ("label_flips_percent", float("nan"), "nan % of labels flip"),
+        ("extras_relative", float("nan"), "relative error of its own maps nan"),
+        ("max_abs", float("nan"), "largest difference nan"),
+        ("miou_change", float("nan"), "mean IoU changes by nan points"),
     ],
 )
 def test_each_figure_outside_its_tolerance_is_named(figure: str, value: float, sentence: str) -> None:
     with pytest.raises(ParityFailed) as refusal:
         check_parity(dataclasses.replace(EQUAL, **{figure: value}), CARD)
     assert sentence in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in dataclasses.asdict(EQUAL) if name not in ("miou_change", "num_frames")]
+)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_figure_that_is_nan_is_the_worst_wherever_it_stands(name: str, place: int) -> None:
+    figures = [EQUAL] * 3
+    figures[place] = dataclasses.replace(EQUAL, **{name: float("nan")})
+    worst = worst_parity(figures)
+    assert np.isnan(getattr(worst, name))
+    with pytest.raises(ParityFailed, match="nan"):
+        check_parity(worst, CARD)
+
+
+def test_the_worst_of_several_is_the_worst_of_each_kind() -> None:
+    other = Parity(2, 3, 4, 0.5, 0.9, 6)
+    assert worst_parity([EQUAL, other, dataclasses.replace(EQUAL, variance_ratio=1.05)]) == other
+
+
+def test_where_logits_are_averaged_the_gate_reads_what_is_served() -> None:
+    """Logits that are taken for probabilities have a rank correlation that has nothing to do with the answers'."""
+    card = dataclasses.replace(CARD, readout=Readout(average="logits"))
+    wanted = logits()
+    got = wanted + 0.5 * torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1))
+    served = []
+    for side in (wanted, got):
+        mean_BKhw = side.mean(0)
+        served.append(entropy(mean_BKhw[None])[0])
+        labels, nats = read_maps(side[:, 0], card, 16, 24)
+        assert np.array_equal(labels, mean_BKhw[0].argmax(0)) and nats == pytest.approx(served[-1][0], abs=1e-5)
+    rank = measure_parity(wanted, got, card, height=16, width=24).entropy_rank_correlation
+    assert rank == pytest.approx(spearmanr(served[0].ravel(), served[1].ravel()).statistic, abs=1e-4)
+    assert rank < FULL.rank_correlation
 
 
 def in_precision(precision: str) -> Card:
@@ -147,3 +188,25 @@ def test_rank_correlation_of_orders() -> None:
     assert rank_correlation(values, -values) == pytest.approx(-1)
     assert abs(rank_correlation(values, np.roll(values, 1))) < 0.1
     assert rank_correlation(np.zeros(5), np.zeros(5)) == 1
+
+
+def test_equal_values_share_a_rank_so_maps_that_have_nothing_in_common_have_no_correlation() -> None:
+    """0.996 where ties are broken by position: most pixels of either map are 0."""
+    one, other = np.zeros(10_000, np.float32), np.zeros(10_000, np.float32)
+    one[:10], other[5000:5010] = 0.5, 0.5
+    assert rank_correlation(one, other) == pytest.approx(spearmanr(one, other).statistic, abs=1e-9)
+    assert abs(rank_correlation(one, other)) < 0.01
+
+
+def test_rank_correlation_is_spearmans(rng: np.random.Generator) -> None:
+    for num_values in (2, 5, 1000):
+        one = rng.integers(0, num_values, 500).astype(np.float32)
+        other = one + rng.integers(0, num_values, 500)
+        assert rank_correlation(one, other) == pytest.approx(spearmanr(one, other).statistic)
+
+
+def test_rank_correlation_of_nan_or_of_one_flat_map_is_nan() -> None:
+    values = np.arange(5, dtype=np.float32)
+    assert np.isnan(rank_correlation(values, np.where(values == 2, np.nan, values)))
+    assert np.isnan(rank_correlation(np.full(5, np.nan), np.full(5, np.nan)))
+    assert np.isnan(rank_correlation(values, np.zeros(5, np.float32)))

@@ -115,10 +115,10 @@ def assert_maps(artifact: Artifact, answer: dict[str, Tensor]) -> None:
     """The maps are those that the engine reads out of the same logits."""
     readout = artifact.card.readout
     for b, logits_SKhw in enumerate(answer["logits"]):
-        prob_hKw, entropy_hw = empty_sums(artifact.card.num_classes, *answer["labels"].shape[1:])
-        accumulate(logits_SKhw, prob_hKw, entropy_hw, readout=readout, spread=map)
+        summed_hKw, entropy_hw = empty_sums(artifact.card.num_classes, *answer["labels"].shape[1:])
+        accumulate(logits_SKhw, summed_hKw, entropy_hw, readout=readout, spread=map)
         samples = np.float32(len(logits_SKhw))
-        band = read_out(0, prob_hKw / samples, entropy_hw / samples, average=readout.average)
+        band = read_out(0, summed_hKw / samples, entropy_hw / samples, average=readout.average)
         for name in MAPS:
             np.testing.assert_allclose(answer[name][b], band.maps[name], atol=ROUNDING, err_msg=name)
         sure = band.maps["margin"] > ROUNDING

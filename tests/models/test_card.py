@@ -164,6 +164,20 @@ ONE_CLASS = {"name": "x", "color": [0, 0, 0]}
         ("extra_maps", [{"name": "x", "description": ""}] * 2, "extra_maps are x, x"),
         ("extra_maps", [{"name": "../x", "description": ""}], "extra_maps are ../x"),
         ("extra_maps", [{"name": "labels", "description": ""}], "extra_maps are labels"),
+        ("export.parity.relative", float("nan"), "export.parity"),
+        ("export.parity.relative", float("inf"), "export.parity"),
+        ("export.parity.miou_change", float("nan"), "export.parity"),
+        *[
+            (
+                "calibration",
+                {"risks": risks, "entropy_nats": nats, "num_frames": 9, "num_samples": 1, "data": ""},
+                named,
+            )
+            for risks, nats, named in (
+                ([0.1, 0.2, 0.3], [0.1, float("nan"), 0.5], "nan"),
+                ([0.1, float("nan"), 0.3], [0.1, 0.2, 0.5], "nan"),
+            )
+        ],
     ],
 )
 def test_contradictory_facts_are_named(path: str, value: Any, named: str) -> None:

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from penumbra.__main__ import main
 from penumbra.export.bundle import export_network, verify_artifact
 from penumbra.models.card import IGNORE, Card
-from penumbra.models.errors import BadOption
+from penumbra.models.errors import BadData, BadOption
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
@@ -25,6 +25,7 @@ from penumbra.training.calibrate import (
     calibrate,
     find_thresholds,
     fit_temperature,
+    mean_nll,
     split_frames,
     warm,
     write_version,
@@ -70,6 +71,17 @@ def calibrated(segmenter: Segmenter, frames: Frames) -> Calibrated:
 @pytest.mark.parametrize("best", [0.5, 1.0, 3.0])
 def test_the_temperature_of_least_nll_is_found(best: float) -> None:
     assert fit_temperature(lambda t: (math.log(t) - math.log(best)) ** 2) == pytest.approx(best, rel=0.01)
+
+
+def test_without_a_label_no_temperature_is_better_than_another_and_none_is_chosen(store: Path, frames: Frames) -> None:
+    blank = dataclasses.replace(frames, label_NHW=torch.full_like(frames.label_NHW, IGNORE))
+    with (
+        Segmenter.open(store, threads=1, tuning=Tuning(1, 1)) as segmenter,
+        pytest.raises(BadData, match="none of the frames for the temperature has a label"),
+    ):
+        calibrate(segmenter, Question("toy-pointwise", Path("nowhere")), blank, risks=RISKS)
+    with pytest.raises(BadData):
+        mean_nll([])
 
 
 def test_a_known_temperature_is_recovered_through_the_engine(calibrated: Calibrated) -> None:

@@ -22,8 +22,8 @@ def stitch(image_HW3: np.ndarray, spec: WindowSpec, overlap: float | None = None
     canvas, bands = Canvas(plan, 3), []
     for window in plan:
         values_hw3 = cut(image_HW3, window, plan, spec=spec, norm=PLAIN)
-        prob_hKw = np.ascontiguousarray(2 * values_hw3.transpose(0, 2, 1))
-        canvas.add(window, Moments(prob_hKw, prob_hKw.sum(1), 2))
+        summed_hKw = np.ascontiguousarray(2 * values_hw3.transpose(0, 2, 1))
+        canvas.add(window, Moments(summed_hKw, summed_hKw.sum(1), 2))
         bands += [(y0, prob.copy(), entropy) for y0, prob, entropy, _ in canvas.finished(window)]
     tops = [0, *np.cumsum([len(prob) for _, prob, _ in bands])]
     assert [y0 for y0, _, _ in bands] == tops[:-1] and tops[-1] == len(image_HW3)

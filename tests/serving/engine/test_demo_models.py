@@ -37,7 +37,7 @@ def test_a_window_has_the_same_bytes_alone_and_in_any_batch_and_chunk(segmenter:
     alone = segmenter.scheduler.call(lambda: _moments(runtime, 1, 1))[0]
     for batch, chunk in ((2, 1), (3, 8), (1, 8), (5, 3)):
         together = segmenter.scheduler.call(lambda b=batch, c=chunk: _moments(runtime, b, c))[0]
-        assert together.prob_hKw.tobytes() == alone.prob_hKw.tobytes()
+        assert together.summed_hKw.tobytes() == alone.summed_hKw.tobytes()
         assert together.entropy_hw.tobytes() == alone.entropy_hw.tobytes()
 
 

@@ -144,9 +144,9 @@ def moments(network: Network, noise: np.ndarray, height: int, width: int, readou
     """Mean probabilities [K, H, W] of the recorded input."""
     with torch.inference_mode():
         logits_SKhw = network(golden.image(height, width), torch.from_numpy(noise))[:, 0]
-    prob_hKw, entropy_hw = empty_sums(logits_SKhw.shape[1], height, width)
-    accumulate(logits_SKhw, prob_hKw, entropy_hw, readout=readout, spread=map)
-    return prob_hKw.transpose(1, 0, 2) / len(noise)
+    summed_hKw, entropy_hw = empty_sums(logits_SKhw.shape[1], height, width)
+    accumulate(logits_SKhw, summed_hKw, entropy_hw, readout=readout, spread=map)
+    return summed_hKw.transpose(1, 0, 2) / len(noise)
 
 
 @recorded("np-*_tame")

@@ -78,7 +78,7 @@ def work(on: SteppedRuntime, num_windows: int, *, value: int = 1, samples: int =
 
 def consume(stream: Stream) -> list[tuple[Window, float]]:
     with stream:
-        return [(window, float(moments.prob_hKw[0, 0, 0])) for window, moments in stream]
+        return [(window, float(moments.summed_hKw[0, 0, 0])) for window, moments in stream]
 
 
 def outcome(stream: Stream) -> int | PenumbraError:

@@ -1,5 +1,6 @@
 """The engine end to end on toys: labels and uncertainties are the closed forms, alone and in a crowd."""
 
+import json
 import math
 import shutil
 import threading
@@ -10,9 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from penumbra.export.bundle import export_network
 from penumbra.models.card import WindowSpec
+from penumbra.models.contract import Features
 from penumbra.models.errors import (
     BadArtifact,
     BadImage,
@@ -23,11 +28,13 @@ from penumbra.models.errors import (
     TooLarge,
     UnknownModel,
 )
+from penumbra.models.toy.net import ToyConfig, ToyNetwork
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.noise import SeededNoise
 from penumbra.serving.engine.options import PROBABILITIES, Limits, SegmentOptions
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.store import CARD, GOLDEN, sha256_of
 from penumbra.serving.engine.uncertainty import MAPS
 from tests.conftest import GAIN, picture, toy_card
 
@@ -165,6 +172,36 @@ def test_an_image_that_breaks_the_model_fails_alone(segmenter: Segmenter, rng: n
         outcomes = list(threads.map(outcome, images))
     assert [isinstance(outcome, ModelFault) for outcome in outcomes] == [i == 4 for i in range(9)]
     assert "not finite" in str(outcomes[4])
+
+
+class Glaring(ToyNetwork):
+    """Its own map is NaN at pure white pixels, and its logits are sound."""
+
+    def encode(self, image_B3hw: Tensor) -> Features:
+        members, brightness = super().encode(image_B3hw)
+        return members, torch.where(brightness == 1, torch.full_like(brightness, torch.nan), brightness)
+
+
+def test_a_map_of_the_models_own_that_is_not_finite_is_a_fault_too(tmp_path: Path, rng: np.random.Generator) -> None:
+    export_network(Glaring(ToyConfig(form="bright")), toy_card("bright")[0], tmp_path)
+    with Segmenter.open(tmp_path, threads=1, device="cpu") as opened:
+        asked, image = SegmentOptions("toy-bright", outputs=("brightness",)), picture(rng, 60, 80)
+        assert np.isfinite(opened.segment(image, asked).maps["brightness"]).all()
+        image[50, 70] = 255
+        with pytest.raises(ModelFault, match="not finite"):
+            opened.segment(image, asked)
+
+
+@pytest.mark.parametrize("wrong", [0.5, float("nan")])
+def test_own_maps_belong_to_the_golden_window(toy_store: Path, tmp_path: Path, wrong: float) -> None:
+    place = Path(shutil.copytree(toy_store / "toy-bright" / "1", tmp_path / "toy-bright" / "1"))
+    tensors = load_file(place / GOLDEN)
+    save_file(tensors | {"extras_BEhw": tensors["extras_BEhw"] + wrong}, place / GOLDEN)
+    card = json.loads((place / CARD).read_text("utf-8"))
+    card["export"]["files"][GOLDEN] = sha256_of(place / GOLDEN)
+    (place / CARD).write_text(json.dumps(card), "utf-8")
+    with Segmenter(threads=1, device="cpu") as segmenter, pytest.raises(BadArtifact, match="golden window"):
+        segmenter.load(place)
 
 
 # -- refusals ------------------------------------------------------------------------------------
