@@ -41,16 +41,18 @@ class Gateway:
         self.state: Literal["starting", "ready", "draining"] = "starting"
         self._limit_requests, self._timeout_s = limit_requests, timeout_s
         self._cache = AnswerCache(cache_bytes) if cache_bytes else None
+        self.vital: list[Callable[[], bool]] = [lambda: segmenter.scheduler.is_alive]
+        """Threads that a server cannot do without: is each of them alive?"""
         self._inflight = 0
         self._threads = ThreadPoolExecutor(limit_requests, thread_name_prefix="request")
 
     @property
     def is_ready(self) -> bool:
-        return self.state == "ready" and self.segmenter.scheduler.is_alive
+        return self.state == "ready" and self.is_alive
 
     @property
     def is_alive(self) -> bool:
-        return self.segmenter.scheduler.is_alive
+        return all(is_alive() for is_alive in self.vital)
 
     async def answer(
         self, image: bytes | NDArray[np.uint8], options: SegmentOptions, write: Callable[[Prediction], T], *,

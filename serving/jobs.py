@@ -7,26 +7,25 @@ A job is a directory, so that nothing of it is lost with the process or kept in 
     <jobs>/<id>/spool/     the answer's finished rows (`penumbra.serving.spool`)
     <jobs>/<id>/result     the answer in its format
 
-A server that starts finds what the last one left: jobs that were waiting or running go on where they were, an upload
-that never became a job is removed, and a job that has taken the server down with it several times is given up.
+A server that starts finds what the last one left: jobs that were waiting or running go on where they were, with the
+version of their model that they were taken for; an upload that never became a job is removed, a job whose `job.json`
+cannot be read has failed, and one that has taken the server down with it several times is given up. What is no job's is
+left alone.
 """
 
-import fcntl
-import json
 import logging
 import os
 import secrets
 import shutil
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any
 
 from penumbra.models.errors import (
-    BadArtifact,
     Cancelled,
     DiskFull,
     JobUnfinished,
@@ -34,11 +33,15 @@ from penumbra.models.errors import (
     PenumbraError,
     QueueFull,
     UnknownJob,
+    UnknownModel,
 )
 from penumbra.serving.engine.bands import BandStream
 from penumbra.serving.engine.decode import measure_image, open_image
 from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.segmenter import check_long
+from penumbra.serving.engine.store import find_artifact
 from penumbra.serving.gateway import Gateway
+from penumbra.serving.job import Job, State, is_upload, lock, read_job, save_job
 from penumbra.serving.render import MAPLESS, WRITERS, Style, read_wish
 from penumbra.serving.rest import answer_headers
 from penumbra.serving.settings import Settings
@@ -50,7 +53,6 @@ MAX_ATTEMPTS = 3
 """Processes that may end while at a job before it is to blame."""
 SWEEP_S = 30.0
 """How often finished jobs are looked at for their age."""
-State = Literal["queued", "running", "writing", "done", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,30 +69,17 @@ def job_bounds(settings: Settings) -> JobBounds:
     return JobBounds(settings.limit_job_pixels, settings.limit_job_bytes, settings.limit_jobs, settings.job_keep_s)
 
 
-@dataclass(slots=True)
-class Job:
-    """One job, as `job.json` has it. Changed under the lock of `Jobs`, or by its thread while it runs.
-
-    fields: the options as text. headers: what its result is sent with. finished: time of day, 0 before.
-    """
-
-    id: str
-    media: str
-    fields: dict[str, str]
-    created: float
-    state: State = "queued"
-    finished: float = 0.0
-    error: str = ""
-    attempts: int = 0
-    headers: dict[str, str] = field(default_factory=dict)
-
-
 class Jobs:
     """The jobs in a directory, and the thread that runs them. Methods may be called from any thread."""
 
-    def __init__(self, directory: Path, gateway: Gateway, *, bounds: JobBounds) -> None:
-        """Raises BadArtifact where the directory cannot be used, or another server uses it."""
-        self.bounds, self._directory, self._gateway = bounds, directory, gateway
+    def __init__(
+        self, directory: Path, gateway: Gateway, *, bounds: JobBounds, store: Path | None = None
+    ) -> None:  # fmt: skip
+        """store: where versions are that jobs were taken for and that are loaded no more.
+
+        Raises BadArtifact where the directory cannot be used, or another server uses it.
+        """
+        self.bounds, self._directory, self._gateway, self._store = bounds, directory, gateway, store
         self._limits = replace(
             LONG, pixels=bounds.pixels, samples=gateway.segmenter.limits.samples,
             window_pixels=gateway.segmenter.limits.window_pixels, probability_bytes=0,
@@ -99,6 +88,8 @@ class Jobs:
         self._changed = threading.Condition()
         self._closing = False
         self._jobs: dict[str, Job] = {}
+        self._uploads: set[Path] = set()
+        """Places that `begin` gave and that are no jobs yet; they count as waiting."""
         self._stream: BandStream | None = None
         self._cancelled = threading.Event()
         """Of the job that runs."""
@@ -107,32 +98,56 @@ class Jobs:
 
     def start(self) -> None:
         self._thread.start()
+        self._gateway.vital.append(self._thread.is_alive)
 
     # -- called by handlers ----------------------------------------------------------------------
 
     def begin(self) -> Path:
-        """A directory for an upload, whose name is the id. Raises NotReady, QueueFull and DiskFull."""
+        """A directory for an upload, whose name is the id; `submit` or `abandon` is called with it.
+
+        Raises NotReady, QueueFull and DiskFull.
+        """
         if not self._gateway.is_ready:
             raise NotReady(f"the server is {self._gateway.state} and takes no new jobs; ask another replica")
+        place = self._directory / secrets.token_urlsafe(16)  # 22 letters, as `is_upload` expects
         with self._changed:
-            waiting = sum(not job.finished for job in self._jobs.values())
-        if waiting >= self.bounds.waiting:
-            raise QueueFull(
-                f"{waiting} jobs are waiting and the limit is {self.bounds.waiting}; try again in 60 s",
-                retry_after_s=60,
-            )
-        place = self._directory / secrets.token_urlsafe(16)
-        with disk():
-            place.mkdir()
+            self._expire()
+            waiting = len(self._uploads) + sum(not job.finished for job in self._jobs.values())
+            if waiting >= self.bounds.waiting:
+                raise QueueFull(
+                    f"{waiting} jobs are waiting and the limit is {self.bounds.waiting}; try again in 60 s",
+                    retry_after_s=60,
+                )
+            self._uploads.add(place)
+        try:
+            with disk():
+                place.mkdir()
+        except DiskFull:
+            self.abandon(place)
+            raise
         return place
+
+    def abandon(self, place: Path) -> None:
+        """Forget an upload, unless it became a job after all."""
+        with self._changed:
+            if place not in self._uploads:
+                return
+            self._uploads.discard(place)
+        shutil.rmtree(place, ignore_errors=True)
+
+    def check(self, media: str, fields: Mapping[str, str]) -> None:
+        """Raises BadOption for options that no job takes, before a body is read."""
+        check_long(read_wish(media, fields)[0])
 
     def submit(self, place: Path, media: str, fields: Mapping[str, str]) -> dict[str, Any]:
         """Make a job of an upload `place/image`. Raises whatever `POST /segment` refuses, and DiskFull."""
         options, style = read_wish(media, fields)
+        check_long(options)
         height, width = measure_image(place / "image", self._limits)
         runtime, _, _ = self._gateway.segmenter.check(height, width, options, limits=self._limits)
         needed = 2 * spool_bytes(height, width, spooled(options, media, style))  # the rows, and the result of them
-        free = shutil.disk_usage(self._directory).free
+        with disk():
+            free = shutil.disk_usage(self._directory).free
         if needed > free:
             raise DiskFull(
                 f"the job needs {needed:,} bytes of disk and {free:,} are free; ask for fewer maps, or delete old jobs"
@@ -140,8 +155,11 @@ class Jobs:
         card = runtime.card
         asked = dict(fields) | {"model": card.name, "version": str(card.version)}
         job = Job(place.name, media, asked, created=time.time())
-        self._save(job)
+        save_job(self._directory / job.id, job)
         with self._changed:
+            if place not in self._uploads:
+                raise Cancelled("the caller went away before the job was accepted")
+            self._uploads.discard(place)
             self._jobs[job.id] = job
             self._changed.notify_all()
         return self.describe(job.id)
@@ -191,7 +209,7 @@ class Jobs:
 
     def _find(self, name: str) -> Job:
         job = self._jobs.get(name)
-        if job is None:
+        if job is None or self._is_old(job):
             raise UnknownJob(f"there is no job {name[:40]!r}; results are kept for {self.bounds.keep_s:g} s")
         return job
 
@@ -209,7 +227,7 @@ class Jobs:
                     return
             except PenumbraError as refusal:
                 error = str(refusal)
-            except Exception:
+            except BaseException:  # whatever it is, it is this job's: the next ones need this thread
                 log.exception("a job failed unexpectedly")
                 error = "the server failed on this job; its log says why"
             self._finish(job, error)
@@ -221,7 +239,7 @@ class Jobs:
                 return False
         job.attempts -= 1
         with suppress(DiskFull):
-            self._save(job)
+            save_job(self._directory / job.id, job)
         return True
 
     def _next(self) -> Job | None:
@@ -241,12 +259,13 @@ class Jobs:
     def _run(self, job: Job) -> None:
         place = self._directory / job.id
         job.attempts += 1
-        self._save(job)
+        save_job(self._directory / job.id, job)
         options, style = read_wish(job.media, job.fields)
         options = spooled(options, job.media, style)
         image = open_image(place / "image", self._limits)
-        spool = Spool(place / "spool", self._gateway.segmenter, image, options, source=job.id)
-        prediction = spool.fill(limits=self._limits, cancelled=self._cancelled, watch=self._watch)
+        with self._loaded(options):
+            spool = Spool(place / "spool", self._gateway.segmenter, image, options, source=job.id)
+            prediction = spool.fill(limits=self._limits, cancelled=self._cancelled, watch=self._watch)
         job.state = "writing"
         with (place / "writing").open("wb") as file:
             WRITERS[job.media](prediction, style, file)
@@ -255,67 +274,76 @@ class Jobs:
         os.replace(place / "writing", place / "result")
         job.headers = answer_headers(prediction)
 
+    @contextmanager
+    def _loaded(self, options: SegmentOptions) -> Iterator[None]:
+        """Has a job's version in memory, and only for the job where a newer one had taken its place."""
+        segmenter, model, version = self._gateway.segmenter, options.model, options.version
+        try:
+            segmenter.find(model, version)
+        except UnknownModel:
+            if self._store is None or model is None:
+                raise
+            segmenter.load(find_artifact(self._store, model, version))
+            try:
+                yield
+            finally:
+                segmenter.unload(model, version)
+        else:
+            yield
+
     def _watch(self, stream: BandStream) -> None:
         self._stream = stream
 
     def _finish(self, job: Job, error: str) -> None:
         """Keep what is asked for from now on: the result, and how it went; of a job that was removed nothing."""
         place = self._directory / job.id
-        with self._changed:
-            job.state, job.error, job.finished = "failed" if error else "done", error, time.time()
-            if job.id not in self._jobs:
-                shutil.rmtree(place, ignore_errors=True)
-                return
+        state: State = "failed" if error else "done"
+        ended = replace(job, state=state, error=error, finished=time.time())
         shutil.rmtree(place / "spool", ignore_errors=True)
-        for name in ("image", "writing"):
-            (place / name).unlink(missing_ok=True)
         with suppress(DiskFull):  # then the next server finds it unfinished and tries again
-            self._save(job)
+            save_job(place, ended)
+        for name in ("image", "writing"):
+            with suppress(OSError):
+                (place / name).unlink()
+        with self._changed:  # whoever reads that it is done can have it
+            job.state, job.error, job.finished = ended.state, ended.error, ended.finished
+            removed = job.id not in self._jobs
+        if removed:
+            shutil.rmtree(place, ignore_errors=True)
+
+    def _is_old(self, job: Job) -> bool:
+        return 0 < job.finished < time.time() - self.bounds.keep_s
 
     def _expire(self) -> None:
-        end = time.time() - self.bounds.keep_s
-        for job in [job for job in self._jobs.values() if 0 < job.finished < end]:
+        for job in [job for job in self._jobs.values() if self._is_old(job)]:
             del self._jobs[job.id]
             shutil.rmtree(self._directory / job.id, ignore_errors=True)
 
     # -- the disk --------------------------------------------------------------------------------
 
-    def _save(self, job: Job) -> None:
-        place = self._directory / job.id
-        with disk():
-            (place / "job.part").write_text(json.dumps(asdict(job)))
-            os.replace(place / "job.part", place / "job.json")
-
     def _recover(self) -> None:
-        for place in [path for path in self._directory.iterdir() if path.is_dir()]:
-            try:
-                job = Job(**json.loads((place / "job.json").read_text()))
-            except (OSError, ValueError, TypeError):  # an upload that broke off
+        for place in [path for path in self._directory.iterdir() if path.is_dir() and not path.is_symlink()]:
+            if (place / "job.json").exists():
+                self._restore(place)
+            elif is_upload(place):
                 shutil.rmtree(place, ignore_errors=True)
-                continue
-            self._jobs[job.id] = job
-            if job.finished:
-                continue
-            if job.attempts >= MAX_ATTEMPTS:
-                self._finish(job, f"the server ended {job.attempts} times while it worked on this job")
             else:
-                job.state = "queued"
+                log.warning("%s is no job, and left alone", place)
 
-
-def lock(directory: Path) -> IO[bytes]:
-    """Make the directory this process's own for as long as the file is open. Raises BadArtifact."""
-    with ExitStack() as undo:
+    def _restore(self, place: Path) -> None:
         try:
-            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            file = undo.enter_context((directory / "lock").open("wb"))
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise BadArtifact(
-                f"jobs cannot be kept in {directory} ({error.strerror}); name a directory of this server alone in "
-                "PENUMBRA_JOBS"
-            ) from None
-        undo.pop_all()
-        return file
+            job = read_job(place)
+        except (OSError, ValueError) as error:
+            log.error("the job %s cannot be read: %s", place.name, error)
+            job = Job(place.name, "", {}, created=time.time())
+            self._jobs[job.id] = job
+            self._finish(job, "the server cannot read what it had kept of this job; send it again")
+            return
+        self._jobs[job.id] = job
+        if not job.finished and job.attempts >= MAX_ATTEMPTS:
+            self._finish(job, f"the server ended {job.attempts} times while it worked on this job")
+        elif not job.finished:
+            job.state = "queued"
 
 
 def spooled(options: SegmentOptions, media: str, style: Style) -> SegmentOptions:

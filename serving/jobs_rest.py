@@ -3,7 +3,6 @@
 An id is hard to guess and is all that a caller needs; there is no list of jobs.
 """
 
-import shutil
 from pathlib import Path
 
 from starlette.concurrency import run_in_threadpool
@@ -40,12 +39,13 @@ class JobSurface:
     async def create(self, request: Request) -> Response:
         with self._telemetry.track("http"):
             media = choose_format(request.headers.get("accept", ""))
+            self._jobs.check(media, unique(request.query_params.multi_items()))
             place = await run_in_threadpool(self._jobs.begin)
             try:
                 fields = await self._receive(request, place / "image")
                 told = await run_in_threadpool(self._jobs.submit, place, media, fields)
             except BaseException:  # also when the caller goes away
-                shutil.rmtree(place, ignore_errors=True)
+                self._jobs.abandon(place)
                 raise
         return JSONResponse(told, 202, headers={"Location": told["url"]})
 

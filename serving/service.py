@@ -101,7 +101,7 @@ class Penumbra:
         oip_routes = oip_rest.routes(
             self.inference, body_bytes=SETTINGS.limit_body_bytes, json_bytes=SETTINGS.limit_json_bytes
         )
-        self.jobs = Jobs(SETTINGS.jobs, self.gateway, bounds=job_bounds(SETTINGS))
+        self.jobs = Jobs(SETTINGS.jobs, self.gateway, bounds=job_bounds(SETTINGS), store=SETTINGS.store)
         job_routes = jobs_rest.routes(self.jobs, TELEMETRY)
         APP.router.routes[:] = [*oip_routes, *job_routes, *routes(self.gateway, VERSION)]
         APP.exception_handlers.update(ERROR_HANDLERS)

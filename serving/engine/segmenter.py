@@ -38,7 +38,8 @@ from penumbra.serving.engine.work import NORMAL, Cores, Work
 log = logging.getLogger("penumbra")
 
 KEPT_VERSIONS = 2
-"""Of a model: the newest, and the one before it for callers who name it. Older ones would fill the memory."""
+"""Of a model: the newest, and the one before it for callers who name it. Older ones would fill the memory; one that is
+loaded by its number stays until the next is loaded."""
 
 
 class Segmenter:
@@ -115,14 +116,17 @@ class Segmenter:
             why = "does not fit into the memory that is free" if is_out_of_memory(error) else "cannot be run"
             raise BadArtifact(f"{card.name} {why} on {self._device}; the server's log says more") from None
         loaded = self._runtimes.get(card.name, {}) | {card.version: runtime}
-        newest = {version: loaded[version] for version in sorted(loaded)[-KEPT_VERSIONS:]}
-        self._runtimes = self._runtimes | {card.name: newest}
+        kept = {version: loaded[version] for version in {*sorted(loaded)[-KEPT_VERSIONS:], card.version}}
+        self._runtimes = self._runtimes | {card.name: kept}
         self._observer.model_loaded(card.name, seconds=time.perf_counter() - started)
         return card
 
-    def unload(self, name: str) -> None:
-        """Forget a model: requests that have it are still answered, and the last of them frees its memory."""
-        self._runtimes = {known: loaded for known, loaded in self._runtimes.items() if known != name}
+    def unload(self, name: str, version: int | None = None) -> None:
+        """Forget a model, or one version: requests that have it are still answered, and the last frees its memory."""
+        loaded = self._runtimes.get(name, {})
+        rest = {} if version is None else {known: loaded[known] for known in loaded if known != version}
+        others = {known: versions for known, versions in self._runtimes.items() if known != name}
+        self._runtimes = others | ({name: rest} if rest else {})
 
     def cards(self) -> list[Card]:
         """Cards of all loaded models, by name and version."""
@@ -177,10 +181,7 @@ class Segmenter:
         It is bounded by `limits` in place of the segmenter's own and takes no place in the queue, so the caller bounds
         how many run at a time.
         """
-        if PROBABILITIES in options.outputs:
-            raise BadOption(f"{PROBABILITIES} are only for images that are answered at once; leave them out")
-        if options.deadline_ms is not None or options.anytime:
-            raise BadOption("deadline_ms and anytime are only for images that are answered at once; leave them out")
+        check_long(options)
         work = self._plan(image_HW3, options, limits=limits)
         first_y = work.plan.band_of(y)
         work = replace(work, cancelled=cancelled, first_row=work.plan.row_before(first_y), in_background=True)
@@ -227,6 +228,16 @@ class Segmenter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def check_long(options: SegmentOptions) -> None:
+    """Raises BadOption for what only images have that are answered at once."""
+    asked = {
+        PROBABILITIES: PROBABILITIES in options.outputs, "deadline_ms": options.deadline_ms is not None,
+        "anytime": options.anytime,
+    }  # fmt: skip
+    if names := [name for name, is_asked in asked.items() if is_asked]:
+        raise BadOption(f"{' and '.join(names)} can be had only for images that are answered at once; leave it out")
 
 
 def _check_windows(height: int, width: int, card: Card, overlap: float | None, *, limits: Limits) -> None:

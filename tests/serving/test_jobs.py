@@ -154,6 +154,9 @@ def test_a_result_comes_in_ranges(client: httpx.Client, rng: np.random.Generator
         ({"picture": "variance"}, 400, ("'variance'",)),
         ({"levels": "7"}, 400, ("levels is '7'", "32, 256, 65536")),
         ({"colour": "red"}, 400, ("'colour'", "picture")),
+        ({"deadline_ms": "100"}, 400, ("deadline_ms", "answered at once")),
+        ({"deadline_ms": "100", "anytime": "true"}, 400, ("deadline_ms and anytime",)),
+        ({"outputs": "entropy,probabilities"}, 400, ("probabilities", "answered at once")),
         ({"accept": "text/html"}, 406, (PICTURE, "image/tiff", "application/geo+json")),
     ],
 )
@@ -162,6 +165,15 @@ def test_what_cannot_be_done_is_refused_at_the_door_and_leaves_nothing(
 ) -> None:
     before = set((place / "jobs").iterdir())
     refused(post(client, encoded(picture(rng, 9, 9)), **options), status, *words)
+    assert set((place / "jobs").iterdir()) == before
+
+
+def test_a_form_with_what_no_job_takes_is_refused_and_leaves_nothing(
+    client: httpx.Client, place: Path, rng: np.random.Generator
+) -> None:
+    before = set((place / "jobs").iterdir())
+    form = {"model": "toy-latent", "anytime": "true"}
+    refused(client.post("/jobs", files={"image": ("a.png", encoded(picture(rng, 9, 9)))}, data=form), 400, "anytime")
     assert set((place / "jobs").iterdir()) == before
 
 

@@ -1,0 +1,212 @@
+"""The jobs of a directory without a server: who waits, what is found there at a start, and what no job may break."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from penumbra.export.bundle import export_network
+from penumbra.models.errors import BadOption, DiskFull, QueueFull, UnknownJob
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.gateway import Gateway
+from penumbra.serving.job import Job
+from penumbra.serving.jobs import JobBounds, Jobs
+from penumbra.serving.telemetry import Telemetry
+from tests.conftest import picture, toy_card
+from tests.serving.server import until
+
+NPZ, MODEL = "application/x-npz", "toy-latent"
+
+
+@contextmanager
+def opened(store: Path, directory: Path, *, waiting: int = 5, keep_s: float = 3600) -> Iterator[tuple[Jobs, Gateway]]:
+    """The jobs of a directory beside a ready gateway; not yet running."""
+    with Segmenter.open(store, threads=1) as segmenter:
+        gateway = Gateway(segmenter, Telemetry(), limit_requests=1, timeout_s=60)
+        gateway.state = "ready"
+        jobs = Jobs(directory, gateway, bounds=JobBounds(10**6, 10**6, waiting, keep_s), store=store)
+        try:
+            yield jobs, gateway
+        finally:
+            jobs.close()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One model in three versions."""
+    place = tmp_path_factory.mktemp("versions")
+    card, network = toy_card("latent")
+    for _ in range(3):
+        export_network(network, card, place)
+    return place
+
+
+def left(directory: Path, job: Job, rng: np.random.Generator) -> Job:
+    """A job as another server left it."""
+    (directory / job.id).mkdir(parents=True)
+    Image.fromarray(picture(rng, 9, 9)).save(directory / job.id / "image", "PNG")
+    (directory / job.id / "job.json").write_text(json.dumps(dataclasses.asdict(job)))
+    return job
+
+
+def ended(jobs: Jobs, name: str) -> dict[str, object]:
+    until(lambda: jobs.describe(name)["finished"])
+    return jobs.describe(name)
+
+
+def test_uploads_that_are_under_way_count_as_waiting(store: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+    """Fifty callers at once where two may wait: two are let in, whatever they send and however slowly."""
+    with opened(store, tmp_path, waiting=2) as (jobs, _), ThreadPoolExecutor(50) as threads:
+
+        def begun(_: int) -> Path | None:
+            try:
+                return jobs.begin()
+            except QueueFull:
+                return None
+
+        places = [place for place in threads.map(begun, range(50)) if place]
+        assert len(places) == 2
+        Image.fromarray(picture(rng, 9, 9)).save(places[0] / "image", "PNG")
+        job = jobs.submit(places[0], NPZ, {"model": MODEL})
+        assert begun(0) is None, "an upload that became a job waits still"
+        jobs.abandon(places[0])
+        assert (tmp_path / job["id"] / "image").exists(), "a job is no upload any longer"
+        jobs.abandon(places[1])
+        assert not places[1].exists()
+        place = begun(0)
+        assert place is not None and begun(0) is None
+        jobs.remove(job["id"])
+        assert begun(0) is not None, "a job that is removed while it waits makes room"
+
+
+def test_a_full_disk_while_a_job_is_accepted_is_told_and_leaves_nothing(
+    store: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    with opened(store, tmp_path, waiting=1) as (jobs, _):
+        place = jobs.begin()
+        Image.fromarray(picture(rng, 9, 9)).save(place / "image", "PNG")
+        (place / "job.part").symlink_to("/dev/full")
+        with pytest.raises(DiskFull, match="the disk is full"):
+            jobs.submit(place, NPZ, {"model": MODEL})
+        jobs.abandon(place)
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+        jobs.begin()
+
+
+@pytest.mark.parametrize("option", [{"deadline_ms": "5"}, {"anytime": "true"}, {"outputs": "probabilities"}])
+def test_what_no_job_takes_is_refused_before_the_body_and_after(
+    store: Path, tmp_path: Path, rng: np.random.Generator, option: dict[str, str]
+) -> None:
+    with opened(store, tmp_path) as (jobs, _):
+        place = jobs.begin()
+        Image.fromarray(picture(rng, 9, 9)).save(place / "image", "PNG")
+        for refusing in (lambda: jobs.check(NPZ, option), lambda: jobs.submit(place, NPZ, option | {"model": MODEL})):
+            with pytest.raises(BadOption, match="answered at once"):
+                refusing()
+
+
+def _a_directory(place: Path) -> None:
+    (place / "image").unlink()
+    (place / "image" / "deep").mkdir(parents=True)
+
+
+def _no_model(place: Path) -> None:
+    (place / "job.json").write_text(json.dumps(dataclasses.asdict(Job(place.name, NPZ, {}, 1.0))))
+
+
+def _another_format(place: Path) -> None:
+    (place / "job.json").write_text(json.dumps(dataclasses.asdict(Job(place.name, "text/odd", {"model": MODEL}, 1.0))))
+
+
+def _a_full_disk(place: Path) -> None:
+    (place / "job.part").symlink_to("/dev/full")
+
+
+@pytest.mark.parametrize("broken", [_a_directory, _no_model, _another_format, _a_full_disk])
+def test_whatever_one_job_runs_into_the_next_one_is_done(
+    store: Path, tmp_path: Path, rng: np.random.Generator, broken: Callable[[Path], None]
+) -> None:
+    left(tmp_path, Job("first", NPZ, {"model": MODEL}, 1.0), rng)
+    left(tmp_path, Job("second", NPZ, {"model": MODEL}, 2.0), rng)
+    broken(tmp_path / "first")
+    with opened(store, tmp_path) as (jobs, gateway):
+        jobs.start()
+        assert ended(jobs, "second")["state"] == "done"
+        assert ended(jobs, "first")["state"] == "failed" and gateway.is_ready
+
+
+def test_without_its_thread_of_jobs_a_server_is_neither_ready_nor_alive(store: Path, tmp_path: Path) -> None:
+    with opened(store, tmp_path) as (jobs, gateway):
+        jobs.start()
+        assert gateway.is_ready and gateway.is_alive
+        jobs.close()
+        assert not gateway.is_ready and not gateway.is_alive
+
+
+def test_a_job_is_answered_by_the_version_that_it_was_taken_for(
+    store: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """Also where newer ones took its place while it waited, and none of them is kept in memory for it afterwards."""
+    for version in (1, 2, 3):
+        left(tmp_path, Job(f"of-{version}", NPZ, {"model": MODEL, "version": str(version)}, float(version)), rng)
+    with opened(store, tmp_path) as (jobs, gateway):
+        assert [card.version for card in gateway.segmenter.cards()] == [3]
+        jobs.start()
+        for version in (1, 2, 3):
+            assert ended(jobs, f"of-{version}")["error"] is None
+            assert jobs.result(f"of-{version}")[1].headers["X-Penumbra-Version"] == str(version)
+        assert [card.version for card in gateway.segmenter.cards()] == [3]
+        gateway.segmenter.load(store / MODEL / "2")
+        gateway.segmenter.load(store / MODEL / "1")
+        assert [card.version for card in gateway.segmenter.cards()] == [1, 2, 3], "one that is named is there"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"id": "bad"}', '{"id": "bad", "created": "soon"}', "\xff"])
+def test_a_job_that_cannot_be_read_has_failed_and_says_so(
+    store: Path, tmp_path: Path, rng: np.random.Generator, text: str
+) -> None:
+    left(tmp_path, Job("bad", NPZ, {"model": MODEL}, 1.0), rng)
+    (tmp_path / "bad" / "job.json").write_text(text, "latin-1")
+    left(tmp_path, Job("good", NPZ, {"model": MODEL}, 2.0), rng)
+    (tmp_path / "good").rename(tmp_path / "other")
+    left(tmp_path, Job("good", NPZ, {"model": MODEL}, 2.0), rng)
+    for _ in range(2):  # the next server says the same
+        with opened(store, tmp_path) as (jobs, _):
+            jobs.start()
+            for name in ("bad", "other"):  # the other is another's job under its name
+                told = jobs.describe(name)
+                assert told["state"] == "failed" and "send it again" in str(told["error"])
+            assert ended(jobs, "good")["state"] == "done"
+
+
+def test_a_directory_that_holds_no_job_is_left_alone(store: Path, tmp_path: Path) -> None:
+    for name in ("photos", "A" * 22, "B" * 22):
+        (tmp_path / name).mkdir()
+    (tmp_path / "photos" / "image").write_bytes(b"a picture of somebody's")
+    (tmp_path / ("A" * 22) / "image").write_bytes(b"an upload that broke off")
+    (tmp_path / ("B" * 22) / "thesis.txt").write_text("somebody's")
+    (tmp_path / "lock").write_text("somebody's")
+    with opened(store, tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {"photos", "B" * 22, "lock"}
+    assert (tmp_path / "lock").read_text() == "somebody's"
+
+
+def test_a_result_whose_time_is_over_is_gone_also_while_a_job_runs(
+    store: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """The thread is busy, here not even begun; a waiting job has no such time."""
+    left(tmp_path, Job("old", NPZ, {"model": MODEL}, 1.0, "done", finished=time.time() - 20), rng)
+    left(tmp_path, Job("waiting", NPZ, {"model": MODEL}, 1.0), rng)
+    with opened(store, tmp_path, keep_s=10) as (jobs, _):
+        with pytest.raises(UnknownJob, match="kept for 10 s"):
+            jobs.describe("old")
+        assert jobs.describe("waiting")["state"] == "queued"
+        jobs.begin()
+        assert not (tmp_path / "old").exists() and (tmp_path / "waiting").exists()
