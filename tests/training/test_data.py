@@ -3,15 +3,22 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import rasterio
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
+from rasterio import Affine
 
 from penumbra.models.card import IGNORE
 from penumbra.models.errors import BadData, BadOption
+from penumbra.serving.engine.decode import decode_image
+from penumbra.serving.engine.options import Limits
 from penumbra.training.batches import Batches, choose_split
 from penumbra.training.data import find_data
 from penumbra.training.data.camvid import CLASSES, VOID, load_camvid
+from penumbra.training.data.files import count_ids, read_mask
+from penumbra.training.data.folder import find_pairs, load_folder
 from penumbra.training.data.frames import read_split, split_labelled, write_split
 from tests.training import tiny
 
@@ -72,7 +79,7 @@ def test_a_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_says_what_is_wanted(tmp_path: Path) -> None:
-    with pytest.raises(BadData, match=r"holds no \.jpg or \.png pictures"):
+    with pytest.raises(BadData, match=r"holds no pictures \(\.png, \.jpg"):
         load_camvid(tmp_path, "train")
 
 
@@ -143,3 +150,81 @@ def test_without_any_labels_weak_ones_are_wanted(tmp_path: Path) -> None:
     assert [len(indices) for indices in split] == [0, 16]
     assert views.image_B3hw.shape == (0, 3, 48, 64) and views.label_Bhw.shape == (0, 48, 64)
     assert views.tags_BK is not None and views.tags_BK.shape == (2, 3)
+
+
+# -- one reader: what is measured and trained on is what is served ----------------------------------------------
+
+
+def _scene(height: int = 24, width: int = 36) -> Image.Image:
+    y, x = np.mgrid[0:height, 0:width]
+    return Image.fromarray(np.stack([5 * x, 9 * y, 3 * (x + y)], axis=-1).astype(np.uint8))
+
+
+def _turned(path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    _scene().save(path, quality=95, exif=exif)
+
+
+def _deep_grey(path: Path) -> None:
+    Image.fromarray(np.arange(24 * 36, dtype=np.uint16).reshape(24, 36) * 75).save(path)
+
+
+def _transparent(path: Path) -> None:
+    _scene().convert("RGBA").save(path)
+
+
+def _ground(path: Path) -> None:
+    with rasterio.open(path, "w", driver="GTiff", height=24, width=36, count=3, dtype="uint8", nodata=0,
+                       crs="EPSG:32631", transform=Affine(10, 0, 500000, 0, -10, 5800000)) as file:  # fmt: skip
+        file.write(np.asarray(_scene()).transpose(2, 0, 1))
+
+
+WAYS = {"turned.jpg": _turned, "deep.png": _deep_grey, "transparent.webp": _transparent, "ground.tif": _ground}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_a_frame_is_read_as_the_server_reads_it(name: str, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    path = tmp_path / "images" / name
+    WAYS[name](path)
+    served_HW3 = decode_image(path.read_bytes(), Limits())
+    Image.new("L", (served_HW3.shape[1], served_HW3.shape[0]), 1).save(tmp_path / "masks" / f"{path.stem}.png")
+    image_3HW, label_HW = load_folder(tmp_path, "val")[0]
+    assert image_3HW.permute(1, 2, 0).numpy().tobytes() == served_HW3.tobytes()
+    void_HW = (served_HW3 == 0).all(-1) if name == "ground.tif" else np.zeros(served_HW3.shape[:2], bool)
+    assert (label_HW.numpy() == np.where(void_HW, IGNORE, 1)).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "I;16"])
+def test_the_labels_of_a_mask_are_its_numbers_whatever_its_type(mode: str, tmp_path: Path) -> None:
+    ids_HW = np.arange(24).reshape(4, 6) % (2 if mode == "1" else 11)
+    dtype = {"1": bool, "I;16": np.uint16}.get(mode, np.uint8)
+    mask = Image.fromarray(ids_HW.astype(dtype))
+    if mode == "P":
+        mask = Image.fromarray(ids_HW.astype(np.uint8), "L").convert("L")
+        mask.putpalette([9] * 768)
+    mask.save(tmp_path / "mask.png")
+    assert read_mask(tmp_path / "mask.png", count_ids(11)).tolist() == ids_HW.tolist()
+
+
+def test_a_label_over_255_is_named_and_not_cut_to_8_bits(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 6), 257, np.uint16)).save(tmp_path / "mask.png")
+    with pytest.raises(BadData, match=r"holds the label 257; 0 to 10 and 255 \(void\) are known$"):
+        read_mask(tmp_path / "mask.png", count_ids(11))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+def test_a_mask_of_colours_is_refused(mode: str, tmp_path: Path) -> None:
+    Image.new(mode, (6, 4)).save(tmp_path / "mask.png")
+    with pytest.raises(BadData, match=rf"holds colours \(Pillow's mode {mode}\); a mask of class indices"):
+        read_mask(tmp_path / "mask.png", count_ids(11))
+
+
+def test_two_pictures_of_one_name_are_refused(tmp_path: Path) -> None:
+    _write_pair(tmp_path, "a")
+    Image.new("RGB", (6, 4)).save(tmp_path / "train" / "images" / "a.png")
+    with pytest.raises(BadData, match="holds several pictures called a, which would share one mask"):
+        find_pairs(tmp_path / "train", count_ids(11))

@@ -1,4 +1,4 @@
-"""Files to uint8 tensors: pictures, and masks whose ids become class indices."""
+"""Files to uint8 tensors: pictures as the server reads them, and masks whose ids become class indices."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,13 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from penumbra.models.card import IGNORE
-from penumbra.models.errors import BadData
+from penumbra.models.errors import BadData, BadImage, TooLarge
+from penumbra.serving.engine.decode import open_image
+from penumbra.serving.engine.options import Limits
+from penumbra.serving.engine.raster import Raster
 
 UNKNOWN = -1
+LIMITS = Limits(pixels=178_956_970)
+"""A picture of a data set may have as many pixels as Pillow opens."""
+INDEX_MODES = ("L", "P", "1", "I", "I;16", "I;16B", "I;16L")
+"""Pillow's modes whose values are numbers and no colours; a palette mask stores its labels as indices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,25 +44,37 @@ def count_ids(num_classes: int, *, void: int = IGNORE) -> LabelIds:
     return name_ids({**classes, void: IGNORE}, f"0 to {num_classes - 1} and {void} (void) are known")
 
 
-def read_picture(path: Path) -> Tensor:
-    """image_3HW, RGB. Raises BadData."""
-    return torch.from_numpy(_read(path, "RGB")).permute(2, 0, 1).contiguous()
+def read_picture(path: Path) -> tuple[Tensor, Tensor | None]:
+    """image_3HW, RGB, by the reader that answers requests, and void_HW where the file has pixels without a measurement.
+
+    Raises BadData.
+    """
+    try:
+        image = open_image(path, LIMITS)
+        void_HW = image.void(slice(None)) if isinstance(image, Raster) else None
+        image_3HW = torch.from_numpy(image[:, :].transpose(2, 0, 1).copy())
+    except (BadImage, TooLarge, OSError) as error:
+        raise BadData(f"{path} cannot be read: {error}") from None
+    return image_3HW, None if void_HW is None else torch.from_numpy(void_HW)
 
 
 def read_mask(path: Path, ids: LabelIds) -> Tensor:
     """label_HW of class indices and IGNORE. Raises BadData naming the first unknown id."""
-    id_HW = torch.from_numpy(_read(path, "L")).long()
-    label_HW = ids.class_256[id_HW]
-    strangers = id_HW[label_HW == UNKNOWN]
+    id_HW = torch.from_numpy(_read_ids(path))
+    label_HW = ids.class_256[id_HW.clamp(0, len(ids.class_256) - 1)]
+    strangers = id_HW[(label_HW == UNKNOWN) | (id_HW >= len(ids.class_256)) | (id_HW < 0)]
     if strangers.numel():
         raise BadData(f"{path} holds the label {int(strangers[0])}; {ids.known}")
     return label_HW.to(torch.uint8)
 
 
-def _read(path: Path, mode: str) -> np.ndarray:
+def _read_ids(path: Path) -> np.ndarray:
+    """Whole numbers [H, W], int64, turned as their picture is."""
     try:
         with Image.open(path) as picture:
-            # A palette mask stores its labels as indices, which a conversion to grey would destroy.
-            return np.array(picture if mode == "L" and picture.mode in ("L", "P") else picture.convert(mode))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+            if picture.mode in INDEX_MODES:
+                return np.asarray(ImageOps.exif_transpose(picture)).astype(np.int64)
+            mode = picture.mode
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadData(f"{path} cannot be read ({error})") from None
+    raise BadData(f"{path} holds colours (Pillow's mode {mode}); a mask of class indices, grey or palette, is wanted")

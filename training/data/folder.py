@@ -1,9 +1,11 @@
-"""A plain folder: images/ (JPEG or PNG) with masks/ of the same names (PNG of class indices, 255 void), classes.txt.
+"""A plain folder: images/ in the formats that the server reads, masks/ of the same names, and classes.txt.
 
-The two splits are train/ and val/ with an images/ and a masks/ each, or the lists train.txt and val.txt of names. A
-folder without either is all validation.
+A mask is a PNG of class indices, 255 where there is no label. The two splits are train/ and
+val/ with an images/ and a masks/ each, or the lists train.txt and val.txt of names. A folder without either is all
+validation.
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 from penumbra.models.card import ClassInfo
@@ -12,7 +14,7 @@ from penumbra.models.errors import BadData
 from penumbra.training.data.files import LabelIds, count_ids
 from penumbra.training.data.frames import FrameFiles, find_listed, pair_files
 
-SUFFIXES = (".jpg", ".jpeg", ".png")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 
 
 def read_folder_classes(folder: Path) -> tuple[ClassInfo, ...]:
@@ -40,8 +42,13 @@ def find_pairs(folder: Path, ids: LabelIds) -> FrameFiles:
     """All pictures of `folder/images` with their masks of `folder/masks`. Raises BadData."""
     pictures = sorted(p for p in (folder / "images").glob("*") if p.suffix.lower() in SUFFIXES)
     if not pictures:
-        raise BadData(f"{folder / 'images'} holds no .jpg or .png pictures; a folder with images/ and masks/ is wanted")
+        raise BadData(
+            f"{folder / 'images'} holds no pictures ({', '.join(SUFFIXES)}); a folder with images/ and masks/ is wanted"
+        )
     names = [path.stem for path in pictures]
+    for name, after in pairwise(sorted(names)):
+        if name == after:
+            raise BadData(f"{folder / 'images'} holds several pictures called {name}, which would share one mask")
     return pair_files(names, pictures, [folder / "masks" / f"{name}.png" for name in names], ids)
 
 

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from penumbra.models.card import IGNORE
 from penumbra.models.errors import BadData, BadOption
 from penumbra.training.data.files import LabelIds, read_mask, read_picture
 
@@ -54,9 +55,11 @@ class FrameFiles:
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Raises BadData: a file is unreadable, the mask is of another size or holds an unknown label."""
-        image_3HW, label_HW = read_picture(self.pictures[index]), read_mask(self.masks[index], self.ids)
+        (image_3HW, void_HW), label_HW = read_picture(self.pictures[index]), read_mask(self.masks[index], self.ids)
         if image_3HW.shape[1:] != label_HW.shape:
             raise BadData(f"{self.masks[index]} is {_size(label_HW)}; its picture is {_size(image_3HW)}")
+        if void_HW is not None:
+            label_HW[void_HW] = IGNORE  # the server answers no class there either
         return image_3HW, label_HW
 
 
