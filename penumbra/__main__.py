@@ -33,21 +33,24 @@ def main() -> None:
 @main.command()
 @STORE
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind; 0.0.0.0 for all.")
-@click.option("--port", default=3000, show_default=True, help="Of HTTP.")
-@click.option("--grpc-port", default=3001, show_default=True, help="Of gRPC; 0 for none.")
+@click.option("--port", type=click.IntRange(1, 65535), default=3000, show_default=True, help="Of HTTP.")
+@click.option("--grpc-port", type=click.IntRange(0, 65535), default=3001, show_default=True, help="Of gRPC; 0: none.")
 def serve(store: Path, host: str, port: int, grpc_port: int) -> None:
     """Serve a store over HTTP and gRPC; an empty one is filled with the demo models first."""
     from penumbra.export.zoo import fill_store
+    from penumbra.serving.start import check_port, check_settings, own_directory
 
     if port == grpc_port:
         raise click.UsageError(f"--port and --grpc-port are both {port}; give two, or --grpc-port 0 for no gRPC")
+    check_settings()
+    check_port(host, port, "--port")
+    grpc_address = check_port(host, grpc_port, "--grpc-port") if grpc_port else ""
+    home = own_directory(Path(tempfile.gettempdir()) / f"penumbra-{os.getuid()}-{port}")
     fill_store(store)
-    home = Path(tempfile.gettempdir()) / f"penumbra-{os.getuid()}-{port}"
-    home.mkdir(mode=0o700, exist_ok=True)
     environment = os.environ | {
         "PENUMBRA_STORE": str(store.resolve()),
         "PENUMBRA_JOBS": os.environ.get("PENUMBRA_JOBS", str(home / "jobs")),
-        "PENUMBRA_GRPC_ADDRESS": f"{host}:{grpc_port}" if grpc_port else "",
+        "PENUMBRA_GRPC_ADDRESS": grpc_address,
         "BENTOML_HOME": str(home),  # two servers with one home delete each other's files
         "BENTOML_DO_NOT_TRACK": "True",
     }

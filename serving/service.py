@@ -30,7 +30,7 @@ from penumbra.serving.engine.signature import PublicKeys, read_public_keys
 from penumbra.serving.guard import Bounds, Guard, Timeout
 from penumbra.serving.head import bound_heads
 from penumbra.serving.keys import read_keys, warn_if_open
-from penumbra.serving.settings import Settings
+from penumbra.serving.settings import Settings, read_settings
 from penumbra.serving.statuses import status_of
 from penumbra.serving.telemetry import Telemetry
 from penumbra.serving.tracing import bentoml_tracing, use_bentomls_provider
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from penumbra.serving.gateway import Gateway
     from penumbra.serving.oip_grpc import GrpcServer
 
-SETTINGS = Settings()
+SETTINGS = read_settings()
 TELEMETRY = Telemetry(latency_buckets_s=SETTINGS.latency_buckets_s)
 KEYS = read_keys(SETTINGS.api_keys.get_secret_value(), SETTINGS.api_keys_file)
 TRUSTED_KEYS = None if SETTINGS.trusted_keys_file is None else read_public_keys(SETTINGS.trusted_keys_file)

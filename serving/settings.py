@@ -1,14 +1,27 @@
 """How this process runs: every `PENUMBRA_*` variable, read once. Nothing else is read from the environment."""
 
+import difflib
+import os
+import re
 import tempfile
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from penumbra.serving.telemetry import SECONDS
+from penumbra.models.errors import BadOption
+
+PREFIX = "PENUMBRA_"
+NO_SETTINGS = ("PENUMBRA_GOLDEN", "PENUMBRA_KSERVE_PYTHON", "PENUMBRA_PERF_ANALYZER")
+"""Variables of that prefix which our own tests read."""
+LINK = re.compile(r"PENUMBRA_(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP|SCTP)\w*|PORT)")
+"""What Kubernetes puts into the environment for a service whose name begins with penumbra; its PORT is a URL."""
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+"""Upper bounds of the latency histograms' buckets."""
 
 
 def _rising(bounds: tuple[float, ...]) -> tuple[float, ...]:
@@ -24,6 +37,15 @@ Bounds = Annotated[
     AfterValidator(_rising),
 ]
 """Upper bounds of a histogram's buckets, with commas between them."""
+
+
+def _fitting(pattern: str, expected: str) -> AfterValidator:
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(expected)
+        return text
+
+    return AfterValidator(check)
 
 
 class Settings(BaseSettings):
@@ -45,13 +67,13 @@ class Settings(BaseSettings):
     one must have signed an artifact (`penumbra.serving.engine.signature`); none takes any artifact.
     """
 
-    model_config = SettingsConfigDict(env_prefix="PENUMBRA_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
 
     store: Path = Path("store")
     jobs: Path = Path(tempfile.gettempdir()) / "penumbra-jobs"
-    grpc_address: str = "127.0.0.1:3001"
+    grpc_address: Annotated[str, _fitting(r"(.+:\d{1,5})?", "HOST:PORT is wanted")] = "127.0.0.1:3001"
     model_control: bool = False
-    device: str = ""
+    device: Annotated[str, _fitting(r"(cpu|cuda(:\d+)?)?", "cpu, cuda or cuda:N is wanted")] = ""
     threads: int = Field(0, ge=0)
     lanes: int = Field(0, ge=0)
     deterministic: bool = False
@@ -82,3 +104,35 @@ class Settings(BaseSettings):
     api_keys: SecretStr = SecretStr("")
     api_keys_file: Path | None = None
     trusted_keys_file: Path | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _know_every_name(cls, values: object) -> object:
+        known = {f"{PREFIX}{name.upper()}" for name in cls.model_fields}
+        check_names((f"{name}={value}" for name, value in os.environ.items()), known)
+        return values
+
+
+def check_names(variables: Iterable[str], known: set[str]) -> None:
+    """Raises ValueError with the nearest known name where a `NAME=value` with our prefix is none of them."""
+    for variable in variables:
+        name, _, value = variable.partition("=")
+        is_link = LINK.fullmatch(name) and (not name.endswith("_PORT") or "://" in value or "_SERVICE_" in name)
+        if name.upper().startswith(PREFIX) and name.upper() not in known and name not in NO_SETTINGS and not is_link:
+            near = difflib.get_close_matches(name.upper(), known, 1, cutoff=0)
+            raise ValueError(f"{name} is no setting; the nearest is {near[0]}, and docs/settings.md has all")
+
+
+def read_settings() -> Settings:
+    """The settings of this process. Raises BadOption with every variable that has no good value."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise BadOption("; ".join(map(_sentence_of, error.errors()))) from None
+
+
+def _sentence_of(error: ErrorDetails) -> str:
+    said = error["msg"].removeprefix("Value error, ").replace("Input", "input")
+    if not error["loc"]:
+        return said
+    return f"{PREFIX}{str(error['loc'][0]).upper()} is {str(error['input'])[:60]!r}; {said}"

@@ -22,6 +22,7 @@ from prometheus_client.exposition import choose_encoder
 
 from penumbra.models.errors import PenumbraError
 from penumbra.serving.engine.observer import Observer
+from penumbra.serving.settings import SECONDS
 from penumbra.serving.statuses import status_of
 from penumbra.serving.tracing import record_request
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("penumbra")
 
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 NATS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3)
 ABSTAINED = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1)
 RATIO = (0.1, 0.25, 0.5, 0.75, 0.9, 1)
