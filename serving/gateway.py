@@ -18,13 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penumbra.models.errors import ModelFault, NotReady, PenumbraError, QueueFull
+from penumbra.serving.access import Request
 from penumbra.serving.cache import AnswerCache, Key, key_of
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.decode import check_array, open_image
 from penumbra.serving.engine.options import SegmentOptions, check_options
 from penumbra.serving.engine.raster import Pixels, Raster
 from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.serving.telemetry import Request, Telemetry
+from penumbra.serving.telemetry import Telemetry
 
 log = logging.getLogger("penumbra")
 T = TypeVar("T")
@@ -83,7 +84,7 @@ class Gateway:
         except PenumbraError:
             raise
         except Exception:
-            log.exception("a request failed unexpectedly")
+            log.exception("request %s failed unexpectedly", request.id)
             raise ModelFault("the server failed on this request; its log says why") from None
         finally:
             cancelled.set()  # also when this coroutine is cancelled: the thread must not work for nobody
@@ -112,6 +113,7 @@ class Gateway:
         spent_ms = sum(ms for phase, ms in prediction.timing_ms.items() if phase in ("decode", "total"))
         write_ms = 1e3 * (time.perf_counter() - begun) - spent_ms
         request.timing_ms = dict(prediction.timing_ms) | {"write": write_ms}
+        request.size, request.num_windows = prediction.labels_HW.shape, prediction.num_windows
         self.telemetry.answered(prediction, request.timing_ms)
         return prediction, body
 
@@ -140,6 +142,7 @@ class Gateway:
     ) -> tuple[Prediction, T]:  # fmt: skip
         decoding = time.perf_counter()
         pixels = self._decode(image, options) if isinstance(image, bytes) else image
+        request.size = pixels.shape[:2]
         before_ms = dict(request.timing_ms) | {"decode": 1e3 * (time.perf_counter() - decoding)}
         deadline = time.perf_counter() + self._left_s(options, request)
         answer = self.segmenter.unfold(pixels, options, cancelled=cancelled, deadline=deadline)

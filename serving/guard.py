@@ -18,6 +18,7 @@ from penumbra.models.errors import (
     Unauthenticated,
     UnsupportedMedia,
 )
+from penumbra.serving.access import CURRENT
 from penumbra.serving.keys import Keys
 from penumbra.serving.statuses import status_of
 from penumbra.serving.telemetry import Telemetry
@@ -92,7 +93,9 @@ class Guard:
         headers = dict(scope["headers"])
         try:
             self._check_head(scope)
-            self._keys.check_path(path, headers.get(b"authorization", b"").decode("latin-1"))
+            key = self._keys.check_path(path, headers.get(b"authorization", b"").decode("latin-1"))
+            if request := CURRENT.get():
+                request.key = key
             is_form = headers.get(b"content-type", b"").lower().startswith(b"multipart/")
             if method not in ("GET", "HEAD", "OPTIONS") and ((method, path) != STREAMED or is_form):
                 is_bentos = BENTO_PATHS.get(path) == method

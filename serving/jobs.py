@@ -35,6 +35,7 @@ from penumbra.models.errors import (
     UnknownJob,
     UnknownModel,
 )
+from penumbra.serving.access import Request
 from penumbra.serving.engine.bands import BandStream
 from penumbra.serving.engine.decode import measure_image, open_image
 from penumbra.serving.engine.options import SegmentOptions
@@ -221,7 +222,7 @@ class Jobs:
             try:
                 with self._gateway.telemetry.track("job") as tracked, disk():
                     tracked.model = job.fields["model"]
-                    self._run(job)
+                    self._run(job, tracked)
             except Cancelled:
                 if self._interrupted(job):
                     return
@@ -256,7 +257,7 @@ class Jobs:
                 self._changed.wait(SWEEP_S)
         return None
 
-    def _run(self, job: Job) -> None:
+    def _run(self, job: Job, request: Request) -> None:
         place = self._directory / job.id
         job.attempts += 1
         save_job(self._directory / job.id, job)
@@ -266,6 +267,8 @@ class Jobs:
         with self._loaded(options):
             spool = Spool(place / "spool", self._gateway.segmenter, image, options, source=job.id)
             prediction = spool.fill(limits=self._limits, cancelled=self._cancelled, watch=self._watch)
+        request.size, request.num_windows = prediction.labels_HW.shape, prediction.num_windows
+        request.timing_ms = prediction.timing_ms
         job.state = "writing"
         with (place / "writing").open("wb") as file:
             WRITERS[job.media](prediction, style, file)

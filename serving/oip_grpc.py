@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -18,8 +19,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from tritonclient.grpc import service_pb2 as pb
 
-from penumbra.models.errors import BadOption, PenumbraError
+from penumbra.models.errors import BadOption, PenumbraError, Unsupported
 from penumbra.serving import VERSION
+from penumbra.serving.access import CURRENT, ID, Request, begin, logged
 from penumbra.serving.keys import Keys
 from penumbra.serving.oip import DEFAULT_OUTPUTS, Answer, Inference, InferRequest, WantedOutput
 from penumbra.serving.oip_tensors import DTYPES, SHOWN, Tensor, join_strings
@@ -80,16 +82,23 @@ class Calls:
 
     async def stream(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         """ModelStreamInfer: answers in the order of the requests, one at a time; a failure does not end the stream."""
+        call = _call(context)
         async for data in requests:
-            message = pb.ModelInferRequest()
+            yield await self._in_turn(data, replace(call), context)
+
+    async def _in_turn(self, data: bytes, request: Request, context: Context) -> bytes:
+        """One request of a stream, with a line of its own in the log."""
+        message = pb.ModelInferRequest()
+        with logged(request):
             try:
                 message = await asyncio.to_thread(parse, pb.ModelInferRequest, data)
-                yield await self._infer(lambda: message, _in_stream, size=len(data), context=context)  # noqa: B023
+                return await self._infer(lambda: message, _in_stream, size=len(data), context=context)
             except PenumbraError as error:
-                yield _failed_in_stream(message.id, str(error))
+                request.status, request.error = status_of(error)[0], type(error).__name__
+                return _failed_in_stream(message.id, str(error))
             except Exception:
-                log.exception("a request of a stream failed unexpectedly")
-                yield _failed_in_stream(message.id, UNEXPECTED)
+                log.exception("request %s of a stream failed unexpectedly", request.id)
+                return _failed_in_stream(message.id, UNEXPECTED)
 
     async def _infer(
         self, read: Callable[[], Any], write: Callable[[Any], bytes], *, size: int, context: Context
@@ -129,29 +138,40 @@ def _document_handler(method: Any, call: Callable[[Any], Awaitable[Document]]) -
 
 
 def _unimplemented(name: str) -> Handler:
-    async def handle(_: bytes, context: Context) -> bytes:
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{name} is not offered by Penumbra {VERSION}")
-        raise AssertionError("abort raises")
+    async def handle(_: bytes, __: Context) -> bytes:
+        raise Unsupported(f"{name} is not offered by Penumbra {VERSION}")
 
     return handle
 
 
 def _named_errors(handler: Handler) -> Handler:
-    """End a call with the gRPC status of its PenumbraError; any other failure is logged and says nothing inside."""
+    """Log a call, and end it with the gRPC status of its PenumbraError; any other failure is logged and says nothing
+    inside."""
 
     async def handle(data: bytes, context: Context) -> bytes:
-        try:
-            return await handler(data, context)
-        except PenumbraError as error:
-            await context.abort(grpc.StatusCode[status_of(error)[1]], str(error))
-        except grpc.aio.AbortError:
-            raise
-        except Exception:
-            log.exception("a call failed unexpectedly")
-            await context.abort(grpc.StatusCode.INTERNAL, UNEXPECTED)
+        with logged(_call(context)) as request:
+            try:
+                answer = await handler(data, context)
+                request.status = 200
+                return answer
+            except PenumbraError as error:
+                request.status, request.error = status_of(error)[0], type(error).__name__
+                await context.abort(grpc.StatusCode[status_of(error)[1]], str(error))
+            except Exception:
+                request.status = 500
+                log.exception("call %s failed unexpectedly", request.id)
+                await context.abort(grpc.StatusCode.INTERNAL, UNEXPECTED)
         raise AssertionError("abort raises")
 
     return handle
+
+
+def _call(context: Context) -> Request:
+    """The request that the interceptor has begun for this call; its id is given back at the call's end."""
+    request = CURRENT.get()
+    assert request
+    context.set_trailing_metadata(((ID, request.id),))
+    return request
 
 
 def parse(kind: Any, data: bytes) -> Any:
@@ -265,20 +285,22 @@ def _failed_in_stream(request_id: str, sentence: str) -> bytes:
 
 
 class KeyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Ends calls that the caller's key is not for before their message is read."""
+    """Begins every call, and ends those that the caller's key is not for before their message is read."""
 
     def __init__(self, keys: Keys, telemetry: Telemetry) -> None:
         self._keys, self._telemetry = keys, telemetry
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], call: Any) -> Any:
-        sent = dict(call.invocation_metadata).get("authorization", "")
+        metadata = dict(call.invocation_metadata)
+        request = begin("GRPC", call.method, metadata)
+        CURRENT.set(request)  # this task is the call's own
         try:
-            self._keys.check_call(call.method, sent)
+            request.key = self._keys.check_call(call.method, metadata.get("authorization", ""))
         except PenumbraError as error:
             refusal = error
 
             async def refuse(_: Any, context: Context) -> None:
-                with suppress(PenumbraError), self._telemetry.track("grpc"):
+                with suppress(PenumbraError), logged(_call(context)), self._telemetry.track("grpc"):
                     raise refusal
                 await context.abort(grpc.StatusCode[status_of(refusal)[1]], str(refusal))
 

@@ -26,10 +26,12 @@ from starlette.responses import JSONResponse
 
 from penumbra.models.errors import BadArtifact, BadOption, PenumbraError
 from penumbra.serving import VERSION
+from penumbra.serving.access import AccessLog
 from penumbra.serving.engine.signature import PublicKeys, read_public_keys
 from penumbra.serving.guard import Bounds, Guard, Timeout
 from penumbra.serving.head import bound_heads
 from penumbra.serving.keys import read_keys, warn_if_open
+from penumbra.serving.logs import set_up_logs
 from penumbra.serving.settings import Settings, read_settings
 from penumbra.serving.statuses import status_of
 from penumbra.serving.telemetry import Telemetry
@@ -220,7 +222,8 @@ def check_one_worker() -> None:
 
 
 check_one_worker()
-bentomls.TimeoutMiddleware = Timeout
+bentomls.TimeoutMiddleware = lambda app, timeout: AccessLog(Timeout(app, timeout))
+set_up_logs(SETTINGS.log_format)
 bound_heads(SETTINGS.limit_head_bytes)
 Penumbra.add_asgi_middleware(  # type: ignore[attr-defined]
     Guard, ours=APP, telemetry=TELEMETRY, keys=KEYS,

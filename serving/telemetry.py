@@ -1,14 +1,12 @@
-"""Prometheus metrics and the one log line per request.
+"""Prometheus metrics.
 
 Our own registry, in one worker process: BentoML's metrics label by raw path, which any client can flood.
 """
 
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,6 +19,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.exposition import choose_encoder
 
 from penumbra.models.errors import PenumbraError
+from penumbra.serving.access import CANCELLED, CURRENT, Request, logged
 from penumbra.serving.engine.observer import Observer
 from penumbra.serving.settings import SECONDS
 from penumbra.serving.statuses import status_of
@@ -29,24 +28,10 @@ from penumbra.serving.tracing import record_request
 if TYPE_CHECKING:
     from penumbra.serving.engine.answer import Prediction
 
-log = logging.getLogger("penumbra")
-
 NATS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3)
 ABSTAINED = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1)
 RATIO = (0.1, 0.25, 0.5, 0.75, 0.9, 1)
 POWERS = (1, 2, 4, 8, 16, 32, 64)
-
-
-@dataclass(slots=True)
-class Request:
-    """What becomes known of a request while it is tracked; `model` stays empty until one is found.
-
-    started: when its first phase did, by `perf_counter`. timing_ms: milliseconds by phase, once it is answered.
-    """
-
-    model: str = ""
-    started: float = 0.0
-    timing_ms: Mapping[str, float] = field(default_factory=dict)
 
 
 class Telemetry(Observer):
@@ -105,41 +90,47 @@ class Telemetry(Observer):
         self._load_seconds.labels(model).set(seconds)
 
     @contextmanager
-    def track(self, protocol: str, *, carrier: Mapping[str, str] | None = None) -> Iterator["Request"]:
-        """Count, time, trace and log what happens in the block as one request; errors pass through.
+    def track(self, protocol: str, *, carrier: Mapping[str, str] | None = None) -> Iterator[Request]:
+        """Count, time and trace what happens in the block as one request, and log it where no one else does; errors
+        pass through.
 
         carrier: headers that may name the caller's span, where no middleware has read them.
         """
-        request, started = Request(), time.perf_counter()
-        status, reason = 499, "Cancelled"
+        with ExitStack() as stack:
+            request = CURRENT.get() or stack.enter_context(logged(Request(protocol.upper())))
+            yield from self._follow(request, protocol, carrier)
+
+    def _follow(self, request: Request, protocol: str, carrier: Mapping[str, str] | None) -> Iterator[Request]:
+        started = time.perf_counter()
+        request.status, request.error = CANCELLED, "Cancelled"
         self._inflight.inc()
         try:
             yield request
-            status, reason = 200, ""
+            request.status, request.error = 200, ""
         except PenumbraError as error:
-            status, reason = status_of(error)[0], type(error).__name__
+            request.status, request.error = status_of(error)[0], type(error).__name__
             raise
         except Exception as error:
-            status, reason = 500, type(error).__name__
+            request.status, request.error = 500, type(error).__name__
             raise
         finally:
             self._inflight.dec()
+            status, reason = request.status, request.error
             seconds = time.perf_counter() - started
             self._request_seconds.labels(request.model, protocol, str(status)).observe(seconds)
             if reason == "Cancelled":
                 self._cancelled.inc()
             elif reason:
                 self._rejected.labels(reason).inc()
-            said = " ".join(filter(None, (protocol, str(status), f"{1e3 * seconds:.1f} ms", request.model, reason)))
-            log.info("%s", said)
             attributes: dict[str, str | int] = {
                 "penumbra.model": request.model,
                 "penumbra.protocol": protocol,
                 "penumbra.status": status,
             }
-            record_request(
+            traced = record_request(
                 attributes, began_s=started, worked_from_s=request.started, timing_ms=request.timing_ms, carrier=carrier
             )
+            request.trace = request.trace or traced
 
     def answered(self, prediction: "Prediction", timing_ms: Mapping[str, float]) -> None:
         """Phases of an answer, and its own uncertainty: drift of the input shows there first."""

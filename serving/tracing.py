@@ -42,8 +42,9 @@ def use_bentomls_provider() -> None:
 def record_request(
     attributes: Mapping[str, str | int], *, began_s: float, worked_from_s: float, timing_ms: Mapping[str, float],
     carrier: Mapping[str, str] | None = None,
-) -> None:  # fmt: skip
-    """Record a request that ended just now, below the current span or the one that `carrier` (headers) names.
+) -> str:  # fmt: skip
+    """Record a request that ended just now, below the current span or the one that `carrier` (headers) names. Returns
+    its trace's id, empty where it is not recorded.
 
     began_s, worked_from_s: times of `perf_counter`, of the request's arrival and of the start of its first phase.
     """
@@ -61,7 +62,9 @@ def record_request(
             start_s = worked_from_s + start_ms / 1e3
             phase = tracer.start_span(f"penumbra.{name}", inside, start_time=clock_ns(start_s))
             phase.end(clock_ns(start_s + milliseconds / 1e3))
+    recorded = trace.format_trace_id(span.get_span_context().trace_id) if span.is_recording() else ""
     span.end(now_ns)
+    return recorded
 
 
 def phase_intervals(timing_ms: Mapping[str, float]) -> Iterator[tuple[str, float, float]]:

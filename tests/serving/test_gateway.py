@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from penumbra.models.errors import BadOption, Cancelled, DeadlineExceeded, ModelFault, NotReady, QueueFull, UnknownModel
+from penumbra.serving.access import Request
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.gateway import Gateway
-from penumbra.serving.telemetry import Request, Telemetry
+from penumbra.serving.telemetry import Telemetry
 from tests.conftest import picture
 
 OPTIONS = SegmentOptions(model="toy-pointwise")
