@@ -144,6 +144,6 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, PenumbraError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return f"{error.filename}: {error.strerror.lower()}" if error.filename else error.strerror
     log.debug("an unexpected error", exc_info=error)
     return f"it failed unexpectedly ({type(error).__name__}: {str(error).partition(chr(10))[0][:200]})"

@@ -99,26 +99,30 @@ def predict(
 ) -> None:
     """Segment picture files without a server; writes labels, overlay and uncertainty maps."""
     from penumbra.export.zoo import fill_store
-    from penumbra.models.errors import BadOption
-    from penumbra.serving.engine.options import parse_options
+    from penumbra.models.errors import BadOption, reason_of
+    from penumbra.serving.engine.options import check_options, parse_options
     from penumbra.serving.engine.segmenter import Segmenter
     from penumbra.serving.engine.store import find_artifact
-    from penumbra.serving.offline import describe_outcome, predict_file, report, watched
+    from penumbra.serving.offline import describe_outcome, predict_files, report
 
     if len({path.stem for path in images}) < len(images):
         raise BadOption("two pictures have the same name, and their files would too; predict them into two directories")
     fill_store(store)
     asked = parse_options({name: str(value) for name, value in options.items() if value is not None})
     asked = dataclasses.replace(asked.with_default_maps(), model=the_model(store, model))
+    failures = []
     with Segmenter() as segmenter:
-        segmenter.load(find_artifact(store, asked.model or ""))
-        for path in images:
-            with watched(path.name) as watch:
-                outcome = predict_file(segmenter, path, asked, output, watch=watch)
-            if as_json:
+        check_options(asked, segmenter.load(find_artifact(store, asked.model or "")), segmenter.limits)
+        for path, outcome in predict_files(segmenter, images, asked, output):
+            if isinstance(outcome, Exception):
+                failures.append(outcome)
+                click.echo(f"penumbra: {path}: {reason_of(outcome).removeprefix(f'{path}: ')}", err=True)
+            elif as_json:
                 click.echo(json.dumps(describe_outcome(outcome)))
             else:
                 report(outcome)
+    if failures:
+        raise SystemExit(2 if all(isinstance(failure, BadOption) for failure in failures) else 1)
 
 
 @main.command()

@@ -1,36 +1,42 @@
 """Picture files in, files out: what `penumbra predict` writes and prints."""
 
+import io
 import os
-import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rasterio
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from penumbra.models.errors import BadImage
+from penumbra.models.errors import BadImage, BadOption
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.bands import BandStream
 from penumbra.serving.engine.decode import open_image
 from penumbra.serving.engine.options import SegmentOptions
-from penumbra.serving.engine.raster import Raster, open_raster
+from penumbra.serving.engine.raster import RASTER_FAULTS, Raster, gdal, open_raster
 from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.receipts import write_whole
 from penumbra.serving.render import Style, render
 from penumbra.serving.render.arrays import write_tiff
-from penumbra.serving.render.pictures import heat_picture
+from penumbra.serving.render.pictures import write_heat
 from penumbra.serving.render.tables import class_table
-from penumbra.serving.spool import LONG, Spool, disk
+from penumbra.serving.spool import LONG, SCRATCH, Spool, disk
 
 BRIGHTEST_PERCENTILE = 99.5
 """What of a map is drawn white; the few pixels above would leave the rest dark."""
+
+HEAD_BYTES = 1024
+"""Of a file's either end, where what wrote it says so."""
+Identity = tuple[int, int]
 
 Watch = Callable[[BandStream], object]
 """Is shown the work before it runs, for its progress."""
@@ -46,70 +52,130 @@ class Outcome:
     files: dict[str, str]
 
 
+def predict_files(
+    segmenter: Segmenter, images: Sequence[Path], options: SegmentOptions, output: Path
+) -> Iterator[tuple[Path, Outcome | Exception]]:  # fmt: skip
+    """Segment picture files one by one. What goes wrong with one is its own, and stands in its outcome's place."""
+    pictures = frozenset(map(identity, images))
+    for path in images:
+        try:
+            with watched(path.name) as watch:
+                outcome: Outcome | Exception = predict_file(
+                    segmenter, path, options, output, watch=watch, pictures=pictures
+                )
+        except Exception as error:
+            outcome = error
+        yield path, outcome
+
+
 def predict_file(
-    segmenter: Segmenter, path: Path, options: SegmentOptions, output: Path, *, watch: Watch = lambda _: None
-) -> Outcome:
+    segmenter: Segmenter, path: Path, options: SegmentOptions, output: Path, *,
+    watch: Watch = lambda _: None, pictures: frozenset[Identity] = frozenset(),
+) -> Outcome:  # fmt: skip
     """Segment one picture file and write `<stem>_*.png` and `<stem>_maps.npz`, for a raster `<stem>_*.tif`.
 
-    A map's entry in `files` says which value is drawn white. Raises BadImage naming the file, and any PenumbraError.
+    A map's entry in `files` says which value is drawn white. pictures: all that are asked about; none of them is
+    overwritten, nor any file that Penumbra has not written. Raises BadImage naming the file, and any PenumbraError.
     """
     try:
-        raster = open_raster(path)
-        if raster:
-            return predict_raster(segmenter, path, raster, options, output, watch=watch)
-        return predict_picture(segmenter, path, options, output)
+        return _predict_file(segmenter, path, options, output, watch=watch, pictures=pictures)
     except BadImage as error:
         raise BadImage(f"{path}: {error}") from None
 
 
-def predict_picture(segmenter: Segmenter, path: Path, options: SegmentOptions, output: Path) -> Outcome:
+def _predict_file(
+    segmenter: Segmenter, path: Path, options: SegmentOptions, output: Path, *,
+    watch: Watch, pictures: frozenset[Identity],
+) -> Outcome:  # fmt: skip
+    raster = open_raster(path)
+    kinds = ("labels", "maps") if raster else ("labels", "overlay", *options.maps)
+    files = {name: output / f"{path.stem}_{name}.{'tif' if raster else 'png'}" for name in kinds}
+    files |= {} if raster else {"maps": output / f"{path.stem}_maps.npz"}
+    check_replaceable(files.values(), pictures)
+    if raster:
+        return predict_raster(segmenter, path, raster, options, files, watch=watch)
+    return predict_picture(segmenter, path, options, files)
+
+
+def identity(path: Path) -> Identity:
+    """A file as its disk knows it, by whatever name."""
+    about = path.stat()
+    return about.st_dev, about.st_ino
+
+
+def check_replaceable(targets: Iterable[Path], pictures: frozenset[Identity]) -> None:
+    """Raises BadOption for a file that must not be overwritten: one of the pictures, or not written by Penumbra."""
+    for target in filter(os.path.lexists, targets):
+        if target.exists() and identity(target) in pictures:
+            raise BadOption(
+                f"{target} is one of the pictures, and an answer would take its place; take another --output"
+            )
+        if not is_ours(target):
+            raise BadOption(f"{target} is in the way, and Penumbra did not write it; move it, or take another --output")
+
+
+def is_ours(path: Path) -> bool:
+    """Whether Penumbra wrote a file: its PNGs and npz say so in their first and last bytes, its TIFFs in their tags."""
+    try:
+        if path.suffix == ".tif":
+            with gdal(), rasterio.open(path) as dataset:
+                return "PENUMBRA_MODEL" in dataset.tags()
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+            file.seek(max(0, path.stat().st_size - HEAD_BYTES))
+            return b"Software\0Penumbra" in head or (head.startswith(b"PK") and file.read().endswith(b"Penumbra"))
+    except RASTER_FAULTS:
+        return False
+
+
+def predict_picture(
+    segmenter: Segmenter, path: Path, options: SegmentOptions, files: dict[str, Path]
+) -> Outcome:  # fmt: skip
     """In memory, with pictures to look at."""
     started = time.perf_counter()
     image = open_image(path, segmenter.limits)
     decode_ms = 1e3 * (time.perf_counter() - started)
     prediction = segmenter.segment(image, options)
     prediction = replace(prediction, timing_ms={"decode": decode_ms} | prediction.timing_ms)
-    output.mkdir(parents=True, exist_ok=True)
-    files = {}
-    for name in ("labels", "overlay"):
-        target = output / f"{path.stem}_{name}.png"
-        target.write_bytes(render(prediction, "image/png", Style(name)))
-        files[name] = str(target)
-    for name, values in prediction.maps.items():
-        top = 1.0 if name == "confidence" else max(float(np.percentile(values, BRIGHTEST_PERCENTILE)), 1e-3)
-        unit = "" if name in ("confidence", "margin") else " nats"
-        target = output / f"{path.stem}_{name}.png"
-        heat_picture(values, top=top).save(target)
-        files[name] = f"{target} (white is {top:.3g}{unit})"
-    files["maps"] = str(output / f"{path.stem}_maps.npz")
-    Path(files["maps"]).write_bytes(render(prediction, "application/x-npz", Style()))
-    return Outcome(path, prediction, class_table(prediction), files)
+    told = {}
+    for name, target in files.items():
+        told[name], buffer = str(target), io.BytesIO()
+        if name in prediction.maps:
+            values = prediction.maps[name]
+            top = 1.0 if name == "confidence" else max(float(np.percentile(values, BRIGHTEST_PERCENTILE)), 1e-3)
+            unit = "" if name in ("confidence", "margin") else " nats"
+            write_heat(values, buffer, top=top)
+            told[name] += f" (white is {top:.3g}{unit})"
+        elif name == "maps":
+            buffer.write(render(prediction, "application/x-npz", Style()))
+        else:
+            buffer.write(render(prediction, "image/png", Style(name)))
+        with disk():
+            write_whole(str(target), buffer.getvalue())
+    return Outcome(path, prediction, class_table(prediction), told)
 
 
 def predict_raster(
-    segmenter: Segmenter, path: Path, raster: Raster, options: SegmentOptions, output: Path, *, watch: Watch
+    segmenter: Segmenter, path: Path, raster: Raster, options: SegmentOptions, files: dict[str, Path], *, watch: Watch
 ) -> Outcome:
     """In bands, of any size: `<stem>_labels.tif` and `<stem>_maps.tif`, which lie where the raster does.
 
     What is done is kept in `<stem>.partial` until all is; a run that was killed goes on from there.
     """
-    partial = output / f"{path.stem}.partial"
+    partial = files["labels"].with_name(f"{path.stem}.partial")
     about = path.stat()
     spool = Spool(partial, segmenter, raster, options, source=f"{path.name} {about.st_size} {about.st_mtime_ns}")
     prediction = spool.fill(limits=LONG, cancelled=threading.Event(), watch=watch)
     started = time.perf_counter()
-    files = {}
     for name, bands in (("labels", ("labels",)), ("maps", tuple(prediction.maps))):
-        target = output / f"{path.stem}_{name}.tif"
         with disk():
-            with (partial / "writing.tif").open("wb") as file:
+            with (partial / SCRATCH).open("wb") as file:
                 write_tiff(prediction, file, bands=bands)
-            os.replace(partial / "writing.tif", target)
-        files[name] = str(target)
+            os.replace(partial / SCRATCH, files[name])
     classes = class_table(prediction)
     prediction.timing_ms["write"] = 1e3 * (time.perf_counter() - started)
-    shutil.rmtree(partial)
-    return Outcome(path, prediction, classes, files)
+    spool.remove()
+    return Outcome(path, prediction, classes, {name: str(target) for name, target in files.items()})
 
 
 def describe_outcome(outcome: Outcome) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from penumbra.models.errors import BadOption
+from penumbra.models.files import writing
 
 FOLDER = ".penumbra-batch"
 PER_FILE = 64
@@ -48,10 +49,9 @@ def write_whole(url: str, data: bytes) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        part.write_bytes(data)
-        os.replace(part, target)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(target)) from None  # nobody asked for the other name
+        with writing(target):
+            part.write_bytes(data)
+            os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
 

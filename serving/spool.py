@@ -7,11 +7,12 @@ that of one band, whatever the image's height.
 
 import errno
 import hashlib
+import json
 import logging
 import os
-import shutil
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penumbra.models.card import dump_card
-from penumbra.models.errors import DiskFull
+from penumbra.models.errors import BadOption, DiskFull
 from penumbra.serving.engine.answer import Arrays, Prediction, collect
 from penumbra.serving.engine.bands import BandStream
 from penumbra.serving.engine.kernels import FloatArray
@@ -31,6 +32,12 @@ log = logging.getLogger("penumbra")
 
 LONG = Limits(pixels=2**40, windows=2**40)
 """Limits of work that is bounded by its disk."""
+
+
+MARK = "spool.json"
+"""In a spool's directory: of what it is, and the names of its files. No map has a dot in its name."""
+SCRATCH = "writing.tif"
+"""In a spool's directory: room for whoever writes the answer in another form."""
 
 
 class RowFile:
@@ -68,19 +75,33 @@ class Spool:
     def __init__(
         self, directory: Path, segmenter: Segmenter, image: Pixels, options: SegmentOptions, *, source: str
     ) -> None:
-        """Takes over what the directory holds of the same answer, and removes what it holds of another."""
+        """Takes over what the directory holds of the same answer, and removes what it holds of another.
+
+        Raises BadOption where it holds something that no spool wrote.
+        """
         self._segmenter, self._image, self._options = segmenter, image, options
         card = segmenter.find(options.model, options.version).card
         key = hashlib.sha256(f"{source} {options} {dump_card(card)}".encode()).hexdigest()
-        mark = directory / "key.txt"  # no map has a dot in its name
-        if not mark.exists() or mark.read_text() != key:
-            shutil.rmtree(directory, ignore_errors=True)
+        self._directory = directory
+        if _key_in(directory) != key:
             with disk():
-                directory.mkdir(parents=True)
-                mark.write_text(key)
+                directory.mkdir(parents=True, exist_ok=True)
+                self._clear()
+                names = ["labels", *options.maps, SCRATCH]
+                (directory / MARK).write_text(json.dumps({"key": key, "files": names}))
         size = (image.shape[0], image.shape[1])
         self._labels = RowFile(directory / "labels", size, np.uint8)
         self._maps = {name: RowFile(directory / name, size, np.float32) for name in options.maps}
+
+    def remove(self) -> None:
+        """Remove the spool's files, and the directory unless somebody has put something into it."""
+        with suppress(OSError):
+            self._clear()
+            self._directory.rmdir()
+
+    def _clear(self) -> None:
+        for name in (*sorted(_own(self._directory)[1]), MARK):  # the mark last: it says whose the others are
+            (self._directory / name).unlink(missing_ok=True)
 
     def fill(self, *, limits: Limits, cancelled: threading.Event, watch: Callable[[BandStream], object]) -> Prediction:
         """Run what is missing. The prediction's arrays are `RowFile`s: they answer slices of rows, as all writers ask.
@@ -94,6 +115,32 @@ class Spool:
         labels_HW, maps = cast(NDArray[np.uint8], self._labels), cast(dict[str, FloatArray], self._maps)
         with disk():
             return collect(stream, self._options, Arrays(labels_HW, maps))
+
+
+def _own(directory: Path) -> tuple[str, set[str]]:
+    """What a directory is the spool of, and the names of the spool's files in it; empty where it is none yet."""
+    try:
+        names = {path.name for path in directory.iterdir()}
+        facts = json.loads((directory / MARK).read_text())
+        return str(facts["key"]), names & {*facts["files"]}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # an empty mark, too: the disk was full
+        return "", set()
+
+
+def _key_in(directory: Path) -> str:
+    """What a directory is the spool of. Raises BadOption where it is, or holds, something else."""
+    try:
+        key, own = _own(directory)
+        others = {path.name for path in directory.iterdir()} - own
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise BadOption(f"{directory} is in the way of unfinished work ({error.strerror}); move it away") from None
+    if key or (MARK in others and not (directory / MARK).stat().st_size):
+        others.remove(MARK)
+    if others:
+        raise BadOption(f"{directory} holds {min(others)}, which is not of this work; move it away")
+    return key
 
 
 class disk:

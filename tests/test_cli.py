@@ -6,14 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from PIL import Image
+from rasterio.transform import from_origin
 
 from penumbra.__main__ import main
 from penumbra.models.card import Parity
 from penumbra.models.checkpoint import save_checkpoint
+from penumbra.serving.engine.decode import open_image
+from penumbra.serving.engine.options import Limits
 from penumbra.serving.engine.store import open_artifact, sha256_of
 from tests.conftest import CLASSES, picture, toy_card
 
@@ -260,3 +264,109 @@ def test_two_pictures_of_one_name_are_refused_before_one_overwrites_the_other(
     twin = tmp_path / "photo.bmp"
     opened(photo).save(twin)
     failed(run("predict", photo, twin, "-m", "toy-pointwise", "--store", toy_store), 2, "same name")
+
+
+# -- files that predict did not write ------------------------------------------------------------
+
+
+def geotiff(path: Path, rng: np.random.Generator, height: int = 40, width: int = 50) -> Path:
+    place = {"crs": "EPSG:32632", "transform": from_origin(400_000, 5_000_000, 10, 10)}
+    profile = {"driver": "GTiff", "height": height, "width": width, "count": 3, "dtype": "uint8", **place}
+    with rasterio.open(path, "w", **profile) as target:
+        target.write(picture(rng, height, width).transpose(2, 0, 1))
+    return path
+
+
+def predicted(store: Path, output: Path, *images: Path) -> Result:
+    return run("predict", *images, "-m", "toy-pointwise", "-o", output, "--store", store)
+
+
+@pytest.mark.parametrize("place", ["", "link", "deep/.."])
+def test_predict_overwrites_no_picture_that_it_is_to_answer(
+    toy_store: Path, tmp_path: Path, rng: np.random.Generator, place: str
+) -> None:
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "in")
+    first, second = (geotiff(tmp_path / "in" / name, rng) for name in ("a.tif", "a_labels.tif"))
+    before = second.read_bytes()
+    result = predicted(toy_store, tmp_path / "in" / place, first, second)
+    assert result.exit_code == 2 and second.read_bytes() == before
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"penumbra: {first}: ") and "a_labels.tif is one of the pictures" in line
+    assert (tmp_path / "in" / "a_labels_labels.tif").exists(), "the other picture is answered"
+    again = predicted(toy_store, tmp_path / "in", first)
+    assert again.exit_code == 2 and "Penumbra did not write it" in again.stderr and second.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["photo_labels.png", "photo_overlay.png", "photo_entropy.png", "photo_maps.npz"])
+def test_predict_overwrites_what_penumbra_wrote_and_nothing_else(
+    toy_store: Path, tmp_path: Path, photo: Path, name: str
+) -> None:
+    """A mask beside its photo has such a name, or an earlier answer that somebody has drawn in."""
+    out = tmp_path / "out"
+    out.mkdir()
+    mask = b"somebody's"
+    (out / name).write_bytes(mask)
+    result = predicted(toy_store, out, photo)
+    assert result.exit_code == 2 and f"{name} is in the way" in result.stderr
+    assert [path.read_bytes() for path in out.iterdir()] == [mask]
+    (out / name).unlink()
+    assert predicted(toy_store, out, photo).exit_code == 0
+    assert predicted(toy_store, out, photo).exit_code == 0, "its own earlier answers are replaced"
+    if name.endswith("png"):
+        opened(out / name).save(out / name)
+        assert predicted(toy_store, out, photo).exit_code == 2
+    (out / name).unlink()
+    (out / name).symlink_to(tmp_path / "nowhere")
+    assert predicted(toy_store, out, photo).exit_code == 2 and (out / name).is_symlink()
+
+
+@pytest.mark.parametrize("name", ["scene_labels.tif", "scene_maps.tif"])
+def test_predict_of_a_raster_overwrites_what_penumbra_wrote_and_nothing_else(
+    toy_store: Path, tmp_path: Path, rng: np.random.Generator, name: str
+) -> None:
+    scene, out = geotiff(tmp_path / "scene.tif", rng), tmp_path / "out"
+    out.mkdir()
+    for theirs in (b"somebody's", scene.read_bytes()):
+        (out / name).write_bytes(theirs)
+        assert predicted(toy_store, out, scene).exit_code == 2
+        assert [path.read_bytes() for path in out.iterdir()] == [theirs]
+    (out / name).unlink()
+    for _ in range(2):
+        assert predicted(toy_store, out, scene).exit_code == 0
+    assert {path.name for path in out.iterdir()} == {"scene_labels.tif", "scene_maps.tif"}
+
+
+@pytest.mark.parametrize("theirs", ["scene.partial", "scene.partial/notes.txt", "scene.partial/labels"])
+def test_predict_removes_no_partial_that_it_did_not_make(
+    toy_store: Path, tmp_path: Path, rng: np.random.Generator, theirs: str
+) -> None:
+    scene, out = geotiff(tmp_path / "scene.tif", rng), tmp_path / "out"
+    (out / theirs).parent.mkdir(parents=True)
+    (out / theirs).write_text("somebody's")
+    result = predicted(toy_store, out, scene)
+    assert result.exit_code == 2 and "scene.partial" in result.stderr and "move it away" in result.stderr
+    assert [path for path in out.rglob("*") if path.is_file()] == [out / theirs]
+    assert (out / theirs).read_text() == "somebody's"
+
+
+def test_one_pictures_fault_is_that_pictures(
+    toy_store: Path, tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is no picture, one that fails oddly, and one whose model fails; the others are answered."""
+    (tmp_path / "notes.png").write_text("not a picture")
+    opened(photo).save(tmp_path / "odd.png")
+    opened(photo).save(tmp_path / "last.png")
+
+    def opening(path: Path, limits: Limits) -> object:
+        if path.stem == "odd":
+            raise AssertionError("something odd")
+        return open_image(path, limits)
+
+    monkeypatch.setattr("penumbra.serving.offline.open_image", opening)
+    images = [tmp_path / f"{name}.png" for name in ("notes", "odd", "photo", "last")]
+    result = run("predict", *images, "-m", "toy-pointwise", "-o", tmp_path / "out", "--store", toy_store, "--json")
+    assert result.exit_code == 1
+    assert [json.loads(line)["image"] for line in result.stdout.splitlines()] == [str(path) for path in images[2:]]
+    first, second = result.stderr.splitlines()
+    assert "notes.png" in first and f"{images[1]}: it failed unexpectedly (AssertionError: something odd)" in second

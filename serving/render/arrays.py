@@ -27,6 +27,7 @@ def write_npz(prediction: Prediction, file: BinaryIO) -> None:
     }
     height, width = prediction.labels_HW.shape
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        archive.comment = b"Penumbra"
         for name, (values, dtype) in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
                 header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (height, width)}

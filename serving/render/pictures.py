@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from penumbra.models.card import IGNORE, MAPS, Card
 from penumbra.serving.engine.answer import Prediction
@@ -41,6 +42,7 @@ class PngWriter:
         self._above = np.zeros(0, np.uint8)
         file.write(b"\x89PNG\r\n\x1a\n")
         self.chunk(b"IHDR", struct.pack(">IIBBBBB", size[1], size[0], depth, color, 0, 0, 0))
+        self.chunk(b"tEXt", b"Software\0Penumbra")
 
     def chunk(self, kind: bytes, body: bytes) -> None:
         self._file.write(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)))
@@ -145,7 +147,14 @@ def overlay(prediction: Prediction, rows: slice = slice(None)) -> NDArray[np.uin
     return (blended_hW3 >> 8).astype(np.uint8)
 
 
+def write_heat(values_HW: FloatArray, file: BinaryIO, *, top: float) -> None:
+    """A map as a PNG in colours from dark (0) to light (`top` and above)."""
+    about = PngInfo()
+    about.add_text("Software", "Penumbra")
+    heat_picture(values_HW, top=top).save(file, "PNG", pnginfo=about)
+
+
 def heat_picture(values_HW: FloatArray, *, top: float) -> Image.Image:
-    """A map as colours from dark (0) to light (`top` and above)."""
+    """The same as a picture."""
     grey = np.clip(values_HW * (255 / top), 0, 255).astype(np.uint8)
     return ImageOps.colorize(Image.fromarray(grey), black=COLD, mid=WARM, white=HOT)

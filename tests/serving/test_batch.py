@@ -295,7 +295,7 @@ def test_what_is_skipped_is_counted_and_named_with_the_reason(
         "skipped 2, of which each is hidden": ("._a.jpg", ".thumbs/a.jpg"),
         "skipped 1, of which each is no image by its name": ("notes.txt",),
         "skipped 2, of which each is a folder, a link to one, or no file at all": ("pipe.jpg", "loop"),
-        str(folder / "gone.jpg"): ("No such file",),
+        str(folder / "gone.jpg"): ("no such file",),
     }.items():
         assert all(name in lines[reason] for name in names)
 

@@ -16,13 +16,13 @@ from rasterio.transform import from_origin
 
 from penumbra.export.bundle import export_network
 from penumbra.models.card import IGNORE, WindowSpec
-from penumbra.models.errors import BadImage, DiskFull
+from penumbra.models.errors import BadImage, BadOption, DiskFull
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.raster import Raster, open_raster
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.offline import predict_file
-from penumbra.serving.spool import LONG, RowFile, Spool, disk
+from penumbra.serving.spool import LONG, MARK, RowFile, Spool, disk
 from tests.conftest import picture, toy_card
 from tests.serving.server import ROOT, until
 
@@ -130,6 +130,31 @@ def test_a_spool_of_another_question_is_begun_anew(
         wanted = segmenter.segment(image, options)
         assert np.array_equal(found.labels_HW[:], wanted.labels_HW)
         assert np.array_equal(found.maps["entropy"][:], wanted.maps["entropy"])
+
+
+def test_a_spool_goes_on_beside_no_file_of_somebodys_and_removes_its_own_alone(
+    segmenter: Segmenter, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    image, place = picture(rng, 90, 60), tmp_path / "spool"
+
+    def spooled(seed: int) -> Spool:
+        spool = Spool(place, segmenter, image, SegmentOptions(model="toy-latent", seed=seed), source="a")
+        spool.fill(limits=LONG, cancelled=threading.Event(), watch=lambda _: None)
+        return spool
+
+    place.mkdir()  # as a run leaves it that is killed at its very beginning
+    spool = spooled(1)
+    (place / "notes.txt").write_text("somebody's")
+    for seed in (1, 2):
+        with pytest.raises(BadOption, match=r"notes\.txt"):
+            spooled(seed)
+    spool.remove()
+    assert (place / "notes.txt").exists()
+    (place / "notes.txt").unlink()
+    (place / MARK).write_text("")  # the disk was full
+    spooled(1)
+    spooled(2).remove()
+    assert not place.exists()
 
 
 def test_rows_are_written_and_read_by_slices(tmp_path: Path, rng: np.random.Generator) -> None:
