@@ -38,8 +38,8 @@ class Request:
 
     method: of HTTP, else GRPC or JOB. path: without the query, or the gRPC method. key: the name of the caller's key.
     trace: the id of the trace that it belongs to. model: of those that are loaded. size: of the picture, [H, W].
-    num_windows: that were run. started: when its first phase did, by `perf_counter`. timing_ms: milliseconds by phase.
-    error: the class of what it was refused for.
+    num_windows: that were run. arrived: when it was there, by `perf_counter`; its deadline counts from then. started:
+    when its first phase did. timing_ms: milliseconds by phase. error: the class of what it was refused for.
     """
 
     method: str = ""
@@ -50,6 +50,7 @@ class Request:
     model: str = ""
     size: tuple[int, ...] = ()
     num_windows: int = 0
+    arrived: float = field(default_factory=time.perf_counter)
     started: float = 0.0
     timing_ms: Mapping[str, float] = field(default_factory=dict)
     error: str = ""

@@ -10,15 +10,17 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from penumbra.models.card import Card
+from penumbra.models.errors import Cancelled, DeadlineExceeded
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.work import Cancellation
 
 Key = tuple[bytes, tuple[int, ...], SegmentOptions]
 
@@ -33,35 +35,64 @@ def key_of(image: bytes | NDArray[np.uint8], card: Card, options: SegmentOptions
     return hashlib.sha256(data).digest(), shape, wish
 
 
+@dataclass(slots=True)
+class Turn:
+    """What has become of the one of several equal requests that works."""
+
+    outcome: Literal["", "done", "given up"] = ""
+
+
 class AnswerCache:
     """Predictions by key; safe from any thread. Arrays of those that are kept can only be read."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes, self._bytes = limit_bytes, 0
         self._kept: OrderedDict[Key, tuple[Prediction, float, int]] = OrderedDict()
-        self._in_work: dict[Key, threading.Event] = {}
-        self._lock = threading.Lock()
+        self._in_work: dict[Key, Turn] = {}
+        self._changed = threading.Condition()
 
     @contextmanager
-    def first(self, key: Key, *, timeout_s: float) -> Iterator[None]:
-        """Let one of several equal requests work; the others come in when it is done, and find its answer or work."""
-        with self._lock:
-            other = self._in_work.get(key)
-            done = self._in_work.setdefault(key, threading.Event())
-        if other:
-            other.wait(timeout_s)
+    def first(self, key: Key, *, timeout_s: float, cancelled: Cancellation | None = None) -> Iterator[None]:
+        """Let one of several equal requests work; the others come in when it is done, and find its answer or work.
+
+        Where its caller leaves or its deadline passes, the next of them takes its place. Whoever is cancelled, or has
+        waited for so long, comes in at once.
+        """
+        cancelled = cancelled or Cancellation()
+        with cancelled.waking(self._wake):
+            mine = self._join(key, cancelled, until=time.monotonic() + timeout_s)
+        if mine is None:
             yield
             return
+        outcome: Literal["done", "given up"] = "done"
         try:
             yield
+        except (Cancelled, DeadlineExceeded):
+            outcome = "given up"
+            raise
         finally:
-            with self._lock:
+            with self._changed:
+                mine.outcome = outcome
                 del self._in_work[key]
-            done.set()
+                self._changed.notify_all()
+
+    def _join(self, key: Key, cancelled: Cancellation, *, until: float) -> "Turn | None":
+        """A turn of its own for the one that is to work; None for one that has waited for another's."""
+        with self._changed:
+            while turn := self._in_work.get(key):
+                while not turn.outcome and not cancelled.is_set() and (left_s := until - time.monotonic()) > 0:
+                    self._changed.wait(left_s)
+                if turn.outcome != "given up":
+                    return None
+            return self._in_work.setdefault(key, Turn())
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def find(self, key: Key, card: Card) -> Prediction | None:
         """A prediction of the very artifact that is loaded, with its age; None where there is none."""
-        with self._lock:
+        with self._changed:
             if key not in self._kept or self._kept[key][0].card is not card:
                 return None
             self._kept.move_to_end(key)
@@ -77,7 +108,7 @@ class AnswerCache:
             return
         for array in arrays:
             array.setflags(write=False)
-        with self._lock:
+        with self._changed:
             self._bytes += size - self._kept.pop(key, (None, 0, 0))[2]
             self._kept[key] = prediction, time.monotonic(), size
             while self._bytes > self._limit_bytes:

@@ -6,18 +6,17 @@ Protocol files turn their bytes into a call of `answer` and its outcome into the
 import asyncio
 import logging
 import math
-import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext, suppress
-from dataclasses import replace
-from typing import Literal, TypeVar
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from penumbra.models.errors import ModelFault, NotReady, PenumbraError, QueueFull
+from penumbra.models.errors import Cancelled, DeadlineExceeded, ModelFault, NotReady, PenumbraError, QueueFull
 from penumbra.serving.access import Request
 from penumbra.serving.cache import AnswerCache, Key, key_of
 from penumbra.serving.engine.answer import Prediction
@@ -25,10 +24,35 @@ from penumbra.serving.engine.decode import check_array, open_image
 from penumbra.serving.engine.options import SegmentOptions, check_options
 from penumbra.serving.engine.raster import Pixels, Raster
 from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.work import Cancellation
 from penumbra.serving.telemetry import Telemetry
 
 log = logging.getLogger("penumbra")
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Task(Generic[T]):
+    """One request on its way through a request thread. deadline: a time of `time.perf_counter`."""
+
+    image: bytes | NDArray[np.uint8]
+    options: SegmentOptions
+    write: Callable[[Prediction], T]
+    in_bands: bool
+    request: Request
+    deadline: float
+    cancelled: Cancellation = field(default_factory=Cancellation)
+
+    def check(self) -> None:
+        """Raises Cancelled or DeadlineExceeded where nobody waits for the answer any longer."""
+        if self.cancelled.is_set():
+            raise Cancelled("the request was cancelled")
+        if time.perf_counter() > self.deadline:
+            raise self.late
+
+    @property
+    def late(self) -> DeadlineExceeded:
+        return DeadlineExceeded(f"the deadline passed after {time.perf_counter() - self.request.arrived:.1f} s")
 
 
 class Gateway:
@@ -62,9 +86,9 @@ class Gateway:
         """Decode, segment and write one tracked request off the event loop.
 
         in_bands: `write` takes labels and maps from the top by slices of rows, and nothing that is known at the end; it
-        is then at work on the first rows while later windows run. gone: returns when the caller has gone away; its
-        windows then leave the queue. Raises PenumbraError; any other failure is logged and becomes a ModelFault
-        without internals.
+        is then at work on the first rows while later windows run. gone: returns when the caller has gone away. That
+        or the deadline ends the request at once, whatever its thread is at, and its place is free. Raises
+        PenumbraError; any other failure is logged and becomes a ModelFault without internals.
         """
         if self.state == "starting":
             raise NotReady("the server is still loading its models; try again in a few seconds")
@@ -73,42 +97,59 @@ class Gateway:
                 f"{self._inflight} requests are being worked on and the limit is {self._limit_requests}; "
                 "try again in 1 s", retry_after_s=1,
             )  # fmt: skip
-        request.started, cancelled = time.perf_counter(), threading.Event()
-        watch = asyncio.ensure_future(_set_when(gone, cancelled)) if gone else None
+        request.started = time.perf_counter()
         self._inflight += 1
         try:
-            request.model = self.segmenter.find(options.model, options.version).card.name
-            return await asyncio.get_running_loop().run_in_executor(
-                self._threads, self._work, image, options, write, cancelled, request, in_bands
-            )
+            card = self.segmenter.find(options.model, options.version).card
+            request.model = card.name
+            check_options(options, card, self.segmenter.limits)
+            within_s = min(self._timeout_s, (options.deadline_ms or math.inf) / 1e3)
+            return await self._run(Task(image, options, write, in_bands, request, request.arrived + within_s), gone)
         except PenumbraError:
             raise
         except Exception:
             log.exception("request %s failed unexpectedly", request.id)
             raise ModelFault("the server failed on this request; its log says why") from None
         finally:
-            cancelled.set()  # also when this coroutine is cancelled: the thread must not work for nobody
             self._inflight -= 1
-            if watch:
-                watch.cancel()
 
-    def _work(
-        self, image: bytes | NDArray[np.uint8], options: SegmentOptions, write: Callable[[Prediction], T],
-        cancelled: threading.Event, request: Request, in_bands: bool,
-    ) -> tuple[Prediction, T]:  # fmt: skip
+    async def _run(self, task: "Task[T]", gone: Callable[[], Awaitable[None]] | None) -> tuple[Prediction, T]:
+        """The outcome of a thread's work, or why nobody waits for it any longer, whichever is first.
+
+        The thread then ends by itself, at once where it waits for windows; until then its successor may wait for it.
+        """
+        box = [task]
+        work = asyncio.wrap_future(self._threads.submit(self._work, box))
+        ends: list[asyncio.Future[Any]] = [work, *([asyncio.ensure_future(gone())] if gone else [])]
+        try:
+            left_s = task.deadline - time.perf_counter()
+            await asyncio.wait(ends, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                return work.result()
+            raise Cancelled("the request was cancelled") if ends[-1].done() else task.late
+        finally:  # also when this coroutine is cancelled: no thread works for nobody, and their queue keeps no picture
+            task.cancelled.set()
+            box.clear()
+            for end in ends:
+                end.cancel()
+
+    def _work(self, box: "list[Task[T]]") -> tuple[Prediction, T]:
         """In a request thread: the whole way of one image."""
-        key = self._key_of(image, options) if self._cache else None
-        with self._cache.first(key, timeout_s=self._left_s(options, request)) if self._cache and key else nullcontext():
+        task = box.pop()
+        request = task.request
+        key = self._key_of(task.image, task.options) if self._cache else None
+        with self._turn(key, task):
+            task.check()
             begun = time.perf_counter()
             request.timing_ms = {"wait": 1e3 * (begun - request.started)}
-            prediction = self._recall(key, options) if key else None
+            prediction = self._recall(key, task.options) if key else None
             if prediction:
                 prediction = replace(prediction, timing_ms=request.timing_ms)
-                body = write(prediction)
+                body = task.write(prediction)
             else:
-                prediction, body = self._make(image, options, write, cancelled, request, in_bands=in_bands)
+                prediction, body = self._make(task)
                 if self._cache and key:
-                    size = len(image) if isinstance(image, bytes) else image.nbytes
+                    size = len(task.image) if isinstance(task.image, bytes) else task.image.nbytes
                     self._cache.keep(key, prediction, image_bytes=size)
         spent_ms = sum(ms for phase, ms in prediction.timing_ms.items() if phase in ("decode", "total"))
         write_ms = 1e3 * (time.perf_counter() - begun) - spent_ms
@@ -117,10 +158,12 @@ class Gateway:
         self.telemetry.answered(prediction, request.timing_ms)
         return prediction, body
 
-    def _left_s(self, options: SegmentOptions, request: Request) -> float:
-        """Until the request's deadline."""
-        within_s = min(self._timeout_s, (options.deadline_ms or math.inf) / 1e3)
-        return request.started + within_s - time.perf_counter()
+    def _turn(self, key: Key | None, task: "Task[T]") -> AbstractContextManager[None]:
+        """Waits while an equal request is worked on."""
+        if not self._cache or not key:
+            return nullcontext()
+        left_s = task.deadline - time.perf_counter()
+        return self._cache.first(key, timeout_s=left_s, cancelled=task.cancelled)
 
     def _key_of(self, image: bytes | NDArray[np.uint8], options: SegmentOptions) -> Key:
         """Raises what an image or options would be refused for."""
@@ -136,24 +179,22 @@ class Gateway:
         self.telemetry.cache_asked(hit=kept is not None)
         return kept
 
-    def _make(
-        self, image: bytes | NDArray[np.uint8], options: SegmentOptions, write: Callable[[Prediction], T],
-        cancelled: threading.Event, request: Request, *, in_bands: bool,
-    ) -> tuple[Prediction, T]:  # fmt: skip
+    def _make(self, task: "Task[T]") -> tuple[Prediction, T]:
         decoding = time.perf_counter()
-        pixels = self._decode(image, options) if isinstance(image, bytes) else image
-        request.size = pixels.shape[:2]
-        before_ms = dict(request.timing_ms) | {"decode": 1e3 * (time.perf_counter() - decoding)}
-        deadline = time.perf_counter() + self._left_s(options, request)
-        answer = self.segmenter.unfold(pixels, options, cancelled=cancelled, deadline=deadline)
+        options = task.options
+        pixels = self._decode(task.image, options) if isinstance(task.image, bytes) else task.image
+        task.request.size = pixels.shape[:2]
+        task.check()
+        before_ms = dict(task.request.timing_ms) | {"decode": 1e3 * (time.perf_counter() - decoding)}
+        answer = self.segmenter.unfold(pixels, options, cancelled=task.cancelled, deadline=task.deadline)
         with closing(answer):
-            if in_bands and not options.anytime:
-                body = write(answer.begun)
+            if task.in_bands and not options.anytime:
+                body = task.write(answer.begun)
                 prediction = answer.finish()
                 return replace(prediction, timing_ms=before_ms | prediction.timing_ms), body
             prediction = answer.finish()
         prediction = replace(prediction, timing_ms=before_ms | prediction.timing_ms)
-        return prediction, write(prediction)
+        return prediction, task.write(prediction)
 
     def _decode(self, data: bytes, options: SegmentOptions) -> Pixels:
         """Refuse by header and options first: pixels are decoded only for requests that can be answered."""
@@ -166,9 +207,3 @@ class Gateway:
         self.state = "draining"
         self._threads.shutdown()
         self.segmenter.close()
-
-
-async def _set_when(gone: Callable[[], Awaitable[None]], event: threading.Event) -> None:
-    with suppress(asyncio.CancelledError):
-        await gone()
-        event.set()

@@ -41,6 +41,7 @@ from penumbra.serving.engine.decode import measure_image, open_image
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import check_long
 from penumbra.serving.engine.store import find_artifact
+from penumbra.serving.engine.work import Cancellation
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.job import Job, State, is_upload, lock, read_job, save_job
 from penumbra.serving.render import MAPLESS, WRITERS, Style, read_wish
@@ -92,7 +93,7 @@ class Jobs:
         self._uploads: set[Path] = set()
         """Places that `begin` gave and that are no jobs yet; they count as waiting."""
         self._stream: BandStream | None = None
-        self._cancelled = threading.Event()
+        self._cancelled = Cancellation()
         """Of the job that runs."""
         self._recover()
         self._thread = threading.Thread(target=self._loop, name="jobs", daemon=True)
@@ -190,7 +191,7 @@ class Jobs:
         return self._directory / job.id / "result", job
 
     def remove(self, name: str) -> None:
-        """Forget a job and its files; one that runs leaves the engine within a batch. Raises UnknownJob."""
+        """Forget a job and its files; one that runs leaves the engine at once. Raises UnknownJob."""
         with self._changed:
             job = self._jobs.pop(self._find(name).id)
             if job.state in ("running", "writing"):
@@ -250,7 +251,7 @@ class Jobs:
                 self._expire()
                 waiting = [job for job in self._jobs.values() if job.state == "queued"]
                 if waiting:
-                    self._stream, self._cancelled = None, threading.Event()
+                    self._stream, self._cancelled = None, Cancellation()
                     job = min(waiting, key=lambda job: job.created)
                     job.state = "running"
                     return job

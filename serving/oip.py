@@ -128,7 +128,8 @@ class Inference:
             request, card, image, options, ignored = prepared
             if (seconds := remaining()) is not None:
                 asked_ms = math.inf if options.deadline_ms is None else options.deadline_ms
-                options = replace(options, deadline_ms=min(asked_ms, 1e3 * max(seconds, 1e-6)))
+                within_s = time.perf_counter() - tracked.arrived + max(seconds, 1e-6)
+                options = replace(options, deadline_ms=min(asked_ms, 1e3 * within_s))
             started = time.perf_counter()
             try:
                 prediction, body = await self.gateway.answer(

@@ -21,7 +21,7 @@ from starlette.routing import BaseRoute, Mount, Route, Router
 from penumbra.models.errors import BadOption, TooLarge, Unsupported
 from penumbra.serving.oip import DEFAULT_OUTPUTS, Answer, Inference, InferRequest, WantedOutput
 from penumbra.serving.oip_tensors import DTYPES, SHOWN, Output, Tensor, join_strings
-from penumbra.serving.rest import server_timing
+from penumbra.serving.rest import disconnected, server_timing
 
 HEADER_LENGTH = "inference-header-content-length"
 KINDS: dict[type, str] = {list: "array", dict: "object", str: "string", bool: "boolean", int: "unsigned-integer"}
@@ -111,11 +111,9 @@ class Rest:
         def write(answer: Answer, asked: InferRequest) -> Response:
             return write_answer(answer, [wanted.binary for wanted in asked.outputs], encoding=taken)
 
-        async def gone() -> None:
-            while (await request.receive())["type"] != "http.disconnect":
-                pass
-
-        return await self._inference.infer(read, write, size_bytes=len(body), protocol="v2", gone=gone)
+        return await self._inference.infer(
+            read, write, size_bytes=len(body), protocol="v2", gone=lambda: disconnected(request)
+        )
 
 
 def _model(request: Request) -> tuple[str, str]:

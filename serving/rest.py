@@ -70,7 +70,7 @@ class Surface:
             options, style = read_wish(media, fields)
             prediction, body = await self._gateway.answer(
                 data, options, lambda answer: render(answer, media, style), request=tracked,
-                gone=lambda: _disconnected(request), in_bands=media in IN_BANDS,
+                gone=lambda: disconnected(request), in_bands=media in IN_BANDS,
             )  # fmt: skip
         return Response(body, media_type=media, headers=answer_headers(prediction, tracked.timing_ms))
 
@@ -207,7 +207,8 @@ def refuse_options(request: Request) -> None:
         raise BadOption(f"{request.url.path[:80]} takes no option {name[:40]!r}; leave the query out")
 
 
-async def _disconnected(request: Request) -> None:
+async def disconnected(request: Request) -> None:
+    """Returns when the caller has gone away. Takes what the connection says from here on."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

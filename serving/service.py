@@ -153,11 +153,15 @@ class Penumbra:
     ) -> PredictAnswer:
         """Labels and uncertainty of one image, uint8 [H, W, 3], as arrays."""
         from penumbra.serving.engine.options import SegmentOptions
+        from penumbra.serving.rest import disconnected
 
         options = SegmentOptions(model=model or None, samples=samples, seed=seed)
         try:
             with TELEMETRY.track("bentoml") as tracked:
-                _, answer = await self.gateway.answer(_as_pixels(image), options, _as_lists, request=tracked)
+                here = Penumbra.context.request  # type: ignore[attr-defined]
+                _, answer = await self.gateway.answer(
+                    _as_pixels(image), options, _as_lists, request=tracked, gone=lambda: disconnected(here)
+                )
         except PenumbraError as error:
             return JSONResponse({"error": str(error)}, status_of(error)[0])  # type: ignore[return-value]
         return answer

@@ -101,7 +101,7 @@ class Telemetry(Observer):
             yield from self._follow(request, protocol, carrier)
 
     def _follow(self, request: Request, protocol: str, carrier: Mapping[str, str] | None) -> Iterator[Request]:
-        started = time.perf_counter()
+        started = request.arrived = time.perf_counter()
         request.status, request.error = CANCELLED, "Cancelled"
         self._inflight.inc()
         try:

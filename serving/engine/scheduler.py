@@ -6,8 +6,8 @@ batch element is a window, never a request. Requests of one priority take turns 
 so a huge image cannot starve a small one; priorities share the device by `STRIDES`, so none starves another; a request
 is only ever a few windows ahead of what its thread has stitched, so memory does not depend on its size. Promises: every
 window of a request is answered exactly once, with its moments or with the error that ends the request; a failing batch
-fails only the requests whose own windows fail; a cancelled or expired request's windows leave the queue before the
-next batch.
+fails only the requests whose own windows fail; a cancelled or expired request is told at once, also while its batch
+runs, and its windows leave the queue.
 """
 
 import logging
@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
@@ -22,13 +23,13 @@ from typing import TypeVar
 
 import torch
 
-from penumbra.models.errors import ModelFault, NotReady, PenumbraError, QueueFull
+from penumbra.models.errors import Cancelled, ModelFault, NotReady, PenumbraError, QueueFull
 from penumbra.serving.engine.moments import Moments
 from penumbra.serving.engine.observer import Observer
 from penumbra.serving.engine.pace import Paces
 from penumbra.serving.engine.runtime import Piece, Runtime, is_out_of_memory
 from penumbra.serving.engine.windows import Window, cut
-from penumbra.serving.engine.work import STRIDES, Cores, Job, Level, Work
+from penumbra.serving.engine.work import STRIDES, Cancellation, Cores, Job, Level, Work
 
 log = logging.getLogger("penumbra")
 T = TypeVar("T")
@@ -55,7 +56,9 @@ class Stream:
     """
 
     def __init__(self, scheduler: "Scheduler", job: Job) -> None:
-        self._scheduler, self._job = scheduler, job
+        self._scheduler, self._job, self._listening = scheduler, job, ExitStack()
+        if isinstance(job.work.cancelled, Cancellation):
+            self._listening.enter_context(job.work.cancelled.waking(partial(scheduler._cancel, job)))
 
     def __enter__(self) -> "Stream":
         return self
@@ -63,6 +66,7 @@ class Stream:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._listening.close()
         self._scheduler._withdraw(self._job)
 
     def __iter__(self) -> Iterator[tuple[Window, Moments]]:
@@ -71,9 +75,7 @@ class Stream:
         early: dict[int, tuple[Window, Moments]] = {}
         """Windows that another lane had ready before those that come first."""
         while due < work.plan.num_windows:
-            answer = self._job.answers.get()
-            if isinstance(answer, PenumbraError):
-                raise answer
+            answer = self._job.wait()
             if answer[1].num_samples != num_samples:
                 for _ in early:
                     self._scheduler._consumed(self._job)
@@ -142,7 +144,7 @@ class Scheduler:
             job = Job(work, level, lanes=self._cores.lanes)
             self._jobs.append(job)
             self._condition.notify_all()
-        return Stream(self, job)
+            return Stream(self, job)
 
     def call(self, function: Callable[[], T]) -> T:
         """Run a function in the first lane, between batches, on all cores that are free; returns its result."""
@@ -193,6 +195,13 @@ class Scheduler:
     def _withdraw(self, job: Job) -> None:
         with self._condition:
             self._forget(job)
+            self._condition.notify_all()  # a lane that is to end waits until there are no jobs
+
+    def _cancel(self, job: Job) -> None:
+        with self._condition:
+            if job in self._jobs:
+                self._end(job, Cancelled("the request was cancelled"))
+                self._condition.notify_all()
 
     def get_to_know(self, runtime: Runtime) -> None:
         """Measure a model's pace before its first request. Only within a `call`."""

@@ -6,6 +6,8 @@
 import queue
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from penumbra.models.errors import Cancelled, DeadlineExceeded, PenumbraError
@@ -21,9 +23,34 @@ STRIDES = {1: 1, NORMAL: 4, 3: 16}
 """Priority -> how far a sample moves its turn: while all have work, they get 16, 4 and 1 of 21 samples."""
 
 
+class Cancellation(threading.Event):
+    """The word that nobody waits for an answer any longer; it wakes whoever waits for something else meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._wakes: list[Callable[[], object]] = []
+
+    def set(self) -> None:
+        super().set()
+        for wake in list(self._wakes):
+            wake()
+
+    @contextmanager
+    def waking(self, wake: Callable[[], object]) -> Iterator[None]:
+        """Call `wake`, from whatever thread says it, if that is said within the `with` block or was before."""
+        self._wakes.append(wake)
+        try:
+            if self.is_set():
+                wake()
+            yield
+        finally:
+            self._wakes.remove(wake)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Work:
-    """What a request wants run. deadline: a time of `time.perf_counter`; cancelled: set it to withdraw.
+    """What a request wants run. deadline: a time of `time.perf_counter`; cancelled: set it to withdraw; where it is a
+    `Cancellation`, at once, and else with the batch at work.
 
     anytime: fewer samples, the same of every window, are better than a missed deadline.
     first_row: of windows, where the rows before it were run already. in_background: is never refused and takes no
@@ -36,7 +63,7 @@ class Work:
     noise: NoiseSource
     num_samples: int
     prompt: PromptSource | None = None
-    cancelled: threading.Event = field(default_factory=threading.Event)
+    cancelled: threading.Event = field(default_factory=Cancellation)
     deadline: float = float("inf")
     anytime: bool = False
     first_row: int = 0
@@ -93,7 +120,8 @@ class Level:
 
 
 class Job:
-    """One admitted request. All fields but `answers` are guarded by the scheduler's condition."""
+    """One admitted request. Its fields are guarded by the scheduler's condition; `work`, `submitted` and `answers` need
+    no guard."""
 
     def __init__(self, work: Work, level: Level, *, lanes: int = 1) -> None:
         self.work, self.level, self._lanes = work, level, lanes
@@ -143,6 +171,19 @@ class Job:
         self.untaken, self.ahead, self.turn = self.untaken - 1, self.ahead + 1, self.turn + self.num_samples
         self.level.turn += self.num_samples * STRIDES[self.level.priority]
         return next(self.windows)
+
+    def wait(self) -> tuple[Window, Moments]:
+        """The next window that is ready, for the request's thread. Raises what ends the request once it is known."""
+        while True:
+            left_s = min(max(self.work.deadline - time.perf_counter(), 0.0), threading.TIMEOUT_MAX)
+            answer: tuple[Window, Moments] | PenumbraError | None = None
+            with suppress(queue.Empty):
+                answer = self.answers.get(timeout=left_s)
+            answer = answer or self.ending(time.perf_counter())
+            if isinstance(answer, PenumbraError):
+                raise answer
+            if answer:
+                return answer
 
     def ending(self, now: float) -> PenumbraError | None:
         """Why the request is over before it is answered, if it is."""

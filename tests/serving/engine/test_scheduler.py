@@ -20,7 +20,7 @@ from penumbra.serving.engine.observer import Observer
 from penumbra.serving.engine.runtime import Piece
 from penumbra.serving.engine.scheduler import Scheduler, Stream
 from penumbra.serving.engine.windows import Window, cover
-from penumbra.serving.engine.work import Cores, Work
+from penumbra.serving.engine.work import Cancellation, Cores, Work
 from tests.conftest import toy_card
 
 WAIT_S = 30
@@ -237,6 +237,70 @@ def test_an_expired_request_is_told_so_and_others_go_on(scheduler: Scheduler) ->
     ended, finished = in_threads(*streams)
     assert isinstance(ended, DeadlineExceeded) and finished == 3
     assert scheduler.queued == (0, 0)
+
+
+def told_while_a_batch_runs(scheduler: Scheduler, engine: SteppedRuntime, *late: Stream) -> list[object]:
+    """What ends requests before the batch at work does; the one that it is of ends by itself afterwards."""
+    ended = in_threads(*late)
+    assert engine.batches == [] and not engine.go.is_set()
+    return [type(end) for end in ended]
+
+
+@pytest.mark.parametrize("position", ["at work", "waiting"])
+def test_a_cancelled_request_is_told_while_a_batch_runs(scheduler: Scheduler, position: str) -> None:
+    engine, cancelled = runtime(going=False), Cancellation()
+    first = scheduler.submit(work(engine, 2, value=1, cancelled=cancelled if position == "at work" else Cancellation()))
+    assert engine.entered.wait(WAIT_S)
+    second = scheduler.submit(
+        work(engine, 2, value=2, cancelled=cancelled if position == "waiting" else Cancellation())
+    )
+    leaving, staying = (first, second) if position == "at work" else (second, first)
+    with ThreadPoolExecutor(1) as threads:
+        told = threads.submit(told_while_a_batch_runs, scheduler, engine, leaving)
+        cancelled.set()
+        assert scheduler.queued == (2, 2)
+        assert told.result(WAIT_S) == [Cancelled]
+    engine.go.set()
+    assert in_threads(staying) == [2] and scheduler.queued == (0, 0)
+
+
+def test_expired_requests_are_told_while_a_batch_runs(scheduler: Scheduler) -> None:
+    engine, soon = runtime(going=False), time.perf_counter() + 0.01
+    streams = [scheduler.submit(work(engine, 2, value=1, deadline=soon))]
+    assert engine.entered.wait(WAIT_S)
+    streams.append(scheduler.submit(work(engine, 2, value=2, deadline=soon)))
+    assert told_while_a_batch_runs(scheduler, engine, *streams) == [DeadlineExceeded] * 2
+    assert scheduler.queued == (0, 0)
+    engine.go.set()
+    assert len(consume(scheduler.submit(work(engine, 3, value=3)))) == 3
+
+
+def test_a_request_that_was_cancelled_before_it_was_submitted_is_told_without_a_lane(scheduler: Scheduler) -> None:
+    engine, cancelled = runtime(going=False), Cancellation()
+    busy = scheduler.submit(work(engine, 1))
+    assert engine.entered.wait(WAIT_S)
+    cancelled.set()
+    late = scheduler.submit(work(engine, 1, cancelled=cancelled))
+    assert told_while_a_batch_runs(scheduler, engine, late) == [Cancelled]
+    engine.go.set()
+    assert in_threads(busy) == [1]
+
+
+def test_closing_waits_for_no_work_whose_caller_has_left(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lane rests because the reader is behind, and then the reader leaves."""
+    engine, rests, wait = runtime(), threading.Event(), scheduler._condition.wait
+
+    def resting() -> bool:
+        if scheduler._stopped:
+            rests.set()  # under the lock, so whoever leaves now comes when it rests
+        return wait()
+
+    monkeypatch.setattr(scheduler._condition, "wait", resting)
+    with ThreadPoolExecutor(1) as threads:
+        with scheduler.submit(work(engine, 100)):
+            closing = threads.submit(scheduler.close)
+            assert rests.wait(WAIT_S)
+        closing.result(WAIT_S)
 
 
 def test_leaving_a_stream_gives_its_place_in_the_queue_back(scheduler: Scheduler) -> None:
