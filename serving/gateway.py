@@ -79,6 +79,16 @@ class Gateway:
     def is_alive(self) -> bool:
         return all(is_alive() for is_alive in self.vital)
 
+    def check_admission(self) -> None:
+        """What is asked before a request costs anything. Raises NotReady and QueueFull."""
+        if self.state == "starting":
+            raise NotReady("the server is still loading its models; try again in a few seconds")
+        if self._inflight >= self._limit_requests:
+            raise QueueFull(
+                f"{self._inflight} requests are being worked on and the limit is {self._limit_requests}; "
+                "try again in 1 s", retry_after_s=1,
+            )  # fmt: skip
+
     async def answer(
         self, image: bytes | NDArray[np.uint8], options: SegmentOptions, write: Callable[[Prediction], T], *,
         request: Request, gone: Callable[[], Awaitable[None]] | None = None, in_bands: bool = False,
@@ -90,13 +100,7 @@ class Gateway:
         or the deadline ends the request at once, whatever its thread is at, and its place is free. Raises
         PenumbraError; any other failure is logged and becomes a ModelFault without internals.
         """
-        if self.state == "starting":
-            raise NotReady("the server is still loading its models; try again in a few seconds")
-        if self._inflight >= self._limit_requests:
-            raise QueueFull(
-                f"{self._inflight} requests are being worked on and the limit is {self._limit_requests}; "
-                "try again in 1 s", retry_after_s=1,
-            )  # fmt: skip
+        self.check_admission()
         request.started = time.perf_counter()
         self._inflight += 1
         try:

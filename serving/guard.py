@@ -1,6 +1,7 @@
 """What stands before every route: keys, bounds on time, head and body, and on what BentoML's own routes may be sent."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -33,13 +34,45 @@ HEALTH_PATHS = ("/healthz", "/livez", "/readyz")
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """In bytes: of the line and headers, of a body, of JSON, which takes up to forty times its size in memory, and of
-    the bodies of all requests together, from their first byte to their answer."""
+    """In bytes: of the line and headers, of a body, and of JSON, which takes up to forty times its size in memory."""
 
     head: int
     body: int
     json: int
-    bodies: int
+
+
+class Bodies:
+    """The bytes of all requests' bodies together, over every protocol, from their first byte to their answer.
+
+    Any thread may call it.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes, self._held_bytes = limit_bytes, 0
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def room(self) -> Iterator[Callable[[int], None]]:
+        """Yields what a request takes its bytes by, which are given back at its end. It raises QueueFull."""
+        taken, has_ended = 0, False
+
+        def take(size: int) -> None:
+            nonlocal taken
+            with self._lock:
+                if has_ended:  # and a thread is still at work for it
+                    raise Cancelled("the request was cancelled")
+                if self._held_bytes + size > self._limit_bytes:
+                    raise QueueFull(
+                        f"the bodies of all requests have {self._held_bytes:,} bytes, this one needs {size:,} more and "
+                        f"the limit is {self._limit_bytes:,}; try again in 1 s", retry_after_s=1,
+                    )  # fmt: skip
+                self._held_bytes, taken = self._held_bytes + size, taken + size
+
+        try:
+            yield take
+        finally:
+            with self._lock:
+                self._held_bytes, has_ended = self._held_bytes - taken, True
 
 
 class Timeout:
@@ -77,15 +110,17 @@ class Guard:
     BentoML's typed route takes JSON alone: its pickle, multipart and URL-fetching readers are closed off (415).
     """
 
-    def __init__(self, app: ASGIApp, *, ours: ASGIApp, telemetry: Telemetry, keys: Keys, bounds: Bounds) -> None:
-        self._app, self._ours, self._telemetry, self._keys, self._bounds = app, ours, telemetry, keys, bounds
-        self._held_bytes = 0
+    def __init__(
+        self, app: ASGIApp, *, ours: ASGIApp, telemetry: Telemetry, keys: Keys, bounds: Bounds, bodies: Bodies
+    ) -> None:  # fmt: skip
+        self._app, self._ours, self._telemetry, self._keys = app, ours, telemetry, keys
+        self._bounds, self._bodies = bounds, bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        with self._room() as take:
+        with self._bodies.room() as take:
             await self._pass(scope, receive, send, take)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send, take: Callable[[int], None]) -> None:
@@ -97,7 +132,10 @@ class Guard:
             if request := CURRENT.get():
                 request.key = key
             is_form = headers.get(b"content-type", b"").lower().startswith(b"multipart/")
-            if method not in ("GET", "HEAD", "OPTIONS") and ((method, path) != STREAMED or is_form):
+            has_body = method not in ("GET", "HEAD", "OPTIONS")
+            if has_body:
+                _check_encoding(path, headers.get(b"content-encoding", b""))
+            if has_body and ((method, path) != STREAMED or is_form):
                 is_bentos = BENTO_PATHS.get(path) == method
                 if is_bentos and scope["query_string"]:
                     raise BadOption(f"{path} has a query; it takes its options in the JSON")
@@ -109,25 +147,6 @@ class Guard:
             await self._refuse(error, scope, receive, send)
             return
         await (self._ours if path in HEALTH_PATHS else self._app)(scope, receive, send)
-
-    @contextmanager
-    def _room(self) -> Iterator[Callable[[int], None]]:
-        """Yields what a request takes its bytes by, which are given back at its end. It raises QueueFull."""
-        taken = 0
-
-        def take(size: int) -> None:
-            nonlocal taken
-            if self._held_bytes + size > self._bounds.bodies:
-                raise QueueFull(
-                    f"the bodies of all requests have {self._held_bytes:,} bytes and the limit is "
-                    f"{self._bounds.bodies:,}; try again in 1 s", retry_after_s=1,
-                )  # fmt: skip
-            self._held_bytes, taken = self._held_bytes + size, taken + size
-
-        try:
-            yield take
-        finally:
-            self._held_bytes -= taken
 
     async def _refuse(self, error: PenumbraError, scope: Scope, receive: Receive, send: Send) -> None:
         with suppress(PenumbraError), self._telemetry.track("http"):
@@ -146,6 +165,12 @@ class Guard:
                 f"the request's line and headers have {size:,} bytes and the limit is {self._bounds.head:,}; send long "
                 "options as form fields"
             )
+
+
+def _check_encoding(path: str, encoding: bytes) -> None:
+    named = encoding.strip().lower().decode("latin-1")
+    if named not in ("", "identity") and not (path.startswith("/v2/") and path.endswith("/infer")):
+        raise UnsupportedMedia(f"the body's Content-Encoding is {named[:60]!r}; {path[:80]} takes bodies without one")
 
 
 def _check_media(path: str, content_type: bytes, *, json_only: bool) -> None:

@@ -13,7 +13,7 @@ from starlette.routing import BaseRoute, Route
 from penumbra.models.errors import Cancelled, TooLarge
 from penumbra.serving.jobs import Jobs
 from penumbra.serving.render import choose_format
-from penumbra.serving.rest import is_raw, read_upload, refuse_options, unique
+from penumbra.serving.rest import is_raw, read_query, read_upload, refuse_options
 from penumbra.serving.spool import disk
 from penumbra.serving.telemetry import Telemetry
 
@@ -39,7 +39,7 @@ class JobSurface:
     async def create(self, request: Request) -> Response:
         with self._telemetry.track("http"):
             media = choose_format(request.headers.get("accept", ""))
-            self._jobs.check(media, unique(request.query_params.multi_items()))
+            self._jobs.check(media, read_query(request))
             place = await run_in_threadpool(self._jobs.begin)
             try:
                 fields = await self._receive(request, place / "image")
@@ -84,4 +84,4 @@ class JobSurface:
                         pieces = bytearray()
             except ClientDisconnect:
                 raise Cancelled("the caller went away before the whole body had arrived") from None
-        return unique(request.query_params.multi_items())
+        return read_query(request)

@@ -9,7 +9,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -65,7 +65,10 @@ class WantedOutput:
 
 @dataclass(frozen=True, slots=True)
 class InferRequest:
-    """One request as a transport read it; no outputs stands for the default ones, an empty version for the newest."""
+    """One request as a transport read it; no outputs stands for the default ones, an empty version for the newest.
+
+    unknown: what it has besides, where no one looks for it: "seed in the headers".
+    """
 
     model: str
     version: str = ""
@@ -73,6 +76,7 @@ class InferRequest:
     parameters: Mapping[str, object] = field(default_factory=dict)
     inputs: Sequence[Tensor] = ()
     outputs: Sequence[WantedOutput] = ()
+    unknown: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +127,7 @@ class Inference:
         has one; it counts as `deadline_ms` does.
         """
         with self.gateway.telemetry.track(protocol, carrier=carrier) as tracked:
+            self.gateway.check_admission()
             small = size_bytes < LARGE_BYTES
             prepared = self._prepare(read) if small else await asyncio.to_thread(self._prepare, read)
             request, card, image, options, ignored = prepared
@@ -162,7 +167,7 @@ class Inference:
             [wanted.name for wanted in request.outputs if wanted.name != "labels"] if request.outputs else DEFAULT_MAPS
         )
         options = replace(options, model=card.name, version=card.version, outputs=tuple(maps))
-        ignored = sorted(set(request.parameters) - PARAMETERS)
+        ignored = [*sorted(set(request.parameters) - PARAMETERS), *request.unknown]
         return request, card, read_image(given["image"]), options, ignored
 
     def server_document(self) -> dict[str, Any]:
@@ -275,6 +280,17 @@ def read_options(parameters: Mapping[str, object]) -> SegmentOptions:
             wanted = " or ".join(kind.__name__ for kind in TRITONS_PARAMETERS[name])
             raise BadOption(f"Unable to parse '{name}': it is {str(value)[:SHOWN]!r}; {wanted} is wanted")
     return parse_options({name: str(value) for name, value in parameters.items() if name in PARAMETERS})
+
+
+def strangers(given: Iterable[str], known: Collection[str], place: str) -> list[str]:
+    """Names in a part of a request that mean nothing there, for its warnings."""
+    return [f"{name} in {place}" for name in given if name not in known]
+
+
+def strangers_above(headers: Iterable[str], place: str) -> list[str]:
+    """Options among a request's headers, which are no place for them; `Priority` is HTTP's own (RFC 9218)."""
+    options = PARAMETERS - {"priority"}
+    return [f"{name} in {place}" for name in headers if name in options or name.startswith("x-penumbra-")]
 
 
 def answer_of(prediction: Prediction, request: InferRequest, ignored: Sequence[str]) -> Answer:

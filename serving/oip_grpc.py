@@ -22,8 +22,17 @@ from tritonclient.grpc import service_pb2 as pb
 from penumbra.models.errors import BadOption, PenumbraError, Unsupported
 from penumbra.serving import VERSION
 from penumbra.serving.access import CURRENT, ID, Request, begin, logged
+from penumbra.serving.guard import Bodies
 from penumbra.serving.keys import Keys
-from penumbra.serving.oip import DEFAULT_OUTPUTS, Answer, Inference, InferRequest, WantedOutput
+from penumbra.serving.oip import (
+    DEFAULT_OUTPUTS,
+    Answer,
+    Inference,
+    InferRequest,
+    WantedOutput,
+    strangers,
+    strangers_above,
+)
 from penumbra.serving.oip_tensors import DTYPES, SHOWN, Tensor, join_strings
 from penumbra.serving.statuses import status_of
 from penumbra.serving.telemetry import Telemetry
@@ -41,8 +50,8 @@ Handler = Callable[[bytes, Context], Awaitable[bytes]]
 class Calls:
     """The calls that are served, each under its name: those on server and models answer with a document."""
 
-    def __init__(self, inference: Inference) -> None:
-        self._inference = inference
+    def __init__(self, inference: Inference, bodies: Bodies) -> None:
+        self._inference, self._bodies = inference, bodies
 
     async def ServerLive(self, request: Any) -> Document:
         return {"live": self._inference.gateway.is_alive}
@@ -91,8 +100,10 @@ class Calls:
         message = pb.ModelInferRequest()
         with logged(request):
             try:
-                message = await asyncio.to_thread(parse, pb.ModelInferRequest, data)
-                return await self._infer(lambda: message, _in_stream, size=len(data), context=context)
+                with self._bodies.room() as take:
+                    take(len(data))
+                    message = await asyncio.to_thread(parse, pb.ModelInferRequest, data)
+                    return await self._infer(lambda: message, _in_stream, size=len(data), context=context)
             except PenumbraError as error:
                 request.status, request.error = status_of(error)[0], type(error).__name__
                 return _failed_in_stream(message.id, str(error))
@@ -103,13 +114,19 @@ class Calls:
     async def _infer(
         self, read: Callable[[], Any], write: Callable[[Any], bytes], *, size: int, context: Context
     ) -> bytes:  # fmt: skip
+        metadata = dict(context.invocation_metadata())
+
+        def read_with_metadata() -> InferRequest:
+            asked = read_request(read())
+            return replace(asked, unknown=[*asked.unknown, *strangers_above(metadata, "the metadata")])
+
         return await self._inference.infer(
-            lambda: read_request(read()), lambda answer, _: write(message_of(answer)), size_bytes=size,
-            protocol="grpc", carrier=dict(context.invocation_metadata()), remaining=context.time_remaining,
+            read_with_metadata, lambda answer, _: write(message_of(answer)), size_bytes=size,
+            protocol="grpc", carrier=metadata, remaining=context.time_remaining,
         )  # fmt: skip
 
 
-def service_handlers(calls: Calls) -> grpc.GenericRpcHandler:
+def service_handlers(calls: Calls, bodies: Bodies) -> grpc.GenericRpcHandler:
     """Handlers of every call of the service; those that `calls` lacks are answered UNIMPLEMENTED.
 
     They take and give bytes: gRPC itself would answer a message that cannot be read with INTERNAL, and would read and
@@ -123,7 +140,7 @@ def service_handlers(calls: Calls) -> grpc.GenericRpcHandler:
             handler = _document_handler(method, getattr(calls, method.name))
         else:
             handler = _unimplemented(method.name)
-        handlers.setdefault(method.name, grpc.unary_unary_rpc_method_handler(_named_errors(handler)))
+        handlers.setdefault(method.name, grpc.unary_unary_rpc_method_handler(_named_errors(handler, bodies)))
     return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
 
@@ -144,13 +161,14 @@ def _unimplemented(name: str) -> Handler:
     return handle
 
 
-def _named_errors(handler: Handler) -> Handler:
-    """Log a call, and end it with the gRPC status of its PenumbraError; any other failure is logged and says nothing
-    inside."""
+def _named_errors(handler: Handler, bodies: Bodies) -> Handler:
+    """Log a call, count its message among the bodies, and end it with the gRPC status of its PenumbraError; any other
+    failure is logged and says nothing inside."""
 
     async def handle(data: bytes, context: Context) -> bytes:
-        with logged(_call(context)) as request:
+        with logged(_call(context)) as request, bodies.room() as take:
             try:
+                take(len(data))
                 answer = await handler(data, context)
                 request.status = 200
                 return answer
@@ -188,9 +206,12 @@ def read_request(request: Any) -> InferRequest:
         WantedOutput(output.name, classes=_parameters(output.parameters).get("classification", 0))
         for output in request.outputs
     ]
+    unknown = [name for one in request.inputs for name in strangers(one.parameters, (), f"input {one.name}")]
+    for one in request.outputs:
+        unknown += strangers(one.parameters, ("classification",), f"output {one.name}")
     return InferRequest(
         request.model_name, request.model_version, request.id, _parameters(request.parameters), _tensors(request),
-        list({one.name: one for one in wanted}.values()) or [WantedOutput(name) for name in DEFAULT_OUTPUTS],
+        list({one.name: one for one in wanted}.values()) or [WantedOutput(name) for name in DEFAULT_OUTPUTS], unknown,
     )  # fmt: skip
 
 
@@ -311,7 +332,9 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 class GrpcServer:
     """The listening server. `start` raises RuntimeError when the port is taken."""
 
-    def __init__(self, inference: Inference, *, address: str, message_bytes: int, keys: Keys) -> None:
+    def __init__(
+        self, inference: Inference, *, address: str, message_bytes: int, keys: Keys, bodies: Bodies
+    ) -> None:  # fmt: skip
         self._health = health.HealthServicer(experimental_non_blocking=True)
         self._address = address
         self._server = grpc.aio.server(
@@ -322,7 +345,7 @@ class GrpcServer:
                 ("grpc.max_send_message_length", -1),
             ],
         )
-        self._server.add_generic_rpc_handlers((service_handlers(Calls(inference)),))
+        self._server.add_generic_rpc_handlers((service_handlers(Calls(inference, bodies), bodies),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 

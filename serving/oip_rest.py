@@ -7,7 +7,8 @@ A body is JSON alone; or JSON of `Inference-Header-Content-Length` bytes and beh
 import math
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -19,7 +20,19 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route, Router
 
 from penumbra.models.errors import BadOption, TooLarge, Unsupported
-from penumbra.serving.oip import DEFAULT_OUTPUTS, Answer, Inference, InferRequest, WantedOutput
+from penumbra.serving.guard import Bodies
+from penumbra.serving.oip import (
+    DEFAULT_OUTPUTS,
+    LARGE_BYTES,
+    OWN_FIELDS,
+    PARAMETERS,
+    Answer,
+    Inference,
+    InferRequest,
+    WantedOutput,
+    strangers,
+    strangers_above,
+)
 from penumbra.serving.oip_tensors import DTYPES, SHOWN, Output, Tensor, join_strings
 from penumbra.serving.rest import disconnected, server_timing
 
@@ -27,14 +40,25 @@ HEADER_LENGTH = "inference-header-content-length"
 KINDS: dict[type, str] = {list: "array", dict: "object", str: "string", bool: "boolean", int: "unsigned-integer"}
 WINDOW_BITS = {"gzip": 31, "deflate": 47}
 """zlib's name for an encoding; 47 reads deflate with either of the two headers that are in use."""
+PLAIN = ("", "identity")
+"""What a body without an encoding is called."""
+PIECE_BYTES = 2**16
+"""Of a body that are decompressed at a time, and its growth counted."""
+REQUEST_MEMBERS = ("id", "parameters", "inputs", "outputs")
+INPUT_MEMBERS = ("name", "datatype", "shape", "parameters", "data", "binary_data_size")
+OUTPUT_MEMBERS = ("name", "datatype", "shape", "parameters", "binary_data", "classification")
+"""Names that mean something in a request, and in an input or output or its parameters."""
 FAST = 1
 """zlib level: float maps hardly shrink, and higher levels take several times as long for nothing."""
 T = TypeVar("T")
 
 
-def routes(inference: Inference, *, body_bytes: int, json_bytes: int) -> list[BaseRoute]:
-    """Everything under /v2. body_bytes: limit of a body once it is decompressed; json_bytes: of the JSON in it."""
-    rest = Rest(inference, body_bytes=body_bytes, json_bytes=json_bytes)
+def routes(inference: Inference, *, body_bytes: int, json_bytes: int, bodies: Bodies) -> list[BaseRoute]:
+    """Everything under /v2. body_bytes: limit of a body once it is decompressed; json_bytes: of the JSON in it.
+
+    bodies: what decompressed bodies are counted in, beside the compressed ones.
+    """
+    rest = Rest(inference, body_bytes=body_bytes, json_bytes=json_bytes, bodies=bodies)
     model, versioned = "/models/{model}", "/models/{model}/versions/{version}"
     verbs = {"": rest.metadata, "/ready": rest.model_ready, "/config": rest.config, "/stats": rest.statistics}
     inner: list[BaseRoute] = [
@@ -53,8 +77,9 @@ def routes(inference: Inference, *, body_bytes: int, json_bytes: int) -> list[Ba
 class Rest:
     """The handlers."""
 
-    def __init__(self, inference: Inference, *, body_bytes: int, json_bytes: int) -> None:
+    def __init__(self, inference: Inference, *, body_bytes: int, json_bytes: int, bodies: Bodies) -> None:
         self._inference, self._body_bytes, self._json_bytes = inference, body_bytes, json_bytes
+        self._bodies = bodies
 
     async def server(self, _: Request) -> Response:
         return JSONResponse(self._inference.server_document())
@@ -101,44 +126,71 @@ class Rest:
         model, version = _model(request)
         body = await request.body()
         told, taken = request.headers, _accepted_encoding(request.headers.get("accept-encoding", ""))
-
-        def read() -> InferRequest:
-            self._inference.find(model, version)  # an unknown model is the first thing to say, whatever the body is
-            plain = decompress(body, told.get("content-encoding", ""), limit_bytes=self._body_bytes)
-            length = told.get(HEADER_LENGTH)
-            return read_request(plain, model=model, version=version, header_length=length, json_bytes=self._json_bytes)
+        encoding = ", ".join(told.getlist("content-encoding")).strip().lower()
+        misplaced = [*strangers(request.query_params, (), "the query"), *strangers_above(told, "the headers")]
 
         def write(answer: Answer, asked: InferRequest) -> Response:
             return write_answer(answer, [wanted.binary for wanted in asked.outputs], encoding=taken)
 
-        return await self._inference.infer(
-            read, write, size_bytes=len(body), protocol="v2", gone=lambda: disconnected(request)
-        )
+        with self._bodies.room() as take:
+
+            def read() -> InferRequest:
+                self._inference.find(model, version)  # an unknown model is the first thing to say, whatever the body is
+                plain = decompress(body, encoding, limit_bytes=self._body_bytes, take=take)
+                length, json_bytes = told.get(HEADER_LENGTH), self._json_bytes
+                asked = read_request(plain, model=model, version=version, header_length=length, json_bytes=json_bytes)
+                return replace(asked, unknown=[*asked.unknown, *misplaced])
+
+            size_bytes = len(body) if encoding in PLAIN else LARGE_BYTES  # which may be a small bomb
+            return await self._inference.infer(
+                read, write, size_bytes=size_bytes, protocol="v2", gone=lambda: disconnected(request)
+            )
 
 
 def _model(request: Request) -> tuple[str, str]:
+    """The model and version of a path. Raises BadOption for an option in the query, where it would mean nothing."""
     version = request.path_params.get("version", "")
     if version and not (version.isascii() and version.isdigit()):
         raise HTTPException(404, "Not Found")
+    for name in request.query_params:
+        if name in PARAMETERS or name in OWN_FIELDS:
+            raise BadOption(f"{name} is in the query; send it in the request's JSON")
     return request.path_params["model"], version
 
 
-def decompress(body: bytes, encoding: str, *, limit_bytes: int) -> bytes:
-    """The body as it was before its encoding. Raises Unsupported, TooLarge, BadOption."""
-    if encoding in ("", "identity"):
+def decompress(
+    body: bytes, encoding: str, *, limit_bytes: int, take: Callable[[int], None] = lambda size: None
+) -> bytes:  # fmt: skip
+    """The body as it was before its encoding; gzip may have several members (RFC 1952).
+
+    take: is told of the bytes as they come. Raises Unsupported, TooLarge, BadOption, and QueueFull from `take`.
+    """
+    if encoding in PLAIN:
         return body
     if encoding not in WINDOW_BITS:
         raise Unsupported(f"Unsupported compression type {encoding[:SHOWN]!r}; gzip and deflate are read")
     stream = zlib.decompressobj(WINDOW_BITS[encoding])
-    try:
-        plain = stream.decompress(body, limit_bytes + 1)
-    except zlib.error as error:
-        raise BadOption(f"the body is not {encoding}, as its Content-Encoding says ({error})") from None
-    if len(plain) > limit_bytes:
-        raise TooLarge(f"the body has more than {limit_bytes:,} bytes when decompressed, which is the limit; send less")
-    if not stream.eof or stream.unused_data:
-        raise BadOption(f"the {encoding} body ends too early or has {len(stream.unused_data)} bytes behind its end")
-    return plain
+    pieces, size = [], 0
+    for start in range(0, len(body), PIECE_BYTES):
+        rest = body[start : start + PIECE_BYTES]
+        while rest:
+            if stream.eof and encoding == "deflate":
+                raise BadOption("the deflate body goes on behind its end; send one stream")
+            stream = zlib.decompressobj(WINDOW_BITS[encoding]) if stream.eof else stream
+            try:
+                pieces.append(stream.decompress(rest, limit_bytes - size + 1))
+            except zlib.error as error:
+                raise BadOption(f"the body is not {encoding}, as its Content-Encoding says ({error})") from None
+            size += len(pieces[-1])
+            if size > limit_bytes:
+                raise TooLarge(
+                    f"the body has more than {limit_bytes:,} bytes when decompressed, which is the limit; send less"
+                )
+            take(len(pieces[-1]))
+            rest = stream.unused_data
+    if not stream.eof:
+        raise BadOption(f"the {encoding} body ends too early; send all of it")
+    return b"".join(pieces)
 
 
 def read_request(
@@ -155,16 +207,21 @@ def read_request(
     parameters = _parameters(head)
     binary = _member(parameters, "binary_data_output", bool) if "binary_data_output" in parameters else False
     inputs: list[Tensor] = []
+    unknown = strangers(head, REQUEST_MEMBERS, "the request")
     for one in _member(head, "inputs", list):
         tensor, rest = _read_input(_object(one), rest, model=model)
         inputs.append(tensor)
+        unknown += strangers({**one, **_parameters(one)}, INPUT_MEMBERS, f"input {tensor.name}")
     if rest:
         raise BadOption(f"unexpected additional input data for model '{model}'")
-    wanted = [_read_output(_object(one), binary=binary) for one in _optional(head, "outputs", list, [])]
+    wanted = []
+    for one in _optional(head, "outputs", list, []):
+        wanted.append(_read_output(_object(one), binary=binary))
+        unknown += strangers({**one, **_parameters(one)}, OUTPUT_MEMBERS, f"output {wanted[-1].name}")
     return InferRequest(
         model, version, _optional(head, "id", str, ""),
         {name: value for name, value in parameters.items() if name != "binary_data_output"},
-        inputs, list({one.name: one for one in wanted}.values()) or _default_outputs(binary=binary),
+        inputs, list({one.name: one for one in wanted}.values()) or _default_outputs(binary=binary), unknown,
     )  # fmt: skip
 
 

@@ -123,7 +123,7 @@ async def read_upload(request: Request) -> tuple[bytes, dict[str, str]]:
 
     Raises UnsupportedMedia, BadImage and BadOption.
     """
-    fields = unique(request.query_params.multi_items())
+    fields = read_query(request)
     if is_raw(request):
         return await request.body(), fields
     media = _media_of(request)
@@ -145,6 +145,14 @@ async def read_upload(request: Request) -> tuple[bytes, dict[str, str]]:
     texts = [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
     with upload.file as file:
         return file.read(), fields | unique(texts, beside=fields)
+
+
+def read_query(request: Request) -> dict[str, str]:
+    """The options in a query. Raises BadOption for one that is given twice, or in a header that only answers have."""
+    for name in request.headers:
+        if name.startswith("x-penumbra-"):
+            raise BadOption(f"the header {name[:60]} is of answers; send options in the query or as form fields")
+    return unique(request.query_params.multi_items())
 
 
 def is_raw(request: Request) -> bool:

@@ -28,7 +28,7 @@ from penumbra.models.errors import BadArtifact, BadOption, PenumbraError
 from penumbra.serving import VERSION
 from penumbra.serving.access import AccessLog
 from penumbra.serving.engine.signature import PublicKeys, read_public_keys
-from penumbra.serving.guard import Bounds, Guard, Timeout
+from penumbra.serving.guard import Bodies, Bounds, Guard, Timeout
 from penumbra.serving.head import bound_heads
 from penumbra.serving.keys import read_keys, warn_if_open
 from penumbra.serving.logs import set_up_logs
@@ -45,6 +45,7 @@ SETTINGS = read_settings()
 TELEMETRY = Telemetry(latency_buckets_s=SETTINGS.latency_buckets_s)
 KEYS = read_keys(SETTINGS.api_keys.get_secret_value(), SETTINGS.api_keys_file)
 TRUSTED_KEYS = None if SETTINGS.trusted_keys_file is None else read_public_keys(SETTINGS.trusted_keys_file)
+BODIES = Bodies(SETTINGS.limit_bodies_bytes)
 PR_SET_PDEATHSIG = 1
 """From <linux/prctl.h>."""
 APP = Starlette()
@@ -101,7 +102,7 @@ class Penumbra:
         self.grpc: GrpcServer | None = None
         self.inference = Inference(self.gateway, store=SETTINGS.store if SETTINGS.model_control else None)
         oip_routes = oip_rest.routes(
-            self.inference, body_bytes=SETTINGS.limit_body_bytes, json_bytes=SETTINGS.limit_json_bytes
+            self.inference, body_bytes=SETTINGS.limit_body_bytes, json_bytes=SETTINGS.limit_json_bytes, bodies=BODIES
         )
         self.jobs = Jobs(SETTINGS.jobs, self.gateway, bounds=job_bounds(SETTINGS), store=SETTINGS.store)
         job_routes = jobs_rest.routes(self.jobs, TELEMETRY)
@@ -136,8 +137,9 @@ class Penumbra:
 
         if SETTINGS.grpc_address:
             self.grpc = GrpcServer(
-                self.inference, address=SETTINGS.grpc_address, message_bytes=SETTINGS.limit_body_bytes, keys=KEYS
-            )
+                self.inference, address=SETTINGS.grpc_address, message_bytes=SETTINGS.limit_body_bytes, keys=KEYS,
+                bodies=BODIES,
+            )  # fmt: skip
             await self.grpc.start()
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
@@ -230,8 +232,6 @@ bentomls.TimeoutMiddleware = lambda app, timeout: AccessLog(Timeout(app, timeout
 set_up_logs(SETTINGS.log_format)
 bound_heads(SETTINGS.limit_head_bytes)
 Penumbra.add_asgi_middleware(  # type: ignore[attr-defined]
-    Guard, ours=APP, telemetry=TELEMETRY, keys=KEYS,
-    bounds=Bounds(
-        SETTINGS.limit_head_bytes, SETTINGS.limit_body_bytes, SETTINGS.limit_json_bytes, SETTINGS.limit_bodies_bytes
-    ),
+    Guard, ours=APP, telemetry=TELEMETRY, keys=KEYS, bodies=BODIES,
+    bounds=Bounds(SETTINGS.limit_head_bytes, SETTINGS.limit_body_bytes, SETTINGS.limit_json_bytes),
 )  # fmt: skip

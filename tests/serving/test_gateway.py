@@ -1,20 +1,29 @@
 """The gateway: bounds, states, and failures that say nothing of the inside."""
 
 import asyncio
+import gzip
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
+import httpx
 import numpy as np
 import pytest
+from starlette.applications import Starlette
 
 from penumbra.models.errors import BadOption, Cancelled, DeadlineExceeded, ModelFault, NotReady, QueueFull, UnknownModel
+from penumbra.serving import oip_rest
 from penumbra.serving.access import Request
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.gateway import Gateway
+from penumbra.serving.guard import Bodies
+from penumbra.serving.oip import Inference
+from penumbra.serving.rest import ERROR_HANDLERS
 from penumbra.serving.telemetry import Telemetry
 from tests.conftest import picture
 
@@ -52,6 +61,42 @@ def test_while_starting_nothing_is_answered(segmenter: Segmenter) -> None:
     assert not starting.is_ready and starting.is_alive
     with pytest.raises(NotReady, match="still loading"):
         asyncio.run(starting.answer(IMAGE, OPTIONS, labels, request=Request()))
+
+
+class Watched(Bodies):
+    """Knows the threads that counted bytes."""
+
+    def __init__(self) -> None:
+        super().__init__(2**30)
+        self.threads: set[int] = set()
+
+    @contextmanager
+    def room(self) -> Iterator[Callable[[int], None]]:
+        with super().room() as take:
+
+            def watched(size: int) -> None:
+                self.threads.add(threading.get_ident())
+                take(size)
+
+            yield watched
+
+
+@pytest.mark.parametrize(("state", "status"), [("ready", 400), ("starting", 503)])
+def test_a_small_body_is_unpacked_off_the_event_loop_and_only_once_its_request_is_admitted(
+    segmenter: Segmenter, state: Literal["ready", "starting"], status: int
+) -> None:
+    bodies, inference = Watched(), Inference(gateway(segmenter))
+    inference.gateway.state = state
+    routes = oip_rest.routes(inference, body_bytes=2**20, json_bytes=2**20, bodies=bodies)
+    transport = httpx.ASGITransport(Starlette(routes=routes, exception_handlers=ERROR_HANDLERS))
+
+    async def send() -> int:
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            body, headers = gzip.compress(bytes(2**20)), {"Content-Encoding": "gzip"}
+            return (await client.post("/v2/models/toy-latent/infer", content=body, headers=headers)).status_code
+
+    assert asyncio.run(send()) == status
+    assert threading.get_ident() not in bodies.threads and bool(bodies.threads) == (state == "ready")
 
 
 def test_an_unknown_model_is_refused_and_its_name_is_no_label(segmenter: Segmenter) -> None:

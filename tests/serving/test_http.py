@@ -267,6 +267,12 @@ def test_a_model_must_be_named_where_several_are_served(client: httpx.Client) ->
     is_refused(response, 400, "model", "toy-latent")
 
 
+@pytest.mark.parametrize("path", ["/segment", "/jobs"])
+def test_an_option_in_a_header_of_answers_is_refused(client: httpx.Client, path: str) -> None:
+    headers = {"Content-Type": "image/png", "X-Penumbra-Seed": "77"}
+    is_refused(client.post(f"{path}?model=toy-latent", content=PNG, headers=headers), 400, "x-penumbra-seed", "query")
+
+
 def test_an_option_given_twice_is_refused(client: httpx.Client) -> None:
     files = {"image": ("a.png", PNG, "image/png")}
     url = "/segment?model=toy-latent"

@@ -180,6 +180,32 @@ def test_messages_and_metadata_of_grpc_are_bounded(limited: tuple[Server, Memory
     assert memory.peak_mib < ROOM_MIB
 
 
+def test_messages_of_grpc_and_what_unpacks_count_among_the_bodies(toy_store: Path, tmp_path: Path) -> None:
+    settings = {"limit_body_bytes": BODY, "limit_bodies_bytes": MIB, "predrain_s": 0}
+    tensors = [triton.InferInput("image", [side, side, 3], "UINT8") for side in (700, 20)]
+    for tensor in tensors:
+        tensor.set_data_from_numpy(np.zeros(tensor.shape(), np.uint8))
+    answers: list[object] = []
+    with (
+        serving(toy_store, tmp_path, **settings) as server,
+        server.client() as client,
+        triton.InferenceServerClient(server.grpc_address) as rpc,
+    ):
+        with pytest.raises(Exception, match="the bodies of all requests have 0 bytes") as refused:
+            rpc.infer("toy-latent", [tensors[0]], client_timeout=30)
+        assert refused.value.status() == "StatusCode.RESOURCE_EXHAUSTED"
+        assert rpc.infer("toy-latent", [tensors[1]], client_timeout=30).as_numpy("labels").shape == (20, 20)
+        rpc.start_stream(lambda result, error: answers.append(error or result))
+        for tensor in tensors:
+            rpc.async_stream_infer("toy-latent", [tensor])
+        until(lambda: len(answers) == 2)
+        assert "the bodies of all requests" in str(answers[0]) and not isinstance(answers[1], Exception)
+        packed = gzip.compress(bytes(2 * MIB))
+        answer = client.post("/v2/models/toy-latent/infer", content=packed, headers={"Content-Encoding": "gzip"})
+        is_refused(answer, 429, "the bodies of all requests", f"{MIB:,}")
+        assert answer.headers["retry-after"] == "1" and ask(client).status_code == 200
+
+
 def test_bodies_of_many_slow_callers_take_no_more_memory_together_than_their_limit(
     toy_store: Path, tmp_path: Path
 ) -> None:

@@ -25,6 +25,7 @@ from tritonclient.utils import InferenceServerException
 
 from penumbra.serving import oip_rest
 from penumbra.serving.engine.runtime import SIZES
+from penumbra.serving.guard import Bodies
 from tests.conftest import picture
 from tests.serving.conftest import BODY_BYTES
 from tests.serving.server import Server, until
@@ -173,6 +174,47 @@ def test_an_unknown_parameter_is_ignored_and_named(http: triton_http.InferenceSe
     assert "ignored unknown parameters: sampels, timeout" in answer["parameters"]["warnings"]
 
 
+@pytest.mark.parametrize(
+    ("more", "url", "headers", "named"),
+    [
+        ({"paramters": {"seed": 7}}, "", {}, "paramters in the request"),
+        ({"seed": 7}, "", {}, "seed in the request"),
+        ({"tensor": {"parameters": {"seed": 7}}}, "", {}, "seed in input image"),
+        ({"tensor": {"sede": 7}}, "", {}, "sede in input image"),
+        ({"outputs": [{"name": "labels", "parameters": {"seed": 7}}]}, "", {}, "seed in output labels"),
+        ({}, "?sede=7", {}, "sede in the query"),
+        ({}, "", {"Seed": "7"}, "seed in the headers"),
+        ({}, "", {"X-Penumbra-Seed": "7"}, "x-penumbra-seed in the headers"),
+        ({"parameters": {"sede": 7}, "sampels": 2}, "", {}, "sede, sampels in the request"),
+    ],
+)
+def test_what_a_request_has_in_a_place_where_it_means_nothing_is_named(
+    client: httpx.Client, more: dict[str, Any], url: str, headers: dict[str, str], named: str
+) -> None:
+    answer = client.post(f"/v2/models/toy-latent/infer{url}", json=_json_request(BLACK, **more), headers=headers)
+    assert answer.status_code == 200, answer.text
+    assert f"ignored unknown parameters: {named}; known are" in answer.json()["parameters"]["warnings"]
+
+
+@pytest.mark.parametrize("path", ["toy-latent/infer?seed=7", "toy-latent?version=2", "toy-latent/config?version=2"])
+def test_an_option_in_the_query_is_refused(client: httpx.Client, path: str) -> None:
+    answer = client.request("POST" if "infer" in path else "GET", f"/v2/models/{path}", json=_json_request(BLACK))
+    assert answer.status_code == 400
+    assert (
+        answer.json()["error"] == f"{path.split('?')[1].split('=')[0]} is in the query; send it in the request's JSON"
+    )
+
+
+def test_an_option_in_grpcs_metadata_or_beside_an_input_is_named(
+    grpc_client: triton_grpc.InferenceServerClient,
+) -> None:
+    inputs = _inputs(triton_grpc, BLACK)
+    inputs[0]._input.parameters["samples"].int64_param = 3
+    answer = grpc_client.infer("toy-latent", inputs, headers={"seed": "7", "traceparent": "x"}).get_response()
+    said = answer.parameters["warnings"].string_param
+    assert "ignored unknown parameters: samples in input image, seed in the metadata; known are" in said
+
+
 @pytest.mark.parametrize("api", [triton_http, triton_grpc])
 def test_the_priority_of_tritons_clients_is_taken_and_bounded(server: Server, api: Any) -> None:
     address = _http_address(server) if api is triton_http else server.grpc_address
@@ -219,6 +261,53 @@ def test_a_body_that_is_one_encoded_picture_needs_no_json(client: httpx.Client) 
     outputs = json.loads(answer.content[:length])["outputs"]
     assert outputs[0]["name"] == "labels" and outputs[0]["shape"] == [20, 30]
     assert answer.content[length : length + 600] == image.argmax(-1).astype(np.uint8).tobytes()
+
+
+def _packed(encoding: str, body: bytes) -> bytes:
+    return gzip.compress(body) if encoding == "gzip" else zlib.compress(body)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "change", "status", "says"),
+    [
+        ("gzip", lambda body: body, 200, ""),
+        ("GZip", lambda body: body, 200, ""),
+        ("deflate", lambda body: body, 200, ""),
+        ("gzip", lambda body: body[:-9], 400, "ends too early"),
+        ("gzip", lambda body: body[:1], 400, "ends too early"),
+        ("gzip", lambda body: b"", 400, "ends too early"),
+        ("deflate", lambda body: body[:-1], 400, "ends too early"),
+        ("gzip", lambda body: body + b"garbage", 400, "is not gzip"),
+        ("deflate", lambda body: body + b"garbage", 400, "behind its end"),
+        ("deflate", lambda body: body + body, 400, "behind its end"),
+        ("gzip", lambda body: body[:-8] + bytes(8), 400, "is not gzip"),
+        ("zstd", lambda body: body, 501, "'zstd'"),
+        ("gzip, gzip", lambda body: body, 501, "'gzip, gzip'"),
+    ],
+)
+def test_an_encoded_body_is_read_whole_or_refused(
+    client: httpx.Client, encoding: str, change: Callable[[bytes], bytes], status: int, says: str
+) -> None:
+    body = change(_packed(encoding.lower(), json.dumps(_json_request(BLACK)).encode()))
+    answer = client.post("/v2/models/toy-latent/infer", content=body, headers={"Content-Encoding": encoding})
+    assert answer.status_code == status and says in answer.text
+
+
+@pytest.mark.parametrize("size", [1, 7, 40_000, 200_000])
+def test_gzip_of_several_members_is_read_as_one(size: int) -> None:
+    plain = np.random.Generator(np.random.PCG64(1)).bytes(200_000)
+    parts = [plain[:size], b"", plain[size:]]
+    counted: list[int] = []
+    body = b"".join(map(gzip.compress, parts))
+    assert oip_rest.decompress(body, "gzip", limit_bytes=len(plain), take=counted.append) == plain
+    assert sum(counted) == len(plain)
+
+
+@pytest.mark.parametrize("path", ["/segment", "/jobs", "/predict", "/v2/repository/index"])
+def test_an_encoded_body_is_refused_where_none_is_read(client: httpx.Client, path: str) -> None:
+    headers = {"Content-Encoding": "gzip", "Content-Type": "application/json" if path == "/predict" else "image/png"}
+    answer = client.post(path, content=gzip.compress(b"x"), headers=headers)
+    assert answer.status_code == 415 and "'gzip'" in answer.json()["error"] and path in answer.json()["error"]
 
 
 def _json_request(image: np.ndarray, **more: Any) -> dict[str, Any]:
@@ -393,7 +482,7 @@ def test_health_is_watched_and_services_are_reflected(server: Server) -> None:
 def test_the_api_document_lists_every_path_and_every_listed_path_exists(client: httpx.Client) -> None:
     listed = client.get("/docs.json").json()["paths"]
     listed = {path: methods for path, methods in listed.items() if path.startswith("/v2")}
-    served = {route.path for route in oip_rest.routes(None, body_bytes=1, json_bytes=1)[1].routes}  # type: ignore
+    served = {route.path for route in oip_rest.routes(None, body_bytes=1, json_bytes=1, bodies=Bodies(1))[1].routes}  # type: ignore
     assert {*listed} == {"/v2", *(f"/v2{path}" for path in served)} - {"/v2/repository/{name}/index"}
     for path, methods in listed.items():
         for method, operation in methods.items():

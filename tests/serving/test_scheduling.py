@@ -16,6 +16,7 @@ from penumbra.models.errors import DeadlineExceeded
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.gateway import Gateway
+from penumbra.serving.guard import Bodies
 from penumbra.serving.oip import Inference, InferRequest, answer_of
 from penumbra.serving.oip_grpc import Calls
 from penumbra.serving.render.tables import facts
@@ -76,7 +77,7 @@ def test_grpcs_own_timeout_is_a_deadline(toy_store: Path, within_s: float | None
         segmenter.load(toy_store / "toy-latent" / "1")
         gateway = Gateway(segmenter, Telemetry(), limit_requests=2, timeout_s=60)
         gateway.state = "ready"
-        call = Calls(Inference(gateway)).infer(message.SerializeToString(), context)
+        call = Calls(Inference(gateway), Bodies(2**20)).infer(message.SerializeToString(), context)
         if late:
             with pytest.raises(DeadlineExceeded):
                 asyncio.run(call)
