@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from penumbra.failures import Verbs
+from penumbra.serving.build import print_version
 
 STORE = click.option(
     "--store", type=click.Path(path_type=Path, file_okay=False), default=Path("store"), envvar="PENUMBRA_STORE",
@@ -24,7 +25,9 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for mach
 
 
 @click.group(cls=Verbs)
-@click.version_option(package_name="penumbra-serving")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=print_version, help="Print it and leave."
+)
 def main() -> None:
     """Serve trained segmentation checkpoints and say, per pixel, how sure they are."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)

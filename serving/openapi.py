@@ -1,5 +1,6 @@
 """The OpenAPI document of the HTTP surface, from one source."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from penumbra.models.card import MAPS
@@ -52,12 +53,12 @@ REFUSALS = {
 ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
 
 
-def describe(version: str) -> dict[str, Any]:
-    """The whole document."""
+def describe(build: Mapping[str, str]) -> dict[str, Any]:
+    """The whole document. build: version, and commit if it is known."""
     return {
         "openapi": "3.0.3",
         "info": {
-            "title": "Penumbra", "version": version,
+            "title": "Penumbra", **{{"commit": "x-commit"}.get(name, name): fact for name, fact in build.items()},
             "description": "Segmentation that says, per pixel, how sure it is.",
         },
         "paths": {
@@ -74,6 +75,7 @@ def describe(version: str) -> dict[str, Any]:
             "/livez": {"get": _plain("Liveness.")},
             "/readyz": {"get": _plain("Readiness: 200 when models are loaded and verified and no drain has begun.")},
             "/metrics": {"get": _plain("Prometheus metrics.", media="text/plain")},
+            "/version": {"get": _plain("Version of the server, and the commit that it was made from, where known.")},
             "/docs.json": {"get": _plain("This document.")},
             "/predict": {"post": _predict()},
         } | oip_openapi.paths(),

@@ -31,9 +31,9 @@ PRINTABLE = bytes(range(0x20, 0x7F)).decode().replace("%", "")
 MAX_FIELDS, MAX_FIELD_BYTES = 16, 64 * 1024
 
 
-def routes(gateway: Gateway, version: str) -> list[BaseRoute]:
-    """All of Penumbra's own HTTP routes over a gateway."""
-    surface = Surface(gateway, version)
+def routes(gateway: Gateway, build: Mapping[str, str]) -> list[BaseRoute]:
+    """All of Penumbra's own HTTP routes over a gateway. build: version and commit of the server."""
+    surface = Surface(gateway, build)
     return [
         *playground.routes(),
         Route("/docs", surface.docs_page),
@@ -44,6 +44,7 @@ def routes(gateway: Gateway, version: str) -> list[BaseRoute]:
         Route("/livez", surface.alive),
         Route("/readyz", surface.ready),
         Route("/metrics", surface.metrics),
+        Route("/version", surface.version),
         Route("/docs.json", surface.openapi),
         Elsewhere("/{path:path}", surface.elsewhere, methods=["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]),
     ]
@@ -60,8 +61,8 @@ class Elsewhere(Route):
 class Surface:
     """The handlers."""
 
-    def __init__(self, gateway: Gateway, version: str) -> None:
-        self._gateway, self._version = gateway, version
+    def __init__(self, gateway: Gateway, build: Mapping[str, str]) -> None:
+        self._gateway, self._build = gateway, build
 
     async def segment(self, request: Request) -> Response:
         with self._gateway.telemetry.track("http") as tracked:
@@ -99,11 +100,14 @@ class Surface:
         page, content_type = self._gateway.telemetry.page(request.headers.get("accept", ""))
         return Response(page, headers={"Content-Type": content_type})
 
+    async def version(self, _: Request) -> Response:
+        return JSONResponse(self._build)
+
     async def openapi(self, _: Request) -> Response:
-        return JSONResponse(describe(self._version))
+        return JSONResponse(describe(self._build))
 
     async def docs_page(self, _: Request) -> Response:
-        return HTMLResponse(_docs_html(describe(self._version)))
+        return HTMLResponse(_docs_html(describe(self._build)))
 
     async def elsewhere(self, request: Request) -> Response:
         """405 where the path takes another method, else 404."""

@@ -25,8 +25,8 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 
 from penumbra.models.errors import BadArtifact, BadOption, PenumbraError
-from penumbra.serving import VERSION
 from penumbra.serving.access import AccessLog
+from penumbra.serving.build import build_facts
 from penumbra.serving.engine.signature import PublicKeys, read_public_keys
 from penumbra.serving.guard import Bodies, Bounds, Guard, Timeout
 from penumbra.serving.head import bound_heads
@@ -98,7 +98,8 @@ class Penumbra:
             use_bentomls_provider()
         self.gateway = build_gateway(SETTINGS, TELEMETRY, trusted_keys=TRUSTED_KEYS)
         scheduler = self.gateway.segmenter.scheduler
-        TELEMETRY.describe(version=VERSION, queued_windows=lambda: scheduler.queued[0])
+        build = build_facts(SETTINGS.revision)
+        TELEMETRY.describe(build, queued_windows=lambda: scheduler.queued[0])
         self.grpc: GrpcServer | None = None
         self.inference = Inference(self.gateway, store=SETTINGS.store if SETTINGS.model_control else None)
         oip_routes = oip_rest.routes(
@@ -106,7 +107,7 @@ class Penumbra:
         )
         self.jobs = Jobs(SETTINGS.jobs, self.gateway, bounds=job_bounds(SETTINGS), store=SETTINGS.store)
         job_routes = jobs_rest.routes(self.jobs, TELEMETRY)
-        APP.router.routes[:] = [*oip_routes, *job_routes, *routes(self.gateway, VERSION)]
+        APP.router.routes[:] = [*oip_routes, *job_routes, *routes(self.gateway, build)]
         APP.exception_handlers.update(ERROR_HANDLERS)
 
     @bentoml.on_startup  # type: ignore[untyped-decorator]

@@ -60,7 +60,7 @@ class Settings(BaseSettings):
     machine's kernels round differently. windows_per_batch, samples_per_call: 0 measures at start.
     target_ms: of a request of one window, which bounds batches; 0 is none (docs/scheduling.md). limit_*: see
     docs/limits.md. cache_mb: memory for answers that are given again (docs/scheduling.md); 0 keeps none.
-    log_level, log_format: docs/metrics.md.
+    log_level, log_format: docs/metrics.md. revision: the commit of this server, which an image sets.
     predrain_s: how long readiness is down before connections are closed on SIGTERM.
     latency_buckets_s: bounds of the latency histograms. otlp_endpoint: collector of traces, empty for none;
     trace_share: of the requests that are traced, unless their caller says so.
@@ -82,6 +82,7 @@ class Settings(BaseSettings):
     samples_per_call: int = Field(0, ge=0)
     target_ms: float = Field(0.0, ge=0)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    revision: str = ""
     log_format: Literal["text", "json"] = "text"
     limit_body_bytes: int = Field(64 * 2**20, ge=1)
     limit_bodies_bytes: int = Field(2**30, ge=1)

@@ -68,13 +68,15 @@ class Telemetry(Observer):
         self._abstained = histogram(
             "abstain_ratio", "Share of pixels withheld for max_risk.", ["model"], buckets=ABSTAINED
         )
-        self._build = Info("build", "Version of the server.", namespace="penumbra", registry=self.registry)
+        self._build = Info(
+            "build", "Version of the server, and its commit.", namespace="penumbra", registry=self.registry
+        )
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
 
-    def describe(self, *, version: str, queued_windows: Callable[[], int]) -> None:
+    def describe(self, build: Mapping[str, str], *, queued_windows: Callable[[], int]) -> None:
         """Facts that are known once the engine stands."""
-        self._build.info({"version": version})
+        self._build.info({"commit": ""} | dict(build))
         self._queue_windows.set_function(queued_windows)
 
     def batch_done(self, model: str, *, windows: int, capacity: int, samples: int) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from rasterio.transform import from_origin
 from penumbra.__main__ import main
 from penumbra.models.card import Parity
 from penumbra.models.checkpoint import save_checkpoint
+from penumbra.serving import VERSION
+from penumbra.serving.build import ROOT, build_facts
 from penumbra.serving.engine.decode import open_image
 from penumbra.serving.engine.options import Limits
 from penumbra.serving.engine.store import open_artifact, sha256_of
@@ -66,7 +69,23 @@ def test_help_lists_the_verbs_in_the_order_of_the_work() -> None:
     )  # fmt: skip
     places = [output.index(f"\n  {verb} ") for verb in verbs]
     assert places == sorted(places)
-    assert run("--version").exit_code == 0
+
+
+def test_the_version_is_told_with_the_commit_of_the_checkout_or_else_of_the_image(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = f", commit {head}" if (ROOT / ".git").exists() else ""
+    assert run("--version").stdout == f"penumbra, version {VERSION}{commit}\n"
+    monkeypatch.setenv("PENUMBRA_REVISION", "0123abc")
+    assert run("--version").stdout == f"penumbra, version {VERSION}, commit 0123abc\n"
+    assert build_facts("0123abc") == {"version": VERSION, "commit": "0123abc"}
+    monkeypatch.setattr("penumbra.serving.build.ROOT", tmp_path)
+    assert build_facts("") == {"version": VERSION}, "what is installed in a folder of another project is none of its"
+    (tmp_path / ".git").touch()
+    assert build_facts("") == {"version": VERSION}
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert build_facts("") == {"version": VERSION}
 
 
 def test_models_lists_the_store(toy_store: Path) -> None:

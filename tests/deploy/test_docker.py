@@ -40,6 +40,15 @@ def test_what_is_run_has_no_compiler_a_number_for_a_user_a_healthcheck_and_label
     }  # fmt: skip
 
 
+def test_the_commit_of_the_build_reaches_the_server() -> None:
+    """Through the image's environment, from the same argument as its label."""
+    runtime = stages()["runtime"]
+    (environment,) = (rest for word, rest in runtime if word == "ENV")
+    assert 'PENUMBRA_REVISION="${REVISION}"' in environment and ("ARG", 'REVISION=""') in runtime
+    assert 'revision="${REVISION}"' in dict(runtime)["LABEL"]
+    assert "REVISION" in COMPOSE["services"]["penumbra"]["build"]["args"]
+
+
 def test_torch_is_the_pinned_one_and_everything_that_is_copied_is_sent() -> None:
     pin = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
     text = (DOCKER / "Dockerfile").read_text()

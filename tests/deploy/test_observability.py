@@ -33,7 +33,7 @@ def test_every_expression_reads_metrics_and_labels_that_there_are() -> None:
     known = {"up": set[str]()}
     for family in telemetry.registry.collect():
         collector = telemetry.registry._names_to_collectors.get(family.name)
-        labels = {"version"} if family.type == "info" else set(getattr(collector, "_labelnames", ()))
+        labels = {"version", "commit"} if family.type == "info" else set(getattr(collector, "_labelnames", ()))
         known |= {family.name + suffix: labels for suffix in SUFFIXES.get(family.type, [""])}
     assert len(EXPRESSIONS) > 20
     for expression in EXPRESSIONS:

@@ -16,7 +16,8 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from pycocotools import mask as coco
 
-from penumbra.serving import jobs_rest
+from penumbra.serving import VERSION, jobs_rest
+from penumbra.serving.build import build_facts
 from penumbra.serving.rest import routes
 from tests.conftest import CLASSES, GAIN, picture
 from tests.serving.conftest import BODY_BYTES, PIXELS
@@ -488,6 +489,17 @@ def test_models_are_listed_with_their_facts(client: httpx.Client) -> None:
     latent = models["toy-latent"]
     assert latent["classes"] == ["red", "green", "blue"] and latent["window"] == [32, 48]
     assert latent["sampling"]["kind"] == "latent" and latent["version"] == 1
+
+
+def test_the_version_and_the_commit_are_the_same_everywhere(client: httpx.Client) -> None:
+    told = client.get("/version").json()
+    assert told == build_facts("") and told["version"] == VERSION
+    described = client.get("/docs.json").json()["info"]
+    assert (described["version"], described.get("x-commit")) == (told["version"], told.get("commit"))
+    assert (
+        f'penumbra_build_info{{commit="{told.get("commit", "")}",version="{VERSION}"}} 1.0'
+        in client.get("/metrics").text
+    )
 
 
 @pytest.mark.parametrize(
