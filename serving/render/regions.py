@@ -1,55 +1,58 @@
 """Connected regions of one class as polygons: GeoJSON with each region's size and mean uncertainty.
 
 A region's outline runs along pixel borders, so it holds exactly the region's pixels. Coordinates are longitude and
-latitude (RFC 7946) where the image is a raster with a reference system, else columns and rows of pixels.
+latitude (RFC 7946) where the image is a raster that has a place on the ground, else columns and rows of pixels.
 """
 
 import json
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from rasterio import Affine
 from rasterio.features import rasterize, shapes
-from rasterio.warp import transform_geom
 
 from penumbra.models.card import IGNORE
 from penumbra.models.errors import TooLarge
 from penumbra.serving.engine.answer import Prediction
-from penumbra.serving.engine.raster import Raster, gdal
+from penumbra.serving.render.ground import Ground, Unplaced
+from penumbra.serving.render.meridian import shoelace
 from penumbra.serving.render.pictures import blocks
 from penumbra.serving.render.tables import facts
 
 MAX_EDGES = 8_000_000
 """Pixel borders between classes: all outlines together. More is noise, and a document that nobody opens."""
-WGS84 = "EPSG:4326"
 
 
 def write_geojson(prediction: Prediction, file: BinaryIO, *, min_pixels: int) -> None:
     """A FeatureCollection of the regions of at least `min_pixels`. Raises TooLarge for labels that are noise."""
     labels_HW = prediction.labels_HW[:]
     _check_edges(labels_HW)
-    outlines = [
+    found = [
         (outline, int(label))
         for outline, label in shapes(labels_HW, mask=labels_HW != IGNORE, connectivity=4)
         if _area(outline) >= min_pixels
     ]
-    pixels, means = _measure(prediction, [outline for outline, _ in outlines])
-    place = prediction.image.place if isinstance(prediction.image, Raster) and prediction.image.place.crs else None
+    outlines = [outline for outline, _ in found]
+    ground: Ground | None = None
+    try:
+        ground = Ground(prediction.image)
+        geometries, note = list(ground.place(outlines)), ground.note
+    except Unplaced as why:
+        ground, geometries, note = None, outlines, f"{why}, so coordinates are pixels" if str(why) else ""
+    classes, measured = prediction.card.classes, _measure(prediction, outlines, ground)
     features = [
         {
-            "type": "Feature",
-            "geometry": _placed(outline, place),
-            "properties": {
-                "id": label, "class": prediction.card.classes[label].name, "pixels": int(pixels[i]),
-                **_metres(int(pixels[i]), place), **{f"mean_{name}": float(mean[i]) for name, mean in means.items()},
-            },
+            "type": "Feature", "geometry": geometry,
+            "properties": {"id": label, "class": classes[label].name} | measures,
         }
-        for i, (outline, label) in enumerate(outlines)
+        for geometry, (_, label), measures in zip(geometries, found, measured, strict=True)
     ]  # fmt: skip
-    document = {"type": "FeatureCollection", "features": features, "coordinates": "WGS84" if place else "pixels"}
-    with_facts = document | {"penumbra": facts(prediction)}
-    file.write(json.dumps(with_facts, allow_nan=False).encode())
+    about = facts(prediction)
+    about["warnings"] += [note] if note else []
+    document = {"type": "FeatureCollection", "features": features, "coordinates": "WGS84" if ground else "pixels"}
+    file.write(json.dumps(document | {"penumbra": about}, allow_nan=False).encode())
 
 
 def _check_edges(labels_HW: NDArray[np.uint8]) -> None:
@@ -66,23 +69,19 @@ def _check_edges(labels_HW: NDArray[np.uint8]) -> None:
 
 def _area(outline: dict[str, Any]) -> int:
     """Pixels within an outline in pixel coordinates, its holes taken off (shoelace formula)."""
-    outer, *holes = (abs(_shoelace(ring)) for ring in outline["coordinates"])
+    outer, *holes = (abs(shoelace(np.array(ring))) for ring in outline["coordinates"])
     return round(outer - sum(holes))
 
 
-def _shoelace(ring: list[tuple[float, float]]) -> float:
-    x, y = np.asarray(ring).T
-    return float(np.dot(x[:-1], y[1:]) - np.dot(x[1:], y[:-1])) / 2
-
-
 def _measure(
-    prediction: Prediction, outlines: list[dict[str, Any]]
-) -> tuple[NDArray[np.int64], dict[str, NDArray[np.float64]]]:
-    """Pixels, and the mean of every map, per outline: each block of rows is painted with the outlines' numbers."""
+    prediction: Prediction, outlines: list[dict[str, Any]], ground: Ground | None
+) -> Iterator[dict[str, float]]:
+    """Pixels, square metres where there is a ground, and the mean of every map, per outline: each block of rows is
+    painted with the outlines' numbers."""
     height, width = prediction.labels_HW.shape
     count = len(outlines) + 1
     pixels = np.zeros(count, np.int64)
-    sums = {name: np.zeros(count) for name in prediction.maps}
+    areas_m2, sums = np.zeros(count), {name: np.zeros(count) for name in prediction.maps}
     spans = [_span(outline) for outline in outlines]
     for rows in blocks(height) if outlines else ():
         painted = [
@@ -95,33 +94,17 @@ def _measure(
         size = (rows.stop - rows.start, width)
         numbers = rasterize(painted, size, transform=Affine.translation(0, rows.start), dtype=np.int32).ravel()
         pixels += np.bincount(numbers, minlength=count)
+        if ground:
+            areas_m2 += np.bincount(numbers, ground.areas(rows).ravel(), count)
         for name, total in sums.items():
             total += np.bincount(numbers, prediction.maps[name][rows].ravel(), count)
-    return pixels[1:], {name: total[1:] / np.maximum(pixels[1:], 1) for name, total in sums.items()}
+    for number in range(1, count):
+        num = max(int(pixels[number]), 1)
+        placed = {"area_m2": float(areas_m2[number])} if ground else {}
+        means = {f"mean_{name}": float(total[number] / num) for name, total in sums.items()}
+        yield {"pixels": int(pixels[number]), **placed, **means}
 
 
 def _span(outline: dict[str, Any]) -> tuple[float, float]:
     rows = [y for _, y in outline["coordinates"][0]]
     return min(rows), max(rows)
-
-
-def _placed(outline: dict[str, Any], place: Any) -> dict[str, Any]:
-    """The outline in degrees, its outer ring counterclockwise; in pixels where there is no place."""
-    if place is None:
-        return outline
-    moved = {
-        "type": "Polygon",
-        "coordinates": [[place.transform * point for point in ring] for ring in outline["coordinates"]],
-    }
-    with gdal():
-        degrees: dict[str, Any] = transform_geom(place.crs, WGS84, moved, precision=9)
-    rings = degrees["coordinates"]
-    wound = [ring if (_shoelace(ring) > 0) == (number == 0) else ring[::-1] for number, ring in enumerate(rings)]
-    return degrees | {"coordinates": wound}
-
-
-def _metres(pixels: int, place: Any) -> dict[str, float]:
-    if place is None or not place.crs.is_projected:
-        return {}
-    metres_per_unit = place.crs.linear_units_factor[1]
-    return {"area_m2": pixels * abs(place.transform.determinant) * metres_per_unit**2}

@@ -243,7 +243,8 @@ def test_a_placed_image_gives_degrees_and_square_metres(tmp_path: Path) -> None:
     answer = dataclasses.replace(prediction(np.zeros((40, 60)), 3), image=image)
     document = json.loads(render(answer, "application/geo+json", Style()))
     (feature,) = document["features"]
-    assert document["coordinates"] == "WGS84" and feature["properties"]["area_m2"] == pytest.approx(40 * 60 * 0.25)
+    true_m2 = 40 * 60 * 0.25 / 0.9996**2  # UTM's scale in the middle of a zone
+    assert document["coordinates"] == "WGS84" and feature["properties"]["area_m2"] == pytest.approx(true_m2)
     (ring,) = feature["geometry"]["coordinates"]
     corners = move("EPSG:32632", "EPSG:4326", [500_000, 500_030], [5_200_000, 5_199_980])
     for axis in (0, 1):
@@ -278,6 +279,8 @@ def test_a_wrong_style_is_refused_by_name(fields: dict[str, str]) -> None:
 def test_a_heat_picture_grows_lighter_with_the_value() -> None:
     shown = np.asarray(heat_picture(np.array([[0, 0.25, 0.5, 0.75, 1, 9]], np.float32), top=1.0)).astype(int).sum(-1)[0]
     assert (np.diff(shown)[:4] > 0).all() and shown[4] == shown[5]
+    nothing, zero = np.asarray(heat_picture(np.array([[np.nan, 0]], np.float32), top=1.0))[0]
+    assert np.array_equal(nothing, zero)
 
 
 def test_the_class_table_has_means_over_each_class_own_pixels() -> None:
