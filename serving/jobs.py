@@ -147,7 +147,8 @@ class Jobs:
         check_long(options)
         height, width = measure_image(place / "image", self._limits)
         runtime, _, _ = self._gateway.segmenter.check(height, width, options, limits=self._limits)
-        needed = 2 * spool_bytes(height, width, spooled(options, media, style))  # the rows, and the result of them
+        copies = 4 if media == "image/tiff" else 2  # the rows, and the result of them; of TIFF also tiles and overviews
+        needed = copies * spool_bytes(height, width, spooled(options, media, style))
         with disk():
             free = shutil.disk_usage(self._directory).free
         if needed > free:

@@ -1,11 +1,13 @@
-"""An answer's arrays without loss: npz, and TIFF that lies where its image lies."""
+"""An answer's arrays without loss: npz, and Cloud-Optimized GeoTIFF that lies where its image lies."""
 
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 import numpy as np
 import rasterio
+import rasterio.shutil
 from numpy.lib import format as npy
 
 from penumbra.models.card import IGNORE, MAPS
@@ -40,25 +42,54 @@ def write_npz(prediction: Prediction, file: BinaryIO) -> None:
 
 
 def write_tiff(prediction: Prediction, file: BinaryIO, *, bands: Sequence[str]) -> None:
-    """Pictures (`labels` or `overlay`, alone) or maps in float32, one band each, as a tiled and compressed TIFF.
+    """Pictures (`labels` or `overlay`, alone) or maps in float32, one band each, as a Cloud-Optimized GeoTIFF.
 
-    A GeoTIFF's answer lies where its image does. Where that has no measurement, labels are IGNORE and maps are NaN;
-    both are what the file declares as nodata. Files over 4 GB become BigTIFF.
+    An answer to a GeoTIFF lies where its image does. Where that has no measurement, labels are IGNORE and maps are NaN;
+    both are what the file declares as nodata. Files over 4 GB become BigTIFF. A file on disk has another one beside it
+    meanwhile: the layout has the overviews first, so the rows must be all there before it is begun.
     """
     height, width = prediction.labels_HW.shape
-    profile, path = _profile(prediction, bands), getattr(file, "name", None)
-    with gdal(), rasterio.MemoryFile() as memory:
-        with rasterio.open(path, "w", **profile) if path else memory.open(**profile) as target:
-            _describe(target, prediction, bands)
+    with gdal(), _written(file) as target, _scratch(target) as plain:
+        with rasterio.open(plain, "w", **_profile(prediction, bands)) as dataset:
+            _describe(dataset, prediction, bands)
             for rows in blocks(height):
                 frame = rasterio.windows.Window(0, rows.start, width, rows.stop - rows.start)
-                target.write(_values(prediction, bands, rows), window=frame)
-        if not path:
-            file.write(memory.read())
+                dataset.write(_values(prediction, bands, rows), window=frame)
+        rasterio.shutil.copy(
+            plain, target, driver="COG", blocksize=TILE, bigtiff="IF_SAFER", compress="DEFLATE", level=1,
+            predictor="FLOATING_POINT" if _is_map(bands) else "NO",
+            overview_resampling="NEAREST" if bands[0] == "labels" else "AVERAGE",
+        )  # fmt: skip
+
+
+@contextmanager
+def _written(file: BinaryIO) -> Iterator[str]:
+    """A path for GDAL whose content becomes the file's."""
+    if hasattr(file, "name"):
+        yield file.name
+        return
+    with rasterio.MemoryFile(ext=".tif") as memory:
+        yield memory.name
+        file.write(memory.read())
+
+
+@contextmanager
+def _scratch(target: str) -> Iterator[str]:
+    """A path beside the target, in memory or on its disk, that is gone afterwards."""
+    path = f"{target}.rows"
+    try:
+        yield path
+    finally:
+        if rasterio.shutil.exists(path):
+            rasterio.shutil.delete(path, driver="GTiff")
+
+
+def _is_map(bands: Sequence[str]) -> bool:
+    return bands[0] not in ("labels", "overlay")
 
 
 def _profile(prediction: Prediction, bands: Sequence[str]) -> dict[str, Any]:
-    image, is_map = prediction.image, bands[0] not in ("labels", "overlay")
+    image, is_map = prediction.image, _is_map(bands)
     height, width = prediction.labels_HW.shape
     place = image.place if isinstance(image, Raster) else None
     return {
@@ -66,7 +97,6 @@ def _profile(prediction: Prediction, bands: Sequence[str]) -> dict[str, Any]:
         "dtype": "float32" if is_map else "uint8", "nodata": {"labels": IGNORE, "overlay": None}.get(bands[0], np.nan),
         "crs": place and place.crs, "transform": place and place.transform,
         "tiled": True, "blockxsize": TILE, "blockysize": TILE, "bigtiff": "IF_SAFER", "interleave": "band",
-        "compress": "deflate", "zlevel": 1, "predictor": 3 if is_map else 1,
     }  # fmt: skip
 
 
