@@ -142,7 +142,9 @@ def predict_picture(
         told[name], buffer = str(target), io.BytesIO()
         if name in prediction.maps:
             values = prediction.maps[name]
-            top = 1.0 if name == "confidence" else max(float(np.percentile(values, BRIGHTEST_PERCENTILE)), 1e-3)
+            measured = values[~np.isnan(values)] if prediction.num_void else values
+            brightest = float(np.percentile(measured, BRIGHTEST_PERCENTILE)) if measured.size else 0.0
+            top = 1.0 if name == "confidence" else max(brightest, 1e-3)
             unit = "" if name in ("confidence", "margin") else " nats"
             write_heat(values, buffer, top=top)
             told[name] += f" (white is {top:.3g}{unit})"

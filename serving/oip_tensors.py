@@ -223,8 +223,11 @@ def read_tags(tensor: Tensor) -> tuple[str | int, ...]:
 
 
 def classify(output: Output, count: int) -> Output:
-    """The classification extension: the `count` largest values of an output as "value:index" strings, largest first."""
+    """The classification extension: the `count` largest values of an output as "value:index" strings, largest first.
+
+    Values that are not a number, of pixels without a measurement, come last.
+    """
     assert not isinstance(output.values, tuple)
     flat = output.values.ravel()
-    top = np.argsort(flat, kind="stable")[::-1][:count]
+    top = np.argsort(np.nan_to_num(flat, nan=-np.inf), kind="stable")[::-1][:count]
     return Output(output.name, "BYTES", tuple(f"{flat[i]:f}:{i}".encode() for i in top))

@@ -139,8 +139,10 @@ class Telemetry(Observer):
         for phase, milliseconds in timing_ms.items():
             if phase != "total":
                 self._phase_seconds.labels(phase).observe(milliseconds / 1e3)
-        if "entropy" in prediction.maps:
-            self._entropy.labels(prediction.card.name).observe(float(np.mean(prediction.maps["entropy"])))
+        measured = prediction.labels_HW.size - prediction.num_void
+        if "entropy" in prediction.maps and measured:
+            mean = float(np.nansum(prediction.maps["entropy"], dtype=np.float64) / measured)
+            self._entropy.labels(prediction.card.name).observe(mean)
         if prediction.abstained is not None:
             self._abstained.labels(prediction.card.name).observe(prediction.abstained)
 

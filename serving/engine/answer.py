@@ -12,7 +12,7 @@ from penumbra.models.card import IGNORE, Card
 from penumbra.serving.engine.bands import BandStream
 from penumbra.serving.engine.kernels import FloatArray
 from penumbra.serving.engine.options import PROBABILITIES, SegmentOptions
-from penumbra.serving.engine.raster import Pixels
+from penumbra.serving.engine.raster import Pixels, Raster
 from penumbra.serving.engine.windows import WindowPlan
 from penumbra.serving.engine.work import Work
 
@@ -24,7 +24,8 @@ class Prediction:
     labels_HW: uint8 class ids. maps: float32 [H, W] by name, uncertainties in nats
     (`penumbra.serving.engine.uncertainty`). timing_ms: milliseconds by phase. num_windows: windows that were run.
     members: names of the samples, where they have names. warnings: sentences about what the caller should know of this
-    answer. abstained: share of the pixels whose label is IGNORE because of `max_risk`; None where that was not asked
+    answer. num_void: pixels that hold no measurement; their label is IGNORE and all else NaN, and shares are of the
+    others. abstained: share of the pixels whose label is IGNORE because of `max_risk`; None where that was not asked
     for. image: what it is an answer to. prob_KHW: mean probabilities of all classes, float32, where the output
     PROBABILITIES was asked for. num_asked: of samples, where `anytime` lets the answer have fewer. age_s: of an answer
     that was kept (`penumbra.serving.cache`).
@@ -44,6 +45,7 @@ class Prediction:
     prob_KHW: FloatArray | None = None
     num_asked: int | None = None
     age_s: float | None = None
+    num_void: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ class Unfolding:
     def begun(self) -> Prediction:
         """What can be said before the end; labels and maps are `Rows`, as all writers ask.
 
-        How much was withheld is not known yet. Not for `anytime`, whose rows may become void again.
+        How much is void or was withheld is not known yet. Not for `anytime`, whose rows may become void again.
         """
         assert not self._options.anytime
         labels_HW = cast(NDArray[np.uint8], Rows(self, self._arrays.labels_HW))
@@ -128,10 +130,17 @@ class Unfolding:
             for _ in self._filling:
                 pass
         prediction = self._describe(self._arrays)
-        if self._options.max_risk is None:
+        image, has_withheld = prediction.image, self._options.max_risk is not None
+        if not has_withheld and not isinstance(image, Raster):
             return prediction
-        step = self._bands.work.plan.window_height
-        return replace(prediction, abstained=_share_withheld(prediction.labels_HW, step=step))
+        (height, width), step = prediction.labels_HW.shape, self._bands.work.plan.window_height
+        parts = [slice(y, y + step) for y in range(0, height, step)]
+        num_ignored = sum(int((prediction.labels_HW[rows] == IGNORE).sum()) for rows in parts)
+        if not has_withheld:
+            return replace(prediction, num_void=num_ignored)
+        num_void = sum(_count_void(image, rows) for rows in parts)
+        num_measured = height * width - num_void
+        return replace(prediction, num_void=num_void, abstained=(num_ignored - num_void) / max(num_measured, 1))
 
     def close(self) -> None:
         """Withdraw what has not run."""
@@ -151,10 +160,11 @@ class Unfolding:
         )  # fmt: skip
 
 
-def _share_withheld(labels_HW: NDArray[np.uint8], *, step: int) -> float:
-    height, width = labels_HW.shape
-    withheld: int = sum(int((labels_HW[y : y + step] == IGNORE).sum()) for y in range(0, height, step))
-    return withheld / float(height * width)
+def _count_void(image: Pixels | None, rows: slice) -> int:
+    """Pixels that hold no measurement, by the image itself: a label does not say why it is IGNORE, and a part of the
+    answer may be another process's."""
+    void_hW = image.void(rows) if isinstance(image, Raster) else None
+    return 0 if void_hW is None else int(void_hW.sum())
 
 
 def warnings_of(card: Card, plan: WindowPlan) -> tuple[str, ...]:

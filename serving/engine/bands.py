@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
+
 from penumbra.models.card import IGNORE
 from penumbra.serving.engine.canvas import Canvas
 from penumbra.serving.engine.raster import Pixels, Raster
@@ -18,9 +20,9 @@ class BandStream:
 
     The work is submitted when the first row is asked for and withdrawn when the caller stops, so that nothing stays
     in the queue that nobody waits for. Iterate once. abstain_above: entropy in nats above which a label is withheld.
-    num_done: windows so far; each: called after every one. Pixels without a measurement (`Raster.nodata`) have the
-    label IGNORE. first_y: bands before this row are left out; not all of their windows are run. timing_ms: `total` is
-    clocked by whoever iterates.
+    num_done: windows so far; each: called after every one. Pixels without a measurement (`Raster.void`) have the label
+    IGNORE, and NaN for maps and probabilities. first_y: bands before this row are left out; not all of their windows
+    are run. timing_ms: `total` is clocked by whoever iterates.
     work: with the samples that the answer has. Where it is `anytime` they can become fewer while it runs; bands then
     come from the first one again, and those before are void.
     """
@@ -78,7 +80,11 @@ class _Clock:
 
 
 def withhold_void(band: Band, image: Pixels) -> None:
-    """Where the image has no measurement there is no label. Changes the band's labels."""
+    """Say nothing where the image has no measurement. Changes the band's labels, maps and probabilities."""
     void_hW = image.void(slice(band.y0, band.y0 + len(band.labels))) if isinstance(image, Raster) else None
-    if void_hW is not None:
-        band.labels[void_hW] = IGNORE
+    if void_hW is None:
+        return
+    band.labels[void_hW] = IGNORE
+    for values_hW in band.maps.values():
+        values_hW[void_hW] = np.nan
+    band.prob_hKW.transpose(0, 2, 1)[void_hW] = np.nan

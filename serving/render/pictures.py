@@ -155,6 +155,6 @@ def write_heat(values_HW: FloatArray, file: BinaryIO, *, top: float) -> None:
 
 
 def heat_picture(values_HW: FloatArray, *, top: float) -> Image.Image:
-    """The same as a picture."""
-    grey = np.clip(values_HW * (255 / top), 0, 255).astype(np.uint8)
+    """The same as a picture; what is no number is dark."""
+    grey = np.clip(np.nan_to_num(values_HW) * (255 / top), 0, 255).astype(np.uint8)
     return ImageOps.colorize(Image.fromarray(grey), black=COLD, mid=WARM, white=HOT)

@@ -18,13 +18,14 @@ def facts(prediction: Prediction) -> dict[str, Any]:
         "samples": prediction.num_samples, "members": list(prediction.members), "windows": prediction.num_windows,
         "size": list(prediction.labels_HW.shape), "units": "nats",
         "timing_ms": {phase: round(ms, 3) for phase, ms in prediction.timing_ms.items()},
-        "warnings": list(prediction.warnings), "abstained": prediction.abstained,
+        "warnings": list(prediction.warnings), "abstained": prediction.abstained, "void_pixels": prediction.num_void,
     } | ({"samples_asked": prediction.num_asked} if prediction.num_asked else {})  # fmt: skip
 
 
 def class_table(prediction: Prediction) -> list[dict[str, Any]]:
-    """Per class that occurs: id, name, pixels, share of the image, and the mean of each map over its pixels."""
+    """Per class that occurs: id, name, pixels, share of those that were measured, and each map's mean over them."""
     height, width = prediction.labels_HW.shape
+    num_measured = height * width - prediction.num_void
     pixels = np.zeros(256, np.int64)
     sums = {name: np.zeros(256) for name in prediction.maps}
     for rows in blocks(height):
@@ -33,7 +34,7 @@ def class_table(prediction: Prediction) -> list[dict[str, Any]]:
         for name, total in sums.items():
             total += np.bincount(labels, prediction.maps[name][rows].ravel(), 256)
     return [
-        {"id": k, "name": info.name, "pixels": int(pixels[k]), "share": float(pixels[k] / (height * width))}
+        {"id": k, "name": info.name, "pixels": int(pixels[k]), "share": float(pixels[k] / num_measured)}
         | {f"mean_{name}": float(total[k] / pixels[k]) for name, total in sums.items()}
         for k, info in enumerate(prediction.card.classes)
         if pixels[k]
