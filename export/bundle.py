@@ -18,7 +18,7 @@ from penumbra.export.parity import check_parity, measure_parity, relative_error,
 from penumbra.models.card import Card, ExportFacts, Parity, Sampling, check_facts, dump_card
 from penumbra.models.checkpoint import load_checkpoint
 from penumbra.models.contract import Features, Network, Prompt
-from penumbra.models.errors import BadOption
+from penumbra.models.errors import BadArtifact, BadOption
 from penumbra.models.files import writing
 from penumbra.serving.engine.backends import Backend, find_format, load_backend
 from penumbra.serving.engine.device import find_device
@@ -87,6 +87,8 @@ def _export(network: Network, card: Card, store: Path, device: torch.device, fra
         for path in (draft, *draft.iterdir()):
             path.chmod(0o755 if path.is_dir() else 0o644)  # temporary files are private; servers have other users
         os.replace(draft, place / str(card.version))
+    except BadArtifact as error:
+        raise BadArtifact(str(error).replace(str(draft), str(place / str(card.version)))) from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         for folder in fresh:

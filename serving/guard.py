@@ -53,7 +53,8 @@ class Bodies:
 
     @contextmanager
     def room(self) -> Iterator[Callable[[int], None]]:
-        """Yields what a request takes its bytes by, which are given back at its end. It raises QueueFull."""
+        """Yields what a request takes its bytes by, which are given back at its end. It raises QueueFull and
+        TooLarge."""
         taken, has_ended = 0, False
 
         def take(size: int) -> None:
@@ -61,6 +62,11 @@ class Bodies:
             with self._lock:
                 if has_ended:  # and a thread is still at work for it
                     raise Cancelled("the request was cancelled")
+                if taken + size > self._limit_bytes:  # also alone, however often it is tried
+                    raise TooLarge(
+                        f"the body takes {taken + size:,} bytes and the limit of all bodies together is "
+                        f"{self._limit_bytes:,}; send a smaller or better compressed image, or parts of it"
+                    )
                 if self._held_bytes + size > self._limit_bytes:
                     raise QueueFull(
                         f"the bodies of all requests have {self._held_bytes:,} bytes, this one needs {size:,} more and "

@@ -18,10 +18,19 @@ HEAD_S = 30.0
 """Longer than any caller takes who means it; a proxy before the server may be stricter."""
 STALL_S = 60.0
 """Without the caller taking a byte of its answer, which else is kept for ever for one that does not read."""
-REFUSAL = (
-    b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\nconnection: close\r\n"
-    b'content-length: 71\r\n\r\n{"error":"the headers do not end within the limit; send fewer of them"}'
+
+
+def _refusal(status: bytes, sentence: bytes) -> bytes:
+    """An answer in the form of every other error, and the connection's last."""
+    body = b'{"error":"%s"}' % sentence
+    head = b"HTTP/1.1 %s\r\ncontent-type: application/json\r\nconnection: close\r\n" % status
+    return head + b"content-length: %d\r\n\r\n" % len(body) + body
+
+
+REFUSAL = _refusal(
+    b"431 Request Header Fields Too Large", b"the headers do not end within the limit; send fewer of them"
 )
+BAD_REQUEST = _refusal(b"400 Bad Request", b"this is no HTTP/1.1 request; its line or its headers cannot be read")
 
 
 class PlainParser:
@@ -81,6 +90,10 @@ class BoundedHead(HttpToolsProtocol):
     def _should_upgrade(self) -> bool:
         """A head that offers another protocol begins no request: `PlainParser` brings it again without the offer."""
         return True
+
+    def send_400_response(self, msg: str) -> None:
+        self.transport.write(BAD_REQUEST)
+        self.transport.close()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()

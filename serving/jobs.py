@@ -110,7 +110,8 @@ class Jobs:
         Raises NotReady, QueueFull and DiskFull.
         """
         if not self._gateway.is_ready:
-            raise NotReady(f"the server is {self._gateway.state} and takes no new jobs; ask another replica")
+            state = "without a working engine" if self._gateway.state == "ready" else self._gateway.state
+            raise NotReady(f"the server is {state} and takes no new jobs; ask another replica")
         place = self._directory / secrets.token_urlsafe(16)  # 22 letters, as `is_upload` expects
         with self._changed:
             self._expire()

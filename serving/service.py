@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 
-from penumbra.models.errors import BadArtifact, BadOption, PenumbraError
+from penumbra.models.errors import BadArtifact, BadImage, BadOption, PenumbraError
 from penumbra.serving.access import AccessLog
 from penumbra.serving.build import build_facts
 from penumbra.serving.engine.signature import PublicKeys, read_public_keys
@@ -171,9 +171,13 @@ class Penumbra:
 
 
 def _as_pixels(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """JSON integers arrive as int64; those that are pixel values become uint8, others are left to be refused."""
-    fits = image.dtype.kind in "iu" and image.size and image.min() >= 0 and image.max() <= 255
-    return image.astype(np.uint8) if fits else image
+    """JSON integers arrive as int64: pixel values become uint8. Raises BadImage for others; the rest is left to be
+    refused."""
+    if image.dtype.kind not in "iu" or not image.size:
+        return image
+    if image.min() < 0 or image.max() > 255:
+        raise BadImage(f"the image has values from {image.min()} to {image.max()}; 0 to 255 are possible")
+    return image.astype(np.uint8)
 
 
 def _as_lists(prediction: Any) -> PredictAnswer:

@@ -153,8 +153,10 @@ class disk:
         if isinstance(error, OSError):
             log.error("a file of an answer cannot be written: %s", error)
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            what = "the disk is full" if full else f"a file cannot be written ({error.strerror or 'no reason given'})"
-            raise DiskFull(f"{what}; make room for the answer's files and start again") from None
+            if full:
+                raise DiskFull("the disk is full; make room for the answer's files and start again") from None
+            reason = error.strerror or "no reason given"
+            raise DiskFull(f"a file of the answer cannot be written ({reason}); see to the place it is for") from None
 
 
 def spool_bytes(height: int, width: int, options: SegmentOptions) -> int:

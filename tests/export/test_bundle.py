@@ -111,6 +111,19 @@ def test_a_model_name_that_is_no_directory_name_is_refused(name: str, tmp_path: 
     assert not same_contents(tmp_path)
 
 
+def test_an_export_that_cannot_be_loaded_names_the_artifact_and_not_its_draft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise RuntimeError("not today")
+
+    monkeypatch.setattr(torch.jit, "load", load)
+    card, network = toy_card("pointwise")
+    with pytest.raises(BadArtifact) as refusal:
+        export_network(network, card, tmp_path)
+    assert str(refusal.value).startswith(f"{tmp_path / card.name / '1'} ") and ".draft" not in str(refusal.value)
+
+
 def test_verifying_measures_the_artifact_here(tmp_path: Path) -> None:
     card, network = toy_card("latent")
     directory = export_network(network, card, tmp_path)

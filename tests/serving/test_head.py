@@ -1,6 +1,7 @@
 """Heads of requests: bounded in bytes and time, and nothing changes for callers who mean it."""
 
 import asyncio
+import json
 import socket
 import threading
 from collections.abc import Iterator
@@ -99,9 +100,19 @@ def test_many_offers_in_one_packet_are_all_answered(port: int) -> None:
     assert exchange(port, asked * 700, answers=700).count(b"HTTP/1.1 200 OK") == 700
 
 
-@pytest.mark.parametrize("asked", [b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nno header\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    ],
+)
 def test_what_is_no_request_here_is_refused_and_not_read_for_ever(port: int, asked: bytes) -> None:
-    assert exchange(port, asked).startswith(b"HTTP/1.1 400 ")
+    said = exchange(port, asked, answers=2)
+    head, _, body = said.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ") and b"content-length: %d" % len(body) in head
+    assert "no HTTP/1.1 request" in json.loads(body)["error"]
 
 
 @pytest.mark.parametrize("endless", [b"X: %s" % (b"a" * 1000), b"X: y\r\n" * 150])

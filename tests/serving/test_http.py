@@ -458,6 +458,13 @@ def test_the_typed_route_refuses_an_option_that_it_does_not_know(
     assert [one["loc"] for one in response.json()["detail"]] == [[name] for name in options]
 
 
+@pytest.mark.parametrize(("change", "says"), [(100, "from 100 to 329; 0 to 255"), (-1, "from -1 to 228; 0 to 255")])
+def test_the_typed_route_says_which_values_are_no_pixels(client: httpx.Client, change: int, says: str) -> None:
+    image = IMAGE.astype(int) + change
+    assert (IMAGE.min(), IMAGE.max()) == (0, 229)
+    is_refused(client.post("/predict", json={"image": image.tolist(), "model": "toy-latent"}), 400, says)
+
+
 def test_the_typed_route_refuses_options_in_the_query(client: httpx.Client) -> None:
     response = client.post("/predict?seed=77", json={"image": IMAGE.tolist(), "model": "toy-latent"})
     is_refused(response, 400, "query", "in the JSON")

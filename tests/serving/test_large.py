@@ -173,6 +173,13 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
         RowFile(tmp_path / "rows", (5, 7), np.uint8)[0:5] = np.zeros((5, 7))
 
 
+def test_a_file_that_cannot_be_written_for_another_reason_is_no_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(DiskFull) as refusal, disk():
+        RowFile(tmp_path / "absent" / "rows", (5, 7), np.uint8)[0:5] = np.zeros((5, 7))
+    assert str(refusal.value).startswith("a file of the answer cannot be written (No such file or directory);")
+    assert "room" not in str(refusal.value)
+
+
 # -- penumbra predict ----------------------------------------------------------------------------
 
 

@@ -20,6 +20,8 @@ import tritonclient.grpc as triton
 from PIL import Image
 from tritonclient.grpc import service_pb2_grpc
 
+from penumbra.models.errors import Cancelled, QueueFull, TooLarge
+from penumbra.serving.guard import Bodies
 from tests.serving.server import Server, serving, until
 from tests.serving.test_http import PNG, ask, bomb, is_refused
 
@@ -191,7 +193,7 @@ def test_messages_of_grpc_and_what_unpacks_count_among_the_bodies(toy_store: Pat
         server.client() as client,
         triton.InferenceServerClient(server.grpc_address) as rpc,
     ):
-        with pytest.raises(Exception, match="the bodies of all requests have 0 bytes") as refused:
+        with pytest.raises(Exception, match="the body takes 1,470,") as refused:
             rpc.infer("toy-latent", [tensors[0]], client_timeout=30)
         assert refused.value.status() == "StatusCode.RESOURCE_EXHAUSTED"
         assert rpc.infer("toy-latent", [tensors[1]], client_timeout=30).as_numpy("labels").shape == (20, 20)
@@ -199,11 +201,26 @@ def test_messages_of_grpc_and_what_unpacks_count_among_the_bodies(toy_store: Pat
         for tensor in tensors:
             rpc.async_stream_infer("toy-latent", [tensor])
         until(lambda: len(answers) == 2)
-        assert "the bodies of all requests" in str(answers[0]) and not isinstance(answers[1], Exception)
+        assert "the limit of all bodies together" in str(answers[0]) and not isinstance(answers[1], Exception)
         packed = gzip.compress(bytes(2 * MIB))
         answer = client.post("/v2/models/toy-latent/infer", content=packed, headers={"Content-Encoding": "gzip"})
-        is_refused(answer, 429, "the bodies of all requests", f"{MIB:,}")
-        assert answer.headers["retry-after"] == "1" and ask(client).status_code == 200
+        is_refused(answer, 413, "the limit of all bodies together", f"{MIB:,}")
+        assert ask(client).status_code == 200
+
+
+def test_a_body_waits_for_others_and_is_refused_where_waiting_does_not_help() -> None:
+    bodies = Bodies(100)
+    with bodies.room() as take:
+        take(60)
+        with bodies.room() as other:
+            with pytest.raises(QueueFull, match="have 60 bytes, this one needs 41 more and the limit is 100"):
+                other(41)
+            with pytest.raises(TooLarge, match="takes 101 bytes and the limit of all bodies together is 100; send a"):
+                other(101)
+    with pytest.raises(Cancelled):
+        take(1)
+    with bodies.room() as later:
+        later(100)
 
 
 def test_bodies_of_many_slow_callers_take_no_more_memory_together_than_their_limit(
