@@ -7,7 +7,7 @@ from typing import Any
 
 from penumbra.models import find_method
 from penumbra.models.card import Card, Provenance, Readout
-from penumbra.models.checkpoint import load_checkpoint, save_checkpoint
+from penumbra.models.checkpoint import load_checkpoint, read_card, save_checkpoint
 from penumbra.models.ensemble.net import EnsembleConfig, MemberConfig
 from penumbra.models.errors import BadOption
 
@@ -40,6 +40,21 @@ def make_ensemble(checkpoints: Sequence[Path], output: Path) -> Card:
     )  # fmt: skip
     save_checkpoint(output, card, network)
     return card
+
+
+def losses(checkpoints: Sequence[Path]) -> list[str]:
+    """Sentences about what the networks say alone and not as members."""
+    said = []
+    for path in checkpoints:
+        card = read_card(path)
+        if card.sampling.kind in ("latent", "dropout"):
+            still = "with its latent at the mean" if card.sampling.kind == "latent" else "with nothing dropped"
+            said.append(f"{path.stem} draws no samples in an ensemble, where it is one member {still}")
+        if card.prompt.kind != "none":
+            said.append(f"{path.stem} takes no {card.prompt.kind} in an ensemble")
+        if card.extra_maps:
+            said.append(f"{path.stem} has no {' and '.join(own.name for own in card.extra_maps)} in an ensemble")
+    return said
 
 
 def _check_classes(first_stem: str, first: Card, stem: str, card: Card) -> None:

@@ -75,7 +75,8 @@ def import_checkpoint(
     card = parse_card(dump_card(card))  # checked, and equal to what will be read back
     save_checkpoint(output, card, network)
     train_only = [name for part in parts for name in part.train_only] + unused
-    return Imported(card, tuple(train_only), assembly.warnings, tuple(e for part in parts for e in part.entries))
+    warnings = assembly.warnings + _losses(found, assembly, card, unused=unused, published=protocol == "published")
+    return Imported(card, tuple(train_only), warnings, tuple(e for part in parts for e in part.entries))
 
 
 def _read_parts(method: Method, files: Sequence[Path]) -> list[Part]:
@@ -143,6 +144,33 @@ def _fill(network: Network, parts: Sequence[Part], run: Protocol, *, where: str)
     return [theirs[name] for name in unused]
 
 
+def _losses(
+    method: Method, assembly: Assembly, card: Card, *, unused: Sequence[str], published: bool
+) -> tuple[str, ...]:
+    """What this run of the files does not say although they could, and how to keep it."""
+    with torch.device("meta"):  # no weights are needed to know what another run would have
+        usual, ours = (method.build(config) for config in (assembly.config, assembly.ours_config or assembly.config))
+    several, how = card.sampling.default_samples > 1, "import with --protocol penumbra"
+    left_out = f"leaves {len(unused)} of the file's tensors out ({unused[0]}, ...)" if unused else ""
+    more = ours.sampling.members or (f"{assembly.ours.default_samples} samples",)
+    sentences = {
+        f"the published protocol {left_out or 'answers in one pass'}, and one pass has no mutual information; {how} to "
+        f"keep {' and '.join(more)}, whose disagreement it is":
+            published and not several and ours.sampling.default_samples > 1,
+        f"the published protocol {left_out}; {how} to keep them": published and several and bool(unused),
+        "the published protocol averages logits, so mutual_information is the difference of two entropies and no "
+        f"information; {how} to average probabilities": published and several and card.readout.average == "logits",
+        "the published protocol takes the softmax before it resizes, so mutual_information is wrong by several times "
+        f"its mean; {how} to take it after": published and several and card.readout.softmax_at == "feature",
+        f"with this sampling the network takes no {usual.prompt.kind}; import without --sampling to keep them":
+            card.prompt.kind == "none" != usual.prompt.kind,
+        "these files make one network that answers in one pass, which has no mutual information; `penumbra ensemble` "
+        "of several trainings has":
+            not several and ours.sampling.default_samples == 1 and not card.prompt.members,
+    }  # fmt: skip
+    return tuple(sentence for sentence, is_so in sentences.items() if is_so)
+
+
 def _law(sampling: Sampling, run: Protocol) -> Sampling:
     if sampling.kind not in ("latent", "dropout"):
         return sampling
@@ -150,6 +178,10 @@ def _law(sampling: Sampling, run: Protocol) -> Sampling:
 
 
 def _classes(classes: tuple[ClassInfo, ...] | None, count: int) -> tuple[ClassInfo, ...]:
+    if count == 1:
+        raise BadCheckpoint(
+            "the checkpoint has 1 class: a single channel, whose softmax is 1 everywhere; two or more are needed"
+        )
     by_count = {len(table): table for table in TABLES.values()}
     if classes is None and count not in by_count:
         raise BadOption(f"the checkpoint has {count} classes, as no data set known here; name them with --classes FILE")

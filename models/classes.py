@@ -82,7 +82,7 @@ def read_classes(wanted: str) -> tuple[ClassInfo, ...]:
     """The table of that name, or the classes of a file: a name per line, or a JSON list of names or of objects
     {"name", "color"}. Names without a colour get one of `color_of`.
 
-    Raises BadOption: neither a table nor a file, no classes, or an entry that is neither a name nor a class.
+    Raises BadOption: neither a table nor a file, fewer than 2 classes, or an entry that is neither name nor class.
     """
     if wanted in TABLES:
         return TABLES[wanted]
@@ -94,6 +94,8 @@ def read_classes(wanted: str) -> tuple[ClassInfo, ...]:
     entries = _parse_json(text, wanted) if text.startswith("[") else [line.strip() for line in text.splitlines()]
     if not entries or "" in entries:
         raise BadOption(f"{wanted} has an empty line or no classes; one name per line is wanted")
+    if len(entries) == 1:
+        raise BadOption(f"{wanted} names 1 class, which every pixel would have; name the background too")
     return tuple(_read_class(entry, k, wanted) for k, entry in enumerate(entries))
 
 

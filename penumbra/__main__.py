@@ -238,9 +238,11 @@ def import_files(
 @click.option("--output", "-o", required=True, type=click.Path(dir_okay=False, path_type=Path), help="A .safetensors.")
 def ensemble(checkpoints: tuple[Path, ...], output: Path) -> None:
     """Join checkpoints of the same classes into one, whose members they are."""
-    from penumbra.export.ensemble import make_ensemble
+    from penumbra.export.ensemble import losses, make_ensemble
 
     card = make_ensemble(checkpoints, output)
+    for loss in losses(checkpoints):
+        click.echo(f"penumbra: warning: {loss}", err=True)
     click.echo(f"{output}: {len(card.sampling.members)} members: {', '.join(card.sampling.members)}")
     click.echo(f"next: penumbra export {output}")
 

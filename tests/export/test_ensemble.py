@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from torch.nn import functional as F
 
+from penumbra.__main__ import main
 from penumbra.export.bundle import export_checkpoint
 from penumbra.export.ensemble import make_ensemble
 from penumbra.models.card import Card, ClassInfo, InputSpec, Readout, WindowSpec
@@ -17,7 +19,7 @@ from penumbra.models.errors import BadOption
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.windows import normalise
-from tests.conftest import CLASSES, picture
+from tests.conftest import CLASSES, picture, toy_card
 from tests.models.small import SMALL, seeded
 
 INPUTS = {
@@ -89,3 +91,16 @@ def test_one_file_is_no_ensemble_and_names_must_differ(tmp_path: Path) -> None:
     for paths in ([one], [one, one]):
         with pytest.raises(BadOption, match="two or more files with different names"):
             make_ensemble(paths, tmp_path / "both.safetensors")
+
+
+def test_the_verb_warns_of_what_a_network_says_alone_and_not_as_a_member(tmp_path: Path) -> None:
+    for form in ("latent", "boxed", "bright", "pointwise"):
+        save_checkpoint(tmp_path / f"{form}.safetensors", *toy_card(form))
+    files = [str(path) for path in sorted(tmp_path.glob("*.safetensors"))]
+    result = CliRunner().invoke(main, ["ensemble", *files, "-o", str(tmp_path / "out" / "all.safetensors")])
+    assert result.exit_code == 0, result.output
+    assert result.stderr.splitlines() == [
+        "penumbra: warning: boxed takes no boxes in an ensemble",
+        "penumbra: warning: bright has no brightness in an ensemble",
+        "penumbra: warning: latent draws no samples in an ensemble, where it is one member with its latent at the mean",
+    ]

@@ -16,6 +16,7 @@ from penumbra.models import find_method
 from penumbra.models.card import ClassInfo, Readout, WindowSpec
 from penumbra.models.checkpoint import load_checkpoint
 from penumbra.models.contract import Network
+from penumbra.models.cps import upstream as cps_upstream
 from penumbra.models.cps.net import CpsConfig
 from penumbra.models.errors import BadCheckpoint
 from penumbra.models.layout import Assembly
@@ -113,7 +114,7 @@ def test_np_reproduces_the_original_samples(np_net: Recorded) -> None:
 @torch.inference_mode()
 def test_np_reproduces_the_original_features_and_latents_with_the_memories_swapped(np_net: Recorded) -> None:
     _, arrays, imported, network = np_net
-    assert isinstance(network, NpNetwork) and not imported.warnings
+    assert isinstance(network, NpNetwork) and "zero" not in "".join(imported.warnings)
     x = network.host(golden.image(97, 129))
     _check(x[:, ::8], arrays["features_stride8ch"], _relative(arrays["features_stride8ch"]))
     for ours, name in zip(network.head.latent(x), ("latent_mean", "latent_sigma", "deterministic_vector"), strict=True):
@@ -307,3 +308,38 @@ def test_the_published_np_protocols_are_those_of_their_hosts_and_data_sets() -> 
 def test_our_np_protocol_has_windows_of_512_px_and_8_samples() -> None:
     ours = _np(512, 21).ours
     assert (ours.window, ours.default_samples, ours.readout) == (WindowSpec(512, 512), 8, Readout())
+
+
+def cps_state(prefixes: tuple[str, ...], classifier: str = "classifier") -> dict[str, Tensor]:
+    """Files of TorchSemiSeg from a fresh network of ours: one DeepLabv3+ per prefix."""
+    state = find_method("cps").build(CpsConfig(21, len(prefixes))).state_dict()
+    content = {}
+    for number, prefix in enumerate(prefixes, 1):
+        names = {f"branch{number}.{ours}": theirs for theirs, ours in cps_upstream._branch("", "").items()}
+        names[f"branch{number}.classifier."] = f"{classifier}."
+        for name, tensor in state.items():
+            fitting = [ours for ours in names if name.startswith(ours)]
+            content |= {f"{prefix}{names[ours]}{name.removeprefix(ours)}": tensor for ours in fitting}
+    return content
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefixes", [("branch1.", "branch2."), ("l_model.", "r_model.")], ids=["cps", "gct"])
+def test_the_published_protocol_says_that_it_drops_the_second_network_and_how_to_keep_it(
+    prefixes: tuple[str, ...], tmp_path: Path
+) -> None:
+    content = {"model": cps_state(prefixes)}
+    imported, _ = _import("cps", content, tmp_path, count=21)
+    (warning,) = imported.warnings
+    assert re.search(rf"leaves \d+ of the file's tensors out \({prefixes[1]}", warning)
+    assert "no mutual information" in warning and "--protocol penumbra to keep branch1 and branch2" in warning
+    kept, _ = _import("cps", content, tmp_path, count=21, protocol="penumbra")
+    assert not kept.warnings and kept.card.sampling.members == ("branch1", "branch2")
+
+
+@pytest.mark.slow
+def test_one_network_with_one_pass_is_said_to_have_no_disagreement(tmp_path: Path) -> None:
+    content = {"model": cps_state(("",), "main_decoder.upsample.classifier")}
+    for protocol in ("published", "penumbra"):
+        (warning,) = _import("cps", content, tmp_path, count=21, protocol=protocol)[0].warnings
+        assert "one pass" in warning and "penumbra ensemble" in warning
