@@ -14,11 +14,13 @@ import numpy as np
 
 from benchmarks.rounds import save
 from penumbra.models.card import WindowSpec
+from penumbra.models.toy.cards import toy_card
 from penumbra.serving.engine.canvas import Canvas
 from penumbra.serving.engine.moments import Moments
 from penumbra.serving.engine.uncertainty import read_out
 from penumbra.serving.engine.windows import cover
 
+CARD = toy_card("pointwise")[0]
 WIDTH, CLASSES, HEIGHTS = 8192, 11, (1024, 2048, 4096, 8192)
 
 
@@ -32,7 +34,7 @@ def stitch(height: int) -> tuple[int, int, int]:
     for window in plan:
         canvas.add(window, moments)
         for y0, merged_hKW, expected_hW, _ in canvas.finished(window):
-            band = read_out(y0, merged_hKW, expected_hW)
+            band = read_out(y0, merged_hKW, expected_hW, card=CARD, num_samples=1)
             assert abs(float(band.maps["confidence"].max()) - 1 / CLASSES) < 1e-4
     return plan.num_windows, canvas.nbytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 

@@ -32,11 +32,12 @@ def evaluate(checkpoint: Path, data: Path) -> dict[str, Any]:
 
 
 def row(document: dict[str, Any]) -> str:
-    """A line of the table; a mutual information of one pass is rounding, and left out."""
+    """A line of the table; what a model has not is left out."""
     figures = document["figures"]
-    cells = [f"{100 * figures[key]:.1f} %" if key in PERCENT else f"{figures[key]:.3f}" for key in COLUMNS]
-    if document["sampling"] == "single":
-        cells[list(COLUMNS).index("err/AUROC/mutual_information")] = ""
+    cells = [
+        "" if key not in figures else f"{100 * figures[key]:.1f} %" if key in PERCENT else f"{figures[key]:.3f}"
+        for key in COLUMNS
+    ]
     return f"| `{document['model']}` | {document['samples']} | {' | '.join(cells)} |"
 
 

@@ -131,8 +131,8 @@ def read_maps(logits_SKhw: Tensor, card: Card, height: int, width: int) -> tuple
     """Labels and entropy of one window, read out as the card says."""
     summed_hKw, entropy_hw = empty_sums(card.num_classes, height, width)
     accumulate(logits_SKhw, summed_hKw, entropy_hw, readout=card.readout, spread=map)
-    samples = np.float32(len(logits_SKhw))
-    band = read_out(0, summed_hKw / samples, entropy_hw / samples, average=card.readout.average)
+    num = len(logits_SKhw)
+    band = read_out(0, summed_hKw / np.float32(num), entropy_hw / np.float32(num), card=card, num_samples=num)
     return band.labels, band.maps["entropy"]
 
 

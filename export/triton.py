@@ -3,9 +3,12 @@
     NAME_encode       image (uint8) -> features
     NAME_decode       features, noise -> decoded
     NAME_prompted     image, features, prompt, noise -> decoded        where the network takes a prompt
-    NAME_read_out     image, decoded -> labels, maps of uncertainty, shares of the classes, logits
+    NAME_read_out     image, decoded -> labels, maps of uncertainty, shares of the classes, logits; one of its own
+                      where a prompt brings other maps
     NAME, NAME_with_boxes, NAME_with_tags     the ensembles of these
 
+Maps are those of `Card.maps` but for `seam`: a window alone has none. The samples of a network that draws are counted
+at each call, so of one sample its mutual information is 0.
 Triton batches along the first axis only, so noise and logits are [B, S, ...] here, and S may differ from call to call.
 """
 
@@ -26,7 +29,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from penumbra.export.bundle import export_checkpoint, golden_image, golden_prompt
 from penumbra.export.torchscript import save_script
-from penumbra.models.card import MAPS, Card, InputSpec, Sampling, dump_card
+from penumbra.models.card import Card, InputSpec, Sampling, dump_card
 from penumbra.models.contract import Features
 from penumbra.models.errors import BadOption
 from penumbra.models.files import writing
@@ -125,9 +128,12 @@ class _ReadOut(nn.Module):
     answers only those who ask for it.
     """
 
-    def __init__(self, card: Card) -> None:
+    def __init__(self, card: Card, num_samples: int) -> None:
         super().__init__()
         self.readout = card.readout
+        maps = (name for name in card.maps(num_samples) if name != "seam")
+        self.outputs = ("labels", *maps, "shares", "logits")
+        self.own = [extra.name for extra in card.extra_maps]
 
     def forward(self, image_BHW3: Tensor, logits_BSKhw: Tensor, *extras_BEhw: Tensor) -> tuple[Tensor, ...]:
         size = image_BHW3.shape[1:3]
@@ -135,10 +141,13 @@ class _ReadOut(nn.Module):
         entropy_BHW = -torch.special.xlogy(prob_BKHW, prob_BKHW).sum(1)
         confidence_BHW, second_BHW = F.pad(prob_BKHW, (0, 0, 0, 0, 0, 1)).topk(2, dim=1).values.unbind(1)
         own = [resized for extras in extras_BEhw for resized in resize(extras, size, self.readout).unbind(1)]
-        return (
-            prob_BKHW.max(1).indices.to(torch.uint8), confidence_BHW, confidence_BHW - second_BHW, entropy_BHW,
-            expected_BHW, (entropy_BHW - expected_BHW).clamp(min=0), prob_BKHW.mean((2, 3)), *own, logits_BSKhw,
-        )  # fmt: skip
+        answer = {
+            "labels": prob_BKHW.max(1).indices.to(torch.uint8), "confidence": confidence_BHW,
+            "margin": confidence_BHW - second_BHW, "entropy": entropy_BHW, "expected_entropy": expected_BHW,
+            "mutual_information": (entropy_BHW - expected_BHW).clamp(min=0), "shares": prob_BKHW.mean((2, 3)),
+            "logits": logits_BSKhw, **dict(zip(self.own, own, strict=True)),
+        }  # fmt: skip
+        return tuple(answer[name] for name in self.outputs)
 
     def moments(self, logits_BSKhw: Tensor, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Mean probabilities, and the samples' mean entropy."""
@@ -228,9 +237,13 @@ def _chains(artifact: Artifact) -> dict[str, tuple[Graph, ...]]:
     encode, decode, *prompt = (torch.jit.load(artifact.directory / f"{part}.ts", "cpu") for part in parts)  # type: ignore[no-untyped-call]
     features = tuple(f"feature_{i}" for i in range(len(encode(artifact.golden.image_B3hw))))
     normalise = _Normalise(card.input)
-    maps = ("labels", *MAPS, "shares", *(extra.name for extra in card.extra_maps), "logits")
     first = Graph(f"{name}_encode", _Encode(normalise, encode), ("image",), features)
-    last = Graph(f"{name}_read_out", _ReadOut(card), ("image", "decoded", *features[-1:] * bool(card.extra_maps)), maps)
+
+    def read_out(num_samples: int, *, of: str) -> Graph:
+        module = _ReadOut(card, num_samples)
+        return Graph(f"{of}_read_out", module, ("image", "decoded", *features[-1:] * bool(module.own)), module.outputs)
+
+    last = read_out(card.sampling.default_samples, of=name)
     half, noise = _decode(decode, card.sampling)
     chains: dict[str, tuple[Graph, ...]] = {
         name: (first, Graph(f"{name}_decode", half, (*features, *noise), ("decoded",)), last)
@@ -240,7 +253,9 @@ def _chains(artifact: Artifact) -> dict[str, tuple[Graph, ...]]:
         half, noise = _decode(decode, card.sampling_with(prompt=True))
         module = _Prompted(normalise, prompt[0], half, num_prompts=len(asked), num_features=len(features))
         middle = Graph(f"{name}_prompted", module, ("image", *asked, *features, *noise), ("decoded",))
-        chains[f"{name}_with_{card.prompt.kind}"] = (first, middle, last)
+        prompted = f"{name}_with_{card.prompt.kind}"
+        other = read_out(card.sampling_with(prompt=True).default_samples, of=prompted)
+        chains[prompted] = (first, middle, last if last.outputs == other.outputs else other)
     return chains
 
 

@@ -19,10 +19,14 @@ IGNORE = 255
 """Label of pixels that are void in the data or abstained in an answer; hence at most 255 classes."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """A model's name is a directory, a label of metrics and a part of URLs."""
-MAP_NAME = re.compile(r"(?!labels$|probabilities$|image$)[a-z][a-z0-9_]{0,39}")
+MAP_NAME = re.compile(r"(?!labels$|probabilities$|default$|image$)[a-z][a-z0-9_]{0,39}")
 
 MAPS = ("confidence", "margin", "entropy", "expected_entropy", "mutual_information")
-"""The maps that every model's answer has, defined in `penumbra.serving.engine.uncertainty`."""
+"""The maps of every answer of several samples, defined in `penumbra.serving.engine.uncertainty`."""
+MAPS_OF_ONE = (*MAPS[:-1], "seam")
+"""Those of one sample: it contradicts no other, and what overlapping windows disagree about is told by itself."""
+KNOWN_MAPS = (*MAPS, "seam")
+"""Of these maps the names are taken, and the meaning and unit are the same for every model."""
 
 EXACT = 2**53
 """Up to here every whole number is a float too."""
@@ -108,7 +112,7 @@ class PromptSpec:
 
 @dataclass(frozen=True, slots=True)
 class ExtraMap:
-    """A map that a method has beside `MAPS`: its name, what it is, and its unit or range."""
+    """A map that a method has beside `KNOWN_MAPS`: its name, what it is, and its unit or range."""
 
     name: str
     description: str
@@ -219,6 +223,10 @@ class Card:
     def num_classes(self) -> int:
         return len(self.classes)
 
+    def maps(self, num_samples: int) -> tuple[str, ...]:
+        """Names of the maps that an answer of so many samples has, the model's own last: all that is offered."""
+        return (*(MAPS_OF_ONE if num_samples == 1 else MAPS), *(extra.name for extra in self.extra_maps))
+
     def sampling_with(self, *, prompt: bool) -> Sampling:
         """The sample axis of an answer, which a prompt may change to members of its own."""
         members = self.prompt.members
@@ -317,7 +325,9 @@ def check_facts(card: Card) -> None:
     num_members = len(sampling.members)
     failures = {
         "name is no directory's; up to 100 letters, digits, '.', '_' and '-' are": not NAME.fullmatch(card.name),
-        f"has {card.num_classes} classes; 1 to {IGNORE} can be served": not 1 <= card.num_classes <= IGNORE,
+        f"has 1 class, {''.join(info.name for info in card.classes)!r}, which every pixel would have with no doubt; 2 "
+        f"to {IGNORE} can be served, and the background is one too": card.num_classes == 1,
+        f"has {card.num_classes} classes; 2 to {IGNORE} can be served": not 1 <= card.num_classes <= IGNORE,
         "has a class with a color outside 0 to 255": not all(0 <= value <= 255 for value in colors),
         f"has input.std {card.input.std} and input.scale {card.input.scale}; pixels are divided by both":
             0 in (*card.input.std, card.input.scale),
@@ -339,8 +349,8 @@ def check_facts(card: Card) -> None:
         f"prompt.alpha is {prompt.alpha}; 0 or more is possible": not 0 <= (prompt.alpha or 0.0) < math.inf,
         f"prompt.background is {prompt.background}; the classes are 0 to {card.num_classes - 1}":
             not 0 <= (prompt.background or 0) < card.num_classes,
-        f"extra_maps are {', '.join(extra)}; plain names are wanted, each once and none of {', '.join(MAPS)}":
-            len({*extra, *MAPS}) < len(extra) + len(MAPS) or not all(MAP_NAME.fullmatch(name) for name in extra),
+        f"extra_maps are {', '.join(extra)}; plain names are wanted, each once and none of {', '.join(KNOWN_MAPS)}":
+            len({*extra, *KNOWN_MAPS}) < len(extra) + len(KNOWN_MAPS) or not all(map(MAP_NAME.fullmatch, extra)),
         f"export.parity is {card.export and card.export.parity}; numbers are wanted":
             card.export is not None and not _is_finite(dataclasses.astuple(card.export.parity)),
         f"calibration is {card.calibration}; ascending risks between 0 and 1, each with a threshold, are wanted":

@@ -28,8 +28,9 @@ Key = tuple[bytes, tuple[int, ...], SegmentOptions]
 def key_of(image: bytes | NDArray[np.uint8], card: Card, options: SegmentOptions, *, num_samples: int) -> Key:
     """Everything that changes an answer, and nothing that does not: when it is wanted is left out."""
     wish = replace(
-        options, model=card.name, version=card.version, samples=num_samples, deadline_ms=None, anytime=False, priority=0
-    )
+        options, model=card.name, version=card.version, samples=num_samples, outputs=options.named(card),
+        deadline_ms=None, anytime=False, priority=0,
+    )  # fmt: skip
     shape = () if isinstance(image, bytes) else image.shape
     data = image if isinstance(image, bytes) else np.ascontiguousarray(image).data
     return hashlib.sha256(data).digest(), shape, wish

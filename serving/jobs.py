@@ -148,15 +148,15 @@ class Jobs:
         check_long(options)
         height, width = measure_image(place / "image", self._limits)
         runtime, _, _ = self._gateway.segmenter.check(height, width, options, limits=self._limits)
+        card = runtime.card
         copies = 4 if media == "image/tiff" else 2  # the rows, and the result of them; of TIFF also tiles and overviews
-        needed = copies * spool_bytes(height, width, spooled(options, media, style))
+        needed = copies * spool_bytes(height, width, spooled(options, media, style), card)
         with disk():
             free = shutil.disk_usage(self._directory).free
         if needed > free:
             raise DiskFull(
                 f"the job needs {needed:,} bytes of disk and {free:,} are free; ask for fewer maps, or delete old jobs"
             )
-        card = runtime.card
         asked = dict(fields) | {"model": card.name, "version": str(card.version)}
         job = Job(place.name, media, asked, created=time.time())
         save_job(self._directory / job.id, job)

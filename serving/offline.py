@@ -88,7 +88,8 @@ def _predict_file(
     watch: Watch, pictures: frozenset[Identity],
 ) -> Outcome:  # fmt: skip
     raster = open_raster(path)
-    kinds = ("labels", "maps") if raster else ("labels", "overlay", *options.maps)
+    maps = options.maps(segmenter.find(options.model, options.version).card)
+    kinds = ("labels", "maps") if raster else ("labels", "overlay", *maps)
     files = {name: output / f"{path.stem}_{name}.{'tif' if raster else 'png'}" for name in kinds}
     files |= {} if raster else {"maps": output / f"{path.stem}_maps.npz"}
     check_replaceable(files.values(), pictures)
@@ -218,12 +219,12 @@ def report(outcome: Outcome) -> None:
         console.print(f"abstained from {100 * prediction.abstained:.1f} % of the pixels")
     for warning in prediction.warnings:
         console.print(f"[yellow]warning:[/] {warning}")
-    table = Table("class", "share", "mean entropy", "mean mutual information", title_justify="left")
+    means = {"mean_entropy": 3, "mean_mutual_information": 4}
+    digits = {name: count for name, count in means.items() if name.removeprefix("mean_") in prediction.maps}
+    table = Table("class", "share", *(name.replace("_", " ") for name in digits), title_justify="left")
     for row in sorted(outcome.classes, key=lambda row: -row["pixels"]):
-        table.add_row(
-            row["name"], f"{100 * row['share']:.1f} %", f"{row['mean_entropy']:.3f} nats",
-            f"{row['mean_mutual_information']:.4f} nats",
-        )  # fmt: skip
+        nats = (f"{row[name]:.{count}f} nats" for name, count in digits.items())
+        table.add_row(row["name"], f"{100 * row['share']:.1f} %", *nats)
     console.print(table)
     console.print("time: " + ", ".join(f"{phase} {ms:.1f} ms" for phase, ms in prediction.timing_ms.items()))
     for name, file in outcome.files.items():

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from penumbra.models.card import Card
+from penumbra.models.card import KNOWN_MAPS, Card
 from penumbra.models.errors import BadArtifact, BadOption, Cancelled, PenumbraError, Restricted, UnknownModel
 from penumbra.serving import VERSION
 from penumbra.serving.engine.answer import Prediction
-from penumbra.serving.engine.options import DEFAULT_MAPS, PROBABILITIES, SegmentOptions, parse_options
+from penumbra.serving.engine.options import DEFAULT, DEFAULT_MAPS, PROBABILITIES, SegmentOptions, parse_options
 from penumbra.serving.engine.runtime import Runtime
 from penumbra.serving.engine.store import find_artifact, versions
 from penumbra.serving.gateway import Gateway
@@ -37,7 +37,6 @@ from penumbra.serving.oip_tensors import (
     read_tags,
 )
 
-DEFAULT_OUTPUTS = ("labels", *DEFAULT_MAPS)
 EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "model_repository", "parameters",
               "statistics")  # fmt: skip
 OWN_FIELDS = ("model", "version", "outputs")
@@ -68,6 +67,7 @@ class InferRequest:
     """One request as a transport read it; no outputs stands for the default ones, an empty version for the newest.
 
     unknown: what it has besides, where no one looks for it: "seed in the headers".
+    binary: of the default outputs.
     """
 
     model: str
@@ -77,6 +77,7 @@ class InferRequest:
     inputs: Sequence[Tensor] = ()
     outputs: Sequence[WantedOutput] = ()
     unknown: Sequence[str] = ()
+    binary: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +154,7 @@ class Inference:
         request = read()
         card = self.find(request.model, request.version).card
         given = check_inputs(request.inputs, inputs_of(card), model=card.name, request_id=request.id)
-        known = {spec.name for spec in outputs_of(card)}
+        known = {"labels", *KNOWN_MAPS, *(extra.name for extra in card.extra_maps), PROBABILITIES}
         for wanted in request.outputs:
             if wanted.name not in known:
                 raise BadOption(f"unexpected inference output '{wanted.name[:SHOWN]}' for model '{card.name}'")
@@ -163,10 +164,9 @@ class Inference:
                 raise BadOption(f"{name} is given twice, as input and as parameter; once is enough")
             if name in given:
                 options = replace(options, **{name: reader(given[name])})
-        maps = (
-            [wanted.name for wanted in request.outputs if wanted.name != "labels"] if request.outputs else DEFAULT_MAPS
-        )
-        options = replace(options, model=card.name, version=card.version, outputs=tuple(maps))
+        names = [wanted.name for wanted in request.outputs] or [DEFAULT]
+        maps = tuple(name for name in names if name != "labels")
+        options = replace(options, model=card.name, version=card.version, outputs=maps)
         ignored = [*sorted(set(request.parameters) - PARAMETERS), *request.unknown]
         return request, card, read_image(given["image"]), options, ignored
 
@@ -310,13 +310,14 @@ def answer_of(prediction: Prediction, request: InferRequest, ignored: Sequence[s
         parameters["warnings"] = "; ".join(warnings)
     if prediction.abstained is not None:
         parameters["abstained"] = prediction.abstained
-    specs = {spec.name: spec for spec in outputs_of(prediction.card)}
     arrays: dict[str, Any] = {
         **prediction.maps, "labels": prediction.labels_HW, PROBABILITIES: prediction.prob_KHW
     }  # fmt: skip
     outputs = []
-    for wanted in request.outputs or [WantedOutput(name) for name in DEFAULT_OUTPUTS]:
-        output = Output(wanted.name, specs[wanted.name].datatype, arrays[wanted.name])
+    usual = ("labels", *(name for name in DEFAULT_MAPS if name in prediction.maps))
+    for wanted in request.outputs or [WantedOutput(name, request.binary) for name in usual]:
+        datatype = "UINT8" if wanted.name == "labels" else "FP32"
+        output = Output(wanted.name, datatype, arrays[wanted.name], wanted.binary)
         outputs.append(classify(output, wanted.classes) if wanted.classes else output)
     card = prediction.card
     return Answer(card.name, str(card.version), request.id, parameters, outputs, prediction.timing_ms)

@@ -25,7 +25,6 @@ from penumbra.serving.access import CURRENT, ID, Request, begin, logged
 from penumbra.serving.guard import Bodies
 from penumbra.serving.keys import Keys
 from penumbra.serving.oip import (
-    DEFAULT_OUTPUTS,
     Answer,
     Inference,
     InferRequest,
@@ -211,7 +210,7 @@ def read_request(request: Any) -> InferRequest:
         unknown += strangers(one.parameters, ("classification",), f"output {one.name}")
     return InferRequest(
         request.model_name, request.model_version, request.id, _parameters(request.parameters), _tensors(request),
-        list({one.name: one for one in wanted}.values()) or [WantedOutput(name) for name in DEFAULT_OUTPUTS], unknown,
+        list({one.name: one for one in wanted}.values()), unknown,
     )  # fmt: skip
 
 

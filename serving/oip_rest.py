@@ -22,7 +22,6 @@ from starlette.routing import BaseRoute, Mount, Route, Router
 from penumbra.models.errors import BadOption, TooLarge, Unsupported
 from penumbra.serving.guard import Bodies
 from penumbra.serving.oip import (
-    DEFAULT_OUTPUTS,
     LARGE_BYTES,
     OWN_FIELDS,
     PARAMETERS,
@@ -130,7 +129,7 @@ class Rest:
         misplaced = [*strangers(request.query_params, (), "the query"), *strangers_above(told, "the headers")]
 
         def write(answer: Answer, asked: InferRequest) -> Response:
-            return write_answer(answer, [wanted.binary for wanted in asked.outputs], encoding=taken)
+            return write_answer(answer, encoding=taken)
 
         with self._bodies.room() as take:
 
@@ -202,7 +201,7 @@ def read_request(
         raise BadOption(f"inference header size should be in range (0, {len(body)}), got: {length}")
     if length == 0 and header_length is not None:
         picture = Tensor("image", "BYTES", (1,), join_strings([body]))
-        return InferRequest(model, version, inputs=[picture], outputs=_default_outputs(binary=True))
+        return InferRequest(model, version, inputs=[picture], binary=True)
     head, rest = _parse(memoryview(body)[:length], limit_bytes=json_bytes), memoryview(body)[length:]
     parameters = _parameters(head)
     binary = _member(parameters, "binary_data_output", bool) if "binary_data_output" in parameters else False
@@ -221,12 +220,8 @@ def read_request(
     return InferRequest(
         model, version, _optional(head, "id", str, ""),
         {name: value for name, value in parameters.items() if name != "binary_data_output"},
-        inputs, list({one.name: one for one in wanted}.values()) or _default_outputs(binary=binary), unknown,
+        inputs, list({one.name: one for one in wanted}.values()), unknown, binary,
     )  # fmt: skip
-
-
-def _default_outputs(*, binary: bool) -> list[WantedOutput]:
-    return [WantedOutput(name, binary) for name in DEFAULT_OUTPUTS]
 
 
 def _leading_integer(text: str) -> int:
@@ -344,15 +339,15 @@ def _read_output(one: dict[str, Any], *, binary: bool) -> WantedOutput:
     )  # fmt: skip
 
 
-def write_answer(answer: Answer, binary: list[bool], *, encoding: str) -> Response:
-    """The response; binary: which outputs follow the JSON in raw form."""
+def write_answer(answer: Answer, *, encoding: str) -> Response:
+    """The response: JSON, and behind it the outputs that are wanted in raw form."""
     head: dict[str, Any] = {"id": answer.id} if answer.id else {}
     head |= {"model_name": answer.model, "model_version": answer.version, "parameters": answer.parameters}
-    tails = [output.raw if is_raw else None for output, is_raw in zip(answer.outputs, binary, strict=True)]
+    tails = [output.raw if output.binary else None for output in answer.outputs]
     head["outputs"] = [_describe(output, tail) for output, tail in zip(answer.outputs, tails, strict=True)]
     text = orjson.dumps(head, option=orjson.OPT_SERIALIZE_NUMPY)
     headers = {"Content-Type": "application/json", "Server-Timing": server_timing(answer.timing_ms)}
-    if any(binary):
+    if any(output.binary for output in answer.outputs):
         headers |= {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(text))}
     content = b"".join([text, *filter(None, tails)])
     if encoding:

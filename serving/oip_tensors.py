@@ -6,12 +6,12 @@ length) and have them checked here, by rules and in words that are Triton's.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from penumbra.models.card import MAPS, Card
+from penumbra.models.card import Card
 from penumbra.models.errors import BadOption
 from penumbra.serving.engine.options import PROBABILITIES, read_box
 from penumbra.serving.engine.prompts import MAX_BOXES, Box
@@ -49,11 +49,12 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One output of an answer: an array, or strings."""
+    """One output of an answer: an array, or strings. binary: whether it follows the JSON of HTTP in raw form."""
 
     name: str
     datatype: str
     values: NDArray[np.uint8] | NDArray[np.float32] | tuple[bytes, ...]
+    binary: bool = False
 
     @property
     def shape(self) -> Shape:
@@ -81,8 +82,8 @@ def inputs_of(card: Card) -> tuple[TensorSpec, ...]:
 
 
 def outputs_of(card: Card) -> tuple[TensorSpec, ...]:
-    """What a model can answer."""
-    maps = (*MAPS, *(extra.name for extra in card.extra_maps))
+    """What a model answers by default; the parameter `samples` and a prompt may change which maps it has."""
+    maps = card.maps(card.sampling.default_samples)
     return (
         TensorSpec("labels", "UINT8", (-1, -1)),
         *(TensorSpec(name, "FP32", (-1, -1)) for name in maps),
@@ -230,4 +231,4 @@ def classify(output: Output, count: int) -> Output:
     assert not isinstance(output.values, tuple)
     flat = output.values.ravel()
     top = np.argsort(np.nan_to_num(flat, nan=-np.inf), kind="stable")[::-1][:count]
-    return Output(output.name, "BYTES", tuple(f"{flat[i]:f}:{i}".encode() for i in top))
+    return replace(output, datatype="BYTES", values=tuple(f"{flat[i]:f}:{i}".encode() for i in top))

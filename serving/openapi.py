@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from penumbra.models.card import MAPS
+from penumbra.models.card import KNOWN_MAPS
 from penumbra.serving import oip_openapi
-from penumbra.serving.engine.options import DEFAULT_MAPS
+from penumbra.serving.engine.options import DEFAULT, DEFAULT_MAPS
 from penumbra.serving.render import WRITERS
 from penumbra.serving.render.pictures import LEVELS
 
@@ -16,8 +16,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "seed": ({"type": "integer", "minimum": 0, "default": 0}, "Of the noise; the same seed gives the same answer."),
     "overlap": ({"type": "number", "minimum": 0, "maximum": 0.9}, "Share of a window that its neighbour covers too."),
     "outputs": (
-        {"type": "string", "default": ",".join(DEFAULT_MAPS)},
-        f"Comma-separated maps: {', '.join(MAPS)}, or the model's own (extra_maps of its card).",
+        {"type": "string", "default": DEFAULT},
+        f"Comma-separated maps: {', '.join(KNOWN_MAPS)}, or the model's own (extra_maps of its card). {DEFAULT} stands "
+        f"for {', '.join(DEFAULT_MAPS)}, as far as the answer has them: one sample has no mutual_information, and only "
+        "one sample has a seam.",
     ),
     "boxes": ({"type": "string"}, "For models that take boxes: JSON list of [x0, y0, x1, y1, class name or id], px."),
     "tags": ({"type": "string"}, "For models that take tags: the classes in the picture, comma-separated or JSON."),
@@ -140,7 +142,11 @@ def _predict() -> dict[str, Any]:
     return {
         "summary": "The same as arrays in JSON, for bentoml.SyncHTTPClient.",
         "requestBody": {"required": True, "content": {"application/json": body}},
-        "responses": {"200": {"description": "labels, confidence, entropy, mutual_information as nested lists"}}
+        "responses": {
+            "200": {
+                "description": "labels, confidence, entropy, mutual_information (of several samples) as nested lists"
+            }
+        }
         | {status: {"description": text, "content": ERROR} for status, text in REFUSALS.items()},
     }
 

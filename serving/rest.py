@@ -261,11 +261,20 @@ def summary(card: Card) -> dict[str, object]:
     return {
         "name": card.name, "version": card.version, "method": card.method,
         "classes": [c.name for c in card.classes], "sampling": dataclasses.asdict(card.sampling),
-        "prompt": card.prompt.kind, "extra_maps": [extra.name for extra in card.extra_maps],
+        "prompt": card.prompt.kind, "maps": maps_by_samples(card),
+        "extra_maps": [extra.name for extra in card.extra_maps],
         "risks": list(card.calibration.risks) if card.calibration else [],
         "window": [card.window.height, card.window.width], "data": card.provenance.data,
         "licence": card.provenance.licence, "metrics": card.provenance.metrics,
     }  # fmt: skip
+
+
+def maps_by_samples(card: Card) -> dict[str, list[str]]:
+    """The maps that can be asked for of a `single` sample and of `several`, as far as the model takes them."""
+    counts = {card.sampling_with(prompt=prompt).default_samples for prompt in (False, True)}
+    if card.sampling.kind in ("latent", "dropout"):
+        counts.add(1)
+    return {"single" if count == 1 else "several": list(card.maps(count)) for count in sorted(counts)}
 
 
 def error_response(status: int, sentence: str, headers: Mapping[str, str] | None = None) -> Response:

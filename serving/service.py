@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import bentoml
 import bentoml._internal.server.http.traffic as bentomls
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 
@@ -65,12 +65,12 @@ class PredictInput(bentoml.IODescriptor):  # type: ignore[misc]
 
 
 class PredictAnswer(BaseModel):
-    """Answer of the typed route: nested lists [H][W]; uncertainties in nats."""
+    """Answer of the typed route: nested lists [H][W]; uncertainties in nats. A map that it has not is absent."""
 
     labels: list[list[int]]
     confidence: list[list[float]]
     entropy: list[list[float]]
-    mutual_information: list[list[float]]
+    mutual_information: list[list[float]] | None = Field(default=None, exclude_if=lambda values: values is None)
 
 
 @bentoml.asgi_app(APP, path="/")

@@ -19,7 +19,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from penumbra.models.card import dump_card
+from penumbra.models.card import Card, dump_card
 from penumbra.models.errors import BadOption, DiskFull
 from penumbra.serving.engine.answer import Arrays, Prediction, collect
 from penumbra.serving.engine.bands import BandStream
@@ -87,11 +87,11 @@ class Spool:
             with disk():
                 directory.mkdir(parents=True, exist_ok=True)
                 self._clear()
-                names = ["labels", *options.maps, SCRATCH]
+                names = ["labels", *options.maps(card), SCRATCH]
                 (directory / MARK).write_text(json.dumps({"key": key, "files": names}))
         size = (image.shape[0], image.shape[1])
         self._labels = RowFile(directory / "labels", size, np.uint8)
-        self._maps = {name: RowFile(directory / name, size, np.float32) for name in options.maps}
+        self._maps = {name: RowFile(directory / name, size, np.float32) for name in options.maps(card)}
 
     def remove(self) -> None:
         """Remove the spool's files, and the directory unless somebody has put something into it."""
@@ -159,6 +159,6 @@ class disk:
             raise DiskFull(f"a file of the answer cannot be written ({reason}); see to the place it is for") from None
 
 
-def spool_bytes(height: int, width: int, options: SegmentOptions) -> int:
+def spool_bytes(height: int, width: int, options: SegmentOptions, card: Card) -> int:
     """Disk that an answer's arrays take."""
-    return height * width * (1 + 4 * len(options.maps))
+    return height * width * (1 + 4 * len(options.maps(card)))

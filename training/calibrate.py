@@ -126,7 +126,7 @@ def calibrate(segmenter: Segmenter, question: Question, frames: FrameSet, *, ris
     )
     done = dataclasses.replace(warmed, calibration=describe(thresholds, loss, trials.num_samples(card), data=text))
     checked = [
-        figures_of(one, trials.answers(one, split.check, title="check"))
+        figures_of(one, trials.answers(one, split.check, title="check"), num_samples=trials.num_samples(one))
         for one in (dataclasses.replace(card, calibration=None), done)
     ]
     return Calibrated(done, split, checked[0], checked[1], refused, card.readout.temperature)
@@ -180,9 +180,9 @@ def total_loss(answers: Iterable[Answer]) -> AbstentionLoss:
     return loss
 
 
-def figures_of(card: Card, answers: Iterable[Answer]) -> dict[str, float]:
+def figures_of(card: Card, answers: Iterable[Answer], *, num_samples: int) -> dict[str, float]:
     """All figures of the answers, abstention by the card's thresholds among them."""
-    evaluation = Evaluation(card)
+    evaluation = Evaluation(card, num_samples)
     for answered in answers:
         evaluation.add(answered)
     if not evaluation.num_frames:

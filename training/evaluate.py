@@ -19,8 +19,8 @@ def measure(
 ) -> dict[str, float]:
     """Figures of the mean probability of the default number of samples, on whole frames (every n-th only).
 
-    mIoU and accuracy in [0, 1]; sample_spread: standard deviation over samples of the winning class's
-    probability, inside the border; mutual_information_nats, entropy_nats: means over labelled pixels;
+    mIoU and accuracy in [0, 1]; of several samples sample_spread: standard deviation over samples of the winning
+    class's probability, inside the border, and mutual_information_nats; entropy_nats: means over labelled pixels;
     nll_nats: mean of -log p(truth). One float32 draw of noise per frame, from `seed`.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -39,10 +39,13 @@ def measure(
         num_frames += 1
     iou_K = intersection_over_union(confusion_KK)
     names = ("sample_spread", "mutual_information_nats", "entropy_nats", "nll_nats")
+    means = dict(zip(names, (sums / num_frames).tolist(), strict=True))
+    if network.sampling.default_samples == 1:  # one sample differs from no other
+        del means["sample_spread"], means["mutual_information_nats"]
     return {
         "mIoU": float(iou_K.nanmean()),
         "accuracy": float(confusion_KK.diag().sum() / confusion_KK.sum()),
-        **dict(zip(names, (sums / num_frames).tolist(), strict=True)),
+        **means,
         **{f"IoU/{info.name}": float(iou) for info, iou in zip(classes, iou_K, strict=True)},
     }
 

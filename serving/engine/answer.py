@@ -59,10 +59,10 @@ class Arrays:
 
 def new_arrays(bands: BandStream, options: SegmentOptions) -> Arrays:
     """In memory, not yet filled."""
-    plan, num_classes = bands.work.plan, bands.work.runtime.card.num_classes
+    plan, card = bands.work.plan, bands.work.runtime.card
     size = (plan.height, plan.width)
-    prob_KHW = np.empty((num_classes, *size), np.float32) if PROBABILITIES in options.outputs else None
-    return Arrays(np.empty(size, np.uint8), {name: np.empty(size, np.float32) for name in options.maps}, prob_KHW)
+    prob_KHW = np.empty((card.num_classes, *size), np.float32) if PROBABILITIES in options.outputs else None
+    return Arrays(np.empty(size, np.uint8), {name: np.empty(size, np.float32) for name in options.maps(card)}, prob_KHW)
 
 
 def fill(bands: BandStream, arrays: Arrays) -> Generator[int]:
@@ -71,7 +71,8 @@ def fill(bands: BandStream, arrays: Arrays) -> Generator[int]:
         for band in rows:
             place = slice(band.y0, band.y0 + len(band.labels))
             for name, values in arrays.maps.items():
-                values[place] = band.maps[name]
+                if name in band.maps:  # `anytime` may come down to one sample, which has fewer maps
+                    values[place] = band.maps[name]
             arrays.labels_HW[place] = band.labels  # last: whoever goes on after a stop counts these
             if arrays.prob_KHW is not None:
                 arrays.prob_KHW[:, place] = band.prob_hKW.swapaxes(0, 1)
@@ -149,6 +150,8 @@ class Unfolding:
     def _describe(self, arrays: Arrays) -> Prediction:
         work, card = self._bands.work, self._bands.work.runtime.card
         members = card.sampling_with(prompt=work.prompt is not None).members
+        has = card.maps(work.num_samples)
+        maps = {name: values for name, values in arrays.maps.items() if name in has}
         warnings = warnings_of(card, work.plan)
         if self._num_asked and work.num_samples < self._num_asked:
             warnings += (f"the deadline left time for {work.num_samples} of the {self._num_asked} samples asked for",)
@@ -156,7 +159,7 @@ class Unfolding:
             warnings += calibration_warnings(card, work, overlap=self._options.overlap)
         return Prediction(
             card, self._options.seed, work.num_samples, work.plan.num_windows, members, warnings, arrays.labels_HW,
-            arrays.maps, self._bands.timing_ms, None, work.image_HW3, arrays.prob_KHW, self._num_asked,
+            maps, self._bands.timing_ms, None, work.image_HW3, arrays.prob_KHW, self._num_asked,
         )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ class BandStream:
                     if y0 < self._first_y:
                         continue
                     with self.clock("read_out"):
-                        band = read_out(y0, merged_hKW, expected_hW, average=card.readout.average)
+                        band = read_out(y0, merged_hKW, expected_hW, card=card, num_samples=self.work.num_samples)
                         band.maps.update(zip(names, extras_hEW.transpose(1, 0, 2), strict=True))
                         if self.abstain_above is not None:
                             abstain(band, above_nats=self.abstain_above)

@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from penumbra.models.card import MAPS, Card
+from penumbra.models.card import Card
 from penumbra.models.errors import BadOption
 from penumbra.serving.engine.prompts import MAX_BOXES, Box
 
+DEFAULT = "default"
+"""The output that stands for those of `DEFAULT_MAPS` that an answer has (`penumbra.models.card.Card.maps`)."""
 DEFAULT_MAPS = ("confidence", "entropy", "mutual_information")
-
 PROBABILITIES = "probabilities"
 """The output that has every class's mean probability, [K, H, W]: as large as K maps, for answers held in memory."""
 
@@ -23,10 +24,10 @@ class SegmentOptions:
 
     samples: S. seed: of the noise, 0 .. 2^63 - 1; the same seed gives the same answer. overlap: share of a
     window covered again by its neighbour, 0 .. 0.9. outputs: which maps of `penumbra.serving.engine.uncertainty`, or of
-    the model's own, and whether PROBABILITIES. boxes, tags: prompts (`penumbra.serving.engine.prompts`), for models
-    that take them; alpha: weight of the network that sees the boxes in a linear self-correction. max_risk: share of the
-    pixels that may be answered and wrong, 0 .. 1; the most uncertain ones then become `penumbra.models.card.IGNORE`,
-    for models whose card is calibrated.
+    the model's own, DEFAULT for the usual ones, and whether PROBABILITIES. boxes, tags: prompts
+    (`penumbra.serving.engine.prompts`), for models that take them; alpha: weight of the network that sees the boxes in
+    a linear self-correction. max_risk: share of the pixels that may be answered and wrong, 0 .. 1; the most uncertain
+    ones then become `penumbra.models.card.IGNORE`, for models whose card is calibrated.
     deadline_ms: from a request's arrival; later than that its answer is of no use to the caller. anytime: answer with
     fewer samples, the first ones of the same seed, where all would take longer. priority: 1 (first) to 3 (last), and 0
     for the middle.
@@ -37,7 +38,7 @@ class SegmentOptions:
     samples: int | None = None
     seed: int = 0
     overlap: float | None = None
-    outputs: tuple[str, ...] = DEFAULT_MAPS
+    outputs: tuple[str, ...] = (DEFAULT,)
     boxes: tuple[Box, ...] = ()
     tags: tuple[str | int, ...] = ()
     alpha: float | None = None
@@ -46,14 +47,23 @@ class SegmentOptions:
     anytime: bool = False
     priority: int = 0
 
-    @property
-    def maps(self) -> tuple[str, ...]:
-        """The outputs [H, W]."""
-        return tuple(name for name in self.outputs if name != PROBABILITIES)
+    def num_samples(self, card: Card) -> int:
+        """Of the answer, unless `anytime` lets it have fewer."""
+        usual = card.sampling_with(prompt=bool(self.boxes or self.tags)).default_samples
+        return usual if self.samples is None else self.samples
+
+    def named(self, card: Card) -> tuple[str, ...]:
+        """The outputs by name, each once."""
+        usual = [name for name in card.maps(self.num_samples(card)) if name in DEFAULT_MAPS]
+        return tuple(dict.fromkeys(name for asked in self.outputs for name in (usual if asked == DEFAULT else [asked])))
+
+    def maps(self, card: Card) -> tuple[str, ...]:
+        """The outputs [H, W] by name."""
+        return tuple(name for name in self.named(card) if name != PROBABILITIES)
 
     def with_default_maps(self) -> "SegmentOptions":
         """The same with the default maps beside those asked for: class tables have their means."""
-        return self.with_maps(DEFAULT_MAPS)
+        return self.with_maps((DEFAULT,))
 
     def with_maps(self, names: tuple[str, ...]) -> "SegmentOptions":
         return replace(self, outputs=tuple(dict.fromkeys((*names, *self.outputs))))
@@ -176,10 +186,6 @@ def check_options(options: SegmentOptions, card: Card, limits: Limits) -> int:
         raise BadOption(f"seed is {options.seed}; 0 to 2^63 - 1 is possible")
     if options.overlap is not None and not 0 <= options.overlap <= 0.9:
         raise BadOption(f"overlap is {options.overlap}; 0 to 0.9 is possible")
-    known = (*MAPS, *(extra.name for extra in card.extra_maps), PROBABILITIES)
-    for name in options.outputs:
-        if name not in known:
-            raise BadOption(f"there is no output {name[:40]!r}; {card.name} has {', '.join(known)}")
     if options.max_risk is not None:
         abstain_above(card, options.max_risk)
     if options.deadline_ms is not None and not options.deadline_ms > 0:
@@ -187,7 +193,7 @@ def check_options(options: SegmentOptions, card: Card, limits: Limits) -> int:
     if not 0 <= options.priority <= 3:
         raise BadOption(f"priority is {options.priority}; 1 (first) to 3 (last) is possible, and 0 for 2")
     sampling = card.sampling_with(prompt=bool(options.boxes or options.tags))
-    samples = sampling.default_samples if options.samples is None else options.samples
+    samples = options.num_samples(card)
     fixed = sampling.kind in ("members", "single")
     if fixed and samples != sampling.default_samples:
         what = f"has {len(sampling.members)} members" if sampling.kind == "members" else "is not sampled"
@@ -196,6 +202,11 @@ def check_options(options: SegmentOptions, card: Card, limits: Limits) -> int:
         )
     if not 1 <= samples <= limits.samples:
         raise BadOption(f"samples is {samples}; 1 to {limits.samples} is possible")
+    known = (*card.maps(samples), DEFAULT, PROBABILITIES)
+    for name in options.outputs:
+        if name not in known:
+            has = f"{card.name} has {', '.join(known)} where samples is {samples}"
+            raise BadOption(f"there is no output {name[:40]!r}; {has}")
     return samples
 
 

@@ -119,7 +119,8 @@ class Paces:
 
         if job.started and needed_s(job.num_samples, job.untaken) <= left_s:
             return
-        choices = range(1, job.num_samples if job.started else job.work.num_samples + 1)
+        least = job.work.least_samples
+        choices = range(least, job.num_samples if job.started else job.work.num_samples + 1)
         fitting = bisect_right(choices, SPARE * left_s, key=lambda s: needed_s(s, job.work.num_windows))
         if fitting or not job.started:
-            job.begin(max(1, fitting))
+            job.begin(least + max(0, fitting - 1))

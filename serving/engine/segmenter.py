@@ -197,6 +197,7 @@ class Segmenter:
         return Work(
             runtime, image, plan, noise, num_samples, prompt, priority=options.priority or NORMAL,
             anytime=options.anytime and sampling.kind in ("latent", "dropout"),
+            least_samples=2 if "mutual_information" in options.outputs else 1,
         )  # fmt: skip
 
     def segment(

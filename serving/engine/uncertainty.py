@@ -4,6 +4,7 @@ With p_s the softmax of sample s and pbar its mean over s, per pixel, in nats:
     entropy             H[pbar]              total uncertainty
     expected_entropy    mean_s H[p_s]        aleatoric part
     mutual_information  their difference     epistemic part, >= 0: how much the samples disagree
+    seam                the same difference of one sample: how much overlapping windows disagree, 0 where none overlap
     confidence          max_k pbar
     margin              first minus second of pbar
 """
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from penumbra.models.card import IGNORE, MAPS
+from penumbra.models.card import IGNORE, Card
 from penumbra.serving.engine import kernels
 from penumbra.serving.engine.kernels import FloatArray
 
@@ -33,12 +34,15 @@ class Band:
     prob_hKW: FloatArray
 
 
-def read_out(y0: int, merged_hKw: FloatArray, expected_hw: FloatArray, *, average: str = "probabilities") -> Band:
-    """Labels and all maps of finished rows; ties between classes go to the lowest."""
+def read_out(y0: int, merged_hKw: FloatArray, expected_hw: FloatArray, *, card: Card, num_samples: int) -> Band:
+    """Labels and all maps of finished rows but the model's own; ties between classes go to the lowest.
+
+    merged: what the card averages, of so many samples.
+    """
     form = kernels.read_out if kernels.COMPILED else read_out_plain
-    prob_hKw = softmax(merged_hKw) if average == "logits" else merged_hKw
-    labels, confidence, margin, entropy, information = form(prob_hKw, expected_hw)
-    maps = dict(zip(MAPS, (confidence, margin, entropy, expected_hw, information), strict=True))
+    prob_hKw = softmax(merged_hKw) if card.readout.average == "logits" else merged_hKw
+    labels, confidence, margin, entropy, disagreement = form(prob_hKw, expected_hw)
+    maps = dict(zip(card.maps(num_samples), (confidence, margin, entropy, expected_hw, disagreement), strict=False))
     return Band(y0, labels, maps, merged_hKw, prob_hKw)
 
 
@@ -58,7 +62,7 @@ def softmax(logits_hKw: FloatArray) -> FloatArray:
 def read_out_plain(
     prob_hKw: FloatArray, expected_hw: FloatArray
 ) -> tuple[NDArray[np.uint8], FloatArray, FloatArray, FloatArray, FloatArray]:
-    """The plain form: labels, confidence, margin, entropy, mutual information."""
+    """The plain form: labels, confidence, margin, entropy, and the entropy beyond the expected one."""
     labels = prob_hKw.argmax(1).astype(np.uint8)
     ranked = np.sort(prob_hKw, axis=1)
     confidence = ranked[:, -1].copy()

@@ -52,7 +52,7 @@ class Work:
     """What a request wants run. deadline: a time of `time.perf_counter`; cancelled: set it to withdraw; where it is a
     `Cancellation`, at once, and else with the batch at work.
 
-    anytime: fewer samples, the same of every window, are better than a missed deadline.
+    anytime: fewer samples, the same of every window and `least_samples` of them, are better than a missed deadline.
     first_row: of windows, where the rows before it were run already. in_background: is never refused and takes no
     place in the queue from others; for the few whose number is bounded elsewhere. priority: of `STRIDES`, 1 is first.
     """
@@ -69,6 +69,7 @@ class Work:
     first_row: int = 0
     in_background: bool = False
     priority: int = NORMAL
+    least_samples: int = 1
 
     @property
     def num_windows(self) -> int:

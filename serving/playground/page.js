@@ -6,13 +6,13 @@ import { paintLabels, paintMap, scale } from "./pictures.js";
 import { infer, refusal } from "./protocol.js";
 import { drawScene } from "./scene.js";
 
-const MAPS = ["entropy", "mutual_information", "expected_entropy", "confidence", "margin"];
+const IN_NATS = ["entropy", "mutual_information", "expected_entropy", "seam"];
 const IN_SHARES = ["confidence", "margin"];
 const PROBABILITY_BYTES = 64e6; // above it the answer comes without them: a browser's tab has little memory
 const VIEWS = ["image", "labels", "uncertainty"];
 const $ = (id) => document.getElementById(id);
 
-let picture, bitmap, card, answer, pixel, running;
+let picture, bitmap, card, maps, answer, pixel, running;
 const boxes = boxEditor($, () => ({ bitmap, drawAgain: drawImage }));
 
 // ---------------------------------------------------------------- what is asked
@@ -31,6 +31,7 @@ async function ask(path, options = {}) {
 
 async function loadModels() {
   const { models } = await (await ask("models")).json();
+  maps = Object.fromEntries(models.map(({ name, maps }) => [name, maps]));
   $("model").replaceChildren(...models.map(({ name }) => new Option(name)));
   await chooseModel();
 }
@@ -47,13 +48,26 @@ async function chooseModel() {
   $("tags-row").hidden = prompt.kind !== "tags";
   boxes.begin(card.classes);
   $("tags").replaceChildren(...card.classes.map(({ name }) => labelled(name)));
-  const names = [...MAPS, ...card.extra_maps.map(({ name }) => name)];
-  $("map").replaceChildren(...names.map((name) => new Option(name.replaceAll("_", " "), name)));
   forget();
+  listMaps(mapsOfAnswer());
+}
+
+/** The maps that an answer to what is chosen has. */
+function mapsOfAnswer() {
+  const free = !$("samples-row").hidden, members = Object.keys(prompt()).length ? card.prompt.members.length : 0;
+  const samples = free ? Number($("samples").value) : members || card.sampling.default_samples;
+  return maps[card.name][samples > 1 ? "several" : "single"];
+}
+
+/** Offers these maps; the one that is shown stays, if it is among them. */
+function listMaps(names) {
+  const shown = names.includes($("map").value) ? $("map").value : "entropy";
+  $("map").replaceChildren(...names.map((name) => new Option(name.replaceAll("_", " "), name)));
+  $("map").value = shown;
 }
 
 function aboutSamples({ kind, members }) {
-  if (members.length) return `samples are ${members.join(", ")}`;
+  if (members.length > 1) return `samples are ${members.join(", ")}`;
   return { latent: "each sample draws a latent", dropout: "each sample drops other channels" }[kind] ?? "one pass, no samples";
 }
 
@@ -95,7 +109,7 @@ async function segment() {
   if (!picture || !card) return;
   running?.abort();
   const mine = (running = new AbortController());
-  const outputs = ["labels", ...[...$("map").options].map((option) => option.value)];
+  const names = mapsOfAnswer(), outputs = ["labels", ...names];
   if (4 * bitmap.width * bitmap.height * card.classes.length <= PROBABILITY_BYTES) outputs.push("probabilities");
   const started = performance.now();
   say("Segmenting …");
@@ -105,6 +119,7 @@ async function segment() {
       parameters: options(), outputs, prompt: prompt(), headers: headers(), signal: mine.signal,
     });
     answer = { ...came, ms: performance.now() - started };
+    listMaps(names);
     say(told());
     show();
   } catch (error) {
@@ -163,7 +178,7 @@ function showMap() {
   paintMap($("uncertainty"), shape, values, most);
   const ramp = Object.assign(document.createElement("span"), { className: "ramp" });
   ramp.style.background = scale();
-  const unit = IN_SHARES.includes(name) || !MAPS.includes(name) ? "" : " nats";
+  const unit = IN_NATS.includes(name) ? " nats" : "";
   $("scale").replaceChildren("0 ", ramp, ` ${most.toPrecision(3)}${unit}`);
   drawImage();
   inspect();
@@ -197,10 +212,10 @@ function showClasses() {
 
 /** A class's name beside its colour. */
 function className(label) {
-  const swatch = Object.assign(document.createElement("span"), { className: "swatch" });
-  swatch.style.background = `rgb(${card.classes[label]?.color ?? [128, 128, 128]})`;
-  const name = document.createElement("span");
-  name.append(swatch, card.classes[label]?.name ?? "no label");
+  const known = card.classes[label], name = document.createElement("span");
+  const swatch = Object.assign(document.createElement("span"), { className: known ? "swatch" : "swatch striped" });
+  if (known) swatch.style.background = `rgb(${known.color})`;
+  name.append(swatch, known?.name ?? "no label");
   return name;
 }
 

@@ -10,7 +10,7 @@ import rasterio
 import rasterio.shutil
 from numpy.lib import format as npy
 
-from penumbra.models.card import IGNORE, MAPS
+from penumbra.models.card import IGNORE, KNOWN_MAPS
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.options import PROBABILITIES
 from penumbra.serving.engine.raster import Raster, gdal
@@ -118,7 +118,7 @@ def _describe(target: Any, prediction: Prediction, bands: Sequence[str]) -> None
     if bands[0] != "overlay":
         for number, name in enumerate(bands, 1):
             target.set_band_description(number, name)
-            if name in MAPS and name not in ("confidence", "margin"):
+            if name in KNOWN_MAPS and name not in ("confidence", "margin"):
                 target.set_band_unit(number, "nats")
 
 

@@ -124,6 +124,18 @@ def test_an_export_that_cannot_be_loaded_names_the_artifact_and_not_its_draft(
     assert str(refusal.value).startswith(f"{tmp_path / card.name / '1'} ") and ".draft" not in str(refusal.value)
 
 
+def test_a_network_of_one_class_is_refused(tmp_path: Path) -> None:
+    card, _ = toy_card("pointwise")
+    network = ToyNetwork(ToyConfig(num_classes=1))
+    one = dataclasses.replace(card, config=dataclasses.asdict(network.config), classes=card.classes[:1])
+    with pytest.raises(BadArtifact, match="has 1 class, 'red', which every pixel would have with no doubt"):
+        export_network(network, one, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+    save_checkpoint(tmp_path / "one.safetensors", one, network)
+    with pytest.raises(BadCheckpoint, match="has 1 class"):
+        export_checkpoint(tmp_path / "one.safetensors", tmp_path / "store")
+
+
 def test_verifying_measures_the_artifact_here(tmp_path: Path) -> None:
     card, network = toy_card("latent")
     directory = export_network(network, card, tmp_path)

@@ -26,5 +26,5 @@ def test_a_triton_repository_made_on_the_cpu_answers_on_the_gpu(
     for ensemble in ["small"] + [f"small_with_{kind}"] * (kind != "none"):
         inputs = ask(artifact, num_windows=3, num_samples=5)
         here, there = (follow(tmp_path / "repository", ensemble, inputs, device) for device in ("cpu", "cuda"))
-        for key in MAPS:
+        for key in [name for name in MAPS if name in here]:
             torch.testing.assert_close(there[key].cpu(), here[key], rtol=0, atol=ROUNDING)

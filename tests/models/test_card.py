@@ -133,6 +133,7 @@ ONE_CLASS = {"name": "x", "color": [0, 0, 0]}
     [
         *[("name", name, "name") for name in ("../escape", "a/b", "", ".hidden", "..", "a b", "x" * 200, "a\n")],
         ("classes", [], "0 classes"),
+        ("classes", [ONE_CLASS], "has 1 class, 'x', which every pixel would have"),
         ("classes", [ONE_CLASS] * 256, "256 classes"),
         ("classes.1.color.0", 256, "color"),
         ("classes.1.color.2", -1, "color"),
@@ -208,3 +209,15 @@ def test_anything_in_any_field_is_read_back_equal_or_refused(path: str, value: A
 
 def test_255_classes_can_be_served() -> None:
     assert parse_card(changed("classes", [ONE_CLASS] * 255)).num_classes == 255
+
+
+def test_one_sample_has_no_mutual_information_and_several_have_no_seam() -> None:
+    card = toy_card("bright")[0]
+    assert card.maps(1) == ("confidence", "margin", "entropy", "expected_entropy", "seam", "brightness")
+    assert card.maps(2) == ("confidence", "margin", "entropy", "expected_entropy", "mutual_information", "brightness")
+
+
+@pytest.mark.parametrize("name", ["seam", "mutual_information", "default"])
+def test_names_with_a_meaning_are_no_names_of_own_maps(name: str) -> None:
+    with pytest.raises(BadArtifact, match=f"extra_maps are {name}"):
+        parse_card(changed("extra_maps", [{"name": name, "description": ""}]))

@@ -16,7 +16,7 @@ from penumbra.export.bundle import export_network, golden_prompt
 from penumbra.export.parity import FULL
 from penumbra.models import find_method, methods
 from penumbra.models.blocks.resnet import ResNet, ResNetConfig
-from penumbra.models.card import MAPS, Card, ClassInfo, InputSpec, Readout, WindowSpec, read_strict
+from penumbra.models.card import Card, ClassInfo, InputSpec, Readout, WindowSpec, read_strict
 from penumbra.models.contract import Method, Network
 from penumbra.models.cps.net import CpsNetwork
 from penumbra.models.errors import BadOption
@@ -191,14 +191,14 @@ def made_on_a_device(graph: torch.jit.ScriptModule) -> set[str]:
 
 def is_served(card: Card, store: Path) -> None:
     """With and without its prompt, with every map, with the members the card names."""
-    wanted = (*MAPS, *(extra.name for extra in card.extra_maps))
     picture = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (70, 90, 3), dtype=np.uint8)
     boxes = ((3.0, 3.0, 60.0, 50.0, 1),) if card.prompt.kind == "boxes" else ()
     tags = (1,) if card.prompt.kind == "tags" else ()
+    plain, prompted = (card.maps(card.sampling_with(prompt=with_it).default_samples) for with_it in (False, True))
     with Segmenter.open(store, device="cpu", threads=1, tuning=Tuning(1, 1)) as segmenter:
-        plain = segmenter.segment(picture, SegmentOptions(outputs=wanted))
-        prompted = segmenter.segment(picture, SegmentOptions(outputs=wanted, boxes=boxes, tags=tags))
-    for prediction, members in ((plain, card.sampling.members), (prompted, card.prompt.members)):
+        alone = segmenter.segment(picture, SegmentOptions(outputs=plain))
+        told = segmenter.segment(picture, SegmentOptions(outputs=prompted, boxes=boxes, tags=tags))
+    for prediction, members in ((alone, card.sampling.members), (told, card.prompt.members)):
         assert all(np.isfinite(values).all() for values in prediction.maps.values())
         assert prediction.members == (members or card.sampling.members)
 

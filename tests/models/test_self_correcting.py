@@ -165,7 +165,7 @@ def test_the_export_at_published_size_is_served_with_and_without_boxes(original:
         plain = segmenter.segment(picture, SegmentOptions())
         boxed = segmenter.segment(picture, SegmentOptions(boxes=((20, 10, 80, 60, 5),)))
     assert plain.members == ("primary",) and boxed.members == ("primary", "ancillary", "corrected")
-    assert float(boxed.maps["mutual_information"].mean()) > float(plain.maps["mutual_information"].mean())
+    assert float(boxed.maps["mutual_information"].mean()) > 0 and "mutual_information" not in plain.maps
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The playground in a real browser, against a real server with closed-form models: what a person sees is the answer."""
 
+import dataclasses
 import io
 import json
 import re
@@ -11,6 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from penumbra.export.bundle import export_network
+from penumbra.models.card import IGNORE, MAPS, MAPS_OF_ONE, Calibration, ClassInfo
+from tests.conftest import toy_card
 from tests.serving.server import Server, serving
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; the extra test brings it")
@@ -22,6 +26,7 @@ pytestmark = [
 WIDTH, HEIGHT = 60, 40
 WAIT_MS = 60_000
 KEY = "a-key-for-the-playground"
+PNG = {"Content-Type": "image/png", "Accept": "image/png"}
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +99,62 @@ def test_the_labels_are_painted_in_the_models_colours(
     assert (canvas(page, "#labels")[..., :3] == np.array(colors)[pixels.argmax(2)]).all()
     shares = re.findall(r"([\d.]+) %", page.inner_text("#legend"))
     assert sum(map(float, shares)) == pytest.approx(100, abs=0.2)
+
+
+def offered(page: sync_api.Page) -> list[str]:
+    return page.locator("#map option").evaluate_all("options => options.map((option) => option.value)")
+
+
+def test_a_map_that_an_answer_has_not_is_not_offered(page: sync_api.Page, photo: tuple[np.ndarray, bytes]) -> None:
+    give(page, photo[1], model="toy-pointwise")
+    assert offered(page) == [*MAPS_OF_ONE] and page.input_value("#map") == "entropy"
+    page.select_option("#model", "toy-latent")
+    sync_api.expect(page.locator("#status")).to_contain_text("4 samples", timeout=WAIT_MS)
+    assert offered(page) == [*MAPS]
+    page.select_option("#map", "mutual_information")
+    page.locator("#samples").fill("1")
+    page.click("#run")
+    sync_api.expect(page.locator("#status")).to_contain_text("1 sample,", timeout=WAIT_MS)
+    assert offered(page) == [*MAPS_OF_ONE] and page.input_value("#map") == "entropy"
+    page.select_option("#model", "toy-boxed")
+    sync_api.expect(page.locator("#about")).to_contain_text("one pass")
+    sync_api.expect(page.locator("#status")).to_contain_text("1 sample,", timeout=WAIT_MS)
+    assert offered(page) == [*MAPS_OF_ONE]
+    for corner, value in {"x0": 2, "y0": 2, "x1": 30, "y1": 20}.items():
+        page.fill(f"#{corner}", str(value))
+    page.click("#box-add")
+    page.click("#run")
+    sync_api.expect(page.locator("#status")).to_contain_text("plain, boxed, mixed", timeout=WAIT_MS)
+    assert offered(page) == [*MAPS]
+
+
+def test_withheld_pixels_are_striped_as_no_class_can_be(
+    browser: sync_api.Browser, tmp_path: Path, photo: tuple[np.ndarray, bytes]
+) -> None:
+    """One class has the grey of CamVid's sky, one is black and one white."""
+    card, network = toy_card("pointwise")
+    classes = tuple(ClassInfo(name, (tone,) * 3) for name, tone in (("black", 0), ("sky", 128), ("white", 255)))
+    calibration = Calibration((0.1,), (0.3,), num_frames=9, num_samples=1, data="made up")
+    export_network(network, dataclasses.replace(card, classes=classes, calibration=calibration), tmp_path / "store")
+    _, file = photo
+    with serving(tmp_path / "store", tmp_path) as server:
+        page = browser.new_page()
+        page.goto(server.url)
+        page.set_input_files("#file", {"name": "photo.png", "mimeType": "image/png", "buffer": file})
+        done(page)
+        plain = canvas(page, "#labels")
+        page.select_option("#risk", "0.1")
+        page.click("#run")
+        sync_api.expect(page.locator("#status")).to_contain_text("withheld", timeout=WAIT_MS)
+        shown = canvas(page, "#labels")
+        page.close()
+        with server.client() as client:
+            answer = client.post("/segment", params={"max_risk": 0.1}, content=file, headers=PNG)
+            labels = np.asarray(Image.open(io.BytesIO(answer.content)))
+    withheld = labels == IGNORE
+    assert 0.1 < withheld.mean() < 0.9 and (shown[~withheld] == plain[~withheld]).all()
+    y, x = np.nonzero(withheld)
+    assert (shown[withheld][:, :3] == (255 * ((x + y) // 4 % 2))[:, None]).all() and (shown[..., 3] == 255).all()
 
 
 def test_a_clicked_pixel_tells_its_probabilities(page: sync_api.Page, photo: tuple[np.ndarray, bytes]) -> None:

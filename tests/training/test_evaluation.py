@@ -137,9 +137,9 @@ def test_a_methods_own_maps_are_judged_too(segmenter: Segmenter, frames: Frames)
 
 def test_a_frame_without_labels_changes_nothing(segmenter: Segmenter, frames: Frames) -> None:
     card = segmenter.find("toy-pointwise").card
-    evaluation = Evaluation(card)
+    evaluation = Evaluation(card, 1)
     _, image_HW3, truth_HW = next(pictures(frames, [0]))
-    options = SegmentOptions(model=card.name, outputs=MAPS)
+    options = SegmentOptions(model=card.name)
     for labels in (truth_HW, np.full_like(truth_HW, IGNORE)):
         evaluation.add(answer(segmenter, image_HW3, labels, options))
     assert evaluation.num_frames == 1 and evaluation.figures()["seg/pixAcc"] > 0.8

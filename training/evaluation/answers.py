@@ -53,7 +53,7 @@ def answer(segmenter: Segmenter, image_HW3: Labels, truth_HW: Labels, options: S
     stream = segmenter.bands(image_HW3, options)
     card = stream.work.runtime.card
     labels_HW = np.empty_like(truth_HW)
-    names = (*options.outputs, *(extra.name for extra in card.extra_maps))
+    names = (*options.maps(card), *(extra.name for extra in card.extra_maps))
     maps = {name: np.empty(truth_HW.shape, np.float32) for name in names}
     prob_HW, squares_HW = np.empty((2, *truth_HW.shape), np.float32)
     with stream.clock("total"), closing(iter(stream)) as bands:  # type: ignore[type-var]

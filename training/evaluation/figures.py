@@ -14,20 +14,23 @@ from penumbra.training.metrics import Doubles, Floats, Mask, Ranking, Reliabilit
 
 PATCH_PX = (4, 8, 16, 32)
 UNCERTAINTIES = ("entropy", "mutual_information")
+"""Of these, what the answers have."""
 STEPS = np.linspace(0, 1, 101)
 """Where curves are written down."""
 
 
 class Evaluation:
-    """Counts of everything that is measured of one model. Memory does not grow with the frames."""
+    """Counts of everything that is measured of one model's answers of so many samples. Memory does not grow with the
+    frames."""
 
-    def __init__(self, card: Card) -> None:
+    def __init__(self, card: Card, num_samples: int) -> None:
         self.card, self.num_frames = card, 0
         self._confusion = MulticlassConfusionMatrix(card.num_classes, ignore_index=IGNORE, validate_args=False)
         self.reliability = Reliability()
+        uncertainties = [name for name in UNCERTAINTIES if name in card.maps(num_samples)]
         extras = tuple(extra.name for extra in card.extra_maps)
-        self.rankings = {name: Ranking() for name in ("confidence", *UNCERTAINTIES, *extras)}
-        self.patches = {(name, size): Ranking() for name in UNCERTAINTIES for size in PATCH_PX}
+        self.rankings = {name: Ranking() for name in ("confidence", *uncertainties, *extras)}
+        self.patches = {(name, size): Ranking() for name in uncertainties for size in PATCH_PX}
         self._abstention = Abstention(card.calibration) if card.calibration else None
 
     def add(self, answer: Answer) -> None:

@@ -21,10 +21,8 @@ from penumbra.training.data.frames import FrameSet
 from penumbra.training.evaluation.answers import Answer, answer, check_classes, pictures
 from penumbra.training.evaluation.figures import Evaluation
 
-MAPS = ("confidence", "entropy", "mutual_information")
 SAMPLE_COUNTS = (1, 2, 5, 10, 20, 50)
-OF_SEVERAL = "err/AUROC/mutual_information"
-COMPARED = ("seg/mIoU", "seg/NLL", "cal/ECE", "err/AUROC/entropy", OF_SEVERAL)
+COMPARED = ("seg/mIoU", "seg/NLL", "cal/ECE", "err/AUROC/entropy", "err/AUROC/mutual_information")
 FEW_FRAMES = 16
 """For quality and cost against S, which needs 88 samples of each."""
 
@@ -49,7 +47,7 @@ class Question:
 
     def options(self, place: int) -> SegmentOptions:
         """Of one frame. Every frame has draws of its own, or all would share the luck of one."""
-        return SegmentOptions(model=self.name, samples=self.samples, seed=self.seed + place, outputs=MAPS)
+        return SegmentOptions(model=self.name, samples=self.samples, seed=self.seed + place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +86,7 @@ def load_frames(question: Question, card: Card) -> FrameSet:
 def evaluate(segmenter: Segmenter, question: Question, frames: FrameSet, *, compare: bool = False) -> Measured:
     """Measure a loaded model. compare: also quality and cost against S, where S is free. Raises BadData."""
     card = segmenter.find(question.name, question.version).card
-    evaluation, accuracies = Evaluation(card), []
+    evaluation, accuracies = Evaluation(card, question.options(0).num_samples(card)), []
     places = list(range(0, len(frames), question.every))
     for place, image_HW3, truth_HW in follow(pictures(frames, places), f"evaluating {card.name}", total=len(places)):
         answered = answer(segmenter, image_HW3, truth_HW, question.options(place))
@@ -115,7 +113,7 @@ def compare_samples(
     """
     card = segmenter.find(question.name, question.version).card
     counts = [count for count in SAMPLE_COUNTS if count <= segmenter.limits.samples]
-    evaluations, seconds = {count: Evaluation(card) for count in counts}, dict.fromkeys(counts, 0.0)
+    evaluations, seconds = {count: Evaluation(card, count) for count in counts}, dict.fromkeys(counts, 0.0)
     shown = pictures(frames, places)
     for place, image_HW3, truth_HW in follow(shown, "comparing numbers of samples", total=len(places)):
         for count in counts:
@@ -125,10 +123,9 @@ def compare_samples(
             seconds[count] += answered.seconds
     rows: list[dict[str, float | None]] = []
     for count in counts:
-        figures: dict[str, float | None] = {**evaluations[count].figures()}
-        if count == 1:
-            figures[OF_SEVERAL] = None
-        rows.append({"samples": count, "time_ratio": seconds[count] / seconds[1], **{n: figures[n] for n in COMPARED}})
+        figures = evaluations[count].figures()
+        compared = {name: figures.get(name) for name in COMPARED}
+        rows.append({"samples": count, "time_ratio": seconds[count] / seconds[1], **compared})
     return rows
 
 

@@ -12,7 +12,8 @@ from penumbra.serving.engine.options import Limits, SegmentOptions, check_option
 from tests.conftest import toy_card
 
 LIMITS = Limits()
-CARDS = {form: toy_card(form)[0] for form in ("pointwise", "latent", "opposed")}
+FORMS = ("pointwise", "nan", "latent", "dropout", "opposed", "boxed", "tagged")
+CARDS = {form: toy_card(form)[0] for form in FORMS}
 
 
 def read(form: str = "latent", **fields: str) -> int:
@@ -83,6 +84,31 @@ def test_an_unknown_option_is_named_beside_the_known_ones() -> None:
 def test_an_unknown_output_is_named_beside_the_known_ones() -> None:
     with pytest.raises(BadOption, match=r"no output 'variance'; toy-latent has confidence, .*mutual_information"):
         read(outputs="entropy,variance")
+
+
+@pytest.mark.parametrize(
+    ("form", "more", "output"),
+    [
+        ("pointwise", {}, "mutual_information"),
+        ("nan", {}, "mutual_information"),
+        ("boxed", {}, "mutual_information"),
+        ("tagged", {"tags": "red"}, "mutual_information"),
+        ("latent", {"samples": "1"}, "mutual_information"),
+        ("dropout", {"samples": "1"}, "mutual_information"),
+        ("latent", {}, "seam"),
+        ("opposed", {}, "seam"),
+        ("boxed", {"boxes": "[[1, 1, 5, 5, 0]]"}, "seam"),
+    ],
+)
+def test_a_map_that_an_answer_has_not_is_refused_by_name_and_absent_by_default(
+    form: str, more: dict[str, str], output: str
+) -> None:
+    other = {"mutual_information": "seam", "seam": "mutual_information"}[output]
+    with pytest.raises(BadOption, match=rf"no output '{output}'; toy-{form} has .*\b{other}\b.* where samples is \d"):
+        read(form, outputs=output, **more)
+    read(form, outputs=f"default,{other}", **more)
+    usual = parse_options(more).maps(CARDS[form])
+    assert usual == ("confidence", "entropy", *(("mutual_information",) if output == "seam" else ()))
 
 
 @pytest.mark.parametrize(("form", "what"), [("opposed", "has 2 members"), ("pointwise", "is not sampled")])

@@ -251,6 +251,22 @@ def test_a_models_first_request_is_planned_with_what_loading_measured(
     assert early.num_samples == 6 and rounds == [6, 6]
 
 
+def test_an_answer_comes_down_to_one_sample_only_where_nobody_named_the_mutual_information(
+    segmenter: Segmenter, clock: Clock, rounds: list[int], rng: np.random.Generator
+) -> None:
+    """Of 2 windows: 8 seconds with one sample, 10 with two."""
+    asked = SegmentOptions("toy-latent", samples=16, anytime=True, overlap=0.0)
+    for outputs, samples, maps in (
+        (asked.outputs, 1, {"confidence", "entropy"}),
+        (("mutual_information",), 2, {"mutual_information"}),
+        (asked.outputs, 1, {"confidence", "entropy"}),
+    ):
+        wanted = replace(asked, outputs=outputs)
+        rounds.clear()  # or every fourth would be slow
+        early = segmenter.segment(picture(rng, 64, 48), wanted, deadline=clock.now + 8 / SPARE + 1e-6)
+        assert early.num_samples == samples and set(early.maps) == maps
+
+
 def test_members_are_never_left_out(segmenter: Segmenter, clock: Clock, rng: np.random.Generator) -> None:
     asked = SegmentOptions("toy-opposed", anytime=True)
     assert segmenter.segment(picture(rng, 90, 130), asked, deadline=clock.now + 1000).num_samples == 2

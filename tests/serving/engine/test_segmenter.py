@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from penumbra.export.bundle import export_network
-from penumbra.models.card import WindowSpec
+from penumbra.models.card import MAPS, MAPS_OF_ONE, WindowSpec
 from penumbra.models.contract import Features
 from penumbra.models.errors import (
     BadArtifact,
@@ -35,7 +36,6 @@ from penumbra.serving.engine.options import PROBABILITIES, Limits, SegmentOption
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import CARD, GOLDEN, sha256_of
-from penumbra.serving.engine.uncertainty import MAPS
 from tests.conftest import GAIN, picture, toy_card
 
 SIZES = [(1, 1), (7, 200), (32, 48), (33, 49), (90, 121), (200, 64)]
@@ -54,7 +54,8 @@ def exact_segmenter(toy_store: Path) -> Iterator[Segmenter]:
 
 
 def ask(model: str, **options: object) -> SegmentOptions:
-    return SegmentOptions(model=model, outputs=MAPS, **options)  # type: ignore[arg-type]
+    maps = MAPS_OF_ONE if model in ("toy-pointwise", "toy-nan") else MAPS
+    return SegmentOptions(model=model, outputs=maps, **options)  # type: ignore[arg-type]
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -79,7 +80,7 @@ def test_labels_are_the_brightest_channel_and_maps_the_closed_forms(
     assert (prediction.labels_HW == image.argmax(-1))[clear].all()
     wanted = {
         "confidence": ranked[:, :, -1], "margin": ranked[:, :, -1] - ranked[:, :, -2], "entropy": entropy(p),
-        "expected_entropy": entropy(p), "mutual_information": np.zeros(size),
+        "expected_entropy": entropy(p), "seam": np.zeros(size),
     }  # fmt: skip
     for name, values in wanted.items():
         np.testing.assert_allclose(prediction.maps[name], values, atol=2e-5, err_msg=name)
@@ -120,6 +121,31 @@ def test_opposed_members_follow_their_closed_form_everywhere(segmenter: Segmente
     np.testing.assert_allclose(prediction.maps["entropy"], entropy(p_SHWK.mean(0)), atol=2e-5)
     np.testing.assert_allclose(prediction.maps["expected_entropy"], entropy(p_SHWK).mean(0), atol=2e-5)
     assert prediction.num_samples == 2
+
+
+class Placed(ToyNetwork):
+    """Sure of red in the left half of every window, and of blue in the right: neighbours contradict each other."""
+
+    def encode(self, image_B3hw: Tensor) -> Features:
+        left_w = torch.cumsum(torch.ones_like(image_B3hw[:1, 0, 0]), 1) <= image_B3hw.shape[3] / 2
+        red, blue = (torch.tensor(color)[:, None] for color in ([100.0, 0, 0], [0, 0, 100.0]))
+        logits_3w = torch.where(left_w, red, blue)
+        return ((0 * image_B3hw + logits_3w[None, :, None])[:, None],)
+
+
+def test_what_overlapping_windows_of_one_pass_disagree_about_is_its_seam(tmp_path: Path) -> None:
+    card = toy_card("pointwise", window=WindowSpec(32, 40, overlap=0.5, blend="uniform"))[0]
+    export_network(Placed(ToyConfig()), card, tmp_path)
+    image, asked = np.zeros((32, 60, 3), np.uint8), SegmentOptions("toy-pointwise", outputs=("default", "seam"))
+    with Segmenter.open(tmp_path, threads=1, device="cpu") as opened:
+        prediction = opened.segment(image, asked)
+        apart = opened.segment(np.zeros((32, 80, 3), np.uint8), replace(asked, overlap=0.0))
+    assert not apart.maps["seam"].any()
+    assert set(prediction.maps) == {"confidence", "entropy", "seam"}
+    seam_nats = np.zeros((32, 60))
+    seam_nats[:, 20:40] = math.log(2)  # the right half of the first window on the left half of the second
+    np.testing.assert_allclose(prediction.maps["seam"], seam_nats, atol=1e-5)
+    np.testing.assert_allclose(prediction.maps["entropy"], seam_nats, atol=1e-5)
 
 
 # -- alone = in a crowd --------------------------------------------------------------------------
@@ -297,7 +323,7 @@ def test_a_whole_image_window_serves_any_size(tmp_path: Path, rng: np.random.Gen
     with Segmenter.open(tmp_path, threads=1, device="cpu") as opened:
         for size in SIZES:
             image = picture(rng, *size)
-            prediction = opened.segment(image, ask("whole"))
+            prediction = opened.segment(image, SegmentOptions("whole"))
             assert prediction.num_windows == 1
             p = softmax(GAIN * image.astype(np.float64) / 255)
             np.testing.assert_allclose(prediction.maps["entropy"], entropy(p), atol=2e-5)

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from penumbra.models.card import MAPS, MAPS_OF_ONE
 from penumbra.serving.engine import kernels
-from penumbra.serving.engine.uncertainty import MAPS, read_out, read_out_plain
+from penumbra.serving.engine.uncertainty import read_out, read_out_plain
+from tests.conftest import toy_card
 
 needs_kernels = pytest.mark.skipif(kernels.COMPILED is None, reason="the C kernels are not built on this machine")
 Form = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, ...]]
@@ -96,7 +98,8 @@ def random_means(seed: int, num_classes: int, shape: tuple[int, int]) -> tuple[n
 @settings(max_examples=40)
 def test_all_maps_equal_their_formulas_in_float64(seed: int, num_classes: int, height: int, width: int) -> None:
     mean, expected = random_means(seed, num_classes, (height, width))
-    band = read_out(5, np.ascontiguousarray(mean, np.float32), expected.astype(np.float32))
+    prob, card = np.ascontiguousarray(mean, np.float32), toy_card("latent")[0]
+    band = read_out(5, prob, expected.astype(np.float32), card=card, num_samples=3)
     ranked = np.sort(mean, axis=1)
     entropy = -(mean * np.log(np.maximum(mean, 1e-300))).sum(1)
     assert band.y0 == 5 and tuple(band.maps) == MAPS
@@ -105,6 +108,9 @@ def test_all_maps_equal_their_formulas_in_float64(seed: int, num_classes: int, h
     for values, right in zip(band.maps.values(), wanted, strict=True):
         np.testing.assert_allclose(values, right, atol=2e-6)
     assert (band.maps["mutual_information"] >= 0).all()
+    single = read_out(5, prob, expected.astype(np.float32), card=card, num_samples=1)
+    assert tuple(single.maps) == MAPS_OF_ONE
+    assert np.array_equal(single.maps["seam"], band.maps["mutual_information"])
 
 
 @needs_kernels
