@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from penumbra.models.card import IGNORE, Card
-from penumbra.serving.render import palette
+from penumbra.serving.render.pictures import STRIPE_PX, STRIPES, paint
 from penumbra.training.evaluation.answers import Answer
 from penumbra.training.evaluation.figures import PATCH_PX, STEPS, UNCERTAINTIES
 from penumbra.training.evaluation.run import Measured
@@ -27,10 +27,11 @@ def draw_all(measured: Measured, shown: Shown, folder: Path) -> list[Path]:
     drawings: dict[str, Callable[[], Figure]] = {
         "reliability": lambda: reliability_diagram(document),
         "risk_coverage": lambda: risk_coverage(document),
-        "pavpu": lambda: patch_curves(document),
         "confusion": lambda: confusion_matrix(document, measured.card),
         "contact_sheet": lambda: contact_sheet(shown, measured.card),
     }
+    if document["curves"]["pavpu"]:
+        drawings["pavpu"] = lambda: patch_curves(document)
     if measured.against_samples:
         drawings["samples"] = lambda: against_samples(document)
     files = []
@@ -93,10 +94,11 @@ def patch_curves(document: dict[str, Any]) -> Figure:
         "accurate_if_certain": "p(accurate | certain)",
         "uncertain_if_inaccurate": "p(uncertain | inaccurate)",
     }
-    figure = Figure((11, 6), layout="constrained")
-    grid = figure.subplots(len(UNCERTAINTIES), len(parts), sharey="col", squeeze=False)
     curves = document["curves"]["pavpu"]
-    for row, name in zip(grid, UNCERTAINTIES, strict=True):
+    names = list(dict.fromkeys(key.partition("/")[0] for key in curves))
+    figure = Figure((11, 3 * len(names)), layout="constrained")
+    grid = figure.subplots(len(names), len(parts), sharey="col", squeeze=False)
+    for row, name in zip(grid, names, strict=True):
         high = max(curve["thresholds"][-1] for key, curve in curves.items() if key.startswith(name))
         for axes, (part, title) in zip(row, parts.items(), strict=True):
             for size in PATCH_PX:
@@ -169,9 +171,11 @@ def confusion_matrix(document: dict[str, Any], card: Card) -> Figure:
 
 
 def contact_sheet(shown: Shown, card: Card) -> Figure:
-    """Rows of frames: image, truth, answer, error, entropy, mutual information."""
-    figure = Figure((15, 2 * len(shown) + 0.6), layout="constrained")
-    grid = figure.subplots(len(shown), 6, squeeze=False)
+    """Rows of frames: image, truth, answer, error, entropy, and mutual information where there is one."""
+    names = [name for name in UNCERTAINTIES if name in shown[0][2].maps]
+    columns = 4 + len(names)
+    figure = Figure((2.5 * columns, 2 * len(shown) + 0.6), layout="constrained")
+    grid = figure.subplots(len(shown), columns, squeeze=False)
     for row, (title, image_HW3, answered) in zip(grid, shown, strict=True):
         row[0].imshow(image_HW3)
         row[0].set_title(f"{title}\naccuracy {100 * answered.accuracy:.1f} %", fontsize=8)
@@ -180,7 +184,7 @@ def contact_sheet(shown: Shown, card: Card) -> Figure:
         errors_HW = np.where(answered.known_HW, answered.wrong_HW, 0.5)
         row[3].imshow(errors_HW, cmap=ListedColormap(["#10161d", "#707070", "#ff5a36"]), vmin=0, vmax=1)
         row[3].set_title("wrong (orange), void (grey)", fontsize=8)
-        for axes, name in zip(row[4:], UNCERTAINTIES, strict=True):
+        for axes, name in zip(row[4:], names, strict=True):
             top = max(float(np.percentile(answered.maps[name], 99.5)), 1e-3)
             picture = axes.imshow(answered.maps[name], cmap="magma", vmin=0, vmax=top)
             axes.set_title(f"{name.replace('_', ' ')}, nats", fontsize=8)
@@ -188,10 +192,11 @@ def contact_sheet(shown: Shown, card: Card) -> Figure:
         for axes in row:
             axes.axis("off")
     legend = [Patch(color="#{:02x}{:02x}{:02x}".format(*info.color), label=info.name) for info in card.classes]
+    legend.append(Patch(facecolor="white", edgecolor="black", hatch="////", label="no label"))
     figure.legend(handles=legend, loc="outside lower center", ncols=min(len(legend), 14), fontsize=8)
     return figure
 
 
 def _labels(axes: Axes, labels_HW: Any, card: Card, *, title: str) -> None:
-    axes.imshow(np.frombuffer(palette(card), np.uint8).reshape(256, 3)[labels_HW])
+    axes.imshow(paint(labels_HW, card, stripe_px=max(STRIPE_PX, max(labels_HW.shape) // STRIPES)))
     axes.set_title(title, fontsize=8)

@@ -1,11 +1,13 @@
 // Arrays to pictures: labels in the model's colours, maps on a scale that is dark where the network is sure.
 
 const STOPS = [[8, 10, 40], [80, 20, 110], [180, 50, 100], [245, 130, 60], [252, 240, 180]];
-const VOID = [128, 128, 128];
+const STRIPE_PX = 4, STRIPES = 128, BLACK = [0, 0, 0], WHITE = [255, 255, 255];
 
-/** Draws labels; values beyond the classes (withheld, no measurement) are grey. alpha: 0 to 255. */
+/** Draws labels; what has none (withheld, no measurement) is striped, which no class can look like. alpha: 0 to 255. */
 export function paintLabels(canvas, [height, width], labels, classes, alpha = 255) {
-  paint(canvas, height, width, alpha, (i) => classes[labels[i]]?.color ?? VOID);
+  const stripe = Math.max(STRIPE_PX, Math.floor(Math.max(height, width) / STRIPES));
+  const striped = (i) => (Math.floor(((i % width) + Math.floor(i / width)) / stripe) % 2 ? WHITE : BLACK);
+  paint(canvas, height, width, alpha, (i) => classes[labels[i]]?.color ?? striped(i));
 }
 
 /** Draws a map, whose `top` and beyond are brightest. */

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from penumbra.models.card import IGNORE, MAPS, Card
+from penumbra.models.card import IGNORE, KNOWN_MAPS, Card
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.kernels import FloatArray
 
@@ -29,6 +29,8 @@ UP = 2
 """PNG's filter that takes a row's difference to the row above."""
 OPACITY = 140
 """Of the labels' colours in an overlay, in 256ths."""
+STRIPE_PX, STRIPES = 4, 128
+"""Width of the stripes where there is no label, and how many cross a large picture, so that they show at any size."""
 COLD, WARM, HOT = "#000004", "#b5367a", "#fcfdbf"
 """From certain to uncertain; dark, middle and light tone of the colour maps."""
 
@@ -75,12 +77,14 @@ def blocks(height: int) -> Iterator[slice]:
 
 
 def write_png(prediction: Prediction, file: BinaryIO, picture: str, *, levels: int) -> None:
-    """`labels` as indices of the model's palette, `overlay` in colour, or a map in grey `levels`."""
+    """`labels` as indices of the model's palette, transparent where there is no label, `overlay` in colour, or a map in
+    grey `levels`."""
     height, width = prediction.labels_HW.shape
     top = 1.0 if picture in ("labels", "overlay") else top_of(prediction, picture)  # once: it may look at every row
     if picture == "labels":
         png = PngWriter(file, (height, width), color=PALETTE)
         png.chunk(b"PLTE", palette(prediction.card))
+        png.chunk(b"tRNS", b"\xff" * IGNORE + b"\0")
     elif picture == "overlay":
         png = PngWriter(file, (height, width), color=RGB)
     else:
@@ -113,7 +117,7 @@ def top_of(prediction: Prediction, name: str) -> float:
     """The value of a map that is shown white: 1 for shares, ln K for nats, the largest for a model's own maps."""
     if name in ("confidence", "margin"):
         return 1.0
-    if name in MAPS:
+    if name in KNOWN_MAPS:
         return math.log(max(prediction.card.num_classes, 2))
     values = prediction.maps[name]
     tops = (np.fmax.reduce(values[rows], axis=None, initial=0) for rows in blocks(values.shape[0]))  # passes over NaN
@@ -122,7 +126,7 @@ def top_of(prediction: Prediction, name: str) -> float:
 
 def scale_facts(prediction: Prediction, name: str, *, top: float) -> dict[str, Any]:
     """What a map's picture says of itself, so that its grey can be turned into values again."""
-    unit = "" if name in ("confidence", "margin") else "nats" if name in MAPS else "the model's"
+    unit = "" if name in ("confidence", "margin") else "nats" if name in KNOWN_MAPS else "the model's"
     card = prediction.card
     return {
         "map": name, "white": top, "black": 0, "unit": unit, "model": card.name,
@@ -131,19 +135,31 @@ def scale_facts(prediction: Prediction, name: str, *, top: float) -> dict[str, A
 
 
 def palette(card: Card) -> bytes:
-    """768 bytes: the classes' colours by id; all other ids, and the ignore label, are black."""
+    """768 bytes: the classes' colours by id, black for other ids, and for IGNORE a colour that no class has: black
+    too, or else a magenta."""
     colors = np.zeros((256, 3), np.uint8)
     colors[: card.num_classes] = [c.color for c in card.classes]
-    colors[IGNORE] = 0
+    free = ({(0, 0, 0)} | {(255, green, 255) for green in range(256)}) - {c.color for c in card.classes}
+    colors[IGNORE] = min(free)
     return colors.tobytes()
+
+
+def paint(labels_hW: NDArray[np.uint8], card: Card, *, y0: int = 0, stripe_px: int = STRIPE_PX) -> NDArray[np.uint8]:
+    """Rows of labels from row y0 on in the model's colours, [h, W, 3]; where there is no label, in stripes of black and
+    white, which no class can look like."""
+    colors_hW3 = np.frombuffer(palette(card), np.uint8).reshape(256, 3)[labels_hW]
+    y, x = np.nonzero(labels_hW == IGNORE)
+    colors_hW3[y, x] = (255 * ((x + y + y0) // stripe_px % 2)).astype(np.uint8)[:, None]
+    return colors_hW3
 
 
 def overlay(prediction: Prediction, rows: slice = slice(None)) -> NDArray[np.uint8]:
     """The labels' colours over the image, [h, W, 3]."""
     assert prediction.image is not None
-    colors = np.frombuffer(palette(prediction.card), np.uint8).reshape(256, 3).astype(np.uint16) * OPACITY
-    image_hW3 = prediction.image[rows, :]
-    blended_hW3 = image_hW3 * np.uint16(256 - OPACITY) + colors[prediction.labels_HW[rows]]
+    height, width = prediction.labels_HW.shape
+    stripe_px = max(STRIPE_PX, max(height, width) // STRIPES)
+    colors_hW3 = paint(prediction.labels_HW[rows], prediction.card, y0=rows.indices(height)[0], stripe_px=stripe_px)
+    blended_hW3 = prediction.image[rows, :] * np.uint16(256 - OPACITY) + colors_hW3 * np.uint16(OPACITY)
     return (blended_hW3 >> 8).astype(np.uint8)
 
 

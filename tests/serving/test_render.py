@@ -18,7 +18,7 @@ from rasterio.features import rasterize
 from rasterio.transform import from_origin
 from rasterio.warp import transform as move
 
-from penumbra.models.card import Card, ClassInfo
+from penumbra.models.card import IGNORE, Card, ClassInfo
 from penumbra.models.errors import BadOption, NotAcceptable, TooLarge
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.raster import Raster, open_raster
@@ -70,9 +70,37 @@ def test_a_tall_picture_of_labels_comes_back_pixel_by_pixel(rng: np.random.Gener
     assert np.array_equal(np.asarray(opened(render(prediction(labels, 3), "image/png", Style()))), labels)
 
 
-def test_ids_that_are_no_class_are_black() -> None:
-    colors = np.frombuffer(palette(card_of(3)), np.uint8).reshape(256, 3)
-    assert not colors[3:].any()
+def test_ids_that_are_no_class_are_black_and_no_label_has_a_colour_of_its_own() -> None:
+    magenta = dataclasses.replace(card_of(2), classes=(ClassInfo("a", (0, 0, 0)), ClassInfo("b", (255, 0, 255))))
+    for card in (card_of(3), card_of(255), magenta):
+        colors = np.frombuffer(palette(card), np.uint8).reshape(256, 3)
+        assert not colors[card.num_classes : IGNORE].any()
+        assert colors[IGNORE].tolist() not in [list(info.color) for info in card.classes]
+
+
+def test_what_has_no_label_is_transparent_in_the_labels_picture() -> None:
+    """As PASCAL VOC's background is black, and CamVid's sky grey, no colour would do."""
+    labels = np.array([[0, 1, 255], [255, 2, 0]], np.uint8)
+    picture = opened(render(prediction(labels, 3), "image/png", Style()))
+    assert picture.mode == "P" and np.array_equal(np.asarray(picture), labels)
+    assert np.array_equal(np.asarray(picture.convert("RGBA"))[..., 3], np.where(labels == 255, 0, 255))
+
+
+@pytest.mark.parametrize("color", [(0, 0, 0), (255, 255, 255), (128, 128, 128), (255, 0, 255)])
+def test_what_has_no_label_is_striped_in_an_overlay_as_no_class_can_be(color: tuple[int, int, int]) -> None:
+    labels = np.full((1200, 90), 255, np.uint8)
+    labels[:, 50:] = 0
+    card = dataclasses.replace(card_of(2), classes=(ClassInfo("a", color), ClassInfo("b", (9, 9, 9))))
+    image = np.full((*labels.shape, 3), 100, np.uint8)
+    answer = dataclasses.replace(prediction(labels), card=card, image=image)
+    shown = np.asarray(opened(render(answer, "image/png", Style("overlay")))).astype(int)
+    assert (shown[:, 50:] == shown[0, 50]).all()
+    tones = np.unique(shown[:, :50].reshape(-1, 3), axis=0)
+    assert len(tones) == 2 and (tones[1] - tones[0] > 100).all(), "two tones, far from each other"
+    stripes = shown[:, 0, 0]
+    assert np.diff(np.flatnonzero(np.diff(stripes))).tolist() == [9] * 132, (
+        "even across blocks of rows, 1200 / 128 wide"
+    )
 
 
 def test_an_overlay_lies_between_image_and_colours() -> None:
