@@ -30,6 +30,8 @@ def measure(
     sums, num_frames = torch.zeros(4, dtype=torch.float64), 0
     for i in range(0, len(frames), every):
         image_3HW, label_HW = frames[i]
+        if (label_HW == IGNORE).all():
+            continue  # its mean over no pixel is NaN, and one NaN would be the mean of all frames
         image_B3hw = normalise(image_3HW[None].float() / 255, InputSpec()).to(device)
         label_hw = label_HW.long()
         logits_SBKhw = network(image_B3hw, draw_noise(network.sampling, generator).to(device)).float()

@@ -3,17 +3,21 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
 from penumbra.__main__ import main
+from penumbra.models.card import IGNORE, ClassInfo
 from penumbra.models.checkpoint import load_checkpoint
 from penumbra.models.errors import BadOption
 from penumbra.training.data import find_data
-from penumbra.training.evaluate import confusion, intersection_over_union, summarise
+from penumbra.training.data.frames import Frames
+from penumbra.training.evaluate import confusion, intersection_over_union, measure, summarise
 from penumbra.training.loop import Training, schedule, train
 from penumbra.training.recipe import read_recipe
+from tests.models.small import SMALL, seeded
 from tests.training import tiny
 
 METHODS = ("np_semiseg", "cps")
@@ -103,3 +107,18 @@ def test_intersection_over_union_ignores_void_and_absent_classes() -> None:
     label_hw, predicted_hw = torch.tensor([[0, 0, 1, 255]]), torch.tensor([[0, 1, 1, 0]])
     iou_K = intersection_over_union(confusion(predicted_hw, label_hw, num_classes=3))
     assert iou_K[:2].tolist() == [0.5, 0.5] and iou_K[2].isnan()
+
+
+@pytest.mark.parametrize(("name", "has_samples"), [("proto_seg parametric", False), ("cps", True)])
+def test_a_frame_without_a_label_spoils_no_figure_and_one_sample_has_none_of_several(
+    name: str, has_samples: bool, rng: np.random.Generator
+) -> None:
+    network = seeded(name)
+    classes = tuple(ClassInfo(f"class {k}", (k, k, k)) for k in range(SMALL[name].num_classes))
+    images = torch.from_numpy(rng.integers(0, 256, (2, 3, 96, 128), dtype=np.uint8))
+    labels = images.argmax(1).to(torch.uint8)
+    alone = measure(network, Frames(("a",), images[:1], labels[:1]), classes=classes)
+    labels[1] = IGNORE
+    both = measure(network, Frames(("a", "b"), images, labels), classes=classes)
+    assert both == alone and np.isfinite(list(both.values())).all()
+    assert ("mutual_information_nats" in both) == ("sample_spread" in both) == has_samples
