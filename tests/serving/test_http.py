@@ -88,7 +88,7 @@ def test_json_holds_exactly_the_documented_fields(client: httpx.Client) -> None:
     answer = ask(client, accept="application/json", model="toy-latent", seed=7, samples=5).json()
     assert set(answer) == {
         "model", "version", "seed", "samples", "members", "windows", "size", "units", "timing_ms", "warnings",
-        "abstained", "classes",
+        "abstained", "void_pixels", "classes",
     }  # fmt: skip
     assert (answer["model"], answer["version"], answer["seed"], answer["samples"]) == ("toy-latent", 1, 7, 5)
     assert answer["size"] == [45, 70] and answer["units"] == "nats" and answer["members"] == []
