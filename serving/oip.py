@@ -7,9 +7,9 @@ sentences are Triton's (docs/protocols.md). Request parameters are the options o
 
 import asyncio
 import math
-import threading
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -98,7 +98,8 @@ class Inference:
     def __init__(self, gateway: Gateway, *, store: Path | None = None) -> None:
         self.gateway, self._store = gateway, store
         self._statistics = Statistics()
-        self._loading = threading.Lock()
+        self._loading = ThreadPoolExecutor(1, thread_name_prefix="load")
+        """One at a time, and not in the threads that large requests are read in: a model may load for minutes."""
 
     def find(self, model: str, version: str = "") -> Runtime:
         """A loaded model. Raises UnknownModel; BadOption for a version that is no number."""
@@ -232,27 +233,27 @@ class Inference:
         if ready_only:
             return served
         names = {entry["name"] for entry in served}
-        others = dict.fromkeys(versions(self._store) if self._store else (), "unloaded") | segmenter.refused
+        others = {**dict.fromkeys(versions(self._store) if self._store else (), "unloaded"), **segmenter.refused}
         return served + [
             {"name": name, "state": "UNAVAILABLE", "reason": why} for name, why in others.items() if name not in names
         ]
 
     async def load(self, model: str) -> None:
         """Serve the newest version of a model in the store. Raises Restricted where that is off, BadArtifact."""
-        await asyncio.to_thread(self._load, model, self._require_store())
+        store = self._require_store()
+        await asyncio.get_running_loop().run_in_executor(self._loading, self._load, model, store)
 
     def _load(self, model: str, store: Path) -> None:
         segmenter = self.gateway.segmenter
-        with self._loading:
-            try:
-                directory = find_artifact(store, model)
-                if directory.name not in {str(card.version) for card in segmenter.cards() if card.name == model}:
-                    segmenter.load(directory)
-            except UnknownModel:
-                raise BadArtifact(f"failed to load '{model[:SHOWN]}', failed to poll from model repository") from None
-            except BadArtifact as error:
-                raise BadArtifact(f"failed to load '{model}', {segmenter.refuse(directory, error)}") from None
-            segmenter.refused.pop(model, None)
+        try:
+            directory = find_artifact(store, model)
+            if directory.name not in {str(card.version) for card in segmenter.cards() if card.name == model}:
+                segmenter.load(directory)
+        except UnknownModel:
+            raise BadArtifact(f"failed to load '{model[:SHOWN]}', failed to poll from model repository") from None
+        except BadArtifact as error:
+            raise BadArtifact(f"failed to load '{model}', {segmenter.refuse(directory, error)}") from None
+        segmenter.accept(model)
 
     async def unload(self, model: str) -> None:
         """Serve no version of a model any longer; one that is not served is no error. Raises Restricted."""

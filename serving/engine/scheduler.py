@@ -311,7 +311,9 @@ class Scheduler:
         self._observer.out_of_memory(runtime.card.name)
         if len(windows) == 1:
             return self._answer_alone(batch)
-        half = runtime.windows_per_batch = len(windows) // 2
+        half = len(windows) // 2
+        with self._condition:
+            runtime.windows_per_batch = min(runtime.windows_per_batch, half)  # another lane may have found it shorter
         parts = (replace(batch, windows=part) for part in (windows[:half], windows[half:]))
         return [answer for part in parts for answer in self._answer(part)]
 

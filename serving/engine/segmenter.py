@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -62,8 +63,10 @@ class Segmenter:
         lanes = min(lanes or (threads if self._device.type == "cpu" else 1), threads)
         self.cores = Cores(threads, lanes, widen=not self._tuning.deterministic)
         self._observer = observer or Observer()
-        self._runtimes: dict[str, dict[int, Runtime]] = {}
-        self.refused: dict[str, str] = {}
+        self._tables = threading.Lock()
+        """Of whoever puts other tables in the place of these two, which are never changed: readers need no lock."""
+        self._runtimes: Mapping[str, Mapping[int, Runtime]] = {}
+        self.refused: Mapping[str, str] = {}
         self.scheduler = Scheduler(
             queue_samples=self.limits.queue_samples, cores=self.cores, observer=self._observer,
             target_s=self._tuning.target_s,
@@ -89,8 +92,14 @@ class Segmenter:
         log.error("not served: %s", error)
         name, version = directory.parts[-2:]
         why = " ".join(str(error).replace(str(directory), f"{name}/{version}").split())
-        self.refused[name] = why
+        with self._tables:
+            self.refused = {**self.refused, name: why}
         return why
+
+    def accept(self, name: str) -> None:
+        """Forget why a model was refused."""
+        with self._tables:
+            self.refused = {known: why for known, why in self.refused.items() if known != name}
 
     def load(self, directory: Path) -> Card:
         """Open an artifact, reproduce its golden window, warm it up, then make it available. Raises BadArtifact."""
@@ -115,18 +124,20 @@ class Segmenter:
             log.error("%s failed while it was loaded", card.name, exc_info=error)
             why = "does not fit into the memory that is free" if is_out_of_memory(error) else "cannot be run"
             raise BadArtifact(f"{card.name} {why} on {self._device}; the server's log says more") from None
-        loaded = self._runtimes.get(card.name, {}) | {card.version: runtime}
-        kept = {version: loaded[version] for version in {*sorted(loaded)[-KEPT_VERSIONS:], card.version}}
-        self._runtimes = self._runtimes | {card.name: kept}
+        with self._tables:
+            loaded = {**self._runtimes.get(card.name, {}), card.version: runtime}
+            kept = {version: loaded[version] for version in {*sorted(loaded)[-KEPT_VERSIONS:], card.version}}
+            self._runtimes = {**self._runtimes, card.name: kept}
         self._observer.model_loaded(card.name, seconds=time.perf_counter() - started)
         return card
 
     def unload(self, name: str, version: int | None = None) -> None:
         """Forget a model, or one version: requests that have it are still answered, and the last frees its memory."""
-        loaded = self._runtimes.get(name, {})
-        rest = {} if version is None else {known: loaded[known] for known in loaded if known != version}
-        others = {known: versions for known, versions in self._runtimes.items() if known != name}
-        self._runtimes = others | ({name: rest} if rest else {})
+        with self._tables:
+            loaded = self._runtimes.get(name, {})
+            rest = {} if version is None else {known: loaded[known] for known in loaded if known != version}
+            others = {known: versions for known, versions in self._runtimes.items() if known != name}
+            self._runtimes = {**others, name: rest} if rest else others
 
     def cards(self) -> list[Card]:
         """Cards of all loaded models, by name and version."""

@@ -415,6 +415,20 @@ def test_out_of_memory_halves_the_batch_and_everything_is_answered(shortage: Exc
     scheduler.close()
 
 
+def test_a_batch_that_is_halved_does_not_undo_what_another_lane_has_found(scheduler: Scheduler) -> None:
+    def too_much(values: list[int]) -> None:
+        if len(values) > 2:
+            engine.windows_per_batch = 1  # meanwhile
+            raise MemoryError
+
+    engine = runtime(going=False, windows_per_batch=8, before=too_much)
+    streams = [scheduler.submit(work(engine, 1, value=0))]
+    assert engine.entered.wait(WAIT_S)
+    streams.append(scheduler.submit(work(engine, 4)))
+    engine.go.set()
+    assert in_threads(*streams) == [1, 4] and engine.windows_per_batch == 1
+
+
 def test_one_window_that_never_fits_is_a_fault_and_not_a_loop(scheduler: Scheduler) -> None:
     def too_much(_: list[int]) -> None:
         raise MemoryError
