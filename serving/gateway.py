@@ -25,6 +25,7 @@ from penumbra.serving.engine.options import SegmentOptions, check_options
 from penumbra.serving.engine.raster import Pixels, Raster
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.work import Cancellation
+from penumbra.serving.statuses import LOADING
 from penumbra.serving.telemetry import Telemetry
 
 log = logging.getLogger("penumbra")
@@ -82,7 +83,7 @@ class Gateway:
     def check_admission(self) -> None:
         """What is asked before a request costs anything. Raises NotReady and QueueFull."""
         if self.state == "starting":
-            raise NotReady("the server is still loading its models; try again in a few seconds")
+            raise NotReady(LOADING)
         if self._inflight >= self._limit_requests:
             raise QueueFull(
                 f"{self._inflight} requests are being worked on and the limit is {self._limit_requests}; "

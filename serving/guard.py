@@ -6,22 +6,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penumbra.models.errors import (
     BadOption,
     Cancelled,
     HeadTooLarge,
+    NotReady,
     PenumbraError,
     QueueFull,
     TooLarge,
-    Unauthenticated,
     UnsupportedMedia,
 )
 from penumbra.serving.access import CURRENT
-from penumbra.serving.keys import Keys
-from penumbra.serving.statuses import status_of
+from penumbra.serving.keys import METRICS_PATH, Keys
+from penumbra.serving.statuses import LOADING, LOADING_S, headers_of, status_of
 from penumbra.serving.telemetry import Telemetry
 
 STREAMED = ("POST", "/jobs")
@@ -30,6 +30,9 @@ BENTO_PATHS = {"/predict": "POST", "/schema.json": "GET"}
 """Path and method of what BentoML itself answers; everything else is ours (`penumbra.serving.rest`)."""
 HEALTH_PATHS = ("/healthz", "/livez", "/readyz")
 """BentoML has these too, before ours and with other bodies; they go straight to ours."""
+LIVE_PATHS = ("/healthz", "/livez", "/v2/health/live")
+READY_PATHS = {"/readyz": {"ready": False, "state": "starting"}, "/v2/health/ready": {"ready": False}}
+"""With what they answer while models are loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +113,14 @@ class Timeout:
             await JSONResponse({"error": sentence}, 504, {"Connection": "close"})(scope, receive, send)
 
 
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """Our own routes. loaded: from when on they answer; until then the guard does."""
+
+    app: ASGIApp
+    loaded: threading.Event
+
+
 class Guard:
     """Asks for a key, then reads the body up to a limit before anything parses it.
 
@@ -117,9 +128,9 @@ class Guard:
     """
 
     def __init__(
-        self, app: ASGIApp, *, ours: ASGIApp, telemetry: Telemetry, keys: Keys, bounds: Bounds, bodies: Bodies
+        self, app: ASGIApp, *, routes: Routes, telemetry: Telemetry, keys: Keys, bounds: Bounds, bodies: Bodies
     ) -> None:  # fmt: skip
-        self._app, self._ours, self._telemetry, self._keys = app, ours, telemetry, keys
+        self._app, self._routes, self._telemetry, self._keys = app, routes, telemetry, keys
         self._bounds, self._bodies = bounds, bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -132,11 +143,14 @@ class Guard:
     async def _pass(self, scope: Scope, receive: Receive, send: Send, take: Callable[[int], None]) -> None:
         path, method = scope["path"], scope["method"]
         headers = dict(scope["headers"])
+        answer = self._routes.app if path in HEALTH_PATHS else self._app
         try:
             self._check_head(scope)
             key = self._keys.check_path(path, headers.get(b"authorization", b"").decode("latin-1"))
             if request := CURRENT.get():
                 request.key = key
+            if not self._routes.loaded.is_set():
+                answer = self._while_loading(method, path)
             is_form = headers.get(b"content-type", b"").lower().startswith(b"multipart/")
             has_body = method not in ("GET", "HEAD", "OPTIONS")
             if has_body:
@@ -152,16 +166,24 @@ class Guard:
         except PenumbraError as error:
             await self._refuse(error, scope, receive, send)
             return
-        await (self._ours if path in HEALTH_PATHS else self._app)(scope, receive, send)
+        await answer(scope, receive, send)
+
+    def _while_loading(self, method: str, path: str) -> ASGIApp:
+        """What is answered until models are loaded. Raises NotReady."""
+        if method in ("GET", "HEAD"):
+            if path in LIVE_PATHS:
+                return JSONResponse({"live": True})
+            if path in READY_PATHS:
+                return JSONResponse(READY_PATHS[path], 503, {"Retry-After": str(LOADING_S)})
+            if path == METRICS_PATH:
+                page, content_type = self._telemetry.page("")
+                return Response(page, media_type=content_type)
+        raise NotReady(LOADING)
 
     async def _refuse(self, error: PenumbraError, scope: Scope, receive: Receive, send: Send) -> None:
         with suppress(PenumbraError), self._telemetry.track("http"):
             raise error
-        headers = {"Connection": "close"}
-        if isinstance(error, Unauthenticated):
-            headers["WWW-Authenticate"] = "Bearer"
-        if isinstance(error, QueueFull):
-            headers["Retry-After"] = str(error.retry_after_s)
+        headers = {"Connection": "close"} | headers_of(error)
         await JSONResponse({"error": str(error)}, status_of(error)[0], headers)(scope, receive, send)
 
     def _check_head(self, scope: Scope) -> None:

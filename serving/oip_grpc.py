@@ -1,4 +1,4 @@
-"""The Open Inference Protocol v2 over gRPC, with health and reflection, in the worker's event loop.
+"""The Open Inference Protocol v2 over gRPC: the calls that `penumbra.serving.grpc_server` opens its door to.
 
 Messages come from tritonclient's own stubs, so what its clients send is what is read here.
 """
@@ -6,7 +6,6 @@ Messages come from tritonclient's own stubs, so what its clients send is what is
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -15,15 +14,13 @@ import numpy as np
 from google.protobuf.json_format import ParseDict
 from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 from tritonclient.grpc import service_pb2 as pb
 
 from penumbra.models.errors import BadOption, PenumbraError, Unsupported
 from penumbra.serving import VERSION
-from penumbra.serving.access import CURRENT, ID, Request, begin, logged
+from penumbra.serving.access import Request, logged
+from penumbra.serving.grpc_server import SERVICE, Context, begun_call
 from penumbra.serving.guard import Bodies
-from penumbra.serving.keys import Keys
 from penumbra.serving.oip import (
     Answer,
     Inference,
@@ -34,14 +31,11 @@ from penumbra.serving.oip import (
 )
 from penumbra.serving.oip_tensors import DTYPES, SHOWN, Tensor, join_strings
 from penumbra.serving.statuses import status_of
-from penumbra.serving.telemetry import Telemetry
 
 log = logging.getLogger("penumbra")
 
 DESCRIPTOR = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
-SERVICE = DESCRIPTOR.full_name
 UNEXPECTED = "the server failed on this request; its log says why"
-Context = Any
 Document = Mapping[str, Any]
 Handler = Callable[[bytes, Context], Awaitable[bytes]]
 
@@ -90,7 +84,7 @@ class Calls:
 
     async def stream(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         """ModelStreamInfer: answers in the order of the requests, one at a time; a failure does not end the stream."""
-        call = _call(context)
+        call = begun_call(context)
         async for data in requests:
             yield await self._in_turn(data, replace(call), context)
 
@@ -165,7 +159,7 @@ def _named_errors(handler: Handler, bodies: Bodies) -> Handler:
     failure is logged and says nothing inside."""
 
     async def handle(data: bytes, context: Context) -> bytes:
-        with logged(_call(context)) as request, bodies.room() as take:
+        with logged(begun_call(context)) as request, bodies.room() as take:
             try:
                 take(len(data))
                 answer = await handler(data, context)
@@ -181,14 +175,6 @@ def _named_errors(handler: Handler, bodies: Bodies) -> Handler:
         raise AssertionError("abort raises")
 
     return handle
-
-
-def _call(context: Context) -> Request:
-    """The request that the interceptor has begun for this call; its id is given back at the call's end."""
-    request = CURRENT.get()
-    assert request
-    context.set_trailing_metadata(((ID, request.id),))
-    return request
 
 
 def parse(kind: Any, data: bytes) -> Any:
@@ -302,62 +288,3 @@ def _in_stream(message: Any) -> bytes:
 def _failed_in_stream(request_id: str, sentence: str) -> bytes:
     answer = pb.ModelInferResponse(id=request_id)
     return _alone(pb.ModelStreamInferResponse(error_message=sentence, infer_response=answer))
-
-
-class KeyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Begins every call, and ends those that the caller's key is not for before their message is read."""
-
-    def __init__(self, keys: Keys, telemetry: Telemetry) -> None:
-        self._keys, self._telemetry = keys, telemetry
-
-    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], call: Any) -> Any:
-        metadata = dict(call.invocation_metadata)
-        request = begin("GRPC", call.method, metadata)
-        CURRENT.set(request)  # this task is the call's own
-        try:
-            request.key = self._keys.check_call(call.method, metadata.get("authorization", ""))
-        except PenumbraError as error:
-            refusal = error
-
-            async def refuse(_: Any, context: Context) -> None:
-                with suppress(PenumbraError), logged(_call(context)), self._telemetry.track("grpc"):
-                    raise refusal
-                await context.abort(grpc.StatusCode[status_of(refusal)[1]], str(refusal))
-
-            return grpc.stream_stream_rpc_method_handler(refuse)  # ends calls of any kind
-        return await continuation(call)
-
-
-class GrpcServer:
-    """The listening server. `start` raises RuntimeError when the port is taken."""
-
-    def __init__(
-        self, inference: Inference, *, address: str, message_bytes: int, keys: Keys, bodies: Bodies
-    ) -> None:  # fmt: skip
-        self._health = health.HealthServicer(experimental_non_blocking=True)
-        self._address = address
-        self._server = grpc.aio.server(
-            interceptors=[KeyInterceptor(keys, inference.gateway.telemetry)],
-            options=[
-                ("grpc.so_reuseport", 0),  # two servers on one port would share its traffic in silence
-                ("grpc.max_receive_message_length", message_bytes),
-                ("grpc.max_send_message_length", -1),
-            ],
-        )
-        self._server.add_generic_rpc_handlers((service_handlers(Calls(inference, bodies), bodies),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
-
-    async def start(self) -> None:
-        self._server.add_insecure_port(self._address)
-        await self._server.start()
-        self.set_serving(True)
-
-    def set_serving(self, serving: bool) -> None:
-        """What `grpc.health.v1` says; readiness of `ServerReady` follows the gateway by itself."""
-        status = health_pb2.HealthCheckResponse
-        for service in ("", SERVICE):
-            self._health.set(service, status.SERVING if serving else status.NOT_SERVING)
-
-    async def stop(self, grace_s: float) -> None:
-        await self._server.stop(grace_s)

@@ -17,14 +17,14 @@ from starlette.routing import BaseRoute, Match, Route
 from starlette.types import Scope
 
 from penumbra.models.card import Card
-from penumbra.models.errors import BadImage, BadOption, PenumbraError, QueueFull, UnsupportedMedia
+from penumbra.models.errors import BadImage, BadOption, PenumbraError, UnsupportedMedia
 from penumbra.serving import playground
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.guard import BENTO_PATHS
 from penumbra.serving.openapi import describe
 from penumbra.serving.render import IN_BANDS, choose_format, read_wish, render
-from penumbra.serving.statuses import status_of
+from penumbra.serving.statuses import headers_of, status_of
 
 PRINTABLE = bytes(range(0x20, 0x7F)).decode().replace("%", "")
 """What text in a header is not percent-encoded: any other character, a line's end above all, would break the answer."""
@@ -283,8 +283,7 @@ def error_response(status: int, sentence: str, headers: Mapping[str, str] | None
 
 async def on_penumbra_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, PenumbraError)
-    headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, QueueFull) else {}
-    return error_response(status_of(error)[0], str(error), headers)
+    return error_response(status_of(error)[0], str(error), headers_of(error))
 
 
 async def on_http_error(_: Request, error: Exception) -> Response:

@@ -5,21 +5,22 @@
 One worker process per device. Every route is ours (`penumbra.serving.rest`, `penumbra.serving.oip_rest`) on a mounted
 Starlette app, gRPC runs in the same event loop (`penumbra.serving.oip_grpc`), and one typed BentoML route serves
 `bentoml.SyncHTTPClient`. This module is also imported by BentoML's supervisor, so torch and what imports it are
-imported where the worker builds its service. BentoML's metrics, UI page, URL inputs, pickle bodies, batching and
+imported in the thread that loads. BentoML's metrics, UI page, URL inputs, pickle bodies, batching and
 inter-process calls are off.
 """
 
 import asyncio
-import ctypes
 import gc
 import logging
+import os
 import signal
-import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
 import bentoml
 import bentoml._internal.server.http.traffic as bentomls
 import numpy as np
+from bentoml._internal.container import BentoMLContainer
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
@@ -27,29 +28,36 @@ from starlette.responses import JSONResponse
 from penumbra.models.errors import BadArtifact, BadImage, BadOption, PenumbraError
 from penumbra.serving.access import AccessLog
 from penumbra.serving.build import build_facts
-from penumbra.serving.engine.signature import PublicKeys, read_public_keys
-from penumbra.serving.guard import Bodies, Bounds, Guard, Timeout
+from penumbra.serving.engine.signature import PublicKeys
+from penumbra.serving.guard import Bodies, Bounds, Guard, Routes, Timeout
 from penumbra.serving.head import bound_heads
-from penumbra.serving.keys import read_keys, warn_if_open
+from penumbra.serving.keys import warn_if_open
 from penumbra.serving.logs import set_up_logs
-from penumbra.serving.settings import Settings, read_settings
-from penumbra.serving.statuses import status_of
+from penumbra.serving.settings import Settings
+from penumbra.serving.start import check_settings, own_directory
+from penumbra.serving.statuses import headers_of, status_of
+from penumbra.serving.supervisor import check_one_worker, end_with_parent, end_with_workers, give_up
 from penumbra.serving.telemetry import Telemetry
 from penumbra.serving.tracing import bentoml_tracing, use_bentomls_provider
 
 if TYPE_CHECKING:
     from penumbra.serving.gateway import Gateway
-    from penumbra.serving.oip_grpc import GrpcServer
+    from penumbra.serving.grpc_server import GrpcServer
+    from penumbra.serving.jobs import Jobs
+    from penumbra.serving.oip import Inference
 
-SETTINGS = read_settings()
+log = logging.getLogger("penumbra")
+
+try:
+    SETTINGS, KEYS, TRUSTED_KEYS = check_settings()
+except BadOption as error:  # in the supervisor, which BentoML would let end in a traceback
+    raise SystemExit(f"penumbra: {error}") from None
 TELEMETRY = Telemetry(latency_buckets_s=SETTINGS.latency_buckets_s)
-KEYS = read_keys(SETTINGS.api_keys.get_secret_value(), SETTINGS.api_keys_file)
-TRUSTED_KEYS = None if SETTINGS.trusted_keys_file is None else read_public_keys(SETTINGS.trusted_keys_file)
 BODIES = Bodies(SETTINGS.limit_bodies_bytes)
-PR_SET_PDEATHSIG = 1
-"""From <linux/prctl.h>."""
 APP = Starlette()
 """Carries our routes; they are filled in when the worker has built the engine."""
+LOADED = threading.Event()
+"""Set from when on the routes answer."""
 
 
 class PredictInput(bentoml.IODescriptor):  # type: ignore[misc]
@@ -83,68 +91,88 @@ class PredictAnswer(BaseModel):
     logging={"access": {"enabled": False}},
 )
 class Penumbra:
-    """Loads the store, then answers."""
+    """Says at once that it lives, loads the store meanwhile, then answers."""
 
     def __init__(self) -> None:
         gc.disable()  # until all is loaded: collecting while torch is imported takes a quarter of its time
-        from penumbra.serving import jobs_rest, oip_rest
-        from penumbra.serving.jobs import Jobs, job_bounds
-        from penumbra.serving.oip import Inference
-        from penumbra.serving.rest import ERROR_HANDLERS, routes
-
         logging.getLogger("penumbra").setLevel(SETTINGS.log_level)
         end_with_parent()
         if SETTINGS.otlp_endpoint:
             use_bentomls_provider()
-        self.gateway = build_gateway(SETTINGS, TELEMETRY, trusted_keys=TRUSTED_KEYS)
-        scheduler = self.gateway.segmenter.scheduler
-        build = build_facts(SETTINGS.revision)
-        TELEMETRY.describe(build, queued_windows=lambda: scheduler.queued[0])
+        self.gateway: Gateway | None = None
+        self.jobs: Jobs | None = None
         self.grpc: GrpcServer | None = None
-        self.inference = Inference(self.gateway, store=SETTINGS.store if SETTINGS.model_control else None)
-        oip_routes = oip_rest.routes(
-            self.inference, body_bytes=SETTINGS.limit_body_bytes, json_bytes=SETTINGS.limit_json_bytes, bodies=BODIES
-        )
-        self.jobs = Jobs(SETTINGS.jobs, self.gateway, bounds=job_bounds(SETTINGS), store=SETTINGS.store)
-        job_routes = jobs_rest.routes(self.jobs, TELEMETRY)
-        APP.router.routes[:] = [*oip_routes, *job_routes, *routes(self.gateway, build)]
-        APP.exception_handlers.update(ERROR_HANDLERS)
+
+    @bentoml.on_deployment  # type: ignore[untyped-decorator]
+    @staticmethod
+    def supervise() -> None:
+        """BentoML calls this in the supervisor alone."""
+        end_with_workers()
 
     @bentoml.on_startup  # type: ignore[untyped-decorator]
     async def begin(self) -> None:
-        """Ready; on SIGTERM readiness falls first, and connections close `predrain_s` later."""
-        gc.collect()
-        gc.freeze()
-        gc.enable()
-        gc.set_threshold(50_000, 20, 100)  # what a request makes is freed by count of references
-        stop = signal.getsignal(signal.SIGTERM)
-        loop = asyncio.get_running_loop()
-        await self._start_grpc()
+        """Listen, and load; on SIGTERM readiness falls first, and connections close `predrain_s` later."""
+        loop, stop = asyncio.get_running_loop(), signal.getsignal(signal.SIGTERM)
 
         def drain(signum: int, frame: object) -> None:
-            self.gateway.state = "draining"
+            if self.gateway:
+                self.gateway.state = "draining"
             if self.grpc:
                 self.grpc.set_serving(False)
             if callable(stop):
-                loop.call_soon_threadsafe(loop.call_later, SETTINGS.predrain_s, stop, signum, None)
+                delay_s = SETTINGS.predrain_s if self.gateway else 0
+                loop.call_soon_threadsafe(loop.call_later, delay_s, stop, signum, None)
 
         signal.signal(signal.SIGTERM, drain)
+        await self._start_grpc()
         warn_if_open(KEYS, model_control=SETTINGS.model_control)
-        self.gateway.state = "ready"
-        self.jobs.start()
+        threading.Thread(target=self._load, args=(loop,), name="load", daemon=True).start()
 
     async def _start_grpc(self) -> None:
-        from penumbra.serving.oip_grpc import GrpcServer
+        from penumbra.serving.grpc_server import GrpcServer
 
         if SETTINGS.grpc_address:
             self.grpc = GrpcServer(
-                self.inference, address=SETTINGS.grpc_address, message_bytes=SETTINGS.limit_body_bytes, keys=KEYS,
-                bodies=BODIES,
-            )  # fmt: skip
-            await self.grpc.start()
+                address=SETTINGS.grpc_address, message_bytes=SETTINGS.limit_body_bytes, keys=KEYS, telemetry=TELEMETRY
+            )
+            try:
+                await self.grpc.start()
+            except BadOption as error:
+                give_up(str(error))
+
+    def _load(self, loop: asyncio.AbstractEventLoop) -> None:
+        """In a thread of its own, while the event loop says so: load everything, or end the server."""
+        try:
+            gateway, inference, jobs = load_all()
+            gc.collect()
+            gc.freeze()
+            gc.enable()
+            gc.set_threshold(50_000, 20, 100)  # what a request makes is freed by count of references
+        except (PenumbraError, OSError) as error:
+            give_up(str(error))
+        except Exception:
+            log.exception("loading failed unexpectedly")
+            give_up("loading failed unexpectedly, as is said above")
+        loop.call_soon_threadsafe(self._open, gateway, inference, jobs)
+
+    def _open(self, gateway: "Gateway", inference: "Inference", jobs: "Jobs") -> None:
+        """In the event loop: answer from now on."""
+        from penumbra.serving.oip_grpc import Calls, service_handlers
+
+        self.gateway, self.jobs = gateway, jobs
+        gateway.state = "ready"
+        LOADED.set()
+        jobs.start()
+        if self.grpc:
+            self.grpc.open(service_handlers(Calls(inference, BODIES), BODIES))
+        url = BentoMLContainer.remote_runner_mapping.get().get("penumbra", "HTTP")
+        models = ", ".join(card.name for card in gateway.segmenter.cards())
+        log.info("ready: %s/ and gRPC on %s, with %s", url, SETTINGS.grpc_address or "no port", models)
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def end(self) -> None:
+        if not self.gateway or not self.jobs:
+            os._exit(0)  # nothing was accepted, and the thread that loads may be anywhere
         if self.grpc:
             await self.grpc.stop(grace_s=SETTINGS.timeout_s)
         await asyncio.to_thread(self.jobs.close)
@@ -158,6 +186,7 @@ class Penumbra:
         from penumbra.serving.engine.options import SegmentOptions
         from penumbra.serving.rest import disconnected
 
+        assert self.gateway  # the guard lets nothing through before
         options = SegmentOptions(model=model or None, samples=samples, seed=seed)
         try:
             with TELEMETRY.track("bentoml") as tracked:
@@ -166,7 +195,7 @@ class Penumbra:
                     _as_pixels(image), options, _as_lists, request=tracked, gone=lambda: disconnected(here)
                 )
         except PenumbraError as error:
-            return JSONResponse({"error": str(error)}, status_of(error)[0])  # type: ignore[return-value]
+            return JSONResponse({"error": str(error)}, status_of(error)[0], headers_of(error))  # type: ignore[return-value]
         return answer
 
 
@@ -183,6 +212,31 @@ def _as_pixels(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def _as_lists(prediction: Any) -> PredictAnswer:
     maps = {name: values.tolist() for name, values in prediction.maps.items()}
     return PredictAnswer(labels=prediction.labels_HW.tolist(), **maps)
+
+
+def load_all() -> tuple["Gateway", "Inference", "Jobs"]:
+    """Everything that answers, and its routes. Raises PenumbraError."""
+    from penumbra.serving import jobs_rest, oip_grpc, oip_rest  # noqa: F401  (the last is used in the event loop)
+    from penumbra.serving.job import lock
+    from penumbra.serving.jobs import Jobs, job_bounds
+    from penumbra.serving.oip import Inference
+    from penumbra.serving.rest import ERROR_HANDLERS, routes
+
+    if "jobs" not in SETTINGS.model_fields_set:
+        own_directory(SETTINGS.jobs)  # it is where anybody may make one
+    lock(SETTINGS.jobs).close()  # a place that cannot be used is told before models are loaded
+    gateway = build_gateway(SETTINGS, TELEMETRY, trusted_keys=TRUSTED_KEYS)
+    scheduler = gateway.segmenter.scheduler
+    build = build_facts(SETTINGS.revision)
+    TELEMETRY.describe(build, queued_windows=lambda: scheduler.queued[0])
+    inference = Inference(gateway, store=SETTINGS.store if SETTINGS.model_control else None)
+    oip_routes = oip_rest.routes(
+        inference, body_bytes=SETTINGS.limit_body_bytes, json_bytes=SETTINGS.limit_json_bytes, bodies=BODIES
+    )
+    jobs = Jobs(SETTINGS.jobs, gateway, bounds=job_bounds(SETTINGS), store=SETTINGS.store)
+    APP.router.routes[:] = [*oip_routes, *jobs_rest.routes(jobs, TELEMETRY), *routes(gateway, build)]
+    APP.exception_handlers.update(ERROR_HANDLERS)
+    return gateway, inference, jobs
 
 
 def build_gateway(settings: Settings, telemetry: Telemetry, *, trusted_keys: PublicKeys | None) -> "Gateway":
@@ -216,27 +270,11 @@ def build_gateway(settings: Settings, telemetry: Telemetry, *, trusted_keys: Pub
     )  # fmt: skip
 
 
-def end_with_parent() -> None:
-    """Get SIGTERM when the supervisor dies: a worker without one would keep the ports from the next server."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def check_one_worker() -> None:
-    """Raises BadOption where BentoML is configured for more: they would share a device, and each /metrics page would
-    tell of one of them."""
-    from bentoml._internal.configuration.containers import BentoMLContainer
-
-    workers = BentoMLContainer.config.get().get("services", {}).get("penumbra", {}).get("workers", 1)
-    if workers != 1:
-        raise BadOption(f"workers is {workers!r}; a server is one worker, so start one server for each device")
-
-
 check_one_worker()
 bentomls.TimeoutMiddleware = lambda app, timeout: AccessLog(Timeout(app, timeout))
 set_up_logs(SETTINGS.log_format)
 bound_heads(SETTINGS.limit_head_bytes)
 Penumbra.add_asgi_middleware(  # type: ignore[attr-defined]
-    Guard, ours=APP, telemetry=TELEMETRY, keys=KEYS, bodies=BODIES,
+    Guard, routes=Routes(APP, LOADED), telemetry=TELEMETRY, keys=KEYS, bodies=BODIES,
     bounds=Bounds(SETTINGS.limit_head_bytes, SETTINGS.limit_body_bytes, SETTINGS.limit_json_bytes),
 )  # fmt: skip

@@ -8,18 +8,16 @@ import stat
 from pathlib import Path
 
 from penumbra.models.errors import BadOption
-from penumbra.serving.engine.signature import read_public_keys
-from penumbra.serving.keys import read_keys
+from penumbra.serving.engine.signature import PublicKeys, read_public_keys
+from penumbra.serving.keys import Keys, read_keys
 from penumbra.serving.settings import Settings, read_settings
 
 
-def check_settings() -> Settings:
-    """The settings, of which the files of keys are read too. Raises BadOption."""
+def check_settings() -> tuple[Settings, Keys, PublicKeys | None]:
+    """The settings, and what is in the files of keys that they name. Raises BadOption."""
     settings = read_settings()
-    read_keys(settings.api_keys.get_secret_value(), settings.api_keys_file)
-    if settings.trusted_keys_file:
-        read_public_keys(settings.trusted_keys_file)
-    return settings
+    keys = read_keys(settings.api_keys.get_secret_value(), settings.api_keys_file)
+    return settings, keys, read_public_keys(settings.trusted_keys_file) if settings.trusted_keys_file else None
 
 
 def check_port(host: str, port: int, option: str) -> str:

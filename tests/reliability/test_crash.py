@@ -9,7 +9,7 @@ import pytest
 import tritonclient.grpc as triton
 
 from loadtests.pictures import picture
-from tests.reliability.load import LOST, Callers, closed_loop
+from tests.reliability.load import LOST, Callers, Outcome, closed_loop
 from tests.serving.server import Server, serving, until
 
 pytestmark = pytest.mark.slow
@@ -39,11 +39,20 @@ async def kill(server: Server) -> tuple[float, float]:
     return gone, time.perf_counter() - killed
 
 
+async def ask_until_taken(callers: Callers) -> Outcome:
+    """As the server asks of its callers while it loads: come again after Retry-After."""
+    while (outcome := await callers.ask()).status == 503:
+        await asyncio.sleep(2)
+    return outcome
+
+
 def test_a_killed_worker_loses_what_it_was_at_and_nothing_else(store: Path, tmp_path: Path) -> None:
     async def load_and_kill(server: Server) -> tuple[list, list]:
         kills: list[tuple[float, float]] = []
         async with Callers(server, picture("medium", 1)) as callers:
-            users = asyncio.ensure_future(closed_loop(callers.ask, users=USERS, until=lambda: len(kills) == KILLS))
+            users = asyncio.ensure_future(
+                closed_loop(lambda: ask_until_taken(callers), users=USERS, until=lambda: len(kills) == KILLS)
+            )
             for _ in range(KILLS):
                 await asyncio.sleep(2)
                 kills.append(await kill(server))

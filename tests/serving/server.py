@@ -41,6 +41,15 @@ def until(condition: Callable[[], object], *, bound_s: float = START_S) -> None:
 @contextmanager
 def serving(store: Path, directory: Path, **settings: object) -> Iterator[Server]:
     """A ready server over a store. settings: PENUMBRA_* variables by name."""
+    with starting(store, directory, **settings) as server:
+        until(lambda: server.process.poll() is not None or _is_ready(server))
+        assert server.process.poll() is None, f"the server ended:\n{server.log.read_text()}"
+        yield server
+
+
+@contextmanager
+def starting(store: Path, directory: Path, **settings: object) -> Iterator[Server]:
+    """The same, from its first moment on."""
     port, grpc_port = free_ports(2)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PENUMBRA_", "BENTOML_"))}
     environment |= {"HOME": str(directory), "TMPDIR": str(directory), "PENUMBRA_THREADS": "1"}
@@ -54,8 +63,6 @@ def serving(store: Path, directory: Path, **settings: object) -> Iterator[Server
         )
     server = Server(f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", process, log)
     try:
-        until(lambda: process.poll() is not None or _is_ready(server))
-        assert process.poll() is None, f"the server ended:\n{log.read_text()}"
         yield server
     finally:
         process.send_signal(signal.SIGTERM)

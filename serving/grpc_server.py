@@ -1,0 +1,127 @@
+"""The gRPC server: its port, keys and health, and what it says until `penumbra.serving.oip_grpc` has its calls ready.
+
+It listens before any model is loaded, so nothing here imports the engine.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from penumbra.models.errors import BadOption, NotReady, PenumbraError
+from penumbra.serving.access import CURRENT, ID, Request, begin, logged
+from penumbra.serving.keys import Keys
+from penumbra.serving.statuses import LOADING, status_of
+from penumbra.serving.telemetry import Telemetry
+
+SERVICE = "inference.GRPCInferenceService"
+WHILE_LOADING = {f"/{SERVICE}/ServerLive": b"\x08\x01", f"/{SERVICE}/ServerReady": b""}
+"""Messages in wire form that say live, and not ready."""
+Context = Any
+
+
+def begun_call(context: Context) -> Request:
+    """The request that the interceptor has begun for this call; its id is given back at the call's end."""
+    request = CURRENT.get()
+    assert request
+    context.set_trailing_metadata(((ID, request.id),))
+    return request
+
+
+class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Handlers that may come later. Until then the server lives, and every other call is UNAVAILABLE."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self.handlers: grpc.GenericRpcHandler | None = None
+        self._telemetry = telemetry
+
+    def service(self, call: Any) -> Any:
+        if self.handlers:
+            return self.handlers.service(call)
+        if not call.method.startswith(f"/{SERVICE}/"):
+            return None
+
+        async def answer(_: Any, context: Context) -> AsyncIterator[bytes]:
+            if call.method not in WHILE_LOADING:
+                await end_call(context, NotReady(LOADING), self._telemetry)
+            with logged(begun_call(context)) as request:
+                request.status = 200
+                yield WHILE_LOADING[call.method]
+
+        return grpc.stream_stream_rpc_method_handler(answer)  # answers calls of any kind
+
+
+async def end_call(context: Context, refusal: PenumbraError, telemetry: Telemetry) -> None:
+    """Count, log and abort a call that is not let in."""
+    with suppress(PenumbraError), logged(begun_call(context)), telemetry.track("grpc"):
+        raise refusal
+    await context.abort(grpc.StatusCode[status_of(refusal)[1]], str(refusal))
+
+
+class KeyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Begins every call, and ends those that the caller's key is not for before their message is read."""
+
+    def __init__(self, keys: Keys, telemetry: Telemetry) -> None:
+        self._keys, self._telemetry = keys, telemetry
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], call: Any) -> Any:
+        metadata = dict(call.invocation_metadata)
+        request = begin("GRPC", call.method, metadata)
+        CURRENT.set(request)  # this task is the call's own
+        try:
+            request.key = self._keys.check_call(call.method, metadata.get("authorization", ""))
+        except PenumbraError as error:
+            refusal = error
+
+            async def refuse(_: Any, context: Context) -> None:
+                await end_call(context, refusal, self._telemetry)
+
+            return grpc.stream_stream_rpc_method_handler(refuse)  # ends calls of any kind
+        return await continuation(call)
+
+
+class GrpcServer:
+    """The listening server, whose calls come with `open`."""
+
+    def __init__(self, *, address: str, message_bytes: int, keys: Keys, telemetry: Telemetry) -> None:
+        self._health = health.HealthServicer(experimental_non_blocking=True)
+        self._address, self._door = address, Door(telemetry)
+        self._server = grpc.aio.server(
+            interceptors=[KeyInterceptor(keys, telemetry)],
+            options=[
+                ("grpc.so_reuseport", 0),  # two servers on one port would share its traffic in silence
+                ("grpc.max_receive_message_length", message_bytes),
+                ("grpc.max_send_message_length", -1),
+            ],
+        )
+        self._server.add_generic_rpc_handlers((self._door,))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+
+    async def start(self) -> None:
+        """Listen. Raises BadOption where the address cannot be had."""
+        try:
+            self._server.add_insecure_port(self._address)
+        except RuntimeError:
+            raise BadOption(
+                f"gRPC cannot listen on {self._address}; end the process that has this port, or give another"
+            ) from None
+        self.set_serving(False)
+        await self._server.start()
+
+    def open(self, handlers: grpc.GenericRpcHandler) -> None:
+        """Answer calls from now on."""
+        self._door.handlers = handlers
+        self.set_serving(True)
+
+    def set_serving(self, serving: bool) -> None:
+        """What `grpc.health.v1` says; readiness of `ServerReady` follows the gateway by itself."""
+        status = health_pb2.HealthCheckResponse
+        for service in ("", SERVICE):
+            self._health.set(service, status.SERVING if serving else status.NOT_SERVING)
+
+    async def stop(self, grace_s: float) -> None:
+        await self._server.stop(grace_s)
