@@ -7,7 +7,7 @@ STRING: dict[str, Any] = {"type": "string"}
 FAULTS = {
     "400": "The request is wrong, or the model is not ready", "404": "Unknown model or version",
     "413": "Over a limit", "429": "Queue full; see Retry-After", "500": "The model failed on this request",
-    "501": "A Content-Encoding that is not read", "503": "Draining", "504": "Deadline passed",
+    "501": "A Content-Encoding that is not read", "503": "Loading or draining", "504": "Deadline passed",
 }  # fmt: skip
 OF_DOCUMENTS = ("400", "404")
 OF_CONTROL = {"403": "Loading and unloading is off", "500": "The model cannot be loaded"}

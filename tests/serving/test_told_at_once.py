@@ -28,9 +28,11 @@ from penumbra.serving.engine.runtime import Runtime
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.work import Cancellation
 from penumbra.serving.gateway import Gateway
+from penumbra.serving.grpc_server import GrpcServer
+from penumbra.serving.guard import Bodies
 from penumbra.serving.keys import Keys
 from penumbra.serving.oip import Inference
-from penumbra.serving.oip_grpc import GrpcServer
+from penumbra.serving.oip_grpc import Calls, service_handlers
 from penumbra.serving.render import render
 from penumbra.serving.telemetry import Telemetry
 from tests.conftest import picture, toy_card
@@ -297,8 +299,10 @@ def test_grpc_tells_deadline_exceeded_and_cancelled_while_a_batch_runs(
 
     async def scenario() -> None:
         address = f"127.0.0.1:{free_port()}"
-        server = GrpcServer(Inference(gateway), address=address, message_bytes=2**20, keys=Keys())
+        server = GrpcServer(address=address, message_bytes=2**20, keys=Keys(), telemetry=gateway.telemetry)
         await server.start()
+        bodies = Bodies(2**30)
+        server.open(service_handlers(Calls(Inference(gateway), bodies), bodies))
         async with grpc.aio.insecure_channel(address) as channel:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
             with pytest.raises(grpc.aio.AioRpcError) as late:
