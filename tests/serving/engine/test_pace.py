@@ -8,14 +8,20 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
+from penumbra.export.bundle import export_network
 from penumbra.models.card import Card
+from penumbra.models.contract import Features
 from penumbra.models.errors import BadOption, DeadlineExceeded, ModelFault
+from penumbra.serving.engine import runtime as runtimes
+from penumbra.serving.engine.backends.torchscript import TorchScriptBackend
 from penumbra.serving.engine.moments import Moments
 from penumbra.serving.engine.observer import Observer
 from penumbra.serving.engine.options import Limits, SegmentOptions
@@ -27,8 +33,8 @@ from penumbra.serving.engine.work import Cores
 from tests.conftest import picture, toy_card
 from tests.serving.engine.test_scheduler import SPEC, WAIT_S, in_threads, work
 
-ENCODE_S, SAMPLE_S = 3.0, 1.0
-"""Of one window."""
+ENCODE_S, SAMPLE_S, MOMENTS_S = 3.0, 1.0, 2.0
+"""Of one window; the last two for each sample."""
 
 
 class Clock:
@@ -265,6 +271,49 @@ def test_an_answer_comes_down_to_one_sample_only_where_nobody_named_the_mutual_i
         rounds.clear()  # or every fourth would be slow
         early = segmenter.segment(picture(rng, 64, 48), wanted, deadline=clock.now + 8 / SPARE + 1e-6)
         assert early.num_samples == samples and set(early.maps) == maps
+
+
+@pytest.fixture
+def slow(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Segmenter]:
+    """A network that takes ENCODE_S + S x (SAMPLE_S + MOMENTS_S) of every window, and 32 samples unless told."""
+    encode, decode, accumulate = TorchScriptBackend.encode, TorchScriptBackend.decode, runtimes.accumulate
+
+    def timed_encode(backend: TorchScriptBackend, image_B3hw: Tensor) -> Features:
+        clock.now += ENCODE_S * len(image_B3hw)
+        return encode(backend, image_B3hw)
+
+    def timed_decode(backend: TorchScriptBackend, features: Features, noise_SBL: Tensor) -> Tensor:
+        clock.now += SAMPLE_S * noise_SBL.shape[0] * noise_SBL.shape[1]
+        return decode(backend, features, noise_SBL)
+
+    def timed_accumulate(logits_SKhw: Tensor, *sums: Any, **options: Any) -> None:
+        clock.now += MOMENTS_S * len(logits_SKhw)
+        accumulate(logits_SKhw, *sums, **options)
+
+    monkeypatch.setattr(TorchScriptBackend, "encode", timed_encode)
+    monkeypatch.setattr(TorchScriptBackend, "decode", timed_decode)
+    monkeypatch.setattr(runtimes, "accumulate", timed_accumulate)
+    card, network = toy_card("latent")
+    card = replace(card, sampling=replace(card.sampling, default_samples=32))
+    directory = export_network(network, card, tmp_path / "store")
+    with Segmenter(threads=1, device="cpu") as opened:
+        opened.load(directory)
+        yield opened
+
+
+def test_a_slow_networks_pace_is_known_before_its_first_request(slow: Segmenter) -> None:
+    """It is loaded without a run of 32 samples, which would take 99 seconds."""
+    runtime = slow.find("toy-latent")
+    pace, window = slow.scheduler._paces.of(runtime), runtime.card.window
+    seconds = {S: pace.seconds(S) * window.height * window.width for S in (1, 2, 8, 32, 64)}
+    assert seconds == pytest.approx({S: ENCODE_S + S * (SAMPLE_S + MOMENTS_S) for S in seconds})
+
+
+def test_a_slow_networks_first_answer_is_in_time(slow: Segmenter, clock: Clock, rng: np.random.Generator) -> None:
+    asked, within_s = SegmentOptions("toy-latent", anytime=True, overlap=0.0), 2 * (3 + 6 * 3) / SPARE + 1e-6
+    started = clock.now
+    early = slow.segment(picture(rng, 64, 48), asked, deadline=started + within_s)
+    assert early.num_samples == 6 and clock.now - started <= within_s
 
 
 def test_members_are_never_left_out(segmenter: Segmenter, clock: Clock, rng: np.random.Generator) -> None:
