@@ -67,6 +67,12 @@ def load_backend(card: Card, directory: Path, device: torch.device) -> Backend:
     return backend
 
 
+def first_words(error: Exception) -> str:
+    """What a library says is wrong, in one line: without the places in its own source that it names before."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in lines if line and not line.startswith("Exception from ")), type(error).__name__)
+
+
 def find_format(package: str, name: str) -> ModuleType:
     """The module of a format in `package`. Raises BadOption: an unknown format, or its library is not installed."""
     if name not in BACKENDS:

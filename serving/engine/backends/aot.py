@@ -13,7 +13,7 @@ from torch import Tensor
 
 from penumbra.models.card import Card
 from penumbra.models.errors import BadArtifact
-from penumbra.serving.engine.backends import DTYPES
+from penumbra.serving.engine.backends import DTYPES, first_words
 from penumbra.serving.engine.backends.flat import FlatBackend, part_names
 
 INPUTS = "penumbra_inputs"
@@ -60,7 +60,7 @@ def load(card: Card, directory: Path, device: torch.device) -> FlatBackend:
     try:
         graphs = {name: AotGraph(directory / f"{name}.pt2", device) for name in names}
     except (RuntimeError, KeyError) as error:
-        raise BadArtifact(f"{directory} holds a package that this torch cannot load: {error}") from None
+        raise BadArtifact(f"{directory} holds a package that this torch cannot load: {first_words(error)}") from None
     return FlatBackend(graphs, device=device, dtype=DTYPES[card.export.precision])
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from penumbra.models.card import Card
 from penumbra.models.errors import BadArtifact
-from penumbra.serving.engine.backends import DTYPES
+from penumbra.serving.engine.backends import DTYPES, first_words
 from penumbra.serving.engine.backends.flat import FlatBackend, part_names
 
 
@@ -36,7 +36,7 @@ def load(card: Card, directory: Path, _: torch.device) -> FlatBackend:
     try:
         graphs = {name: OnnxGraph(directory / f"{name}.onnx") for name in names}
     except Exception as error:  # its exceptions share no base class
-        raise BadArtifact(f"{directory} holds ONNX that this onnxruntime cannot load: {error}") from None
+        raise BadArtifact(f"{directory} holds ONNX that this onnxruntime cannot load: {first_words(error)}") from None
     return FlatBackend(graphs, device=torch.device("cpu"), dtype=DTYPES[card.export.precision])
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from penumbra.models.card import Card
 from penumbra.models.errors import BadArtifact
-from penumbra.serving.engine.backends import DTYPES
+from penumbra.serving.engine.backends import DTYPES, first_words
 from penumbra.serving.engine.backends.flat import FlatBackend, part_names
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
@@ -40,7 +40,7 @@ def load(card: Card, directory: Path, _: torch.device) -> FlatBackend:
     try:
         graphs = {name: OpenVinoGraph(directory / f"{name}.onnx", card.export.precision) for name in names}
     except RuntimeError as error:
-        raise BadArtifact(f"{directory} holds graphs that this OpenVINO cannot load: {error}") from None
+        raise BadArtifact(f"{directory} holds graphs that this OpenVINO cannot load: {first_words(error)}") from None
     return FlatBackend(graphs, device=torch.device("cpu"), dtype=DTYPES[card.export.precision])
 
 
