@@ -152,7 +152,8 @@ class Unfolding:
         members = card.sampling_with(prompt=work.prompt is not None).members
         has = card.maps(work.num_samples)
         maps = {name: values for name, values in arrays.maps.items() if name in has}
-        warnings = warnings_of(card, work.plan)
+        of_image = work.image_HW3.warnings if isinstance(work.image_HW3, Raster) else ()
+        warnings = of_image + warnings_of(card, work.plan)
         if self._num_asked and work.num_samples < self._num_asked:
             warnings += (f"the deadline left time for {work.num_samples} of the {self._num_asked} samples asked for",)
         if self._options.max_risk is not None:

@@ -1,161 +1,275 @@
-"""TIFF files read window by window, of any size, with what places them on the ground.
+"""Images that know more than their pixels: TIFF files of any size, read window by window, with their place.
 
-A `Raster` stands where an image array stands: the windows that the scheduler cuts are all that is read. Whatever is
-not plain grey or colour in 8 or 16 bits (palettes, CMYK, turned pictures) is left to `penumbra.serving.engine.decode`.
+A `Raster` stands where an image array stands: the windows that the scheduler cuts are all that is read.
 """
 
-import io
+import logging
 import re
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import cache
+from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import rasterio
 from numpy.typing import NDArray
-from PIL.TiffImagePlugin import ImageFileDirectory_v2
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.errors import NodataShadowWarning, NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window as Frame
 
 from penumbra.models.errors import BadImage
+from penumbra.serving.engine.directories import find_directory
+from penumbra.serving.engine.layout import INKS, TURNS, Place, choose_bands, palette_of, place_of, turn
+from penumbra.serving.engine.values import find_white, to_8_bits
 
 CACHE_BYTES = 192 * 2**20
 """GDAL's cache of decoded blocks; by default a twentieth of the memory. It holds a row of windows of 120,000 px."""
 BLOCK_PIXELS = 2**26
 """Of a tile or strip, which is decoded as a whole: more than that no writer of rasters makes."""
-MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-"""First bytes of TIFF and BigTIFF, in either byte order."""
-BITS, PHOTOMETRIC, ORIENTATION, SAMPLE_FORMAT = 258, 262, 274, 339
-GREY, RGB, YCBCR = 1, 2, 6
+PIECE_PIXELS = 2**20
+"""As many are read together to find white, or to fill the memory."""
+DRIVERS = {"TIFF": "GTiff", "PNG": "PNG"}
 RASTER_FAULTS = (RasterioError, OSError, ValueError, TypeError, MemoryError, IndexError, OverflowError)
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a raster lies, as rasterio has it: crs and transform, or control points, or rational coefficients."""
-
-    crs: Any
-    transform: Any
-    gcps: Any
-    rpcs: Any
 
 
 @contextmanager
 def gdal() -> Iterator[None]:
     """GDAL with a bounded cache, that looks at no file beside the one it is given."""
-    warnings.simplefilter("ignore", NotGeoreferencedWarning)  # a picture without a place is no fault
+    for kind in (NotGeoreferencedWarning, NodataShadowWarning):  # a picture without a place, or with much to say
+        warnings.simplefilter("ignore", kind)
     with rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES, GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_PAM_ENABLED="NO"):
         yield
 
 
 class Raster:
-    """A TIFF as uint8 [H, W, 3]: `raster[rows, columns]` reads just that; threads take turns.
+    """An image, uint8 [H, W, 3], that may have more to say; this one's pixels are in memory.
 
-    Grey is repeated, 16-bit values keep their high byte, and bands beyond the third are dropped. nodata: value of
-    pixels that hold no measurement, or None.
+    `raster[rows, columns]` gives pixels; `void` says which hold no measurement. nodata: their value, or None. warnings:
+    sentences about what the caller should know of how it was read.
     """
 
-    def __init__(self, dataset: Any, source: object) -> None:
-        self._dataset, self._source = dataset, source  # the source outlives the dataset that reads it
-        self._lock = threading.Lock()
-        self._pixels: NDArray[np.uint8] | None = None
-        self._bands = [1, 2, 3] if dataset.count >= 3 else [1, 1, 1]
-        self.shape = (int(dataset.height), int(dataset.width), 3)
-        self.nodata: float | None = dataset.nodata
-        gcps, gcp_crs = dataset.gcps
-        self.place = Place(dataset.crs or gcp_crs, dataset.transform, gcps, dataset.rpcs)
+    nodata: float | None = None
+    place = Place()
+
+    def __init__(
+        self, pixels_HW3: NDArray[np.uint8], *, void_HW: NDArray[np.bool_] | None, warnings: tuple[str, ...]
+    ) -> None:
+        self._pixels: NDArray[np.uint8] | None = pixels_HW3
+        self._void_HW, self._warnings = void_HW, warnings
+        self.shape: tuple[int, int, int] = (pixels_HW3.shape[0], pixels_HW3.shape[1], 3)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return self._warnings
 
     def __getitem__(self, part: tuple[slice, slice]) -> NDArray[np.uint8]:
         """Pixels [h, w, 3]. Raises BadImage where the file is damaged."""
-        rows, columns = part
-        if self._pixels is not None:
-            return self._pixels[rows, columns]
-        values = self._read(rows, columns, self._bands)
-        if values.dtype != np.uint8:
-            values = (values >> 8).astype(np.uint8)
-        return np.ascontiguousarray(values.transpose(1, 2, 0))
+        assert self._pixels is not None
+        return self._pixels[part]
 
     def load(self) -> "Raster":
         """Hold all pixels in memory from now on: for images that are small, and before threads share it."""
-        self._pixels = self[:, :]
         return self
 
     def void(self, rows: slice) -> NDArray[np.bool_] | None:
         """Pixels of these rows that hold no measurement; None where the file does not speak of such."""
-        if self.nodata is None:
+        return None if self._void_HW is None else self._void_HW[rows]
+
+
+class FileRaster(Raster):
+    """A file that GDAL reads where windows are cut from it; threads take turns.
+
+    Grey is repeated, palettes and inks become colours, and numbers 8 bits (`penumbra.serving.engine.values`).
+    """
+
+    def __init__(self, dataset: Any, source: object, *, kind: str, orientation: int, warnings: tuple[str, ...]) -> None:
+        """source: the path, or what must outlive the dataset that reads it. kind: of file, for sentences."""
+        self._dataset, self._source, self._kind = dataset, source, kind
+        self._lock, self._ruling = threading.Lock(), threading.Lock()
+        self._pixels = None
+        self._white: int | None = None
+        self._bands, self._alpha, of_bands = choose_bands(dataset)
+        self._dtype = np.dtype(dataset.dtypes[self._bands[0] - 1])
+        if self._dtype.kind not in "uif":
+            raise BadImage(f"the {kind} image has {self._dtype} values; whole numbers and floats are read")
+        self._is_masked = any("all_valid" not in [flag.name for flag in flags] for flags in dataset.mask_flag_enums)
+        self._is_inverted = dataset.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
+        self._palette = None if self._is_inverted else palette_of(dataset, self._bands[0])
+        declared = int(dataset.tags(self._bands[0], ns="IMAGE_STRUCTURE").get("NBITS", 0))
+        self._num_bits = declared if self._dtype.kind == "u" and declared <= 16 else 0
+        self._turn = TURNS[orientation]
+        self.shape = (*((dataset.width, dataset.height) if self._turn[0] else (dataset.height, dataset.width)), 3)
+        self.nodata = dataset.nodata
+        self.place, of_place = place_of(dataset, self._turn, source if isinstance(source, Path) else None)
+        self._warnings, self._damage = warnings + of_bands + of_place, set[str]()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is known so far: damage is found where the file is read."""
+        self._find_white()
+        return self._warnings + tuple(
+            f"the {self._kind} image is damaged, and its pixels there are a guess ({what})" for what in self._damage
+        )
+
+    def __getitem__(self, part: tuple[slice, slice]) -> NDArray[np.uint8]:
+        if self._pixels is not None:
+            return self._pixels[part]
+        white, values = self._find_white(), self._read(*part, self._bands)
+        if self._palette is not None:
+            colours: NDArray[np.uint8] = self._palette[values[0]]
+            return colours
+        channels = to_8_bits(values, white)
+        if len(channels) == len(INKS):
+            light = 255 - channels.astype(np.uint16)
+            channels = (light[:3] * light[3] // 255).astype(np.uint8)
+        if self._is_inverted:
+            channels = 255 - channels
+        return np.ascontiguousarray(np.broadcast_to(channels, (3, *channels.shape[1:])).transpose(1, 2, 0))
+
+    def load(self) -> "FileRaster":
+        height, width = self.shape[:2]
+        pixels, stored_rows = np.empty(self.shape, np.uint8), self._dataset.block_shapes[0][0]
+        step = height if self._turn[0] else stored_rows * max(1, PIECE_PIXELS // (stored_rows * width))
+        for y in range(0, height, step):
+            pixels[y : y + step] = self[y : y + step, :]
+        self._pixels = pixels
+        return self
+
+    def void(self, rows: slice) -> NDArray[np.bool_] | None:
+        """By mask, by alpha (0), by nodata in all bands, or by what is no number (NaN) in one."""
+        if not self._is_masked and not self._alpha and self.nodata is None and self._dtype.kind != "f":
             return None
-        void_hW: NDArray[np.bool_] = (self._read(rows, slice(None), sorted(set(self._bands))) == self.nodata).all(0)
+        columns = slice(None)
+        void_hW: NDArray[np.bool_] = (self._read(rows, columns, self._bands, masks=True) == 0).all(0)
+        if self._alpha:  # GDAL's mask leaves it out where there is a nodata value
+            void_hW |= self._read(rows, columns, [self._alpha])[0] == 0
+        values = self._read(rows, columns, self._bands)
+        void_hW |= (values == self.nodata).all(0) | (values != values).any(0)
         return void_hW
 
-    def _read(self, rows: slice, columns: slice, bands: list[int]) -> NDArray[Any]:
-        y0, y1, _ = rows.indices(self.shape[0])
-        x0, x1, _ = columns.indices(self.shape[1])
+    def _find_white(self) -> int:
+        """The value that becomes white: one for the whole file, however it is read."""
+        with self._ruling:
+            if self._white is None and (self._palette is not None or self._num_bits):
+                self._white = 2**self._num_bits - 1  # as the file declares
+            if self._white is None:
+                num_values = self.shape[0] * self.shape[1] * len(self._bands)
+                self._white, of_values = find_white(self._measured(), self._dtype, num_values=num_values)
+                self._warnings += of_values
+            return self._white
+
+    def _measured(self) -> Iterator[NDArray[Any]]:
+        """All values that are measurements, piece by piece."""
+        width, height = self._dataset.width, self._dataset.height
+        across = self._dataset.block_shapes[0][1]
+        down = max(1, PIECE_PIXELS // across)
+        for y in range(0, height, down):
+            for x in range(0, width, across):
+                frame = Frame(x, y, min(across, width - x), min(down, height - y))
+                values = self._stored(frame, self._bands)
+                valid = (values == values) & (values != self.nodata)
+                if self._is_masked:
+                    valid &= self._stored(frame, self._bands, masks=True) != 0
+                yield values[valid]
+
+    def _read(self, rows: slice, columns: slice, bands: list[int], *, masks: bool = False) -> NDArray[Any]:
+        """Values, or masks, of upright pixels [bands, h, w]."""
+        (y0, y1), (x0, x1) = rows.indices(self.shape[0])[:2], columns.indices(self.shape[1])[:2]
+        exchange, reverse_rows, reverse_columns = self._turn
+        if reverse_rows:
+            y0, y1 = self.shape[0] - y1, self.shape[0] - y0
+        if reverse_columns:
+            x0, x1 = self.shape[1] - x1, self.shape[1] - x0
+        frame = Frame(y0, x0, y1 - y0, x1 - x0) if exchange else Frame(x0, y0, x1 - x0, y1 - y0)
+        return turn(self._stored(frame, bands, masks=masks), self._turn)
+
+    def _stored(self, frame: Frame, bands: list[int], *, masks: bool = False) -> NDArray[Any]:
+        read = self._dataset.read_masks if masks else self._dataset.read
         try:
-            with self._lock, gdal():
-                values: NDArray[Any] = self._dataset.read(bands, window=Frame(x0, y0, x1 - x0, y1 - y0))
+            with self._lock, gdal(), _repairs(self._damage):
+                values: NDArray[Any] = read(bands, window=frame)
         except RASTER_FAULTS as error:
-            raise BadImage(f"the TIFF image is damaged or truncated ({_reason(error)})") from None
+            raise BadImage(f"the {self._kind} image is damaged or truncated ({_reason(error)})") from None
         return values
 
 
 Pixels = NDArray[np.uint8] | Raster
-"""An image: an array [H, W, 3], or a file that is read where windows are cut from it."""
+"""An image: an array [H, W, 3], or one that has more to say, such as a file that is read where windows are cut."""
 
 
-def open_raster(source: bytes | Path) -> Raster | None:
-    """The raster in a TIFF file or its bytes; None where it is no TIFF, or not a plain one.
+def open_raster(source: bytes | Path) -> FileRaster | None:
+    """The raster in a TIFF file or its bytes; None where it is no TIFF.
 
-    No pixel is read. Raises BadImage where the header is broken.
+    No pixel is read. Raises BadImage where the header is broken, or of a kind that is not read.
     """
-    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
-        if not _is_plain(file):
-            return None
+    with BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+        found = find_directory(file)
+    if not found:
+        return None
+    directory, of_file = found
+    return open_file(source, "TIFF", at=directory.offset, orientation=directory.orientation, warnings=of_file)
+
+
+def open_file(
+    source: bytes | Path, kind: str, *, at: int = 0, orientation: int = 1, warnings: tuple[str, ...] = ()
+) -> FileRaster:
+    """The raster that GDAL reads in a file of a kind (TIFF or PNG). at: offset of the TIFF's directory; 0 is the first.
+
+    Raises as `open_raster`.
+    """
     try:
         with gdal():
-            held = rasterio.MemoryFile(source) if isinstance(source, bytes) else None
-            dataset = rasterio.open(held.name if held else source, driver="GTiff")
+            held = rasterio.MemoryFile(source) if isinstance(source, bytes) else source
+            name = held if isinstance(held, Path) else held.name
+            dataset = rasterio.open(f"GTIFF_DIR:off:{at}:{name}" if at else name, driver=DRIVERS[kind])
+            height, width = dataset.block_shapes[0]
+            if height * width > BLOCK_PIXELS:
+                raise BadImage(
+                    f"the {kind} image has blocks of {width}x{height} pixels, which are read whole; tiles of 512x512 "
+                    "are good"
+                )
+            return FileRaster(dataset, held, kind=kind, orientation=orientation, warnings=warnings)
     except RASTER_FAULTS as error:
-        raise BadImage(f"the TIFF image cannot be read ({_reason(error)})") from None
-    height, width = dataset.block_shapes[0]
-    if height * width > BLOCK_PIXELS:
-        raise BadImage(
-            f"the TIFF image has blocks of {width}x{height} pixels, which are read whole; tiles of 512x512 are good"
-        )
-    return Raster(dataset, held)
+        raise BadImage(f"the {kind} image cannot be read ({_reason(error)})") from None
 
 
-def _is_plain(file: BinaryIO) -> bool:
-    """Whether its first picture is upright grey or colour of 8 or 16 bits, by the header."""
-    file.seek(0)
-    head = file.read(16)
-    if not head.startswith(MAGIC):
-        return False
+@contextmanager
+def _repairs(heard: set[str]) -> Iterator[None]:
+    """Adds what GDAL says in this thread that it repairs. Changes the set."""
+    ear = _ear()
+    ear.heard = heard
     try:
-        tags = ImageFileDirectory_v2(head if head[2] == 43 or head[3] == 43 else head[:8])
-        file.seek(tags.next)
-        tags.load(file)
-        bits, formats = _values(tags, BITS), _values(tags, SAMPLE_FORMAT)
-    except Exception:  # a hostile directory may raise anything here, and then the ordinary decoder says what is wrong
-        return False
-    return (
-        bits in ({8}, {16})
-        and formats == {1}
-        and _values(tags, ORIENTATION) == {1}
-        and _values(tags, PHOTOMETRIC) <= {GREY, RGB, YCBCR}
-    )
+        yield
+    finally:
+        ear.heard = None
 
 
-def _values(tags: ImageFileDirectory_v2, tag: int) -> set[int]:
-    """All values of a tag; TIFF's default for every tag that is asked for here is 1."""
-    value = tags.get(tag, 1)
-    return set(value) if isinstance(value, tuple) else {value}
+@cache
+def _ear() -> threading.local:
+    """Hears, in place of the log, what rasterio writes there; it has no other way to tell of GDAL's warnings."""
+    ear = threading.local()
+
+    def hear(record: logging.LogRecord) -> bool:
+        heard: set[str] | None = getattr(ear, "heard", None)
+        if heard is not None:
+            heard.add(_plain(record.getMessage().removeprefix("CPLE_AppDefined in ").removeprefix("CPLE_AppDefined:")))
+        return heard is None
+
+    for name in ("rasterio._env", "rasterio._err"):
+        log = logging.getLogger(name)
+        log.setLevel(logging.WARNING)  # whatever else is logged
+        log.addFilter(hear)
+    return ear
 
 
 def _reason(error: BaseException) -> str:
-    """GDAL's reason without the name of the file, which is not the caller's."""
-    cause = str(error.__cause__ or error).partition("\n")[0]
-    return re.sub(r"['\"]?/\S+\s*", "", cause)[:120] or type(error).__name__
+    return _plain(str(error.__cause__ or error)) or type(error).__name__
+
+
+def _plain(text: str) -> str:
+    """GDAL's first line without the name of the file, which is not the caller's."""
+    text = re.sub(r"['\"]?(GTIFF_DIR:\S*?)?/\S+\s*|^\S+(, band \d+)?: ?", "", text.partition("\n")[0])
+    return text[:120]

@@ -1,0 +1,95 @@
+"""Which of an image's values is white: the one rule by which numbers of any type become 8 bits.
+
+Eight bits are what they are. 16 bits keep their high byte. Everything else, and 16 bits that are not filled, has the
+smallest of the usual ranges that holds nearly all values of the whole file, and a warning that names it.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penumbra.models.errors import BadImage
+
+OUTSIDE = 0.001
+"""Share of the values that a range need not hold: dead pixels and glints, which become black or white."""
+HELD = "999 of 1000"
+"""The others, in words."""
+BELOW = 1 / 16
+"""Share of a range by which values may be below 0: the noise of reflectances, which becomes black."""
+USUAL = (255, 1023, 2047, 4095, 16383, 65535)
+"""White of the 8, 10, 11, 12, 14 and 16 bits that sensors have."""
+NEARLY_BLACK = 15
+"""Of 255: the largest value of 4 bits."""
+
+
+def find_white(
+    blocks: Iterable[NDArray[np.generic]], dtype: np.dtype[np.generic], *, num_values: int
+) -> tuple[int, tuple[str, ...]]:
+    """The value that becomes white, and what the caller should know of it.
+
+    blocks: all measured values, of which no more are taken than the answer needs. num_values: in the whole image.
+    Raises BadImage where no range holds them.
+    """
+    ranges = _ranges(dtype)
+    is_filled = dtype in (np.uint8, np.uint16)  # the last range is the type's own and holds whatever comes
+    outside, measured, lowest, highest = np.zeros(len(ranges), np.int64), 0, np.inf, -np.inf
+    for values in blocks:
+        if values.size:
+            lowest, highest = min(lowest, values.min()), max(highest, values.max())
+            measured += values.size
+            outside += [np.count_nonzero(_is_outside(values, white)) for white in ranges]
+        if (outside[: -1 if is_filled else None] > OUTSIDE * num_values).all():
+            break
+    if not measured:
+        return ranges[-1], ("no pixel of the image holds a measurement",)
+    held = [white for white, count in zip(ranges, outside, strict=True) if count <= OUTSIDE * measured]
+    if not held and not is_filled:
+        raise BadImage(
+            f"the image has {dtype} values from {lowest:.6g} to {highest:.6g}; 0 to one of "
+            f"{', '.join(map(str, ranges))} is read, so scale it, or declare what is no measurement as nodata"
+        )
+    white = held[0] if held else ranges[-1]
+    return (255 if dtype == np.uint8 else white), _warnings(dtype, white, ranges)
+
+
+def _ranges(dtype: np.dtype[np.generic]) -> tuple[int, ...]:
+    if dtype.kind == "f":
+        return (1, *USUAL)
+    largest = min(int(np.iinfo(dtype).max), USUAL[-1])  # type: ignore[type-var]
+    return (*(white for white in (NEARLY_BLACK, *USUAL)[dtype != np.uint8 :] if white < largest), largest)
+
+
+def _is_outside(values: NDArray[np.generic], white: int) -> NDArray[np.bool_]:
+    top = 2 if white == 1 else white  # reflectances of snow and metal are above 1
+    above: NDArray[np.bool_] = values > top  # type: ignore[operator]
+    return above if values.dtype.kind == "u" else above | (values < -BELOW * white)  # type: ignore[operator]
+
+
+def _warnings(dtype: np.dtype[np.generic], white: int, ranges: tuple[int, ...]) -> tuple[str, ...]:
+    if white == ranges[-1] and dtype in (np.uint8, np.uint16):
+        return ()
+    if dtype == np.uint8:
+        return (f"the image is nearly black: {HELD} of its values are at most {NEARLY_BLACK} of 255",)
+    return (
+        f"the image's {dtype} values are read as 0 (black) to {white} (white), the least of "
+        f"{', '.join(map(str, ranges))} that holds {HELD} of them; other values become black or white",
+    )
+
+
+def to_8_bits(values: NDArray[np.generic], white: int) -> NDArray[np.uint8]:
+    """Values between black and white; what is outside becomes the nearest of them, and no number (NaN) black.
+
+    Values of more than 8 bits keep their high bits, those of fewer are spread.
+    """
+    if values.dtype == np.uint8 and white == 255:
+        return values  # type: ignore[return-value]
+    if values.dtype == np.uint16 and white == USUAL[-1]:
+        return (values >> 8).astype(np.uint8)  # type: ignore[operator, no-any-return]
+    held = np.clip(values, 0, white)
+    if values.dtype.kind == "f":
+        held, white = np.rint(np.nan_to_num(held) * (255 if white == 1 else 1)), max(white, 255)
+    whole: NDArray[np.uint16] = held.astype(np.uint16)
+    if white < 255:
+        return (whole * np.uint16(255) // np.uint16(white)).astype(np.uint8)
+    return (whole >> (white.bit_length() - 8)).astype(np.uint8)
