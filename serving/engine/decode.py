@@ -1,8 +1,8 @@
 """From bytes to pixels: any common picture becomes uint8 [H, W, 3] RGB, or one sentence why not.
 
 The header is checked before a pixel is decoded. Orientation (EXIF) is applied, so an answer has the size that
-a viewer shows. Grey is repeated to three channels, 16-bit values keep their high byte, palettes and CMYK are
-converted, alpha is dropped, and of several frames the first is taken.
+a viewer shows. Grey is repeated to three channels, deep values become 8 bits (`penumbra.serving.engine.values`),
+palettes and CMYK are converted, and of several frames the first is taken. Where alpha is 0 nothing was measured.
 """
 
 import io
@@ -11,18 +11,27 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
 from penumbra.models.errors import BadImage, TooLarge
+from penumbra.serving.engine.damage import check_png, read_jpeg, shorten_webp, slim_png
+from penumbra.serving.engine.layout import TURNS, turn
 from penumbra.serving.engine.options import Limits
-from penumbra.serving.engine.raster import Pixels, Raster, open_raster
+from penumbra.serving.engine.raster import PIECE_PIXELS, Pixels, Raster, open_file, open_raster
+from penumbra.serving.engine.values import find_white
 
 SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations that exchange height and width."""
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
+STARTS = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"BM": "BMP", b"RIFF": "WEBP"}
+"""First bytes -> format, of those that are no TIFF."""
+PNG_DEPTH = 24
+"""Place of the bits per channel in a PNG."""
+WEBP_DAMAGE = "the WEBP image is damaged, and its pixels there are a guess (it ends before its data do)"
 PILLOW_FAULTS = (OSError, ValueError, SyntaxError, TypeError, EOFError, KeyError, IndexError, OverflowError,
                  MemoryError, NotImplementedError, RuntimeError, struct.error, zlib.error)  # fmt: skip
 """What Pillow raises on malformed files; hostile ones reach corners that its own exception types do not name."""
@@ -33,21 +42,21 @@ Admit = Callable[[int, int], object]
 
 
 def open_image(source: bytes | Path, limits: Limits, *, admit: Admit | None = None) -> Pixels:
-    """An encoded picture: plain TIFF as a raster of which no pixel is read yet, all else decoded.
+    """An encoded picture: TIFF as a raster of which no pixel is read yet, all else decoded.
 
-    Raises BadImage, and TooLarge before decoding pixels over the limit.
+    It is a bare array where there is nothing else to say. Raises BadImage, and TooLarge before decoding pixels over the
+    limit.
     """
     raster = open_raster(source)
     if raster:
         _admit(raster.shape[:2], limits, admit)
         return raster
-    with _header(source, limits) as picture:
+    with _header(source, limits) as (picture, kind, file):
         _admit(_size_as_shown(picture), limits, admit)
         try:
-            return _to_rgb(ImageOps.exif_transpose(picture))
+            return _decode(picture, kind, file)
         except PILLOW_FAULTS as error:
-            reason = str(error).partition("\n")[0][:120] or type(error).__name__
-            raise BadImage(f"the {picture.format} image is damaged or truncated ({reason})") from None
+            raise BadImage(f"the {kind} image is damaged or truncated ({_reason(error)})") from None
 
 
 def measure_image(source: bytes | Path, limits: Limits) -> tuple[int, int]:
@@ -56,7 +65,7 @@ def measure_image(source: bytes | Path, limits: Limits) -> tuple[int, int]:
     if raster:
         size = raster.shape[:2]
     else:
-        with _header(source, limits) as picture:
+        with _header(source, limits) as (picture, _, _):
             size = _size_as_shown(picture)
     _admit(size, limits, None)
     return size
@@ -75,33 +84,69 @@ def _admit(size: tuple[int, int], limits: Limits, admit: Admit | None) -> None:
 
 
 @contextmanager
-def _header(source: bytes | Path, limits: Limits) -> Iterator[Image.Image]:
-    """A picture of which only the header is read so far."""
-    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
-        head = file.read(8)
-        if not head:
-            raise BadImage(f"the image is empty (0 bytes); one of {', '.join(FORMATS)} is wanted")
-        num_bytes = file.seek(0, io.SEEK_END)
-        file.seek(0)
+def _header(source: bytes | Path, limits: Limits) -> Iterator[tuple[Image.Image, str, BinaryIO]]:
+    """A picture of which only the header is read so far, its format, and the file that it is read from."""
+    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as given:
+        file: BinaryIO = given
+        kind = _kind_of(file)
+        if kind == "PNG":
+            file = io.BytesIO(slim_png(file.read()))
         try:
             picture = Image.open(file, formats=FORMATS)
         except Image.DecompressionBombError:
             raise TooLarge(_pixels_sentence("more than 178,956,970", limits)) from None
         except PILLOW_FAULTS:
             raise BadImage(
-                f"the image cannot be read: {num_bytes} bytes starting {head!r} are none of {', '.join(FORMATS)}"
+                f"the {kind} image is damaged, or of a kind that is not read ({_fault(kind, file)})"
             ) from None
         check_pixels(picture.height, picture.width, limits)  # here already: Pillow decodes a PNG to find its EXIF
-        yield picture
+        yield picture, kind, file
+
+
+def _kind_of(file: BinaryIO) -> str:
+    """The format, by a file's first bytes. Raises BadImage where it is none of those that are read."""
+    head = file.read(12)
+    if not head:
+        raise BadImage(f"the image is empty (0 bytes); one of {', '.join(FORMATS)} is wanted")
+    for start, kind in STARTS.items():
+        if head.startswith(start) and (kind != "WEBP" or head[8:] == b"WEBP"):
+            file.seek(0)
+            return kind
+    num_bytes = file.seek(0, io.SEEK_END)
+    raise BadImage(
+        f"the image cannot be read: {num_bytes} bytes starting {head[:8]!r} are none of {', '.join(FORMATS)}"
+    )
+
+
+def _fault(kind: str, file: BinaryIO) -> str:
+    """Why Pillow does not open a file: its own search for a format keeps that to itself."""
+    file.seek(0)
+    try:
+        Image.OPEN[kind][0](file, "")
+    except (SyntaxError, OSError, ValueError) as error:
+        if error.__cause__ is None:  # else Pillow stumbled
+            return _reason(error)
+    except PILLOW_FAULTS:
+        pass
+    return "its header is broken or ends too early"
+
+
+def _reason(error: Exception) -> str:
+    return str(error).partition("\n")[0][:120] or type(error).__name__
 
 
 def _size_as_shown(picture: Image.Image) -> tuple[int, int]:
-    """Height and width once the orientation is applied; a header that cannot be read has none."""
+    """Height and width once the orientation is applied."""
+    return (picture.width, picture.height) if _orientation(picture) in SIDEWAYS else (picture.height, picture.width)
+
+
+def _orientation(picture: Image.Image) -> int:
+    """How to turn a picture (EXIF); one whose header cannot be read is upright."""
     try:
-        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+        orientation: int = picture.getexif().get(ExifTags.Base.Orientation, 1)
     except PILLOW_FAULTS:
-        orientation = 1
-    return (picture.width, picture.height) if orientation in SIDEWAYS else (picture.height, picture.width)
+        return 1
+    return orientation if orientation in TURNS else 1
 
 
 def check_pixels(height: int, width: int, limits: Limits) -> None:
@@ -125,14 +170,46 @@ def check_array(image: Pixels, limits: Limits) -> Pixels:
     return np.ascontiguousarray(image)
 
 
-def _to_rgb(picture: Image.Image) -> NDArray[np.uint8]:
-    if picture.mode.startswith("I") or picture.mode == "F":
-        return _from_deep_grey(np.asarray(picture), picture.mode)
-    return np.asarray(picture.convert("RGB"))
+def _decode(picture: Image.Image, kind: str, file: BinaryIO) -> Pixels:
+    file.seek(0)
+    data = file.read()
+    read = read_jpeg(data, "CMYK" if picture.mode == "CMYK" else "RGB") if kind == "JPEG" else None
+    if read:
+        pixels, warnings = read
+        if picture.mode == "CMYK":  # as everybody since Adobe's first version, the file has it inverted
+            pixels = np.asarray(Image.fromarray(255 - pixels, "CMYK").convert("RGB"))
+        upright = turn(pixels.transpose(2, 0, 1), TURNS[_orientation(picture)]).transpose(1, 2, 0)
+        return _described(np.ascontiguousarray(upright), None, warnings)
+    if kind == "PNG":
+        check_png(data)
+        if data[PNG_DEPTH] == 16:  # of colours, Pillow keeps the high byte only, whatever the low one holds
+            return open_file(data, "PNG", orientation=_orientation(picture)).load()
+    shown = ImageOps.exif_transpose(picture)
+    void_HW = None
+    if shown.has_transparency_data:
+        void_HW = np.asarray(shown.convert("RGBA").getchannel("A")) == 0
+    warnings = (WEBP_DAMAGE,) if kind == "WEBP" and _goes_astray(data) else ()
+    return _described(np.asarray(shown.convert("RGB")), void_HW, warnings)
 
 
-def _from_deep_grey(values: NDArray[np.generic], mode: str) -> NDArray[np.uint8]:
-    if mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"pixel mode {mode} with values outside 0..65535 is not read; 8 or 16 bits are")
-    grey = (values.astype(np.uint16) >> 8).astype(np.uint8)
-    return np.repeat(grey[:, :, None], 3, axis=2)
+def _goes_astray(webp: bytes) -> bool:
+    """Whether the decoder ends before the data do."""
+    short = shorten_webp(webp)
+    try:
+        return short is not None and bool(Image.open(io.BytesIO(short), formats=["WEBP"]).load())
+    except PILLOW_FAULTS:
+        return False
+
+
+def _described(
+    pixels: NDArray[np.uint8], void_HW: NDArray[np.bool_] | None, warnings: tuple[str, ...]
+) -> NDArray[np.uint8] | Raster:
+    """The bare array where there is nothing to say of it."""
+    if void_HW is not None and not void_HW.any():
+        void_HW = None
+    step = max(1, PIECE_PIXELS // pixels.shape[1])
+    parts = [slice(y, y + step) for y in range(0, len(pixels), step)]
+    values = (pixels[rows] if void_HW is None else pixels[rows][~void_HW[rows]] for rows in parts)
+    _, of_values = find_white(values, pixels.dtype, num_values=pixels.size)
+    warnings += of_values
+    return Raster(pixels, void_HW=void_HW, warnings=warnings) if warnings or void_HW is not None else pixels

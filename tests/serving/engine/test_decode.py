@@ -141,7 +141,7 @@ GOOD = {
 
 
 @pytest.mark.parametrize(
-    "data", [b"x", b"not an image", b"\x00" * 1000, b"<svg/>", b"\x89PNG\r\n\x1a\n", b"%PDF-1.7", b"\xff\xd8\xff"]
+    "data", [b"x", b"not an image", b"\x00" * 1000, b"<svg/>", b"\x89PNG", b"%PDF-1.7", b"\xff\xd8", b"RIFF1234WAVE"]
 )
 def test_what_is_no_image_is_refused_with_its_size_and_what_is_read(data: bytes) -> None:
     with pytest.raises(BadImage, match=rf"cannot be read: {len(data)} bytes .* none of PNG, JPEG, WEBP, TIFF, BMP"):
@@ -159,9 +159,28 @@ def test_formats_that_are_not_read_are_refused() -> None:
             decode(encode(Image.new("RGB", (8, 8)), kind))
 
 
-def test_floating_point_pixels_are_refused() -> None:
-    with pytest.raises(BadImage, match="mode F"):
-        decode(encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"))
+@pytest.mark.parametrize(("kind", "start"), [("PNG", b"\x89PNG\r\n\x1a\n"), ("JPEG", b"\xff\xd8\xff"), ("BMP", b"BM"),
+                                             ("WEBP", b"RIFF\0\0\0\0WEBP")])  # fmt: skip
+@pytest.mark.parametrize("rest", [b"", b"\0", b"\0" * 500])
+def test_a_file_that_begins_as_a_format_and_is_none_of_it_is_called_damaged(
+    kind: str, start: bytes, rest: bytes
+) -> None:
+    with pytest.raises(BadImage, match=f"the {kind} image is damaged, or of a kind that is not read") as caught:
+        decode(start + rest)
+    assert "none of" not in str(caught.value) and "unpack" not in str(caught.value)
+
+
+def test_kinds_of_a_format_that_are_not_read_are_refused_by_that_format() -> None:
+    jpeg, bmp, deep = bytearray(GOOD["JPEG"]), bytearray(GOOD["BMP"]), png(4, 4, depth=3)
+    jpeg[jpeg.index(b"\xff\xc0") + 4] = 12  # bits
+    bmp[30] = 77  # compression
+    for kind, data in (("JPEG", bytes(jpeg)), ("BMP", bytes(bmp)), ("PNG", deep)):
+        with pytest.raises(BadImage, match=f"the {kind} image is damaged, or of a kind that is not read"):
+            decode(data)
+
+
+def test_floating_point_pixels_are_read_from_0_to_1() -> None:
+    assert decode(encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF")).min() == 255
 
 
 def test_32_bit_pixels_beyond_16_bits_are_refused() -> None:

@@ -1,0 +1,129 @@
+"""Damage that decoders pass over in silence, and pictures that are whole although they refuse them."""
+
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import suppress
+
+import numpy as np
+import simplejpeg  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+
+from penumbra.models.errors import BadImage
+
+TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+TEXT_BYTES = 2**20
+"""Of all texts of a PNG together, unpacked; Pillow opens none with a text that is longer."""
+END_OF_IMAGE = b"\xff\xd9"
+MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
+"""Of a JPEG's segments; the pixels between them have other bytes after 0xff."""
+SPARE_BYTES = 4
+"""At the end of a WebP's pixels, one fewer may be padding: all of 200 whole pictures needed the fourth."""
+FRAMES = (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
+SCAN, END = 0xDA, 0xD9
+
+
+def check_png(data: bytes) -> None:
+    """Raises BadImage where the checksum of a chunk does not hold; Pillow does not look at those of the pixels."""
+    for kind, start, end in _chunks(data):
+        if end + 4 <= len(data) and zlib.crc32(data[start - 4 : end]) != int.from_bytes(data[end : end + 4]):
+            raise BadImage(f"the PNG image is damaged (the checksum of a part {ascii(kind)[2:-1]} does not hold)")
+
+
+def slim_png(data: bytes) -> bytes:
+    """The same picture without its colour profile, which nobody looks at, and without very long texts."""
+    kept, text_bytes = [data[:8]], 0
+    for kind, start, end in _chunks(data):
+        if kind in TEXTS:
+            text_bytes += _unpacked_bytes(kind, data[start:end])
+        if kind != b"iCCP" and (kind not in TEXTS or text_bytes <= TEXT_BYTES):
+            kept.append(data[start - 8 : end + 4])
+    return b"".join(kept)
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Kind of every chunk, and where its body starts and ends; one that is cut off ends where the file does."""
+    place = 8
+    while place + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, place)
+        yield kind, place + 8, min(place + 8 + length, len(data))
+        if kind == b"IEND":
+            return
+        place += 12 + length
+
+
+def _unpacked_bytes(kind: bytes, body: bytes) -> int:
+    """Of a text; no more is unpacked than decides."""
+    rest = body.partition(b"\0")[2]
+    if kind == b"tEXt" or (kind == b"iTXt" and rest[:1] != b"\1"):
+        return len(body)
+    packed = rest[1:] if kind == b"zTXt" else rest[2:].split(b"\0", 2)[-1]
+    try:
+        return len(zlib.decompressobj().decompress(packed, TEXT_BYTES + 1))
+    except zlib.error:
+        return len(body)
+
+
+def shorten_webp(data: bytes) -> bytes | None:
+    """The same picture without the last of its pixels' bytes; None where that is not what the file is made of.
+
+    Such a one cannot be decoded, unless a decoder goes astray before: it has no other check.
+    """
+    parts, place, is_short = list[bytes](), 12, False
+    while place + 8 <= len(data):
+        kind, size = struct.unpack_from("<4sI", data, place)
+        body = data[place + 8 : place + 8 + size]
+        if kind in (b"VP8 ", b"VP8L") and size > SPARE_BYTES:
+            body, is_short = body[:-SPARE_BYTES], True
+        parts.append(struct.pack("<4sI", kind, len(body)) + body + bytes(len(body) % 2))
+        place += 8 + size + size % 2
+    whole = b"WEBP" + b"".join(parts)
+    return b"RIFF" + struct.pack("<I", len(whole)) + whole if is_short else None
+
+
+def read_jpeg(data: bytes, colours: str) -> tuple[NDArray[np.uint8], tuple[str, ...]] | None:
+    """Pixels, and what was repaired; None where the channels' sizes are too unusual. colours: RGB, or CMYK as stored.
+
+    One that lacks only its end marker is whole. Raises BadImage where pixels are missing or cannot be guessed.
+    """
+    try:
+        return simplejpeg.decode_jpeg(data, colours, strict=True), ()
+    except ValueError as error:
+        fault = str(error)
+    if "subsampling" in fault:
+        return None
+    if not any(marker == END for marker, _ in _segments(data)):
+        with suppress(ValueError):
+            pixels = simplejpeg.decode_jpeg(data + END_OF_IMAGE, colours, strict=True)
+            if _has_all_scans(data):
+                return pixels, ()
+        raise BadImage(f"the JPEG image is truncated ({fault})")
+    try:
+        pixels = simplejpeg.decode_jpeg(data, colours, strict=False)
+    except ValueError as error:
+        raise BadImage(f"the JPEG image is damaged ({error})") from None
+    return pixels, (f"the JPEG image is damaged, and its pixels there are a guess ({fault})",)
+
+
+def _has_all_scans(data: bytes) -> bool:
+    """Whether every coefficient of every component has come to its last bit, by the headers of frame and scans."""
+    missing = set[tuple[int, int]]()
+    for marker, body in _segments(data):
+        if marker in FRAMES:
+            missing = {(component, k) for component in body[6::3] for k in range(64)}
+        if marker == SCAN and len(body) > 3 and body[-1] & 15 == 0:
+            first, last = body[-3], body[-2]
+            missing -= {(component, k) for component in body[1:-3:2] for k in range(first, last + 1)}
+    return not missing
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Marker and body, to the end marker if there is one."""
+    place = 2
+    while found := MARKER.search(data, place):
+        marker, start = found[1][0], found.end()
+        place = start + int.from_bytes(data[start : start + 2])
+        yield marker, data[start + 2 : place]
+        if marker == END:
+            return
