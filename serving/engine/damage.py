@@ -18,6 +18,8 @@ TEXT_BYTES = 2**20
 END_OF_IMAGE = b"\xff\xd9"
 MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 """Of a JPEG's segments; the pixels between them have other bytes after 0xff."""
+BOMB_BYTES = 2**26
+"""Of a text: more than that nobody writes in earnest."""
 SPARE_BYTES = 4
 """At the end of a WebP's pixels, one fewer may be padding: all of 200 whole pictures needed the fourth."""
 FRAMES = (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
@@ -32,12 +34,17 @@ def check_png(data: bytes) -> None:
 
 
 def slim_png(data: bytes) -> bytes:
-    """The same picture without its colour profile, which nobody looks at, and without very long texts."""
+    """The same picture without its colour profile, which nobody looks at, and without very long texts.
+
+    What inflates to more than BOMB_BYTES is left for Pillow to refuse.
+    """
     kept, text_bytes = [data[:8]], 0
     for kind, start, end in _chunks(data):
-        if kind in TEXTS:
-            text_bytes += _unpacked_bytes(kind, data[start:end])
-        if kind != b"iCCP" and (kind not in TEXTS or text_bytes <= TEXT_BYTES):
+        size = end - start if kind in TEXTS else 0
+        if size and text_bytes <= TEXT_BYTES:  # else it is dropped whatever it holds
+            size = _unpacked_bytes(kind, data[start:end])
+        text_bytes += size
+        if kind != b"iCCP" and (not size or text_bytes <= TEXT_BYTES or size > max(end - start, BOMB_BYTES)):
             kept.append(data[start - 8 : end + 4])
     return b"".join(kept)
 
@@ -54,15 +61,19 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _unpacked_bytes(kind: bytes, body: bytes) -> int:
-    """Of a text; no more is unpacked than decides."""
+    """Of a text; none of it is kept, and no more is unpacked than decides."""
     rest = body.partition(b"\0")[2]
     if kind == b"tEXt" or (kind == b"iTXt" and rest[:1] != b"\1"):
         return len(body)
     packed = rest[1:] if kind == b"zTXt" else rest[2:].split(b"\0", 2)[-1]
+    unpacker, size = zlib.decompressobj(), 0
     try:
-        return len(zlib.decompressobj().decompress(packed, TEXT_BYTES + 1))
+        while packed and size <= BOMB_BYTES:
+            size += len(unpacker.decompress(packed, TEXT_BYTES))
+            packed = unpacker.unconsumed_tail
     except zlib.error:
         return len(body)
+    return size
 
 
 def shorten_webp(data: bytes) -> bytes | None:

@@ -170,10 +170,11 @@ class FileRaster(Raster):
             for x in range(0, width, across):
                 frame = Frame(x, y, min(across, width - x), min(down, height - y))
                 values = self._stored(frame, self._bands)
-                valid = (values == values) & (values != self.nodata)
                 if self._is_masked:
-                    valid &= self._stored(frame, self._bands, masks=True) != 0
-                yield values[valid]
+                    values = values[self._stored(frame, self._bands, masks=True) != 0]
+                if self._dtype.kind == "f" or self.nodata is not None:
+                    values = values[(values == values) & (values != self.nodata)]
+                yield values
 
     def _read(self, rows: slice, columns: slice, bands: list[int], *, masks: bool = False) -> NDArray[Any]:
         """Values, or masks, of upright pixels [bands, h, w]."""

@@ -35,10 +35,13 @@ def find_white(
     is_filled = dtype in (np.uint8, np.uint16)  # the last range is the type's own and holds whatever comes
     outside, measured, lowest, highest = np.zeros(len(ranges), np.int64), 0, np.inf, -np.inf
     for values in blocks:
-        if values.size:
-            lowest, highest = min(lowest, values.min()), max(highest, values.max())
-            measured += values.size
-            outside += [np.count_nonzero(_is_outside(values, white)) for white in ranges]
+        if not values.size:
+            continue
+        ends = np.array([values.min(), values.max()])
+        lowest, highest, measured = min(lowest, ends[0]), max(highest, ends[1]), measured + values.size
+        for k, white in enumerate(ranges):
+            if outside[k] <= OUTSIDE * num_values and _is_outside(ends, white).any():
+                outside[k] += np.count_nonzero(_is_outside(values, white))
         if (outside[: -1 if is_filled else None] > OUTSIDE * num_values).all():
             break
     if not measured:
