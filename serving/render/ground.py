@@ -19,7 +19,8 @@ from rasterio.rpc import RPC
 from rasterio.transform import GCPTransformer, RPCTransformer
 from rasterio.warp import transform
 
-from penumbra.serving.engine.raster import Pixels, Place, Raster, gdal
+from penumbra.serving.engine.layout import Place
+from penumbra.serving.engine.raster import Pixels, Raster, gdal
 from penumbra.serving.render.meridian import Points, cut, shoelace, turned
 
 WGS84 = "EPSG:4326"
