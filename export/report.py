@@ -12,6 +12,7 @@ from rich.table import Column, Table
 from penumbra.export.importer import Imported
 from penumbra.export.parity import TOLERANCES
 from penumbra.models.card import Card, Parity
+from penumbra.serving.watch import how_to_serve
 
 FEW = 12
 """Lines of a table, above which names are counted instead."""
@@ -60,3 +61,5 @@ def print_parity(card: Card, directory: Path, *, as_json: bool, measured: Parity
     click.echo(directory)
     for name, value in dataclasses.asdict(figures).items():
         click.echo(f"  {name:26} {'none' if value is None else f'{value:.6g}':12} {limits.get(name, '')}".rstrip())
+    if measured is None:
+        click.echo(how_to_serve(card.name), err=True)

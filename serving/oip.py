@@ -9,7 +9,7 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -240,8 +240,11 @@ class Inference:
 
     async def load(self, model: str) -> None:
         """Serve the newest version of a model in the store. Raises Restricted where that is off, BadArtifact."""
-        store = self._require_store()
-        await asyncio.get_running_loop().run_in_executor(self._loading, self._load, model, store)
+        await asyncio.wrap_future(self.load_newest(model, self._require_store()))
+
+    def load_newest(self, model: str, store: Path) -> Future[None]:
+        """Begin the same, whether callers may or not; one load at a time. From any thread."""
+        return self._loading.submit(self._load, model, store)
 
     def _load(self, model: str, store: Path) -> None:
         segmenter = self.gateway.segmenter

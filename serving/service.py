@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from penumbra.serving.grpc_server import GrpcServer
     from penumbra.serving.jobs import Jobs
     from penumbra.serving.oip import Inference
+    from penumbra.serving.watch import StoreWatch
 
 log = logging.getLogger("penumbra")
 
@@ -101,6 +102,7 @@ class Penumbra:
             use_bentomls_provider()
         self.gateway: Gateway | None = None
         self.jobs: Jobs | None = None
+        self.watch: StoreWatch | None = None
         self.grpc: GrpcServer | None = None
 
     @bentoml.on_deployment  # type: ignore[untyped-decorator]
@@ -143,7 +145,7 @@ class Penumbra:
     def _load(self, loop: asyncio.AbstractEventLoop) -> None:
         """In a thread of its own, while the event loop says so: load everything, or end the server."""
         try:
-            gateway, inference, jobs = load_all()
+            loaded = load_all()
             gc.collect()
             gc.freeze()
             gc.enable()
@@ -153,16 +155,17 @@ class Penumbra:
         except Exception:
             log.exception("loading failed unexpectedly")
             give_up("loading failed unexpectedly, as is said above")
-        loop.call_soon_threadsafe(self._open, gateway, inference, jobs)
+        loop.call_soon_threadsafe(self._open, *loaded)
 
-    def _open(self, gateway: "Gateway", inference: "Inference", jobs: "Jobs") -> None:
+    def _open(self, gateway: "Gateway", inference: "Inference", jobs: "Jobs", watch: "StoreWatch") -> None:
         """In the event loop: answer from now on."""
         from penumbra.serving.oip_grpc import Calls, service_handlers
 
-        self.gateway, self.jobs = gateway, jobs
+        self.gateway, self.jobs, self.watch = gateway, jobs, watch
         gateway.state = "ready"
         LOADED.set()
         jobs.start()
+        watch.start()
         if self.grpc:
             self.grpc.open(service_handlers(Calls(inference, BODIES), BODIES))
         url = BentoMLContainer.remote_runner_mapping.get().get("penumbra", "HTTP")
@@ -171,10 +174,11 @@ class Penumbra:
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def end(self) -> None:
-        if not self.gateway or not self.jobs:
+        if not self.gateway or not self.jobs or not self.watch:
             os._exit(0)  # nothing was accepted, and the thread that loads may be anywhere
         if self.grpc:
             await self.grpc.stop(grace_s=SETTINGS.timeout_s)
+        await asyncio.to_thread(self.watch.close)
         await asyncio.to_thread(self.jobs.close)
         await asyncio.to_thread(self.gateway.close)
 
@@ -214,29 +218,33 @@ def _as_lists(prediction: Any) -> PredictAnswer:
     return PredictAnswer(labels=prediction.labels_HW.tolist(), **maps)
 
 
-def load_all() -> tuple["Gateway", "Inference", "Jobs"]:
+def load_all() -> tuple["Gateway", "Inference", "Jobs", "StoreWatch"]:
     """Everything that answers, and its routes. Raises PenumbraError."""
     from penumbra.serving import jobs_rest, oip_grpc, oip_rest  # noqa: F401  (the last is used in the event loop)
     from penumbra.serving.job import lock
     from penumbra.serving.jobs import Jobs, job_bounds
     from penumbra.serving.oip import Inference
     from penumbra.serving.rest import ERROR_HANDLERS, routes
+    from penumbra.serving.watch import StoreWatch, look
 
     if "jobs" not in SETTINGS.model_fields_set:
         own_directory(SETTINGS.jobs)  # it is where anybody may make one
     lock(SETTINGS.jobs).close()  # a place that cannot be used is told before models are loaded
+    before = look(SETTINGS.store)
     gateway = build_gateway(SETTINGS, TELEMETRY, trusted_keys=TRUSTED_KEYS)
-    scheduler = gateway.segmenter.scheduler
-    build = build_facts(SETTINGS.revision)
-    TELEMETRY.describe(build, queued_windows=lambda: scheduler.queued[0])
+    segmenter, build = gateway.segmenter, build_facts(SETTINGS.revision)
+    TELEMETRY.describe(
+        build, queued_windows=lambda: segmenter.scheduler.queued[0], refused_models=lambda: len(segmenter.refused)
+    )
     inference = Inference(gateway, store=SETTINGS.store if SETTINGS.model_control else None)
     oip_routes = oip_rest.routes(
         inference, body_bytes=SETTINGS.limit_body_bytes, json_bytes=SETTINGS.limit_json_bytes, bodies=BODIES
     )
+    watch = StoreWatch(SETTINGS.store, before, every_s=SETTINGS.watch_store_s, inference=inference)
     jobs = Jobs(SETTINGS.jobs, gateway, bounds=job_bounds(SETTINGS), store=SETTINGS.store)
     APP.router.routes[:] = [*oip_routes, *jobs_rest.routes(jobs, TELEMETRY), *routes(gateway, build)]
     APP.exception_handlers.update(ERROR_HANDLERS)
-    return gateway, inference, jobs
+    return gateway, inference, jobs, watch
 
 
 def build_gateway(settings: Settings, telemetry: Telemetry, *, trusted_keys: PublicKeys | None) -> "Gateway":

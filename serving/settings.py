@@ -53,7 +53,8 @@ class Settings(BaseSettings):
 
     store: directory of artifacts. jobs: directory of jobs, this server's alone; job_keep_s: how long their results are
     kept. grpc_address: host:port of gRPC, empty for none. model_control: whether callers may
-    load models of the store and unload them. device: "cpu" or "cuda[:n]"; empty takes CUDA where there is one.
+    load models of the store and unload them. watch_store_s: how often the store is looked at; 0 is never.
+    device: "cpu" or "cuda[:n]"; empty takes CUDA where there is one.
     threads: of all inference; 0 takes one per usable core. lanes: batches at a time, which share the threads out; 0
     takes one per thread on a CPU and one on a GPU.
     deterministic: bytes of an answer never depend on what else is in its batch; costs the batch sizes that this
@@ -74,6 +75,7 @@ class Settings(BaseSettings):
     jobs: Path = Path(tempfile.gettempdir()) / "penumbra-jobs"
     grpc_address: Annotated[str, _fitting(r"(.+:\d{1,5})?", "HOST:PORT is wanted")] = "127.0.0.1:3001"
     model_control: bool = False
+    watch_store_s: float = Field(0.0, ge=0)
     device: Annotated[str, _fitting(r"(cpu|cuda(:\d+)?)?", "cpu, cuda or cuda:N is wanted")] = ""
     threads: int = Field(0, ge=0)
     lanes: int = Field(0, ge=0)

@@ -64,6 +64,7 @@ class Telemetry(Observer):
         self._windows = counter("windows", "Windows run.", ["model"])
         self._samples = counter("samples", "Samples drawn: windows x S.", ["model"])
         self._load_seconds = gauge("model_load_seconds", "Time to open, check and warm up.", ["model"])
+        self._refused = gauge("models_refused", "Models whose newest version in the store is refused.")
         self._entropy = histogram("entropy_mean", "Mean entropy of an answer, nats.", ["model"], buckets=NATS)
         self._abstained = histogram(
             "abstain_ratio", "Share of pixels withheld for max_risk.", ["model"], buckets=ABSTAINED
@@ -74,10 +75,13 @@ class Telemetry(Observer):
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
 
-    def describe(self, build: Mapping[str, str], *, queued_windows: Callable[[], int]) -> None:
+    def describe(
+        self, build: Mapping[str, str], *, queued_windows: Callable[[], int], refused_models: Callable[[], int]
+    ) -> None:  # fmt: skip
         """Facts that are known once the engine stands."""
         self._build.info({"commit": ""} | dict(build))
         self._queue_windows.set_function(queued_windows)
+        self._refused.set_function(refused_models)
 
     def batch_done(self, model: str, *, windows: int, capacity: int, samples: int) -> None:
         self._batch_windows.labels(model).observe(windows)

@@ -214,6 +214,7 @@ def test_export_and_verify_print_place_and_parity(checkpoint: Path, tmp_path: Pa
     assert result.stdout.splitlines()[0] == str(store / "toy-latent" / "1")
     figures = [field.name for field in dataclasses.fields(Parity)]
     assert [line.split()[0] for line in result.stdout.splitlines()[1:]] == figures
+    assert "PENUMBRA_WATCH_STORE_S" in result.stderr and "/v2/repository/models/toy-latent/load" in result.stderr
     exported = json.loads(run("export", checkpoint, "--store", store, "--json").stdout)
     assert exported["directory"] == str(store / "toy-latent" / "2") and list(exported["parity"]) == figures
     facts = open_artifact(store / "toy-latent" / "2").card.export

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -30,6 +31,7 @@ from penumbra.models.errors import BadData, BadOption
 from penumbra.models.files import writing
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import CARD, find_artifact, versions
+from penumbra.serving.watch import how_to_serve
 from penumbra.training.data.frames import FrameSet
 from penumbra.training.evaluation.answers import Answer, answer, pictures
 from penumbra.training.evaluation.figures import Evaluation
@@ -292,3 +294,4 @@ def report(calibrated: Calibrated, place: Path) -> None:
     for sentence in calibrated.refused.values():
         console.print(f"[yellow]not guaranteed:[/] {sentence}", highlight=False)
     console.print(f"wrote {place}", highlight=False)
+    click.echo(how_to_serve(calibrated.card.name), err=True)

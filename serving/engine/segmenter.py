@@ -128,7 +128,9 @@ class Segmenter:
             loaded = {**self._runtimes.get(card.name, {}), card.version: runtime}
             kept = {version: loaded[version] for version in {*sorted(loaded)[-KEPT_VERSIONS:], card.version}}
             self._runtimes = {**self._runtimes, card.name: kept}
-        self._observer.model_loaded(card.name, seconds=time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self._observer.model_loaded(card.name, seconds=seconds)
+        log.info("%s version %d is served; it was loaded in %.1f s", card.name, card.version, seconds)
         return card
 
     def unload(self, name: str, version: int | None = None) -> None:

@@ -224,7 +224,8 @@ def test_the_command_writes_the_next_version_and_says_what_it_found(tmp_path: Pa
     stored: Card = artifact_card(tmp_path / "toy-latent" / "2")
     assert stored.readout.temperature == document["temperature"]
     assert "cannot be guaranteed with 4 frames" in document["refused"]["0.01"]
-    code, stdout, _ = run(*common, "--risks", "0.3")
+    code, stdout, stderr = run(*common, "--risks", "0.3")
+    assert "PENUMBRA_WATCH_STORE_S" in stderr and "/v2/repository/models/toy-latent/load" in stderr
     assert code == 0 and "temperature" in stdout and "toy-latent/3" in stdout.replace("\n", "")
     code, _, stderr = run(*common, "--risks", "low")
     assert code == 2 and "risks is 'low'" in stderr
