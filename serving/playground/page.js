@@ -206,7 +206,7 @@ function showClasses() {
   const present = [...count.keys()].filter((k) => count[k]).sort((a, b) => count[b] - count[a]);
   $("legend").replaceChildren(...present.map((k) => {
     const share = `${((100 * count[k]) / labels.values.length).toFixed(1)} %`;
-    return row(className(k), share, `${(sum[k] / count[k]).toFixed(3)} nats`);
+    return row(className(k), share, Number.isNaN(sum[k]) ? "" : `${(sum[k] / count[k]).toFixed(3)} nats`); // void has none
   }));
 }
 

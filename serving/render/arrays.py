@@ -9,6 +9,7 @@ import numpy as np
 import rasterio
 import rasterio.shutil
 from numpy.lib import format as npy
+from numpy.typing import NDArray
 
 from penumbra.models.card import IGNORE, KNOWN_MAPS
 from penumbra.serving.engine.answer import Prediction
@@ -54,7 +55,8 @@ def write_tiff(prediction: Prediction, file: BinaryIO, *, bands: Sequence[str]) 
             _describe(dataset, prediction, bands)
             for rows in blocks(height):
                 frame = rasterio.windows.Window(0, rows.start, width, rows.stop - rows.start)
-                dataset.write(_values(prediction, bands, rows), window=frame)
+                for number, values_hW in enumerate(_values(prediction, bands, rows), 1):
+                    dataset.write(values_hW, number, window=frame)
         rasterio.shutil.copy(
             plain, target, driver="COG", blocksize=TILE, bigtiff="IF_SAFER", compress="DEFLATE", level=1,
             predictor="FLOATING_POINT" if _is_map(bands) else "NO",
@@ -122,12 +124,12 @@ def _describe(target: Any, prediction: Prediction, bands: Sequence[str]) -> None
                 target.set_band_unit(number, "nats")
 
 
-def _values(prediction: Prediction, bands: Sequence[str], rows: slice) -> Any:
-    """One block as [bands, h, W]."""
-    if bands[0] in ("labels", "overlay"):
-        return np.atleast_3d(shown(prediction, bands[0], rows)).transpose(2, 0, 1)
-    values = np.stack([prediction.maps[name][rows] for name in bands])
+def _values(prediction: Prediction, bands: Sequence[str], rows: slice) -> Iterator[NDArray[Any]]:
+    """One block [h, W] of each band in turn."""
+    if not _is_map(bands):
+        yield from np.atleast_3d(shown(prediction, bands[0], rows)).transpose(2, 0, 1)
+        return
     void_hW = prediction.image.void(rows) if isinstance(prediction.image, Raster) else None
-    if void_hW is not None:
-        values[:, void_hW] = np.nan
-    return values
+    for name in bands:
+        values_hW = prediction.maps[name][rows]
+        yield values_hW if void_hW is None else np.where(void_hW, np.float32(np.nan), values_hW)

@@ -7,9 +7,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import rasterio
+from click.testing import CliRunner
 from rasterio import Affine
 from rasterio.control import GroundControlPoint
 from rasterio.crs import CRS
@@ -17,8 +19,11 @@ from rasterio.rpc import RPC
 from rasterio.transform import RPCTransformer, from_origin
 from rasterio.warp import transform
 
+from penumbra.__main__ import main
 from penumbra.serving.engine.raster import Raster, open_raster
 from penumbra.serving.render import Style, render
+from tests.conftest import picture
+from tests.serving.server import until
 from tests.serving.test_render import patches, prediction
 
 HEIGHT, WIDTH = 24, 31
@@ -329,3 +334,32 @@ def test_what_leads_to_no_longitude_is_answered_in_pixels_and_says_so(
 def test_a_picture_that_claims_no_place_is_answered_in_pixels_without_a_word(tmp_path: Path) -> None:
     document = regions(raster(tmp_path), np.zeros((HEIGHT, WIDTH)))
     assert document["coordinates"] == "pixels" and document["penumbra"]["warnings"] == []
+
+
+def test_every_surface_cuts_at_the_180th_meridian(
+    client: httpx.Client, toy_store: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    crs, affine = AFFINE["UTM 60 across the 180th meridian"]
+    profile = {"driver": "GTiff", "height": HEIGHT, "width": WIDTH, "count": 3, "dtype": "uint8"}
+    with rasterio.open(tmp_path / "a.tif", "w", **profile, crs=crs, transform=affine) as target:
+        target.write(picture(rng, HEIGHT, WIDTH).transpose(2, 0, 1))
+    asked = {"content": (tmp_path / "a.tif").read_bytes(), "params": {"model": "toy-latent"}}
+    headers = {"Content-Type": "image/tiff", "Accept": "application/geo+json"}
+    answer = client.post("/segment", **asked, headers=headers)
+    assert answer.status_code == 200, answer.text
+    found = shapes_in(answer.content)
+    assert {kind for _, kind, _ in found} == {"Polygon", "MultiPolygon"}
+    url = client.post("/jobs", **asked, headers=headers).json()["url"]
+    until(lambda: client.get(url).json()["finished"])
+    assert shapes_in(client.get(f"{url}/result").content) == found
+    arguments = [tmp_path / "a.tif", tmp_path / "out", "-m", "toy-latent", "--store", toy_store, "--format", "geojson"]
+    done = CliRunner().invoke(main, ["batch", *map(str, arguments)])
+    assert done.exit_code == 0, done.output
+    assert shapes_in((tmp_path / "out" / "a.geojson").read_bytes()) == found
+
+
+def shapes_in(document: bytes) -> list[tuple[int, str, Any]]:
+    return [
+        (feature["properties"]["id"], feature["geometry"]["type"], feature["geometry"]["coordinates"])
+        for feature in json.loads(document)["features"]
+    ]
