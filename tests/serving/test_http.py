@@ -1,6 +1,7 @@
 """The HTTP surface of a real server over toys: exact answers, and every mistake a status and one sentence."""
 
 import io
+import json
 import math
 import socket
 import struct
@@ -641,4 +642,18 @@ def test_a_caller_who_goes_away_is_counted_and_frees_the_queue(
         is_refused(refusal, 429, "try again in")
         assert int(refusal.headers["retry-after"]) >= 1
     until(lambda: total(metrics(client), "cancelled_total") == total(before, "cancelled_total") + 1)
+    assert total(metrics(client), "queue_windows") == 0
+
+
+def test_a_caller_of_bentomls_route_who_goes_away_is_counted_and_frees_the_queue(
+    server: Server, client: httpx.Client, rng: np.random.Generator
+) -> None:
+    before = metrics(client)
+    wish = {"image": (picture(rng, 300, 300) // 64).tolist(), "model": "toy-latent", "samples": 64}
+    body = json.dumps(wish, separators=(",", ":")).encode()
+    head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with connected(server) as caller:
+        caller.sendall(head.encode() + body)
+        until(lambda: total(metrics(client), "queue_windows") > 0)
+    until(lambda: total(metrics(client), "cancelled_total") == total(before, "cancelled_total") + 1, bound_s=60)
     assert total(metrics(client), "queue_windows") == 0
