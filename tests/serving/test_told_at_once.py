@@ -257,7 +257,7 @@ def test_what_is_set_before_or_while_somebody_waits_wakes_them_and_nobody_else()
 
 
 def _application(gateway: Gateway) -> Starlette:
-    v2 = oip_rest.routes(Inference(gateway), body_bytes=2**20, json_bytes=2**20)
+    v2 = oip_rest.routes(Inference(gateway), body_bytes=2**20, json_bytes=2**20, bodies=Bodies(2**30))
     return Starlette(routes=[*v2, *rest.routes(gateway, "0")], exception_handlers=rest.ERROR_HANDLERS)  # type: ignore[arg-type]
 
 
