@@ -29,9 +29,9 @@ from penumbra.serving.engine.store import (
     Answer,
     Golden,
     golden_tensors,
+    next_version,
     open_artifact,
     sha256_of,
-    versions,
 )
 
 GOLDEN_WINDOWS, GOLDEN_SAMPLES = 2, 3
@@ -75,7 +75,7 @@ def find_writer(backend: str, precision: str) -> ModuleType:
 
 def _export(network: Network, card: Card, store: Path, device: torch.device, frames: Sequence[Frame] = ()) -> Path:
     check_facts(card)
-    card = dataclasses.replace(card, version=max(versions(store).get(card.name, [0])) + 1)
+    card = dataclasses.replace(card, version=next_version(store, card.name))
     network = network.eval().requires_grad_(False)
     place = store / card.name
     fresh = [folder for folder in (place, store) if not folder.exists()]

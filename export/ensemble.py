@@ -7,9 +7,12 @@ from typing import Any
 
 from penumbra.models import find_method
 from penumbra.models.card import Card, Provenance, Readout
-from penumbra.models.checkpoint import load_checkpoint, read_card, save_checkpoint
+from penumbra.models.checkpoint import check_replaceable, load_checkpoint, read_card, save_checkpoint
 from penumbra.models.ensemble.net import EnsembleConfig, MemberConfig
 from penumbra.models.errors import BadOption
+
+JOINED = "ensemble of "
+"""How the recipe of an ensemble begins."""
 
 
 def make_ensemble(checkpoints: Sequence[Path], output: Path) -> Card:
@@ -21,6 +24,7 @@ def make_ensemble(checkpoints: Sequence[Path], output: Path) -> Card:
     stems = [path.stem for path in checkpoints]
     if len(stems) < 2 or len(set(stems)) < len(stems):
         raise BadOption(f"an ensemble is made of two or more files with different names; given are {', '.join(stems)}")
+    check_replaceable(output, made_by=JOINED, sources=checkpoints)
     loaded = [load_checkpoint(path) for path in checkpoints]
     first = loaded[0][0]
     for stem, (card, _) in zip(stems, loaded, strict=True):
@@ -70,4 +74,4 @@ def _joined(provenances: list[Provenance], stems: list[str]) -> Provenance:
     data, licences = (list(dict.fromkeys(filter(None, texts))) for texts in (
         [p.data for p in provenances], [p.licence for p in provenances],
     ))  # fmt: skip
-    return Provenance("; ".join(data), "; ".join(licences), recipe=f"ensemble of {', '.join(stems)}")
+    return Provenance("; ".join(data), "; ".join(licences), recipe=f"{JOINED}{', '.join(stems)}")

@@ -16,7 +16,7 @@ from penumbra.export.layouts import Part, published_name, read_part
 from penumbra.export.pickles import read_torch_file
 from penumbra.models import find_method
 from penumbra.models.card import NAME, Card, ClassInfo, Provenance, Sampling, dump_card, parse_card, read_strict
-from penumbra.models.checkpoint import fill_network, save_checkpoint
+from penumbra.models.checkpoint import check_replaceable, fill_network, save_checkpoint
 from penumbra.models.classes import TABLES
 from penumbra.models.contract import Method, Network
 from penumbra.models.errors import BadArtifact, BadCheckpoint, BadOption
@@ -24,6 +24,8 @@ from penumbra.models.layout import Assembly, Protocol
 from penumbra.serving.engine.store import sha256_of
 
 SUFFIX = ".safetensors"
+IMPORTED = "imported from "
+"""How the recipe of an imported checkpoint begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ def import_checkpoint(
     """
     if output.suffix != SUFFIX or not NAME.fullmatch(output.stem):
         raise BadOption(f"the output is {output.name!r}; a plain name that ends in {SUFFIX} is wanted")
+    check_replaceable(output, made_by=IMPORTED, sources=files)
     found = find_method(method)
     parts = _read_parts(found, files)
     assembly = _assemble(found, parts, files)
@@ -196,7 +199,7 @@ def _provenance(method: Method, parts: Sequence[Part], files: Sequence[Path]) ->
     origins = [
         f"{path.name}, {part.layout.name}, sha256 {sha256_of(path)}" for part, path in zip(parts, files, strict=True)
     ]
-    return Provenance(recipe=f"imported from {'; '.join(origins)}", commit=method.upstream.source)
+    return Provenance(recipe=f"{IMPORTED}{'; '.join(origins)}", commit=method.upstream.source)
 
 
 def _joined(files: Sequence[Path]) -> str:

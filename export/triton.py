@@ -194,6 +194,7 @@ def write_repository(artifact: Artifact, repository: Path) -> list[str]:
             f"{card.name} is exported for {card.export.backend} {card.export.precision}; a Triton repository is made "
             "of torchscript fp32: give the checkpoint instead"
         )
+    is_new = not repository.exists()
     repository.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=repository))
     try:
@@ -204,13 +205,13 @@ def write_repository(artifact: Artifact, repository: Path) -> list[str]:
                 _write(artifact, draft)
         names = sorted(path.name for path in draft.iterdir())
         for name in names:
-            if (repository / name).exists():
+            if os.path.lexists(repository / name):
                 raise BadOption(f"{repository} has a model {name} already; remove it, or choose another directory")
         for name in names:
             os.replace(draft / name, repository / name)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-        if not any(repository.iterdir()):
+        if is_new and not any(repository.iterdir()):
             repository.rmdir()
     return names
 

@@ -1,5 +1,6 @@
 """Checkpoints: one `.safetensors` file, its weights beside its card. Never a pickle."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,30 @@ from penumbra.models import find_method
 from penumbra.models.card import Card, Sampling, dump_card, parse_card, read_strict
 from penumbra.models.contract import Network
 from penumbra.models.errors import BadArtifact, BadCheckpoint, BadOption
-from penumbra.models.files import writing
+from penumbra.models.files import write_whole
 
 COUNTER = "num_batches_tracked"
 """Of BatchNorm: never needed, sometimes missing, sometimes a float."""
 SHOWN = 4
 """Names in a sentence about many."""
+
+
+def check_replaceable(path: Path, *, made_by: str, sources: Sequence[Path] = ()) -> None:
+    """Raises BadOption where a new checkpoint would take the place of a source, or of what is not its maker's own.
+
+    made_by: how the recipe begins in the cards of the checkpoints that this maker may replace.
+    """
+    if not os.path.lexists(path):
+        return
+    if any(path.exists() and path.samefile(source) for source in sources):
+        raise BadOption(f"{path} is one of the files to read, and the output would take its place; name another output")
+    try:
+        recipe = read_card(path).provenance.recipe
+    except BadCheckpoint:
+        recipe = ""
+    if not recipe.startswith(made_by):
+        what = f"no checkpoint whose recipe begins with {made_by!r}"
+        raise BadOption(f"{path} is in the way, and {what}; move it, or name another output")
 
 
 def save_checkpoint(path: Path, card: Card, network: Network, *, half: bool = False) -> None:
@@ -28,15 +47,8 @@ def save_checkpoint(path: Path, card: Card, network: Network, *, half: bool = Fa
         for key, value in network.state_dict().items()
         if not key.endswith(COUNTER)
     }
-    fresh = path.with_name(f".{path.name}.new")  # a reader sees the old file or the whole new one
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with writing(path):
-            fresh.write_bytes(save(tensors, metadata={"card": dump_card(card)}))
-            fresh.chmod(0o644)
-            fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    write_whole(path, save(tensors, metadata={"card": dump_card(card)}))
+    path.chmod(0o644)
 
 
 def read_card(path: Path) -> Card:

@@ -363,8 +363,10 @@ def of_frames(verb: Any) -> Any:
 @STORE
 def evaluate(name: str, store: Path, json_file: Path | None, plots: Path | None, **options: Any) -> None:
     """Measure a model on labelled pictures as it is served: accuracy, calibration, and its uncertainty."""
-    from penumbra.training.evaluation.run import Question, evaluate_artifact, report
+    from penumbra.training.evaluation.run import Question, check_document, evaluate_artifact, report
 
+    if json_file:
+        check_document(json_file)
     for folder in (json_file and json_file.parent, plots):
         if folder:
             folder.mkdir(parents=True, exist_ok=True)  # a place that cannot be is told before the work, not after it

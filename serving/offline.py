@@ -18,13 +18,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from penumbra.models.errors import BadImage, BadOption
+from penumbra.models.files import write_whole
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.bands import BandStream
 from penumbra.serving.engine.decode import open_image
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.raster import RASTER_FAULTS, Raster, gdal, open_raster
 from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.serving.receipts import write_whole
 from penumbra.serving.render import Style, render
 from penumbra.serving.render.arrays import write_tiff
 from penumbra.serving.render.pictures import write_heat
@@ -104,15 +104,17 @@ def identity(path: Path) -> Identity:
     return about.st_dev, about.st_ino
 
 
-def check_replaceable(targets: Iterable[Path], pictures: frozenset[Identity]) -> None:
+def check_replaceable(targets: Iterable[Path], pictures: frozenset[Identity] = frozenset()) -> None:
     """Raises BadOption for a file that must not be overwritten: one of the pictures, or not written by Penumbra."""
     for target in filter(os.path.lexists, targets):
         if target.exists() and identity(target) in pictures:
             raise BadOption(
-                f"{target} is one of the pictures, and an answer would take its place; take another --output"
+                f"{target} is one of the pictures, and an answer would take its place; name another directory"
             )
         if not is_ours(target):
-            raise BadOption(f"{target} is in the way, and Penumbra did not write it; move it, or take another --output")
+            raise BadOption(
+                f"{target} is in the way, and Penumbra did not write it; move it, or name another directory"
+            )
 
 
 def is_ours(path: Path) -> bool:
@@ -154,7 +156,7 @@ def predict_picture(
         else:
             buffer.write(render(prediction, "image/png", Style(name)))
         with disk():
-            write_whole(str(target), buffer.getvalue())
+            write_whole(target, buffer.getvalue())
     return Outcome(path, prediction, class_table(prediction), told)
 
 

@@ -9,7 +9,6 @@ PER_FILE, because an object of a bucket is put as a whole and nodes share no loc
 
 import hashlib
 import json
-import os
 import secrets
 import threading
 from contextlib import suppress
@@ -20,7 +19,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from penumbra.models.errors import BadOption
-from penumbra.models.files import writing
+from penumbra.models.files import write_whole as write_file
 
 FOLDER = ".penumbra-batch"
 PER_FILE = 64
@@ -45,15 +44,7 @@ def write_whole(url: str, data: bytes) -> None:
     if not isinstance(files, LocalFileSystem):
         files.pipe_file(path, data)  # an object is put as one
         return
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        with writing(target):
-            part.write_bytes(data)
-            os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+    write_file(Path(path), data)
 
 
 def fingerprint(data: bytes) -> str:

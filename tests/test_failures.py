@@ -81,10 +81,11 @@ def test_a_triton_repository_on_a_full_disk_is_one_sentence(toy_store: Path, tmp
 
 def test_an_ensemble_on_a_full_disk_is_one_sentence_and_leaves_the_old_file(checkpoints: list[Path]) -> None:
     target = checkpoints[0].with_name("both.safetensors")
-    target.write_bytes(b"old")
+    run("ensemble", *checkpoints, "-o", target)
+    old = target.read_bytes()
     with full_disk(bytes_left=100):
         failed(run("ensemble", *checkpoints, "-o", target), 1, f"{target}: file too large")
-    assert target.read_bytes() == b"old" and sorted(target.parent.glob(".both*")) == []
+    assert target.read_bytes() == old and sorted(target.parent.glob(".both*")) == []
 
 
 def test_a_signature_that_cannot_be_written_is_one_sentence(

@@ -30,7 +30,7 @@ from penumbra.models.card import Calibration, Card, check_facts, dump_card
 from penumbra.models.errors import BadData, BadOption
 from penumbra.models.files import writing
 from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.serving.engine.store import CARD, find_artifact, versions
+from penumbra.serving.engine.store import CARD, find_artifact, next_version
 from penumbra.serving.watch import how_to_serve
 from penumbra.training.data.frames import FrameSet
 from penumbra.training.evaluation.answers import Answer, answer, pictures
@@ -101,7 +101,7 @@ def calibrate_artifact(question: Question, store: Path, *, risks: Sequence[float
     with Segmenter() as segmenter:
         card = segmenter.load(directory)
         calibrated = calibrate(segmenter, question, load_frames(question, card), risks=risks)
-    place = store / card.name / str(versions(store)[card.name][-1] + 1)
+    place = store / card.name / str(next_version(store, card.name))
     calibrated = dataclasses.replace(calibrated, card=dataclasses.replace(calibrated.card, version=int(place.name)))
     write_version(directory, place, calibrated.card)
     return calibrated, place

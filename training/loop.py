@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 
 from penumbra.models import find_method
 from penumbra.models.card import Card, InputSpec, Provenance, Readout, read_strict
-from penumbra.models.checkpoint import load_checkpoint, save_checkpoint
+from penumbra.models.checkpoint import check_replaceable, load_checkpoint, save_checkpoint
 from penumbra.models.contract import Network
 from penumbra.models.errors import BadArtifact, BadOption
 from penumbra.models.files import writing
@@ -115,8 +116,12 @@ class Training:
 
     def resume(self, path: Path) -> None:
         """Go on where `save` was called. Raises BadOption if the file is of another recipe."""
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["recipe"] != dataclasses.asdict(self.recipe):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            begun_with = state["recipe"]
+        except (UnpicklingError, EOFError, RuntimeError, KeyError, TypeError, IndexError):
+            raise BadOption(f"{path} is in the way, and is no state of a training; move it away") from None
+        if begun_with != dataclasses.asdict(self.recipe):
             raise BadOption(f"{path} was begun with another recipe; remove it to start anew")
         if (begun_on := len(state["processes"])) != self.fabric.world_size:
             raise BadOption(f"{path} was begun on {begun_on} devices, not {self.fabric.world_size}; go on with as many")
@@ -150,11 +155,14 @@ def train(
     run_dir, path = runs_dir / recipe.name, Path(recipe.checkpoint)
     for folder in (run_dir, path.parent):
         folder.mkdir(parents=True, exist_ok=True)
+    for checkpoint in (path, run_dir / "latest.safetensors"):
+        check_replaceable(checkpoint, made_by=recipe_of(recipe))
     training = Training(recipe, frames, len(data.classes), fabric=fabric)
-    if training.fabric.is_global_zero:
-        write_split(run_dir / "labelled.txt", frames, training.split[0])
-    if (run_dir / "state.ckpt").exists():
+    if begun := (run_dir / "state.ckpt").exists():
         training.resume(run_dir / "state.ckpt")
+    if training.fabric.is_global_zero:
+        is_own = begun or (run_dir / "latest.safetensors").exists()
+        write_split(run_dir / "labelled.txt", frames, training.split[0], replace=is_own)
     card = describe(recipe, data, num_frames=len(frames), num_labelled=len(training.split[0]), network=training.average)
     run(training, card, val, run_dir, minutes=minutes, report=report)
     if training.fabric.is_global_zero:
@@ -252,8 +260,13 @@ def describe(recipe: Recipe, data: DataSet, *, num_frames: int, num_labelled: in
         readout=Readout(align_corners=True),
         prompt=network.prompt,
         extra_maps=network.extra_maps,
-        provenance=Provenance(sentence, data.licence, f"training/recipes/{recipe.name}.yaml", git_commit()),
+        provenance=Provenance(sentence, data.licence, recipe_of(recipe), git_commit()),
     )
+
+
+def recipe_of(recipe: Recipe) -> str:
+    """What a checkpoint's card says of where it comes from."""
+    return f"training/recipes/{recipe.name}.yaml"
 
 
 def write_measured(path: Path, card: Card, network: Network, val: FrameSet, *, every: int = 1) -> dict[str, float]:

@@ -37,7 +37,7 @@ def draw_all(measured: Measured, shown: Shown, folder: Path) -> list[Path]:
     files = []
     for name, draw in drawings.items():
         files.append(folder / f"{name}.png")
-        draw().savefig(files[-1], dpi=DPI)
+        draw().savefig(files[-1], dpi=DPI, metadata={"Software": "Penumbra"})
     return files
 
 

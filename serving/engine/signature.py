@@ -4,6 +4,7 @@
 SHA-256 of every other file, so it covers the artifact.
 """
 
+import os
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -11,9 +12,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
 from penumbra.models.errors import BadArtifact, BadOption
-from penumbra.models.files import writing
+from penumbra.models.files import write_whole
 
 SIGNATURE = "card.sig"
+SIGNATURE_BYTES = 64
 BEGIN = b"-----BEGIN "
 """What every key in a PEM file begins with; other text is a remark."""
 
@@ -23,8 +25,9 @@ PublicKeys = tuple[Ed25519PublicKey, ...]
 def sign_card(directory: Path, card_bytes: bytes, key: Ed25519PrivateKey) -> Path:
     """Write the signature of an artifact's card beside it; returns its file."""
     path = directory / SIGNATURE
-    with writing(path):
-        path.write_bytes(key.sign(card_bytes))
+    if os.path.lexists(path) and not (path.is_file() and path.stat().st_size == SIGNATURE_BYTES):
+        raise BadOption(f"{path} is in the way, and is no signature; move it away")
+    write_whole(path, key.sign(card_bytes))
     path.chmod(0o644)  # as the artifact's other files: servers have other users
     return path
 

@@ -145,6 +145,12 @@ def versions(store: Path) -> dict[str, list[int]]:
     return {name: sorted(numbers) for name, numbers in sorted(found.items())}
 
 
+def next_version(store: Path, name: str) -> int:
+    """The number of a model's next artifact: above all that are there, also those that hold no card."""
+    taken = [int(path.name) for path in (store / name).glob("*") if re.fullmatch("[1-9][0-9]*", path.name)]
+    return max(taken, default=0) + 1
+
+
 def find_artifact(store: Path, name: str, version: int | None = None) -> Path:
     """Directory of a model, its newest version unless one is named. Raises UnknownModel naming what there is."""
     known = versions(store)

@@ -129,10 +129,16 @@ def read_list(path: Path) -> list[str]:
     return names
 
 
-def write_split(path: Path, frames: FrameSet, labelled: Tensor) -> None:
-    """Write the names of the labelled frames, one per line."""
+def write_split(path: Path, frames: FrameSet, labelled: Tensor, *, replace: bool = True) -> None:
+    """Write the names of the labelled frames, one per line.
+
+    replace: whether a file that is there may be another list. Raises BadOption where it may not, and is.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{frames.names[i]}\n" for i in labelled.tolist()), "utf-8")
+    data = "".join(f"{frames.names[i]}\n" for i in labelled.tolist()).encode()
+    if not replace and path.exists() and path.read_bytes() != data:
+        raise BadOption(f"{path} is in the way, and lists other frames than this training has; move it away")
+    path.write_bytes(data)
 
 
 def _divide(order: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """`penumbra evaluate`: an artifact and a labelled data set to figures, curves and a document."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,12 +17,15 @@ from penumbra.models.errors import BadData, BadOption
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import find_artifact
+from penumbra.serving.offline import check_replaceable
 from penumbra.training.data import find_data
 from penumbra.training.data.frames import FrameSet
 from penumbra.training.evaluation.answers import Answer, answer, check_classes, pictures
 from penumbra.training.evaluation.figures import Evaluation
 
 SAMPLE_COUNTS = (1, 2, 5, 10, 20, 50)
+PLOTS = ("reliability", "risk_coverage", "pavpu", "confusion", "contact_sheet", "samples")
+"""What `penumbra.training.plots` may draw."""
 COMPARED = ("seg/mIoU", "seg/NLL", "cal/ECE", "err/AUROC/entropy", "err/AUROC/mutual_information")
 FEW_FRAMES = 16
 """For quality and cost against S, which needs 88 samples of each."""
@@ -148,6 +152,8 @@ def evaluate_artifact(question: Question, store: Path, *, plots: Path | None = N
     """Load an artifact, measure it, and draw what was measured. Raises any PenumbraError."""
     if question.every < 1:
         raise BadOption(f"every is {question.every}; 1 or more is possible")
+    if plots:
+        check_replaceable([plots / f"{name}.png" for name in PLOTS])
     with Segmenter() as segmenter:
         card = segmenter.load(find_artifact(store, question.name, question.version))
         frames = load_frames(question, card)
@@ -157,6 +163,19 @@ def evaluate_artifact(question: Question, store: Path, *, plots: Path | None = N
 
             draw_all(measured, typical(measured, segmenter, frames), plots)
     return measured
+
+
+def check_document(path: Path) -> None:
+    """Raises BadOption where an evaluation's document would take the place of a file that is none."""
+    if not path.is_file():  # there is none yet, or it is a pipe
+        return
+    try:
+        document = json.loads(path.read_bytes() or '{"figures": 0, "curves": 0}')  # nothing is lost with an empty file
+        is_own = {"figures", "curves"} <= document.keys()
+    except (ValueError, AttributeError):
+        is_own = False
+    if not is_own:
+        raise BadOption(f"{path} is in the way, and is no evaluation; move it, or name another file")
 
 
 def follow(items: Iterable[T], title: str, *, total: int) -> Iterable[T]:
