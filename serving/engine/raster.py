@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import rasterio
 from numpy.typing import NDArray
+from rasterio._err import CPLE_BaseError
 from rasterio.errors import NodataShadowWarning, NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window as Frame
 
@@ -32,7 +33,7 @@ BLOCK_PIXELS = 2**26
 PIECE_PIXELS = 2**20
 """As many are read together to find white, or to fill the memory."""
 DRIVERS = {"TIFF": "GTiff", "PNG": "PNG"}
-RASTER_FAULTS = (RasterioError, OSError, ValueError, TypeError, MemoryError, IndexError, OverflowError)
+RASTER_FAULTS = (RasterioError, CPLE_BaseError, OSError, ValueError, TypeError, MemoryError, IndexError, OverflowError)
 
 
 @contextmanager

@@ -468,3 +468,27 @@ def test_no_name_of_ours_is_in_a_refusal(rgb: np.ndarray) -> None:
         with pytest.raises(BadImage) as caught:
             opened(broken).load()
         assert "vsimem" not in str(caught.value) and ".tif" not in str(caught.value)
+
+
+DAMAGED = [
+    {"colours": "red green blue alpha"}, {"photometric": "cmyk"}, {"compress": "deflate"}, {"nodata": 0}, {"nbits": 4},
+    {"mask": True}, {"compress": "jpeg"}, {"interleave": "band"},
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # rasterio stumbles over GDAL's words
+@pytest.mark.parametrize("facts", DAMAGED)
+def test_a_damaged_tiff_of_any_kind_is_read_or_refused_in_a_sentence(facts: Any, rng: np.random.Generator) -> None:
+    values = rng.integers(0, 16, (40, 60, 4 if len(facts.keys() & {"colours", "photometric"}) else 3), dtype=np.uint8)
+    data, sentences = tiff(values, **facts), list[str]()
+    for _ in range(150):
+        damaged = bytearray(data)
+        for _ in range(4):
+            damaged[int(rng.random() ** 2 * len(data)) - int(rng.random() < 0.5) * 200] = rng.integers(256)
+        try:
+            raster = open_raster(bytes(damaged))
+            if raster and raster.shape[0] * raster.shape[1] < 10_000:
+                assert raster[:, :].shape == raster.shape and raster.void(slice(0, 5)) is not raster.warnings
+        except BadImage as error:
+            sentences.append(str(error))
+    assert not any("vsimem" in sentence for sentence in sentences)
