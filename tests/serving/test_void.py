@@ -5,7 +5,7 @@ import io
 import json
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ from tests.conftest import picture, toy_card
 
 MODEL, SIZE = "toy-pointwise", (60, 80)
 CALIBRATION = Calibration(risks=(0.05,), entropy_nats=(0.25,), num_frames=40, num_samples=1, data="made up")
-MAPS = ("confidence", "entropy", "mutual_information")
+MAPS = ("confidence", "margin", "entropy")
 VOID = np.zeros(SIZE, bool)
 VOID[10:50, 20:47] = True
 
@@ -58,6 +58,46 @@ def with_nodata(path: Path, pixels_HW3: np.ndarray, void_HW: np.ndarray = VOID) 
     with rasterio.open(path, "w", **profile, **place, nodata=0) as target:
         target.write(np.where(void_HW[..., None], 0, pixels_HW3).transpose(2, 0, 1))
     return path
+
+
+def with_alpha(path: Path, pixels_HW3: np.ndarray) -> Path:
+    profile = {"driver": "GTiff", "height": len(pixels_HW3), "width": pixels_HW3.shape[1], "count": 4, "dtype": "uint8"}
+    with rasterio.open(
+        path, "w", **profile, transform=from_origin(5, 5, 1, 1), photometric="rgb", alpha="yes"
+    ) as target:
+        target.write(np.dstack([pixels_HW3, np.where(VOID, 0, 255)]).astype(np.uint8).transpose(2, 0, 1))
+    return path
+
+
+def with_mask(path: Path, pixels_HW3: np.ndarray) -> Path:
+    profile = {"driver": "GTiff", "height": len(pixels_HW3), "width": pixels_HW3.shape[1], "count": 3, "dtype": "uint8"}
+    with (
+        rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True),
+        rasterio.open(path, "w", **profile, transform=from_origin(5, 5, 1, 1)) as target,
+    ):
+        target.write(pixels_HW3.transpose(2, 0, 1))
+        target.write_mask(~VOID)
+    return path
+
+
+@pytest.mark.parametrize("write", [with_nodata, with_alpha, with_mask])
+def test_a_file_may_say_it_by_nodata_alpha_or_mask(
+    segmenter: Segmenter, tmp_path: Path, pixels: np.ndarray, write: Callable[[Path, np.ndarray], Path]
+) -> None:
+    prediction = segmenter.segment(opened(write(tmp_path / "a.tif", pixels)), ask(0.05))
+    assert prediction.num_void == VOID.sum() and (prediction.labels_HW[VOID] == IGNORE).all()
+    assert all(np.array_equal(np.isnan(values), VOID) for values in prediction.maps.values())
+    assert prediction.abstained == pytest.approx((prediction.labels_HW[~VOID] == IGNORE).mean())
+
+
+def test_a_picture_with_transparent_pixels_is_predicted_into_pictures(
+    segmenter: Segmenter, tmp_path: Path, pixels: np.ndarray
+) -> None:
+    Image.fromarray(np.dstack([pixels, np.where(VOID, 0, 255).astype(np.uint8)])).save(tmp_path / "a.png")
+    outcome = predict_file(segmenter, tmp_path / "a.png", ask(), tmp_path / "out")
+    assert outcome.prediction.num_void == VOID.sum() and "white is nan" not in str(outcome.files)
+    heat = np.asarray(Image.open(tmp_path / "out" / "a_entropy.png").convert("L"))
+    assert heat[VOID].max() == heat.min() < heat[~VOID].max()
 
 
 def opened(path: Path) -> Raster:
@@ -147,7 +187,7 @@ def test_tensors_are_not_a_number_there_and_null_in_json(void: Prediction) -> No
     answer = answer_of(void, wanted, ())
     entropy = answer.outputs[0].values
     assert isinstance(entropy, np.ndarray) and np.array_equal(np.isnan(entropy), VOID)
-    text = bytes(write_answer(answer, [False, False], encoding="").body)
+    text = bytes(write_answer(answer, encoding="").body)
     data = json.loads(text, parse_constant=pytest.fail)["outputs"][0]["data"]
     assert np.array_equal(np.isnan(np.array(data, np.float32)), VOID.ravel()), "as tritonclient reads it"
 
