@@ -112,7 +112,11 @@ def open_artifact(directory: Path, *, trusted_keys: PublicKeys | None = None) ->
         path = directory / name
         if Path(name).name != name or not path.is_file():
             raise BadArtifact(f"{directory} lacks the file {name} that its card names; export the checkpoint again")
-        if sha256_of(path) != wanted:
+        try:
+            found = sha256_of(path)
+        except OSError as error:
+            raise BadArtifact(f"{path} cannot be read ({error.strerror}); let this server's user read it") from None
+        if found != wanted:
             raise BadArtifact(f"{path} was changed after its export (sha256 differs from the card); export it again")
     return Artifact(directory, card, _read_golden(directory / GOLDEN), card_bytes)
 
@@ -126,7 +130,7 @@ def _read_golden(path: Path) -> Golden:
         prompt = tuple(tensors[name] for name in sorted(tensors) if name.startswith("prompt."))
         prompted = _answer(tensors, "prompted.") if prompt else None
         return Golden(tensors["image_B3hw"], _answer(tensors, ""), prompt, prompted, tensors.get("extras_BEhw"))
-    except (SafetensorError, KeyError):
+    except (SafetensorError, KeyError, OSError):
         raise BadArtifact(f"{path} does not hold a golden window; export the checkpoint again") from None
 
 

@@ -52,6 +52,13 @@ def test_a_missing_file_is_named(artifact: Path, name: str) -> None:
         open_artifact(artifact)
 
 
+def test_a_file_that_the_system_does_not_let_read_is_named(artifact: Path) -> None:
+    (artifact / "encode.ts").unlink()
+    (artifact / "encode.ts").symlink_to("/proc/self/mem")  # a file by every sign, and an error to whoever reads it
+    with pytest.raises(BadArtifact, match=r"encode\.ts cannot be read \(Input/output error\); let this server's user"):
+        open_artifact(artifact)
+
+
 @pytest.mark.parametrize("name", ["../1/encode.ts", "/etc/hostname", "..", ".", "", "sub/encode.ts"])
 def test_a_card_cannot_name_files_outside_its_directory(artifact: Path, name: str) -> None:
     edit_card(artifact, lambda data: data["export"]["files"].update({name: "0" * 64}))
