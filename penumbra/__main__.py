@@ -15,13 +15,8 @@ from typing import Any
 import click
 
 from penumbra.failures import Verbs
+from penumbra.options import JSON, STORE, of_answers, of_frames
 from penumbra.serving.build import print_version
-
-STORE = click.option(
-    "--store", type=click.Path(path_type=Path, file_okay=False), default=Path("store"), envvar="PENUMBRA_STORE",
-    show_default=True, help="Directory of artifacts.",
-)  # fmt: skip
-JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
 
 @click.group(cls=Verbs)
@@ -61,22 +56,6 @@ def serve(store: Path, host: str, port: int, grpc_port: int) -> None:
     command += ["--working-dir", str(Path(__file__).parents[1])]
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, "-m", *command], environment)
-
-
-def of_answers(verb: Any) -> Any:
-    """The options of an answer, which are those of `POST /segment`."""
-    for option in (
-        click.option("--max-risk", type=float, help="Withhold uncertain pixels until at most this share is wrong."),
-        click.option("--alpha", type=float, help="Weight of the network that sees the boxes."),
-        click.option("--tags", help="For models that take them: classes in the picture, comma-separated."),
-        click.option("--boxes", help="For models that take them: JSON list of [x0, y0, x1, y1, class]."),
-        click.option("--outputs", help="Maps to write, comma-separated; a model's own too."),
-        click.option("--overlap", type=float, help="Share of a window that its neighbour covers too, 0 to 0.9."),
-        click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same answer."),
-        click.option("--samples", type=int, help="How many samples to draw."),
-    ):
-        verb = option(verb)
-    return verb
 
 
 def the_model(store: Path, model: str | None) -> str:
@@ -334,25 +313,6 @@ def sign(name: str, key: Path, version: int | None, store: Path) -> None:
     artifact = open_artifact(find_artifact(store, name, version))
     path = sign_card(artifact.directory, artifact.card_bytes, read_private_key(key))
     click.echo(f"{path}: signed {artifact.card.name} version {artifact.card.version}")
-
-
-def of_frames(verb: Any) -> Any:
-    """The options of a verb that asks about labelled frames (`penumbra.training.evaluation.run.Question`)."""
-    for option in (
-        click.option(
-            "--every", type=click.IntRange(min=1), default=1, show_default=True, help="Every n-th frame only."
-        ),
-        click.option(
-            "--seed", type=int, default=0, show_default=True, help="Of the first frame, and of random splits."
-        ),
-        click.option("--samples", type=click.IntRange(min=1), help="How many samples to draw; the card's by default."),
-        click.option("--version", type=int, help="The newest by default."),
-        click.option("--split", default="val", show_default=True, help="Which of the data's splits."),
-        click.option("--set", "data_set", default="camvid", show_default=True, help="Or voc, cityscapes, folder."),
-        click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path)),
-    ):
-        verb = option(verb)
-    return verb
 
 
 @main.command()
