@@ -12,11 +12,9 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from penumbra.models.errors import BadOption
+from penumbra.serving.engine.decode import SUFFIXES
 from penumbra.serving.receipts import FOLDER, files_of, read_receipts
 
-SUFFIXES = (
-    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".tif", ".tiff", ".btf", ".tf8", ".bmp",
-)  # fmt: skip
 MANIFEST = "penumbra-batch.json"
 """In an output: the question that its answers answer."""
 SHOWN = 3

@@ -27,6 +27,10 @@ from penumbra.serving.engine.values import find_white
 SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations that exchange height and width."""
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
+SUFFIXES = (
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".tif", ".tiff", ".btf", ".tf8", ".bmp",
+)  # fmt: skip
+"""How their files' names end."""
 STARTS = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"BM": "BMP", b"RIFF": "WEBP"}
 """First bytes -> format, of those that are no TIFF."""
 PNG_DEPTH = 24

@@ -17,7 +17,7 @@ from penumbra.serving.engine.options import Limits
 from penumbra.training.batches import Batches, choose_split
 from penumbra.training.data import find_data
 from penumbra.training.data.camvid import CLASSES, VOID, load_camvid
-from penumbra.training.data.files import count_ids, read_mask
+from penumbra.training.data.files import count_ids, read_mask, read_picture
 from penumbra.training.data.folder import find_pairs, load_folder
 from penumbra.training.data.frames import read_split, split_labelled, write_split
 from tests.training import tiny
@@ -79,7 +79,7 @@ def test_a_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_says_what_is_wanted(tmp_path: Path) -> None:
-    with pytest.raises(BadData, match=r"holds no pictures \(\.png, \.jpg"):
+    with pytest.raises(BadData, match=r"holds no pictures \(\.png, \.apng, \.jpg"):
         load_camvid(tmp_path, "train")
 
 
@@ -196,6 +196,15 @@ def test_a_frame_is_read_as_the_server_reads_it(name: str, tmp_path: Path) -> No
     assert image_3HW.permute(1, 2, 0).numpy().tobytes() == served_HW3.tobytes()
     void_HW = (served_HW3 == 0).all(-1) if name == "ground.tif" else np.zeros(served_HW3.shape[:2], bool)
     assert (label_HW.numpy() == np.where(void_HW, IGNORE, 1)).all()
+
+
+def test_what_the_reader_warns_of_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "dark.png"
+    Image.fromarray(np.arange(24 * 36, dtype=np.uint16).reshape(24, 36)).save(path)  # 10 bits in 16
+    first, again = read_picture(path)[0], read_picture(path)[0]
+    assert first.max() > 200 and (first == again).all()
+    assert [record.message for record in caplog.records] == [caplog.records[0].message]
+    assert "dark.png" in caplog.text and "1023" in caplog.text
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "1", "I;16"])

@@ -1,7 +1,9 @@
 """Files to uint8 tensors: pictures as the server reads them, and masks whose ids become class indices."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from penumbra.serving.engine.decode import open_image
 from penumbra.serving.engine.options import Limits
 from penumbra.serving.engine.raster import Raster
 
+log = logging.getLogger("penumbra")
 UNKNOWN = -1
 LIMITS = Limits(pixels=178_956_970)
 """A picture of a data set may have as many pixels as Pillow opens."""
@@ -55,7 +58,15 @@ def read_picture(path: Path) -> tuple[Tensor, Tensor | None]:
         image_3HW = torch.from_numpy(image[:, :].transpose(2, 0, 1).copy())
     except (BadImage, TooLarge, OSError) as error:
         raise BadData(f"{path} cannot be read: {error}") from None
+    for sentence in image.warnings if isinstance(image, Raster) else ():
+        _warn(path, sentence)
     return image_3HW, None if void_HW is None else torch.from_numpy(void_HW)
+
+
+@cache
+def _warn(path: Path, sentence: str) -> None:
+    """Say it once, however often the picture is read."""
+    log.warning("%s: %s", path, sentence)
 
 
 def read_mask(path: Path, ids: LabelIds) -> Tensor:

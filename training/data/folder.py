@@ -11,10 +11,9 @@ from pathlib import Path
 from penumbra.models.card import ClassInfo
 from penumbra.models.classes import read_classes
 from penumbra.models.errors import BadData
+from penumbra.serving.engine.decode import SUFFIXES
 from penumbra.training.data.files import LabelIds, count_ids
 from penumbra.training.data.frames import FrameFiles, find_listed, pair_files
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 
 
 def read_folder_classes(folder: Path) -> tuple[ClassInfo, ...]:
