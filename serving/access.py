@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from penumbra.models.errors import PenumbraError
+from penumbra.serving.statuses import status_of
+
 log = logging.getLogger("penumbra.access")
 
 CURRENT: ContextVar["Request | None"] = ContextVar("request", default=None)
@@ -55,6 +58,11 @@ class Request:
     timing_ms: Mapping[str, float] = field(default_factory=dict)
     error: str = ""
     status: int = CANCELLED
+
+    def fail(self, error: Exception) -> None:
+        """Note what the request ended with."""
+        self.status = status_of(error)[0] if isinstance(error, PenumbraError) else 500
+        self.error = type(error).__name__
 
 
 def begin(method: str, path: str, headers: Mapping[str, str]) -> Request:

@@ -25,7 +25,7 @@ from penumbra.serving.engine.options import SegmentOptions, check_options
 from penumbra.serving.engine.raster import Pixels, Raster
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.work import Cancellation
-from penumbra.serving.statuses import LOADING
+from penumbra.serving.statuses import LOADING, UNEXPECTED
 from penumbra.serving.telemetry import Telemetry
 
 log = logging.getLogger("penumbra")
@@ -114,7 +114,7 @@ class Gateway:
             raise
         except Exception:
             log.exception("request %s failed unexpectedly", request.id)
-            raise ModelFault("the server failed on this request; its log says why") from None
+            raise ModelFault(UNEXPECTED) from None
         finally:
             self._inflight -= 1
 

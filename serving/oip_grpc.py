@@ -30,12 +30,11 @@ from penumbra.serving.oip import (
     strangers_above,
 )
 from penumbra.serving.oip_tensors import DTYPES, SHOWN, Tensor, join_strings
-from penumbra.serving.statuses import status_of
+from penumbra.serving.statuses import UNEXPECTED, status_of
 
 log = logging.getLogger("penumbra")
 
 DESCRIPTOR = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
-UNEXPECTED = "the server failed on this request; its log says why"
 Document = Mapping[str, Any]
 Handler = Callable[[bytes, Context], Awaitable[bytes]]
 
@@ -98,7 +97,7 @@ class Calls:
                     message = await asyncio.to_thread(parse, pb.ModelInferRequest, data)
                     return await self._infer(lambda: message, _in_stream, size=len(data), context=context)
             except PenumbraError as error:
-                request.status, request.error = status_of(error)[0], type(error).__name__
+                request.fail(error)
                 return _failed_in_stream(message.id, str(error))
             except Exception:
                 log.exception("request %s of a stream failed unexpectedly", request.id)
@@ -166,7 +165,7 @@ def _named_errors(handler: Handler, bodies: Bodies) -> Handler:
                 request.status = 200
                 return answer
             except PenumbraError as error:
-                request.status, request.error = status_of(error)[0], type(error).__name__
+                request.fail(error)
                 await context.abort(grpc.StatusCode[status_of(error)[1]], str(error))
             except Exception:
                 request.status = 500

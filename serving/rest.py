@@ -24,7 +24,7 @@ from penumbra.serving.gateway import Gateway
 from penumbra.serving.guard import BENTO_PATHS
 from penumbra.serving.openapi import describe
 from penumbra.serving.render import IN_BANDS, choose_format, read_wish, render
-from penumbra.serving.statuses import headers_of, status_of
+from penumbra.serving.statuses import UNEXPECTED, headers_of, status_of
 
 PRINTABLE = bytes(range(0x20, 0x7F)).decode().replace("%", "")
 """What text in a header is not percent-encoded: any other character, a line's end above all, would break the answer."""
@@ -292,7 +292,7 @@ async def on_http_error(_: Request, error: Exception) -> Response:
 
 
 async def on_any_error(_: Request, __: Exception) -> Response:
-    return error_response(500, "the server failed on this request; its log says why")
+    return error_response(500, UNEXPECTED)
 
 
 ERROR_HANDLERS = {PenumbraError: on_penumbra_error, HTTPException: on_http_error, Exception: on_any_error}

@@ -23,7 +23,6 @@ import numpy as np
 from bentoml._internal.container import BentoMLContainer
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.applications import Starlette
-from starlette.responses import JSONResponse
 
 from penumbra.models.errors import BadArtifact, BadImage, BadOption, PenumbraError
 from penumbra.serving.access import AccessLog
@@ -35,7 +34,6 @@ from penumbra.serving.keys import warn_if_open
 from penumbra.serving.logs import set_up_logs
 from penumbra.serving.settings import Settings
 from penumbra.serving.start import check_settings, own_directory
-from penumbra.serving.statuses import headers_of, status_of
 from penumbra.serving.supervisor import check_one_worker, end_with_parent, end_with_workers, give_up
 from penumbra.serving.telemetry import Telemetry
 from penumbra.serving.tracing import bentoml_tracing, use_bentomls_provider
@@ -178,9 +176,8 @@ class Penumbra:
             os._exit(0)  # nothing was accepted, and the thread that loads may be anywhere
         if self.grpc:
             await self.grpc.stop(grace_s=SETTINGS.timeout_s)
-        await asyncio.to_thread(self.watch.close)
-        await asyncio.to_thread(self.jobs.close)
-        await asyncio.to_thread(self.gateway.close)
+        for part in (self.watch, self.jobs, self.gateway):
+            await asyncio.to_thread(part.close)
 
     @bentoml.api(input_spec=PredictInput)  # type: ignore[untyped-decorator]
     async def predict(
@@ -188,18 +185,18 @@ class Penumbra:
     ) -> PredictAnswer:
         """Labels and uncertainty of one image, uint8 [H, W, 3], as arrays."""
         from penumbra.serving.engine.options import SegmentOptions
-        from penumbra.serving.rest import disconnected
+        from penumbra.serving.rest import disconnected, on_penumbra_error
 
         assert self.gateway  # the guard lets nothing through before
         options = SegmentOptions(model=model or None, samples=samples, seed=seed)
+        here = Penumbra.context.request  # type: ignore[attr-defined]
         try:
             with TELEMETRY.track("bentoml") as tracked:
-                here = Penumbra.context.request  # type: ignore[attr-defined]
                 _, answer = await self.gateway.answer(
                     _as_pixels(image), options, _as_lists, request=tracked, gone=lambda: disconnected(here)
                 )
         except PenumbraError as error:
-            return JSONResponse({"error": str(error)}, status_of(error)[0], headers_of(error))  # type: ignore[return-value]
+            return await on_penumbra_error(here, error)  # type: ignore[return-value]
         return answer
 
 

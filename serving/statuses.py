@@ -27,6 +27,7 @@ STATUSES: dict[type[errors.PenumbraError], tuple[int, str]] = {
 """Error class -> (HTTP status, gRPC status name); a subclass without a row has its parent's."""
 
 
+UNEXPECTED = "the server failed on this request; its log says why"
 LOADING = "the server is still loading its models; try again in a few seconds"
 LOADING_S = 2
 """When to come again while models are loaded, or another replica takes over."""

@@ -18,11 +18,9 @@ os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, PlatformCollector, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 
-from penumbra.models.errors import PenumbraError
 from penumbra.serving.access import CANCELLED, CURRENT, Request, logged
 from penumbra.serving.engine.observer import Observer
 from penumbra.serving.settings import SECONDS
-from penumbra.serving.statuses import status_of
 from penumbra.serving.tracing import record_request
 
 if TYPE_CHECKING:
@@ -113,11 +111,8 @@ class Telemetry(Observer):
         try:
             yield request
             request.status, request.error = 200, ""
-        except PenumbraError as error:
-            request.status, request.error = status_of(error)[0], type(error).__name__
-            raise
         except Exception as error:
-            request.status, request.error = 500, type(error).__name__
+            request.fail(error)
             raise
         finally:
             self._inflight.dec()
