@@ -2,8 +2,6 @@
 
 import dataclasses
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +17,7 @@ from penumbra.models.card import Card, ExportFacts, Parity, Sampling, check_fact
 from penumbra.models.checkpoint import load_checkpoint
 from penumbra.models.contract import Features, Network, Prompt
 from penumbra.models.errors import BadArtifact, BadOption
-from penumbra.models.files import writing
+from penumbra.models.files import drafted, writing
 from penumbra.serving.engine.backends import Backend, find_format, load_backend
 from penumbra.serving.engine.device import find_device
 from penumbra.serving.engine.noise import SeededNoise
@@ -77,24 +75,17 @@ def _export(network: Network, card: Card, store: Path, device: torch.device, fra
     check_facts(card)
     card = dataclasses.replace(card, version=next_version(store, card.name))
     network = network.eval().requires_grad_(False)
-    place = store / card.name
-    fresh = [folder for folder in (place, store) if not folder.exists()]
-    place.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=place))
-    try:
-        with writing(place):
-            _write(network, card, draft, device, frames)
+    target = store / card.name / str(card.version)
+    with drafted(target.parent) as draft:
+        try:
+            with writing(target.parent):
+                _write(network, card, draft, device, frames)
+        except BadArtifact as error:
+            raise BadArtifact(str(error).replace(str(draft), str(target))) from None
         for path in (draft, *draft.iterdir()):
             path.chmod(0o755 if path.is_dir() else 0o644)  # temporary files are private; servers have other users
-        os.replace(draft, place / str(card.version))
-    except BadArtifact as error:
-        raise BadArtifact(str(error).replace(str(draft), str(place / str(card.version)))) from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-        for folder in fresh:
-            if not any(folder.iterdir()):
-                folder.rmdir()
-    return place / str(card.version)
+        os.replace(draft, target)
+    return target
 
 
 def verify_artifact(directory: Path, device: str = "cpu") -> Parity:

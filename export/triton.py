@@ -32,7 +32,7 @@ from penumbra.export.torchscript import save_script
 from penumbra.models.card import Card, InputSpec, Sampling, dump_card
 from penumbra.models.contract import Features
 from penumbra.models.errors import BadOption
-from penumbra.models.files import writing
+from penumbra.models.files import drafted, writing
 from penumbra.serving.engine.moments import resize
 from penumbra.serving.engine.store import CARD, Artifact, find_artifact, open_artifact
 
@@ -194,10 +194,7 @@ def write_repository(artifact: Artifact, repository: Path) -> list[str]:
             f"{card.name} is exported for {card.export.backend} {card.export.precision}; a Triton repository is made "
             "of torchscript fp32: give the checkpoint instead"
         )
-    is_new = not repository.exists()
-    repository.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=repository))
-    try:
+    with drafted(repository) as draft:
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated", category=DeprecationWarning)
             warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
@@ -209,10 +206,6 @@ def write_repository(artifact: Artifact, repository: Path) -> list[str]:
                 raise BadOption(f"{repository} has a model {name} already; remove it, or choose another directory")
         for name in names:
             os.replace(draft / name, repository / name)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-        if is_new and not any(repository.iterdir()):
-            repository.rmdir()
     return names
 
 

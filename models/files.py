@@ -1,9 +1,11 @@
-"""Files that are written as a whole, under a name of their own until they are.
+"""Files and directories that are written as a whole, under a name of their own until they are.
 
-Their bytes are made in memory: on a full disk the libraries' own writers name no file, and torch's ends the process.
+A file's bytes are made in memory: on a full disk the libraries' own writers name no file, and torch's ends the process.
 """
 
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,22 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         error.filename, error.filename2 = str(path), None
         raise
+
+
+@contextmanager
+def drafted(folder: Path) -> Iterator[Path]:
+    """A new directory in a folder, to be filled and then renamed. What is not is removed, and so is a folder that was
+    made for it and is left empty."""
+    fresh = [path for path in (folder, folder.parent) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder))
+    try:
+        yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        for path in fresh:
+            if not any(path.iterdir()):
+                path.rmdir()
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -14,7 +14,6 @@ import dataclasses
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from scipy.optimize import minimize_scalar
 
 from penumbra.models.card import Calibration, Card, check_facts, dump_card
 from penumbra.models.errors import BadData, BadOption
-from penumbra.models.files import writing
+from penumbra.models.files import drafted, writing
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import CARD, find_artifact, next_version
 from penumbra.serving.watch import how_to_serve
@@ -252,8 +251,7 @@ def write_version(source: Path, place: Path, card: Card) -> None:
     """An artifact beside another one: the same files, hard-linked where possible, under another card."""
     check_facts(card)
     assert card.export
-    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=place.parent))
-    try:
+    with drafted(place.parent) as draft:
         with writing(place):
             for name in card.export.files:
                 link(source / name, draft / name)
@@ -261,8 +259,6 @@ def write_version(source: Path, place: Path, card: Card) -> None:
         (draft / CARD).chmod(0o644)
         draft.chmod(0o755)
         os.replace(draft, place)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def link(source: Path, target: Path) -> None:
