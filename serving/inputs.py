@@ -91,15 +91,12 @@ def _reason(files: Any, base: PurePosixPath, path: str, info: dict[str, Any]) ->
         return
     if any(part.startswith(".") for part in name.parts):
         yield "is hidden"
-    elif info["type"] == "directory" or (isinstance(files, LocalFileSystem) and _is_no_file(path)):
+    elif info["type"] == "directory" or (
+        isinstance(files, LocalFileSystem) and os.path.exists(path) and not os.path.isfile(path)  # a pipe would wait
+    ):
         yield "is a folder, a link to one, or no file at all"
     else:
         yield "" if name.suffix.lower() in SUFFIXES else "is no image by its name"
-
-
-def _is_no_file(path: str) -> bool:
-    """Whether there is something to read that is no file, as a pipe, which would be waited for."""
-    return os.path.exists(path) and not os.path.isfile(path)
 
 
 def _answers_beside(files: Any, images: list[str]) -> set[str]:

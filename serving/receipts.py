@@ -24,7 +24,7 @@ from penumbra.models.files import write_whole as write_file
 FOLDER = ".penumbra-batch"
 PER_FILE = 64
 TAIL_BYTES = 2**16
-"""Of a file's end are in its fingerprint, with its size: there a PNG and an npz have checksums of all they hold."""
+"""Bytes of a file's end that its fingerprint covers: a PNG and an npz have checksums of all they hold there."""
 
 
 def files_of(url: str) -> tuple[Any, str]:
@@ -47,17 +47,16 @@ def write_whole(url: str, data: bytes) -> None:
     write_file(Path(path), data)
 
 
-def fingerprint(data: bytes) -> str:
-    """A file's size and the hash of its end."""
-    return f"{len(data)}-{hashlib.sha256(data[-TAIL_BYTES:]).hexdigest()[:32]}"
+def fingerprint(data: bytes, size: int) -> str:
+    """A file's size and the hash of its end. data: the file, or its end alone."""
+    return f"{size}-{hashlib.sha256(data[-TAIL_BYTES:]).hexdigest()[:32]}"
 
 
 def fingerprint_of(url: str) -> str:
-    """The same of a file, of which only the end is read."""
+    """The fingerprint of a file at a URL, of which only the end is read."""
     files, path = files_of(url)
     size = files.size(path)
-    tail = files.cat_file(path, start=max(0, size - TAIL_BYTES))
-    return f"{size}-{hashlib.sha256(tail).hexdigest()[:32]}"
+    return fingerprint(files.cat_file(path, start=max(0, size - TAIL_BYTES)), size)
 
 
 def read_receipts(output: str) -> dict[str, set[tuple[str, str]]]:
@@ -101,5 +100,5 @@ class Receipts:
         with self._lock:
             if len(self._fresh) == PER_FILE:
                 self._number, self._fresh = self._number + 1, {}
-            self._fresh[name] = (fingerprint(image), fingerprint(answer))
+            self._fresh[name] = (fingerprint(image, len(image)), fingerprint(answer, len(answer)))
             write_whole(f"{self._output}/{FOLDER}/{self._token}-{self._number}", json.dumps(self._fresh).encode())
