@@ -11,8 +11,8 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,8 +32,6 @@ log = logging.getLogger("penumbra")
 
 LONG = Limits(pixels=2**40, windows=2**40)
 """Limits of work that is bounded by its disk."""
-
-
 MARK = "spool.json"
 """In a spool's directory: of what it is, and the names of its files. No map has a dot in its name."""
 SCRATCH = "writing.tif"
@@ -143,20 +141,17 @@ def _key_in(directory: Path) -> str:
     return key
 
 
-class disk:
+@contextmanager
+def disk() -> Iterator[None]:
     """Names what the disk refuses: a DiskFull in place of an OSError, for want of room or of leave."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            log.error("a file of an answer cannot be written: %s", error)
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            if full:
-                raise DiskFull("the disk is full; make room for the answer's files and start again") from None
-            reason = error.strerror or "no reason given"
-            raise DiskFull(f"a file of the answer cannot be written ({reason}); see to the place it is for") from None
+    try:
+        yield
+    except OSError as error:
+        log.error("a file of an answer cannot be written: %s", error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DiskFull("the disk is full; make room for the answer's files and start again") from None
+        reason = error.strerror or "no reason given"
+        raise DiskFull(f"a file of the answer cannot be written ({reason}); see to the place it is for") from None
 
 
 def spool_bytes(height: int, width: int, options: SegmentOptions, card: Card) -> int:
