@@ -26,7 +26,9 @@ MAPS = ("confidence", "margin", "entropy", "expected_entropy", "mutual_informati
 MAPS_OF_ONE = (*MAPS[:-1], "seam")
 """Those of one sample: it contradicts no other, and what overlapping windows disagree about is told by itself."""
 KNOWN_MAPS = (*MAPS, "seam")
-"""Of these maps the names are taken, and the meaning and unit are the same for every model."""
+"""Maps whose name is taken, and whose meaning and unit are the same for every model."""
+UNITLESS = ("confidence", "margin")
+"""Those that are probabilities; the others are in nats."""
 
 EXACT = 2**53
 """Up to here every whole number is a float too."""
@@ -321,8 +323,7 @@ def check_facts(card: Card) -> None:
     """Raises BadArtifact naming the first fact that is impossible or contradicts another."""
     window, sampling, temperature = card.window, card.sampling, card.readout.temperature
     prompt, extra = card.prompt, [extra_map.name for extra_map in card.extra_maps]
-    colors = [value for info in card.classes for value in info.color]
-    num_members = len(sampling.members)
+    colors, num_members = [value for info in card.classes for value in info.color], len(sampling.members)
     failures = {
         "name is no directory's; up to 100 letters, digits, '.', '_' and '-' are": not NAME.fullmatch(card.name),
         f"has 1 class, {''.join(info.name for info in card.classes)!r}, which every pixel would have with no doubt; 2 "
@@ -356,9 +357,8 @@ def check_facts(card: Card) -> None:
         f"calibration is {card.calibration}; ascending risks between 0 and 1, each with a threshold, are wanted":
             card.calibration is not None and not _is_sound(card.calibration),
     }  # fmt: skip
-    for sentence, failed in failures.items():
-        if failed:
-            raise BadArtifact(f"the card of {card.name[:60]!r}: {sentence}")
+    for sentence in (sentence for sentence, failed in failures.items() if failed):
+        raise BadArtifact(f"the card of {card.name[:60]!r}: {sentence}")
 
 
 def _is_finite(figures: tuple[float | None, ...]) -> bool:

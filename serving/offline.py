@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from penumbra.models.card import UNITLESS
 from penumbra.models.errors import BadImage, BadOption
 from penumbra.models.files import write_whole
 from penumbra.serving.engine.answer import Prediction
@@ -148,7 +149,7 @@ def predict_picture(
             measured = values[~np.isnan(values)] if prediction.num_void else values
             brightest = float(np.percentile(measured, BRIGHTEST_PERCENTILE)) if measured.size else 0.0
             top = 1.0 if name == "confidence" else max(brightest, 1e-3)
-            unit = "" if name in ("confidence", "margin") else " nats"
+            unit = "" if name in UNITLESS else " nats"
             write_heat(values, buffer, top=top)
             told[name] += f" (white is {top:.3g}{unit})"
         elif name == "maps":

@@ -24,8 +24,6 @@ from penumbra.serving.engine.options import Limits
 from penumbra.serving.engine.raster import PIECE_PIXELS, Pixels, Raster, open_file, open_raster
 from penumbra.serving.engine.values import find_white
 
-SIDEWAYS = (5, 6, 7, 8)
-"""EXIF orientations that exchange height and width."""
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
 SUFFIXES = (
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".tif", ".tiff", ".btf", ".tf8", ".bmp",
@@ -39,7 +37,6 @@ WEBP_DAMAGE = "the WEBP image is damaged, and its pixels there are a guess (it e
 PILLOW_FAULTS = (OSError, ValueError, SyntaxError, TypeError, EOFError, KeyError, IndexError, OverflowError,
                  MemoryError, NotImplementedError, RuntimeError, struct.error, zlib.error)  # fmt: skip
 """What Pillow raises on malformed files; hostile ones reach corners that its own exception types do not name."""
-
 
 Admit = Callable[[int, int], object]
 """Called with the answer's height and width before any pixel is decoded; it may refuse by raising."""
@@ -141,7 +138,7 @@ def _reason(error: Exception) -> str:
 
 def _size_as_shown(picture: Image.Image) -> tuple[int, int]:
     """Height and width once the orientation is applied."""
-    return (picture.width, picture.height) if _orientation(picture) in SIDEWAYS else (picture.height, picture.width)
+    return (picture.width, picture.height) if TURNS[_orientation(picture)][0] else (picture.height, picture.width)
 
 
 def _orientation(picture: Image.Image) -> int:

@@ -15,8 +15,6 @@ TURNS = {1: (False, False, False), 2: (False, False, True), 3: (False, True, Tru
          5: (True, False, False), 6: (True, False, True), 7: (True, True, True), 8: (True, True, False)}  # fmt: skip
 """Orientation -> what makes the stored picture upright: exchange rows and columns, then reverse rows, columns."""
 Turn = tuple[bool, bool, bool]
-
-
 PIXELS = Affine.identity()
 """The transform of an image that has none."""
 

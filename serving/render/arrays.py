@@ -11,7 +11,7 @@ import rasterio.shutil
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from penumbra.models.card import IGNORE, KNOWN_MAPS
+from penumbra.models.card import IGNORE, KNOWN_MAPS, UNITLESS
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.options import PROBABILITIES
 from penumbra.serving.engine.raster import Raster, gdal
@@ -120,7 +120,7 @@ def _describe(target: Any, prediction: Prediction, bands: Sequence[str]) -> None
     if bands[0] != "overlay":
         for number, name in enumerate(bands, 1):
             target.set_band_description(number, name)
-            if name in KNOWN_MAPS and name not in ("confidence", "margin"):
+            if name in KNOWN_MAPS and name not in UNITLESS:
                 target.set_band_unit(number, "nats")
 
 

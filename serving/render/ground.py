@@ -19,7 +19,7 @@ from rasterio.rpc import RPC
 from rasterio.transform import GCPTransformer, RPCTransformer
 from rasterio.warp import transform
 
-from penumbra.serving.engine.layout import Place
+from penumbra.serving.engine.layout import PIXELS, Place
 from penumbra.serving.engine.raster import Pixels, Raster, gdal
 from penumbra.serving.render.meridian import Points, cut, shoelace, turned
 
@@ -121,7 +121,7 @@ class Ground:
 
 def _locator(place: Place) -> tuple[Locate, str]:
     """The way from pixels to degrees in GDAL's order of preference, and what to know of it. Raises Unplaced."""
-    if place.transform != Affine.identity():
+    if place.transform != PIXELS:
         if not place.crs:
             raise Unplaced("the raster has a transform and no reference system")
         return _by_transform(place.transform, place.crs), ""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from penumbra.models.card import IGNORE, KNOWN_MAPS, Card
+from penumbra.models.card import IGNORE, KNOWN_MAPS, UNITLESS, Card
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.kernels import FloatArray
 
@@ -115,7 +115,7 @@ def quantised(values_HW: FloatArray, *, top: float, levels: int) -> NDArray[Any]
 
 def top_of(prediction: Prediction, name: str) -> float:
     """The value of a map that is shown white: 1 for shares, ln K for nats, the largest for a model's own maps."""
-    if name in ("confidence", "margin"):
+    if name in UNITLESS:
         return 1.0
     if name in KNOWN_MAPS:
         return math.log(max(prediction.card.num_classes, 2))
@@ -126,7 +126,7 @@ def top_of(prediction: Prediction, name: str) -> float:
 
 def scale_facts(prediction: Prediction, name: str, *, top: float) -> dict[str, Any]:
     """What a map's picture says of itself, so that its grey can be turned into values again."""
-    unit = "" if name in ("confidence", "margin") else "nats" if name in KNOWN_MAPS else "the model's"
+    unit = "" if name in UNITLESS else "nats" if name in KNOWN_MAPS else "the model's"
     card = prediction.card
     return {
         "map": name, "white": top, "black": 0, "unit": unit, "model": card.name,
