@@ -29,7 +29,7 @@ def write(
 
 
 def lay_out(tensor: Tensor) -> Tensor:
-    """In one of the two memory formats, which the code is compiled for; features may come in any order of strides."""
+    """Put a tensor in one of the two formats that code is compiled for; features may have any order of strides."""
     return tensor if _is_channels_last(tensor) else tensor.contiguous()
 
 

@@ -153,7 +153,7 @@ def _measure(card: Card, graphs: Backend, golden: Golden) -> Parity:
 
 
 def _measure_in(batch: int, card: Card, graphs: Backend, golden: Golden) -> Parity:
-    """In batches of so many windows; of several answers (without and with a prompt) each figure is the worst."""
+    """Measure in batches of so many windows; of two answers (without and with a prompt) each figure is the worst."""
     plain, prompted, extras = [], [], []
     for first in range(0, len(golden.image_B3hw), batch):
         windows = slice(first, first + batch)

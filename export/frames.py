@@ -63,6 +63,6 @@ def _confusion(truth_hw: Pixels, label_hw: Pixels, num_classes: int) -> NDArray[
 
 
 def _mean_iou(counts_KK: NDArray[np.int64]) -> float:
-    """Of the classes that occur in the truth or in the answer."""
+    """The mean over the classes that occur in the truth or in the answer."""
     union_K = counts_KK.sum(0) + counts_KK.sum(1) - counts_KK.diagonal()
     return float((counts_KK.diagonal()[union_K > 0] / union_K[union_K > 0]).mean())

@@ -50,9 +50,9 @@ MAGIC = 0x1950A86A20F9469CFC6C
 """The first pickle of a file of torch 0.2 to 1.5; then come protocol, system, the object, storage keys, and bytes."""
 LEGACY_PICKLES = 5
 PROTOCOLS = (2, 3)
-"""Of pickle. torch.save writes 2; torch's restricted reader knows the instructions of these."""
+"""Versions of pickle: torch.save writes 2; torch's restricted reader knows the instructions of these."""
 PROGRAM_BYTES = 256 * 2**20
-"""Of the pickle that describes the tensors; that of a large checkpoint has less than one MiB."""
+"""Limit of the pickle that describes the tensors; that of a large checkpoint has less than one MiB."""
 
 
 class Inert:

@@ -17,7 +17,7 @@ from penumbra.models.errors import BadArtifact, BadCheckpoint, BadOption
 from penumbra.models.files import write_whole
 
 COUNTER = "num_batches_tracked"
-"""Of BatchNorm: never needed, sometimes missing, sometimes a float."""
+"""A counter of BatchNorm: never needed, sometimes missing, sometimes a float."""
 SHOWN = 4
 """Names in a sentence about many."""
 

@@ -32,7 +32,7 @@ CANCELLED = 499
 QUIET = re.compile(
     r"/healthz|/livez|/readyz|/metrics|/v2/health/\w+|/inference\.GRPCInferenceService/Server(Live|Ready)"
 )
-"""Asked every few seconds by machines: at level DEBUG where they are answered."""
+"""Paths that machines ask every few seconds: their lines are at level DEBUG where they are answered."""
 
 
 @dataclass(slots=True)

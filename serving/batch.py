@@ -62,7 +62,7 @@ class Task:
 class Done:
     """What became of a task: `made`, `kept` from an earlier run, or `failed` with the sentence why.
 
-    And of a file that is no task: `skipped`, with the reason.
+    A file that is no task is `skipped`, with the reason.
     """
 
     source: str
@@ -142,7 +142,7 @@ class Answerer:
 
 
 def run_here(asked: Asked, output: str, tasks: Sequence[Task]) -> Iterator[Done]:
-    """In this process, as they finish in order."""
+    """Do tasks in this process; yields them in their order."""
     answerer = Answerer(asked, output)
     try:
         with ThreadPoolExecutor(AT_ONCE) as threads:
@@ -167,7 +167,7 @@ class RayAnswerer:
 
 
 def run_on_ray(asked: Asked, output: str, tasks: Sequence[Task], *, cpus: int = 1) -> Iterator[Done]:
-    """On the cluster that RAY_ADDRESS names, or one of this machine; `cpus` of it per engine.
+    """Do tasks on the cluster that RAY_ADDRESS names, or one of this machine; `cpus` of it per engine.
 
     Nodes read the same store, images and output. What a node had not finished when it was lost is done by another; what
     it had is kept, so nothing is done twice. Raises BadOption where Ray is not installed.

@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def commit_of(revision: str) -> str:
-    """The commit that an image says it was made from (PENUMBRA_REVISION), else that of the checkout that this runs in;
-    empty where neither says."""
+    """The commit that an image says it was made from (PENUMBRA_REVISION), else that of this checkout; empty where
+    neither says."""
     if revision or not (ROOT / ".git").exists():
         return revision
     try:

@@ -139,7 +139,7 @@ class Gateway:
                 end.cancel()
 
     def _work(self, box: "list[Task[T]]") -> tuple[Prediction, T]:
-        """In a request thread: the whole way of one image."""
+        """The whole way of one image, in a request thread."""
         task = box.pop()
         request = task.request
         key = self._key_of(task.image, task.options) if self._cache else None

@@ -32,12 +32,12 @@ HEALTH_PATHS = ("/healthz", "/livez", "/readyz")
 """BentoML has these too, before ours and with other bodies; they go straight to ours."""
 LIVE_PATHS = ("/healthz", "/livez", "/v2/health/live")
 READY_PATHS = {"/readyz": {"ready": False, "state": "starting"}, "/v2/health/ready": {"ready": False}}
-"""With what they answer while models are loaded."""
+"""Path -> what it answers while models are loaded."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """In bytes: of the line and headers, of a body, and of JSON, which takes up to forty times its size in memory."""
+    """Bytes of the line and headers, of a body, and of JSON, which takes up to forty times its size in memory."""
 
     head: int
     body: int
@@ -85,7 +85,7 @@ class Bodies:
 
 
 class Timeout:
-    """In place of BentoML's middleware of that name, whose timers keep every request's objects until they are due.
+    """Takes the place of BentoML's middleware, whose timers keep every request's objects until they are due.
 
     A request whose answer has not begun by then is cancelled, and told so.
     """

@@ -16,7 +16,7 @@ from penumbra.serving.engine.decode import SUFFIXES
 from penumbra.serving.receipts import FOLDER, files_of, read_receipts
 
 MANIFEST = "penumbra-batch.json"
-"""In an output: the question that its answers answer."""
+"""The file in an output that holds the question of its answers."""
 SHOWN = 3
 """Skipped files in the sentence that says that there is no image."""
 

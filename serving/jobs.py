@@ -94,7 +94,7 @@ class Jobs:
         """Places that `begin` gave and that are no jobs yet; they count as waiting."""
         self._stream: BandStream | None = None
         self._cancelled = Cancellation()
-        """Of the job that runs."""
+        """Set to end the job that runs."""
         self._recover()
         self._thread = threading.Thread(target=self._loop, name="jobs", daemon=True)
 
@@ -282,7 +282,7 @@ class Jobs:
 
     @contextmanager
     def _loaded(self, options: SegmentOptions) -> Iterator[None]:
-        """Has a job's version in memory, and only for the job where a newer one had taken its place."""
+        """Keep a job's version in memory, and only for the job where a newer one had taken its place."""
         segmenter, model, version = self._gateway.segmenter, options.model, options.version
         try:
             segmenter.find(model, version)

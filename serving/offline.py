@@ -36,7 +36,7 @@ BRIGHTEST_PERCENTILE = 99.5
 """What of a map is drawn white; the few pixels above would leave the rest dark."""
 
 HEAD_BYTES = 1024
-"""Of a file's either end, where what wrote it says so."""
+"""Bytes at either end of a file, where what wrote it says so."""
 Identity = tuple[int, int]
 
 Watch = Callable[[BandStream], object]
@@ -135,7 +135,7 @@ def is_ours(path: Path) -> bool:
 def predict_picture(
     segmenter: Segmenter, path: Path, options: SegmentOptions, files: dict[str, Path]
 ) -> Outcome:  # fmt: skip
-    """In memory, with pictures to look at."""
+    """Segment a picture in memory, and write pictures to look at."""
     started = time.perf_counter()
     image = open_image(path, segmenter.limits)
     decode_ms = 1e3 * (time.perf_counter() - started)
@@ -164,7 +164,7 @@ def predict_picture(
 def predict_raster(
     segmenter: Segmenter, path: Path, raster: Raster, options: SegmentOptions, files: dict[str, Path], *, watch: Watch
 ) -> Outcome:
-    """In bands, of any size: `<stem>_labels.tif` and `<stem>_maps.tif`, which lie where the raster does.
+    """Segment a raster of any size in bands, into `<stem>_labels.tif` and `<stem>_maps.tif`, which lie where it does.
 
     What is done is kept in `<stem>.partial` until all is; a run that was killed goes on from there.
     """

@@ -46,7 +46,7 @@ TRITONS_PARAMETERS: dict[str, tuple[type, ...]] = {
     "sequence_id": (int, str), "sequence_start": (bool,), "sequence_end": (bool,), "priority": (int,),
     "timeout": (int,),
 }  # fmt: skip
-"""Of Triton's schedulers. Of the right type, those that are no options are ignored as every unknown parameter."""
+"""Parameters of Triton's schedulers. Those that are no options here are ignored, if they have the right type."""
 PROMPT_READERS: dict[str, Callable[[Tensor], Any]] = {"boxes": read_boxes, "tags": read_tags}
 LARGE_BYTES = 2**16
 """Messages from here on are read off the event loop: smaller ones take less time than the change of thread."""
@@ -214,7 +214,7 @@ class Inference:
         }  # fmt: skip
 
     def statistics(self, model: str = "", version: str = "") -> dict[str, Any]:
-        """Of one model, or of all. Raises BadOption, in Triton's words, for one that is not there."""
+        """Statistics of one model, or of all. Raises BadOption, in Triton's words, for one that is not there."""
         cards = self.gateway.segmenter.cards()
         if model:
             cards = [card for card in cards if card.name == model]

@@ -42,7 +42,7 @@ WINDOW_BITS = {"gzip": 31, "deflate": 47}
 PLAIN = ("", "identity")
 """What a body without an encoding is called."""
 PIECE_BYTES = 2**16
-"""Of a body that are decompressed at a time, and its growth counted."""
+"""Bytes of a body that are decompressed at a time, and its growth counted."""
 REQUEST_MEMBERS = ("id", "parameters", "inputs", "outputs")
 INPUT_MEMBERS = ("name", "datatype", "shape", "parameters", "data", "binary_data_size")
 OUTPUT_MEMBERS = ("name", "datatype", "shape", "parameters", "binary_data", "classification")

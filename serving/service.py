@@ -141,7 +141,7 @@ class Penumbra:
                 give_up(str(error))
 
     def _load(self, loop: asyncio.AbstractEventLoop) -> None:
-        """In a thread of its own, while the event loop says so: load everything, or end the server."""
+        """Load everything, or end the server, in a thread of its own while the event loop says so."""
         try:
             loaded = load_all()
             gc.collect()
@@ -156,7 +156,7 @@ class Penumbra:
         loop.call_soon_threadsafe(self._open, *loaded)
 
     def _open(self, gateway: "Gateway", inference: "Inference", jobs: "Jobs", watch: "StoreWatch") -> None:
-        """In the event loop: answer from now on."""
+        """Answer from now on. Called in the event loop."""
         from penumbra.serving.oip_grpc import Calls, service_handlers
 
         self.gateway, self.jobs, self.watch = gateway, jobs, watch

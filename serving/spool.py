@@ -33,9 +33,9 @@ log = logging.getLogger("penumbra")
 LONG = Limits(pixels=2**40, windows=2**40)
 """Limits of work that is bounded by its disk."""
 MARK = "spool.json"
-"""In a spool's directory: of what it is, and the names of its files. No map has a dot in its name."""
+"""File in a spool's directory that says what it is the spool of, and its files. No map has a dot in its name."""
 SCRATCH = "writing.tif"
-"""In a spool's directory: room for whoever writes the answer in another form."""
+"""File in a spool's directory for whoever writes the answer in another form."""
 
 
 class RowFile:

@@ -35,7 +35,7 @@ def give_up(reason: str) -> NoReturn:
 
 
 def end_with_workers() -> None:
-    """In the supervisor, before it makes its watchers: end with the status of a worker that gives up."""
+    """Let the supervisor end with the status of a worker that gives up. Called before it makes its watchers."""
     import circus.watcher
 
     class Watcher(circus.watcher.Watcher):  # type: ignore[misc]

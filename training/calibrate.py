@@ -42,7 +42,7 @@ LEAST_FRAMES = 8
 TEMPERATURES = (0.2, 5.0)
 """Searched between; a temperature at an end means that the network is not to be mended by one."""
 TOLERANCE = 0.01
-"""Of the temperature, relative."""
+"""Relative tolerance of the temperature."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,7 @@ class Ranking:
 
     @property
     def mean(self) -> float:
-        """Of the scores themselves."""
+        """The mean of the scores themselves."""
         return self._sum / max(int(self.counts_2N.sum()), 1)
 
     def occupied(self) -> tuple[Counts, Doubles, Doubles]:
@@ -128,7 +128,7 @@ class Reliability:
 
     def __init__(self) -> None:
         self.table_3B = np.zeros((3, CONFIDENCE_BINS))
-        """By confidence in equal steps: pixels, their confidences' sum, and how many are right."""
+        """Sums by confidence in equal steps: pixels, their confidences' sum, and how many are right."""
         self._fine_3N = np.zeros((3, NUM_BINS))
         self._nll, self._brier = 0.0, 0.0
 

@@ -11,7 +11,7 @@ NETWORKS: dict[str, type[CamNetwork] | type[DeepLabV2Network] | type[Wrn38Networ
     "deeplabv2": DeepLabV2Network,
     "wrn38": Wrn38Network,
 }
-"""By `CpalConfig.net`."""
+"""`CpalConfig.net` -> network."""
 
 
 def build(config: CpalConfig) -> Network:

@@ -13,7 +13,7 @@ from penumbra.models.errors import BadData
 BANK_SIZE = 1000
 """Instance prototypes that are kept (the paper's size; that it is per class is OURS)."""
 MAX_ROUNDS = 100
-"""Of k-means; it stops earlier when no row changes its cluster."""
+"""Rounds of k-means; it stops earlier when no row changes its cluster."""
 
 
 class SupportBank:

@@ -57,7 +57,7 @@ def _middles(one: Tensor, count: Tensor) -> Tensor:
 
 
 def _whole(values: Tensor) -> Tensor:
-    """To the nearest pixel value, halves up."""
+    """Round to the nearest pixel value, halves up."""
     return torch.floor(values + 0.5).clamp(0, 255)
 
 

@@ -13,7 +13,7 @@ EPS = 1e-5
 TINY = 1e-12
 """Keeps 0 / 0 of a pixel without any feature finite; changes nothing else."""
 BACKGROUND_WEIGHT = 0.5
-"""Of the background's overlap when classes compete for a pixel, as in the released code."""
+"""Weight of the background's overlap when classes compete for a pixel, as in the released code."""
 
 
 def normalise_cam(raw_BNhw: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from penumbra.models.cpal.config import CpalConfig, choose_sampling
 from penumbra.models.cpal.wideresnet import WideResNet
 
 RATES = (6, 12, 18, 24)
-"""Of the four 3x3 convolutions whose sum is DeepLabV2's answer."""
+"""Dilations of the four 3x3 convolutions whose sum is DeepLabV2's answer."""
 FIELD_DILATION = 12
-"""Of DeepLabV1's large-field-of-view convolution."""
+"""Dilation of DeepLabV1's large-field-of-view convolution."""
 KEEP = 0.5
 """1 - p of the dropout before DeepLabV1's classifier."""
 

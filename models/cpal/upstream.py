@@ -41,7 +41,7 @@ WRN38 = Layout(
 
 WHOLE = WindowSpec(0, 0, blend="uniform")
 POSITIONS = 2**13
-"""Of the largest feature map whose affinity, a number for every pair of positions (256 MB), is made."""
+"""Size of the largest feature map whose affinity, a number for every pair of positions (256 MB), is made."""
 WINDOWS = WindowSpec(512, 512)
 CAFFE = InputSpec(mean=(104.008, 116.669, 122.675), std=(1.0, 1.0, 1.0), scale=1.0, order="BGR")
 

@@ -17,7 +17,7 @@ CITY_CLASSES = 19
 DEPTH_BY_BLOCKS = {6: 50, 23: 101}
 """ResNet depth by the number of blocks in its third stage."""
 HOSTS = {512: u2pl, 304: augseg}
-"""By the channels of the decoder feature that the head reduces."""
+"""Hosts by the channels of the decoder feature that the head reduces."""
 MEMORIES = {
     "latent_memory": "head.latent.context_centres",
     "deterministic_memory": "head.latent.latent_centres",

@@ -36,7 +36,7 @@ def assign(cosine_PKM: Tensor, label_P: Tensor, *, kappa: float, iterations: int
 
 @torch.no_grad()
 def move_prototypes(prototypes_KMD: Tensor, e_PD: Tensor, place_P: Tensor, *, momentum: float) -> None:
-    """In place p = unit(momentum * p + (1 - momentum) * unit(sum of its pixels)), where a prototype has pixels.
+    """Set in place p = unit(momentum * p + (1 - momentum) * unit(sum of its pixels)), where a prototype has pixels.
 
     In a process group the sums go over the pixels of all processes, whose prototypes so stay equal.
     """

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from penumbra.models.card import ExtraMap
 
 AXES = {"width": 3, "channel": 1}
-"""Of BDhw. DEVIATION (published code and weights, not ours): the released projection is scaled over the image's width,
-so each channel of each row has unit length, and a pixel's embedding depends on its whole row and on the row's length.
-The paper has unit embeddings, `channel`."""
+"""Axes of BDhw. DEVIATION (published code and weights, not ours): the released projection is scaled over the image's
+width, so each channel of each row has unit length, and a pixel's embedding depends on its whole row and on the row's
+length. The paper has unit embeddings, `channel`."""
 
 MAPS = (
     ExtraMap("distance", "1 - cosine of the pixel's embedding to the nearest prototype of any class", "0..2"),

@@ -63,11 +63,11 @@ DEEPLAB = Layout(
     train_only=("decoder.layer_dsn.",),
 )
 DEPTHS: dict[int, Literal[50, 101]] = {6: 50, 23: 101}
-"""By the blocks of the third stage."""
+"""ResNet depth by the number of blocks in its third stage."""
 
 INPUT = InputSpec(order="BGR")
 READOUT = Readout(align_corners=True)
-"""Of all, at window resolution."""
+"""Readout of all layouts, at window resolution."""
 TRAINED = (1024, 2048)
 ROW_WARNING = (
     "the embedding of a pixel depends on its whole row (published normalisation): "

@@ -17,7 +17,7 @@ from penumbra.models.card import PromptSpec, Sampling
 from penumbra.models.contract import Features, Network, Prompt
 
 BACKBONE = ResNetConfig(depth=101, stem="plain", output_stride=8, dilation="rest")
-"""Of the unofficial code: torchvision's ResNet-101 with the strides of its last two stages made dilations."""
+"""Backbone of the unofficial code: torchvision's ResNet-101 with the strides of its last two stages made dilations."""
 KEEP = 0.5
 """Probability that what the ASPP gives survives its dropout, as in the unofficial code."""
 

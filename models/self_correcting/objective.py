@@ -34,7 +34,7 @@ from penumbra.models.self_correcting.net import SelfCorrectingNetwork, correct_b
 
 
 class Stage(IntEnum):
-    """Of the schedule; `INITIAL` is the convolutional correction's alone."""
+    """A stage of the schedule; `INITIAL` is the convolutional correction's alone."""
 
     ANCILLARY = 1
     INITIAL = 2

@@ -87,7 +87,7 @@ def _same(what: str, numbers: Mapping[str, Number]) -> Number:
 
 
 def _depth(part: Mapping[str, Tensor]) -> Literal[50, 101]:
-    """Of the two ResNets of bottlenecks: 6 or 23 blocks in the third stage."""
+    """Which of the two ResNets of bottlenecks it is: 6 or 23 blocks in the third stage."""
     return 101 if any(".layer3.6." in name for name in part) else 50
 
 

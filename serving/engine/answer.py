@@ -58,7 +58,7 @@ class Arrays:
 
 
 def new_arrays(bands: BandStream, options: SegmentOptions) -> Arrays:
-    """In memory, not yet filled."""
+    """Make arrays in memory, not yet filled."""
     plan, card = bands.work.plan, bands.work.runtime.card
     size = (plan.height, plan.width)
     prob_KHW = np.empty((card.num_classes, *size), np.float32) if PROBABILITIES in options.outputs else None

@@ -14,14 +14,14 @@ from penumbra.models.errors import BadImage
 
 TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 TEXT_BYTES = 2**20
-"""Of all texts of a PNG together, unpacked; Pillow opens none with a text that is longer."""
+"""Limit of all texts of a PNG together, unpacked; Pillow opens none with a text that is longer."""
 END_OF_IMAGE = b"\xff\xd9"
 MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
-"""Of a JPEG's segments; the pixels between them have other bytes after 0xff."""
+"""Begins a JPEG's segment; the pixels between segments have other bytes after 0xff."""
 BOMB_BYTES = 2**26
-"""Of a text: more than that nobody writes in earnest."""
+"""Limit of one text: nobody writes more than that in earnest."""
 SPARE_BYTES = 4
-"""At the end of a WebP's pixels, one fewer may be padding: all of 200 whole pictures needed the fourth."""
+"""Bytes to take off the end of a WebP's pixels: three may be padding; all of 200 whole pictures needed the fourth."""
 FRAMES = (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
 SCAN, END = 0xDA, 0xD9
 
@@ -50,7 +50,7 @@ def slim_png(data: bytes) -> bytes:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Kind of every chunk, and where its body starts and ends; one that is cut off ends where the file does."""
+    """Yields the kind of every chunk, where its body starts, and where it ends, which is at the file's end at most."""
     place = 8
     while place + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, place)
@@ -61,7 +61,7 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _unpacked_bytes(kind: bytes, body: bytes) -> int:
-    """Of a text; none of it is kept, and no more is unpacked than decides."""
+    """The length of a text; none of it is kept, and no more is unpacked than decides."""
     rest = body.partition(b"\0")[2]
     if kind == b"tEXt" or (kind == b"iTXt" and rest[:1] != b"\1"):
         return len(body)
@@ -130,7 +130,7 @@ def _has_all_scans(data: bytes) -> bool:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Marker and body, to the end marker if there is one."""
+    """Yields marker and body of every segment, to the end marker if there is one."""
     place = 2
     while found := MARKER.search(data, place):
         marker, start = found[1][0], found.end()

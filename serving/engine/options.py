@@ -48,7 +48,7 @@ class SegmentOptions:
     priority: int = 0
 
     def num_samples(self, card: Card) -> int:
-        """Of the answer, unless `anytime` lets it have fewer."""
+        """The number of samples of the answer, unless `anytime` lets it have fewer."""
         usual = card.sampling_with(prompt=bool(self.boxes or self.tags)).default_samples
         return usual if self.samples is None else self.samples
 

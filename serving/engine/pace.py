@@ -55,10 +55,10 @@ class Paces:
         self._cores, self._batch_s = cores, target_s / 2
         self._of: WeakKeyDictionary[Runtime, Pace] = WeakKeyDictionary()
         self._of_batches: WeakKeyDictionary[Runtime, dict[int, Pace]] = WeakKeyDictionary()
-        """By number of samples."""
+        """Paces by number of samples."""
 
     def of(self, runtime: Runtime) -> Pace:
-        """By number of samples, per window and pixel, times cores."""
+        """The pace of a model by number of samples, per window and pixel, times cores."""
         return self._of.setdefault(runtime, Pace())
 
     def learn(self, job: Job, num_samples: int, num_windows: int, seconds: float, *, cores: int) -> None:

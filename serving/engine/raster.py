@@ -29,7 +29,7 @@ from penumbra.serving.engine.values import find_white, to_8_bits
 CACHE_BYTES = 192 * 2**20
 """GDAL's cache of decoded blocks; by default a twentieth of the memory. It holds a row of windows of 120,000 px."""
 BLOCK_PIXELS = 2**26
-"""Of a tile or strip, which is decoded as a whole: more than that no writer of rasters makes."""
+"""Limit of a tile or strip, which is decoded as a whole; no writer of rasters makes larger ones."""
 PIECE_PIXELS = 2**20
 """As many are read together to find white, or to fill the memory."""
 DRIVERS = {"TIFF": "GTiff", "PNG": "PNG"}
@@ -140,7 +140,7 @@ class FileRaster(Raster):
         return self
 
     def void(self, rows: slice) -> NDArray[np.bool_] | None:
-        """By mask, by alpha (0), by nodata in all bands, or by what is no number (NaN) in one."""
+        """Void is told by mask, by alpha (0), by nodata in all bands, or by what is no number (NaN) in one."""
         if not self._is_masked and not self._alpha and self.nodata is None and self._dtype.kind != "f":
             return None
         columns = slice(None)

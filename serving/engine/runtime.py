@@ -243,7 +243,7 @@ class Runtime:
 
     @property
     def _window_bytes(self) -> int:
-        """Of one window's moments."""
+        """The size of one window's moments."""
         card = self.card
         return 4 * card.window.height * card.window.width * (card.num_classes + 1 + len(card.extra_maps))
 
@@ -303,7 +303,7 @@ class Runtime:
 
 
 def _core_seconds(started: float) -> float:
-    """Since then, on the cores of this lane."""
+    """Time since then, times the cores of this lane."""
     return (time.perf_counter() - started) * torch.get_num_threads()
 
 

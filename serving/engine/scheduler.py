@@ -113,7 +113,7 @@ class Scheduler:
         self._paces = Paces(cores, target_s)
         self._levels = {priority: Level(priority) for priority in STRIDES}
         self._turn = 0.0
-        """Of the level that was served last: one that comes back after a pause does not make up for it."""
+        """The turn of the level that was served last: one that comes back after a pause does not make up for it."""
         self._samples_per_s = 0.0
         self._draining = False
         self._stopped = False

@@ -39,8 +39,8 @@ from penumbra.serving.engine.work import NORMAL, Cores, Work
 log = logging.getLogger("penumbra")
 
 KEPT_VERSIONS = 2
-"""Of a model: the newest, and the one before it for callers who name it. Older ones would fill the memory; one that is
-loaded by its number stays until the next is loaded."""
+"""How many of a model are kept: the newest, and the one before it for callers who name it. Older ones would fill the
+memory; one that is loaded by its number stays until the next is loaded."""
 
 
 class Segmenter:
@@ -64,7 +64,7 @@ class Segmenter:
         self.cores = Cores(threads, lanes, widen=not self._tuning.deterministic)
         self._observer = observer or Observer()
         self._tables = threading.Lock()
-        """Of whoever puts other tables in the place of these two, which are never changed: readers need no lock."""
+        """Held by whoever puts other tables in the place of these two, which are never changed: readers need none."""
         self._runtimes: Mapping[str, Mapping[int, Runtime]] = {}
         self.refused: Mapping[str, str] = {}
         self.scheduler = Scheduler(

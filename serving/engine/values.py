@@ -20,7 +20,7 @@ BELOW = 1 / 16
 USUAL = (255, 1023, 2047, 4095, 16383, 65535)
 """White of the 8, 10, 11, 12, 14 and 16 bits that sensors have."""
 NEARLY_BLACK = 15
-"""Of 255: the largest value of 4 bits."""
+"""The largest value of 4 bits."""
 
 
 def find_white(

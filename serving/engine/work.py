@@ -103,11 +103,11 @@ class Cores:
 
     @property
     def least(self) -> int:
-        """Of every batch."""
+        """The cores that every batch has."""
         return self.threads // self.lanes
 
     def of_batch(self, num_windows: int) -> int:
-        """Of a batch while there are so many windows."""
+        """The cores of a batch while there are so many windows."""
         return max(self.least, self.threads // num_windows) if self.widen else self.least
 
 

@@ -25,7 +25,7 @@ from penumbra.serving.render.meridian import Points, cut, shoelace, turned
 
 WGS84 = "EPSG:4326"
 AXIS_M, FLATTENING = 6_378_137.0, 1 / 298.257223563
-"""Of the WGS84 ellipsoid."""
+"""The WGS84 ellipsoid."""
 FARTHEST_DEG = 95.0
 """A grid whose outermost pixels' centres are the poles reaches half a pixel beyond; farther is no latitude."""
 EXACT_PX = 0.5
@@ -35,7 +35,7 @@ BENT_PX = 0.1
 ROUNDS = 12
 """Halvings of one edge, at most."""
 NODES = 257
-"""Of a side of the grid on which pixels' areas are measured, at most; between its nodes they are interpolated."""
+"""At most as many on a side of the grid on which pixels' areas are measured; between them areas are interpolated."""
 BATCH = 2**18
 """Points of outlines that are placed at a time."""
 FAULTS = (RasterioError, CPLE_BaseError)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 Points = NDArray[np.float64]
 """[N, 2]: columns and rows, or longitudes and latitudes. A ring's last point is its first."""
 DIGITS = 9
-"""Of degrees: a tenth of a millimetre."""
+"""Decimals of a degree: a tenth of a millimetre."""
 POLE_DEG = 90 - 1e-9
 
 

@@ -23,12 +23,12 @@ from penumbra.serving.engine.kernels import FloatArray
 BLOCK = 512
 """Rows that are worked on at a time; a multiple of the tiles of our TIFFs."""
 LEVELS = (32, 256, 65536)
-"""Of grey in a map's picture. 32 are what an eye tells apart, at a tenth of the bytes of 65536."""
+"""Levels of grey in a map's picture. 32 are what an eye tells apart, at a tenth of the bytes of 65536."""
 GREY, RGB, PALETTE = 0, 2, 3
 UP = 2
 """PNG's filter that takes a row's difference to the row above."""
 OPACITY = 140
-"""Of the labels' colours in an overlay, in 256ths."""
+"""Weight of the labels' colours in an overlay, in 256ths."""
 STRIPE_PX, STRIPES = 4, 128
 """Width of the stripes where there is no label, and how many cross a large picture, so that they show at any size."""
 COLD, WARM, HOT = "#000004", "#b5367a", "#fcfdbf"

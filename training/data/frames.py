@@ -18,7 +18,7 @@ class FrameSet(Protocol):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the frames, each once."""
+        """The frames' names, each once."""
 
     def __len__(self) -> int: ...
 
@@ -28,7 +28,7 @@ class FrameSet(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Frames:
-    """In memory: image_N3HW and label_NHW (IGNORE = void), both uint8, all of one size; names in the same order."""
+    """Frames in memory: image_N3HW and label_NHW (IGNORE = void), uint8, all of one size; names in the same order."""
 
     names: tuple[str, ...]
     image_N3HW: Tensor
@@ -43,7 +43,7 @@ class Frames:
 
 @dataclass(frozen=True, slots=True)
 class FrameFiles:
-    """On disk: a frame is read, and its mask checked, whenever it is asked for. Safe in many threads."""
+    """Frames on disk: one is read, and its mask checked, whenever it is asked for. Safe in many threads."""
 
     names: tuple[str, ...]
     pictures: tuple[Path, ...]

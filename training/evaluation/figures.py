@@ -14,7 +14,7 @@ from penumbra.training.metrics import Doubles, Floats, Mask, Ranking, Reliabilit
 
 PATCH_PX = (4, 8, 16, 32)
 UNCERTAINTIES = ("entropy", "mutual_information")
-"""Of these, what the answers have."""
+"""Scores of doubt, as far as the answers have them."""
 STEPS = np.linspace(0, 1, 101)
 """Where curves are written down."""
 

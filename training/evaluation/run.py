@@ -28,7 +28,7 @@ PLOTS = ("reliability", "risk_coverage", "pavpu", "confusion", "contact_sheet", 
 """What `penumbra.training.plots` may draw."""
 COMPARED = ("seg/mIoU", "seg/NLL", "cal/ECE", "err/AUROC/entropy", "err/AUROC/mutual_information")
 FEW_FRAMES = 16
-"""For quality and cost against S, which needs 88 samples of each."""
+"""Frames for quality and cost against S, which needs 88 samples of each."""
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ class Question:
     every: int = 1
 
     def options(self, place: int) -> SegmentOptions:
-        """Of one frame. Every frame has draws of its own, or all would share the luck of one."""
+        """Options of one frame. Every frame has draws of its own, or all would share the luck of one."""
         return SegmentOptions(model=self.name, samples=self.samples, seed=self.seed + place)
 
 

@@ -43,7 +43,7 @@ class CpsOptions:
 
 
 class CpsObjective(SemiSupervised):
-    """With CutMix."""
+    """Cross pseudo supervision with CutMix."""
 
     def losses(self, batch: Views) -> tuple[Tensor, Tensor]:
         pseudo = pseudo_labels(self.network, batch)

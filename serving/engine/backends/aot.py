@@ -18,7 +18,7 @@ from penumbra.serving.engine.backends.flat import FlatBackend, part_names
 
 INPUTS = "penumbra_inputs"
 FORMATS = ("contiguous", "channels_last")
-"""Of memory; the names of `torch.memory_format`."""
+"""Memory formats, by their names in `torch.memory_format`."""
 
 
 class AotGraph:

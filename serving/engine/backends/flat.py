@@ -49,5 +49,5 @@ class FlatBackend:
 
 
 def part_names(*, prompted: bool) -> tuple[str, ...]:
-    """Of the graphs of a network, which are also their files' stems."""
+    """Names of a network's graphs, which are also their files' stems."""
     return ("encode", "decode", "prompt") if prompted else ("encode", "decode")

@@ -80,7 +80,7 @@ class Engine:
 
 
 def _position(name: str) -> int:
-    """Of a tensor among the inputs (`inputs_3`) or among the outputs (`output0`)."""
+    """The place of a tensor among the inputs (`inputs_3`) or among the outputs (`output0`)."""
     return int(re.findall(r"\d+", name)[-1])
 
 
