@@ -20,12 +20,12 @@ log = logging.getLogger("penumbra")
 OPEN_PATHS = {"/healthz", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/"}
 PAGE = "/playground/"
 """The page that asks its reader for a key has none itself."""
+SERVICE = "inference.GRPCInferenceService"
 OPEN_CALLS = {
-    "/inference.GRPCInferenceService/ServerLive", "/inference.GRPCInferenceService/ServerReady",
-    "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch",
+    f"/{SERVICE}/ServerLive", f"/{SERVICE}/ServerReady", "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch",
 }  # fmt: skip
 ADMIN_PATHS, ADMIN_ENDINGS = "/v2/repository/", ("/load", "/unload")
-ADMIN_CALLS = {f"/inference.GRPCInferenceService/RepositoryModel{verb}" for verb in ("Load", "Unload")}
+ADMIN_CALLS = {f"/{SERVICE}/RepositoryModel{verb}" for verb in ("Load", "Unload")}
 METRICS_PATH = "/metrics"
 SCOPES = ("infer", "admin", "metrics")
 SHORTEST = 16

@@ -19,8 +19,9 @@ from tritonclient.grpc import service_pb2 as pb
 from penumbra.models.errors import BadOption, PenumbraError, Unsupported
 from penumbra.serving import VERSION
 from penumbra.serving.access import Request, logged
-from penumbra.serving.grpc_server import SERVICE, Context, begun_call
+from penumbra.serving.grpc_server import Context, begun_call
 from penumbra.serving.guard import Bodies
+from penumbra.serving.keys import SERVICE
 from penumbra.serving.oip import (
     Answer,
     Inference,

@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from penumbra.models.errors import BadOption
+from penumbra.serving.engine.options import PILLOW_PIXELS
 
 PREFIX = "PENUMBRA_"
 NO_SETTINGS = ("PENUMBRA_GOLDEN", "PENUMBRA_KSERVE_PYTHON", "PENUMBRA_PERF_ANALYZER")
@@ -30,7 +31,7 @@ def _rising(bounds: tuple[float, ...]) -> tuple[float, ...]:
     return bounds
 
 
-Bounds = Annotated[
+Buckets = Annotated[
     tuple[float, ...],
     NoDecode,
     BeforeValidator(lambda text: text.split(",") if isinstance(text, str) else text),
@@ -84,13 +85,13 @@ class Settings(BaseSettings):
     samples_per_call: int = Field(0, ge=0)
     target_ms: float = Field(0.0, ge=0)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    revision: str = ""
     log_format: Literal["text", "json"] = "text"
+    revision: str = ""
     limit_body_bytes: int = Field(64 * 2**20, ge=1)
     limit_bodies_bytes: int = Field(2**30, ge=1)
     limit_json_bytes: int = Field(8 * 2**20, ge=1)
     limit_head_bytes: int = Field(64 * 2**10, ge=1024)
-    limit_pixels: int = Field(64_000_000, ge=1, le=178_956_970)  # beyond, Pillow opens no file
+    limit_pixels: int = Field(64_000_000, ge=1, le=PILLOW_PIXELS)
     limit_windows: int = Field(4096, ge=1)
     limit_samples: int = Field(64, ge=1)
     limit_queue_samples: int = Field(65_536, ge=1)
@@ -103,7 +104,7 @@ class Settings(BaseSettings):
     cache_mb: int = Field(0, ge=0)
     timeout_s: float = Field(300.0, gt=0)
     predrain_s: float = Field(2.0, ge=0)
-    latency_buckets_s: Bounds = SECONDS
+    latency_buckets_s: Buckets = SECONDS
     otlp_endpoint: str = ""
     trace_share: float = Field(1.0, ge=0, le=1)
     api_keys: SecretStr = SecretStr("")

@@ -20,7 +20,7 @@ from PIL import ExifTags, Image, ImageOps
 from penumbra.models.errors import BadImage, TooLarge
 from penumbra.serving.engine.damage import check_png, read_jpeg, shorten_webp, slim_png
 from penumbra.serving.engine.layout import TURNS, turn
-from penumbra.serving.engine.options import Limits
+from penumbra.serving.engine.options import PILLOW_PIXELS, Limits
 from penumbra.serving.engine.raster import PIECE_PIXELS, Pixels, Raster, open_file, open_raster
 from penumbra.serving.engine.values import find_white
 
@@ -95,7 +95,7 @@ def _header(source: bytes | Path, limits: Limits) -> Iterator[tuple[Image.Image,
         try:
             picture = Image.open(file, formats=FORMATS)
         except Image.DecompressionBombError:
-            raise TooLarge(_pixels_sentence("more than 178,956,970", limits)) from None
+            raise TooLarge(_pixels_sentence(f"more than {PILLOW_PIXELS:,}", limits)) from None
         except PILLOW_FAULTS:
             raise BadImage(
                 f"the {kind} image is damaged, or of a kind that is not read ({_fault(kind, file)})"

@@ -16,6 +16,8 @@ DEFAULT = "default"
 DEFAULT_MAPS = ("confidence", "entropy", "mutual_information")
 PROBABILITIES = "probabilities"
 """The output that has every class's mean probability, [K, H, W]: as large as K maps, for answers held in memory."""
+PILLOW_PIXELS = 178_956_970
+"""Pillow opens no picture of more pixels."""
 
 
 @dataclass(frozen=True, slots=True)

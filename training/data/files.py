@@ -14,12 +14,12 @@ from torch import Tensor
 from penumbra.models.card import IGNORE
 from penumbra.models.errors import BadData, BadImage, TooLarge
 from penumbra.serving.engine.decode import open_image
-from penumbra.serving.engine.options import Limits
+from penumbra.serving.engine.options import PILLOW_PIXELS, Limits
 from penumbra.serving.engine.raster import Raster
 
 log = logging.getLogger("penumbra")
 UNKNOWN = -1
-LIMITS = Limits(pixels=178_956_970)
+LIMITS = Limits(pixels=PILLOW_PIXELS)
 """A picture of a data set may have as many pixels as Pillow opens."""
 INDEX_MODES = ("L", "P", "1", "I", "I;16", "I;16B", "I;16L")
 """Pillow's modes whose values are numbers and no colours; a palette mask stores its labels as indices."""
