@@ -128,8 +128,8 @@ def batch(source: str, output: str, model: str | None, store: Path, as_json: boo
     counts, reasons = run_batch(asked, source, output, engine=engine)
     for line in tell(reasons):
         click.echo(f"penumbra: {line}", err=True)
-    told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
-    click.echo(json.dumps(counts) if as_json else f"{output}: {told}")
+    summary = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    click.echo(json.dumps(counts) if as_json else f"{output}: {summary}")
     if counts["failed"]:
         raise SystemExit(1)
 

@@ -68,8 +68,8 @@ class Request:
 def begin(method: str, path: str, headers: Mapping[str, str]) -> Request:
     """A request by its line and headers, or its call and metadata: an id or trace that is none is not taken over."""
     request = Request(method, re.sub(r"^/jobs/[^/]+", "/jobs/{id}", re.sub("[^!-~]", "?", path))[:LONGEST_PATH])
-    if SAFE_ID.fullmatch(told := headers.get(ID, "")):
-        request.id = told
+    if SAFE_ID.fullmatch(sent := headers.get(ID, "")):
+        request.id = sent
     if trace := SAFE_TRACE.fullmatch(headers.get(TRACE, "")):
         request.trace = trace[1]
     return request

@@ -206,22 +206,22 @@ def ask(store: Path, model: str, kind: str, fields: Mapping[str, str]) -> Asked:
 def run_batch(asked: Asked, source: str, output: str, *, engine: str) -> tuple[dict[str, int], list[Done]]:
     """Do all tasks with a progress bar; returns how many went how, and those that failed or were skipped."""
     output = output.rstrip("/") if "://" in output else str(Path(output).resolve())
-    tasks, told = find_tasks(source, output, asked.format)
+    tasks, reported = find_tasks(source, output, asked.format)
     claim(output, asked)
-    counts = {"made": 0, "kept": 0, "failed": 0, "skipped": len(told)}
+    counts = {"made": 0, "kept": 0, "failed": 0, "skipped": len(reported)}
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         work = ENGINES[engine](asked, output, tasks)
         for done in bar.track(work, total=len(tasks), description=asked.model):
             counts[done.outcome] += 1
             if done.error:
-                told.append(done)
-    return counts, told
+                reported.append(done)
+    return counts, reported
 
 
-def tell(told: Sequence[Done]) -> Iterator[str]:
+def tell(reported: Sequence[Done]) -> Iterator[str]:
     """Lines about what failed, each with its sentence, and what was skipped, by reason."""
     reasons = defaultdict(list)
-    for done in told:
+    for done in reported:
         if done.outcome == "failed":
             yield f"{done.source}: {done.error}"
         else:

@@ -43,11 +43,11 @@ class JobSurface:
             place = await run_in_threadpool(self._jobs.begin)
             try:
                 fields = await self._receive(request, place / "image")
-                told = await run_in_threadpool(self._jobs.submit, place, media, fields)
+                job = await run_in_threadpool(self._jobs.submit, place, media, fields)
             except BaseException:  # also when the caller goes away
                 self._jobs.abandon(place)
                 raise
-        return JSONResponse(told, 202, headers={"Location": told["url"]})
+        return JSONResponse(job, 202, headers={"Location": job["url"]})
 
     async def describe(self, request: Request) -> Response:
         refuse_options(request)

@@ -141,9 +141,9 @@ def predict_picture(
     decode_ms = 1e3 * (time.perf_counter() - started)
     prediction = segmenter.segment(image, options)
     prediction = replace(prediction, timing_ms={"decode": decode_ms} | prediction.timing_ms)
-    told = {}
+    described = {}
     for name, target in files.items():
-        told[name], buffer = str(target), io.BytesIO()
+        described[name], buffer = str(target), io.BytesIO()
         if name in prediction.maps:
             values = prediction.maps[name]
             measured = values[~np.isnan(values)] if prediction.num_void else values
@@ -151,14 +151,14 @@ def predict_picture(
             top = 1.0 if name == "confidence" else max(brightest, 1e-3)
             unit = "" if name in UNITLESS else " nats"
             write_heat(values, buffer, top=top)
-            told[name] += f" (white is {top:.3g}{unit})"
+            described[name] += f" (white is {top:.3g}{unit})"
         elif name == "maps":
             buffer.write(render(prediction, "application/x-npz", Style()))
         else:
             buffer.write(render(prediction, "image/png", Style(name)))
         with disk():
             write_whole(target, buffer.getvalue())
-    return Outcome(path, prediction, class_table(prediction), told)
+    return Outcome(path, prediction, class_table(prediction), described)
 
 
 def predict_raster(

@@ -124,9 +124,9 @@ class Rest:
     async def infer(self, request: Request) -> Response:
         model, version = _model(request)
         body = await request.body()
-        told, taken = request.headers, _accepted_encoding(request.headers.get("accept-encoding", ""))
-        encoding = ", ".join(told.getlist("content-encoding")).strip().lower()
-        misplaced = [*strangers(request.query_params, (), "the query"), *strangers_above(told, "the headers")]
+        headers, taken = request.headers, _accepted_encoding(request.headers.get("accept-encoding", ""))
+        encoding = ", ".join(headers.getlist("content-encoding")).strip().lower()
+        misplaced = [*strangers(request.query_params, (), "the query"), *strangers_above(headers, "the headers")]
 
         def write(answer: Answer, asked: InferRequest) -> Response:
             return write_answer(answer, encoding=taken)
@@ -136,7 +136,7 @@ class Rest:
             def read() -> InferRequest:
                 self._inference.find(model, version)  # an unknown model is the first thing to say, whatever the body is
                 plain = decompress(body, encoding, limit_bytes=self._body_bytes, take=take)
-                length, json_bytes = told.get(HEADER_LENGTH), self._json_bytes
+                length, json_bytes = headers.get(HEADER_LENGTH), self._json_bytes
                 asked = read_request(plain, model=model, version=version, header_length=length, json_bytes=json_bytes)
                 return replace(asked, unknown=[*asked.unknown, *misplaced])
 

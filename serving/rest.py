@@ -230,14 +230,14 @@ def answer_headers(prediction: Prediction, timing_ms: Mapping[str, float] | None
 
     Texts are percent-encoded as UTF-8 where they are not printable ASCII, and so are the commas in members' names.
     """
-    told = {
+    optional = {
         "X-Penumbra-Members": ",".join(encoded(name).replace(",", "%2C") for name in prediction.members),
         "X-Penumbra-Warning": encoded("; ".join(prediction.warnings)),
         "X-Penumbra-Samples-Asked": str(prediction.num_asked or ""),
         "Age": "" if prediction.age_s is None else f"{prediction.age_s:.0f}",
         "X-Penumbra-Abstained": "" if prediction.abstained is None else f"{prediction.abstained:.6f}",
     }
-    return {name: text for name, text in told.items() if text} | {
+    return {name: text for name, text in optional.items() if text} | {
         "X-Penumbra-Model": prediction.card.name,
         "X-Penumbra-Version": str(prediction.card.version),
         "X-Penumbra-Seed": str(prediction.seed),

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import io
 import math
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from penumbra.models.checkpoint import check_replaceable, load_checkpoint, save_
 from penumbra.models.contract import Network
 from penumbra.models.errors import BadArtifact, BadOption
 from penumbra.models.files import writing
+from penumbra.serving.build import commit_of
 from penumbra.serving.engine.allocator import keep_freed_memory
 from penumbra.training.batches import Batches, choose_split
 from penumbra.training.data import DataSet, find_data
@@ -260,7 +260,7 @@ def describe(recipe: Recipe, data: DataSet, *, num_frames: int, num_labelled: in
         readout=Readout(align_corners=True),
         prompt=network.prompt,
         extra_maps=network.extra_maps,
-        provenance=Provenance(sentence, data.licence, recipe_of(recipe), git_commit()),
+        provenance=Provenance(sentence, data.licence, recipe_of(recipe), commit_of("")),
     )
 
 
@@ -280,15 +280,6 @@ def write_measured(path: Path, card: Card, network: Network, val: FrameSet, *, e
     provenance = dataclasses.replace(card.provenance, metrics=metrics)
     save_checkpoint(path, dataclasses.replace(card, provenance=provenance), stored, half=True)
     return figures
-
-
-def git_commit() -> str:
-    """The commit of the code that trains, or nothing outside a repository."""
-    try:
-        answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return answer.stdout.strip()
 
 
 def brief(figures: dict[str, float]) -> str:
