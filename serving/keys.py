@@ -93,7 +93,8 @@ def read_keys(text: str, file: Path | None) -> Keys:
         try:
             lines = file.read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise BadOption(f"the API keys in {file} cannot be read ({type(error).__name__})") from None
+            reason = getattr(error, "strerror", None) or "not UTF-8"
+            raise BadOption(f"the API keys in {file} cannot be read ({reason}); name a file that can") from None
         text = "\n".join([text, *(line for line in lines if not line.lstrip().startswith("#"))])
         if not text.split():
             raise BadOption(f"{file} has no API keys; write one to a line, as infer:KEY")

@@ -89,4 +89,4 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise BadOption(f"the key file {path} cannot be read ({type(error).__name__})") from None
+        raise BadOption(f"the key file {path} cannot be read ({error.strerror}); name one that can") from None
