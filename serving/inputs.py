@@ -92,7 +92,9 @@ def _reason(files: Any, base: PurePosixPath, path: str, info: dict[str, Any]) ->
     if any(part.startswith(".") for part in name.parts):
         yield "is hidden"
     elif info["type"] == "directory" or (
-        isinstance(files, LocalFileSystem) and os.path.exists(path) and not os.path.isfile(path)  # a pipe would wait
+        isinstance(files, LocalFileSystem)
+        and os.path.exists(path)
+        and not os.path.isfile(path)  # a pipe would be waited for
     ):
         yield "is a folder, a link to one, or no file at all"
     else:

@@ -46,7 +46,6 @@ from penumbra.serving.gateway import Gateway
 from penumbra.serving.job import Job, State, is_upload, lock, read_job, save_job
 from penumbra.serving.render import MAPLESS, WRITERS, Style, read_wish
 from penumbra.serving.rest import answer_headers
-from penumbra.serving.settings import Settings
 from penumbra.serving.spool import LONG, Spool, disk, spool_bytes
 
 log = logging.getLogger("penumbra")
@@ -65,10 +64,6 @@ class JobBounds:
     body_bytes: int
     waiting: int
     keep_s: float
-
-
-def job_bounds(settings: Settings) -> JobBounds:
-    return JobBounds(settings.limit_job_pixels, settings.limit_job_bytes, settings.limit_jobs, settings.job_keep_s)
 
 
 class Jobs:
@@ -101,8 +96,6 @@ class Jobs:
     def start(self) -> None:
         self._thread.start()
         self._gateway.vital.append(self._thread.is_alive)
-
-    # -- called by handlers ----------------------------------------------------------------------
 
     def begin(self) -> Path:
         """A directory for an upload, whose name is the id; `submit` or `abandon` is called with it.
@@ -217,8 +210,6 @@ class Jobs:
             raise UnknownJob(f"there is no job {name[:40]!r}; results are kept for {self.bounds.keep_s:g} s")
         return job
 
-    # -- the thread ------------------------------------------------------------------------------
-
     def _loop(self) -> None:
         while job := self._next():
             error = ""
@@ -324,8 +315,6 @@ class Jobs:
         for job in [job for job in self._jobs.values() if self._is_old(job)]:
             del self._jobs[job.id]
             shutil.rmtree(self._directory / job.id, ignore_errors=True)
-
-    # -- the disk --------------------------------------------------------------------------------
 
     def _recover(self) -> None:
         for place in [path for path in self._directory.iterdir() if path.is_dir() and not path.is_symlink()]:

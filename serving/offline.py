@@ -79,24 +79,17 @@ def predict_file(
     overwritten, nor any file that Penumbra has not written. Raises BadImage naming the file, and any PenumbraError.
     """
     try:
-        return _predict_file(segmenter, path, options, output, watch=watch, pictures=pictures)
+        raster = open_raster(path)
+        maps = options.maps(segmenter.find(options.model, options.version).card)
+        kinds = ("labels", "maps") if raster else ("labels", "overlay", *maps)
+        files = {name: output / f"{path.stem}_{name}.{'tif' if raster else 'png'}" for name in kinds}
+        files |= {} if raster else {"maps": output / f"{path.stem}_maps.npz"}
+        check_replaceable(files.values(), pictures)
+        if raster:
+            return predict_raster(segmenter, path, raster, options, files, watch=watch)
+        return predict_picture(segmenter, path, options, files)
     except BadImage as error:
         raise BadImage(f"{path}: {error}") from None
-
-
-def _predict_file(
-    segmenter: Segmenter, path: Path, options: SegmentOptions, output: Path, *,
-    watch: Watch, pictures: frozenset[Identity],
-) -> Outcome:  # fmt: skip
-    raster = open_raster(path)
-    maps = options.maps(segmenter.find(options.model, options.version).card)
-    kinds = ("labels", "maps") if raster else ("labels", "overlay", *maps)
-    files = {name: output / f"{path.stem}_{name}.{'tif' if raster else 'png'}" for name in kinds}
-    files |= {} if raster else {"maps": output / f"{path.stem}_maps.npz"}
-    check_replaceable(files.values(), pictures)
-    if raster:
-        return predict_raster(segmenter, path, raster, options, files, watch=watch)
-    return predict_picture(segmenter, path, options, files)
 
 
 def identity(path: Path) -> Identity:

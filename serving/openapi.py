@@ -13,7 +13,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "model": ({"type": "string"}, "Which model; may be left out when one is served."),
     "version": ({"type": "integer"}, "Its version; the newest when left out."),
     "samples": ({"type": "integer", "minimum": 1}, "How many samples to draw; fixed for models with members."),
-    "seed": ({"type": "integer", "minimum": 0, "default": 0}, "Of the noise; the same seed gives the same answer."),
+    "seed": (
+        {"type": "integer", "minimum": 0, "default": 0},
+        "Seed of the noise; the same seed gives the same answer.",
+    ),
     "overlap": ({"type": "number", "minimum": 0, "maximum": 0.9}, "Share of a window that its neighbour covers too."),
     "outputs": (
         {"type": "string", "default": DEFAULT},

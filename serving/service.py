@@ -217,9 +217,9 @@ def _as_lists(prediction: Any) -> PredictAnswer:
 
 def load_all() -> tuple["Gateway", "Inference", "Jobs", "StoreWatch"]:
     """Everything that answers, and its routes. Raises PenumbraError."""
-    from penumbra.serving import jobs_rest, oip_grpc, oip_rest  # noqa: F401  (the last is used in the event loop)
+    from penumbra.serving import jobs_rest, oip_grpc, oip_rest  # noqa: F401  (oip_grpc is for the event loop)
     from penumbra.serving.job import lock
-    from penumbra.serving.jobs import Jobs, job_bounds
+    from penumbra.serving.jobs import JobBounds, Jobs
     from penumbra.serving.oip import Inference
     from penumbra.serving.rest import ERROR_HANDLERS, routes
     from penumbra.serving.watch import StoreWatch, look
@@ -238,7 +238,10 @@ def load_all() -> tuple["Gateway", "Inference", "Jobs", "StoreWatch"]:
         inference, body_bytes=SETTINGS.limit_body_bytes, json_bytes=SETTINGS.limit_json_bytes, bodies=BODIES
     )
     watch = StoreWatch(SETTINGS.store, before, every_s=SETTINGS.watch_store_s, inference=inference)
-    jobs = Jobs(SETTINGS.jobs, gateway, bounds=job_bounds(SETTINGS), store=SETTINGS.store)
+    bounds = JobBounds(
+        SETTINGS.limit_job_pixels, SETTINGS.limit_job_bytes, SETTINGS.limit_jobs, SETTINGS.job_keep_s
+    )  # fmt: skip
+    jobs = Jobs(SETTINGS.jobs, gateway, bounds=bounds, store=SETTINGS.store)
     APP.router.routes[:] = [*oip_routes, *jobs_rest.routes(jobs, TELEMETRY), *routes(gateway, build)]
     APP.exception_handlers.update(ERROR_HANDLERS)
     return gateway, inference, jobs, watch

@@ -94,18 +94,14 @@ def parse_options(fields: Mapping[str, str], *, beside: tuple[str, ...] = ()) ->
     be right.
     """
     readers: dict[str, Callable[[str, str], Any]] = {
-        "model": _text, "version": _integer, "samples": _integer, "seed": _integer, "overlap": _share, "outputs": _maps,
-        "boxes": _boxes, "tags": _tags, "alpha": _number, "max_risk": _number,
+        "model": lambda _, text: text, "version": _integer, "samples": _integer, "seed": _integer, "overlap": _share,
+        "outputs": _maps, "boxes": _boxes, "tags": _tags, "alpha": _number, "max_risk": _number,
         "deadline_ms": _number, "anytime": _truth, "priority": _integer,
     }  # fmt: skip
     for name in fields:
         if name not in (*readers, *beside):
             raise BadOption(f"there is no option {name[:40]!r}; known are {', '.join((*readers, *beside))}")
     return SegmentOptions(**{name: readers[name](name, text) for name, text in fields.items() if name in readers})
-
-
-def _text(_: str, text: str) -> str:
-    return text
 
 
 def _integer(name: str, text: str) -> int:

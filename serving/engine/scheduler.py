@@ -124,8 +124,6 @@ class Scheduler:
         for thread in self._threads:
             thread.start()
 
-    # -- called by request threads ---------------------------------------------------------------
-
     def submit(self, work: Work) -> Stream:
         """Admit work. Raises QueueFull over the limit and NotReady while draining."""
         cost = work.reserved(work.num_windows, work.num_samples)
@@ -208,8 +206,6 @@ class Scheduler:
         for num_samples, pixel_core_s in runtime.core_seconds_per_pixel():
             with self._condition:
                 self._paces.of(runtime).learn(num_samples, pixel_core_s)
-
-    # -- the lanes --------------------------------------------------------------------------------
 
     def _loop(self, lane: int) -> None:
         try:
