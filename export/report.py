@@ -27,7 +27,7 @@ def print_imported(imported: Imported, output: Path) -> None:
     for entry in imported.entries:
         table.add_row(f"{entry} (beside the tensors)", "")
     if table.row_count:
-        Console().print(table)
+        Console(markup=False, emoji=False).print(table)
     click.echo(f"{output}: {card.method}, {card.num_classes} classes, {_sample_axis(card)}")
     click.echo(f"next: penumbra export {output}")
 

@@ -163,7 +163,7 @@ def models(store: Path, as_json: bool) -> None:
             card.name, str(card.version), card.method, str(card.num_classes), card.sampling.kind, backend,
             card.provenance.data,
         )  # fmt: skip
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 @main.command()

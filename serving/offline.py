@@ -203,10 +203,10 @@ def watched(title: str) -> Iterator[Watch]:
 
 def report(outcome: Outcome) -> None:
     """Print what a person wants to know: classes, uncertainty, time by phase, files."""
-    console, prediction = Console(), outcome.prediction
+    console, prediction = Console(markup=False, emoji=False), outcome.prediction  # names may look like either
     height, width = prediction.labels_HW.shape
     console.print(
-        f"[bold]{outcome.path}[/] {width}x{height} by {prediction.card.name} version {prediction.card.version}, "
+        f"{outcome.path} {width}x{height} by {prediction.card.name} version {prediction.card.version}, "
         f"{prediction.num_samples} samples, seed {prediction.seed}, {prediction.num_windows} windows"
     )
     if prediction.members:
@@ -214,7 +214,7 @@ def report(outcome: Outcome) -> None:
     if prediction.abstained is not None:
         console.print(f"abstained from {100 * prediction.abstained:.1f} % of the pixels")
     for warning in prediction.warnings:
-        console.print(f"[yellow]warning:[/] {warning}")
+        console.print(f"warning: {warning}", style="yellow")
     means = {"mean_entropy": 3, "mean_mutual_information": 4}
     digits = {name: count for name, count in means.items() if name.removeprefix("mean_") in prediction.maps}
     table = Table("class", "share", *(name.replace("_", " ") for name in digits), title_justify="left")

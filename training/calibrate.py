@@ -271,7 +271,7 @@ def link(source: Path, target: Path) -> None:
 
 def report(calibrated: Calibrated, place: Path) -> None:
     """Print what was found, and how it does on the check frames."""
-    console, document = Console(), calibrated.document()
+    console, document = Console(markup=False, emoji=False), calibrated.document()
     before, after, frames = document["before"], document["after"], document["frames"]
     console.print(
         f"temperature {calibrated.temperature_before:g} -> {calibrated.card.readout.temperature:g} "
@@ -288,6 +288,6 @@ def report(calibrated: Calibrated, place: Path) -> None:
             risks.add_row(f"{risk:g}", f"{threshold:.4f}", *(f"{share:.4f}" for share in shares))
         console.print(risks)
     for sentence in calibrated.refused.values():
-        console.print(f"[yellow]not guaranteed:[/] {sentence}", highlight=False)
+        console.print(f"not guaranteed: {sentence}", style="yellow", highlight=False)
     console.print(f"wrote {place}", highlight=False)
     click.echo(how_to_serve(calibrated.card.name), err=True)

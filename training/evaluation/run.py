@@ -83,7 +83,7 @@ def load_frames(question: Question, card: Card) -> FrameSet:
     data = find_data(question.data_set, question.data)
     warning = check_classes(card, data.classes, data=question.data_set)
     if warning:
-        Console(stderr=True).print(f"[yellow]warning:[/] {warning}")
+        Console(stderr=True, markup=False, emoji=False).print(f"warning: {warning}", style="yellow")
     return data.load(question.data, question.split)
 
 
@@ -186,9 +186,9 @@ def follow(items: Iterable[T], title: str, *, total: int) -> Iterable[T]:
 
 def report(measured: Measured) -> None:
     """Print the figures as a table."""
-    document, console = measured.document(), Console()
+    document, console = measured.document(), Console(markup=False, emoji=False)
     console.print(
-        f"[bold]{document['model']}[/] version {document['version']} on {document['set']} {document['split']}: "
+        f"{document['model']} version {document['version']} on {document['set']} {document['split']}: "
         f"{document['frames']} frames, {document['pixels']:,} labelled pixels, {document['samples']} samples, "
         f"seed {document['seed']}", highlight=False,
     )  # fmt: skip
