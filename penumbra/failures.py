@@ -5,6 +5,7 @@ import io
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, Any
 
 import click
@@ -36,6 +37,7 @@ class Verbs(click.Group):
         return list(self.commands)
 
     def main(self, *arguments: Any, **options: Any) -> Any:
+        open_streams()
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show is no reason to fail
                 stream.reconfigure(errors="backslashreplace")
@@ -50,6 +52,18 @@ class Verbs(click.Group):
         finally:
             _let_go(sys.stdout)
             _let_go(sys.stderr)
+
+
+def open_streams() -> None:
+    """Give a process that was started without one of the three streams, as `>&-` does, the null device in its place.
+
+    Else the next file or socket that it opens, or that a program in its place does, would have the stream's number.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            stream = Path(os.devnull).open("r+")  # noqa: SIM115 (open for as long as the process is)
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
 
 
 def sentence_of(error: PenumbraError | OSError | ModuleNotFoundError) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from PIL import Image
 
 from penumbra.failures import REMEDIES, sentence_of
 from penumbra.models.checkpoint import save_checkpoint
@@ -147,6 +148,23 @@ def test_output_that_cannot_be_written_is_one_sentence(toy_store: Path) -> None:
         assert code == 1 and said.startswith("penumbra: ") and said.count("\n") == 1 and "no space left" in said
     assert ended(["models", "--store", toy_store / "none"], full="stderr") == (2, "")
     assert ended(["models", "--unknown"], full="stderr")[0] in (1, 2)
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_a_verb_that_is_started_without_streams_does_its_work(toy_store: Path, tmp_path: Path, closed: str) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (40, 30)).save(path)
+    line = f'exec "$@" {closed}'
+    arguments = ["predict", "-m", "toy-pointwise", "--store", toy_store, path, "-o", tmp_path]
+    done = subprocess.run(["bash", "-c", line, "bash", *COMMAND, *map(str, arguments)], timeout=ENDS_S)
+    assert done.returncode == 0 and (tmp_path / "a_labels.png").is_file()
+
+
+def test_what_takes_the_place_of_a_verb_without_streams_has_them() -> None:
+    script = "import os, penumbra.failures as f; f.open_streams(); os.execlp('sh', 'sh', '-c', 'echo a; echo b >&2')"
+    line = 'exec "$@" <&- >&- 2>&-'
+    done = subprocess.run(["bash", "-c", line, "bash", sys.executable, "-c", script], timeout=ENDS_S)
+    assert done.returncode == 0
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1"])
