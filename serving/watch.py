@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,9 +25,19 @@ def look(store: Path) -> Contents:
     found: Contents = {}
     for name, numbers in versions(store).items():
         directory = store / name / str(numbers[-1])
-        stats = {path.name: path.stat() for path in directory.iterdir()}
-        found[name] = directory, frozenset((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats.items())
+        files: list[Path] = []
+        with suppress(OSError):  # one model's fault is that model's: whatever loads it says so
+            files = list(directory.iterdir())
+        found[name] = directory, frozenset(map(_state, files))
     return found
+
+
+def _state(path: Path) -> tuple[str, int, int]:
+    try:
+        stat = path.stat()
+    except OSError:  # a link to nothing, or it is being taken away
+        return path.name, -1, -1
+    return path.name, stat.st_size, stat.st_mtime_ns
 
 
 def how_to_serve(name: str) -> str:

@@ -122,6 +122,17 @@ def test_what_was_refused_at_the_start_is_served_once_it_is_mended(store: Path, 
     watched.inference.gateway.close()
 
 
+def test_a_link_to_nothing_in_one_artifact_stops_no_server_and_hides_no_other_model(
+    watched: Watched, store: Path
+) -> None:
+    place = export(store, "pointwise")
+    (place / "golden.safetensors").unlink()
+    (place / "golden.safetensors").symlink_to("/nonexistent")
+    export(store)
+    assert look(store).keys() == {MODEL, "toy-pointwise"}
+    assert watched.look() == [(MODEL, 1), (MODEL, 2)] and watched.segmenter.refused.keys() == {"toy-pointwise"}
+
+
 def test_a_failure_that_nobody_foresaw_refuses_one_model_and_leaves_the_others(
     watched: Watched, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
