@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from penumbra.models.errors import (
+    BadArtifact,
     Cancelled,
     DiskFull,
     JobUnfinished,
@@ -183,7 +184,10 @@ class Jobs:
         if job.state != "done":
             why = f"failed: {job.error}" if job.state == "failed" else f"is {job.state}; ask /jobs/{job.id} how far"
             raise JobUnfinished(f"the job has no result; it {why}")
-        return self._directory / job.id / "result", job
+        path = self._directory / job.id / "result"
+        if not path.is_file():
+            raise UnknownJob("the job's result was removed from the server's disk; send it again")
+        return path, job
 
     def remove(self, name: str) -> None:
         """Forget a job and its files; one that runs leaves the engine at once. Raises UnknownJob."""
@@ -280,7 +284,13 @@ class Jobs:
         except UnknownModel:
             if self._store is None or model is None:
                 raise
-            segmenter.load(find_artifact(self._store, model, version))
+            try:
+                segmenter.load(find_artifact(self._store, model, version))
+            except (UnknownModel, BadArtifact) as error:  # of which the places are none of the caller's business
+                log.error("a job's model cannot be loaded: %s", error)
+                raise UnknownModel(
+                    f"{model} version {version}, which the job was taken for, can be loaded no more; send it again"
+                ) from None
             try:
                 yield
             finally:

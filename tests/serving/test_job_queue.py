@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -210,3 +211,29 @@ def test_a_result_whose_time_is_over_is_gone_also_while_a_job_runs(
         assert jobs.describe("waiting")["state"] == "queued"
         jobs.begin()
         assert not (tmp_path / "old").exists() and (tmp_path / "waiting").exists()
+
+
+def test_a_job_whose_version_is_gone_fails_without_the_places_of_this_machine(
+    store: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    copied = tmp_path / "store"
+    shutil.copytree(store, copied)
+    left(tmp_path / "jobs", Job("gone", NPZ, {"model": MODEL, "version": "1"}, 1.0), rng)
+    left(tmp_path / "jobs", Job("broken", NPZ, {"model": MODEL, "version": "2"}, 2.0), rng)
+    with opened(copied, tmp_path / "jobs") as (jobs, _):
+        shutil.rmtree(copied / MODEL / "1")
+        (copied / MODEL / "2" / "golden.safetensors").write_bytes(b"")
+        jobs.start()
+        for name, version in (("gone", 1), ("broken", 2)):
+            told = str(ended(jobs, name)["error"])
+            assert f"{MODEL} version {version}, which the job was taken for, can be loaded no more" in told
+            assert str(tmp_path) not in told
+
+
+def test_a_result_that_somebody_removed_from_the_disk_is_404_in_a_sentence(
+    store: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """As what cleans places for temporary files does."""
+    left(tmp_path, Job("done", NPZ, {"model": MODEL}, 1.0, "done", finished=time.time()), rng)
+    with opened(store, tmp_path) as (jobs, _), pytest.raises(UnknownJob, match="removed from the server's disk"):
+        jobs.result("done")
