@@ -49,6 +49,12 @@ def _fitting(pattern: str, expected: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+LONGEST_S = 1e9
+"""Thirty years; what waits for much longer, or for ever, is no number to the system."""
+MOST_THREADS = 1024
+"""More than any one machine has cores for; every one is made at the start."""
+
+
 class Settings(BaseSettings):
     """Each field is the environment variable PENUMBRA_<NAME>; the CLI's flags set the same fields.
 
@@ -76,14 +82,14 @@ class Settings(BaseSettings):
     jobs: Path = Path(tempfile.gettempdir()) / "penumbra-jobs"
     grpc_address: Annotated[str, _fitting(r"(.+:\d{1,5})?", "HOST:PORT is wanted")] = "127.0.0.1:3001"
     model_control: bool = False
-    watch_store_s: float = Field(0.0, ge=0)
+    watch_store_s: float = Field(0.0, ge=0, le=LONGEST_S)
     device: Annotated[str, _fitting(r"(cpu|cuda(:\d+)?)?", "cpu, cuda or cuda:N is wanted")] = ""
-    threads: int = Field(0, ge=0)
-    lanes: int = Field(0, ge=0)
+    threads: int = Field(0, ge=0, le=MOST_THREADS)
+    lanes: int = Field(0, ge=0, le=MOST_THREADS)
     deterministic: bool = False
     windows_per_batch: int = Field(0, ge=0)
     samples_per_call: int = Field(0, ge=0)
-    target_ms: float = Field(0.0, ge=0)
+    target_ms: float = Field(0.0, ge=0, le=1e3 * LONGEST_S)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["text", "json"] = "text"
     revision: str = ""
@@ -100,10 +106,10 @@ class Settings(BaseSettings):
     limit_job_bytes: int = Field(4 * 2**30, ge=1)
     limit_job_pixels: int = Field(2_000_000_000, ge=1)
     limit_jobs: int = Field(16, ge=1)
-    job_keep_s: float = Field(86_400.0, gt=0)
+    job_keep_s: float = Field(86_400.0, gt=0, le=LONGEST_S)
     cache_mb: int = Field(0, ge=0)
-    timeout_s: float = Field(300.0, gt=0)
-    predrain_s: float = Field(2.0, ge=0)
+    timeout_s: float = Field(300.0, gt=0, le=LONGEST_S)
+    predrain_s: float = Field(2.0, ge=0, le=LONGEST_S)
     latency_buckets_s: Buckets = SECONDS
     otlp_endpoint: str = ""
     trace_share: float = Field(1.0, ge=0, le=1)

@@ -48,6 +48,9 @@ def test_what_kubernetes_and_our_own_tests_set_is_passed_over(monkeypatch: pytes
         ("DEVICE", "foo", "cuda:N"), ("DEVICE", "cuda:x", "cuda:N"), ("LOG_LEVEL", "loud", "'WARNING'"),
         ("GRPC_ADDRESS", "here", "HOST:PORT"), ("MODEL_CONTROL", "perhaps", "boolean"), ("TIMEOUT_S", "0", "greater"),
         ("LATENCY_BUCKETS_S", "2,1", "rising"),
+        ("THREADS", "999999999999", "equal to 1024"), ("LANES", "1025", "equal to 1024"),
+        *((name, value, "less than or equal to 1000000000") for value in ("inf", "1e300")
+          for name in ("TIMEOUT_S", "WATCH_STORE_S", "PREDRAIN_S", "JOB_KEEP_S", "TARGET_MS")),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_refused_with_its_name_the_value_and_what_would_be_right(
