@@ -187,10 +187,7 @@ def parse(kind: Any, data: bytes) -> Any:
 
 def read_request(request: Any) -> InferRequest:
     """A request from its message. Raises BadOption."""
-    wanted = [
-        WantedOutput(output.name, classes=_parameters(output.parameters).get("classification", 0))
-        for output in request.outputs
-    ]
+    wanted = [WantedOutput(output.name, classes=_classes(output)) for output in request.outputs]
     unknown = [name for one in request.inputs for name in strangers(one.parameters, (), f"input {one.name}")]
     for one in request.outputs:
         unknown += strangers(one.parameters, ("classification",), f"output {one.name}")
@@ -210,6 +207,17 @@ def _parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
             )
         values[name] = getattr(parameter, choice)
     return values
+
+
+def _classes(output: Any) -> int:
+    """How many classes an output wants of the classification extension. Raises BadOption."""
+    number = _parameters(output.parameters).get("classification", 0)
+    if type(number) is not int or number < 0:
+        raise BadOption(
+            f"classification of output '{output.name[:SHOWN]}' is {str(number)[:SHOWN]!r}; a number of classes as "
+            "int64_param is wanted"
+        )
+    return number
 
 
 def _tensors(request: Any) -> list[Tensor]:

@@ -145,6 +145,19 @@ def test_a_call_that_is_not_offered_says_so(triton_client: triton.InferenceServe
         triton_client.get_trace_settings(client_timeout=10)
 
 
+@pytest.mark.parametrize("parameter", [{"string_param": "2"}, {"double_param": 1.5}, {"int64_param": -3}])
+def test_a_number_of_classes_that_is_none_is_refused(server: Server, parameter: dict[str, object]) -> None:
+    request = triton.service_pb2.ModelInferRequest(model_name="toy-pointwise", raw_input_contents=[bytes(3)])
+    request.inputs.add(name="image", datatype="UINT8", shape=[1, 1, 3])
+    output = request.outputs.add(name="entropy")
+    output.parameters["classification"].CopyFrom(triton.service_pb2.InferParameter(**parameter))
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        stub = triton.service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        with pytest.raises(grpc.RpcError, match="a number of classes as int64_param is wanted") as refused:
+            stub.ModelInfer(request, timeout=10)
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
 def test_a_typed_pixel_above_255_is_refused_by_its_value(server: Server) -> None:
     request = triton.service_pb2.ModelInferRequest(model_name="toy-pointwise")
     tensor = request.inputs.add(name="image", datatype="UINT8", shape=[1, 1, 3])
