@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from penumbra.failures import Verbs
+from penumbra.failures import Verbs, sentence_of
 from penumbra.options import JSON, STORE, of_answers, of_frames
 from penumbra.serving.build import print_version
 
@@ -26,6 +26,7 @@ from penumbra.serving.build import print_version
 def main() -> None:
     """Serve trained segmentation checkpoints and say, per pixel, how sure they are."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("penumbra.disk").setLevel(logging.CRITICAL)  # a verb says it itself
 
 
 @main.command()
@@ -81,7 +82,7 @@ def predict(
 ) -> None:
     """Segment picture files without a server; writes labels, overlay and uncertainty maps."""
     from penumbra.export.zoo import fill_store
-    from penumbra.models.errors import BadOption, reason_of
+    from penumbra.models.errors import BadOption, DiskFull, reason_of
     from penumbra.serving.engine.options import check_options, parse_options
     from penumbra.serving.engine.segmenter import Segmenter
     from penumbra.serving.engine.store import find_artifact
@@ -98,7 +99,8 @@ def predict(
         for path, outcome in predict_files(segmenter, images, asked, output):
             if isinstance(outcome, Exception):
                 failures.append(outcome)
-                click.echo(f"penumbra: {path}: {reason_of(outcome).removeprefix(f'{path}: ')}", err=True)
+                why = sentence_of(outcome) if isinstance(outcome, OSError | DiskFull) else reason_of(outcome)
+                click.echo(f"penumbra: {path}: {why.removeprefix(f'{path}: ')}", err=True)
             elif as_json:
                 click.echo(json.dumps(describe_outcome(outcome)))
             else:

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import click
 
-from penumbra.models.errors import BadOption, PenumbraError, UnknownModel
+from penumbra.models.errors import BadOption, DiskFull, PenumbraError, UnknownModel
 
 REMEDIES = {
     errno.ENOSPC: "make room there, or name another place",
@@ -67,7 +67,9 @@ def open_streams() -> None:
 
 
 def sentence_of(error: PenumbraError | OSError | ModuleNotFoundError) -> str:
-    """What was refused, and what would be right."""
+    """What was refused, and what would be right; of an answer's file by its name, which is no secret here."""
+    if isinstance(error, DiskFull) and isinstance(error.__cause__, OSError):
+        error = error.__cause__
     if isinstance(error, ModuleNotFoundError):
         return f"the package {error.name} is not installed; pip install 'penumbra-serving[training]' brings it"
     if isinstance(error, PenumbraError) or error.errno is None or error.strerror is None:

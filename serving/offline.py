@@ -79,6 +79,8 @@ def predict_file(
     overwritten, nor any file that Penumbra has not written. Raises BadImage naming the file, and any PenumbraError.
     """
     try:
+        if not path.is_file():  # a pipe would be waited for, and can be read only once
+            raise BadImage("it is a pipe or a device; a file is wanted")
         raster = open_raster(path)
         maps = options.maps(segmenter.find(options.model, options.version).card)
         kinds = ("labels", "maps") if raster else ("labels", "overlay", *maps)

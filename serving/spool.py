@@ -28,7 +28,7 @@ from penumbra.serving.engine.options import Limits, SegmentOptions
 from penumbra.serving.engine.raster import Pixels
 from penumbra.serving.engine.segmenter import Segmenter
 
-log = logging.getLogger("penumbra")
+log = logging.getLogger("penumbra.disk")
 
 LONG = Limits(pixels=2**40, windows=2**40)
 """Limits of work that is bounded by its disk."""
@@ -149,9 +149,9 @@ def disk() -> Iterator[None]:
     except OSError as error:
         log.error("a file of an answer cannot be written: %s", error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise DiskFull("the disk is full; make room for the answer's files and start again") from None
+            raise DiskFull("the disk is full; make room for the answer's files and start again") from error
         reason = error.strerror or "no reason given"
-        raise DiskFull(f"a file of the answer cannot be written ({reason}); see to the place it is for") from None
+        raise DiskFull(f"a file of the answer cannot be written ({reason}); see to the place it is for") from error
 
 
 def spool_bytes(height: int, width: int, options: SegmentOptions, card: Card) -> int:

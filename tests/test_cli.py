@@ -129,15 +129,6 @@ def test_predict_writes_labels_overlay_maps_and_arrays(toy_store: Path, tmp_path
     assert arrays["entropy"].dtype == np.float32 and arrays["entropy"].shape == (40, 66)
 
 
-def test_a_name_that_looks_like_markup_is_printed_as_it_is(toy_store: Path, tmp_path: Path, photo: Path) -> None:
-    path = tmp_path / "x[" / "y] [bold] :smile:.png"
-    path.parent.mkdir()
-    path.write_bytes(photo.read_bytes())
-    result = run("predict", path, "-m", "toy-pointwise", "--store", toy_store, "-o", tmp_path)
-    assert result.exit_code == 0, result.output
-    assert "".join(str(path).split()) in "".join(result.stdout.split())
-
-
 def test_predict_prints_one_json_object_per_picture(toy_store: Path, tmp_path: Path, photo: Path) -> None:
     other = tmp_path / "other.png"
     opened(photo).rotate(90, expand=True).save(other)

@@ -129,6 +129,25 @@ def test_a_sentence_of_the_system_says_what_would_be_right() -> None:
     assert sentence_of(OSError("cannot write mode F as PNG")) == "cannot write mode F as PNG"
 
 
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    Image.new("RGB", (40, 30)).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def test_a_pipe_is_refused_and_not_waited_for(toy_store: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    failed(
+        run("predict", tmp_path / "pipe.png", "-m", "toy-pointwise", "-o", tmp_path, "--store", toy_store), 1, "pipe"
+    )
+
+
+def test_an_output_that_cannot_be_is_one_sentence_that_names_it(toy_store: Path, tmp_path: Path, photo: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    code, said = ended(["predict", photo, "-m", "toy-pointwise", "-o", tmp_path / "loop", "--store", toy_store])
+    assert code == 1 and said.count("\n") == 1 and said.startswith(f"penumbra: {photo}: {tmp_path / 'loop'}: "), said
+
+
 # -- a pipe and a terminal -----------------------------------------------------------------------
 
 
@@ -151,13 +170,13 @@ def test_output_that_cannot_be_written_is_one_sentence(toy_store: Path) -> None:
 
 
 @pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
-def test_a_verb_that_is_started_without_streams_does_its_work(toy_store: Path, tmp_path: Path, closed: str) -> None:
-    path = tmp_path / "a.png"
-    Image.new("RGB", (40, 30)).save(path)
+def test_a_verb_that_is_started_without_streams_does_its_work(
+    toy_store: Path, tmp_path: Path, photo: Path, closed: str
+) -> None:
     line = f'exec "$@" {closed}'
-    arguments = ["predict", "-m", "toy-pointwise", "--store", toy_store, path, "-o", tmp_path]
+    arguments = ["predict", "-m", "toy-pointwise", "--store", toy_store, photo, "-o", tmp_path]
     done = subprocess.run(["bash", "-c", line, "bash", *COMMAND, *map(str, arguments)], timeout=ENDS_S)
-    assert done.returncode == 0 and (tmp_path / "a_labels.png").is_file()
+    assert done.returncode == 0 and (tmp_path / "photo_labels.png").is_file()
 
 
 def test_what_takes_the_place_of_a_verb_without_streams_has_them() -> None:
@@ -181,6 +200,15 @@ def test_a_terminal_that_cannot_show_a_name_is_no_failure(tmp_path: Path, encodi
     ):
         result, said = ended(arguments, PYTHONIOENCODING=encoding)
         assert result == code and "Traceback" not in said, said
+
+
+def test_a_name_that_looks_like_markup_is_printed_as_it_is(toy_store: Path, tmp_path: Path, photo: Path) -> None:
+    path = tmp_path / "x[" / "y] [bold] :smile:.png"
+    path.parent.mkdir()
+    photo.rename(path)
+    result = run("predict", path, "-m", "toy-pointwise", "--store", toy_store, "-o", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "".join(str(path).split()) in "".join(result.stdout.split())
 
 
 def test_ctrl_c_ends_a_verb_without_a_traceback(checkpoints: list[Path], tmp_path: Path) -> None:
