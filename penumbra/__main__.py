@@ -37,22 +37,26 @@ def main() -> None:
 def serve(store: Path, host: str, port: int, grpc_port: int) -> None:
     """Serve a store over HTTP and gRPC; an empty one is filled with the demo models first."""
     from penumbra.export.zoo import fill_store
-    from penumbra.serving.start import check_port, check_settings, own_directory
+    from penumbra.serving.start import check_port, check_settings, own_directory, paths_of
 
     if port == grpc_port:
         raise click.UsageError(f"--port and --grpc-port are both {port}; give two, or --grpc-port 0 for no gRPC")
-    check_settings()
+    settings = check_settings()[0]
     check_port(host, port, "--port")
     grpc_address = check_port(host, grpc_port, "--grpc-port") if grpc_port else ""
     home = own_directory(Path(tempfile.gettempdir()) / f"penumbra-{os.getuid()}-{port}")
     fill_store(store)
-    environment = os.environ | {
-        "PENUMBRA_STORE": str(store.resolve()),
-        "PENUMBRA_JOBS": os.environ.get("PENUMBRA_JOBS", str(home / "jobs")),
-        "PENUMBRA_GRPC_ADDRESS": grpc_address,
-        "BENTOML_HOME": str(home),  # two servers with one home delete each other's files
-        "BENTOML_DO_NOT_TRACK": "True",
-    }
+    environment = (
+        os.environ
+        | {"PENUMBRA_JOBS": str(home / "jobs")}
+        | paths_of(settings)
+        | {
+            "PENUMBRA_STORE": str(store.resolve()),
+            "PENUMBRA_GRPC_ADDRESS": grpc_address,
+            "BENTOML_HOME": str(home),  # two servers with one home delete each other's files
+            "BENTOML_DO_NOT_TRACK": "True",
+        }
+    )
     command = ["bentoml", "serve", "penumbra.serving.service:Penumbra", "--host", host, "--port", str(port)]
     command += ["--working-dir", str(Path(__file__).parents[1])]
     sys.stdout.flush()

@@ -10,7 +10,7 @@ from pathlib import Path
 from penumbra.models.errors import BadOption
 from penumbra.serving.engine.signature import PublicKeys, read_public_keys
 from penumbra.serving.keys import Keys, read_keys
-from penumbra.serving.settings import Settings, read_settings
+from penumbra.serving.settings import PREFIX, Settings, read_settings
 
 
 def check_settings() -> tuple[Settings, Keys, PublicKeys | None]:
@@ -18,6 +18,13 @@ def check_settings() -> tuple[Settings, Keys, PublicKeys | None]:
     settings = read_settings()
     keys = read_keys(settings.api_keys.get_secret_value(), settings.api_keys_file)
     return settings, keys, read_public_keys(settings.trusted_keys_file) if settings.trusted_keys_file else None
+
+
+def paths_of(settings: Settings) -> dict[str, str]:
+    """The variables that name files, as they are to be read in any directory; the server works in another than its
+    caller."""
+    named = {name: getattr(settings, name) for name in settings.model_fields_set}
+    return {f"{PREFIX}{name.upper()}": str(path.absolute()) for name, path in named.items() if isinstance(path, Path)}
 
 
 def check_port(host: str, port: int, option: str) -> str:

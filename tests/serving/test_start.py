@@ -79,6 +79,21 @@ def test_a_setting_that_is_none_is_one_sentence(tmp_path: Path, monkeypatch: pyt
 # -- the place of its own ------------------------------------------------------------------------
 
 
+def test_a_file_that_a_setting_names_is_the_callers_wherever_the_server_works(
+    toy_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[dict[str, str]] = []
+    monkeypatch.setattr("os.execve", lambda program, command, environment: started.append(environment))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "keys").write_text("infer:0123456789abcdef\n")
+    monkeypatch.setenv("PENUMBRA_API_KEYS_FILE", "keys")
+    monkeypatch.setenv("PENUMBRA_JOBS", "my/jobs")
+    run("serve", "--store", toy_store, "--port", free_port(), "--grpc-port", 0)
+    (environment,) = started
+    assert environment["PENUMBRA_API_KEYS_FILE"] == str(tmp_path / "keys")
+    assert environment["PENUMBRA_JOBS"] == str(tmp_path / "my" / "jobs")
+
+
 def test_a_directory_of_ones_own_is_made_for_nobody_else_and_taken_again(tmp_path: Path) -> None:
     place = own_directory(tmp_path / "mine")
     assert place.stat().st_mode & 0o777 == 0o700
