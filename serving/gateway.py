@@ -164,8 +164,9 @@ class Gateway:
         return prediction, body
 
     def _turn(self, key: Key | None, task: "Task[T]") -> AbstractContextManager[None]:
-        """Waits while an equal request is worked on."""
-        if not self._cache or not key:
+        """Waits while an equal request is worked on, except where that could take the time of an early answer."""
+        has_no_time = task.options.anytime and task.options.deadline_ms is not None
+        if not self._cache or not key or has_no_time:
             return nullcontext()
         left_s = task.deadline - time.perf_counter()
         return self._cache.first(key, timeout_s=left_s, cancelled=task.cancelled)

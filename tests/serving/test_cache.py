@@ -170,6 +170,24 @@ def test_of_equal_requests_at_the_same_moment_one_is_computed(segmenter: Segment
     assert counts(cached) == (1, 1)
 
 
+def test_an_early_answer_waits_for_no_equal_request(segmenter: Segmenter) -> None:
+    cached, early = gateway(segmenter), replace(OPTIONS, anytime=True, deadline_ms=20_000)
+    writing, go = threading.Event(), threading.Event()
+
+    def write(_: Prediction) -> None:
+        writing.set()
+        assert go.wait(2 * WAIT_S)
+
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(asyncio.run, cached.answer(IMAGE, OPTIONS, write, request=Request()))
+        try:
+            assert writing.wait(WAIT_S)
+            assert ask(cached, options=early).age_s is None
+        finally:
+            go.set()
+        first.result(WAIT_S)
+
+
 def test_where_the_first_of_equal_requests_fails_the_next_is_computed(segmenter: Segmenter) -> None:
     cached = gateway(segmenter)
 
