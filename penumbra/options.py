@@ -5,9 +5,23 @@ from typing import Any
 
 import click
 
+from penumbra.models.errors import BadOption
+
+
+def _of_known_environment(_: click.Context, __: click.Parameter, store: Path) -> Path:
+    """Raises BadOption for an unknown PENUMBRA_*: what was meant to name the store would be passed over in silence."""
+    from penumbra.serving.settings import check_environment
+
+    try:
+        check_environment()
+    except ValueError as error:
+        raise BadOption(str(error)) from None
+    return store
+
+
 STORE = click.option(
     "--store", type=click.Path(path_type=Path, file_okay=False), default=Path("store"), envvar="PENUMBRA_STORE",
-    show_default=True, help="Directory of artifacts.",
+    show_default=True, help="Directory of artifacts.", callback=_of_known_environment,
 )  # fmt: skip
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 

@@ -120,9 +120,14 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _know_every_name(cls, values: object) -> object:
-        known = {f"{PREFIX}{name.upper()}" for name in cls.model_fields}
-        check_names((f"{name}={value}" for name, value in os.environ.items()), known)
+        check_environment()
         return values
+
+
+def check_environment() -> None:
+    """Raises ValueError for a variable of the environment that has our prefix and is none of ours."""
+    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+    check_names((f"{name}={value}" for name, value in os.environ.items()), known)
 
 
 def check_names(variables: Iterable[str], known: set[str]) -> None:

@@ -79,6 +79,15 @@ def test_a_setting_that_is_none_is_one_sentence(tmp_path: Path, monkeypatch: pyt
 # -- the place of its own ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["PENUMBRA_STOER", "penumbra_stroe"])
+@pytest.mark.parametrize("verb", [["models"], ["verify", "toy"], ["batch", "in", "out"], ["export", "x.safetensors"]])
+def test_an_unknown_variable_is_refused_by_every_verb_with_a_store(
+    verb: list[str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "elsewhere")
+    failed(run(*verb), 2, f"{name} is no setting; the nearest is PENUMBRA_STORE")
+
+
 def test_a_file_that_a_setting_names_is_the_callers_wherever_the_server_works(
     toy_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
