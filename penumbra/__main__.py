@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +18,12 @@ import click
 from penumbra.failures import Verbs, sentence_of
 from penumbra.options import JSON, STORE, of_answers, of_frames
 from penumbra.serving.build import print_version
+
+BENTOML = (
+    "import runpy, signal; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "runpy.run_module('bentoml', run_name='__main__', alter_sys=True)"
+)
+"""`python -m bentoml`, which Ctrl-C ends without a traceback also while it is being imported."""
 
 
 @click.group(cls=Verbs)
@@ -57,10 +64,11 @@ def serve(store: Path, host: str, port: int, grpc_port: int) -> None:
             "BENTOML_DO_NOT_TRACK": "True",
         }
     )
-    command = ["bentoml", "serve", "penumbra.serving.service:Penumbra", "--host", host, "--port", str(port)]
+    command = ["serve", "penumbra.serving.service:Penumbra", "--host", host, "--port", str(port)]
     command += ["--working-dir", str(Path(__file__).parents[1])]
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-m", *command], environment)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # one that Python has noted and not handled yet would be lost
+    os.execve(sys.executable, [sys.executable, "-c", BENTOML, *command], environment)
 
 
 def the_model(store: Path, model: str | None) -> str:

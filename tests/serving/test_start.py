@@ -1,12 +1,16 @@
 """What `penumbra serve` refuses before anything is loaded: one sentence, exit code 2, and no store filled."""
 
 import os
+import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from penumbra.__main__ import BENTOML
 from penumbra.models.errors import BadOption
 from penumbra.serving.start import check_port, own_directory
 from tests.serving.server import free_port
@@ -86,6 +90,13 @@ def test_an_unknown_variable_is_refused_by_every_verb_with_a_store(
 ) -> None:
     monkeypatch.setenv(name, "elsewhere")
     failed(run(*verb), 2, f"{name} is no setting; the nearest is PENUMBRA_STORE")
+
+
+def test_ctrl_c_while_bentoml_is_imported_is_no_traceback(tmp_path: Path) -> None:
+    """What stands for BentoML here is interrupted by itself."""
+    (tmp_path / "bentoml.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    done = subprocess.run([sys.executable, "-c", BENTOML, "serve"], cwd=tmp_path, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
 
 
 def test_a_file_that_a_setting_names_is_the_callers_wherever_the_server_works(
