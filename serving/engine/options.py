@@ -106,8 +106,10 @@ def parse_options(fields: Mapping[str, str], *, beside: tuple[str, ...] = ()) ->
 
 def _integer(name: str, text: str) -> int:
     digits = text.strip()
-    if not digits.isascii() or not digits.removeprefix("-").isdigit() or len(digits) > 19:
+    if not digits.isascii() or not digits.removeprefix("-").isdigit():
         raise BadOption(f"{name} is {text[:40]!r}; a whole number is wanted")
+    if len(digits) > 19:
+        raise BadOption(f"{name} is {text[:40]!r}; a whole number of at most 19 digits is wanted")
     return int(digits)
 
 

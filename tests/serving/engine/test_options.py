@@ -137,3 +137,8 @@ def test_limits_are_the_callers() -> None:
 def test_any_text_is_read_or_refused(fields: dict[str, str]) -> None:
     with suppress(BadOption):
         read(**fields)
+
+
+def test_a_number_that_is_too_long_is_not_called_none() -> None:
+    with pytest.raises(BadOption, match="a whole number of at most 19 digits is wanted"):
+        parse_options({"seed": "9" * 20})
