@@ -34,19 +34,20 @@ def check_png(data: bytes) -> None:
 
 
 def slim_png(data: bytes) -> bytes:
-    """The same picture without its colour profile, which nobody looks at, and without very long texts.
+    """The same picture without its colour profile, which nobody looks at, and without very long texts; what may say how
+    it is turned stands before the pixels.
 
     What inflates to more than BOMB_BYTES is left for Pillow to refuse.
     """
-    kept, text_bytes = [data[:8]], 0
+    head, kept, text_bytes = [data[:8]], list[bytes](), 0
     for kind, start, end in _chunks(data):
         size = end - start if kind in TEXTS else 0
         if size and text_bytes <= TEXT_BYTES:  # else it is dropped whatever it holds
             size = _unpacked_bytes(kind, data[start:end])
         text_bytes += size
         if kind != b"iCCP" and (not size or text_bytes <= TEXT_BYTES or size > max(end - start, BOMB_BYTES)):
-            kept.append(data[start - 8 : end + 4])
-    return b"".join(kept)
+            (head if kind in (b"IHDR", b"eXIf", *TEXTS) else kept).append(data[start - 8 : end + 4])
+    return b"".join([*head, *kept])
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:

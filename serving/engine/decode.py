@@ -100,7 +100,6 @@ def _header(source: bytes | Path, limits: Limits) -> Iterator[tuple[Image.Image,
             raise BadImage(
                 f"the {kind} image is damaged, or of a kind that is not read ({_fault(kind, file)})"
             ) from None
-        check_pixels(picture.height, picture.width, limits)  # here already: Pillow decodes a PNG to find its EXIF
         yield picture, kind, file
 
 
@@ -143,8 +142,8 @@ def _size_as_shown(picture: Image.Image) -> tuple[int, int]:
 
 def _orientation(picture: Image.Image) -> int:
     """How to turn a picture (EXIF); one whose header cannot be read is upright."""
-    try:
-        orientation: int = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    try:  # of a PNG, its own `getexif` decodes the pixels, and tells of a fault in them this once only
+        orientation: int = Image.Image.getexif(picture).get(ExifTags.Base.Orientation, 1)
     except PILLOW_FAULTS:
         return 1
     return orientation if orientation in TURNS else 1

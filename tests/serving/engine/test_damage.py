@@ -11,7 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from penumbra.models.errors import BadImage
-from penumbra.serving.engine.decode import decode_image, open_image
+from penumbra.serving.engine.decode import decode_image, measure_image, open_image
 from penumbra.serving.engine.options import Limits
 from penumbra.serving.engine.raster import Raster
 from tests.conftest import picture
@@ -72,6 +72,31 @@ def test_a_png_with_any_damaged_byte_in_its_pixels_is_refused(mode: str) -> None
         damaged[place] ^= 0x20
         with pytest.raises(BadImage, match=r"the PNG image is damaged .*IDAT"):
             decode_image(bytes(damaged), LIMITS)
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+@pytest.mark.parametrize("level", [0, 6])
+@pytest.mark.parametrize("lost", [slice(3000, 9000), slice(15_000, None), slice(-3000, None)])
+def test_a_png_that_has_lost_one_of_its_parts_is_refused_although_all_checksums_hold(level: int, lost: slice) -> None:
+    data = encode(scene(), "PNG")
+    start = data.index(b"IDAT") - 4
+    pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in np.asarray(scene())), level)
+    rest = pixels[: lost.start] + (pixels[lost.stop :] if lost.stop else b"")
+    with pytest.raises(BadImage, match="the PNG image is damaged or truncated"):
+        decode_image(data[:start] + chunk(b"IDAT", rest) + chunk(b"IEND", b""), LIMITS)
+
+
+@pytest.mark.parametrize("place", [b"IDAT", b"IEND"])
+def test_a_png_is_turned_wherever_it_says_so(place: bytes) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    data = encode(scene(30, 40), "PNG")
+    at = data.index(place) - 4
+    turned = data[:at] + chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + data[at:]
+    assert measure_image(turned, LIMITS) == (40, 30) == decode_image(turned, LIMITS).shape[:2]
 
 
 def test_a_png_with_long_texts_and_a_large_profile_is_read(rng: np.random.Generator) -> None:
