@@ -18,9 +18,10 @@ NUM_DIRECTORIES = 64
 """As many are looked at; real files that begin with a thumbnail have a handful."""
 NEW_SUBFILE, SUBFILE, WIDTH, HEIGHT, PHOTOMETRIC, ORIENTATION, SUB_IFDS = 254, 255, 256, 257, 262, 274, 330
 REDUCED, MASK = 1, 4
-READ = {0: "grey", 1: "grey", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr", 8: "CIELab"}
-NOT_READ = {4: "a mask", 9: "ICCLab", 10: "ITULab", 32803: "the raw mosaic of a camera's sensor", 32844: "LogL",
-            32845: "LogLuv", 34892: "linear raw values of a camera's sensor"}  # fmt: skip
+READ = {0: "grey", 1: "grey", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr"}
+NOT_READ = {4: "a mask", 8: "CIELab", 9: "ICCLab", 10: "ITULab", 32803: "the raw mosaic of a camera's sensor",
+            32844: "LogL", 32845: "LogLuv", 34892: "linear raw values of a camera's sensor"}  # fmt: skip
+"""CIELab is among them because libtiff turns it into colours that are off by up to 90 of 255."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +58,13 @@ def find_directory(file: BinaryIO) -> tuple[Directory, tuple[str, ...]] | None:
     if chosen.photometric not in READ:
         kind = NOT_READ.get(chosen.photometric, f"photometric interpretation {chosen.photometric}")
         raise BadImage(f"the TIFF image is {kind}, which is not read; {', '.join(dict.fromkeys(READ.values()))} are")
-    if largest.width * largest.height <= chosen.width * chosen.height:
-        return chosen, ()
-    return chosen, (
-        f"the file has several images; the first ({first.width}x{first.height}) was read, and the largest is "
-        f"{largest.width}x{largest.height}",
-    )
+    warnings = []
+    if chosen.offset and any(one.is_mask and one.width == chosen.width for one in found):
+        warnings.append("the mask of the image is not read, for the image is not the file's first")
+    if largest.width * largest.height > chosen.width * chosen.height:
+        warnings.append(f"the file has several images; the first ({first.width}x{first.height}) was read, and the "
+                        f"largest is {largest.width}x{largest.height}")  # fmt: skip
+    return chosen, tuple(warnings)
 
 
 def _walk(file: BinaryIO, header: bytes) -> Iterator[Directory]:

@@ -1,5 +1,6 @@
 """What a raster file says of itself beside its values: which band is which, how it is turned, and where it lies."""
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,17 @@ from rasterio import Affine
 from rasterio.control import GroundControlPoint
 
 COLOURS = ("red", "green", "blue")
+MAY_BE_ALPHA = re.compile("$|band|a$|.*(alpha|mask|transp|opac)").match
+"""Of a band's name. Another one is not alpha: GDAL calls the fourth of four bands so unless it is told otherwise."""
 INKS = ("cyan", "magenta", "yellow", "black")
 TURNS = {1: (False, False, False), 2: (False, False, True), 3: (False, True, True), 4: (False, True, False),
          5: (True, False, False), 6: (True, False, True), 7: (True, True, True), 8: (True, True, False)}  # fmt: skip
 """Orientation -> what makes the stored picture upright: exchange rows and columns, then reverse rows, columns."""
 Turn = tuple[bool, bool, bool]
+
+
+BESIDE = (".tab", ".TAB", "_RPC.TXT", "_rpc.txt", ".RPB", ".rpb")
+"""Ends of files that say where an image with the same stem lies, and are not read."""
 PIXELS = Affine.identity()
 """The transform of an image that has none."""
 
@@ -43,7 +50,8 @@ def choose_bands(dataset: Any) -> tuple[list[int], int, tuple[str, ...]]:
     """
     kinds = [colour.name for colour in dataset.colorinterp]
     names = [(text or "").strip().lower() for text in dataset.descriptions]
-    alpha = kinds.index("alpha") + 1 if "alpha" in kinds else 0
+    claims = zip(kinds, names, strict=True)
+    alpha = next((band for band, (kind, name) in enumerate(claims, 1) if kind == "alpha" and MAY_BE_ALPHA(name)), 0)
     others = [band for band in range(1, len(kinds) + 1) if band != alpha]
     tagged = _positions(INKS, kinds) or _positions(COLOURS, kinds)
     named = _positions(COLOURS, names)
@@ -57,6 +65,10 @@ def choose_bands(dataset: Any) -> tuple[list[int], int, tuple[str, ...]]:
     if left:
         what = {1: "grey", 3: "red, green and blue"}.get(len(chosen), ", ".join(INKS))
         warnings.append(f"the image is read as {what} from band {_list(chosen)}; not used: band {', '.join(left)}")
+    said = [names[band - 1] for band in chosen]
+    if len(chosen) == 3 and any(name not in ("", colour) for name, colour in zip(said, COLOURS, strict=True)):
+        warnings.append(f"band {_list(chosen)} are read as red, green and blue; their names are "
+                        f"{', '.join(ascii(name)[1:-1][:40] or 'empty' for name in said)}")  # fmt: skip
     if any(dataset.scales[band - 1] != 1 or dataset.offsets[band - 1] != 0 for band in chosen):
         warnings.append("the file's scale and offset of its values are not applied")
     return chosen, alpha, tuple(warnings)
@@ -90,7 +102,8 @@ def place_of(dataset: Any, how: Turn, path: Path | None) -> tuple[Place, tuple[s
     place = Place(dataset.crs or gcp_crs, dataset.transform, gcps, dataset.rpcs)
     if path and place.transform == PIXELS and not gcps:
         place = replace(place, transform=_world_file(path) or place.transform)
-    beside = [f"{path.name}{end}" for end in (".aux.xml", ".msk") if Path(f"{path}{end}").exists()] if path else []
+    names = [path.name + end for end in (".aux.xml", ".msk")] + [path.stem + end for end in BESIDE] if path else []
+    beside = [name for name in names if path and path.with_name(name).exists()]
     warnings = [f"{ascii(name)[1:-1]} beside the image is not read" for name in beside]
     if how == TURNS[1]:
         return place, tuple(warnings)
@@ -101,8 +114,9 @@ def place_of(dataset: Any, how: Turn, path: Path | None) -> tuple[Place, tuple[s
 
 def _world_file(path: Path) -> Any:
     """What the world file beside an image says (ESRI's a.tfw, a.tifw or a.wld); None where there is none."""
-    end = path.suffix[1:]
-    for suffix in (end[:1] + end[-1:] + "w", end + "w", "wld") if end else ():
+    end = path.suffix[1:].lower()
+    usual = (end[:1] + end[-1:] + "w", end + "w", "wld") if end else ()
+    for suffix in (spelt for one in usual for spelt in (one, one.upper())):
         try:
             a, d, b, e, c, f = map(float, path.with_suffix(f".{suffix}").read_text("ascii").split())
         except (OSError, ValueError):

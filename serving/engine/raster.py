@@ -96,7 +96,8 @@ class FileRaster(Raster):
         self._dtype = np.dtype(dataset.dtypes[self._bands[0] - 1])
         if self._dtype.kind not in "uif":
             raise BadImage(f"the {kind} image has {self._dtype} values; whole numbers and floats are read")
-        self._is_masked = any("all_valid" not in [flag.name for flag in flags] for flags in dataset.mask_flag_enums)
+        no_mask = {"all_valid"} if self._alpha else {"all_valid", "alpha"}
+        self._is_masked = any(no_mask.isdisjoint(flag.name for flag in flags) for flags in dataset.mask_flag_enums)
         self._is_inverted = dataset.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
         self._palette = None if self._is_inverted else palette_of(dataset, self._bands[0])
         declared = int(dataset.tags(self._bands[0], ns="IMAGE_STRUCTURE").get("NBITS", 0))
@@ -144,11 +145,12 @@ class FileRaster(Raster):
         if not self._is_masked and not self._alpha and self.nodata is None and self._dtype.kind != "f":
             return None
         columns = slice(None)
-        void_hW: NDArray[np.bool_] = (self._read(rows, columns, self._bands, masks=True) == 0).all(0)
+        values = self._read(rows, columns, self._bands)
+        void_hW: NDArray[np.bool_] = (values == self.nodata).all(0) | (values != values).any(0)
+        if self._is_masked:
+            void_hW |= (self._read(rows, columns, self._bands, masks=True) == 0).all(0)
         if self._alpha:  # GDAL's mask leaves it out where there is a nodata value
             void_hW |= self._read(rows, columns, [self._alpha])[0] == 0
-        values = self._read(rows, columns, self._bands)
-        void_hW |= (values == self.nodata).all(0) | (values != values).any(0)
         return void_hW
 
     def _find_white(self) -> int:

@@ -4,7 +4,7 @@ Eight bits are what they are. 16 bits keep their high byte. Everything else, and
 smallest of the usual ranges that holds nearly all values of the whole file, and a warning that names it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ BELOW = 1 / 16
 USUAL = (255, 1023, 2047, 4095, 16383, 65535)
 """White of the 8, 10, 11, 12, 14 and 16 bits that sensors have."""
 NEARLY_BLACK = 15
-"""The largest value of 4 bits."""
+"""Of 255: the largest value of 4 bits. Floats that it holds and 1 does not are of no usual kind, and are not read."""
 
 
 def find_white(
@@ -32,44 +32,48 @@ def find_white(
     Raises BadImage where no range holds them.
     """
     ranges = _ranges(dtype)
+    read = [white for white in ranges if white != NEARLY_BLACK or dtype == np.uint8]
     is_filled = dtype in (np.uint8, np.uint16)  # the last range is the type's own and holds whatever comes
-    outside, measured, lowest, highest = np.zeros(len(ranges), np.int64), 0, np.inf, -np.inf
+    above, below = np.zeros((2, len(ranges)), np.int64)
+    measured, lowest, highest = 0, np.inf, -np.inf
     for values in blocks:
         if not values.size:
             continue
-        ends = np.array([values.min(), values.max()])
-        lowest, highest, measured = min(lowest, ends[0]), max(highest, ends[1]), measured + values.size
+        least, most = values.min(), values.max()
+        lowest, highest, measured = min(lowest, least), max(highest, most), measured + values.size
         for k, white in enumerate(ranges):
-            if outside[k] <= OUTSIDE * num_values and _is_outside(ends, white).any():
-                outside[k] += np.count_nonzero(_is_outside(values, white))
-        if (outside[: -1 if is_filled else None] > OUTSIDE * num_values).all():
+            if above[k] <= OUTSIDE * num_values and most > _top(white):
+                above[k] += np.count_nonzero(values > _top(white))  # type: ignore[operator]
+            if least < -BELOW * white:
+                below[k] += np.count_nonzero(values < -BELOW * white)  # type: ignore[operator]
+        if (above[: -1 if is_filled else None] > OUTSIDE * num_values).all():
             break
     if not measured:
         return ranges[-1], ("no pixel of the image holds a measurement",)
-    held = [white for white, count in zip(ranges, outside, strict=True) if count <= OUTSIDE * measured]
-    if not held and not is_filled:
+    least_held = int((above <= OUTSIDE * measured).argmax())  # a wider one would hold more below 0, and make all black
+    is_held = max(above[least_held], below[least_held]) <= OUTSIDE * measured and ranges[least_held] in read
+    if not is_held and not is_filled:
         raise BadImage(
             f"the image has {dtype} values from {lowest:.6g} to {highest:.6g}; 0 to one of "
-            f"{', '.join(map(str, ranges))} is read, so scale it, or declare what is no measurement as nodata"
+            f"{', '.join(map(str, read))} is read, so scale it, or declare what is no measurement as nodata"
         )
-    white = held[0] if held else ranges[-1]
-    return (255 if dtype == np.uint8 else white), _warnings(dtype, white, ranges)
+    white = ranges[least_held] if is_held else ranges[-1]
+    return (255 if dtype == np.uint8 else white), _warnings(dtype, white, read)
 
 
 def _ranges(dtype: np.dtype[np.generic]) -> tuple[int, ...]:
     if dtype.kind == "f":
-        return (1, *USUAL)
+        return (1, NEARLY_BLACK, *USUAL)
     largest = min(int(np.iinfo(dtype).max), USUAL[-1])  # type: ignore[type-var]
     return (*(white for white in (NEARLY_BLACK, *USUAL)[dtype != np.uint8 :] if white < largest), largest)
 
 
-def _is_outside(values: NDArray[np.generic], white: int) -> NDArray[np.bool_]:
-    top = 2 if white == 1 else white  # reflectances of snow and metal are above 1
-    above: NDArray[np.bool_] = values > top  # type: ignore[operator]
-    return above if values.dtype.kind == "u" else above | (values < -BELOW * white)  # type: ignore[operator]
+def _top(white: int) -> int:
+    """The largest value that a range holds: reflectances of snow and metal are above 1."""
+    return 2 if white == 1 else white
 
 
-def _warnings(dtype: np.dtype[np.generic], white: int, ranges: tuple[int, ...]) -> tuple[str, ...]:
+def _warnings(dtype: np.dtype[np.generic], white: int, ranges: Sequence[int]) -> tuple[str, ...]:
     if white == ranges[-1] and dtype in (np.uint8, np.uint16):
         return ()
     if dtype == np.uint8:

@@ -200,6 +200,11 @@ def test_nodata_and_what_is_masked_have_no_say_in_the_range(rng: np.random.Gener
     (np.full((4, 4), -9999, np.int16), "int16 values from -9999"),
     (np.full((4, 4), 1e30, np.float32), "float32 values from 1e[+]30"),
     (np.full((4, 4), np.inf, np.float32), "float32 values from inf"),
+    (np.linspace(-1, 1, 99, dtype=np.float32)[None], "float32 values from -1 to 1; 0 to one of 1, 255, 1023,"),
+    (np.linspace(-2.1, 2.6, 99, dtype=np.float32)[None], "float32 values from -2.1 to 2.6"),
+    (np.linspace(0, 9, 99, dtype=np.float64)[None], "float64 values from 0 to 9"),
+    (np.arange(-128, 128, dtype=np.int16)[None], "int16 values from -128 to 127"),
+    (np.arange(-3000, 10_000, dtype=np.int32)[None], "int32 values from -3000 to 9999"),
     (np.full((4, 4), 1 + 1j, np.complex64), "complex64 values; whole numbers and floats are read"),
 ])  # fmt: skip
 def test_values_that_no_range_holds_are_refused_by_type_and_value(values: np.ndarray, said: str) -> None:
@@ -252,6 +257,24 @@ def test_bands_without_a_word_are_taken_in_order_and_nothing_is_said(rgb: np.nda
     for photometric in ("minisblack", "rgb"):
         raster = opened(tiff(rgb, photometric=photometric))
         assert np.array_equal(raster[:, :], rgb) and raster.warnings == ()
+
+
+@pytest.mark.parametrize("names", ["nir red green", "B02 B03 B04", "red green red_edge"])
+def test_names_that_are_not_the_colours_read_are_named(names: str, rgb: np.ndarray) -> None:
+    (said,) = opened(tiff(rgb, names=names)).warnings
+    assert said == f"band 1, 2, 3 are read as red, green and blue; their names are {', '.join(names.lower().split())}"
+
+
+def test_a_fourth_band_that_is_named_otherwise_is_not_alpha(rgb: np.ndarray) -> None:
+    infrared = np.where(np.arange(60) < 20, 0, rgb[:, :, 0])
+    values = np.dstack((rgb, infrared.astype(np.uint8)))  # GDAL calls the fourth of four bytes alpha
+    raster = opened(tiff(values, names="red green blue nir"))
+    assert raster.void(slice(None)) is None and "not used: band 4 (nir)" in raster.warnings[0]
+    for name in ("alpha", "Band_4", "transparency"):
+        void = opened(tiff(values, names=f"red green blue {name}")).void(slice(None))
+        assert void is not None and np.array_equal(void, infrared == 0)
+    void = opened(tiff(values, names="red green blue nir", nodata=0)).void(slice(None))
+    assert void is not None and np.array_equal(void, (rgb == 0).all(2))
 
 
 def test_of_two_bands_grey_is_read_whichever_comes_first(rgb: np.ndarray) -> None:
@@ -391,6 +414,23 @@ def test_a_world_file_beside_a_local_file_is_read_and_other_side_files_are_named
     assert opened(path).warnings == ("c.tif.aux.xml beside the image is not read",)
 
 
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+@pytest.mark.parametrize(
+    ("picture", "world"), [("a.TIF", "a.TFW"), ("a.TIF", "a.tfw"), ("a.tif", "a.TFW"), ("a.tiff", "a.WLD")]
+)
+def test_a_world_file_is_found_in_capitals_too(picture: str, world: str, tmp_path: Path, rgb: np.ndarray) -> None:
+    (tmp_path / picture).write_bytes(tiff(rgb, crs=None, transform=None))
+    (tmp_path / world).write_text("2\n0\n0\n-3\n500001\n5799998.5\n")
+    assert opened(tmp_path / picture).place.transform == PLACE["transform"]
+
+
+@pytest.mark.parametrize("beside", ["a.tab", "a_RPC.TXT", "a.RPB"])
+def test_what_else_places_an_image_from_beside_it_is_named(beside: str, tmp_path: Path, rgb: np.ndarray) -> None:
+    (tmp_path / "a.tif").write_bytes(tiff(rgb))
+    (tmp_path / beside).write_text("anything")
+    assert opened(tmp_path / "a.tif").warnings == (f"{beside} beside the image is not read",)
+
+
 # -- which directory -----------------------------------------------------------------------------
 
 
@@ -434,10 +474,16 @@ def test_of_several_pages_the_first_is_read_and_a_larger_one_is_named(rgb: np.nd
     assert raster.shape == small.shape and "the largest is 60x40" in raster.warnings[0]
 
 
-@pytest.mark.parametrize(("photometric", "said"), [(32803, "raw mosaic"), (9, "ICCLab"), (777, "interpretation 777")])
+@pytest.mark.parametrize(("photometric", "said"), [(32803, "raw mosaic"), (8, "CIELab"), (777, "interpretation 777")])
 def test_colours_of_a_kind_that_is_not_read_are_refused_by_name(photometric: int, said: str, rgb: np.ndarray) -> None:
     with pytest.raises(BadImage, match=f"TIFF image .*{said}.* is not read; grey, RGB, palette"):
         opened(retagged(tiff(rgb), 262, photometric))
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+def test_a_mask_that_cannot_be_found_behind_a_thumbnail_is_named(rgb: np.ndarray) -> None:
+    data = pages(rgb[::4, ::4].copy(), rgb, np.zeros((40, 60), np.uint8), kinds=(1, 0, 4))
+    assert opened(data).warnings == ("the mask of the image is not read, for the image is not the file's first",)
 
 
 # -- damage --------------------------------------------------------------------------------------
