@@ -1,5 +1,7 @@
 """Frames are read whole or refused with a sentence; the split depends on fraction and seed, or on a list, alone."""
 
+import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -217,6 +219,17 @@ def test_the_labels_of_a_mask_are_its_numbers_whatever_its_type(mode: str, tmp_p
         mask.putpalette([9] * 768)
     mask.save(tmp_path / "mask.png")
     assert read_mask(tmp_path / "mask.png", count_ids(11)).tolist() == ids_HW.tolist()
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_the_labels_of_a_grey_mask_of_few_bits_are_its_numbers(bits: int, tmp_path: Path) -> None:
+    ids_HW = np.arange(24).reshape(4, 6) % 2**bits
+    plain = np.unpackbits(ids_HW.astype(np.uint8)[:, :, None], axis=2)[:, :, -bits:].reshape(4, -1)
+    rows = b"".join(b"\0" + row.tobytes() for row in np.packbits(plain, axis=1))
+    parts = {b"IHDR": struct.pack(">IIBBBBB", 6, 4, bits, 0, 0, 0, 0), b"IDAT": zlib.compress(rows), b"IEND": b""}
+    chunks = (len(part).to_bytes(4) + kind + part + zlib.crc32(kind + part).to_bytes(4) for kind, part in parts.items())
+    (tmp_path / "mask.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    assert read_mask(tmp_path / "mask.png", count_ids(2**bits)).tolist() == ids_HW.tolist()
 
 
 def test_a_label_over_255_is_named_and_not_cut_to_8_bits(tmp_path: Path) -> None:

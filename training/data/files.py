@@ -23,6 +23,8 @@ LIMITS = Limits(pixels=PILLOW_PIXELS)
 """A picture of a data set may have as many pixels as Pillow opens."""
 INDEX_MODES = ("L", "P", "1", "I", "I;16", "I;16B", "I;16L")
 """Pillow's modes whose values are numbers and no colours; a palette mask stores its labels as indices."""
+SPREAD = {"L;2": 85, "L;4": 17}
+"""How far apart Pillow puts the numbers of a grey PNG of 2 or 4 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,8 @@ def _read_ids(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as picture:
             if picture.mode in INDEX_MODES:
-                return np.asarray(ImageOps.exif_transpose(picture)).astype(np.int64)
+                step = SPREAD.get(str(picture.tile[0][3]), 1) if picture.tile else 1
+                return np.asarray(ImageOps.exif_transpose(picture)).astype(np.int64) // step
             mode = picture.mode
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadData(f"{path} cannot be read ({error})") from None
