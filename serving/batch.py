@@ -34,7 +34,7 @@ FORMATS = {
 AT_ONCE = 4
 """Images that are read and written while others are computed; their windows share batches."""
 NAMED = 20
-"""Skipped files that are named for a reason; a data set has as many text files as images."""
+"""Skipped files, or those with a warning, that are named for a reason; a data set has as many text files as images."""
 IN_MEMORY = Limits(windows=2**40, queue_samples=2**40)
 """Limits of images that are answered whole, AT_ONCE of them."""
 
@@ -62,13 +62,14 @@ class Task:
 class Done:
     """What became of a task: `made`, `kept` from an earlier run, or `failed` with the sentence why.
 
-    A file that is no task is `skipped`, with the reason.
+    A file that is no task is `skipped`, with the reason. warnings: of an answer that was made, one a line.
     """
 
     source: str
     target: str
     outcome: str
     error: str = ""
+    warnings: str = ""
 
 
 def find_tasks(source: str, output: str, extension: str) -> tuple[list[Task], list[Done]]:
@@ -118,24 +119,25 @@ class Answerer:
     def answer(self, task: Task) -> Done:
         """Answer one image, unless it is answered. Whatever goes wrong is that image's alone, and said."""
         try:
-            return Done(task.source, task.target, self._answer(task))
+            return self._answer(task)
         except Exception as error:
             return Done(task.source, task.target, "failed", reason_of(error))
 
-    def _answer(self, task: Task) -> str:
+    def _answer(self, task: Task) -> Done:
         name = task.target.removeprefix(f"{self._output}/")
         files, path = files_of(task.target)
         if files.lexists(path):
             self._receipts.check(name, task.source)
-            return "kept"
+            return Done(task.source, task.target, "kept")
         files, path = files_of(task.source)
         data = files.cat_file(path)
         image = open_image(data, IN_MEMORY)
         pixels = image.load() if isinstance(image, Raster) else image
-        answer = render(self._segmenter.segment(pixels, self._options), self._media, self._style)
+        prediction = self._segmenter.segment(pixels, self._options)
+        answer = render(prediction, self._media, self._style)
         self._receipts.add(name, data, answer)
         write_whole(task.target, answer)
-        return "made"
+        return Done(task.source, task.target, "made", warnings="\n".join(prediction.warnings))
 
     def close(self) -> None:
         self._segmenter.close()
@@ -163,7 +165,7 @@ class RayAnswerer:
             Task(str(source), str(target)) for source, target in zip(block["source"], block["target"], strict=True)
         ]
         done = [asdict(one) for one in self._threads.map(self._answerer.answer, tasks)]
-        return {name: [one[name] for one in done] for name in ("source", "target", "outcome", "error")}
+        return {name: [one[name] for one in done] for name in done[0]}
 
 
 def run_on_ray(asked: Asked, output: str, tasks: Sequence[Task], *, cpus: int = 1) -> Iterator[Done]:
@@ -204,7 +206,7 @@ def ask(store: Path, model: str, kind: str, fields: Mapping[str, str]) -> Asked:
 
 
 def run_batch(asked: Asked, source: str, output: str, *, engine: str) -> tuple[dict[str, int], list[Done]]:
-    """Do all tasks with a progress bar; returns how many went how, and those that failed or were skipped."""
+    """Do all tasks with a progress bar; returns how many went how, and those of which there is something to say."""
     output = output.rstrip("/") if "://" in output else str(Path(output).resolve())
     tasks, reported = find_tasks(source, output, asked.format)
     claim(output, asked)
@@ -213,19 +215,21 @@ def run_batch(asked: Asked, source: str, output: str, *, engine: str) -> tuple[d
         work = ENGINES[engine](asked, output, tasks)
         for done in bar.track(work, total=len(tasks), description=asked.model):
             counts[done.outcome] += 1
-            if done.error:
+            if done.error or done.warnings:
                 reported.append(done)
     return counts, reported
 
 
 def tell(reported: Sequence[Done]) -> Iterator[str]:
-    """Lines about what failed, each with its sentence, and what was skipped, by reason."""
+    """Lines about what failed, each with its sentence, and what was skipped or has a warning, by reason."""
     reasons = defaultdict(list)
     for done in reported:
         if done.outcome == "failed":
             yield f"{done.source}: {done.error}"
-        else:
-            reasons[done.error].append(done.source)
+        elif done.error:
+            reasons[f"skipped {{}}, of which each {done.error}"].append(done.source)
+        for warning in done.warnings.splitlines():
+            reasons[f"warning of {{}}: {warning}"].append(done.source)
     for reason, names in reasons.items():
         rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        yield f"skipped {len(names)}, of which each {reason}: {', '.join(names[:NAMED])}{rest}"
+        yield f"{reason.replace('{}', str(len(names)), 1)}: {', '.join(names[:NAMED])}{rest}"

@@ -108,6 +108,19 @@ def test_a_bad_picture_is_named_and_keeps_no_other_from_its_answer(
     assert "bad.png" in result.stderr and "truncated" in result.stderr and "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("kind", ["png", "npz", "json"])
+def test_what_an_answer_warns_of_is_said_with_the_files_names(
+    toy_store: Path, images: Path, tmp_path: Path, kind: str
+) -> None:
+    dim = np.arange(40 * 50, dtype=np.uint16).reshape(40, 50)  # 11 bits in 16
+    for name in ("d1.png", "d2.png"):
+        Image.fromarray(dim).save(images / name)
+    result = run(images, tmp_path / "out", "-m", "toy-pointwise", "-f", kind, "--store", toy_store)
+    assert result.exit_code == 0 and "6 made" in result.stdout
+    (line,) = [line for line in result.stderr.splitlines() if "warning of 2: " in line]
+    assert "read as 0 (black) to 2047 (white)" in line and line.endswith(f"{images}/d1.png, {images}/d2.png")
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_format_is_written(toy_store: Path, images: Path, tmp_path: Path, kind: str) -> None:
     result = run(images / "a.png", tmp_path / "out", "-m", "toy-latent", "-f", kind, "--store", toy_store)
