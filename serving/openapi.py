@@ -147,7 +147,8 @@ def _predict() -> dict[str, Any]:
         "requestBody": {"required": True, "content": {"application/json": body}},
         "responses": {
             "200": {
-                "description": "labels, confidence, entropy, mutual_information (of several samples) as nested lists"
+                "description": "labels, confidence, entropy, mutual_information (of several samples) as nested lists, "
+                "and warnings where there are any"
             }
         }
         | {status: {"description": text, "content": ERROR} for status, text in REFUSALS.items()},

@@ -72,12 +72,16 @@ class PredictInput(bentoml.IODescriptor):  # type: ignore[misc]
 
 
 class PredictAnswer(BaseModel):
-    """Answer of the typed route: nested lists [H][W]; uncertainties in nats. A map that it has not is absent."""
+    """Answer of the typed route: nested lists [H][W]; uncertainties in nats. A map that it has not is absent.
+
+    warnings: sentences about what the caller should know of it; absent where there is none.
+    """
 
     labels: list[list[int]]
     confidence: list[list[float]]
     entropy: list[list[float]]
     mutual_information: list[list[float]] | None = Field(default=None, exclude_if=lambda values: values is None)
+    warnings: tuple[str, ...] = Field(default=(), exclude_if=lambda sentences: not sentences)
 
 
 @bentoml.asgi_app(APP, path="/")
@@ -212,7 +216,7 @@ def _as_pixels(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def _as_lists(prediction: Any) -> PredictAnswer:
     maps = {name: values.tolist() for name, values in prediction.maps.items()}
-    return PredictAnswer(labels=prediction.labels_HW.tolist(), **maps)
+    return PredictAnswer(labels=prediction.labels_HW.tolist(), warnings=prediction.warnings, **maps)
 
 
 def load_all() -> tuple["Gateway", "Inference", "Jobs", "StoreWatch"]:

@@ -5,6 +5,8 @@ import json
 import math
 import socket
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +24,7 @@ from penumbra.serving.build import build_facts
 from penumbra.serving.rest import routes
 from tests.conftest import CLASSES, GAIN, picture
 from tests.serving.conftest import BODY_BYTES, PIXELS
-from tests.serving.server import Server, until
+from tests.serving.server import ROOT, Server, until
 
 
 def png(image_HW3: np.ndarray) -> bytes:
@@ -419,6 +421,18 @@ def test_bentomls_client_gets_the_same_labels(server: Server, monkeypatch: pytes
     assert set(answer) == {"labels", "confidence", "entropy"}
     assert set(several) == {"labels", "confidence", "entropy", "mutual_information"}
     assert (np.array(answer["labels"]) == LABELS)[CLEAR].all()
+
+
+def test_the_typed_answer_says_what_to_know_of_it_where_there_is_something() -> None:
+    code = (
+        "from types import SimpleNamespace as Some; import numpy as np; from serving.service import _as_lists\n"
+        "for said in ((), ('a sentence',)):\n"
+        "    print(_as_lists(Some(labels_HW=np.zeros((1, 1), int), warnings=said, "
+        "maps=dict.fromkeys(('confidence', 'entropy'), np.zeros((1, 1))))).model_dump_json())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    silent, warned = map(json.loads, done.stdout.splitlines())
+    assert "warnings" not in silent and warned["warnings"] == ["a sentence"]
 
 
 def is_bentos_refusal(response: httpx.Response, status: int) -> None:
