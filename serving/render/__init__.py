@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from penumbra.models.errors import BadOption, NotAcceptable
 from penumbra.serving.engine.answer import Prediction
-from penumbra.serving.engine.options import PROBABILITIES, SegmentOptions, parse_options
+from penumbra.serving.engine.options import DEFAULT, PROBABILITIES, SegmentOptions, parse_options
 from penumbra.serving.render.arrays import write_npz, write_tiff
 from penumbra.serving.render.pictures import LEVELS, palette, write_png
 from penumbra.serving.render.regions import write_geojson
@@ -68,6 +68,8 @@ def parse_style(fields: Mapping[str, str]) -> Style:
     """Read a style from text. Raises BadOption."""
     style = {name: fields[name] for name in STYLE_OPTIONS if name in fields}
     levels, min_pixels = style.get("levels", "65536"), style.get("min_pixels", "1")
+    if style.get("picture") == DEFAULT:
+        raise BadOption(f"picture is {DEFAULT!r}, which stands for several maps; name one of them")
     if levels not in map(str, LEVELS):
         raise BadOption(f"levels is {levels[:40]!r}; {', '.join(map(str, LEVELS))} are possible")
     if not (min_pixels.isascii() and min_pixels.isdigit() and 1 <= int(min_pixels[:12]) < 10**9):

@@ -297,8 +297,12 @@ def test_an_answer_without_any_region_is_an_empty_collection() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"levels": "31"}, {"levels": "x"}, {"min_pixels": "0"}, {"min_pixels": "-1"}, {"min_pixels": "\u0663"}]
-)
+    "fields",
+    [
+        {"levels": "31"}, {"levels": "x"}, {"min_pixels": "0"}, {"min_pixels": "-1"}, {"min_pixels": "\u0663"},
+        {"picture": "default"},
+    ],
+)  # fmt: skip
 def test_a_wrong_style_is_refused_by_name(fields: dict[str, str]) -> None:
     with pytest.raises(BadOption, match=next(iter(fields))):
         parse_style(fields)
