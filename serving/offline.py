@@ -29,7 +29,7 @@ from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.render import Style, render
 from penumbra.serving.render.arrays import write_tiff
 from penumbra.serving.render.pictures import write_heat
-from penumbra.serving.render.tables import class_table
+from penumbra.serving.render.tables import class_table, facts
 from penumbra.serving.spool import LONG, SCRATCH, Spool, disk
 
 BRIGHTEST_PERCENTILE = 99.5
@@ -181,13 +181,8 @@ def predict_raster(
 
 def describe_outcome(outcome: Outcome) -> dict[str, Any]:
     """An outcome's facts for `--json`."""
-    prediction = outcome.prediction
-    return {
-        "model": prediction.card.name, "version": prediction.card.version, "seed": prediction.seed,
-        "samples": prediction.num_samples, "members": list(prediction.members), "warnings": list(prediction.warnings),
-        "windows": prediction.num_windows, "size": list(prediction.labels_HW.shape),
-        "timing_ms": prediction.timing_ms, "abstained": prediction.abstained, "classes": outcome.classes,
-        "image": str(outcome.path), "files": outcome.files,
+    return facts(outcome.prediction) | {
+        "classes": outcome.classes, "image": str(outcome.path), "files": outcome.files,
     }  # fmt: skip
 
 
@@ -205,16 +200,19 @@ def watched(title: str) -> Iterator[Watch]:
 
 def report(outcome: Outcome) -> None:
     """Print what a person wants to know: classes, uncertainty, time by phase, files."""
-    console, prediction = Console(markup=False, emoji=False), outcome.prediction  # names may look like either
+    console, prediction = Console(markup=False, emoji=False), outcome.prediction  # names may have any sign
     height, width = prediction.labels_HW.shape
     console.print(
         f"{outcome.path} {width}x{height} by {prediction.card.name} version {prediction.card.version}, "
-        f"{prediction.num_samples} samples, seed {prediction.seed}, {prediction.num_windows} windows"
+        f"{prediction.num_samples} samples, seed {prediction.seed}, {prediction.num_windows} windows",
+        style="bold",
     )
     if prediction.members:
         console.print(f"members: {', '.join(prediction.members)}")
     if prediction.abstained is not None:
         console.print(f"abstained from {100 * prediction.abstained:.1f} % of the pixels")
+    if prediction.num_void:
+        console.print(f"{100 * prediction.num_void / (height * width):.1f} % of the pixels hold no measurement")
     for warning in prediction.warnings:
         console.print(f"warning: {warning}", style="yellow")
     means = {"mean_entropy": 3, "mean_mutual_information": 4}

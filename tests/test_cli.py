@@ -147,6 +147,20 @@ def test_predict_prints_one_json_object_per_picture(toy_store: Path, tmp_path: P
         assert sum(row["pixels"] for row in answer["classes"]) == 40 * 66
 
 
+def test_predict_prints_names_with_any_sign_and_how_much_is_void(toy_store: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "a["
+    folder.mkdir()
+    pixels = np.full((40, 66, 4), 200, np.uint8)
+    pixels[:10, :, 3] = 0
+    Image.fromarray(pixels).save(folder / "bold] [draft] :car:.png")  # as one path it has rich's [/bold]
+    result = run(
+        "predict", folder / "bold] [draft] :car:.png", "-m", "toy-latent", "-o", tmp_path / "out", "--store", toy_store
+    )
+    printed = result.stdout.replace("\n", "")
+    assert result.exit_code == 0 and "a[/bold] [draft] :car:.png" in printed, result.output
+    assert "25.0 % of the pixels hold no measurement" in printed
+
+
 def test_predict_gives_the_same_arrays_for_the_same_seed(toy_store: Path, tmp_path: Path, photo: Path) -> None:
     written = []
     for seed, place in ((1, "a"), (1, "b"), (2, "c")):

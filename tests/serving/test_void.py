@@ -21,7 +21,7 @@ from penumbra.serving.engine.options import PROBABILITIES, SegmentOptions
 from penumbra.serving.engine.raster import Raster, open_raster
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.serving.offline import predict_file
+from penumbra.serving.offline import describe_outcome, predict_file
 from penumbra.serving.oip import InferRequest, WantedOutput, answer_of
 from penumbra.serving.oip_rest import write_answer
 from penumbra.serving.oip_tensors import Output, classify
@@ -96,6 +96,7 @@ def test_a_picture_with_transparent_pixels_is_predicted_into_pictures(
     Image.fromarray(np.dstack([pixels, np.where(VOID, 0, 255).astype(np.uint8)])).save(tmp_path / "a.png")
     outcome = predict_file(segmenter, tmp_path / "a.png", ask(), tmp_path / "out")
     assert outcome.prediction.num_void == VOID.sum() and "white is nan" not in str(outcome.files)
+    assert describe_outcome(outcome)["void_pixels"] == VOID.sum()
     heat = np.asarray(Image.open(tmp_path / "out" / "a_entropy.png").convert("L"))
     assert heat[VOID].max() == heat.min() < heat[~VOID].max()
 
