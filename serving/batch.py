@@ -25,7 +25,7 @@ from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import find_artifact, open_artifact
 from penumbra.serving.inputs import MANIFEST, find_images, place_of
 from penumbra.serving.receipts import Receipts, files_of, write_whole
-from penumbra.serving.render import read_wish, render
+from penumbra.serving.render import read_wish, render_with_notes
 
 FORMATS = {
     "png": "image/png", "json": "application/json", "npz": "application/x-npz", "geojson": "application/geo+json",
@@ -134,10 +134,10 @@ class Answerer:
         image = open_image(data, IN_MEMORY)
         pixels = image.load() if isinstance(image, Raster) else image
         prediction = self._segmenter.segment(pixels, self._options)
-        answer = render(prediction, self._media, self._style)
+        answer, notes = render_with_notes(prediction, self._media, self._style)
         self._receipts.add(name, data, answer)
         write_whole(task.target, answer)
-        return Done(task.source, task.target, "made", warnings="\n".join(prediction.warnings))
+        return Done(task.source, task.target, "made", warnings="\n".join(prediction.warnings + notes))
 
     def close(self) -> None:
         self._segmenter.close()

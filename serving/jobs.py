@@ -269,11 +269,11 @@ class Jobs:
         request.timing_ms = prediction.timing_ms
         job.state = "writing"
         with (place / "writing").open("wb") as file:
-            WRITERS[job.media](prediction, style, file)
+            note = WRITERS[job.media](prediction, style, file)
         if self._cancelled.is_set():
             raise Cancelled("the job was cancelled")
         os.replace(place / "writing", place / "result")
-        job.headers = answer_headers(prediction)
+        job.headers = answer_headers(replace(prediction, warnings=prediction.warnings + ((note,) if note else ())))
 
     @contextmanager
     def _loaded(self, options: SegmentOptions) -> Iterator[None]:

@@ -23,7 +23,7 @@ from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.guard import BENTO_PATHS
 from penumbra.serving.openapi import describe
-from penumbra.serving.render import IN_BANDS, choose_format, read_wish, render
+from penumbra.serving.render import IN_BANDS, choose_format, read_wish, render_with_notes
 from penumbra.serving.statuses import UNEXPECTED, headers_of, status_of
 
 PRINTABLE = bytes(range(0x20, 0x7F)).decode().replace("%", "")
@@ -69,10 +69,11 @@ class Surface:
             media = choose_format(request.headers.get("accept", ""))
             data, fields = await read_upload(request)
             options, style = read_wish(media, fields)
-            prediction, body = await self._gateway.answer(
-                data, options, lambda answer: render(answer, media, style), request=tracked,
+            prediction, (body, notes) = await self._gateway.answer(
+                data, options, lambda answer: render_with_notes(answer, media, style), request=tracked,
                 gone=lambda: disconnected(request), in_bands=media in IN_BANDS,
             )  # fmt: skip
+        prediction = dataclasses.replace(prediction, warnings=prediction.warnings + notes)
         return Response(body, media_type=media, headers=answer_headers(prediction, tracked.timing_ms))
 
     async def models(self, request: Request) -> Response:

@@ -17,7 +17,8 @@ from penumbra.serving.render.pictures import LEVELS, palette, write_png
 from penumbra.serving.render.regions import write_geojson
 from penumbra.serving.render.tables import write_json
 
-__all__ = ["IN_BANDS", "MAPLESS", "WRITERS", "Style", "choose_format", "palette", "read_wish", "render"]
+__all__ = ["IN_BANDS", "MAPLESS", "WRITERS", "Style", "choose_format", "palette", "read_wish", "render",
+           "render_with_notes"]  # fmt: skip
 
 STYLE_OPTIONS = ("picture", "levels", "min_pixels")
 
@@ -40,7 +41,8 @@ class Style:
         return () if self.picture in ("labels", "overlay") else (self.picture,)
 
 
-Write = Callable[[Prediction, Style, BinaryIO], None]
+Write = Callable[[Prediction, Style, BinaryIO], str | None]
+"""It may return a sentence that the answer's reader should know, beside its warnings."""
 WRITERS: dict[str, Write] = {
     "application/json": lambda prediction, _, file: write_json(prediction, file),
     "image/png": lambda prediction, style, file: write_png(prediction, file, style.picture, levels=style.levels),
@@ -88,9 +90,14 @@ def read_wish(media: str, fields: Mapping[str, str]) -> tuple[SegmentOptions, St
 
 def render(prediction: Prediction, media: str, style: Style) -> bytes:
     """The answer's bytes in a media type of `WRITERS`."""
+    return render_with_notes(prediction, media, style)[0]
+
+
+def render_with_notes(prediction: Prediction, media: str, style: Style) -> tuple[bytes, tuple[str, ...]]:
+    """The same, and what there is to say beside the answer's warnings."""
     buffer = io.BytesIO()
-    WRITERS[media](prediction, style, buffer)
-    return buffer.getvalue()
+    note = WRITERS[media](prediction, style, buffer)
+    return buffer.getvalue(), (note,) if note else ()
 
 
 def choose_format(accept: str) -> str:

@@ -25,8 +25,11 @@ MAX_EDGES = 8_000_000
 """Pixel borders between classes: all outlines together. More is noise, and a document that nobody opens."""
 
 
-def write_geojson(prediction: Prediction, file: BinaryIO, *, min_pixels: int) -> None:
-    """A FeatureCollection of the regions of at least `min_pixels`. Raises TooLarge for labels that are noise."""
+def write_geojson(prediction: Prediction, file: BinaryIO, *, min_pixels: int) -> str:
+    """A FeatureCollection of the regions of at least `min_pixels`; returns what to know of their place, or nothing.
+
+    Raises TooLarge for labels that are noise.
+    """
     labels_HW = prediction.labels_HW[:]
     _check_edges(labels_HW)
     found = [
@@ -53,6 +56,7 @@ def write_geojson(prediction: Prediction, file: BinaryIO, *, min_pixels: int) ->
     about["warnings"] += [note] if note else []
     document = {"type": "FeatureCollection", "features": features, "coordinates": "WGS84" if ground else "pixels"}
     file.write(json.dumps(document | {"penumbra": about}, allow_nan=False).encode())
+    return note
 
 
 def _check_edges(labels_HW: NDArray[np.uint8]) -> None:

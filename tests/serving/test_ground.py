@@ -358,6 +358,25 @@ def test_every_surface_cuts_at_the_180th_meridian(
     assert shapes_in((tmp_path / "out" / "a.geojson").read_bytes()) == found
 
 
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+def test_every_surface_says_outside_of_the_document_too_why_coordinates_are_pixels(
+    client: httpx.Client, toy_store: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    profile = {"driver": "GTiff", "height": HEIGHT, "width": WIDTH, "count": 3, "dtype": "uint8", "crs": "EPSG:32631"}
+    with rasterio.open(tmp_path / "a.tif", "w", **profile) as target:
+        target.write(picture(rng, HEIGHT, WIDTH).transpose(2, 0, 1))
+    said = "the raster has a reference system and no transform, so coordinates are pixels"
+    asked = {"content": (tmp_path / "a.tif").read_bytes(), "params": {"model": "toy-latent"}}
+    headers = {"Content-Type": "image/tiff", "Accept": "application/geo+json"}
+    assert client.post("/segment", **asked, headers=headers).headers["X-Penumbra-Warning"] == said
+    url = client.post("/jobs", **asked, headers=headers).json()["url"]
+    until(lambda: client.get(url).json()["finished"])
+    assert client.get(f"{url}/result").headers["X-Penumbra-Warning"] == said
+    arguments = [tmp_path / "a.tif", tmp_path / "out", "-m", "toy-latent", "--store", toy_store, "--format", "geojson"]
+    done = CliRunner().invoke(main, ["batch", *map(str, arguments)])
+    assert f"warning of 1: {said}" in done.stderr
+
+
 def shapes_in(document: bytes) -> list[tuple[int, str, Any]]:
     return [
         (feature["properties"]["id"], feature["geometry"]["type"], feature["geometry"]["coordinates"])
