@@ -165,7 +165,7 @@ class RayAnswerer:
             Task(str(source), str(target)) for source, target in zip(block["source"], block["target"], strict=True)
         ]
         done = [asdict(one) for one in self._threads.map(self._answerer.answer, tasks)]
-        return {name: [one[name] for one in done] for name in done[0]}
+        return {name: [one[name] for one in done] for name in Done.__dataclass_fields__}
 
 
 def run_on_ray(asked: Asked, output: str, tasks: Sequence[Task], *, cpus: int = 1) -> Iterator[Done]:

@@ -61,6 +61,8 @@ def find_directory(file: BinaryIO) -> tuple[Directory, tuple[str, ...]] | None:
     warnings = []
     if chosen.offset and any(one.is_mask and one.width == chosen.width for one in found):
         warnings.append("the mask of the image is not read, for the image is not the file's first")
+    if sum((one.width, one.height) == (chosen.width, chosen.height) for one in whole) > 1:
+        warnings.append(f"the file has several images of {chosen.width}x{chosen.height}; the first was read")
     if largest.width * largest.height > chosen.width * chosen.height:
         warnings.append(f"the file has several images; the first ({first.width}x{first.height}) was read, and the "
                         f"largest is {largest.width}x{largest.height}")  # fmt: skip

@@ -467,9 +467,12 @@ def test_a_thumbnail_that_says_so_gives_way_to_the_picture(beneath: bool, rgb: n
 
 
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
-def test_of_several_pages_the_first_is_read_and_a_larger_one_is_named(rgb: np.ndarray) -> None:
+def test_of_several_pages_the_first_is_read_and_one_as_large_is_named(rgb: np.ndarray) -> None:
     small = rgb[:9, :9].copy()
     assert opened(pages(rgb, small, kinds=(0, 0))).warnings == () == opened(pages(rgb, small, kinds=(0, 1))).warnings
+    stack = opened(pages(rgb, rgb[::-1].copy(), rgb, kinds=(0, 0, 0)))
+    assert np.array_equal(stack[:, :], rgb)
+    assert stack.warnings == ("the file has several images of 60x40; the first was read",)
     raster = opened(pages(small, rgb, kinds=(0, 0)))
     assert raster.shape == small.shape and "the largest is 60x40" in raster.warnings[0]
 
