@@ -15,6 +15,8 @@ from penumbra.models.errors import BadImage
 TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 TEXT_BYTES = 2**20
 """Limit of all texts of a PNG together, unpacked; Pillow opens none with a text that is longer."""
+CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+"""A PNG's type of colour -> its number of channels."""
 END_OF_IMAGE = b"\xff\xd9"
 MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 """Begins a JPEG's segment; the pixels between segments have other bytes after 0xff."""
@@ -59,6 +61,18 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
         if kind == b"IEND":
             return
         place += 12 + length
+
+
+def has_all_rows(png: bytes) -> bool:
+    """Whether the data of a PNG reach its last row, of which Pillow makes zeros else. An interlaced one is believed."""
+    width, height, depth, colour, _, _, is_interlaced = struct.unpack_from(">IIBBBBB", png, 16)
+    missing = height * (1 + (width * depth * CHANNELS[colour] + 7) // 8)
+    unpacker = zlib.decompressobj()
+    for packed in (png[start:end] for kind, start, end in _chunks(png) if kind == b"IDAT"):
+        while packed and missing > 0:
+            missing -= len(unpacker.decompress(packed, TEXT_BYTES))
+            packed = unpacker.unconsumed_tail
+    return bool(is_interlaced) or missing <= 0
 
 
 def _unpacked_bytes(kind: bytes, body: bytes) -> int:

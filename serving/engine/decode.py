@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
 from penumbra.models.errors import BadImage, TooLarge
-from penumbra.serving.engine.damage import check_png, read_jpeg, shorten_webp, slim_png
+from penumbra.serving.engine.damage import check_png, has_all_rows, read_jpeg, shorten_webp, slim_png
 from penumbra.serving.engine.layout import TURNS, turn
 from penumbra.serving.engine.options import PILLOW_PIXELS, Limits
 from penumbra.serving.engine.raster import PIECE_PIXELS, Pixels, Raster, open_file, open_raster
@@ -185,6 +185,9 @@ def _decode(picture: Image.Image, kind: str, file: BinaryIO) -> Pixels:
         if data[PNG_DEPTH] == 16:  # of colours, Pillow keeps the high byte only, whatever the low one holds
             return open_file(data, "PNG", orientation=_orientation(picture)).load()
     shown = ImageOps.exif_transpose(picture)
+    last_row = picture.crop((0, picture.height - 1, picture.width, picture.height))
+    if kind == "PNG" and not np.asarray(last_row).any() and not has_all_rows(data):
+        raise BadImage("the PNG image is damaged or truncated (its data end before its last row)")
     void_HW = None
     if shown.has_transparency_data:
         void_HW = np.asarray(shown.convert("RGBA").getchannel("A")) == 0

@@ -89,6 +89,26 @@ def test_a_png_that_has_lost_one_of_its_parts_is_refused_although_all_checksums_
         decode_image(data[:start] + chunk(b"IDAT", rest) + chunk(b"IEND", b""), LIMITS)
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA"])
+@pytest.mark.parametrize("place", [None, 1, 30])
+def test_a_png_whose_data_are_sound_but_of_fewer_rows_is_refused_and_a_black_one_is_read(
+    mode: str, place: int | None
+) -> None:
+    image = scene(40, 51).convert(mode)
+    image.paste(0, (0, 30, 51, 40))
+    data = encode(image, "PNG")
+    start = data.index(b"IDAT") - 4
+    length = int.from_bytes(data[start : start + 4])
+    rows = zlib.decompress(data[start + 8 : start + 8 + length])
+    kept = rows[: len(rows) * place // 40] if place else rows
+    made = data[:start] + chunk(b"IDAT", zlib.compress(kept)) + chunk(b"IEND", b"")
+    if place:
+        with pytest.raises(BadImage, match="its data end before its last row"):
+            decode_image(made, LIMITS)
+    else:
+        assert np.array_equal(decode_image(made, LIMITS), np.asarray(image.convert("RGB")))
+
+
 @pytest.mark.parametrize("place", [b"IDAT", b"IEND"])
 def test_a_png_is_turned_wherever_it_says_so(place: bytes) -> None:
     exif = Image.Exif()
