@@ -90,11 +90,13 @@ async def reload_under_load(server: Server, store: Path) -> tuple[list[Outcome],
 
 def test_two_hundred_reloads_under_load_fail_no_request_and_keep_no_memory(server: Server, own_store: Path) -> None:
     outcomes, sizes = asyncio.run(reload_under_load(server, own_store))
-    (early, early_threads), (late, late_threads) = sizes[49], sizes[-1]
+    early, late = sizes[49][0], sizes[-1][0]
+    early_threads, late_threads = (min(threads for _, threads in part) for part in (sizes[:50], sizes[-50:]))
     print(
         f"{RELOADS} reloads, {len(outcomes)} requests, {sum(o.status != 200 for o in outcomes)} failed, "
         f"p99 {percentile(outcomes, 99):.3f} s; the last 150 took {(late - early) / 2**20:+.1f} MiB"
     )
     assert {outcome.status for outcome in outcomes} == {200}
-    assert late - early < MEMORY_MIB * 2**20 and late_threads <= early_threads
+    assert late - early < MEMORY_MIB * 2**20
+    assert late_threads <= early_threads, "the fewest of fifty: a moment has up to six more, of models on their way out"
     assert psutil.pid_exists(server.process.pid)

@@ -150,6 +150,22 @@ def test_full_16_bits_keep_their_high_byte_and_nothing_is_said(rng: np.random.Ge
     assert np.array_equal(raster[:, :], values >> 8) and raster.warnings == ()
 
 
+@pytest.mark.parametrize("share", [0.01, 0.04, 0.4])
+@pytest.mark.parametrize("loud", [65535, 60000])
+def test_dark_values_beside_a_fill_that_nobody_declared_are_said_to_be_nearly_black(
+    share: float, loud: int, rng: np.random.Generator
+) -> None:
+    values = rng.integers(0, 2**12, (400, 600), dtype=np.uint16)
+    values[: int(400 * share)] = loud
+    raster = opened(tiff(values))
+    assert np.array_equal(raster[:, :][:, :, 0], values >> 8)
+    is_said = loud == 65535 or share < 0.05  # 40 % of 60000 may be a bright sky
+    assert [text for text in raster.warnings if "nearly black" in text and "declare them as nodata" in text] == (
+        list(raster.warnings) if is_said else []
+    )
+    assert len(raster.warnings) == is_said
+
+
 def test_bits_that_the_file_declares_need_no_warning(rng: np.random.Generator) -> None:
     values = rng.integers(0, 1000, (40, 60), dtype=np.uint16)
     raster = opened(tiff(values, nbits=12))
