@@ -144,7 +144,8 @@ def predict_picture(
             measured = values[~np.isnan(values)] if prediction.num_void else values
             brightest = float(np.percentile(measured, BRIGHTEST_PERCENTILE)) if measured.size else 0.0
             top = 1.0 if name == "confidence" else max(brightest, 1e-3)
-            unit = "" if name in UNITLESS else " nats"
+            own = {extra.name: f"; {extra.unit}" for extra in prediction.card.extra_maps}
+            unit = own.get(name, "" if name in UNITLESS else " nats")
             write_heat(values, buffer, top=top)
             described[name] += f" (white is {top:.3g}{unit})"
         elif name == "maps":

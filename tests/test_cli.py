@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -103,6 +104,14 @@ def test_models_of_an_absent_store_are_none(tmp_path: Path) -> None:
 
 
 # -- predict -------------------------------------------------------------------------------------
+
+
+def test_predict_gives_a_models_own_map_its_own_unit(toy_store: Path, tmp_path: Path, photo: Path) -> None:
+    options = ("--outputs", "brightness", "-o", tmp_path / "out", "--store", toy_store, "--json")
+    result = run("predict", photo, "-m", "toy-bright", *options)
+    files = json.loads(result.stdout)["files"]
+    assert re.search(r"brightness\.png \(white is 0\.\d+; 0 to 1\)$", files["brightness"])
+    assert files["entropy"].endswith(" nats)") and not files["confidence"].endswith(" nats)")
 
 
 def test_predict_writes_labels_overlay_maps_and_arrays(toy_store: Path, tmp_path: Path, photo: Path) -> None:
