@@ -1,6 +1,7 @@
 """The soak finds growth where there is some, and none in our server."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,14 @@ def test_memory_that_rises_by_a_megabyte_a_minute_and_a_step_is_growth(rise: flo
 
 def test_a_file_that_stays_open_is_growth() -> None:
     assert growth(readings(left_open=1)) == ["the worker has 41 open_files, and had 40 at most when warm"]
+
+
+@pytest.mark.parametrize(("late", "is_growth"), [(1, False), (3, False), (4, True)])
+def test_threads_may_rise_by_what_a_pool_grows_and_no_more(late: int, is_growth: bool) -> None:
+    series = readings()
+    series[-1] = replace(series[-1], threads=series[-1].threads + late)
+    said = f"the worker has {20 + late} threads, and had 20 at most when warm"
+    assert growth(series) == ([said] if is_growth else [])
 
 
 @pytest.mark.slow
