@@ -71,15 +71,20 @@ async def closed_loop(ask: Ask, *, users: int, until: Callable[[], bool]) -> lis
     return outcomes
 
 
-async def open_loop(ask: Ask, *, per_s: float, seconds: float) -> list[Outcome]:
-    """Poisson arrivals, which do not wait for answers; those of the last arrivals are waited for."""
-    chance, asked, end = random.Random(7), [], time.perf_counter() + seconds
+async def open_loop(ask: Ask, *, per_s: float, seconds: float) -> tuple[list[Outcome], float]:
+    """Poisson arrivals, which do not wait for answers; those of the last arrivals are waited for.
+
+    Returns also by how many seconds the latest arrival was late: callers who are held up ask all at once, and what they
+    wait for is not the server.
+    """
+    chance, asked, late_s, end = random.Random(7), [], 0.0, time.perf_counter() + seconds
     due = time.perf_counter()
     while due < end:
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        late_s = max(late_s, time.perf_counter() - due)
         asked.append(asyncio.ensure_future(ask()))
         due += chance.expovariate(per_s)
-    return list(await asyncio.gather(*asked))
+    return list(await asyncio.gather(*asked)), late_s
 
 
 def within(seconds: float) -> Callable[[], bool]:

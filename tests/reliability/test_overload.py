@@ -24,6 +24,8 @@ REQUESTS = 12
 """The server's bound on requests at work, and the users who find out its capacity."""
 LOADS = (0.2, 0.5, 1.0, 2.0, 3.0)
 LEVEL_S, OVERLOAD_S, CAPACITY_S = 5.0, 10.0, 3.0
+LATE_S, TRIES = 0.3, 3
+"""A level is asked again whose callers, which are this process, were themselves held up for longer."""
 HUGE = (4000, 5000)
 """Height and width: 20 megapixels."""
 SMALL, ROUNDS = 16, 3
@@ -46,11 +48,18 @@ async def load_levels(server: Server) -> tuple[list[float], list[list[Outcome]],
     async with Callers(server, picture("medium", 3)) as callers:
         capacities, levels, lengths = [await capacity_per_s(callers)], [], []
         for load in LOADS:
-            began = time.perf_counter()
-            seconds = OVERLOAD_S if load > 1 else LEVEL_S
-            levels.append(await open_loop(callers.ask, per_s=load * capacities[-1], seconds=seconds))
-            lengths.append(time.perf_counter() - began)
-            capacities.append(await capacity_per_s(callers))
+            for _ in range(TRIES):
+                began = time.perf_counter()
+                seconds = OVERLOAD_S if load > 1 else LEVEL_S
+                outcomes, late_s = await open_loop(callers.ask, per_s=load * capacities[-1], seconds=seconds)
+                took_s, after = time.perf_counter() - began, await capacity_per_s(callers)
+                print(f"{load:g}x: arrivals late by {late_s:.3f} s at most")
+                if late_s < LATE_S:
+                    break
+                capacities[-1] = after
+            levels.append(outcomes)
+            lengths.append(took_s)
+            capacities.append(after)
         return capacities, levels, lengths
 
 
