@@ -12,7 +12,7 @@ from rasterio.control import GroundControlPoint
 
 COLOURS = ("red", "green", "blue")
 MAY_BE_ALPHA = re.compile("$|band|a$|.*(alpha|mask|transp|opac)").match
-"""Of a band's name. Another one is not alpha: GDAL calls the fourth of four bands so unless it is told otherwise."""
+"""Matches names that leave this open. A band of another name is not alpha, though GDAL says it of the fourth."""
 INKS = ("cyan", "magenta", "yellow", "black")
 TURNS = {1: (False, False, False), 2: (False, False, True), 3: (False, True, True), 4: (False, True, False),
          5: (True, False, False), 6: (True, False, True), 7: (True, True, True), 8: (True, True, False)}  # fmt: skip

@@ -21,10 +21,10 @@ BELOW = 1 / 16
 USUAL = (255, 1023, 2047, 4095, 16383, 65535)
 """White of the 8, 10, 11, 12, 14 and 16 bits that sensors have."""
 NEARLY_BLACK = 15
-"""Of 255: the largest value of 4 bits. Floats that it holds and 1 does not are of no usual kind, and are not read."""
+"""The largest value of 4 bits. Floats that it holds and 1 does not are of no usual kind, and are not read."""
 
 DARK = 4095
-"""Of 65535: the largest value of 12 bits."""
+"""The largest value of 12 bits, which of 65535 is nearly black."""
 FEW = 0.05
 """As many bright values for every dark one leave a picture nearly black."""
 NEARLY_BLACK_16 = (
