@@ -133,8 +133,9 @@ def test_no_module_is_imported_or_started_by_its_folder_alone() -> None:
 
 
 def test_make_serve_installs_the_server_and_nothing_else() -> None:
-    command = ["make", "--always-make", "--dry-run", "serve"]
-    recipe = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    alone = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", "--no-print-directory", "--always-make", "--dry-run", "serve"]
+    recipe = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, env=alone).stdout
     installs = [line.split()[-1] for line in recipe.splitlines() if "pip install" in line]
     assert installs == ["torch==2.13.0", "."]
     assert recipe.count("\n") < 10 and recipe.splitlines()[-1].split()[:2] == [".venv/bin/penumbra", "serve"]
