@@ -1,7 +1,7 @@
 """Everything that can go wrong by a user's doing, as one tree of exceptions.
 
 Messages are one sentence: what was wrong, the value, what would be right. No transport in here:
-`penumbra.serving.rest` and the CLI map these classes to statuses and exit codes.
+`penumbra.serving.http.routes` and the CLI map these classes to statuses and exit codes.
 
     PenumbraError
     ├── BadOption            an option is unknown, malformed or out of range

@@ -98,7 +98,7 @@ def predict(
     from penumbra.serving.engine.options import check_options, parse_options
     from penumbra.serving.engine.segmenter import Segmenter
     from penumbra.serving.engine.store import find_artifact
-    from penumbra.serving.offline import describe_outcome, predict_files, report
+    from penumbra.serving.files.predict import describe_outcome, predict_files, report
 
     if len({path.stem for path in images}) < len(images):
         raise BadOption("two pictures have the same name, and their files would too; predict them into two directories")
@@ -134,7 +134,7 @@ def predict(
 def batch(source: str, output: str, model: str | None, store: Path, as_json: bool, engine: str, **options: Any) -> None:
     """Answer all images of INPUT, a folder, 'a/*.png' or s3://..., into OUTPUT; goes on where it was stopped."""
     from penumbra.export.zoo import fill_store
-    from penumbra.serving.batch import ask, run_batch, tell
+    from penumbra.serving.files.batch import ask, run_batch, tell
 
     fill_store(store)
     fields = {name: str(value) for name, value in options.items() if value is not None}

@@ -1,6 +1,6 @@
 """One log line for every request, at its end, whatever its protocol, and the id by which its caller finds it.
 
-HTTP passes `AccessLog`, outside of everything else that is ours; gRPC begins its calls in `penumbra.serving.oip_grpc`.
+HTTP passes `AccessLog`, outside of everything else that is ours; gRPC begins its calls in `penumbra.serving.oip.grpc`.
 On the way everybody writes what becomes known into one `Request`. No pixels, file names or options are in a line.
 """
 

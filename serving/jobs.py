@@ -44,9 +44,9 @@ from penumbra.serving.engine.segmenter import check_long
 from penumbra.serving.engine.store import find_artifact
 from penumbra.serving.engine.work import Cancellation
 from penumbra.serving.gateway import Gateway
+from penumbra.serving.http.routes import answer_headers
 from penumbra.serving.job import Job, State, is_upload, lock, read_job, save_job
 from penumbra.serving.render import MAPLESS, WRITERS, Style, read_wish
-from penumbra.serving.rest import answer_headers
 from penumbra.serving.spool import LONG, Spool, disk, spool_bytes
 
 log = logging.getLogger("penumbra")

@@ -2,8 +2,8 @@
 
     bentoml serve penumbra.serving.service:Penumbra
 
-One worker process per device. Every route is ours (`penumbra.serving.rest`, `penumbra.serving.oip_rest`) on a mounted
-Starlette app, gRPC runs in the same event loop (`penumbra.serving.oip_grpc`), and one typed BentoML route serves
+One worker process per device. Every route is ours (`penumbra.serving.http`) on a mounted
+Starlette app, gRPC runs in the same event loop (`penumbra.serving.oip.grpc`), and one typed BentoML route serves
 `bentoml.SyncHTTPClient`. This module is also imported by BentoML's supervisor, so torch and what imports it are
 imported in the thread that loads. BentoML's metrics, UI page, URL inputs, pickle bodies, batching and
 inter-process calls are off.
@@ -28,8 +28,8 @@ from penumbra.models.errors import BadArtifact, BadImage, BadOption, PenumbraErr
 from penumbra.serving.access import AccessLog
 from penumbra.serving.build import build_facts
 from penumbra.serving.engine.signature import PublicKeys
-from penumbra.serving.guard import Bodies, Bounds, Guard, Routes, Timeout
-from penumbra.serving.head import bound_heads
+from penumbra.serving.http.admission import Bodies, Bounds, Guard, Routes, Timeout
+from penumbra.serving.http.head import bound_heads
 from penumbra.serving.keys import warn_if_open
 from penumbra.serving.logs import set_up_logs
 from penumbra.serving.settings import Settings
@@ -40,9 +40,9 @@ from penumbra.serving.tracing import bentoml_tracing, use_bentomls_provider
 
 if TYPE_CHECKING:
     from penumbra.serving.gateway import Gateway
-    from penumbra.serving.grpc_server import GrpcServer
     from penumbra.serving.jobs import Jobs
-    from penumbra.serving.oip import Inference
+    from penumbra.serving.oip.grpc_server import GrpcServer
+    from penumbra.serving.oip.protocol import Inference
     from penumbra.serving.watch import StoreWatch
 
 log = logging.getLogger("penumbra")
@@ -133,7 +133,7 @@ class Penumbra:
         threading.Thread(target=self._load, args=(loop,), name="load", daemon=True).start()
 
     async def _start_grpc(self) -> None:
-        from penumbra.serving.grpc_server import GrpcServer
+        from penumbra.serving.oip.grpc_server import GrpcServer
 
         if SETTINGS.grpc_address:
             self.grpc = GrpcServer(
@@ -161,7 +161,7 @@ class Penumbra:
 
     def _open(self, gateway: "Gateway", inference: "Inference", jobs: "Jobs", watch: "StoreWatch") -> None:
         """Answer from now on. Called in the event loop."""
-        from penumbra.serving.oip_grpc import Calls, service_handlers
+        from penumbra.serving.oip.grpc import Calls, service_handlers
 
         self.gateway, self.jobs, self.watch = gateway, jobs, watch
         gateway.state = "ready"
@@ -189,7 +189,7 @@ class Penumbra:
     ) -> PredictAnswer:
         """Labels and uncertainty of one image, uint8 [H, W, 3], as arrays."""
         from penumbra.serving.engine.options import SegmentOptions
-        from penumbra.serving.rest import disconnected, on_penumbra_error
+        from penumbra.serving.http.routes import disconnected, on_penumbra_error
 
         assert self.gateway  # the guard lets nothing through before
         options = SegmentOptions(model=model or None, samples=samples, seed=seed)
@@ -221,11 +221,13 @@ def _as_lists(prediction: Any) -> PredictAnswer:
 
 def load_all() -> tuple["Gateway", "Inference", "Jobs", "StoreWatch"]:
     """Everything that answers, and its routes. Raises PenumbraError."""
-    from penumbra.serving import jobs_rest, oip_grpc, oip_rest  # noqa: F401  (oip_grpc is for the event loop)
+    import penumbra.serving.oip.grpc  # noqa: F401  (for the event loop)
+    from penumbra.serving.http import jobs as job_routes
+    from penumbra.serving.http import v2
+    from penumbra.serving.http.routes import ERROR_HANDLERS, routes
     from penumbra.serving.job import lock
     from penumbra.serving.jobs import JobBounds, Jobs
-    from penumbra.serving.oip import Inference
-    from penumbra.serving.rest import ERROR_HANDLERS, routes
+    from penumbra.serving.oip.protocol import Inference
     from penumbra.serving.watch import StoreWatch, look
 
     if "jobs" not in SETTINGS.model_fields_set:
@@ -238,7 +240,7 @@ def load_all() -> tuple["Gateway", "Inference", "Jobs", "StoreWatch"]:
         build, queued_windows=lambda: segmenter.scheduler.queued[0], refused_models=lambda: len(segmenter.refused)
     )
     inference = Inference(gateway, store=SETTINGS.store if SETTINGS.model_control else None)
-    oip_routes = oip_rest.routes(
+    oip_routes = v2.routes(
         inference, body_bytes=SETTINGS.limit_body_bytes, json_bytes=SETTINGS.limit_json_bytes, bodies=BODIES
     )
     watch = StoreWatch(SETTINGS.store, before, every_s=SETTINGS.watch_store_s, inference=inference)
@@ -246,7 +248,7 @@ def load_all() -> tuple["Gateway", "Inference", "Jobs", "StoreWatch"]:
         SETTINGS.limit_job_pixels, SETTINGS.limit_job_bytes, SETTINGS.limit_jobs, SETTINGS.job_keep_s
     )  # fmt: skip
     jobs = Jobs(SETTINGS.jobs, gateway, bounds=bounds, store=SETTINGS.store)
-    APP.router.routes[:] = [*oip_routes, *jobs_rest.routes(jobs, TELEMETRY), *routes(gateway, build)]
+    APP.router.routes[:] = [*oip_routes, *job_routes.routes(jobs, TELEMETRY), *routes(gateway, build)]
     APP.exception_handlers.update(ERROR_HANDLERS)
     return gateway, inference, jobs, watch
 

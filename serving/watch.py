@@ -10,7 +10,7 @@ from penumbra.models.errors import BadArtifact
 from penumbra.serving.engine.store import versions
 
 if TYPE_CHECKING:  # what loads needs torch, and a sentence of the command line does not
-    from penumbra.serving.oip import Inference
+    from penumbra.serving.oip.protocol import Inference
 
 log = logging.getLogger("penumbra")
 

@@ -408,7 +408,7 @@ def test_one_pictures_fault_is_that_pictures(
             raise AssertionError("something odd")
         return open_image(path, limits)
 
-    monkeypatch.setattr("penumbra.serving.offline.open_image", opening)
+    monkeypatch.setattr("penumbra.serving.files.predict.open_image", opening)
     images = [tmp_path / f"{name}.png" for name in ("notes", "odd", "photo", "last")]
     result = run("predict", *images, "-m", "toy-pointwise", "-o", tmp_path / "out", "--store", toy_store, "--json")
     assert result.exit_code == 1

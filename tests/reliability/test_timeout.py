@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from penumbra.serving.guard import Timeout
+from penumbra.serving.http.admission import Timeout
 from tests.serving.server import ROOT
 
 FOREVER_S = 10_000
@@ -87,7 +87,8 @@ def test_nothing_of_an_answered_request_is_kept() -> None:
 @pytest.mark.slow
 def test_the_server_uses_it() -> None:
     program = (
-        "import serving.service; from penumbra.serving.guard import Timeout; app = serving.service.Penumbra.to_asgi();"
+        "import serving.service; from penumbra.serving.http.admission import Timeout;"
+        "app = serving.service.Penumbra.to_asgi();"
         "made = [m.cls(None, *m.args, **m.kwargs) for m in app.user_middleware];"
         "assert [type(one._app) for one in made if hasattr(one, '_app')].count(Timeout) == 1"
     )

@@ -19,8 +19,8 @@ from tritonclient.utils import InferenceServerException
 from penumbra.serving.access import Request, begin, logged
 from penumbra.serving.logs import JsonLines, is_ours
 from penumbra.serving.telemetry import Telemetry
+from tests.serving.http.test_http import PNG
 from tests.serving.server import Server, serving, until
-from tests.serving.test_http import PNG
 
 KEY, SECRET = "infer-key-0123456789", "confidential"
 TRACE = "0af7651916cd43dd8448eb211c80319c"

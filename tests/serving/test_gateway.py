@@ -15,15 +15,15 @@ import pytest
 from starlette.applications import Starlette
 
 from penumbra.models.errors import BadOption, Cancelled, DeadlineExceeded, ModelFault, NotReady, QueueFull, UnknownModel
-from penumbra.serving import oip_rest
 from penumbra.serving.access import Request
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.gateway import Gateway
-from penumbra.serving.guard import Bodies
-from penumbra.serving.oip import Inference
-from penumbra.serving.rest import ERROR_HANDLERS
+from penumbra.serving.http import v2
+from penumbra.serving.http.admission import Bodies
+from penumbra.serving.http.routes import ERROR_HANDLERS
+from penumbra.serving.oip.protocol import Inference
 from penumbra.serving.telemetry import Telemetry
 from tests.conftest import picture
 
@@ -87,7 +87,7 @@ def test_a_small_body_is_unpacked_off_the_event_loop_and_only_once_its_request_i
 ) -> None:
     bodies, inference = Watched(), Inference(gateway(segmenter))
     inference.gateway.state = state
-    routes = oip_rest.routes(inference, body_bytes=2**20, json_bytes=2**20, bodies=bodies)
+    routes = v2.routes(inference, body_bytes=2**20, json_bytes=2**20, bodies=bodies)
     transport = httpx.ASGITransport(Starlette(routes=routes, exception_handlers=ERROR_HANDLERS))
 
     async def send() -> int:

@@ -16,11 +16,11 @@ from penumbra.models.errors import DeadlineExceeded
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.gateway import Gateway
-from penumbra.serving.guard import Bodies
-from penumbra.serving.oip import Inference, InferRequest, answer_of
-from penumbra.serving.oip_grpc import Calls
+from penumbra.serving.http.admission import Bodies
+from penumbra.serving.http.routes import answer_headers
+from penumbra.serving.oip.grpc import Calls
+from penumbra.serving.oip.protocol import Inference, InferRequest, answer_of
 from penumbra.serving.render.tables import facts
-from penumbra.serving.rest import answer_headers
 from penumbra.serving.telemetry import Telemetry
 from tests.conftest import picture
 from tests.serving.server import Server

@@ -23,8 +23,8 @@ from penumbra.serving.settings import Settings
 from penumbra.serving.telemetry import Telemetry
 from penumbra.serving.tracing import bentoml_tracing, phase_intervals
 from tests.conftest import picture
+from tests.serving.http.test_http import PNG, ask, metrics, total
 from tests.serving.server import ROOT, Server, serving, until
-from tests.serving.test_http import PNG, ask, metrics, total
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,6 @@ from tritonclient.grpc import service_pb2_grpc
 
 from penumbra.models.errors import BadOption, Cancelled, DeadlineExceeded, PenumbraError
 from penumbra.serving import gateway as gateways
-from penumbra.serving import oip_rest, rest
 from penumbra.serving.access import Request
 from penumbra.serving.cache import AnswerCache, key_of
 from penumbra.serving.engine.answer import Prediction
@@ -28,11 +27,13 @@ from penumbra.serving.engine.runtime import Runtime
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.work import Cancellation
 from penumbra.serving.gateway import Gateway
-from penumbra.serving.grpc_server import GrpcServer
-from penumbra.serving.guard import Bodies
+from penumbra.serving.http import routes as rest
+from penumbra.serving.http import v2
+from penumbra.serving.http.admission import Bodies
 from penumbra.serving.keys import Keys
-from penumbra.serving.oip import Inference
-from penumbra.serving.oip_grpc import Calls, service_handlers
+from penumbra.serving.oip.grpc import Calls, service_handlers
+from penumbra.serving.oip.grpc_server import GrpcServer
+from penumbra.serving.oip.protocol import Inference
 from penumbra.serving.render import render
 from penumbra.serving.telemetry import Telemetry
 from tests.conftest import picture, toy_card
@@ -257,8 +258,8 @@ def test_what_is_set_before_or_while_somebody_waits_wakes_them_and_nobody_else()
 
 
 def _application(gateway: Gateway) -> Starlette:
-    v2 = oip_rest.routes(Inference(gateway), body_bytes=2**20, json_bytes=2**20, bodies=Bodies(2**30))
-    return Starlette(routes=[*v2, *rest.routes(gateway, "0")], exception_handlers=rest.ERROR_HANDLERS)  # type: ignore[arg-type]
+    served = v2.routes(Inference(gateway), body_bytes=2**20, json_bytes=2**20, bodies=Bodies(2**30))
+    return Starlette(routes=[*served, *rest.routes(gateway, "0")], exception_handlers=rest.ERROR_HANDLERS)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("place", ["decoding", "its batch"])

@@ -15,11 +15,11 @@ from penumbra.models.errors import BadArtifact
 from penumbra.models.toy.cards import toy_card
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.gateway import Gateway
-from penumbra.serving.oip import Inference
+from penumbra.serving.oip.protocol import Inference
 from penumbra.serving.telemetry import Telemetry
 from penumbra.serving.watch import StoreWatch, look
+from tests.serving.http.test_http import PNG
 from tests.serving.server import serving, until
-from tests.serving.test_http import PNG
 
 MODEL = "toy-latent"
 

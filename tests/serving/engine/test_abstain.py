@@ -15,9 +15,9 @@ from penumbra.models.errors import BadArtifact, BadOption
 from penumbra.serving.engine.options import SegmentOptions, abstain_above, parse_options
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.serving.oip import InferRequest, WantedOutput, answer_of, read_options
+from penumbra.serving.http.routes import answer_headers, summary
+from penumbra.serving.oip.protocol import InferRequest, WantedOutput, answer_of, read_options
 from penumbra.serving.render import Style, render
-from penumbra.serving.rest import answer_headers, summary
 from penumbra.serving.telemetry import Telemetry
 from tests.conftest import GAIN, picture, toy_card
 

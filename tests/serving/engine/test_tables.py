@@ -11,7 +11,7 @@ import pytest
 from penumbra.models.errors import BadArtifact
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.gateway import Gateway
-from penumbra.serving.oip import Inference
+from penumbra.serving.oip.protocol import Inference
 from penumbra.serving.telemetry import Telemetry
 from tests.serving.engine.test_scheduler import WAIT_S
 

@@ -1,6 +1,6 @@
 """The Open Inference Protocol v2 without a transport: what it says of server and models, and how a request is answered.
 
-`penumbra.serving.oip_rest` and `penumbra.serving.oip_grpc` bring their bytes into an `InferRequest` and an `Answer`
+`penumbra.serving.http.v2` and `penumbra.serving.oip.grpc` bring their bytes into an `InferRequest` and an `Answer`
 into their bytes; all that lies between, and every document, is made here once, so the two cannot differ. Statuses and
 sentences are Triton's (docs/protocols.md). Request parameters are the options of `POST /segment`.
 """
@@ -22,8 +22,8 @@ from penumbra.serving.engine.options import DEFAULT, DEFAULT_MAPS, PROBABILITIES
 from penumbra.serving.engine.runtime import Runtime
 from penumbra.serving.engine.store import find_artifact, versions
 from penumbra.serving.gateway import Gateway
-from penumbra.serving.oip_statistics import Statistics
-from penumbra.serving.oip_tensors import (
+from penumbra.serving.oip.statistics import Statistics
+from penumbra.serving.oip.tensors import (
     SHOWN,
     Output,
     Tensor,

@@ -17,8 +17,9 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
 from penumbra.models.errors import PenumbraError
-from penumbra.serving import oip_grpc, oip_rest
-from penumbra.serving.oip_tensors import Tensor, TensorSpec, check_inputs
+from penumbra.serving.http import v2
+from penumbra.serving.oip import grpc as oip_grpc
+from penumbra.serving.oip.tensors import Tensor, TensorSpec, check_inputs
 from penumbra.serving.statuses import status_of
 from tests.models.golden import GOLDEN
 from tests.serving.server import Server
@@ -78,10 +79,10 @@ def _read_http(request: dict[str, Any]) -> list[Tensor]:
     headers = {name.lower(): value for name, value in request["headers"].items()}
     body = _bytes_of(request["body"])
     assert len(body) == request["body_len"]
-    plain = oip_rest.decompress(body, headers.get("content-encoding", ""), limit_bytes=2**20)
+    plain = v2.decompress(body, headers.get("content-encoding", ""), limit_bytes=2**20)
     model = _model_of(request["path"])
-    length = headers.get(oip_rest.HEADER_LENGTH)
-    read = oip_rest.read_request(plain, model=model, version="", header_length=length, json_bytes=2**20)
+    length = headers.get(v2.HEADER_LENGTH)
+    read = v2.read_request(plain, model=model, version="", header_length=length, json_bytes=2**20)
     return list(check_inputs(read.inputs, MODELS[model], model=model, request_id=read.id).values())
 
 

@@ -23,8 +23,8 @@ from penumbra.__main__ import main
 from penumbra.serving.engine.raster import Raster, open_raster
 from penumbra.serving.render import Style, render
 from tests.conftest import picture
+from tests.serving.render.test_render import patches, prediction
 from tests.serving.server import until
-from tests.serving.test_render import patches, prediction
 
 HEIGHT, WIDTH = 24, 31
 LOCAL = 'LOCAL_CS["site grid",UNIT["metre",1]]'

@@ -17,8 +17,8 @@ from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.raster import gdal
 from penumbra.serving.render import Style, render
 from penumbra.serving.render.arrays import write_tiff
-from tests.serving.test_ground import coefficients, raster
-from tests.serving.test_render import patches, prediction
+from tests.serving.render.test_ground import coefficients, raster
+from tests.serving.render.test_render import patches, prediction
 
 SIZE = (1100, 1300)
 PLACES: dict[str, dict[str, Any]] = {

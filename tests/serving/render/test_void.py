@@ -21,10 +21,10 @@ from penumbra.serving.engine.options import PROBABILITIES, SegmentOptions
 from penumbra.serving.engine.raster import Raster, open_raster
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.serving.offline import describe_outcome, predict_file
-from penumbra.serving.oip import InferRequest, WantedOutput, answer_of
-from penumbra.serving.oip_rest import write_answer
-from penumbra.serving.oip_tensors import Output, classify
+from penumbra.serving.files.predict import describe_outcome, predict_file
+from penumbra.serving.http.v2 import write_answer
+from penumbra.serving.oip.protocol import InferRequest, WantedOutput, answer_of
+from penumbra.serving.oip.tensors import Output, classify
 from penumbra.serving.render import Style, render
 from penumbra.serving.render.tables import class_table
 from penumbra.serving.spool import LONG, Spool

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from penumbra.models.card import KNOWN_MAPS
-from penumbra.serving import oip_openapi
 from penumbra.serving.engine.options import DEFAULT, DEFAULT_MAPS
+from penumbra.serving.http import openapi_v2 as oip_openapi
 from penumbra.serving.render import WRITERS
 from penumbra.serving.render.pictures import LEVELS
 

@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from penumbra.serving import head
+from penumbra.serving.http import head
 from tests.serving.server import until
 
 LIMIT, LARGE = 4096, 2**26

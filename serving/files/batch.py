@@ -1,8 +1,8 @@
 """Many images: a folder, a pattern or a bucket in, one answer per image out, here or on a Ray cluster.
 
 Every answer is written under a name of its own and then given its own, so a run that is killed leaves whole answers,
-and the next one makes those that are missing (`penumbra.serving.receipts`). A file that is no answer of the batch is
-never replaced. Engines differ in where `answer` runs and in nothing else.
+and the next one makes those that are missing (`penumbra.serving.files.receipts`). A file that is no answer of the batch
+is never replaced. Engines differ in where `answer` runs and in nothing else.
 """
 
 import json
@@ -23,8 +23,8 @@ from penumbra.serving.engine.options import Limits, check_options
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import find_artifact, open_artifact
-from penumbra.serving.inputs import MANIFEST, find_images, place_of
-from penumbra.serving.receipts import Receipts, files_of, write_whole
+from penumbra.serving.files.inputs import MANIFEST, find_images, place_of
+from penumbra.serving.files.receipts import Receipts, files_of, write_whole
 from penumbra.serving.render import read_wish, render_with_notes
 
 FORMATS = {

@@ -21,8 +21,8 @@ from penumbra.models.errors import BadImage, BadOption, PenumbraError, Unsupport
 from penumbra.serving import playground
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.gateway import Gateway
-from penumbra.serving.guard import BENTO_PATHS
-from penumbra.serving.openapi import describe
+from penumbra.serving.http.admission import BENTO_PATHS
+from penumbra.serving.http.openapi import describe
 from penumbra.serving.render import IN_BANDS, choose_format, read_wish, render_with_notes
 from penumbra.serving.statuses import UNEXPECTED, headers_of, status_of
 

@@ -27,7 +27,7 @@ from penumbra.serving.telemetry import Telemetry
 STREAMED = ("POST", "/jobs")
 """What may be larger than memory, where it is a raw body: its handler bounds it as it comes."""
 BENTO_PATHS = {"/predict": "POST", "/schema.json": "GET"}
-"""Path and method of what BentoML itself answers; everything else is ours (`penumbra.serving.rest`)."""
+"""Path and method of what BentoML itself answers; everything else is ours (`penumbra.serving.http.routes`)."""
 HEALTH_PATHS = ("/healthz", "/livez", "/readyz")
 """BentoML has these too, before ours and with other bodies; they go straight to ours."""
 LIVE_PATHS = ("/healthz", "/livez", "/v2/health/live")

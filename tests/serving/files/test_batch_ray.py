@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from penumbra.serving.batch import ask, run_batch
-from penumbra.serving.receipts import FOLDER
+from penumbra.serving.files.batch import ask, run_batch
+from penumbra.serving.files.receipts import FOLDER
 from tests.conftest import picture
 
 pytest.importorskip("ray", reason="the extra ray is not installed")

@@ -19,9 +19,10 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from pycocotools import mask as coco
 
-from penumbra.serving import VERSION, jobs_rest
+from penumbra.serving import VERSION
 from penumbra.serving.build import build_facts
-from penumbra.serving.rest import routes
+from penumbra.serving.http import jobs as job_routes
+from penumbra.serving.http.routes import routes
 from tests.conftest import CLASSES, GAIN, picture
 from tests.serving.conftest import BODY_BYTES, PIXELS
 from tests.serving.server import ROOT, Server, until
@@ -605,7 +606,7 @@ PAGES = {"/", "/playground/{name}", "/docs", "/{path:path}"}
 
 def test_the_documentation_lists_every_route_and_every_listed_route_exists(client: httpx.Client) -> None:
     listed = client.get("/docs.json").json()["paths"]
-    all_routes = [*routes(None, "0"), *jobs_rest.routes(None, None)]  # type: ignore[arg-type]
+    all_routes = [*routes(None, "0"), *job_routes.routes(None, None)]  # type: ignore[arg-type]
     ours = {route.path for route in all_routes} - PAGES  # type: ignore[attr-defined]
     v2 = {path for path in listed if path.startswith("/v2")}  # each is asked in test_oip.py
     assert set(listed) - v2 == ours | {"/predict"}

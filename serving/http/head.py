@@ -1,8 +1,8 @@
 """uvicorn's HTTP protocol with what it has not by itself: a bound and a clock on the request's line and headers, an end
 to callers who do not read their answer, and requests that offer another protocol read as if they did not.
 
-A whole head that is over the limit is refused by `penumbra.serving.guard` with a sentence; here are those that do not
-end.
+A whole head that is over the limit is refused by `penumbra.serving.http.admission` with a sentence; here are those
+that do not end.
 """
 
 import socket

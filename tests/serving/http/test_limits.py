@@ -21,9 +21,9 @@ from PIL import Image
 from tritonclient.grpc import service_pb2_grpc
 
 from penumbra.models.errors import Cancelled, QueueFull, TooLarge
-from penumbra.serving.guard import Bodies
+from penumbra.serving.http.admission import Bodies
+from tests.serving.http.test_http import PNG, ask, bomb, is_refused
 from tests.serving.server import Server, serving, until
-from tests.serving.test_http import PNG, ask, bomb, is_refused
 
 pytestmark = pytest.mark.slow
 

@@ -17,12 +17,12 @@ from PIL import Image
 
 from penumbra.__main__ import main
 from penumbra.models.errors import BadOption
-from penumbra.serving.batch import FORMATS, ask, find_tasks, run_batch
 from penumbra.serving.engine.decode import open_image
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.serving.inputs import MANIFEST
-from penumbra.serving.receipts import FOLDER
+from penumbra.serving.files.batch import FORMATS, ask, find_tasks, run_batch
+from penumbra.serving.files.inputs import MANIFEST
+from penumbra.serving.files.receipts import FOLDER
 from tests.conftest import picture
 from tests.serving.server import ROOT, until
 
@@ -255,7 +255,7 @@ def test_one_odd_failure_is_that_images_alone(
             raise AssertionError("something\nodd")
         return open_image(data, limits)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("penumbra.serving.batch.open_image", opening)
+    monkeypatch.setattr("penumbra.serving.files.batch.open_image", opening)
     result = run(tmp_path / "in", tmp_path / "out", "-m", "toy-pointwise", "--store", toy_store, "--json")
     assert result.exit_code == 1 and counted(result) == {"made": 12, "kept": 0, "failed": 1, "skipped": 0}
     (line,) = result.stderr.splitlines()

@@ -13,9 +13,10 @@ from tritonclient.grpc import service_pb2 as pb
 
 from penumbra.models.card import MAPS
 from penumbra.models.errors import PenumbraError
-from penumbra.serving import oip_grpc, oip_rest
-from penumbra.serving.oip import InferRequest, read_options
-from penumbra.serving.oip_tensors import IMAGE, PROMPTS, check_inputs, read_boxes, read_image, read_tags
+from penumbra.serving.http import v2
+from penumbra.serving.oip import grpc as oip_grpc
+from penumbra.serving.oip.protocol import InferRequest, read_options
+from penumbra.serving.oip.tensors import IMAGE, PROMPTS, check_inputs, read_boxes, read_image, read_tags
 from penumbra.serving.statuses import status_of
 from tests.serving.server import Server
 
@@ -98,7 +99,7 @@ def _is_done_or_refused(work: Callable[[], object]) -> bool:
 def test_any_body_is_read_or_is_its_callers_fault(sent: tuple[bytes, str | None]) -> None:
     body, length = sent
     assert _is_done_or_refused(
-        lambda: _read_whole(oip_rest.read_request(body, model="m", version="", header_length=length, json_bytes=2**20))
+        lambda: _read_whole(v2.read_request(body, model="m", version="", header_length=length, json_bytes=2**20))
     )
 
 
@@ -111,7 +112,7 @@ def test_any_message_is_read_or_is_its_callers_fault(data: bytes) -> None:
 @given(st.binary(max_size=80), st.sampled_from(("gzip", "deflate", "br", "identity", "", "x" * 99)))
 @settings(max_examples=200)
 def test_any_encoding_is_undone_or_is_its_callers_fault(body: bytes, encoding: str) -> None:
-    assert _is_done_or_refused(lambda: oip_rest.decompress(body, encoding, limit_bytes=100))
+    assert _is_done_or_refused(lambda: v2.decompress(body, encoding, limit_bytes=100))
 
 
 OVER_THE_WIRE = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

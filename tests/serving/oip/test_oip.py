@@ -23,9 +23,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from penumbra.serving import oip_rest
 from penumbra.serving.engine.runtime import SIZES
-from penumbra.serving.guard import Bodies
+from penumbra.serving.http import v2
+from penumbra.serving.http.admission import Bodies
 from tests.conftest import picture
 from tests.serving.conftest import BODY_BYTES
 from tests.serving.server import Server, until
@@ -299,7 +299,7 @@ def test_gzip_of_several_members_is_read_as_one(size: int) -> None:
     parts = [plain[:size], b"", plain[size:]]
     counted: list[int] = []
     body = b"".join(map(gzip.compress, parts))
-    assert oip_rest.decompress(body, "gzip", limit_bytes=len(plain), take=counted.append) == plain
+    assert v2.decompress(body, "gzip", limit_bytes=len(plain), take=counted.append) == plain
     assert sum(counted) == len(plain)
 
 
@@ -482,7 +482,7 @@ def test_health_is_watched_and_services_are_reflected(server: Server) -> None:
 def test_the_api_document_lists_every_path_and_every_listed_path_exists(client: httpx.Client) -> None:
     listed = client.get("/docs.json").json()["paths"]
     listed = {path: methods for path, methods in listed.items() if path.startswith("/v2")}
-    served = {route.path for route in oip_rest.routes(None, body_bytes=1, json_bytes=1, bodies=Bodies(1))[1].routes}  # type: ignore
+    served = {route.path for route in v2.routes(None, body_bytes=1, json_bytes=1, bodies=Bodies(1))[1].routes}  # type: ignore
     assert {*listed} == {"/v2", *(f"/v2{path}" for path in served)} - {"/v2/repository/{name}/index"}
     for path, methods in listed.items():
         for method, operation in methods.items():

@@ -1,4 +1,4 @@
-"""The gRPC server: its port, keys and health, and what it says until `penumbra.serving.oip_grpc` has its calls ready.
+"""The gRPC server: its port, keys and health, and what it says until `penumbra.serving.oip.grpc` has its calls ready.
 
 It listens before any model is loaded, so nothing here imports the engine.
 """

@@ -21,7 +21,7 @@ from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.raster import Raster, open_raster
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.serving.offline import predict_file
+from penumbra.serving.files.predict import predict_file
 from penumbra.serving.spool import LONG, MARK, RowFile, Spool, disk
 from tests.conftest import picture, toy_card
 from tests.serving.server import ROOT, until

@@ -20,8 +20,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route, Router
 
 from penumbra.models.errors import BadOption, TooLarge, Unsupported
-from penumbra.serving.guard import Bodies
-from penumbra.serving.oip import (
+from penumbra.serving.http.admission import Bodies
+from penumbra.serving.http.routes import disconnected, server_timing
+from penumbra.serving.oip.protocol import (
     LARGE_BYTES,
     OWN_FIELDS,
     PARAMETERS,
@@ -32,8 +33,7 @@ from penumbra.serving.oip import (
     strangers,
     strangers_above,
 )
-from penumbra.serving.oip_tensors import DTYPES, SHOWN, Output, Tensor, join_strings
-from penumbra.serving.rest import disconnected, server_timing
+from penumbra.serving.oip.tensors import DTYPES, SHOWN, Output, Tensor, join_strings
 
 HEADER_LENGTH = "inference-header-content-length"
 KINDS: dict[type, str] = {list: "array", dict: "object", str: "string", bool: "boolean", int: "unsigned-integer"}

@@ -13,7 +13,7 @@ from fsspec.utils import glob_translate
 
 from penumbra.models.errors import BadOption
 from penumbra.serving.engine.decode import SUFFIXES
-from penumbra.serving.receipts import FOLDER, files_of, read_receipts
+from penumbra.serving.files.receipts import FOLDER, files_of, read_receipts
 
 MANIFEST = "penumbra-batch.json"
 """The file in an output that holds the question of its answers."""

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol v2 over gRPC: the calls that `penumbra.serving.grpc_server` opens its door to.
+"""The Open Inference Protocol v2 over gRPC: the calls that `penumbra.serving.oip.grpc_server` opens its door to.
 
 Messages come from tritonclient's own stubs, so what its clients send is what is read here.
 """
@@ -19,10 +19,10 @@ from tritonclient.grpc import service_pb2 as pb
 from penumbra.models.errors import BadOption, PenumbraError, Unsupported
 from penumbra.serving import VERSION
 from penumbra.serving.access import Request, logged
-from penumbra.serving.grpc_server import Context, begun_call
-from penumbra.serving.guard import Bodies
+from penumbra.serving.http.admission import Bodies
 from penumbra.serving.keys import SERVICE
-from penumbra.serving.oip import (
+from penumbra.serving.oip.grpc_server import Context, begun_call
+from penumbra.serving.oip.protocol import (
     Answer,
     Inference,
     InferRequest,
@@ -30,7 +30,7 @@ from penumbra.serving.oip import (
     strangers,
     strangers_above,
 )
-from penumbra.serving.oip_tensors import DTYPES, SHOWN, Tensor, join_strings
+from penumbra.serving.oip.tensors import DTYPES, SHOWN, Tensor, join_strings
 from penumbra.serving.statuses import UNEXPECTED, status_of
 
 log = logging.getLogger("penumbra")
