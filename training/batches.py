@@ -1,17 +1,29 @@
-"""Frames to batches: which frames, which views of them, and which weak labels of those."""
+"""Frames to batches: which frames, which views of them, and which weak labels of those.
+
+For frames that count as unlabelled, tags and boxes are all that is ever taken from their masks.
+"""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 from penumbra.models.card import IGNORE, InputSpec
 from penumbra.models.contract import Views
 from penumbra.models.errors import BadOption
 from penumbra.training.augment import cutmix_masks, jitter_color, normalise, random_view
-from penumbra.training.data.frames import FrameSet, read_split, split_labelled
-from penumbra.training.data.weak import derive_boxes, derive_tags
+from penumbra.training.frames import FrameSet, read_split, split_labelled
 from penumbra.training.recipe import Recipe
+
+MIN_TAG_SHARE = 0.005
+"""Share of a view from which on a class is tagged: an annotator would not name what is smaller."""
+MIN_BOX_SHARE = 0.0005
+"""Share of a view from which on a connected part gets a box; smaller ones are crumbs of a mask cut by the view."""
+TOUCHING = np.ones((3, 3), dtype=int)
+"""Pixels that touch at a corner belong to one part."""
 
 
 def choose_split(frames: FrameSet, recipe: Recipe) -> tuple[Tensor, Tensor]:
@@ -50,39 +62,51 @@ class Batches:
         image, label_Bhw, _ = self._views(self.labelled, recipe.labelled_batch)
         plain, hidden_Bhw, inside_Bhw = self._views(self.unlabelled, recipe.unlabelled_batch)
         strong = jitter_color(plain, strength=recipe.strong_jitter, generator=generator)
-        views = Views(
+        weak_labels: dict[str, Any] = {}
+        if recipe.weak_labels == "tags":
+            weak_labels["tags_BK"] = derive_tags(hidden_Bhw, self.num_classes)
+        elif recipe.weak_labels == "boxes":
+            weak_labels["boxes_BKhw"] = derive_boxes(hidden_Bhw, self.num_classes)
+            weak_labels["label_boxes_BKhw"] = derive_boxes(label_Bhw, self.num_classes)
+        return Views(
             image_B3hw=normalise(jitter_color(image, strength=recipe.jitter, generator=generator), spec),
             label_Bhw=label_Bhw,
             weak_B3hw=normalise(plain, spec),
             strong_B3hw=normalise(strong, spec),
             inside_Bhw=inside_Bhw,
             mix_B1hw=cutmix_masks(recipe.unlabelled_batch, recipe.crop, generator=generator),
+            **weak_labels,
         )
-        return self._with_weak_labels(views, hidden_Bhw)
-
-    def _with_weak_labels(self, views: Views, hidden_Bhw: Tensor) -> Views:
-        """The views with what the recipe takes from the unlabelled frames' masks."""
-        if self.recipe.weak_labels == "tags":
-            return views._replace(tags_BK=derive_tags(hidden_Bhw, self.num_classes))
-        if self.recipe.weak_labels == "boxes":
-            return views._replace(
-                boxes_BKhw=derive_boxes(hidden_Bhw, self.num_classes),
-                label_boxes_BKhw=derive_boxes(views.label_Bhw, self.num_classes),
-            )
-        return views
 
     def _views(self, indices: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
         """image_B3hw, label_Bhw and inside_Bhw (False beyond the picture) of `num` frames out of `indices`."""
+        recipe, generator = self.recipe, self.generator
         if num == 0:
-            none_Bhw = torch.empty(0, *self.recipe.crop)
+            none_Bhw = torch.empty(0, *recipe.crop)
             return none_Bhw[:, None].expand(-1, 3, -1, -1), none_Bhw.long(), none_Bhw.bool()
-        chosen = indices[torch.randint(len(indices), (num,), generator=self.generator)]
-        views = [self._view(i) for i in chosen.tolist()]
+        views = []
+        for i in indices[torch.randint(len(indices), (num,), generator=generator)].tolist():
+            image_3HW, label_HW = self.frames[i]
+            planes_2HW = torch.stack((label_HW, torch.zeros_like(label_HW)))  # the second is IGNORE beyond the picture
+            views.append(random_view(image_3HW, planes_2HW, size=recipe.crop, scale=recipe.scale, generator=generator))
         image_B3hw, planes_B2hw = (torch.stack(each) for each in zip(*views, strict=True))
         return image_B3hw, planes_B2hw[:, 0], planes_B2hw[:, 1] != IGNORE
 
-    def _view(self, index: int) -> tuple[Tensor, Tensor]:
-        """A view of one frame: its mask, and beside it a plane that is IGNORE just beyond the picture."""
-        image_3HW, label_HW = self.frames[index]
-        planes_2HW, recipe = torch.stack((label_HW, torch.zeros_like(label_HW))), self.recipe
-        return random_view(image_3HW, planes_2HW, size=recipe.crop, scale=recipe.scale, generator=self.generator)
+
+def derive_tags(label_Bhw: Tensor, num_classes: int) -> Tensor:
+    """tags_BK float32: 1 for a class that covers at least `MIN_TAG_SHARE` of the view."""
+    area_BK = torch.stack([(label_Bhw == k).sum((1, 2)) for k in range(num_classes)], dim=1)
+    return (area_BK >= MIN_TAG_SHARE * label_Bhw[0].numel()).float()
+
+
+def derive_boxes(label_Bhw: Tensor, num_classes: int) -> Tensor:
+    """boxes_BKhw float32: 1 inside the bounding box of a connected part of class k; boxes of classes may overlap."""
+    boxes_BKhw = torch.zeros(len(label_Bhw), num_classes, *label_Bhw.shape[1:])
+    for boxes_Khw, label_hw in zip(boxes_BKhw, label_Bhw.numpy(), strict=True):
+        for k in np.unique(label_hw[label_hw < num_classes]).tolist():
+            part_hw, num_parts = ndimage.label(label_hw == k, structure=TOUCHING)
+            areas = np.bincount(part_hw.ravel(), minlength=num_parts + 1)[1:]
+            boxes = ndimage.find_objects(part_hw)
+            for i in np.flatnonzero(areas >= MIN_BOX_SHARE * label_hw.size):
+                boxes_Khw[(k, *boxes[i])] = 1
+    return boxes_BKhw

@@ -31,10 +31,10 @@ from penumbra.models.files import drafted, writing
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import CARD, find_artifact, next_version
 from penumbra.serving.watch import how_to_serve
-from penumbra.training.data.frames import FrameSet
 from penumbra.training.evaluation.answers import Answer, answer, pictures
 from penumbra.training.evaluation.figures import Evaluation
 from penumbra.training.evaluation.run import Question, follow, load_frames
+from penumbra.training.frames import FrameSet
 from penumbra.training.metrics import LEAST_PROBABILITY, NUM_BINS, Doubles, Floats, Mask, bins_of, top_of
 
 RISKS = (0.01, 0.02, 0.05, 0.1)

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from penumbra.models.card import IGNORE, ClassInfo, InputSpec, Sampling
 from penumbra.models.contract import Network
 from penumbra.training.augment import normalise
-from penumbra.training.data.frames import FrameSet
+from penumbra.training.frames import FrameSet
 
 BORDER_PX = 32
 """Left out of `sample_spread`: what zero padding does at a picture's edge is no opinion of a latent."""

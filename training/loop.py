@@ -24,9 +24,9 @@ from penumbra.serving.build import commit_of
 from penumbra.serving.engine.allocator import keep_freed_memory
 from penumbra.training.batches import Batches, choose_split
 from penumbra.training.data import DataSet, find_data
-from penumbra.training.data.frames import FrameSet, write_split
 from penumbra.training.devices import follow_first, gather, share_of, start_devices
 from penumbra.training.evaluate import measure
+from penumbra.training.frames import FrameSet, write_split
 from penumbra.training.objective import build_objective, update_average
 from penumbra.training.recipe import Recipe
 

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from penumbra.models.card import IGNORE
 from penumbra.models.contract import Views
-from penumbra.training.batches import Batches
+from penumbra.training.batches import MIN_BOX_SHARE, MIN_TAG_SHARE, Batches, derive_boxes, derive_tags
 from penumbra.training.data import find_data
-from penumbra.training.data.frames import Frames
-from penumbra.training.data.weak import MIN_BOX_SHARE, MIN_TAG_SHARE, derive_boxes, derive_tags
+from penumbra.training.frames import Frames
 from tests.training import tiny
 
 SPLIT = (torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5]))

@@ -30,8 +30,8 @@ from penumbra.training.calibrate import (
     warm,
     write_version,
 )
-from penumbra.training.data.frames import Frames
 from penumbra.training.evaluation.run import Question
+from penumbra.training.frames import Frames
 from tests.conftest import GAIN, picture, toy_card
 
 TRUE_TEMPERATURE = 2.5

@@ -24,7 +24,7 @@ from penumbra.models.cpal.seeds import divide_by_maximum
 from penumbra.models.errors import BadArtifact, BadOption
 from penumbra.training.batches import choose_split
 from penumbra.training.data import find_data
-from penumbra.training.data.frames import Frames
+from penumbra.training.frames import Frames
 from penumbra.training.loop import Training
 from penumbra.training.recipe import Recipe
 from tests.training import tiny

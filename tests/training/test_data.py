@@ -17,11 +17,8 @@ from penumbra.models.errors import BadData, BadOption
 from penumbra.serving.engine.decode import decode_image
 from penumbra.serving.engine.options import Limits
 from penumbra.training.batches import Batches, choose_split
-from penumbra.training.data import find_data
-from penumbra.training.data.camvid import CLASSES, VOID, load_camvid
-from penumbra.training.data.files import count_ids, read_mask, read_picture
-from penumbra.training.data.folder import find_pairs, load_folder
-from penumbra.training.data.frames import read_split, split_labelled, write_split
+from penumbra.training.data import CAMVID, CAMVID_VOID, find_data, find_pairs, load_camvid, load_folder
+from penumbra.training.frames import count_ids, read_mask, read_picture, read_split, split_labelled, write_split
 from tests.training import tiny
 
 
@@ -42,7 +39,7 @@ def test_pictures_and_masks_are_read_in_the_order_of_their_names(tmp_path: Path)
 
 
 def test_the_void_label_becomes_ignore(tmp_path: Path) -> None:
-    _write_pair(tmp_path, "a", label=VOID)
+    _write_pair(tmp_path, "a", label=CAMVID_VOID)
     assert (load_camvid(tmp_path, "train").label_NHW == IGNORE).all()
 
 
@@ -110,7 +107,7 @@ def test_a_fraction_that_leaves_no_labels_is_refused(tmp_path: Path) -> None:
 
 
 def test_camvid_has_eleven_classes_of_eleven_colours() -> None:
-    assert len(CLASSES) == len({c.color for c in CLASSES}) == VOID
+    assert len(CAMVID) == len({c.color for c in CAMVID}) == CAMVID_VOID
 
 
 def test_a_list_chooses_the_labelled_frames(tmp_path: Path) -> None:

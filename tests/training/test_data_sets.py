@@ -9,8 +9,7 @@ from PIL import Image
 
 from penumbra.models.card import IGNORE, ClassInfo
 from penumbra.models.errors import BadData
-from penumbra.training.data import find_data
-from penumbra.training.data.cityscapes import CLASS_IDS
+from penumbra.training.data import CITYSCAPES_IDS, find_data
 
 
 def _save(path: Path, mode: str, color: tuple[int, int, int] | int, *, size: tuple[int, int] = (6, 4)) -> Path:
@@ -83,7 +82,7 @@ def test_cityscapes_label_ids_become_the_nineteen_classes(tmp_path: Path) -> Non
     _save(tmp_path / "leftImg8bit" / "train" / "aachen" / "aachen_0_leftImg8bit.png", "RGB", (1, 2, 3), size=(34, 1))
     frames = find_data("cityscapes").load(tmp_path, "train")
     assert frames.names == ("aachen/aachen_0", "bochum/bochum_0")
-    expected = [CLASS_IDS.index(i) if i in CLASS_IDS else IGNORE for i in range(34)]
+    expected = [CITYSCAPES_IDS.index(i) if i in CITYSCAPES_IDS else IGNORE for i in range(34)]
     assert frames[0][1].flatten().tolist() == expected
     assert find_data("cityscapes").classes[int(frames[1][1][0, 0])].name == "car"  # label id 26
 

@@ -20,7 +20,6 @@ from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.training.data import find_data
-from penumbra.training.data.frames import Frames
 from penumbra.training.evaluation.answers import answer, check_classes, pictures
 from penumbra.training.evaluation.figures import Evaluation
 from penumbra.training.evaluation.run import (
@@ -32,6 +31,7 @@ from penumbra.training.evaluation.run import (
     load_frames,
     typical,
 )
+from penumbra.training.frames import Frames
 from penumbra.training.plots import draw_all
 from tests.conftest import CLASSES, GAIN, picture, toy_card
 

@@ -13,8 +13,8 @@ from penumbra.models.card import IGNORE, ClassInfo
 from penumbra.models.checkpoint import load_checkpoint
 from penumbra.models.errors import BadOption
 from penumbra.training.data import find_data
-from penumbra.training.data.frames import Frames
 from penumbra.training.evaluate import confusion, intersection_over_union, measure, summarise
+from penumbra.training.frames import Frames
 from penumbra.training.loop import Training, schedule, train
 from penumbra.training.recipe import read_recipe
 from tests.models.small import SMALL, seeded

@@ -11,7 +11,7 @@ from penumbra.models.card import IGNORE, Card, ClassInfo
 from penumbra.models.errors import BadData
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.training.data.frames import FrameSet
+from penumbra.training.frames import FrameSet
 from penumbra.training.metrics import Floats, Mask
 
 Labels = NDArray[np.uint8]

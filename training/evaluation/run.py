@@ -19,9 +19,9 @@ from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import find_artifact
 from penumbra.serving.files.predict import check_replaceable
 from penumbra.training.data import find_data
-from penumbra.training.data.frames import FrameSet
 from penumbra.training.evaluation.answers import Answer, answer, check_classes, pictures
 from penumbra.training.evaluation.figures import Evaluation
+from penumbra.training.frames import FrameSet
 
 SAMPLE_COUNTS = (1, 2, 5, 10, 20, 50)
 PLOTS = ("reliability", "risk_coverage", "pavpu", "confusion", "contact_sheet", "samples")

@@ -1,34 +1,58 @@
-"""Pictures with their masks: held in memory or read when asked for, and which of them count as labelled."""
+"""Pictures with their masks: how both are read, held in memory or not, and which frames count as labelled."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Protocol
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from penumbra.models.card import IGNORE
-from penumbra.models.errors import BadData, BadOption
-from penumbra.training.data.files import LabelIds, read_mask, read_picture
+from penumbra.models.errors import BadData, BadImage, BadOption, TooLarge
+from penumbra.serving.engine.decode import open_image
+from penumbra.serving.engine.options import PILLOW_PIXELS, Limits
+from penumbra.serving.engine.raster import Raster
+
+log = logging.getLogger("penumbra")
+UNKNOWN = -1
+LIMITS = Limits(pixels=PILLOW_PIXELS)
+"""A picture of a data set may have as many pixels as Pillow opens."""
+INDEX_MODES = ("L", "P", "1", "I", "I;16", "I;16B", "I;16L")
+"""Pillow's modes whose values are numbers and no colours; a palette mask stores its labels as indices."""
+SPREAD = {"L;2": 85, "L;4": 17}
+"""How far apart Pillow puts the numbers of a grey PNG of 2 or 4 bits."""
 
 
-class FrameSet(Protocol):
-    """What training and evaluation ask of a data set's split: names, and frames by index."""
+@dataclass(frozen=True, slots=True)
+class LabelIds:
+    """What the ids in a mask file mean: class_256 (int16) is a class, IGNORE or UNKNOWN. known: in words."""
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The frames' names, each once."""
+    class_256: Tensor
+    known: str
 
-    def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """image_3HW and label_HW (IGNORE = void), both uint8, of one frame; frames may differ in size."""
+def name_ids(class_of: Mapping[int, int], known: str) -> LabelIds:
+    """Ids by the class they stand for. IGNORE is void in every data set; all others are unknown."""
+    class_256 = torch.full((256,), UNKNOWN, dtype=torch.int16)
+    for label_id, label in {**class_of, IGNORE: IGNORE}.items():
+        class_256[label_id] = label
+    return LabelIds(class_256, known)
+
+
+def count_ids(num_classes: int, *, void: int = IGNORE) -> LabelIds:
+    """Ids that are class indices already, and one for void pixels."""
+    classes = {k: k for k in range(num_classes)}
+    return name_ids({**classes, void: IGNORE}, f"0 to {num_classes - 1} and {void} (void) are known")
 
 
 @dataclass(frozen=True, slots=True)
 class Frames:
-    """Frames in memory: image_N3HW and label_NHW (IGNORE = void), uint8, all of one size; names in the same order."""
+    """Frames in memory: image_N3HW and label_NHW (IGNORE = void), uint8, all of one size; names, each once, in the
+    same order."""
 
     names: tuple[str, ...]
     image_N3HW: Tensor
@@ -43,7 +67,8 @@ class Frames:
 
 @dataclass(frozen=True, slots=True)
 class FrameFiles:
-    """Frames on disk: one is read, and its mask checked, whenever it is asked for. Safe in many threads."""
+    """Frames on disk, which may differ in size: one is read, and its mask checked, whenever it is asked for. Safe in
+    many threads."""
 
     names: tuple[str, ...]
     pictures: tuple[Path, ...]
@@ -54,13 +79,20 @@ class FrameFiles:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Raises BadData: a file is unreadable, the mask is of another size or holds an unknown label."""
+        """image_3HW and label_HW (IGNORE = void), both uint8.
+
+        Raises BadData: a file is unreadable, the mask is of another size or holds an unknown label.
+        """
         (image_3HW, void_HW), label_HW = read_picture(self.pictures[index]), read_mask(self.masks[index], self.ids)
         if image_3HW.shape[1:] != label_HW.shape:
             raise BadData(f"{self.masks[index]} is {_size(label_HW)}; its picture is {_size(image_3HW)}")
         if void_HW is not None:
             label_HW[void_HW] = IGNORE  # the server answers no class there either
         return image_3HW, label_HW
+
+
+FrameSet = Frames | FrameFiles
+"""A data set's split: names, and frames by index."""
 
 
 def pair_files(names: Sequence[str], pictures: Sequence[Path], masks: Sequence[Path], ids: LabelIds) -> FrameFiles:
@@ -83,6 +115,51 @@ def hold(files: FrameFiles) -> Frames:
             raise BadData(f"{path} is {_size(here)}; the pictures before it are {_size(first)}")
     images, labels = zip(*frames, strict=True)
     return Frames(files.names, torch.stack(images), torch.stack(labels))
+
+
+def read_picture(path: Path) -> tuple[Tensor, Tensor | None]:
+    """image_3HW, RGB, by the reader that answers requests, and void_HW where the file has pixels without a measurement.
+
+    Raises BadData.
+    """
+    try:
+        image = open_image(path, LIMITS)
+        void_HW = image.void(slice(None)) if isinstance(image, Raster) else None
+        image_3HW = torch.from_numpy(image[:, :].transpose(2, 0, 1).copy())
+    except (BadImage, TooLarge, OSError) as error:
+        raise BadData(f"{path} cannot be read: {error}") from None
+    for sentence in image.warnings if isinstance(image, Raster) else ():
+        _warn(path, sentence)
+    return image_3HW, None if void_HW is None else torch.from_numpy(void_HW)
+
+
+@cache
+def _warn(path: Path, sentence: str) -> None:
+    """Say it once, however often the picture is read."""
+    log.warning("%s: %s", path, sentence)
+
+
+def read_mask(path: Path, ids: LabelIds) -> Tensor:
+    """label_HW of class indices and IGNORE. Raises BadData naming the first unknown id."""
+    id_HW = torch.from_numpy(_read_ids(path))
+    label_HW = ids.class_256[id_HW.clamp(0, len(ids.class_256) - 1)]
+    strangers = id_HW[(label_HW == UNKNOWN) | (id_HW >= len(ids.class_256)) | (id_HW < 0)]
+    if strangers.numel():
+        raise BadData(f"{path} holds the label {int(strangers[0])}; {ids.known}")
+    return label_HW.to(torch.uint8)
+
+
+def _read_ids(path: Path) -> np.ndarray:
+    """Whole numbers [H, W], int64, turned as their picture is."""
+    try:
+        with Image.open(path) as picture:
+            if picture.mode in INDEX_MODES:
+                step = SPREAD.get(str(picture.tile[0][3]), 1) if picture.tile else 1
+                return np.asarray(ImageOps.exif_transpose(picture)).astype(np.int64) // step
+            mode = picture.mode
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadData(f"{path} cannot be read ({error})") from None
+    raise BadData(f"{path} holds colours (Pillow's mode {mode}); a mask of class indices, grey or palette, is wanted")
 
 
 def split_labelled(frames: FrameSet, *, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

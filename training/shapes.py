@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from penumbra.models.card import IGNORE, ClassInfo
-from penumbra.training.data.frames import Frames
+from penumbra.training.frames import Frames
 
 CLASSES = (
     ClassInfo("ground", (0, 0, 0)),
