@@ -31,9 +31,9 @@ from penumbra.models.files import drafted, writing
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import CARD, find_artifact, next_version
 from penumbra.serving.watch import how_to_serve
-from penumbra.training.evaluation.answers import Answer, answer, pictures
+from penumbra.training.evaluation.answers import Answer
 from penumbra.training.evaluation.figures import Evaluation
-from penumbra.training.evaluation.run import Question, follow, load_frames
+from penumbra.training.evaluation.run import Question, answers, defined, load_frames
 from penumbra.training.frames import FrameSet
 from penumbra.training.metrics import LEAST_PROBABILITY, NUM_BINS, Doubles, Floats, Mask, bins_of, top_of
 
@@ -67,17 +67,13 @@ class Calibrated:
 
     def document(self) -> dict[str, Any]:
         """Everything as JSON values; an undefined figure is null."""
-
-        def finite(figures: dict[str, float]) -> dict[str, float | None]:
-            return {name: value if math.isfinite(value) else None for name, value in figures.items()}
-
         return {
             "model": self.card.name, "version": self.card.version,
             "temperature_before": self.temperature_before, "temperature": self.card.readout.temperature,
             "calibration": self.card.calibration and dataclasses.asdict(self.card.calibration),
             "refused": {f"{risk:g}": sentence for risk, sentence in self.refused.items()},
             "frames": {name: len(places) for name, places in dataclasses.asdict(self.split).items()},
-            "before": finite(self.before), "after": finite(self.after),
+            "before": defined(self.before), "after": defined(self.after),
         }  # fmt: skip
 
 
@@ -110,54 +106,34 @@ def calibrate(segmenter: Segmenter, question: Question, frames: FrameSet, *, ris
     """Fit temperature and thresholds of a loaded model and check them. Raises BadOption, BadData."""
     if not risks or not all(0 < risk < 1 for risk in risks):
         raise BadOption(f"risks are {', '.join(map(str, risks)) or 'none'}; shares between 0 and 1 are wanted")
-    trials = Trials(segmenter, question, frames)
-    card = segmenter.find(question.name, question.version).card
+    runtime = segmenter.find(question.name, question.version)
+    card, num_samples = runtime.card, question.options(0).num_samples(runtime.card)
     split = split_frames(range(0, len(frames), question.every), seed=question.seed)
 
+    def ask(trial: Card, places: list[int], *, title: str) -> Iterator[Answer]:
+        """The answers to some frames if the model had this card; to be read to the end before asking anew."""
+        runtime.card = trial
+        return answers(segmenter, question, frames, places, title=title)
+
     def nll(temperature: float) -> float:
-        warmed = warm(card, temperature)
-        return mean_nll(trials.answers(warmed, split.temperature, title=f"temperature {temperature:.3f}"))
+        return mean_nll(ask(warm(card, temperature), split.temperature, title=f"temperature {temperature:.3f}"))
 
     warmed = warm(card, fit_temperature(nll))
-    loss = total_loss(trials.answers(warmed, split.thresholds, title="thresholds"))
+    loss = AbstentionLoss()
+    for answered in ask(warmed, split.thresholds, title="thresholds"):
+        loss.add(answered.maps["entropy"][answered.known_HW], answered.wrong_HW[answered.known_HW])
     thresholds, refused = find_thresholds(loss, sorted(set(risks)), num_classes=card.num_classes)
     text = (
         f"{question.data_set} {question.split}: {loss.num_frames} frames for the thresholds, "
         f"{len(split.temperature)} others for the temperature (seed {question.seed}, every {question.every})"
     )
-    done = dataclasses.replace(warmed, calibration=describe(thresholds, loss, trials.num_samples(card), data=text))
-    checked = [
-        figures_of(one, trials.answers(one, split.check, title="check"), num_samples=trials.num_samples(one))
-        for one in (dataclasses.replace(card, calibration=None), done)
-    ]
-    return Calibrated(done, split, checked[0], checked[1], refused, card.readout.temperature)
-
-
-def describe(
-    thresholds: dict[float, float], loss: AbstentionLoss, num_samples: int, *, data: str
-) -> Calibration | None:
-    """What the card says of the thresholds; nothing where there are none."""
-    if not thresholds:
-        return None
-    return Calibration(tuple(thresholds), tuple(thresholds.values()), loss.num_frames, num_samples, data)
-
-
-class Trials:
-    """A loaded model under changed cards. It has the segmenter to itself while it is in use."""
-
-    def __init__(self, segmenter: Segmenter, question: Question, frames: FrameSet) -> None:
-        self._segmenter, self._question, self._frames = segmenter, question, frames
-
-    def num_samples(self, card: Card) -> int:
-        """S of every answer."""
-        return self._question.samples or card.sampling.default_samples
-
-    def answers(self, card: Card, places: list[int], *, title: str) -> Iterator[Answer]:
-        """The answers to some frames if the model had this card. Iterate to the end before asking anew."""
-        question = self._question
-        self._segmenter.find(question.name, question.version).card = card
-        for place, image_HW3, truth_HW in follow(pictures(self._frames, places), title, total=len(places)):
-            yield answer(self._segmenter, image_HW3, truth_HW, question.options(place))
+    values = (tuple(thresholds), tuple(thresholds.values()), loss.num_frames, num_samples, text)
+    done = dataclasses.replace(warmed, calibration=Calibration(*values) if thresholds else None)
+    before, after = (
+        figures_of(trial, ask(trial, split.check, title="check"), num_samples=num_samples)
+        for trial in (dataclasses.replace(card, calibration=None), done)
+    )
+    return Calibrated(done, split, before, after, refused, card.readout.temperature)
 
 
 def mean_nll(answers: Iterable[Answer]) -> float:
@@ -172,15 +148,6 @@ def mean_nll(answers: Iterable[Answer]) -> float:
     return total / num
 
 
-def total_loss(answers: Iterable[Answer]) -> AbstentionLoss:
-    """The losses of all answers."""
-    loss = AbstentionLoss()
-    for answered in answers:
-        known_HW = answered.known_HW
-        loss.add(answered.maps["entropy"][known_HW], answered.wrong_HW[known_HW])
-    return loss
-
-
 def figures_of(card: Card, answers: Iterable[Answer], *, num_samples: int) -> dict[str, float]:
     """All figures of the answers, abstention by the card's thresholds among them."""
     evaluation = Evaluation(card, num_samples)
@@ -188,8 +155,7 @@ def figures_of(card: Card, answers: Iterable[Answer], *, num_samples: int) -> di
         evaluation.add(answered)
     if not evaluation.num_frames:
         raise BadData("none of the frames to check on has a label; give it more frames")
-    figures: dict[str, float] = evaluation.figures()
-    return figures
+    return evaluation.figures()
 
 
 def split_frames(places: Sequence[int], *, seed: int) -> Split:
@@ -205,9 +171,7 @@ def split_frames(places: Sequence[int], *, seed: int) -> Split:
 def fit_temperature(nll: Callable[[float], float]) -> float:
     """The temperature with the least NLL, within `TEMPERATURES`; every call of `nll` is a run over the frames."""
     low, high = np.log(TEMPERATURES)
-    best = minimize_scalar(
-        lambda x: nll(math.exp(x)), bounds=(low, high), method="bounded", options={"xatol": TOLERANCE}
-    )
+    best = minimize_scalar(lambda x: nll(math.exp(x)), bounds=(low, high), options={"xatol": TOLERANCE})
     return math.exp(best.x)
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from penumbra.models.card import IGNORE, ClassInfo, InputSpec, Sampling
+from penumbra.models.confusion import confusion, intersection_over_union
 from penumbra.models.contract import Network
 from penumbra.training.augment import normalise
 from penumbra.training.frames import FrameSet
@@ -87,16 +88,3 @@ def means_in_nats(mean_Khw: Tensor, expected_hw: Tensor, label_hw: Tensor) -> tu
     maps = (entropy_hw - expected_hw, entropy_hw, -truth_hw.log())
     mutual, entropy, nll = (float(x_hw[known_hw].mean()) for x_hw in maps)
     return mutual, entropy, nll
-
-
-def confusion(predicted_hw: Tensor, label_hw: Tensor, *, num_classes: int) -> Tensor:
-    """Counts_KK[truth, prediction] of pixels that have a label."""
-    known_hw = label_hw != IGNORE
-    pairs = label_hw[known_hw] * num_classes + predicted_hw[known_hw]
-    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
-
-
-def intersection_over_union(confusion_KK: Tensor) -> Tensor:
-    """IoU_K; NaN for a class that is neither there nor predicted."""
-    hits_K = confusion_KK.diag().double()
-    return hits_K / (confusion_KK.sum(0) + confusion_KK.sum(1) - hits_K)

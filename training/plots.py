@@ -14,31 +14,27 @@ from penumbra.models.card import IGNORE, Card
 from penumbra.serving.render.pictures import STRIPE_PX, STRIPES, paint
 from penumbra.training.evaluation.answers import Answer
 from penumbra.training.evaluation.figures import PATCH_PX, STEPS, UNCERTAINTIES
-from penumbra.training.evaluation.run import Measured
 
 DPI = 120
-Shown = Sequence[tuple[str, Any, Answer]]
+Shown = Sequence[tuple[str, Answer]]
+"""Frames for the contact sheet: a title and the answer."""
 
 
-def draw_all(measured: Measured, shown: Shown, folder: Path) -> list[Path]:
-    """Write every picture there is something for as `<name>.png`; returns the files."""
+def draw_all(document: dict[str, Any], card: Card, shown: Shown, folder: Path) -> None:
+    """Write every picture there is something for in an evaluation's document as `<name>.png`."""
     folder.mkdir(parents=True, exist_ok=True)
-    document = measured.document()
     drawings: dict[str, Callable[[], Figure]] = {
         "reliability": lambda: reliability_diagram(document),
         "risk_coverage": lambda: risk_coverage(document),
-        "confusion": lambda: confusion_matrix(document, measured.card),
-        "contact_sheet": lambda: contact_sheet(shown, measured.card),
+        "confusion": lambda: confusion_matrix(document, card),
+        "contact_sheet": lambda: contact_sheet(shown, card),
     }
     if document["curves"]["pavpu"]:
         drawings["pavpu"] = lambda: patch_curves(document)
-    if measured.against_samples:
+    if document["against_samples"]:
         drawings["samples"] = lambda: against_samples(document)
-    files = []
     for name, draw in drawings.items():
-        files.append(folder / f"{name}.png")
-        draw().savefig(files[-1], dpi=DPI, metadata={"Software": "Penumbra"})
-    return files
+        draw().savefig(folder / f"{name}.png", dpi=DPI, metadata={"Software": "Penumbra"})
 
 
 def title_of(document: dict[str, Any]) -> str:
@@ -130,7 +126,10 @@ def against_samples(document: dict[str, Any]) -> Figure:
         for name in names:
             label = name.rpartition("/")[2].replace("_", " ")
             axes.plot(counts, np.array([row[name] for row in rows], float), "o-", markersize=4, label=label)
-        _over_counts(axes, counts, title=title)
+        axes.set(xscale="log", xlabel="samples S")
+        axes.set_title(title, fontsize=10)
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.minorticks_off()
         if len(names) > 1:
             axes.legend(fontsize=8)
     axes.plot(counts, counts, "--", color="grey", linewidth=1, label="proportional")
@@ -140,13 +139,6 @@ def against_samples(document: dict[str, Any]) -> Figure:
     axes.legend(fontsize=8)
     figure.suptitle(f"{document['model']} v{document['version']} against its samples", fontsize=10)
     return figure
-
-
-def _over_counts(axes: Axes, counts: list[int], *, title: str) -> None:
-    axes.set(xscale="log", xlabel="samples S", title=title)
-    axes.set_xticks(counts, [str(count) for count in counts])
-    axes.minorticks_off()
-    axes.title.set_fontsize(10)
 
 
 def confusion_matrix(document: dict[str, Any], card: Card) -> Figure:
@@ -172,12 +164,12 @@ def confusion_matrix(document: dict[str, Any], card: Card) -> Figure:
 
 def contact_sheet(shown: Shown, card: Card) -> Figure:
     """Rows of frames: image, truth, answer, error, entropy, and mutual information where there is one."""
-    names = [name for name in UNCERTAINTIES if name in shown[0][2].maps]
+    names = [name for name in UNCERTAINTIES if name in shown[0][1].maps]
     columns = 4 + len(names)
     figure = Figure((2.5 * columns, 2 * len(shown) + 0.6), layout="constrained")
     grid = figure.subplots(len(shown), columns, squeeze=False)
-    for row, (title, image_HW3, answered) in zip(grid, shown, strict=True):
-        row[0].imshow(image_HW3)
+    for row, (title, answered) in zip(grid, shown, strict=True):
+        row[0].imshow(answered.image_HW3)
         row[0].set_title(f"{title}\naccuracy {100 * answered.accuracy:.1f} %", fontsize=8)
         _labels(row[1], answered.truth_HW, card, title="truth")
         _labels(row[2], np.where(answered.known_HW, answered.labels_HW, IGNORE), card, title="answer where labelled")

@@ -20,7 +20,7 @@ from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.training.data import find_data
-from penumbra.training.evaluation.answers import answer, check_classes, pictures
+from penumbra.training.evaluation.answers import answer, check_classes
 from penumbra.training.evaluation.figures import Evaluation
 from penumbra.training.evaluation.run import (
     SAMPLE_COUNTS,
@@ -122,7 +122,9 @@ def test_abstention_is_measured_at_the_cards_thresholds(segmenter: Segmenter, fr
     figures = measure(segmenter, "toy-pointwise", frames).evaluation.figures()
     options = SegmentOptions(model="toy-pointwise", max_risk=0.05, outputs=("entropy",))
     kept, risk = [], []
-    for _, image_HW3, truth_HW in pictures(frames, range(4)):
+    for image_HW3, truth_HW in zip(
+        frames.image_N3HW.permute(0, 2, 3, 1).numpy(), frames.label_NHW.numpy(), strict=True
+    ):
         labels_HW, known_HW = segmenter.segment(image_HW3, options).labels_HW, truth_HW != IGNORE
         kept.append((labels_HW != IGNORE)[known_HW].mean())
         risk.append(((labels_HW != IGNORE) & (labels_HW != truth_HW))[known_HW].mean())
@@ -138,10 +140,9 @@ def test_a_methods_own_maps_are_judged_too(segmenter: Segmenter, frames: Frames)
 def test_a_frame_without_labels_changes_nothing(segmenter: Segmenter, frames: Frames) -> None:
     card = segmenter.find("toy-pointwise").card
     evaluation = Evaluation(card, 1)
-    _, image_HW3, truth_HW = next(pictures(frames, [0]))
-    options = SegmentOptions(model=card.name)
-    for labels in (truth_HW, np.full_like(truth_HW, IGNORE)):
-        evaluation.add(answer(segmenter, image_HW3, labels, options))
+    image_3HW, label_HW = frames[0]
+    for labels_HW in (label_HW, torch.full_like(label_HW, IGNORE)):
+        evaluation.add(answer(segmenter, (image_3HW, labels_HW), SegmentOptions(model=card.name)))
     assert evaluation.num_frames == 1 and evaluation.figures()["seg/pixAcc"] > 0.8
 
 
@@ -219,8 +220,9 @@ def test_the_command_writes_figures_curves_and_pictures(store: Path, tmp_path: P
 @pytest.mark.slow
 def test_a_model_without_samples_has_no_picture_of_them(segmenter: Segmenter, frames: Frames, tmp_path: Path) -> None:
     measured = measure(segmenter, "toy-pointwise", frames)
-    files = draw_all(measured, typical(measured, segmenter, frames), tmp_path)
-    assert "samples" not in {path.stem for path in files} and all(path.stat().st_size > 0 for path in files)
+    draw_all(measured.document(), measured.card, typical(measured, segmenter, frames), tmp_path)
+    files = [*tmp_path.iterdir()]
+    assert files and "samples" not in {path.stem for path in files} and all(path.stat().st_size > 0 for path in files)
 
 
 def test_frames_may_differ_in_size_and_lie_in_a_plain_folder(

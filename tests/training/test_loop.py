@@ -11,9 +11,10 @@ from click.testing import CliRunner
 from penumbra.__main__ import main
 from penumbra.models.card import IGNORE, ClassInfo
 from penumbra.models.checkpoint import load_checkpoint
+from penumbra.models.confusion import confusion, intersection_over_union
 from penumbra.models.errors import BadOption
 from penumbra.training.data import find_data
-from penumbra.training.evaluate import confusion, intersection_over_union, measure, summarise
+from penumbra.training.evaluate import measure, summarise
 from penumbra.training.frames import Frames
 from penumbra.training.loop import Training, schedule, train
 from penumbra.training.recipe import read_recipe

@@ -1,17 +1,16 @@
 """One labelled frame through the serving engine, reduced band by band to what figures are made of."""
 
-from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from penumbra.models.card import IGNORE, Card, ClassInfo
 from penumbra.models.errors import BadData
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.training.frames import FrameSet
 from penumbra.training.metrics import Floats, Mask
 
 Labels = NDArray[np.uint8]
@@ -19,12 +18,13 @@ Labels = NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the engine said of one frame, beside the truth; everything at the frame's size.
+    """What the engine said of one frame, beside the picture and the truth; everything at the frame's size.
 
     truth_HW: class ids, IGNORE where there is no label. prob_HW: probability of the true class, 0 without a label.
     squares_HW: sum over classes of p^2. maps: all maps by name. seconds: the engine's time.
     """
 
+    image_HW3: Labels
     labels_HW: Labels
     truth_HW: Labels
     prob_HW: Floats
@@ -48,8 +48,12 @@ class Answer:
         return float(1 - self.wrong_HW.sum() / num) if num else float("nan")
 
 
-def answer(segmenter: Segmenter, image_HW3: Labels, truth_HW: Labels, options: SegmentOptions) -> Answer:
-    """Segment one frame. Class probabilities are held for one band of rows only. Raises any PenumbraError."""
+def answer(segmenter: Segmenter, frame: tuple[Tensor, Tensor], options: SegmentOptions) -> Answer:
+    """Segment one frame, image_3HW and label_HW. Class probabilities are held for one band of rows only.
+
+    Raises any PenumbraError.
+    """
+    image_HW3, truth_HW = np.ascontiguousarray(frame[0].permute(1, 2, 0).numpy()), frame[1].numpy()
     stream = segmenter.bands(image_HW3, options)
     card = stream.work.runtime.card
     labels_HW = np.empty_like(truth_HW)
@@ -60,24 +64,13 @@ def answer(segmenter: Segmenter, image_HW3: Labels, truth_HW: Labels, options: S
         for band in bands:
             rows = slice(band.y0, band.y0 + len(band.labels))
             labels_HW[rows] = band.labels
-            prob_HW[rows] = _of_class(band.prob_hKW, truth_HW[rows])
+            known_hW = truth_HW[rows] != IGNORE
+            class_h1W = np.where(known_hW, truth_HW[rows], 0)[:, None].astype(np.int64)
+            prob_HW[rows] = known_hW * np.take_along_axis(band.prob_hKW, class_h1W, 1)[:, 0]
             squares_HW[rows] = np.einsum("hkw,hkw->hw", band.prob_hKW, band.prob_hKW)
             for name, values in maps.items():
                 values[rows] = band.maps[name]
-    return Answer(labels_HW, truth_HW, prob_HW, squares_HW, maps, stream.timing_ms["total"] / 1e3)
-
-
-def _of_class(prob_hKW: Floats, truth_hW: Labels) -> Floats:
-    known_hW = truth_hW != IGNORE
-    place_h1W = np.where(known_hW, truth_hW, 0)[:, None].astype(np.int64)
-    return np.where(known_hW, np.take_along_axis(prob_hKW, place_h1W, 1)[:, 0], np.float32(0))
-
-
-def pictures(frames: FrameSet, places: Iterable[int]) -> Iterator[tuple[int, Labels, Labels]]:
-    """Place, image uint8 [H, W, 3] and labels uint8 [H, W] of some frames. Raises BadData."""
-    for place in places:
-        image_3HW, label_HW = frames[place]
-        yield place, np.ascontiguousarray(image_3HW.permute(1, 2, 0).numpy()), label_HW.numpy()
+    return Answer(image_HW3, labels_HW, truth_HW, prob_HW, squares_HW, maps, stream.timing_ms["total"] / 1e3)
 
 
 def check_classes(card: Card, classes: tuple[ClassInfo, ...], *, data: str) -> str:

@@ -5,12 +5,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torchmetrics.classification import MulticlassConfusionMatrix
 
-from penumbra.models.card import IGNORE, Calibration, Card
-from penumbra.training.evaluate import intersection_over_union
+from penumbra.models.card import Calibration, Card
+from penumbra.models.confusion import confusion, intersection_over_union
 from penumbra.training.evaluation.answers import Answer
-from penumbra.training.metrics import Doubles, Floats, Mask, Ranking, Reliability, patch_curve, patches, top_of
+from penumbra.training.metrics import Floats, Mask, Ranking, Reliability, patch_curve, patches, top_of
 
 PATCH_PX = (4, 8, 16, 32)
 UNCERTAINTIES = ("entropy", "mutual_information")
@@ -25,7 +24,8 @@ class Evaluation:
 
     def __init__(self, card: Card, num_samples: int) -> None:
         self.card, self.num_frames = card, 0
-        self._confusion = MulticlassConfusionMatrix(card.num_classes, ignore_index=IGNORE, validate_args=False)
+        self.confusion_KK = torch.zeros(card.num_classes, card.num_classes, dtype=torch.int64)
+        """Counts [truth, answer] of labelled pixels."""
         self.reliability = Reliability()
         uncertainties = [name for name in UNCERTAINTIES if name in card.maps(num_samples)]
         extras = tuple(extra.name for extra in card.extra_maps)
@@ -39,23 +39,17 @@ class Evaluation:
         if not known_HW.any():
             return
         self.num_frames += 1
-        self._confusion.update(torch.from_numpy(answer.labels_HW).long(), torch.from_numpy(answer.truth_HW).long())
+        labels_HW, truth_HW = map(torch.from_numpy, (answer.labels_HW, answer.truth_HW))
+        self.confusion_KK += confusion(labels_HW, truth_HW, num_classes=self.card.num_classes)
         maps = answer.maps | {"confidence": 1 - answer.maps["confidence"]}
         for name, ranking in self.rankings.items():
             ranking.add(maps[name][known_HW], wrong_HW[known_HW])
         for (name, size), ranking in self.patches.items():
             ranking.add(*patches(maps[name], wrong_HW, known_HW, size=size))
-        confidence, prob, squares = (
-            x_HW[known_HW] for x_HW in (answer.maps["confidence"], answer.prob_HW, answer.squares_HW)
-        )
-        self.reliability.add(confidence, prob, squares, ~wrong_HW[known_HW])
+        counted = (answer.maps["confidence"], answer.prob_HW, answer.squares_HW, ~wrong_HW)
+        self.reliability.add(*(x_HW[known_HW] for x_HW in counted))
         if self._abstention:
             self._abstention.add(maps["entropy"][known_HW], wrong_HW[known_HW])
-
-    @property
-    def confusion_KK(self) -> torch.Tensor:
-        """Counts [truth, prediction] of labelled pixels."""
-        return self._confusion.compute().long()
 
     def figures(self) -> dict[str, float]:
         """All figures by name (docs/evaluation.md); NaN where one is undefined."""
@@ -66,21 +60,18 @@ class Evaluation:
             "cal/ECE": self.reliability.ece(),
             "cal/aECE": self.reliability.adaptive_ece(),
             **self._selection(),
-            **{f"pavpu/{name}/{size}": self._at_mean(ranking) for (name, size), ranking in self._counted()},
+            # patches above the mean uncertainty of all patches are uncertain
+            **{f"pavpu/{key}": float(patch_curve(r, np.array([r.mean])).pavpu[0]) for key, r in self._counted()},
             **(self._abstention.figures() if self._abstention else {}),
         }
 
     def _segmentation(self) -> dict[str, float]:
-        confusion_KK = self.confusion_KK
-        iou_K, hits_K = intersection_over_union(confusion_KK), confusion_KK.diag().double()
-        per_class = {
-            f"seg/IoU/{info.name}": float(iou) for info, iou in zip(self.card.classes, iou_K.tolist(), strict=True)
-        }
+        iou_K, hits_K = intersection_over_union(self.confusion_KK), self.confusion_KK.diag().double()
         return {
             "seg/mIoU": float(iou_K.nanmean()),
-            "seg/mAcc": float((hits_K / confusion_KK.sum(1)).nanmean()),
-            "seg/pixAcc": float(hits_K.sum() / confusion_KK.sum()),
-            **per_class,
+            "seg/mAcc": float((hits_K / self.confusion_KK.sum(1)).nanmean()),
+            "seg/pixAcc": float(hits_K.sum() / self.confusion_KK.sum()),
+            **{f"seg/IoU/{info.name}": iou for info, iou in zip(self.card.classes, iou_K.tolist(), strict=True)},
         }
 
     def _selection(self) -> dict[str, float]:
@@ -98,74 +89,58 @@ class Evaluation:
                 figures |= {f"sc/AURC/{name}": ranking.aurc().value, f"sc/E-AURC/{name}": ranking.excess_aurc()}
         return figures
 
-    def _counted(self) -> Iterator[tuple[tuple[str, int], Ranking]]:
-        """Sizes of patches that fit into the frames."""
-        return ((key, ranking) for key, ranking in self.patches.items() if ranking.counts_2N.any())
-
-    def _at_mean(self, ranking: Ranking) -> float:
-        """PAvPU where patches above the mean uncertainty of all patches are uncertain."""
-        return float(patch_curve(ranking, np.array([ranking.mean])).pavpu[0])
+    def _counted(self) -> Iterator[tuple[str, Ranking]]:
+        """Patches of the sizes that fit into the frames."""
+        return (
+            (f"{name}/{size}", ranking) for (name, size), ranking in self.patches.items() if ranking.counts_2N.any()
+        )
 
     def errors(self) -> dict[str, float]:
         """How far binning can move the ranking figures at most."""
-        pairs = [(name, ranking.auroc(), ranking.aurc()) for name, ranking in self.rankings.items()]
-        return {f"err/AUROC/{name}": auroc.error for name, auroc, _ in pairs} | {
-            f"sc/AURC/{name}": aurc.error for name, _, aurc in pairs
+        return {f"err/AUROC/{name}": ranking.auroc().error for name, ranking in self.rankings.items()} | {
+            f"sc/AURC/{name}": ranking.aurc().error for name, ranking in self.rankings.items()
         }
 
     def curves(self) -> dict[str, Any]:
-        """What the plots show, as plain lists."""
+        """What the plots show, as plain lists; a patch curve is None where it is undefined."""
+        pixels, confidence, right = self.reliability.table_3B.tolist()
         return {
             "confusion": self.confusion_KK.tolist(),
-            "reliability": dict(
-                zip(("pixels", "confidence", "right"), self.reliability.table_3B.tolist(), strict=True)
-            ),
+            "reliability": {"pixels": pixels, "confidence": confidence, "right": right},
             "coverage": STEPS.tolist(),
-            "risk": {name: at_steps(ranking).tolist() for name, ranking in self.rankings.items()},
-            "pavpu": {f"{name}/{size}": as_lists(ranking) for (name, size), ranking in self._counted()},
+            "risk": {n: np.interp(STEPS, *ranking.risk_coverage()).tolist() for n, ranking in self.rankings.items()},
+            "pavpu": {key: _patch_curve(ranking) for key, ranking in self._counted()},
         }
 
 
-def as_lists(ranking: Ranking) -> dict[str, list[float | None]]:
-    """The patch curve over thresholds from the least to the largest uncertainty of any patch (`span`)."""
-    curve = patch_curve(ranking, span(ranking))
-    return {field: [None if np.isnan(x) else float(x) for x in values] for field, values in curve._asdict().items()}
-
-
-def at_steps(ranking: Ranking) -> Doubles:
-    """Risk at the coverages of `STEPS`."""
-    risks: Doubles = np.interp(STEPS, *ranking.risk_coverage())
-    return risks
-
-
-def span(ranking: Ranking) -> Doubles:
-    """Thresholds from the smallest to the largest score.
+def _patch_curve(ranking: Ranking) -> dict[str, list[float | None]]:
+    """The patch curve over thresholds from the least to the largest uncertainty of any patch.
 
     DEVIATION: Mukhoti & Gal step evenly; ours are closer near the smallest, where most patches are.
     """
     places, _, _ = ranking.occupied()
     low, high = top_of(int(places[0])), top_of(int(places[-1]))
-    return low + STEPS**3 * (high - low)
+    curve = patch_curve(ranking, low + STEPS**3 * (high - low))
+    return {field: [None if np.isnan(x) else float(x) for x in values] for field, values in curve._asdict().items()}
 
 
 class Abstention:
     """What `max_risk` does on these frames: for each calibrated risk, how much is answered and how much is wrong."""
 
     def __init__(self, calibration: Calibration) -> None:
-        self._calibration, self._num_frames = calibration, 0
-        self._sums_R2 = np.zeros((len(calibration.risks), 2))
+        self._risks, self._num_frames = calibration.risks, 0
+        self._threshold_R1 = np.array(calibration.entropy_nats, np.float32)[:, None]
+        self._sums_2R = np.zeros((2, len(calibration.risks)))
 
     def add(self, entropy: Floats, wrong: Mask) -> None:
         """Add one frame's labelled pixels."""
         self._num_frames += 1
-        for sums_2, threshold in zip(self._sums_R2, self._calibration.entropy_nats, strict=True):
-            kept = entropy <= threshold
-            sums_2 += kept.mean(), (kept & wrong).mean()
+        kept_RN = entropy <= self._threshold_R1
+        self._sums_2R += kept_RN.mean(1), (kept_RN & wrong).mean(1)
 
     def figures(self) -> dict[str, float]:
         """Means over frames of the share answered (coverage), and of the share answered and wrong (risk)."""
-        means_R2 = self._sums_R2 / self._num_frames
         figures: dict[str, float] = {}
-        for risk, (coverage, got) in zip(self._calibration.risks, means_R2.tolist(), strict=True):
-            figures |= {f"abstain/coverage@{risk:g}": coverage, f"abstain/risk@{risk:g}": got}
+        for risk, coverage, wrong in zip(self._risks, *(self._sums_2R / self._num_frames).tolist(), strict=True):
+            figures |= {f"abstain/coverage@{risk:g}": coverage, f"abstain/risk@{risk:g}": wrong}
         return figures

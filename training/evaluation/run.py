@@ -3,23 +3,23 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
-from penumbra.models.card import Card, Sampling
+from penumbra.models.card import Card
 from penumbra.models.errors import BadData, BadOption
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import find_artifact
 from penumbra.serving.files.predict import check_replaceable
 from penumbra.training.data import find_data
-from penumbra.training.evaluation.answers import Answer, answer, check_classes, pictures
+from penumbra.training.evaluation.answers import Answer, answer, check_classes
 from penumbra.training.evaluation.figures import Evaluation
 from penumbra.training.frames import FrameSet
 
@@ -29,8 +29,6 @@ PLOTS = ("reliability", "risk_coverage", "pavpu", "confusion", "contact_sheet", 
 COMPARED = ("seg/mIoU", "seg/NLL", "cal/ECE", "err/AUROC/entropy", "err/AUROC/mutual_information")
 FEW_FRAMES = 16
 """Frames for quality and cost against S, which needs 88 samples of each."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,24 +65,36 @@ class Measured:
 
     def document(self) -> dict[str, Any]:
         """Everything as JSON values; an undefined figure is null."""
-        figures = {name: value if math.isfinite(value) else None for name, value in self.evaluation.figures().items()}
         return {
             "model": self.card.name, "version": self.card.version, "set": self.question.data_set,
             "split": self.question.split, "every": self.question.every, "frames": self.evaluation.num_frames,
             "pixels": int(self.evaluation.reliability.num), "seed": self.question.seed,
-            "samples": self.question.samples or self.card.sampling.default_samples,
-            "temperature": self.card.readout.temperature, "figures": figures, "errors": self.evaluation.errors(),
-            "against_samples": self.against_samples, "curves": self.evaluation.curves(),
+            "samples": self.question.options(0).num_samples(self.card),
+            "temperature": self.card.readout.temperature, "figures": defined(self.evaluation.figures()),
+            "errors": self.evaluation.errors(), "against_samples": self.against_samples,
+            "curves": self.evaluation.curves(),
         }  # fmt: skip
+
+
+def defined(figures: dict[str, float]) -> dict[str, float | None]:
+    """The figures as JSON knows numbers: None where one is undefined."""
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def load_frames(question: Question, card: Card) -> FrameSet:
     """The frames that are asked about. Raises BadOption, BadData."""
     data = find_data(question.data_set, question.data)
-    warning = check_classes(card, data.classes, data=question.data_set)
-    if warning:
+    if warning := check_classes(card, data.classes, data=question.data_set):
         Console(stderr=True, markup=False, emoji=False).print(f"warning: {warning}", style="yellow")
     return data.load(question.data, question.split)
+
+
+def answers(
+    segmenter: Segmenter, question: Question, frames: FrameSet, places: list[int], *, title: str
+) -> Iterator[Answer]:
+    """The answers to some frames, one by one, with a progress bar of that title. Raises any PenumbraError."""
+    for place in follow(places, title):
+        yield answer(segmenter, frames[place], question.options(place))
 
 
 def evaluate(segmenter: Segmenter, question: Question, frames: FrameSet, *, compare: bool = False) -> Measured:
@@ -92,20 +102,15 @@ def evaluate(segmenter: Segmenter, question: Question, frames: FrameSet, *, comp
     card = segmenter.find(question.name, question.version).card
     evaluation, accuracies = Evaluation(card, question.options(0).num_samples(card)), []
     places = list(range(0, len(frames), question.every))
-    for place, image_HW3, truth_HW in follow(pictures(frames, places), f"evaluating {card.name}", total=len(places)):
-        answered = answer(segmenter, image_HW3, truth_HW, question.options(place))
+    for answered in answers(segmenter, question, frames, places, title=f"evaluating {card.name}"):
         evaluation.add(answered)
         accuracies.append(answered.accuracy)
     if not evaluation.num_frames:
         raise BadData(f"no pixel of {question.data} {question.split} has a label; there is nothing to measure against")
     few = places[:: -(-len(places) // FEW_FRAMES)]
-    rows = compare_samples(segmenter, question, frames, few) if compare and is_free(card.sampling) else []
+    is_free = card.sampling.kind in ("latent", "dropout")
+    rows = compare_samples(segmenter, question, frames, few) if compare and is_free else []
     return Measured(question, card, evaluation, places, accuracies, rows)
-
-
-def is_free(sampling: Sampling) -> bool:
-    """Whether the number of samples is the caller's to choose."""
-    return sampling.kind in ("latent", "dropout")
 
 
 def compare_samples(
@@ -118,11 +123,10 @@ def compare_samples(
     card = segmenter.find(question.name, question.version).card
     counts = [count for count in SAMPLE_COUNTS if count <= segmenter.limits.samples]
     evaluations, seconds = {count: Evaluation(card, count) for count in counts}, dict.fromkeys(counts, 0.0)
-    shown = pictures(frames, places)
-    for place, image_HW3, truth_HW in follow(shown, "comparing numbers of samples", total=len(places)):
+    for place in follow(places, "comparing numbers of samples"):
+        frame, options = frames[place], question.options(place)
         for count in counts:
-            options = dataclasses.replace(question.options(place), samples=count)
-            answered = answer(segmenter, image_HW3, truth_HW, options)
+            answered = answer(segmenter, frame, dataclasses.replace(options, samples=count))
             evaluations[count].add(answered)
             seconds[count] += answered.seconds
     rows: list[dict[str, float | None]] = []
@@ -133,18 +137,16 @@ def compare_samples(
     return rows
 
 
-def typical(measured: Measured, segmenter: Segmenter, frames: FrameSet) -> list[tuple[str, Any, Answer]]:
-    """The frames with the least, lower-quartile, median and highest accuracy: a title, the image, the answer."""
-    order = sorted(
-        range(len(measured.places)), key=lambda i: (math.isnan(measured.accuracies[i]), measured.accuracies[i])
+def typical(measured: Measured, segmenter: Segmenter, frames: FrameSet) -> list[tuple[str, Answer]]:
+    """The frames with the least, lower-quartile, median and highest accuracy: a title and the answer."""
+    ranked = sorted(
+        zip(measured.accuracies, measured.places, strict=True), key=lambda pair: (math.isnan(pair[0]), pair[0])
     )
-    last = len(order) - 1
-    ranks = {"worst": 0, "lower quartile": last // 4, "median": last // 2, "best": last}
-    shown = []
-    places = [measured.places[order[rank]] for rank in ranks.values()]
-    for title, (place, image_HW3, truth_HW) in zip(ranks, pictures(frames, places), strict=True):
-        answered = answer(segmenter, image_HW3, truth_HW, measured.question.options(place))
-        shown.append((f"{title}: {frames.names[place]}", image_HW3, answered))
+    last, shown = len(ranked) - 1, []
+    for title, rank in {"worst": 0, "lower quartile": last // 4, "median": last // 2, "best": last}.items():
+        place = ranked[rank][1]
+        answered = answer(segmenter, frames[place], measured.question.options(place))
+        shown.append((f"{title}: {frames.names[place]}", answered))
     return shown
 
 
@@ -161,7 +163,7 @@ def evaluate_artifact(question: Question, store: Path, *, plots: Path | None = N
         if plots:
             from penumbra.training.plots import draw_all  # matplotlib is only needed here
 
-            draw_all(measured, typical(measured, segmenter, frames), plots)
+            draw_all(measured.document(), card, typical(measured, segmenter, frames), plots)
     return measured
 
 
@@ -178,10 +180,10 @@ def check_document(path: Path) -> None:
         raise BadOption(f"{path} is in the way, and is no evaluation; move it, or name another file")
 
 
-def follow(items: Iterable[T], title: str, *, total: int) -> Iterable[T]:
-    """The items with a progress bar, where stderr is a terminal."""
+def follow(places: list[int], title: str) -> Iterable[int]:
+    """The places with a progress bar, where stderr is a terminal."""
     console = Console(stderr=True)
-    return track(items, title, total=total, console=console, transient=True, disable=not console.is_terminal)
+    return track(places, title, console=console, transient=True, disable=not console.is_terminal)
 
 
 def report(measured: Measured) -> None:
@@ -197,8 +199,7 @@ def report(measured: Measured) -> None:
         error = document["errors"].get(name)
         table.add_row(name, "undefined" if value is None else f"{value:.4f}", "" if error is None else f"{error:.0e}")
     console.print(table)
-    if document["against_samples"]:
-        rows = document["against_samples"]
+    if rows := document["against_samples"]:
         against = Table(*(Column(name.removeprefix("err/").replace("_", " "), overflow="fold") for name in rows[0]))
         for row in rows:
             against.add_row(*("" if value is None else f"{value:.4g}" for value in row.values()))
