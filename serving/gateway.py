@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, TypeVar
 
@@ -39,7 +39,6 @@ class Task(Generic[T]):
     image: bytes | NDArray[np.uint8]
     options: SegmentOptions
     write: Callable[[Prediction], T]
-    in_bands: bool
     request: Request
     deadline: float
     cancelled: Cancellation = field(default_factory=Cancellation)
@@ -92,14 +91,13 @@ class Gateway:
 
     async def answer(
         self, image: bytes | NDArray[np.uint8], options: SegmentOptions, write: Callable[[Prediction], T], *,
-        request: Request, gone: Callable[[], Awaitable[None]] | None = None, in_bands: bool = False,
+        request: Request, gone: Callable[[], Awaitable[None]] | None = None,
     ) -> tuple[Prediction, T]:  # fmt: skip
         """Decode, segment and write one tracked request off the event loop.
 
-        in_bands: `write` takes labels and maps from the top by slices of rows, and nothing that is known at the end; it
-        is then at work on the first rows while later windows run. gone: returns when the caller has gone away. That
-        or the deadline ends the request at once, whatever its thread is at, and its place is free. Raises
-        PenumbraError; any other failure is logged and becomes a ModelFault without internals.
+        gone: returns when the caller has gone away. That or the deadline ends the request at once, whatever its thread
+        is at, and its place is free. Raises PenumbraError; any other failure is logged and becomes a ModelFault without
+        internals.
         """
         self.check_admission()
         request.started = time.perf_counter()
@@ -109,7 +107,7 @@ class Gateway:
             request.model = card.name
             check_options(options, card, self.segmenter.limits)
             within_s = min(self._timeout_s, (options.deadline_ms or math.inf) / 1e3)
-            return await self._run(Task(image, options, write, in_bands, request, request.arrived + within_s), gone)
+            return await self._run(Task(image, options, write, request, request.arrived + within_s), gone)
         except PenumbraError:
             raise
         except Exception:
@@ -192,13 +190,7 @@ class Gateway:
         task.request.size = pixels.shape[:2]
         task.check()
         before_ms = dict(task.request.timing_ms) | {"decode": 1e3 * (time.perf_counter() - decoding)}
-        answer = self.segmenter.unfold(pixels, options, cancelled=task.cancelled, deadline=task.deadline)
-        with closing(answer):
-            if task.in_bands and not options.anytime:
-                body = task.write(answer.begun)
-                prediction = answer.finish()
-                return replace(prediction, timing_ms=before_ms | prediction.timing_ms), body
-            prediction = answer.finish()
+        prediction = self.segmenter.segment(pixels, options, cancelled=task.cancelled, deadline=task.deadline)
         prediction = replace(prediction, timing_ms=before_ms | prediction.timing_ms)
         return prediction, task.write(prediction)
 

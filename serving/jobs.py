@@ -37,7 +37,6 @@ from penumbra.models.errors import (
     UnknownModel,
 )
 from penumbra.serving.access import Request
-from penumbra.serving.engine.bands import BandStream
 from penumbra.serving.engine.decode import measure_image, open_image
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import check_long
@@ -88,7 +87,8 @@ class Jobs:
         self._jobs: dict[str, Job] = {}
         self._uploads: set[Path] = set()
         """Places that `begin` gave and that are no jobs yet; they count as waiting."""
-        self._stream: BandStream | None = None
+        self._progress = (0, 0)
+        """Windows of the job that runs: how many are done, and all."""
         self._cancelled = Cancellation()
         """Set to end the job that runs."""
         self._recover()
@@ -166,8 +166,7 @@ class Jobs:
         """How a job stands. Raises UnknownJob."""
         with self._changed:
             job = self._find(name)
-            stream = self._stream if job.state in ("running", "writing") else None
-        done, total = (stream.num_done, stream.work.plan.num_windows) if stream else (0, 0)
+            done, total = self._progress if job.state in ("running", "writing") else (0, 0)
         percent = 100.0 if job.state == "done" else 100 * done / total if total else 0.0
         return {
             "id": job.id, "state": job.state, "percent": round(percent, 1), "windows_done": done, "windows": total,
@@ -248,7 +247,7 @@ class Jobs:
                 self._expire()
                 waiting = [job for job in self._jobs.values() if job.state == "queued"]
                 if waiting:
-                    self._stream, self._cancelled = None, Cancellation()
+                    self._progress, self._cancelled = (0, 0), Cancellation()
                     job = min(waiting, key=lambda job: job.created)
                     job.state = "running"
                     return job
@@ -264,7 +263,7 @@ class Jobs:
         image = open_image(place / "image", self._limits)
         with self._loaded(options):
             spool = Spool(place / "spool", self._gateway.segmenter, image, options, source=job.id)
-            prediction = spool.fill(limits=self._limits, cancelled=self._cancelled, watch=self._watch)
+            prediction = spool.fill(limits=self._limits, cancelled=self._cancelled, progress=self._note)
         request.size, request.num_windows = prediction.labels_HW.shape, prediction.num_windows
         request.timing_ms = prediction.timing_ms
         job.state = "writing"
@@ -298,8 +297,8 @@ class Jobs:
         else:
             yield
 
-    def _watch(self, stream: BandStream) -> None:
-        self._stream = stream
+    def _note(self, num_done: int, num_windows: int) -> None:
+        self._progress = (num_done, num_windows)
 
     def _finish(self, job: Job, error: str) -> None:
         """Keep what is asked for from now on: the result, and how it went; of a job that was removed nothing."""

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from penumbra.models.card import Card, dump_card
 from penumbra.models.errors import BadOption, DiskFull
-from penumbra.serving.engine.answer import Arrays, Prediction, collect
-from penumbra.serving.engine.bands import BandStream
+from penumbra.serving.engine.answer import Prediction, collect
+from penumbra.serving.engine.bands import Progress
 from penumbra.serving.engine.kernels import FloatArray
 from penumbra.serving.engine.options import Limits, SegmentOptions
 from penumbra.serving.engine.raster import Pixels
@@ -101,18 +101,20 @@ class Spool:
         for name in (*sorted(_own(self._directory)[1]), MARK):  # the mark last: it says whose the others are
             (self._directory / name).unlink(missing_ok=True)
 
-    def fill(self, *, limits: Limits, cancelled: threading.Event, watch: Callable[[BandStream], object]) -> Prediction:
+    def fill(
+        self, *, limits: Limits, cancelled: threading.Event, progress: Progress | None = None
+    ) -> Prediction:  # fmt: skip
         """Run what is missing. The prediction's arrays are `RowFile`s: they answer slices of rows, as all writers ask.
 
-        watch: is shown the stream before it runs, for its progress. Raises any PenumbraError, DiskFull among them; what
-        was done stays.
+        Raises any PenumbraError, DiskFull among them; what was done stays.
         """
         done = min(self._labels.num_rows, self._labels.shape[0] - 1)  # labels are written last
-        stream = self._segmenter.bands_from(done, self._image, self._options, limits=limits, cancelled=cancelled)
-        watch(stream)
+        bands = self._segmenter.bands_from(
+            done, self._image, self._options, limits=limits, cancelled=cancelled, progress=progress
+        )
         labels_HW, maps = cast(NDArray[np.uint8], self._labels), cast(dict[str, FloatArray], self._maps)
         with disk():
-            return collect(stream, self._options, Arrays(labels_HW, maps))
+            return collect(bands, self._options, labels_HW, maps)
 
 
 def _own(directory: Path) -> tuple[str, set[str]]:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -14,26 +15,29 @@ from penumbra.serving.engine.scheduler import Scheduler
 from penumbra.serving.engine.uncertainty import Band, abstain, read_out
 from penumbra.serving.engine.work import Work
 
+Progress = Callable[[int, int], object]
+"""Takes how many windows are done, and how many there are."""
+
 
 class BandStream:
     """The rows of one answer as they become final, and how long each phase took.
 
     The work is submitted when the first row is asked for and withdrawn when the caller stops, so that nothing stays
     in the queue that nobody waits for. Iterate once. abstain_above: entropy in nats above which a label is withheld.
-    num_done: windows so far; each: called after every one. Pixels without a measurement (`Raster.void`) have the label
-    IGNORE, and NaN for maps and probabilities. first_y: bands before this row are left out; not all of their windows
-    are run. timing_ms: `total` is clocked by whoever iterates.
+    Pixels without a measurement (`Raster.void`) have the label IGNORE, and NaN for maps and probabilities. first_y:
+    bands before this row are left out; not all of their windows are run. progress: called at first and after every
+    window. timing_ms: `total` is clocked by whoever iterates.
     work: with the samples that the answer has. Where it is `anytime` they can become fewer while it runs; bands then
     come from the first one again, and those before are void.
     """
 
     def __init__(
-        self, scheduler: Scheduler, work: Work, *, abstain_above: float | None = None, first_y: int = 0
-    ) -> None:
+        self, scheduler: Scheduler, work: Work, *, abstain_above: float | None = None, first_y: int = 0,
+        progress: Progress | None = None,
+    ) -> None:  # fmt: skip
         self._scheduler, self.work, self._first_y = scheduler, work, first_y
-        self.abstain_above = abstain_above
-        self.num_done = work.plan.num_windows - work.num_windows
-        self.each: Callable[[], object] = lambda: None
+        self._abstain_above, self._progress = abstain_above, progress or (lambda num_done, num_windows: None)
+        self._num_done = work.plan.num_windows - work.num_windows
         self.timing_ms: dict[str, float] = {"queue": 0.0, "run": 0.0, "stitch": 0.0, "read_out": 0.0, "total": 0.0}
 
     def __iter__(self) -> Iterator[Band]:
@@ -42,12 +46,13 @@ class BandStream:
         work = self.work
         new_canvas = partial(Canvas, work.plan, card.num_classes, num_extras=len(names), first_row=work.first_row)
         canvas = new_canvas()
+        self._progress(self._num_done, work.plan.num_windows)
         with self._scheduler.submit(work) as finished_windows:
             for window, moments in finished_windows:
                 if moments.num_samples != self.work.num_samples:
-                    self.work, canvas, self.num_done = replace(work, num_samples=moments.num_samples), new_canvas(), 0
-                self.num_done += 1
-                self.each()
+                    self.work, canvas, self._num_done = replace(work, num_samples=moments.num_samples), new_canvas(), 0
+                self._num_done += 1
+                self._progress(self._num_done, work.plan.num_windows)
                 with self.clock("stitch"):
                     canvas.add(window, moments)
                 for y0, merged_hKW, expected_hW, extras_hEW in canvas.finished(window):
@@ -56,27 +61,21 @@ class BandStream:
                     with self.clock("read_out"):
                         band = read_out(y0, merged_hKW, expected_hW, card=card, num_samples=self.work.num_samples)
                         band.maps.update(zip(names, extras_hEW.transpose(1, 0, 2), strict=True))
-                        if self.abstain_above is not None:
-                            abstain(band, above_nats=self.abstain_above)
+                        if self._abstain_above is not None:
+                            abstain(band, above_nats=self._abstain_above)
                         withhold_void(band, work.image_HW3)
                     yield band
         self.timing_ms["queue"] = 1e3 * finished_windows.queue_s
         self.timing_ms["run"] = 1e3 * finished_windows.run_s
 
-    def clock(self, phase: str) -> "_Clock":
-        """Adds the time spent in a `with` block to a phase."""
-        return _Clock(self.timing_ms, phase)
-
-
-class _Clock:
-    def __init__(self, timing_ms: dict[str, float], phase: str) -> None:
-        self._timing_ms, self._phase = timing_ms, phase
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._timing_ms[self._phase] += 1e3 * (time.perf_counter() - self._started)
+    @contextmanager
+    def clock(self, phase: str) -> Iterator[None]:
+        """Add the time spent in a `with` block to a phase."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timing_ms[phase] += 1e3 * (time.perf_counter() - started)
 
 
 def withhold_void(band: Band, image: Pixels) -> None:

@@ -15,13 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 import torch
 
 from penumbra.models.card import Card
 from penumbra.models.errors import BadArtifact, BadOption, PenumbraError, TooLarge, UnknownModel
 from penumbra.serving.engine.allocator import keep_freed_memory
-from penumbra.serving.engine.answer import Prediction, Unfolding, collect, new_arrays
-from penumbra.serving.engine.bands import BandStream
+from penumbra.serving.engine.answer import Prediction, collect
+from penumbra.serving.engine.bands import BandStream, Progress
 from penumbra.serving.engine.decode import check_array
 from penumbra.serving.engine.device import find_device
 from penumbra.serving.engine.noise import NoiseSource, SeededNoise
@@ -187,8 +188,9 @@ class Segmenter:
         return BandStream(self.scheduler, work, abstain_above=threshold_of(work, options))
 
     def bands_from(
-        self, y: int, image_HW3: Pixels, options: SegmentOptions, *, limits: Limits, cancelled: threading.Event
-    ) -> BandStream:
+        self, y: int, image_HW3: Pixels, options: SegmentOptions, *, limits: Limits, cancelled: threading.Event,
+        progress: Progress | None = None,
+    ) -> BandStream:  # fmt: skip
         """Long work that goes on where it ended: the band that holds row y, and those after it.
 
         It is bounded by `limits` in place of the segmenter's own and takes no place in the queue, so the caller bounds
@@ -198,7 +200,9 @@ class Segmenter:
         work = self._plan(image_HW3, options, limits=limits)
         first_y = work.plan.band_of(y)
         work = replace(work, cancelled=cancelled, first_row=work.plan.row_before(first_y), in_background=True)
-        return BandStream(self.scheduler, work, abstain_above=threshold_of(work, options), first_y=first_y)
+        return BandStream(
+            self.scheduler, work, abstain_above=threshold_of(work, options), first_y=first_y, progress=progress
+        )
 
     def _plan(self, image_HW3: Pixels, options: SegmentOptions, *, limits: Limits) -> Work:
         image = check_array(image_HW3, limits)
@@ -219,15 +223,11 @@ class Segmenter:
     ) -> Prediction:  # fmt: skip
         """Labels and uncertainty of one image: uint8 RGB [H, W, 3]. Raises any PenumbraError."""
         bands = self.bands(image_HW3, options, noise=noise, cancelled=cancelled, deadline=deadline)
-        return collect(bands, options, new_arrays(bands, options))
-
-    def unfold(
-        self, image_HW3: Pixels, options: SegmentOptions, *, cancelled: threading.Event | None = None,
-        deadline: float = float("inf"),
-    ) -> Unfolding:  # fmt: skip
-        """The same answer, read while it is made. Raises any PenumbraError, now or from its rows."""
-        bands = self.bands(image_HW3, options, cancelled=cancelled, deadline=deadline)
-        return Unfolding(bands, options, new_arrays(bands, options))
+        plan, card = bands.work.plan, bands.work.runtime.card
+        size = (plan.height, plan.width)
+        maps = {name: np.empty(size, np.float32) for name in options.maps(card)}
+        prob_KHW = np.empty((card.num_classes, *size), np.float32) if PROBABILITIES in options.outputs else None
+        return collect(bands, options, np.empty(size, np.uint8), maps, prob_KHW)
 
     def close(self) -> None:
         """Finish accepted work and release the models."""

@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import rasterio
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress as Bar
 from rich.table import Table
 
 from penumbra.models.card import UNITLESS
 from penumbra.models.errors import BadImage, BadOption
 from penumbra.models.files import write_whole
 from penumbra.serving.engine.answer import Prediction
-from penumbra.serving.engine.bands import BandStream
+from penumbra.serving.engine.bands import Progress
 from penumbra.serving.engine.decode import open_image
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.raster import RASTER_FAULTS, Raster, gdal, open_raster
@@ -38,9 +38,6 @@ BRIGHTEST_PERCENTILE = 99.5
 HEAD_BYTES = 1024
 """Bytes at either end of a file, where what wrote it says so."""
 Identity = tuple[int, int]
-
-Watch = Callable[[BandStream], object]
-"""Is shown the work before it runs, for its progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +57,9 @@ def predict_files(
     pictures = frozenset(map(identity, images))
     for path in images:
         try:
-            with watched(path.name) as watch:
+            with shown_progress(path.name) as progress:
                 outcome: Outcome | Exception = predict_file(
-                    segmenter, path, options, output, watch=watch, pictures=pictures
+                    segmenter, path, options, output, progress=progress, pictures=pictures
                 )
         except Exception as error:
             outcome = error
@@ -71,7 +68,7 @@ def predict_files(
 
 def predict_file(
     segmenter: Segmenter, path: Path, options: SegmentOptions, output: Path, *,
-    watch: Watch = lambda _: None, pictures: frozenset[Identity] = frozenset(),
+    progress: Progress | None = None, pictures: frozenset[Identity] = frozenset(),
 ) -> Outcome:  # fmt: skip
     """Segment one picture file and write `<stem>_*.png` and `<stem>_maps.npz`, for a raster `<stem>_*.tif`.
 
@@ -88,7 +85,7 @@ def predict_file(
         files |= {} if raster else {"maps": output / f"{path.stem}_maps.npz"}
         check_replaceable(files.values(), pictures)
         if raster:
-            return predict_raster(segmenter, path, raster, options, files, watch=watch)
+            return predict_raster(segmenter, path, raster, options, files, progress=progress)
         return predict_picture(segmenter, path, options, files)
     except BadImage as error:
         raise BadImage(f"{path}: {error}") from None
@@ -158,8 +155,9 @@ def predict_picture(
 
 
 def predict_raster(
-    segmenter: Segmenter, path: Path, raster: Raster, options: SegmentOptions, files: dict[str, Path], *, watch: Watch
-) -> Outcome:
+    segmenter: Segmenter, path: Path, raster: Raster, options: SegmentOptions, files: dict[str, Path], *,
+    progress: Progress | None,
+) -> Outcome:  # fmt: skip
     """Segment a raster of any size in bands, into `<stem>_labels.tif` and `<stem>_maps.tif`, which lie where it does.
 
     What is done is kept in `<stem>.partial` until all is; a run that was killed goes on from there.
@@ -167,7 +165,7 @@ def predict_raster(
     partial = files["labels"].with_name(f"{path.stem}.partial")
     about = path.stat()
     spool = Spool(partial, segmenter, raster, options, source=f"{path.name} {about.st_size} {about.st_mtime_ns}")
-    prediction = spool.fill(limits=LONG, cancelled=threading.Event(), watch=watch)
+    prediction = spool.fill(limits=LONG, cancelled=threading.Event(), progress=progress)
     started = time.perf_counter()
     for name, bands in (("labels", ("labels",)), ("maps", tuple(prediction.maps))):
         with disk():
@@ -188,15 +186,11 @@ def describe_outcome(outcome: Outcome) -> dict[str, Any]:
 
 
 @contextmanager
-def watched(title: str) -> Iterator[Watch]:
+def shown_progress(title: str) -> Iterator[Progress]:
     """A progress bar on stderr, where that is a terminal, while long work runs; short work shows none."""
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-
-        def watch(stream: BandStream) -> None:
-            task = bar.add_task(title, total=stream.work.plan.num_windows)
-            stream.each = lambda: bar.update(task, completed=stream.num_done)
-
-        yield watch
+    with Bar(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(title, total=None, visible=False)
+        yield lambda num_done, num_windows: bar.update(task, completed=num_done, total=num_windows, visible=True)
 
 
 def report(outcome: Outcome) -> None:

@@ -23,7 +23,7 @@ from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.http.admission import BENTO_PATHS
 from penumbra.serving.http.openapi import describe
-from penumbra.serving.render import IN_BANDS, choose_format, read_wish, render_with_notes
+from penumbra.serving.render import choose_format, read_wish, render_with_notes
 from penumbra.serving.statuses import UNEXPECTED, headers_of, status_of
 
 PRINTABLE = bytes(range(0x20, 0x7F)).decode().replace("%", "")
@@ -71,7 +71,7 @@ class Surface:
             options, style = read_wish(media, fields)
             prediction, (body, notes) = await self._gateway.answer(
                 data, options, lambda answer: render_with_notes(answer, media, style), request=tracked,
-                gone=lambda: disconnected(request), in_bands=media in IN_BANDS,
+                gone=lambda: disconnected(request),
             )  # fmt: skip
         prediction = dataclasses.replace(prediction, warnings=prediction.warnings + notes)
         return Response(body, media_type=media, headers=answer_headers(prediction, tracked.timing_ms))

@@ -17,7 +17,7 @@ from penumbra.serving.render.pictures import LEVELS, palette, write_png
 from penumbra.serving.render.regions import write_geojson
 from penumbra.serving.render.tables import write_json
 
-__all__ = ["IN_BANDS", "MAPLESS", "WRITERS", "Style", "choose_format", "palette", "read_wish", "render",
+__all__ = ["MAPLESS", "WRITERS", "Style", "choose_format", "palette", "read_wish", "render",
            "render_with_notes"]  # fmt: skip
 
 STYLE_OPTIONS = ("picture", "levels", "min_pixels")
@@ -57,8 +57,6 @@ WRITERS: dict[str, Write] = {
 
 MAPLESS = ("image/png", "image/tiff")
 """Formats that show one picture, and need no map but its own."""
-IN_BANDS = ("image/png", "image/tiff", "application/x-npz")
-"""Formats that are written from the top and say nothing that is known at the end."""
 WITH_MEANS = ("application/json", "application/geo+json")
 """Formats that tell the mean of every map."""
 

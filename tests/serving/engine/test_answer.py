@@ -1,5 +1,6 @@
-"""An answer that is read while it is made: the same arrays, each row as early as it is final."""
+"""Bands of an answer: each row as early as it is final, and all of them collected."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -8,11 +9,8 @@ import numpy as np
 import pytest
 
 from penumbra.models.errors import Cancelled
-from penumbra.serving.engine.answer import Unfolding, new_arrays
-from penumbra.serving.engine.bands import BandStream
-from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.options import Limits, SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.serving.render import IN_BANDS, Style, render
 from tests.conftest import picture
 
 TALL = (400, 70)
@@ -25,52 +23,33 @@ def segmenter(toy_store: Path) -> Iterator[Segmenter]:
         yield opened
 
 
-@pytest.fixture
-def bands(segmenter: Segmenter, rng: np.random.Generator) -> BandStream:
-    return segmenter.bands(picture(rng, *TALL), OPTIONS)
-
-
-def unfolding(bands: BandStream) -> Unfolding:
-    return Unfolding(bands, OPTIONS, new_arrays(bands, OPTIONS))
-
-
-def test_the_first_rows_are_read_when_the_first_row_of_windows_is_stitched(bands: BandStream) -> None:
-    with closing(unfolding(bands)) as answer:
-        rows = answer.begun.labels_HW[:4]
-        assert rows.shape == (4, TALL[1])
-        assert bands.num_done == len(bands.work.plan.starts_x) < bands.work.plan.num_windows
-
-
-def test_it_is_the_whole_answer_in_the_end(segmenter: Segmenter, rng: np.random.Generator) -> None:
-    image = picture(rng, *TALL)
-    whole = segmenter.segment(image, OPTIONS)
-    with closing(segmenter.unfold(image, OPTIONS)) as answer:
-        first = answer.begun.maps["entropy"][:100].copy()
-        answered = answer.finish()
-    assert np.array_equal(answered.labels_HW, whole.labels_HW)
-    assert np.array_equal(first, whole.maps["entropy"][:100])
-    assert all(np.array_equal(answered.maps[name], values) for name, values in whole.maps.items())
-
-
-@pytest.mark.parametrize("media", IN_BANDS)
-@pytest.mark.parametrize("shown", ["labels", "overlay", "entropy"])
-def test_what_is_written_meanwhile_has_the_bytes_of_what_is_written_afterwards(
-    segmenter: Segmenter, rng: np.random.Generator, media: str, shown: str
+def test_the_first_rows_are_final_when_the_first_row_of_windows_is_stitched(
+    segmenter: Segmenter, rng: np.random.Generator
 ) -> None:
-    image = picture(rng, 700, 70)  # more than one block of rows
-    with closing(segmenter.unfold(image, OPTIONS)) as answer:
-        early = render(answer.begun, media, Style(shown))
-    assert early == render(segmenter.segment(image, OPTIONS), media, Style(shown))
+    done: list[tuple[int, int]] = []
+    bands = segmenter.bands_from(
+        0, picture(rng, *TALL), OPTIONS, limits=Limits(), cancelled=threading.Event(),
+        progress=lambda *numbers: done.append(numbers),
+    )  # fmt: skip
+    with closing(iter(bands)) as rows:  # type: ignore[type-var]
+        assert next(rows).y0 == 0
+    in_a_row, num_windows = len(bands.work.plan.starts_x), bands.work.plan.num_windows
+    assert done == [(number, num_windows) for number in range(in_a_row + 1)] and in_a_row < num_windows
+    assert segmenter.scheduler.queued == (0, 0)
 
 
-def test_what_nobody_reads_leaves_the_queue(segmenter: Segmenter, bands: BandStream) -> None:
-    with closing(unfolding(bands)) as answer:
-        assert answer.begun.labels_HW[:1].size
-    assert segmenter.scheduler.queued[0] == 0
+def test_the_bands_are_the_whole_answer_in_the_end(segmenter: Segmenter, rng: np.random.Generator) -> None:
+    image = picture(rng, *TALL)
+    whole, bands = segmenter.segment(image, OPTIONS), list(segmenter.bands(image, OPTIONS))
+    assert np.array_equal(np.concatenate([band.labels for band in bands]), whole.labels_HW)
+    for name, values in whole.maps.items():
+        assert np.array_equal(np.concatenate([band.maps[name] for band in bands]), values)
 
 
-def test_a_cancelled_answer_says_so_to_its_reader(bands: BandStream) -> None:
-    with closing(unfolding(bands)) as answer:
-        bands.work.cancelled.set()
-        with pytest.raises(Cancelled):
-            answer.begun.labels_HW[-1:]
+def test_a_cancelled_answer_says_so_to_its_reader(segmenter: Segmenter, rng: np.random.Generator) -> None:
+    bands = segmenter.bands(picture(rng, *TALL), OPTIONS)
+    rows = iter(bands)
+    assert next(rows).labels.size
+    bands.work.cancelled.set()
+    with pytest.raises(Cancelled):
+        list(rows)

@@ -126,7 +126,7 @@ def test_a_spool_of_another_question_is_begun_anew(
         options = SegmentOptions(model="toy-latent", seed=seed)
         spool = Spool(tmp_path / "spool", segmenter, image, options, source=source)
         assert spool._labels.num_rows == 0
-        found = spool.fill(limits=LONG, cancelled=threading.Event(), watch=lambda _: None)
+        found = spool.fill(limits=LONG, cancelled=threading.Event())
         wanted = segmenter.segment(image, options)
         assert np.array_equal(found.labels_HW[:], wanted.labels_HW)
         assert np.array_equal(found.maps["entropy"][:], wanted.maps["entropy"])
@@ -139,7 +139,7 @@ def test_a_spool_goes_on_beside_no_file_of_somebodys_and_removes_its_own_alone(
 
     def spooled(seed: int) -> Spool:
         spool = Spool(place, segmenter, image, SegmentOptions(model="toy-latent", seed=seed), source="a")
-        spool.fill(limits=LONG, cancelled=threading.Event(), watch=lambda _: None)
+        spool.fill(limits=LONG, cancelled=threading.Event())
         return spool
 
     place.mkdir()  # as a run leaves it that is killed at its very beginning

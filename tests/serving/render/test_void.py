@@ -213,7 +213,7 @@ def test_rows_on_disk_are_void_too_and_counted_after_a_stop(
     raster = opened(with_nodata(tmp_path / "a.tif", pixels))
     for _ in range(2):  # the second has only the last band to run
         spool = Spool(tmp_path / "spool", segmenter, raster, ask(), source="a")
-        found = spool.fill(limits=LONG, cancelled=threading.Event(), watch=lambda _: None)
+        found = spool.fill(limits=LONG, cancelled=threading.Event())
         assert found.num_void == VOID.sum() and np.array_equal(found.labels_HW[:], void.labels_HW)
         assert np.array_equal(found.maps["entropy"][:], void.maps["entropy"], equal_nan=True)
 
