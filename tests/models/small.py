@@ -1,7 +1,9 @@
 """A small configuration of every network, with weights from a fixed seed."""
 
+import copy
 import warnings
 from dataclasses import asdict, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -93,9 +95,16 @@ def fresh(name: str, *, seed: int = 0) -> Network:
 
 
 def seeded(name: str, *, seed: int = 0) -> Network:
-    """The same in eval mode, with normalisations that have the statistics of noise: else activations fade."""
-    network = fresh(name, seed=seed)
-    with torch.random.fork_rng(), torch.no_grad():
+    """The same in eval mode, with normalisations that have the statistics of noise: else activations fade. It is the
+    caller's own.
+    """
+    return copy.deepcopy(_calibrated(name, seed))
+
+
+@cache
+def _calibrated(name: str, seed: int) -> Network:
+    with torch.inference_mode(False), torch.random.fork_rng(), torch.no_grad():
+        network = fresh(name, seed=seed)
         torch.manual_seed(seed)
         calibrate(network)
     return network.eval()

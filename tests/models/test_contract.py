@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -30,9 +31,9 @@ from penumbra.serving.engine.store import open_artifact
 from tests.models.small import SMALL, fresh, seeded
 
 every_network = pytest.mark.parametrize("name", SMALL)
-every_prompted = pytest.mark.parametrize("name", [name for name in SMALL if seeded(name).prompt.kind != "none"])
+every_prompted = pytest.mark.parametrize("name", [name for name in SMALL if fresh(name).prompt.kind != "none"])
 every_sampled = pytest.mark.parametrize(
-    "name", [name for name in SMALL if seeded(name).sampling.kind in ("latent", "dropout")]
+    "name", [name for name in SMALL if fresh(name).sampling.kind in ("latent", "dropout")]
 )
 every_method = pytest.mark.parametrize(
     "method", [m for m in methods().values() if m.name != "toy"], ids=lambda m: m.name
@@ -55,6 +56,7 @@ def noise(name: str, num_samples: int, num_windows: int = 2, *, prompt: bool = F
     return torch.from_numpy(np.stack(draws, axis=1))
 
 
+@cache
 def card_of(name: str) -> Card:
     network, config = seeded(name), SMALL[name]
     classes = tuple(ClassInfo(f"class {k}", (k, k, k)) for k in range(config.num_classes))
