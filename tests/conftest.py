@@ -11,16 +11,16 @@ from penumbra.export.bundle import export_network
 from penumbra.models.toy.cards import CLASSES, toy_card
 from penumbra.models.toy.net import ToyConfig
 
-settings.register_profile("penumbra", deadline=None)  # a busy machine is no failure
+# A busy machine is no failure, and what failed here fails everywhere.
+settings.register_profile("penumbra", deadline=None, derandomize=True)
 settings.load_profile("penumbra")
 
 __all__ = ["CLASSES", "GAIN", "picture", "toy_card"]
 GAIN = ToyConfig().gain
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_torch_thread() -> None:
-    """Small nets on a busy machine: a second thread costs more in waiting than it saves."""
+def pytest_configure() -> None:
+    """Small networks, and one process of tests for every core: a second thread costs more in waiting than it saves."""
     torch.set_num_threads(1)
 
 
