@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from penumbra.export.bundle import export_network
 from penumbra.models.card import WindowSpec
 from penumbra.models.toy.cards import toy_card
-from tests.serving.server import Server, serving, until
+from tests.serving.server import MEASURED, Server, serving, until
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 SETTLE_S = 30
@@ -101,7 +101,7 @@ def main(seconds: int, users: int, output: Path, classes: tuple[str, ...]) -> No
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
         fill(store)
-        with serving(store, Path(folder), threads=0) as server:
+        with serving(store, Path(folder), threads=0, **MEASURED) as server:
             seen = ask(server, output, seconds=seconds, users=users, classes=classes)
             with suppress(AssertionError):  # the verdict says what was left
                 until(lambda: not scrape(server)["penumbra_inflight"], bound_s=SETTLE_S)

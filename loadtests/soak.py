@@ -23,7 +23,7 @@ import numpy as np
 import psutil
 
 from loadtests.run import ask, fill, judge, scrape
-from tests.serving.server import serving, until
+from tests.serving.server import MEASURED, serving, until
 
 SLOPE_MB_PER_MINUTE, STEP_MB = 1.0, 48.0
 """Growth is more than a megabyte a minute over the warm part, and one step: memory that is used again but not given
@@ -120,7 +120,7 @@ def main(minutes: float, users: int, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         fill(Path(folder) / "store")
-        with serving(Path(folder) / "store", Path(folder)) as server:
+        with serving(Path(folder) / "store", Path(folder), **MEASURED) as server:
             with watching(server.process.pid) as readings:
                 seen = ask(server, output, seconds=round(60 * minutes), users=users, classes=())
                 until(lambda: not scrape(server)["penumbra_inflight"], bound_s=SETTLE_S)

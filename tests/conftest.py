@@ -10,13 +10,16 @@ from hypothesis import settings
 from penumbra.export.bundle import export_network
 from penumbra.models.toy.cards import CLASSES, toy_card
 from penumbra.models.toy.net import ToyConfig
+from penumbra.serving.engine.runtime import Tuning
 
 # A busy machine is no failure, and what failed here fails everywhere.
 settings.register_profile("penumbra", deadline=None, derandomize=True)
 settings.load_profile("penumbra")
 
-__all__ = ["CLASSES", "GAIN", "picture", "toy_card"]
+__all__ = ["CLASSES", "FIXED", "GAIN", "picture", "toy_card"]
 GAIN = ToyConfig().gain
+FIXED = Tuning(windows_per_batch=4, samples_per_call=4)
+"""Sizes that are the same everywhere, of more than one: measuring them takes 0.3 s a model."""
 
 
 def pytest_configure() -> None:

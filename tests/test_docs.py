@@ -15,7 +15,7 @@ from PIL import Image
 
 from penumbra.__main__ import main
 from penumbra.serving.settings import Settings
-from tests.serving.server import Server, serving
+from tests.serving.server import MEASURED, Server, serving
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,7 +45,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory):
     tiles.resize((480, 360), Image.Resampling.BICUBIC).save(folder / "street.jpg")
     Image.open(folder / "street.jpg").save(folder / "scene.tif")
     (folder / "models").symlink_to(ROOT / "models")
-    with serving(folder / "store", folder) as server:
+    with serving(folder / "store", folder, **MEASURED) as server:
         yield folder, server
 
 

@@ -19,7 +19,7 @@ from penumbra.models.errors import BadOption
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.windows import normalise
-from tests.conftest import CLASSES, picture, toy_card
+from tests.conftest import CLASSES, FIXED, picture, toy_card
 from tests.models.small import SMALL, seeded
 
 INPUTS = {
@@ -61,7 +61,7 @@ def test_an_ensembles_answer_is_the_mean_of_its_members_answers_alone(
     assert card.sampling.members == sum((expected[name.split()[0]] for name in names), ())
     image = picture(rng, 64, 80)
     export_checkpoint(tmp_path / "all.safetensors", tmp_path / "store")
-    with Segmenter.open(tmp_path / "store", threads=1, device="cpu") as segmenter:
+    with Segmenter.open(tmp_path / "store", threads=1, device="cpu", tuning=FIXED) as segmenter:
         prediction = segmenter.segment(image, SegmentOptions())
     assert prediction.members == card.sampling.members
     with torch.inference_mode():

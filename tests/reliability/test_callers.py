@@ -26,7 +26,7 @@ from loadtests.run import scrape
 from tests.reliability.load import HEADERS
 from tests.reliability.test_crash import worker_of
 from tests.reliability.test_shortage import labels_of
-from tests.serving.server import ROOT, Server, free_ports, serving, until
+from tests.serving.server import MEASURED, ROOT, Server, free_ports, serving, until
 
 pytestmark = pytest.mark.slow
 NUM_CALLERS, NUM_GOOD = 40, 4
@@ -77,7 +77,7 @@ FAULTS: dict[str, tuple[Callable[[socket.socket], None], bool]] = {
 
 @pytest.fixture(scope="module")
 def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(store, tmp_path_factory.mktemp("callers"), predrain_s=0) as started:
+    with serving(store, tmp_path_factory.mktemp("callers"), predrain_s=0, **MEASURED) as started:
         yield started
 
 
@@ -177,7 +177,7 @@ def test_behind_nginx_a_killed_server_costs_no_answer(store: Path, tmp_path: Pat
     """Of two servers one is killed with requests in flight: nginx asks the other."""
     (tmp_path / "second").mkdir()
     with (
-        serving(store, tmp_path / "second", predrain_s=0) as second,
+        serving(store, tmp_path / "second", predrain_s=0, **MEASURED) as second,
         proxied([server, second], tmp_path) as (port, grpc_port),
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False) as client,
     ):

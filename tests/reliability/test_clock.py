@@ -14,7 +14,7 @@ from loadtests.pictures import picture
 from loadtests.run import scrape
 from tests.reliability.load import HEADERS, Callers
 from tests.reliability.test_drain import infer
-from tests.serving.server import Server, serving, until
+from tests.serving.server import MEASURED, Server, serving, until
 
 pytestmark = pytest.mark.slow
 WEEK_S = 7 * 86_400
@@ -59,7 +59,10 @@ async def ask_while_it_jumps(server: Server, jump: Path) -> list[int]:
 
 
 def test_no_request_and_no_job_ends_or_waits_because_the_clock_jumps(store: Path, tmp_path: Path, jump: Path) -> None:
-    with serving(store, tmp_path, predrain_s=0, job_keep_s=10 * WEEK_S) as server, server.client() as client:
+    with (
+        serving(store, tmp_path, predrain_s=0, job_keep_s=10 * WEEK_S, **MEASURED) as server,
+        server.client() as client,
+    ):
         assert asyncio.run(ask_while_it_jumps(server, jump)) == [200, 200, 200]
         set_jump(jump, WEEK_S)
         answer = client.post("/jobs?model=toy-pointwise&overlap=0.5", content=picture("large", 9).png, headers=HEADERS)

@@ -10,7 +10,7 @@ import tritonclient.grpc as triton
 
 from loadtests.pictures import picture
 from tests.reliability.load import LOST, Callers, Outcome, closed_loop
-from tests.serving.server import Server, serving, until
+from tests.serving.server import MEASURED, Server, serving, until
 
 pytestmark = pytest.mark.slow
 USERS, KILLS = 4, 2
@@ -58,7 +58,7 @@ def test_a_killed_worker_loses_what_it_was_at_and_nothing_else(store: Path, tmp_
                 kills.append(await kill(server))
             return kills, await users
 
-    with serving(store, tmp_path, predrain_s=0) as server:
+    with serving(store, tmp_path, predrain_s=0, **MEASURED) as server:
         kills, outcomes = asyncio.run(load_and_kill(server))
         with triton.InferenceServerClient(server.grpc_address) as client:
             assert client.is_server_ready()
@@ -81,7 +81,7 @@ def test_a_worker_whose_supervisor_is_killed_finishes_its_work_and_ends(store: P
             server.process.kill()
             return (await asked).status
 
-    with serving(store, tmp_path, predrain_s=0.5) as server:
+    with serving(store, tmp_path, predrain_s=0.5, **MEASURED) as server:
         worker = worker_of(server)
         assert asyncio.run(ask_and_kill(server)) == 200
         gone, alive = psutil.wait_procs([worker], timeout=30)

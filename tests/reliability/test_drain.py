@@ -12,7 +12,7 @@ import tritonclient.grpc.aio as triton
 from loadtests.pictures import Picture, check, picture
 from loadtests.run import scrape
 from tests.reliability.load import CALLER_S, Callers
-from tests.serving.server import Server, serving, until
+from tests.serving.server import MEASURED, Server, serving, until
 
 pytestmark = pytest.mark.slow
 OVER_HTTP, OVER_GRPC, IN_FLIGHT = 80, 30, 100
@@ -43,7 +43,9 @@ async def ask_and_end(server: Server) -> tuple[list[int], float]:
 
 
 def test_of_a_hundred_requests_in_flight_at_sigterm_none_is_lost(store: Path, tmp_path: Path) -> None:
-    with serving(store, tmp_path, threads=0, predrain_s=0.5, limit_requests=OVER_HTTP + OVER_GRPC) as server:
+    with serving(
+        store, tmp_path, threads=0, predrain_s=0.5, limit_requests=OVER_HTTP + OVER_GRPC, **MEASURED
+    ) as server:
         statuses, seconds = asyncio.run(ask_and_end(server))
         assert statuses == [200] * OVER_HTTP
         assert server.process.wait(60) == 0

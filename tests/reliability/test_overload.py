@@ -17,7 +17,7 @@ from PIL import Image
 from loadtests.pictures import Picture, picture
 from loadtests.run import scrape
 from tests.reliability.load import Callers, Outcome, closed_loop, open_loop, percentile, within
-from tests.serving.server import Server, serving, until
+from tests.serving.server import MEASURED, Server, serving, until
 
 pytestmark = pytest.mark.slow
 REQUESTS = 12
@@ -33,7 +33,9 @@ SMALL, ROUNDS = 16, 3
 
 @pytest.fixture(scope="module")
 def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(store, tmp_path_factory.mktemp("loaded"), threads=0, predrain_s=0, limit_requests=REQUESTS) as started:
+    with serving(
+        store, tmp_path_factory.mktemp("loaded"), threads=0, predrain_s=0, limit_requests=REQUESTS, **MEASURED
+    ) as started:
         yield started
 
 

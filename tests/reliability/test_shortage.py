@@ -25,7 +25,7 @@ from penumbra.serving.engine.work import Cores
 from tests.reliability.load import HEADERS
 from tests.reliability.test_crash import worker_of
 from tests.serving.engine.test_scheduler import runtime, work
-from tests.serving.server import serving, until
+from tests.serving.server import MEASURED, serving, until
 
 pytestmark = pytest.mark.slow
 BATCH, SAMPLES, WINDOW = 16, 16, WindowSpec(512, 512)
@@ -96,7 +96,7 @@ def test_a_disk_that_is_full_fails_what_needs_it_and_nothing_else(store: Path, t
     upload = io.BytesIO()
     Image.fromarray(grain).save(upload, "PNG")
     assert len(upload.getvalue()) > FILE_BYTES > len(asked.png)
-    with serving(store, tmp_path, predrain_s=0, jobs=jobs) as server, server.client() as client:
+    with serving(store, tmp_path, predrain_s=0, jobs=jobs, **MEASURED) as server, server.client() as client:
 
         def send(content: bytes) -> httpx.Response:
             headers = HEADERS | {"Accept": "application/x-npz"}

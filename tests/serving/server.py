@@ -15,6 +15,10 @@ from pathlib import Path
 import httpx
 
 ROOT = Path(__file__).parents[2]
+FIXED = {"windows_per_batch": 4, "samples_per_call": 4}
+"""As `tests.conftest.FIXED`."""
+MEASURED = {"windows_per_batch": 0, "samples_per_call": 0}
+"""As a server does by itself, which takes it 0.3 s a model: for tests of how much it can do."""
 START_S, END_S = 300, 30
 """Bounds of waiting, not expectations: reached only when something is wrong."""
 
@@ -40,7 +44,7 @@ def until(condition: Callable[[], object], *, bound_s: float = START_S) -> None:
 
 @contextmanager
 def serving(store: Path, directory: Path, **settings: object) -> Iterator[Server]:
-    """A ready server over a store. settings: PENUMBRA_* variables by name."""
+    """A ready server over a store. settings: PENUMBRA_* variables by name; sizes of batches are `FIXED`."""
     with starting(store, directory, **settings) as server:
         until(lambda: server.process.poll() is not None or _is_ready(server))
         assert server.process.poll() is None, f"the server ended:\n{server.log.read_text()}"
@@ -53,7 +57,7 @@ def starting(store: Path, directory: Path, **settings: object) -> Iterator[Serve
     port, grpc_port = free_ports(2)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PENUMBRA_", "BENTOML_"))}
     environment |= {"HOME": str(directory), "TMPDIR": str(directory), "PENUMBRA_THREADS": "1"}
-    environment |= {f"PENUMBRA_{name.upper()}": str(value) for name, value in settings.items()}
+    environment |= {f"PENUMBRA_{name.upper()}": str(value) for name, value in (FIXED | settings).items()}
     command = [sys.executable, "-m", "penumbra", "serve", "--store", str(store)]
     command += ["--port", str(port), "--grpc-port", str(grpc_port)]
     log = directory / "server.log"

@@ -27,7 +27,7 @@ from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.render import WRITERS, Style, render
 from penumbra.serving.telemetry import Telemetry
-from tests.conftest import picture, toy_card
+from tests.conftest import FIXED, picture, toy_card
 from tests.serving.server import serving
 
 IMAGE = picture(np.random.Generator(np.random.PCG64(0)), 20, 30)
@@ -39,7 +39,7 @@ SIZE = 2 * 3 * 600 + 600 * (1 + 3 * 4)
 
 @pytest.fixture(scope="module")
 def segmenter(toy_store: Path) -> Iterator[Segmenter]:
-    with Segmenter(threads=1, device="cpu") as opened:
+    with Segmenter(threads=1, device="cpu", tuning=FIXED) as opened:
         for name in ("toy-latent", "toy-pointwise"):
             opened.load(toy_store / name / "1")
         yield opened
@@ -121,7 +121,7 @@ def test_what_is_wrong_is_refused_whether_or_not_the_answer_is_there(segmenter: 
 
 
 def test_an_artifact_that_was_loaded_again_answers_anew(toy_store: Path) -> None:
-    with Segmenter(threads=1, device="cpu") as segmenter:
+    with Segmenter(threads=1, device="cpu", tuning=FIXED) as segmenter:
         segmenter.load(toy_store / "toy-latent" / "1")
         cached = gateway(segmenter)
         ask(cached)

@@ -25,7 +25,7 @@ from penumbra.serving.http.admission import Bodies
 from penumbra.serving.http.routes import ERROR_HANDLERS
 from penumbra.serving.oip.protocol import Inference
 from penumbra.serving.telemetry import Telemetry
-from tests.conftest import picture
+from tests.conftest import FIXED, picture
 
 OPTIONS = SegmentOptions(model="toy-pointwise")
 IMAGE = picture(np.random.Generator(np.random.PCG64(0)), 20, 30)
@@ -34,7 +34,7 @@ WAIT_S = 30
 
 @pytest.fixture(scope="module")
 def segmenter(toy_store: Path) -> Iterator[Segmenter]:
-    with Segmenter.open(toy_store, threads=1, device="cpu") as opened:
+    with Segmenter.open(toy_store, threads=1, device="cpu", tuning=FIXED) as opened:
         yield opened
 
 

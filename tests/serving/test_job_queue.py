@@ -20,7 +20,7 @@ from penumbra.serving.gateway import Gateway
 from penumbra.serving.job import Job
 from penumbra.serving.jobs import JobBounds, Jobs
 from penumbra.serving.telemetry import Telemetry
-from tests.conftest import picture, toy_card
+from tests.conftest import FIXED, picture, toy_card
 from tests.serving.server import until
 
 NPZ, MODEL = "application/x-npz", "toy-latent"
@@ -29,7 +29,7 @@ NPZ, MODEL = "application/x-npz", "toy-latent"
 @contextmanager
 def opened(store: Path, directory: Path, *, waiting: int = 5, keep_s: float = 3600) -> Iterator[tuple[Jobs, Gateway]]:
     """The jobs of a directory beside a ready gateway; not yet running."""
-    with Segmenter.open(store, threads=1) as segmenter:
+    with Segmenter.open(store, threads=1, tuning=FIXED) as segmenter:
         gateway = Gateway(segmenter, Telemetry(), limit_requests=1, timeout_s=60)
         gateway.state = "ready"
         jobs = Jobs(directory, gateway, bounds=JobBounds(10**6, 10**6, waiting, keep_s), store=store)

@@ -22,7 +22,7 @@ from penumbra.serving.oip.grpc import Calls
 from penumbra.serving.oip.protocol import Inference, InferRequest, answer_of
 from penumbra.serving.render.tables import facts
 from penumbra.serving.telemetry import Telemetry
-from tests.conftest import picture
+from tests.conftest import FIXED, picture
 from tests.serving.server import Server
 
 IMAGE = picture(np.random.Generator(np.random.PCG64(0)), 120, 120)
@@ -47,7 +47,7 @@ def test_an_anytime_answer_with_time_enough_has_all_its_samples_and_says_so(clie
 
 
 def test_fewer_samples_are_told_by_every_surface(toy_store: Path) -> None:
-    with Segmenter(threads=1, device="cpu") as segmenter:
+    with Segmenter(threads=1, device="cpu", tuning=FIXED) as segmenter:
         segmenter.load(toy_store / "toy-latent" / "1")
         prediction = segmenter.segment(IMAGE, SegmentOptions("toy-latent", samples=3))
     early = replace(prediction, num_asked=64)
@@ -73,7 +73,7 @@ def test_grpcs_own_timeout_is_a_deadline(toy_store: Path, within_s: float | None
     message = triton.service_pb2.ModelInferRequest(model_name="toy-latent", raw_input_contents=[pixels.tobytes()])
     message.inputs.add(name="image", datatype="UINT8", shape=pixels.shape)
     context = SimpleNamespace(invocation_metadata=lambda: (), time_remaining=lambda: within_s)
-    with Segmenter(threads=1, device="cpu") as segmenter:
+    with Segmenter(threads=1, device="cpu", tuning=FIXED) as segmenter:
         segmenter.load(toy_store / "toy-latent" / "1")
         gateway = Gateway(segmenter, Telemetry(), limit_requests=2, timeout_s=60)
         gateway.state = "ready"

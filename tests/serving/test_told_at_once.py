@@ -36,7 +36,7 @@ from penumbra.serving.oip.grpc_server import GrpcServer
 from penumbra.serving.oip.protocol import Inference
 from penumbra.serving.render import render
 from penumbra.serving.telemetry import Telemetry
-from tests.conftest import picture, toy_card
+from tests.conftest import FIXED, picture, toy_card
 from tests.serving.server import free_port
 
 WAIT_S = 30
@@ -71,7 +71,7 @@ def gate() -> Iterator[Gate]:
 
 @pytest.fixture
 def gateway(toy_store: Path, gate: Gate) -> Iterator[Gateway]:
-    segmenter = Segmenter(threads=1, device="cpu")
+    segmenter = Segmenter(threads=1, device="cpu", tuning=FIXED)
     for name in ("toy-pointwise", "toy-latent"):
         segmenter.load(toy_store / name / "1")
     made = Gateway(segmenter, Telemetry(), limit_requests=1, timeout_s=60, cache_bytes=2**20)

@@ -18,6 +18,7 @@ from penumbra.serving.gateway import Gateway
 from penumbra.serving.oip.protocol import Inference
 from penumbra.serving.telemetry import Telemetry
 from penumbra.serving.watch import StoreWatch, look
+from tests.conftest import FIXED
 from tests.serving.http.test_http import PNG
 from tests.serving.server import serving, until
 
@@ -34,7 +35,7 @@ class Watched:
 
     def __init__(self, store: Path) -> None:
         before = look(store)
-        self.segmenter = Segmenter.open(store, threads=1)
+        self.segmenter = Segmenter.open(store, threads=1, tuning=FIXED)
         gateway = Gateway(self.segmenter, Telemetry(), limit_requests=2, timeout_s=60)
         self.inference = Inference(gateway, store=store)
         self.watch = StoreWatch(store, before, every_s=3600, inference=self.inference)

@@ -11,7 +11,7 @@ import pytest
 from penumbra.models.errors import Cancelled
 from penumbra.serving.engine.options import Limits, SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
-from tests.conftest import picture
+from tests.conftest import FIXED, picture
 
 TALL = (400, 70)
 OPTIONS = SegmentOptions("toy-latent", samples=4, seed=3)
@@ -19,7 +19,7 @@ OPTIONS = SegmentOptions("toy-latent", samples=4, seed=3)
 
 @pytest.fixture(scope="module")
 def segmenter(toy_store: Path) -> Iterator[Segmenter]:
-    with Segmenter.open(toy_store, threads=1) as opened:
+    with Segmenter.open(toy_store, threads=1, tuning=FIXED) as opened:
         yield opened
 
 

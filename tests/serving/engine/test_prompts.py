@@ -17,7 +17,7 @@ from penumbra.serving.engine.prompts import check_prompt
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.windows import cover
-from tests.conftest import GAIN, picture, toy_card
+from tests.conftest import FIXED, GAIN, picture, toy_card
 
 HEIGHT, WIDTH = 70, 101
 BOXES = ((10.0, 5.0, 60.0, 40.0, 1), (40.0, 20.0, 101.0, 70.0, "blue"))
@@ -25,7 +25,7 @@ BOXES = ((10.0, 5.0, 60.0, 40.0, 1), (40.0, 20.0, 101.0, 70.0, "blue"))
 
 @pytest.fixture(scope="module")
 def segmenter(toy_store: Path) -> Iterator[Segmenter]:
-    with Segmenter.open(toy_store, threads=1, device="cpu") as opened:
+    with Segmenter.open(toy_store, threads=1, device="cpu", tuning=FIXED) as opened:
         yield opened
 
 
@@ -244,7 +244,10 @@ def test_a_graph_with_another_number_of_maps_than_its_card_is_refused(tmp_path: 
     file = directory / "card.json"
     extra = '{"name": "second", "description": "", "unit": ""}'
     file.write_text(file.read_text().replace('"extra_maps": [', f'"extra_maps": [{extra}, '))
-    with Segmenter(device="cpu", threads=1) as segmenter, pytest.raises(BadArtifact, match="gives 1 maps of its own"):
+    with (
+        Segmenter(device="cpu", threads=1, tuning=FIXED) as segmenter,
+        pytest.raises(BadArtifact, match="gives 1 maps of its own"),
+    ):
         segmenter.load(directory)
 
 

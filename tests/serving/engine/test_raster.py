@@ -22,7 +22,7 @@ from penumbra.serving.engine.decode import decode_image, measure_image
 from penumbra.serving.engine.options import Limits, SegmentOptions
 from penumbra.serving.engine.raster import Raster, open_raster
 from penumbra.serving.engine.segmenter import Segmenter
-from tests.conftest import picture
+from tests.conftest import FIXED, picture
 
 PLACE = {"crs": "EPSG:32631", "transform": from_origin(500_000, 5_800_000, 2, 3)}
 GREY = [255, 1023, 2047, 4095, 16383, 65535]
@@ -355,7 +355,7 @@ def test_void_has_no_label_and_warnings_are_in_the_answer(toy_store: Path, rgb: 
     alpha = np.full(rgb.shape[:2], 255, np.uint8)
     alpha[:, :20] = 0
     raster = opened(tiff(np.dstack((rgb, alpha, alpha)), colours="red green blue alpha undefined"))
-    with Segmenter.open(toy_store, device="cpu", threads=1) as segmenter:
+    with Segmenter.open(toy_store, device="cpu", threads=1, tuning=FIXED) as segmenter:
         prediction = segmenter.segment(raster, SegmentOptions(model="toy-pointwise"))
     assert np.array_equal(prediction.labels_HW == IGNORE, alpha == 0)
     assert any("not used: band 5" in warning for warning in prediction.warnings)

@@ -36,14 +36,14 @@ from penumbra.serving.engine.options import PROBABILITIES, Limits, SegmentOption
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import CARD, GOLDEN, sha256_of
-from tests.conftest import GAIN, picture, toy_card
+from tests.conftest import FIXED, GAIN, picture, toy_card
 
 SIZES = [(1, 1), (7, 200), (32, 48), (33, 49), (90, 121), (200, 64)]
 
 
 @pytest.fixture(scope="module")
 def segmenter(toy_store: Path) -> Iterator[Segmenter]:
-    with Segmenter.open(toy_store, threads=1, device="cpu") as opened:
+    with Segmenter.open(toy_store, threads=1, device="cpu", tuning=FIXED) as opened:
         yield opened
 
 
@@ -105,7 +105,7 @@ def test_two_samples_that_disagree_completely_carry_ln2_nats(tmp_path: Path, rng
     export_network(network, card, tmp_path)
     image = np.full((50, 70, 3), 128, np.uint8)
     image[:, :, 0], image[:, :, 2] = 255, 0
-    with Segmenter.open(tmp_path, threads=1, device="cpu") as opened:
+    with Segmenter.open(tmp_path, threads=1, device="cpu", tuning=FIXED) as opened:
         prediction = opened.segment(image, ask("steep"))
     for name in ("entropy", "mutual_information"):
         np.testing.assert_allclose(prediction.maps[name], math.log(2), atol=1e-5)
@@ -137,7 +137,7 @@ def test_what_overlapping_windows_of_one_pass_disagree_about_is_its_seam(tmp_pat
     card = toy_card("pointwise", window=WindowSpec(32, 40, overlap=0.5, blend="uniform"))[0]
     export_network(Placed(ToyConfig()), card, tmp_path)
     image, asked = np.zeros((32, 60, 3), np.uint8), SegmentOptions("toy-pointwise", outputs=("default", "seam"))
-    with Segmenter.open(tmp_path, threads=1, device="cpu") as opened:
+    with Segmenter.open(tmp_path, threads=1, device="cpu", tuning=FIXED) as opened:
         prediction = opened.segment(image, asked)
         apart = opened.segment(np.zeros((32, 80, 3), np.uint8), replace(asked, overlap=0.0))
     assert not apart.maps["seam"].any()
@@ -210,7 +210,7 @@ class Glaring(ToyNetwork):
 
 def test_a_map_of_the_models_own_that_is_not_finite_is_a_fault_too(tmp_path: Path, rng: np.random.Generator) -> None:
     export_network(Glaring(ToyConfig(form="bright")), toy_card("bright")[0], tmp_path)
-    with Segmenter.open(tmp_path, threads=1, device="cpu") as opened:
+    with Segmenter.open(tmp_path, threads=1, device="cpu", tuning=FIXED) as opened:
         asked, image = SegmentOptions("toy-bright", outputs=("brightness",)), picture(rng, 60, 80)
         assert np.isfinite(opened.segment(image, asked).maps["brightness"]).all()
         image[50, 70] = 255
@@ -226,7 +226,10 @@ def test_own_maps_belong_to_the_golden_window(toy_store: Path, tmp_path: Path, w
     card = json.loads((place / CARD).read_text("utf-8"))
     card["export"]["files"][GOLDEN] = sha256_of(place / GOLDEN)
     (place / CARD).write_text(json.dumps(card), "utf-8")
-    with Segmenter(threads=1, device="cpu") as segmenter, pytest.raises(BadArtifact, match="golden window"):
+    with (
+        Segmenter(threads=1, device="cpu", tuning=FIXED) as segmenter,
+        pytest.raises(BadArtifact, match="golden window"),
+    ):
         segmenter.load(place)
 
 
@@ -245,7 +248,7 @@ def test_a_broken_artifact_is_listed_as_refused_and_keeps_no_other_away(
         graph.unlink()
     else:
         (graph.parent / "card.json").write_text("{}")
-    with Segmenter.open(store, threads=1, device="cpu") as opened:
+    with Segmenter.open(store, threads=1, device="cpu", tuning=FIXED) as opened:
         others = sorted(path.name for path in toy_store.iterdir() if path.name != "toy-latent")
         assert [card.name for card in opened.cards()] == others
         assert list(opened.refused) == ["toy-latent"]
@@ -257,7 +260,7 @@ def test_a_broken_artifact_is_listed_as_refused_and_keeps_no_other_away(
 def test_an_artifact_in_a_directory_of_another_name_is_refused(toy_store: Path, tmp_path: Path) -> None:
     """Or one model could be listed under one name and found under another."""
     copy = Path(shutil.copytree(toy_store / "toy-latent" / "1", tmp_path / "renamed" / "1"))
-    with Segmenter(threads=1, device="cpu") as segmenter, pytest.raises(BadArtifact, match="renamed"):
+    with Segmenter(threads=1, device="cpu", tuning=FIXED) as segmenter, pytest.raises(BadArtifact, match="renamed"):
         segmenter.load(copy)
 
 
@@ -283,7 +286,7 @@ def test_every_refusal_comes_before_any_window_runs(segmenter: Segmenter, rng: n
 
 
 def test_too_many_windows_are_refused_with_a_remedy(toy_store: Path, rng: np.random.Generator) -> None:
-    with Segmenter(limits=Limits(windows=3), threads=1, device="cpu") as segmenter:
+    with Segmenter(limits=Limits(windows=3), threads=1, device="cpu", tuning=FIXED) as segmenter:
         segmenter.load(toy_store / "toy-pointwise" / "1")
         with pytest.raises(TooLarge, match="needs 4 windows and the limit is 3; lower the overlap"):
             segmenter.segment(picture(rng, 40, 60), ask("toy-pointwise"))
@@ -320,7 +323,7 @@ def test_bands_follow_each_other_down_the_image(segmenter: Segmenter, rng: np.ra
 def test_a_whole_image_window_serves_any_size(tmp_path: Path, rng: np.random.Generator) -> None:
     card, network = toy_card("pointwise", name="whole", window=WindowSpec(0, 0))
     export_network(network, card, tmp_path)
-    with Segmenter.open(tmp_path, threads=1, device="cpu") as opened:
+    with Segmenter.open(tmp_path, threads=1, device="cpu", tuning=FIXED) as opened:
         for size in SIZES:
             image = picture(rng, *size)
             prediction = opened.segment(image, SegmentOptions("whole"))
@@ -357,5 +360,5 @@ def test_the_probabilities_are_those_that_labels_and_maps_are_read_from(
 
 def test_probabilities_beyond_their_limit_are_refused_with_their_size(toy_store: Path) -> None:
     too_large = pytest.raises(TooLarge, match=r"at 34x21 px have [0-9,]+ bytes and the limit is 1,000")
-    with Segmenter.open(toy_store, limits=Limits(probability_bytes=1000)) as segmenter, too_large:
+    with Segmenter.open(toy_store, limits=Limits(probability_bytes=1000), tuning=FIXED) as segmenter, too_large:
         segmenter.segment(np.zeros((21, 34, 3), np.uint8), SegmentOptions("toy-latent", outputs=(PROBABILITIES,)))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from penumbra.models.errors import BadArtifact
 from penumbra.serving.engine.runtime import Piece, Runtime, Tuning, is_out_of_memory
 from penumbra.serving.engine.segmenter import Segmenter
+from tests.conftest import FIXED
 
 TOO_MANY = 2**24
 """Its square in float32 is a petabyte."""
@@ -177,8 +178,8 @@ def test_a_model_that_fails_while_it_is_loaded_is_refused_by_name_and_keeps_no_o
         check(runtime)
 
     monkeypatch.setattr(Runtime, "check_golden", fail)
-    with Segmenter(threads=1, device="cpu") as direct, pytest.raises(BadArtifact, match=sentence):
+    with Segmenter(threads=1, device="cpu", tuning=FIXED) as direct, pytest.raises(BadArtifact, match=sentence):
         direct.load(toy_store / "toy-latent" / "1")
-    with Segmenter.open(toy_store, threads=1, device="cpu") as segmenter:
+    with Segmenter.open(toy_store, threads=1, device="cpu", tuning=FIXED) as segmenter:
         assert sentence in segmenter.refused["toy-latent"]
         assert "toy-pointwise" in {card.name for card in segmenter.cards()}

@@ -13,6 +13,7 @@ from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.oip.protocol import Inference
 from penumbra.serving.telemetry import Telemetry
+from tests.conftest import FIXED
 from tests.serving.engine.test_scheduler import WAIT_S
 
 MODELS = ("toy-latent", "toy-opposed", "toy-pointwise")
@@ -20,7 +21,7 @@ MODELS = ("toy-latent", "toy-opposed", "toy-pointwise")
 
 @pytest.fixture
 def segmenter(toy_store: Path) -> Iterator[Segmenter]:
-    with Segmenter(threads=1, device="cpu") as opened:
+    with Segmenter(threads=1, device="cpu", tuning=FIXED) as opened:
         for name in MODELS:
             opened.load(toy_store / name / "1")
         yield opened

@@ -23,7 +23,7 @@ from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.files.batch import FORMATS, ask, find_tasks, run_batch
 from penumbra.serving.files.inputs import MANIFEST
 from penumbra.serving.files.receipts import FOLDER
-from tests.conftest import picture
+from tests.conftest import FIXED, picture
 from tests.serving.server import ROOT, until
 
 NAMES = ("a.png", "b.jpg", "deep/c.tif", "deep/er/d.webp")
@@ -73,7 +73,7 @@ def test_a_folder_gives_one_answer_per_image_in_the_same_folders(toy_store: Path
     assert json.loads(result.stdout) == {"made": 4, "kept": 0, "failed": 0, "skipped": 1}
     made = answers(out)
     assert set(made) == {"a.png", "b.png", "deep/c.png", "deep/er/d.png"}
-    with Segmenter.open(toy_store, threads=1) as segmenter:
+    with Segmenter.open(toy_store, threads=1, tuning=FIXED) as segmenter:
         pixels = np.asarray(Image.open(images / "a.png"))
         wanted = segmenter.segment(pixels, SegmentOptions(model="toy-pointwise")).labels_HW
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(made["a.png"]))), wanted)
