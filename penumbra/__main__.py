@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from penumbra.failures import Verbs, sentence_of
-from penumbra.options import JSON, STORE, of_answers, of_frames
+from penumbra.options import JSON, STORE, from_table, of_answers, of_frames
 from penumbra.serving.build import print_version
 
 BENTOML = (
@@ -126,7 +126,7 @@ def predict(
 @click.argument("output")
 @click.option("--model", "-m", help="Which model; may be left out when the store has one.")
 @click.option("--format", "-f", default="png", show_default=True, help="png, json, npz, geojson or tif.")
-@click.option("--picture", help="What a png or tif shows: labels, overlay or the name of a map.")
+@from_table("picture")
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
 @of_answers
 @STORE

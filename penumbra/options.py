@@ -1,11 +1,13 @@
 """Options that several verbs of the command share."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from penumbra.models.errors import BadOption
+from penumbra.serving.engine.options import OPTIONS
 
 
 def _of_known_environment(_: click.Context, __: click.Parameter, store: Path) -> Path:
@@ -26,19 +28,18 @@ STORE = click.option(
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
 
+def from_table(name: str) -> Callable[[Any], Any]:
+    """An option of `POST /segment` as an option of the command."""
+    kind = {"integer": int, "number": float, "string": str}[OPTIONS[name].schema["type"]]
+    default = 0 if name == "seed" else None  # the others stay unsaid, also in the question that a batch keeps
+    flag = f"--{name.replace('_', '-')}"
+    return click.option(flag, type=kind, default=default, show_default=True, help=OPTIONS[name].about)
+
+
 def of_answers(verb: Any) -> Any:
-    """The options of an answer, which are those of `POST /segment`."""
-    for option in (
-        click.option("--max-risk", type=float, help="Withhold uncertain pixels until at most this share is wrong."),
-        click.option("--alpha", type=float, help="Weight of the network that sees the boxes."),
-        click.option("--tags", help="For models that take them: classes in the picture, comma-separated."),
-        click.option("--boxes", help="For models that take them: JSON list of [x0, y0, x1, y1, class]."),
-        click.option("--outputs", help="Maps to write, comma-separated; a model's own too."),
-        click.option("--overlap", type=float, help="Share of a window that its neighbour covers too, 0 to 0.9."),
-        click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same answer."),
-        click.option("--samples", type=int, help="How many samples to draw."),
-    ):
-        verb = option(verb)
+    """The options of an answer that a file can have too."""
+    for name in ("max_risk", "alpha", "tags", "boxes", "outputs", "overlap", "seed", "samples"):
+        verb = from_table(name)(verb)
     return verb
 
 

@@ -45,7 +45,7 @@ from penumbra.serving.engine.work import Cancellation
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.http.routes import answer_headers
 from penumbra.serving.job import Job, State, is_upload, lock, read_job, save_job
-from penumbra.serving.render import MAPLESS, WRITERS, Style, read_wish
+from penumbra.serving.render import MAPLESS, WRITERS, Style, parse_request
 from penumbra.serving.spool import LONG, Spool, disk, spool_bytes
 
 log = logging.getLogger("penumbra")
@@ -134,11 +134,11 @@ class Jobs:
 
     def check(self, media: str, fields: Mapping[str, str]) -> None:
         """Raises BadOption for options that no job takes, before a body is read."""
-        check_long(read_wish(media, fields)[0])
+        check_long(parse_request(media, fields)[0])
 
     def submit(self, place: Path, media: str, fields: Mapping[str, str]) -> dict[str, Any]:
         """Make a job of an upload `place/image`. Raises whatever `POST /segment` refuses, and DiskFull."""
-        options, style = read_wish(media, fields)
+        options, style = parse_request(media, fields)
         check_long(options)
         height, width = measure_image(place / "image", self._limits)
         runtime, _, _ = self._gateway.segmenter.check(height, width, options, limits=self._limits)
@@ -258,7 +258,7 @@ class Jobs:
         place = self._directory / job.id
         job.attempts += 1
         save_job(self._directory / job.id, job)
-        options, style = read_wish(job.media, job.fields)
+        options, style = parse_request(job.media, job.fields)
         options = spooled(options, job.media, style)
         image = open_image(place / "image", self._limits)
         with self._loaded(options):

@@ -1,15 +1,17 @@
-"""What a caller may ask for, and the limits within which it may ask."""
+"""What a caller may ask for: one table of options that every surface reads, and the limits within which it may ask.
+
+A row of the table is a field of `SegmentOptions` or `Style`. Beside its name, type and default it has an `Option`.
+"""
 
 import json
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from penumbra.models.card import Card
+from penumbra.models.card import KNOWN_MAPS, Card
 from penumbra.models.errors import BadOption
-from penumbra.serving.engine.prompts import MAX_BOXES, Box
 
 DEFAULT = "default"
 """The output that stands for those of `DEFAULT_MAPS` that an answer has (`penumbra.models.card.Card.maps`)."""
@@ -18,90 +20,45 @@ PROBABILITIES = "probabilities"
 """The output that has every class's mean probability, [K, H, W]: as large as K maps, for answers held in memory."""
 PILLOW_PIXELS = 178_956_970
 """Pillow opens no picture of more pixels."""
+MAX_BOXES = 1000
+LEVELS = (32, 256, 65536)
+"""Levels of grey in a map's picture. 32 are what an eye tells apart, at a tenth of the bytes of 65536."""
+
+Box = tuple[float, float, float, float, int | str]
+"""x0, y0, x1, y1 and a class, as `penumbra.serving.engine.prompts` has it."""
 
 
 @dataclass(frozen=True, slots=True)
-class SegmentOptions:
-    """Options of one request; None means the card's default.
+class Option:
+    """What the table says of an option beside its name, type and default.
 
-    samples: S. seed: of the noise, 0 .. 2^63 - 1; the same seed gives the same answer. overlap: share of a
-    window covered again by its neighbour, 0 .. 0.9. outputs: which maps of `penumbra.serving.engine.uncertainty`, or of
-    the model's own, DEFAULT for the usual ones, and whether PROBABILITIES. boxes, tags: prompts
-    (`penumbra.serving.engine.prompts`), for models that take them; alpha: weight of the network that sees the boxes in
-    a linear self-correction. max_risk: share of the pixels that may be answered and wrong, 0 .. 1; the most uncertain
-    ones then become `penumbra.models.card.IGNORE`, for models whose card is calibrated.
-    deadline_ms: from a request's arrival; later than that its answer is of no use to the caller. anytime: answer with
-    fewer samples, the first ones of the same seed, where all would take longer. priority: 1 (first) to 3 (last), and 0
-    for the middle.
+    read: its value from its name and text; raises BadOption. schema: of JSON, with the default and the range. about:
+    a sentence for callers. right: what is right, in words, where that does not depend on the model.
     """
 
-    model: str | None = None
-    version: int | None = None
-    samples: int | None = None
-    seed: int = 0
-    overlap: float | None = None
-    outputs: tuple[str, ...] = (DEFAULT,)
-    boxes: tuple[Box, ...] = ()
-    tags: tuple[str | int, ...] = ()
-    alpha: float | None = None
-    max_risk: float | None = None
-    deadline_ms: float | None = None
-    anytime: bool = False
-    priority: int = 0
+    read: Callable[[str, str], Any]
+    schema: Mapping[str, Any]
+    about: str
+    right: str = ""
 
-    def num_samples(self, card: Card) -> int:
-        """The number of samples of the answer, unless `anytime` lets it have fewer."""
-        usual = card.sampling_with(prompt=bool(self.boxes or self.tags)).default_samples
-        return usual if self.samples is None else self.samples
-
-    def named(self, card: Card) -> tuple[str, ...]:
-        """The outputs by name, each once."""
-        usual = [name for name in card.maps(self.num_samples(card)) if name in DEFAULT_MAPS]
-        return tuple(dict.fromkeys(name for asked in self.outputs for name in (usual if asked == DEFAULT else [asked])))
-
-    def maps(self, card: Card) -> tuple[str, ...]:
-        """The outputs [H, W] by name."""
-        return tuple(name for name in self.named(card) if name != PROBABILITIES)
-
-    def with_default_maps(self) -> "SegmentOptions":
-        """The same with the default maps beside those asked for: class tables have their means."""
-        return self.with_maps((DEFAULT,))
-
-    def with_maps(self, names: tuple[str, ...]) -> "SegmentOptions":
-        return replace(self, outputs=tuple(dict.fromkeys((*names, *self.outputs))))
+    def check(self, name: str, value: Any) -> None:
+        """Raises BadOption where a value is out of the range."""
+        least, most = self.schema.get("minimum", -math.inf), self.schema.get("maximum", math.inf)
+        is_above = value > least or (value == least and not self.schema.get("exclusiveMinimum"))
+        if not (is_above and value <= most):
+            shown = f"{value:.15g}" if isinstance(value, float) else value
+            raise BadOption(f"{name} is {shown}; {self.right}")
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Published bounds. queue_samples counts windows x samples that were accepted and not yet answered.
-
-    window_pixels: of one window; it bounds the memory of models that see an image whole. probability_bytes: of the
-    output PROBABILITIES.
-    """
-
-    pixels: int = 64_000_000
-    windows: int = 4096
-    samples: int = 64
-    queue_samples: int = 65_536
-    window_pixels: int = 2**22
-    probability_bytes: int = 2**28
+def _row(default: object, read: Callable[[str, str], Any], about: str, *, right: str = "", **schema: Any) -> Any:
+    """A field of an options class. schema: without the default."""
+    shown = ",".join(default) if isinstance(default, tuple) else default
+    schema |= {} if shown in (None, "") else {"default": shown}
+    return field(default=default, metadata={"option": Option(read, schema, about, right)})
 
 
-def parse_options(fields: Mapping[str, str], *, beside: tuple[str, ...] = ()) -> SegmentOptions:
-    """Read options from text, as they come in a query, a form or on a command line.
-
-    beside: names of what the caller has read already. Raises BadOption naming the option, its value and what would
-    be right.
-    """
-    readers: dict[str, Callable[[str, str], Any]] = {
-        "model": lambda _, text: text, "version": _integer, "samples": _integer, "seed": _integer, "overlap": _share,
-        "outputs": _maps, "boxes": _boxes, "tags": _tags, "alpha": _number, "max_risk": _number,
-        "deadline_ms": _number, "anytime": _truth, "priority": _integer,
-    }  # fmt: skip
-    for name in fields:
-        if name not in (*readers, *beside):
-            raise BadOption(f"there is no option {name[:40]!r}; known are {', '.join((*readers, *beside))}")
-    return SegmentOptions(**{name: readers[name](name, text) for name, text in fields.items() if name in readers})
+def _text(_: str, text: str) -> str:
+    return text
 
 
 def _integer(name: str, text: str) -> int:
@@ -158,7 +115,7 @@ def read_box(name: str, row: Any) -> Box:
 def _tags(name: str, text: str) -> tuple[str | int, ...]:
     """Class names or ids: a JSON list, or a list with commas."""
     if not text.strip().startswith("["):
-        return _maps(name, text)
+        return _names(name, text)
     tags = _json_list(name, text)
     for tag in tags:
         if type(tag) not in (int, str):
@@ -176,22 +133,166 @@ def _json_list(name: str, text: str) -> list[Any]:
     return value
 
 
-def _maps(name: str, text: str) -> tuple[str, ...]:
+def _names(name: str, text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _picture(name: str, text: str) -> str:
+    if text == DEFAULT:
+        raise BadOption(f"{name} is {DEFAULT!r}, which stands for several maps; name one of them")
+    return text
+
+
+def _levels(name: str, text: str) -> int:
+    if text not in map(str, LEVELS):
+        raise BadOption(f"{name} is {text[:40]!r}; {', '.join(map(str, LEVELS))} are possible")
+    return int(text)
+
+
+def _count(name: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:12]) < 10**9):
+        raise BadOption(f"{name} is {text[:40]!r}; a whole number from 1 is wanted")
+    return int(text[:12])
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentOptions:
+    """What is computed for one request; None means the card's default."""
+
+    model: str | None = _row(None, _text, "Which model; may be left out when one is served.", type="string")
+    version: int | None = _row(None, _integer, "Its version; the newest when left out.", type="integer")
+    samples: int | None = _row(
+        None, _integer, "How many samples to draw; fixed for models with members.", type="integer", minimum=1
+    )
+    seed: int = _row(
+        0, _integer, "Seed of the noise; the same seed gives the same answer.", right="0 to 2^63 - 1 is possible",
+        type="integer", minimum=0, maximum=2**63 - 1,
+    )  # fmt: skip
+    overlap: float | None = _row(
+        None, _share, "Share of a window that its neighbour covers too.", right="0 to 0.9 is possible",
+        type="number", minimum=0, maximum=0.9,
+    )  # fmt: skip
+    outputs: tuple[str, ...] = _row(
+        (DEFAULT,), _names,
+        f"Comma-separated maps: {', '.join(KNOWN_MAPS)}, or the model's own (extra_maps of its card). {DEFAULT} stands "
+        f"for {', '.join(DEFAULT_MAPS)}, as far as the answer has them: one sample has no mutual_information, and only "
+        "one sample has a seam.", type="string",
+    )  # fmt: skip
+    boxes: tuple[Box, ...] = _row(
+        (), _boxes, "For models that take boxes: JSON list of [x0, y0, x1, y1, class name or id], px.", type="string"
+    )
+    tags: tuple[str | int, ...] = _row(
+        (), _tags, "For models that take tags: the classes in the picture, comma-separated or JSON.", type="string"
+    )
+    alpha: float | None = _row(
+        None, _number, "Weight of the network that sees the boxes (self_correcting, linear).", type="number", minimum=0
+    )
+    max_risk: float | None = _row(
+        None, _number, "Share of the pixels that may be answered and wrong; the most uncertain ones become 255. "
+        "Calibrated models.", right="0 to 1 is possible", type="number", minimum=0, maximum=1,
+    )  # fmt: skip
+    deadline_ms: float | None = _row(
+        None, _number, "Milliseconds from the request's arrival after which its answer is of no use; 504 then, and its "
+        "windows leave.", right="a number of milliseconds above 0 is wanted",
+        type="number", minimum=0, exclusiveMinimum=True,
+    )  # fmt: skip
+    anytime: bool = _row(
+        False, _truth, "Rather than miss the deadline, answer with fewer samples, and say how many.", type="boolean"
+    )
+    priority: int = _row(
+        0, _integer, "1 is served first, 3 last, and 0 stands for 2; none waits for ever.",
+        right="1 (first) to 3 (last) is possible, and 0 for 2", type="integer", minimum=0, maximum=3,
+    )  # fmt: skip
+
+    def num_samples(self, card: Card) -> int:
+        """The number of samples of the answer, unless `anytime` lets it have fewer."""
+        usual = card.sampling_with(prompt=bool(self.boxes or self.tags)).default_samples
+        return usual if self.samples is None else self.samples
+
+    def named(self, card: Card) -> tuple[str, ...]:
+        """The outputs by name, each once."""
+        usual = [name for name in card.maps(self.num_samples(card)) if name in DEFAULT_MAPS]
+        return tuple(dict.fromkeys(name for asked in self.outputs for name in (usual if asked == DEFAULT else [asked])))
+
+    def maps(self, card: Card) -> tuple[str, ...]:
+        """The outputs [H, W] by name."""
+        return tuple(name for name in self.named(card) if name != PROBABILITIES)
+
+    def with_default_maps(self) -> "SegmentOptions":
+        """The same with the default maps beside those asked for: class tables have their means."""
+        return self.with_maps((DEFAULT,))
+
+    def with_maps(self, names: tuple[str, ...]) -> "SegmentOptions":
+        return replace(self, outputs=tuple(dict.fromkeys((*names, *self.outputs))))
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How an answer is shown."""
+
+    picture: str = _row(
+        "labels", _picture, "What a PNG or TIFF shows: labels, overlay, or the name of a map.", type="string"
+    )
+    levels: int = _row(65536, _levels, "Grey levels of a map's PNG.", type="integer", enum=LEVELS)
+    min_pixels: int = _row(1, _count, "GeoJSON leaves smaller regions out.", type="integer", minimum=1)
+
+    @property
+    def maps(self) -> tuple[str, ...]:
+        """The maps that the picture needs."""
+        return () if self.picture in ("labels", "overlay") else (self.picture,)
+
+
+OPTIONS: dict[str, Option] = {
+    row.name: row.metadata["option"] for kind in (SegmentOptions, Style) for row in fields(kind)
+}
+"""The table, by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Published bounds. queue_samples counts windows x samples that were accepted and not yet answered.
+
+    window_pixels: of one window; it bounds the memory of models that see an image whole. probability_bytes: of the
+    output PROBABILITIES.
+    """
+
+    pixels: int = 64_000_000
+    windows: int = 4096
+    samples: int = 64
+    queue_samples: int = 65_536
+    window_pixels: int = 2**22
+    probability_bytes: int = 2**28
+
+
+def parse_options(texts: Mapping[str, str]) -> SegmentOptions:
+    """Read what is to be computed from text, as it comes in a query, a form or on a command line.
+
+    Raises BadOption naming the option, its value and what would be right; also for a name that is not in the table.
+    """
+    for name in texts:
+        if name not in OPTIONS:
+            raise BadOption(f"there is no option {name[:40]!r}; known are {', '.join(OPTIONS)}")
+    return SegmentOptions(**_read(SegmentOptions, texts))
+
+
+def parse_style(texts: Mapping[str, str]) -> Style:
+    """Read a style from text; other options are left alone. Raises BadOption."""
+    return Style(**_read(Style, texts))
+
+
+def _read(kind: type[SegmentOptions | Style], texts: Mapping[str, str]) -> dict[str, Any]:
+    own = {row.name for row in fields(kind)}
+    return {name: OPTIONS[name].read(name, text) for name, text in texts.items() if name in own}
 
 
 def check_options(options: SegmentOptions, card: Card, limits: Limits) -> int:
     """Check options against a model and the limits; returns the number of samples to draw. Raises BadOption."""
-    if not 0 <= options.seed < 2**63:
-        raise BadOption(f"seed is {options.seed}; 0 to 2^63 - 1 is possible")
-    if options.overlap is not None and not 0 <= options.overlap <= 0.9:
-        raise BadOption(f"overlap is {options.overlap}; 0 to 0.9 is possible")
+    for name, option in OPTIONS.items():
+        value = getattr(options, name, None)
+        if option.right and value is not None:
+            option.check(name, value)
     if options.max_risk is not None:
         abstain_above(card, options.max_risk)
-    if options.deadline_ms is not None and not options.deadline_ms > 0:
-        raise BadOption(f"deadline_ms is {options.deadline_ms:g}; a number of milliseconds above 0 is wanted")
-    if not 0 <= options.priority <= 3:
-        raise BadOption(f"priority is {options.priority}; 1 (first) to 3 (last) is possible, and 0 for 2")
     sampling = card.sampling_with(prompt=bool(options.boxes or options.tags))
     samples = options.num_samples(card)
     fixed = sampling.kind in ("members", "single")
@@ -215,8 +316,7 @@ def abstain_above(card: Card, max_risk: float) -> float:
 
     Raises BadOption: no share, a card without calibration, or a risk below all that are calibrated.
     """
-    if not 0 <= max_risk <= 1:
-        raise BadOption(f"max_risk is {max_risk}; 0 to 1 is possible")
+    OPTIONS["max_risk"].check("max_risk", max_risk)
     if card.calibration is None:
         raise BadOption(
             f"max_risk is {max_risk}; {card.name} is not calibrated, so leave it out or calibrate the model"

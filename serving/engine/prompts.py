@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 
 from penumbra.models.card import Card
 from penumbra.models.errors import BadOption
+from penumbra.serving.engine.options import Box
 from penumbra.serving.engine.windows import Window, WindowPlan, place
 
 PromptArrays = tuple[NDArray[Any], ...]
 """One window's prompt as `penumbra.models.contract.Prompt` has it, without the window axis."""
-Box = tuple[float, float, float, float, int | str]
-MAX_BOXES = 1000
 
 
 class PromptSource(Protocol):

@@ -25,7 +25,7 @@ from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import find_artifact, open_artifact
 from penumbra.serving.files.inputs import MANIFEST, find_images, place_of
 from penumbra.serving.files.receipts import Receipts, files_of, write_whole
-from penumbra.serving.render import read_wish, render_with_notes
+from penumbra.serving.render import parse_request, render_with_notes
 
 FORMATS = {
     "png": "image/png", "json": "application/json", "npz": "application/x-npz", "geojson": "application/geo+json",
@@ -111,7 +111,7 @@ class Answerer:
 
     def __init__(self, asked: Asked, output: str, *, threads: int | None = None) -> None:
         self._output, self._media = output, FORMATS[asked.format]
-        self._options, self._style = read_wish(self._media, dict(asked.fields) | {"model": asked.model})
+        self._options, self._style = parse_request(self._media, dict(asked.fields) | {"model": asked.model})
         self._receipts = Receipts(output)
         self._segmenter = Segmenter(limits=IN_MEMORY, threads=threads)
         self._segmenter.load(find_artifact(Path(asked.store), asked.model, asked.version))
@@ -200,7 +200,7 @@ def ask(store: Path, model: str, kind: str, fields: Mapping[str, str]) -> Asked:
     if kind not in FORMATS:
         raise BadOption(f"format is {kind[:40]!r}; {', '.join(FORMATS)} are possible")
     card = open_artifact(find_artifact(store, model)).card
-    options, _ = read_wish(FORMATS[kind], fields)
+    options, _ = parse_request(FORMATS[kind], fields)
     check_options(options, card, IN_MEMORY)
     return Asked(str(store.resolve()), card.name, card.version, kind, dict(fields))
 

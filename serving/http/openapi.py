@@ -3,53 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from penumbra.models.card import KNOWN_MAPS
-from penumbra.serving.engine.options import DEFAULT, DEFAULT_MAPS
+from penumbra.serving.engine.options import OPTIONS
 from penumbra.serving.http import openapi_v2 as oip_openapi
 from penumbra.serving.render import WRITERS
-from penumbra.serving.render.pictures import LEVELS
 
-OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "model": ({"type": "string"}, "Which model; may be left out when one is served."),
-    "version": ({"type": "integer"}, "Its version; the newest when left out."),
-    "samples": ({"type": "integer", "minimum": 1}, "How many samples to draw; fixed for models with members."),
-    "seed": (
-        {"type": "integer", "minimum": 0, "default": 0},
-        "Seed of the noise; the same seed gives the same answer.",
-    ),
-    "overlap": ({"type": "number", "minimum": 0, "maximum": 0.9}, "Share of a window that its neighbour covers too."),
-    "outputs": (
-        {"type": "string", "default": DEFAULT},
-        f"Comma-separated maps: {', '.join(KNOWN_MAPS)}, or the model's own (extra_maps of its card). {DEFAULT} stands "
-        f"for {', '.join(DEFAULT_MAPS)}, as far as the answer has them: one sample has no mutual_information, and only "
-        "one sample has a seam.",
-    ),
-    "boxes": ({"type": "string"}, "For models that take boxes: JSON list of [x0, y0, x1, y1, class name or id], px."),
-    "tags": ({"type": "string"}, "For models that take tags: the classes in the picture, comma-separated or JSON."),
-    "alpha": ({"type": "number", "minimum": 0}, "Weight of the network that sees the boxes (self_correcting, linear)."),
-    "deadline_ms": (
-        {"type": "number", "minimum": 0, "exclusiveMinimum": True},
-        "Milliseconds from the request's arrival after which its answer is of no use; 504 then, and its windows leave.",
-    ),
-    "anytime": (
-        {"type": "boolean", "default": False},
-        "Rather than miss the deadline, answer with fewer samples, and say how many.",
-    ),
-    "priority": (
-        {"type": "integer", "minimum": 0, "maximum": 3, "default": 0},
-        "1 is served first, 3 last, and 0 stands for 2; none waits for ever.",
-    ),
-    "max_risk": (
-        {"type": "number", "minimum": 0, "maximum": 1},
-        "Share of the pixels that may be answered and wrong; the most uncertain ones become 255. Calibrated models.",
-    ),
-    "picture": (
-        {"type": "string", "default": "labels"},
-        "What a PNG or TIFF shows: labels, overlay, or the name of a map.",
-    ),
-    "levels": ({"type": "integer", "enum": list(LEVELS), "default": 65536}, "Grey levels of a map's PNG."),
-    "min_pixels": ({"type": "integer", "minimum": 1, "default": 1}, "GeoJSON leaves smaller regions out."),
-}
 REFUSALS = {
     "400": "An option or the image is wrong", "404": "Unknown model", "406": "No acceptable format",
     "413": "Over a limit", "415": "Body of an unknown kind", "429": "Queue full; see Retry-After",
@@ -92,9 +49,10 @@ def describe(build: Mapping[str, str]) -> dict[str, Any]:
 
 def _segment() -> dict[str, Any]:
     parameters = [
-        {"name": name, "in": "query", "schema": schema, "description": text} for name, (schema, text) in OPTIONS.items()
+        {"name": name, "in": "query", "schema": option.schema, "description": option.about}
+        for name, option in OPTIONS.items()
     ]
-    form = {name: schema | {"description": text} for name, (schema, text) in OPTIONS.items()}
+    form: dict[str, Any] = {name: {**option.schema, "description": option.about} for name, option in OPTIONS.items()}
     form["image"] = {"type": "string", "format": "binary"}
     picture = {"schema": {"type": "string", "format": "binary"}}
     return {

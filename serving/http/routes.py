@@ -23,7 +23,7 @@ from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.http.admission import BENTO_PATHS
 from penumbra.serving.http.openapi import describe
-from penumbra.serving.render import choose_format, read_wish, render_with_notes
+from penumbra.serving.render import choose_format, parse_request, render_with_notes
 from penumbra.serving.statuses import UNEXPECTED, headers_of, status_of
 
 PRINTABLE = bytes(range(0x20, 0x7F)).decode().replace("%", "")
@@ -68,7 +68,7 @@ class Surface:
         with self._gateway.telemetry.track("http") as tracked:
             media = choose_format(request.headers.get("accept", ""))
             data, fields = await read_upload(request)
-            options, style = read_wish(media, fields)
+            options, style = parse_request(media, fields)
             prediction, (body, notes) = await self._gateway.answer(
                 data, options, lambda answer: render_with_notes(answer, media, style), request=tracked,
                 gone=lambda: disconnected(request),

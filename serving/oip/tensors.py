@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from penumbra.models.card import Card
 from penumbra.models.errors import BadOption
-from penumbra.serving.engine.options import PROBABILITIES, read_box
-from penumbra.serving.engine.prompts import MAX_BOXES, Box
+from penumbra.serving.engine.options import MAX_BOXES, PROBABILITIES, Box, read_box
 
 DTYPES = {
     "BOOL": "?", "UINT8": "u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8", "INT8": "i1", "INT16": "<i2",

@@ -6,40 +6,18 @@ answer whose arrays lie on disk (`penumbra.serving.spool`) is written in the mem
 
 import io
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import BinaryIO
 
 from penumbra.models.errors import BadOption, NotAcceptable
 from penumbra.serving.engine.answer import Prediction
-from penumbra.serving.engine.options import DEFAULT, PROBABILITIES, SegmentOptions, parse_options
+from penumbra.serving.engine.options import PROBABILITIES, SegmentOptions, Style, parse_options, parse_style
 from penumbra.serving.render.arrays import write_npz, write_tiff
-from penumbra.serving.render.pictures import LEVELS, palette, write_png
+from penumbra.serving.render.pictures import palette, write_png
 from penumbra.serving.render.regions import write_geojson
 from penumbra.serving.render.tables import write_json
 
-__all__ = ["MAPLESS", "WRITERS", "Style", "choose_format", "palette", "read_wish", "render",
-           "render_with_notes"]  # fmt: skip
-
-STYLE_OPTIONS = ("picture", "levels", "min_pixels")
-
-
-@dataclass(frozen=True, slots=True)
-class Style:
-    """How an answer is shown.
-
-    picture: what a PNG or TIFF shows: `labels`, `overlay` (their colours over the image) or the name of a map. levels:
-    grey levels of a map's PNG. min_pixels: regions of fewer pixels are left out of GeoJSON.
-    """
-
-    picture: str = "labels"
-    levels: int = 65536
-    min_pixels: int = 1
-
-    @property
-    def maps(self) -> tuple[str, ...]:
-        """The maps that the picture needs."""
-        return () if self.picture in ("labels", "overlay") else (self.picture,)
-
+__all__ = ["MAPLESS", "WRITERS", "Style", "choose_format", "palette", "parse_request", "parse_style",
+           "render", "render_with_notes"]  # fmt: skip
 
 Write = Callable[[Prediction, Style, BinaryIO], str | None]
 """It may return a sentence that the answer's reader should know, beside its warnings."""
@@ -64,23 +42,10 @@ WITH_PROBABILITIES = "application/x-npz"
 """The format that holds arrays of any shape."""
 
 
-def parse_style(fields: Mapping[str, str]) -> Style:
-    """Read a style from text. Raises BadOption."""
-    style = {name: fields[name] for name in STYLE_OPTIONS if name in fields}
-    levels, min_pixels = style.get("levels", "65536"), style.get("min_pixels", "1")
-    if style.get("picture") == DEFAULT:
-        raise BadOption(f"picture is {DEFAULT!r}, which stands for several maps; name one of them")
-    if levels not in map(str, LEVELS):
-        raise BadOption(f"levels is {levels[:40]!r}; {', '.join(map(str, LEVELS))} are possible")
-    if not (min_pixels.isascii() and min_pixels.isdigit() and 1 <= int(min_pixels[:12]) < 10**9):
-        raise BadOption(f"min_pixels is {min_pixels[:40]!r}; a whole number from 1 is wanted")
-    return Style(style.get("picture", "labels"), int(levels), int(min_pixels[:12]))
-
-
-def read_wish(media: str, fields: Mapping[str, str]) -> tuple[SegmentOptions, Style]:
+def parse_request(media: str, fields: Mapping[str, str]) -> tuple[SegmentOptions, Style]:
     """What to compute and how to show it, for an answer in a media type. Raises BadOption."""
     style = parse_style(fields)
-    options = parse_options(fields, beside=STYLE_OPTIONS).with_maps(style.maps)
+    options = parse_options(fields).with_maps(style.maps)
     if PROBABILITIES in options.outputs and media != WITH_PROBABILITIES:
         raise BadOption(f"outputs has {PROBABILITIES}, which {media} cannot hold; ask for {WITH_PROBABILITIES}")
     return (options.with_default_maps() if media in WITH_MEANS else options), style

@@ -22,8 +22,6 @@ from penumbra.serving.engine.kernels import FloatArray
 
 BLOCK = 512
 """Rows that are worked on at a time; a multiple of the tiles of our TIFFs."""
-LEVELS = (32, 256, 65536)
-"""Levels of grey in a map's picture. 32 are what an eye tells apart, at a tenth of the bytes of 65536."""
 GREY, RGB, PALETTE = 0, 2, 3
 UP = 2
 """PNG's filter that takes a row's difference to the row above."""

@@ -82,7 +82,7 @@ def gateway(toy_store: Path, gate: Gate) -> Iterator[Gateway]:
 
 
 def png(image: np.ndarray) -> bytes:
-    return bytes(render(_prediction(image), "image/png", rest.read_wish("image/png", {})[1]))
+    return bytes(render(_prediction(image), "image/png", rest.parse_request("image/png", {})[1]))
 
 
 def _prediction(image: np.ndarray) -> Prediction:
