@@ -98,7 +98,8 @@ def predict(
     from penumbra.serving.engine.options import check_options, parse_options
     from penumbra.serving.engine.segmenter import Segmenter
     from penumbra.serving.engine.store import find_artifact
-    from penumbra.serving.files.predict import describe_outcome, predict_files, report
+    from penumbra.serving.files.predict import predict_files
+    from penumbra.serving.files.report import describe_outcome, report
 
     if len({path.stem for path in images}) < len(images):
         raise BadOption("two pictures have the same name, and their files would too; predict them into two directories")
@@ -134,13 +135,14 @@ def predict(
 def batch(source: str, output: str, model: str | None, store: Path, as_json: bool, engine: str, **options: Any) -> None:
     """Answer all images of INPUT, a folder, 'a/*.png' or s3://..., into OUTPUT; goes on where it was stopped."""
     from penumbra.export.zoo import fill_store
-    from penumbra.serving.files.batch import ask, run_batch, tell
+    from penumbra.serving.files.batch import parse_batch, run_batch
+    from penumbra.serving.files.report import summarise
 
     fill_store(store)
     fields = {name: str(value) for name, value in options.items() if value is not None}
-    asked = ask(store, the_model(store, model), fields.pop("format"), fields)
-    counts, reasons = run_batch(asked, source, output, engine=engine)
-    for line in tell(reasons):
+    request = parse_batch(store, the_model(store, model), fields.pop("format"), fields)
+    counts, reasons = run_batch(request, source, output, engine=engine)
+    for line in summarise(reasons):
         click.echo(f"penumbra: {line}", err=True)
     summary = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
     click.echo(json.dumps(counts) if as_json else f"{output}: {summary}")

@@ -6,16 +6,12 @@ is never replaced. Engines differ in where `answer` runs and in nothing else.
 """
 
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import Progress
 
 from penumbra.models.errors import BadOption, reason_of
 from penumbra.serving.engine.decode import open_image
@@ -25,6 +21,7 @@ from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import find_artifact, open_artifact
 from penumbra.serving.files.inputs import MANIFEST, find_images, place_of
 from penumbra.serving.files.receipts import Receipts, files_of, write_whole
+from penumbra.serving.files.report import Result, progress_bar
 from penumbra.serving.render import parse_request, render_with_notes
 
 FORMATS = {
@@ -33,14 +30,12 @@ FORMATS = {
 }  # fmt: skip
 AT_ONCE = 4
 """Images that are read and written while others are computed; their windows share batches."""
-NAMED = 20
-"""Skipped files, or those with a warning, that are named for a reason; a data set has as many text files as images."""
 IN_MEMORY = Limits(windows=2**40, queue_samples=2**40)
 """Limits of images that are answered whole, AT_ONCE of them."""
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class BatchRequest:
     """What is asked of every image: a model of a store, a format and options as text."""
 
     store: str
@@ -58,21 +53,7 @@ class Task:
     target: str
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
-    """What became of a task: `made`, `kept` from an earlier run, or `failed` with the sentence why.
-
-    A file that is no task is `skipped`, with the reason. warnings: of an answer that was made, one a line.
-    """
-
-    source: str
-    target: str
-    outcome: str
-    error: str = ""
-    warnings: str = ""
-
-
-def find_tasks(source: str, output: str, extension: str) -> tuple[list[Task], list[Done]]:
+def find_tasks(source: str, output: str, extension: str) -> tuple[list[Task], list[Result]]:
     """The images of a folder (with those below it), a pattern or a file, and what is skipped there.
 
     Raises BadOption: no images, two whose answers have one name, or an answer in the place of an image.
@@ -93,13 +74,13 @@ def find_tasks(source: str, output: str, extension: str) -> tuple[list[Task], li
             raise BadOption(
                 f"the answer to {task.source} would take the place of the image {there}; name another OUTPUT"
             )
-    return tasks, [Done(url, "", "skipped", reason) for url, reason in found.skipped.items()]
+    return tasks, [Result(url, "", "skipped", reason) for url, reason in found.skipped.items()]
 
 
-def claim(output: str, asked: Asked) -> None:
+def claim(output: str, request: BatchRequest) -> None:
     """Mark the output as holding these answers. Raises BadOption where it holds answers to another question."""
     files, path = files_of(f"{output}/{MANIFEST}")
-    question = json.dumps({**asdict(asked), "store": "", "fields": dict(asked.fields)}, sort_keys=True)
+    question = json.dumps({**asdict(request), "store": "", "fields": dict(request.fields)}, sort_keys=True)
     if not files.lexists(path):
         write_whole(f"{output}/{MANIFEST}", question.encode())
     elif files.cat_file(path) != question.encode():
@@ -109,26 +90,26 @@ def claim(output: str, asked: Asked) -> None:
 class Answerer:
     """One process's engine for a batch. `answer` may be called from several threads."""
 
-    def __init__(self, asked: Asked, output: str, *, threads: int | None = None) -> None:
-        self._output, self._media = output, FORMATS[asked.format]
-        self._options, self._style = parse_request(self._media, dict(asked.fields) | {"model": asked.model})
+    def __init__(self, request: BatchRequest, output: str, *, threads: int | None = None) -> None:
+        self._output, self._media = output, FORMATS[request.format]
+        self._options, self._style = parse_request(self._media, dict(request.fields) | {"model": request.model})
         self._receipts = Receipts(output)
         self._segmenter = Segmenter(limits=IN_MEMORY, threads=threads)
-        self._segmenter.load(find_artifact(Path(asked.store), asked.model, asked.version))
+        self._segmenter.load(find_artifact(Path(request.store), request.model, request.version))
 
-    def answer(self, task: Task) -> Done:
+    def answer(self, task: Task) -> Result:
         """Answer one image, unless it is answered. Whatever goes wrong is that image's alone, and said."""
         try:
             return self._answer(task)
         except Exception as error:
-            return Done(task.source, task.target, "failed", reason_of(error))
+            return Result(task.source, task.target, "failed", reason_of(error))
 
-    def _answer(self, task: Task) -> Done:
+    def _answer(self, task: Task) -> Result:
         name = task.target.removeprefix(f"{self._output}/")
         files, path = files_of(task.target)
         if files.lexists(path):
             self._receipts.check(name, task.source)
-            return Done(task.source, task.target, "kept")
+            return Result(task.source, task.target, "kept")
         files, path = files_of(task.source)
         data = files.cat_file(path)
         image = open_image(data, IN_MEMORY)
@@ -137,15 +118,15 @@ class Answerer:
         answer, notes = render_with_notes(prediction, self._media, self._style)
         self._receipts.add(name, data, answer)
         write_whole(task.target, answer)
-        return Done(task.source, task.target, "made", warnings="\n".join(prediction.warnings + notes))
+        return Result(task.source, task.target, "made", warnings="\n".join(prediction.warnings + notes))
 
     def close(self) -> None:
         self._segmenter.close()
 
 
-def run_here(asked: Asked, output: str, tasks: Sequence[Task]) -> Iterator[Done]:
+def run_here(request: BatchRequest, output: str, tasks: Sequence[Task]) -> Iterator[Result]:
     """Do tasks in this process; yields them in their order."""
-    answerer = Answerer(asked, output)
+    answerer = Answerer(request, output)
     try:
         with ThreadPoolExecutor(AT_ONCE) as threads:
             yield from threads.map(answerer.answer, tasks)
@@ -156,19 +137,19 @@ def run_here(asked: Asked, output: str, tasks: Sequence[Task]) -> Iterator[Done]
 class RayAnswerer:
     """An actor of Ray Data: blocks of tasks in, what became of them out."""
 
-    def __init__(self, asked: Asked, output: str, threads: int) -> None:
-        self._answerer = Answerer(asked, output, threads=threads)
+    def __init__(self, request: BatchRequest, output: str, threads: int) -> None:
+        self._answerer = Answerer(request, output, threads=threads)
         self._threads = ThreadPoolExecutor(AT_ONCE)
 
     def __call__(self, block: Mapping[str, Any]) -> dict[str, list[str]]:
         tasks = [
             Task(str(source), str(target)) for source, target in zip(block["source"], block["target"], strict=True)
         ]
-        done = [asdict(one) for one in self._threads.map(self._answerer.answer, tasks)]
-        return {name: [one[name] for one in done] for name in Done.__dataclass_fields__}
+        result = [asdict(one) for one in self._threads.map(self._answerer.answer, tasks)]
+        return {name: [one[name] for one in result] for name in Result.__dataclass_fields__}
 
 
-def run_on_ray(asked: Asked, output: str, tasks: Sequence[Task], *, cpus: int = 1) -> Iterator[Done]:
+def run_on_ray(request: BatchRequest, output: str, tasks: Sequence[Task], *, cpus: int = 1) -> Iterator[Result]:
     """Do tasks on the cluster that RAY_ADDRESS names, or one of this machine; `cpus` of it per engine.
 
     Nodes read the same store, images and output. What a node had not finished when it was lost is done by another; what
@@ -185,51 +166,36 @@ def run_on_ray(asked: Asked, output: str, tasks: Sequence[Task], *, cpus: int = 
     engines = max(1, int(ray.cluster_resources().get("CPU", 1)) // (cpus + 1))  # one more for Ray's own tasks
     blocks = min(len(tasks), 4 * engines)
     answers = ray.data.from_items([asdict(task) for task in tasks], override_num_blocks=blocks).map_batches(
-        RayAnswerer, fn_constructor_args=(asked, output, cpus), batch_size=2 * AT_ONCE, num_cpus=cpus,
+        RayAnswerer, fn_constructor_args=(request, output, cpus), batch_size=2 * AT_ONCE, num_cpus=cpus,
         concurrency=(1, engines), max_restarts=-1, max_task_retries=-1,
     )  # fmt: skip
     for row in answers.iter_rows():
-        yield Done(**row)
+        yield Result(**row)
 
 
 ENGINES = {"local": run_here, "ray": run_on_ray}
 
 
-def ask(store: Path, model: str, kind: str, fields: Mapping[str, str]) -> Asked:
+def parse_batch(store: Path, model: str, kind: str, fields: Mapping[str, str]) -> BatchRequest:
     """The question, with every word of it checked. Raises BadOption and UnknownModel."""
     if kind not in FORMATS:
         raise BadOption(f"format is {kind[:40]!r}; {', '.join(FORMATS)} are possible")
     card = open_artifact(find_artifact(store, model)).card
     options, _ = parse_request(FORMATS[kind], fields)
     check_options(options, card, IN_MEMORY)
-    return Asked(str(store.resolve()), card.name, card.version, kind, dict(fields))
+    return BatchRequest(str(store.resolve()), card.name, card.version, kind, dict(fields))
 
 
-def run_batch(asked: Asked, source: str, output: str, *, engine: str) -> tuple[dict[str, int], list[Done]]:
+def run_batch(request: BatchRequest, source: str, output: str, *, engine: str) -> tuple[dict[str, int], list[Result]]:
     """Do all tasks with a progress bar; returns how many went how, and those of which there is something to say."""
     output = output.rstrip("/") if "://" in output else str(Path(output).resolve())
-    tasks, reported = find_tasks(source, output, asked.format)
-    claim(output, asked)
+    tasks, reported = find_tasks(source, output, request.format)
+    claim(output, request)
     counts = {"made": 0, "kept": 0, "failed": 0, "skipped": len(reported)}
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        work = ENGINES[engine](asked, output, tasks)
-        for done in bar.track(work, total=len(tasks), description=asked.model):
-            counts[done.outcome] += 1
-            if done.error or done.warnings:
-                reported.append(done)
+    with progress_bar() as bar:
+        work = ENGINES[engine](request, output, tasks)
+        for result in bar.track(work, total=len(tasks), description=request.model):
+            counts[result.outcome] += 1
+            if result.error or result.warnings:
+                reported.append(result)
     return counts, reported
-
-
-def tell(reported: Sequence[Done]) -> Iterator[str]:
-    """Lines about what failed, each with its sentence, and what was skipped or has a warning, by reason."""
-    reasons = defaultdict(list)
-    for done in reported:
-        if done.outcome == "failed":
-            yield f"{done.source}: {done.error}"
-        elif done.error:
-            reasons[f"skipped {{}}, of which each {done.error}"].append(done.source)
-        for warning in done.warnings.splitlines():
-            reasons[f"warning of {{}}: {warning}"].append(done.source)
-    for reason, names in reasons.items():
-        rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        yield f"{reason.replace('{}', str(len(names)), 1)}: {', '.join(names[:NAMED])}{rest}"

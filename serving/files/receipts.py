@@ -9,22 +9,31 @@ PER_FILE, because an object of a bucket is put as a whole and nodes share no loc
 
 import hashlib
 import json
+import os
 import secrets
 import threading
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import rasterio
 from fsspec.implementations.local import LocalFileSystem
 
 from penumbra.models.errors import BadOption
 from penumbra.models.files import write_whole as write_file
+from penumbra.serving.engine.raster import RASTER_FAULTS, gdal
 
 FOLDER = ".penumbra-batch"
 PER_FILE = 64
+HEAD_BYTES = 1024
+"""Bytes at either end of a file, where what wrote it says so."""
 TAIL_BYTES = 2**16
 """Bytes of a file's end that its fingerprint covers: a PNG and an npz have checksums of all they hold there."""
+
+Identity = tuple[int, int]
+"""A file as its disk knows it, by whatever name: the device and the number on it."""
 
 
 def files_of(url: str) -> tuple[Any, str]:
@@ -102,3 +111,36 @@ class Receipts:
                 self._number, self._fresh = self._number + 1, {}
             self._fresh[name] = (fingerprint(image, len(image)), fingerprint(answer, len(answer)))
             write_whole(f"{self._output}/{FOLDER}/{self._token}-{self._number}", json.dumps(self._fresh).encode())
+
+
+def identity(path: Path) -> Identity:
+    """A file as its disk knows it, by whatever name."""
+    about = path.stat()
+    return about.st_dev, about.st_ino
+
+
+def check_replaceable(targets: Iterable[Path], pictures: frozenset[Identity] = frozenset()) -> None:
+    """Raises BadOption for a file that must not be overwritten: one of the pictures, or not written by Penumbra."""
+    for target in filter(os.path.lexists, targets):
+        if target.exists() and identity(target) in pictures:
+            raise BadOption(
+                f"{target} is one of the pictures, and an answer would take its place; name another directory"
+            )
+        if not is_ours(target):
+            raise BadOption(
+                f"{target} is in the way, and Penumbra did not write it; move it, or name another directory"
+            )
+
+
+def is_ours(path: Path) -> bool:
+    """Whether Penumbra wrote a file: its PNGs and npz say so in their first and last bytes, its TIFFs in their tags."""
+    try:
+        if path.suffix == ".tif":
+            with gdal(), rasterio.open(path) as dataset:
+                return "PENUMBRA_MODEL" in dataset.tags()
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+            file.seek(max(0, path.stat().st_size - HEAD_BYTES))
+            return b"Software\0Penumbra" in head or (head.startswith(b"PK") and file.read().endswith(b"Penumbra"))
+    except RASTER_FAULTS:
+        return False

@@ -17,7 +17,7 @@ from penumbra.models.errors import BadData, BadOption
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import find_artifact
-from penumbra.serving.files.predict import check_replaceable
+from penumbra.serving.files.receipts import check_replaceable
 from penumbra.training.data import find_data
 from penumbra.training.evaluation.answers import Answer, answer, check_classes
 from penumbra.training.evaluation.figures import Evaluation

@@ -20,7 +20,7 @@ from penumbra.models.errors import BadOption
 from penumbra.serving.engine.decode import open_image
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.serving.files.batch import FORMATS, ask, find_tasks, run_batch
+from penumbra.serving.files.batch import FORMATS, find_tasks, parse_batch, run_batch
 from penumbra.serving.files.inputs import MANIFEST
 from penumbra.serving.files.receipts import FOLDER
 from tests.conftest import FIXED, picture
@@ -333,7 +333,7 @@ def bucket(images: Path) -> Iterator[str]:
 def test_a_bucket_gives_the_same_answers_as_a_folder(
     toy_store: Path, images: Path, tmp_path: Path, bucket: str
 ) -> None:
-    asked = ask(toy_store, "toy-latent", "npz", {"seed": "3"})
+    asked = parse_batch(toy_store, "toy-latent", "npz", {"seed": "3"})
     for source, output in ((str(images), str(tmp_path / "out")), (f"{bucket}/in", f"{bucket}/out")):
         counts = run_batch(asked, source, output, engine="local")[0]
         assert (counts["made"], counts["failed"]) == (4, 0)

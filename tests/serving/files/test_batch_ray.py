@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from penumbra.serving.files.batch import ask, run_batch
+from penumbra.serving.files.batch import parse_batch, run_batch
 from penumbra.serving.files.receipts import FOLDER
 from tests.conftest import picture
 
@@ -45,7 +45,7 @@ def test_a_lost_node_loses_no_answer_and_repeats_none(
         Image.fromarray(picture(rng, 200, 200)).save(folder / f"{number:02}.png")
     second = cluster.add_node(num_cpus=2)
     cluster.wait_for_nodes()
-    asked = ask(toy_store, "toy-latent", "npz", {"samples": "16", "overlap": "0.5"})
+    asked = parse_batch(toy_store, "toy-latent", "npz", {"samples": "16", "overlap": "0.5"})
     before: dict[str, int] = {}
 
     def lose_it() -> None:

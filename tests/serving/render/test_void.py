@@ -21,7 +21,8 @@ from penumbra.serving.engine.options import PROBABILITIES, SegmentOptions
 from penumbra.serving.engine.raster import Raster, open_raster
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.serving.files.predict import describe_outcome, predict_file
+from penumbra.serving.files.predict import predict_file
+from penumbra.serving.files.report import describe_outcome
 from penumbra.serving.http.v2 import write_answer
 from penumbra.serving.oip.protocol import InferRequest, WantedOutput, answer_of
 from penumbra.serving.oip.tensors import Output, classify
