@@ -4,7 +4,7 @@
     python -m tests.fingerprints --against FILE    prints the keys that differ from a record, and exits 1 if any does
 
 Every model is asked for every size in every form of every protocol. The server is in its deterministic mode. Floats
-round differently from processor to processor and from torch to torch, so a record names both.
+round differently from processor to processor, from torch to torch, and in compiled kernels, so a record names these.
 """
 
 import hashlib
@@ -83,7 +83,11 @@ def facts() -> dict[str, str]:
     cpu = Path("/proc/cpuinfo")
     names = [line for line in cpu.read_text().splitlines() if line.startswith("model name")] if cpu.exists() else []
     processor = names[0].partition(":")[2].strip() if names else platform.processor()
-    return {"processor": f"{processor} {torch.backends.cpu.get_cpu_capability()}", "torch": torch.__version__}
+    return {
+        "processor": f"{processor} {torch.backends.cpu.get_cpu_capability()}",
+        "torch": torch.__version__,
+        "kernels": "compiled" if any((ROOT / "serving").rglob("_kernels*.so")) else "plain",
+    }
 
 
 def pictures(sizes: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, np.ndarray, bytes]]:
