@@ -17,7 +17,7 @@ import click
 
 from penumbra.failures import Verbs, sentence_of
 from penumbra.options import JSON, STORE, from_table, of_answers, of_frames
-from penumbra.serving.build import print_version
+from penumbra.serving.process import print_version
 
 BENTOML = (
     "import runpy, signal; signal.signal(signal.SIGINT, signal.SIG_DFL); "
@@ -44,7 +44,8 @@ def main() -> None:
 def serve(store: Path, host: str, port: int, grpc_port: int) -> None:
     """Serve a store over HTTP and gRPC; an empty one is filled with the demo models first."""
     from penumbra.export.zoo import fill_store
-    from penumbra.serving.start import check_port, check_settings, own_directory, paths_of
+    from penumbra.serving.process import check_port, own_directory
+    from penumbra.serving.settings import check_settings, paths_of
 
     if port == grpc_port:
         raise click.UsageError(f"--port and --grpc-port are both {port}; give two, or --grpc-port 0 for no gRPC")

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penumbra.models.errors import Cancelled, DeadlineExceeded, ModelFault, NotReady, PenumbraError, QueueFull
-from penumbra.serving.access import Request
 from penumbra.serving.cache import AnswerCache, Key, key_of
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.decode import check_array, open_image
@@ -26,7 +25,7 @@ from penumbra.serving.engine.raster import Pixels, Raster
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.work import Cancellation
 from penumbra.serving.statuses import LOADING, UNEXPECTED
-from penumbra.serving.telemetry import Telemetry
+from penumbra.serving.telemetry import Request, Telemetry
 
 log = logging.getLogger("penumbra")
 T = TypeVar("T")

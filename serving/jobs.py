@@ -36,7 +36,6 @@ from penumbra.models.errors import (
     UnknownJob,
     UnknownModel,
 )
-from penumbra.serving.access import Request
 from penumbra.serving.engine.decode import measure_image, open_image
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import check_long
@@ -47,6 +46,7 @@ from penumbra.serving.http.routes import answer_headers
 from penumbra.serving.job import Job, State, is_upload, lock, read_job, save_job
 from penumbra.serving.render import MAPLESS, WRITERS, Style, parse_request
 from penumbra.serving.spool import LONG, Spool, disk, spool_bytes
+from penumbra.serving.telemetry import Request
 
 log = logging.getLogger("penumbra")
 

@@ -25,18 +25,20 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.applications import Starlette
 
 from penumbra.models.errors import BadArtifact, BadImage, BadOption, PenumbraError
-from penumbra.serving.access import AccessLog
-from penumbra.serving.build import build_facts
 from penumbra.serving.engine.signature import PublicKeys
-from penumbra.serving.http.admission import Bodies, Bounds, Guard, Routes, Timeout
+from penumbra.serving.http.admission import AccessLog, Bodies, Bounds, Guard, Routes, Timeout
 from penumbra.serving.http.head import bound_heads
 from penumbra.serving.keys import warn_if_open
-from penumbra.serving.logs import set_up_logs
-from penumbra.serving.settings import Settings
-from penumbra.serving.start import check_settings, own_directory
-from penumbra.serving.supervisor import check_one_worker, end_with_parent, end_with_workers, give_up
-from penumbra.serving.telemetry import Telemetry
-from penumbra.serving.tracing import bentoml_tracing, use_bentomls_provider
+from penumbra.serving.process import (
+    build_facts,
+    end_with_parent,
+    end_with_workers,
+    give_up,
+    own_directory,
+    set_up_logs,
+)
+from penumbra.serving.settings import Settings, check_settings
+from penumbra.serving.telemetry import Telemetry, export_traces, tracer_provider
 
 if TYPE_CHECKING:
     from penumbra.serving.gateway import Gateway
@@ -51,7 +53,7 @@ try:
     SETTINGS, KEYS, TRUSTED_KEYS = check_settings()
 except BadOption as error:  # in the supervisor, which BentoML would let end in a traceback
     raise SystemExit(f"penumbra: {error}") from None
-TELEMETRY = Telemetry(latency_buckets_s=SETTINGS.latency_buckets_s)
+TELEMETRY = Telemetry()
 BODIES = Bodies(SETTINGS.limit_bodies_bytes)
 APP = Starlette()
 """Carries our routes; they are filled in when the worker has built the engine."""
@@ -90,7 +92,7 @@ class PredictAnswer(BaseModel):
     workers=1,
     traffic={"timeout": SETTINGS.timeout_s + 30},
     metrics={"enabled": False},
-    tracing=bentoml_tracing(SETTINGS.otlp_endpoint, SETTINGS.trace_share),
+    tracing={"sample_rate": 0.0},
     logging={"access": {"enabled": False}},
 )
 class Penumbra:
@@ -101,7 +103,7 @@ class Penumbra:
         logging.getLogger("penumbra").setLevel(SETTINGS.log_level)
         end_with_parent()
         if SETTINGS.otlp_endpoint:
-            use_bentomls_provider()
+            export_traces(BentoMLContainer.tracer_provider.get(), SETTINGS.otlp_endpoint)
         self.gateway: Gateway | None = None
         self.jobs: Jobs | None = None
         self.watch: StoreWatch | None = None
@@ -284,9 +286,13 @@ def build_gateway(settings: Settings, telemetry: Telemetry, *, trusted_keys: Pub
     )  # fmt: skip
 
 
-check_one_worker()
+if SETTINGS.otlp_endpoint:
+    BentoMLContainer.tracer_provider.set(tracer_provider())
+workers = BentoMLContainer.config.get().get("services", {}).get("penumbra", {}).get("workers", 1)
+if workers != 1:  # they would share a device, and each /metrics page would tell of one of them
+    raise BadOption(f"workers is {workers!r}; a server is one worker, so start one server for each device")
 bentomls.TimeoutMiddleware = lambda app, timeout: AccessLog(Timeout(app, timeout))
-set_up_logs(SETTINGS.log_format)
+set_up_logs(SETTINGS.log_format, framework="bentoml")
 bound_heads(SETTINGS.limit_head_bytes)
 Penumbra.add_asgi_middleware(  # type: ignore[attr-defined]
     Guard, routes=Routes(APP, LOADED), telemetry=TELEMETRY, keys=KEYS, bodies=BODIES,

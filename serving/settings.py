@@ -5,39 +5,24 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable
-from itertools import pairwise
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_core import ErrorDetails
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from penumbra.models.errors import BadOption
 from penumbra.serving.engine.options import PILLOW_PIXELS
+from penumbra.serving.engine.signature import PublicKeys, read_public_keys
+from penumbra.serving.keys import Keys, read_keys
 
 PREFIX = "PENUMBRA_"
 NO_SETTINGS = ("PENUMBRA_GOLDEN", "PENUMBRA_KSERVE_PYTHON", "PENUMBRA_PERF_ANALYZER")
 """Variables of that prefix which our own tests read."""
 LINK = re.compile(r"PENUMBRA_(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP|SCTP)\w*|PORT)")
 """What Kubernetes puts into the environment for a service whose name begins with penumbra; its PORT is a URL."""
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
-"""Upper bounds of the latency histograms' buckets."""
-
-
-def _rising(bounds: tuple[float, ...]) -> tuple[float, ...]:
-    if not bounds or bounds[0] <= 0 or any(a >= b for a, b in pairwise(bounds)):
-        raise ValueError(f"the bounds are {bounds}; rising seconds above 0 are wanted, as 0.01,0.1,1")
-    return bounds
-
-
-Buckets = Annotated[
-    tuple[float, ...],
-    NoDecode,
-    BeforeValidator(lambda text: text.split(",") if isinstance(text, str) else text),
-    AfterValidator(_rising),
-]
-"""Upper bounds of a histogram's buckets, with commas between them."""
 
 
 def _fitting(pattern: str, expected: str) -> AfterValidator:
@@ -70,8 +55,7 @@ class Settings(BaseSettings):
     docs/limits.md. cache_mb: memory for answers that are given again (docs/scheduling.md); 0 keeps none.
     log_level, log_format: docs/metrics.md. revision: the commit of this server, which an image sets.
     predrain_s: how long readiness is down before connections are closed on SIGTERM.
-    latency_buckets_s: bounds of the latency histograms. otlp_endpoint: collector of traces, empty for none;
-    trace_share: of the requests that are traced, unless their caller says so.
+    otlp_endpoint: collector of traces, empty for none.
     api_keys, api_keys_file: `penumbra.serving.keys`; none lets everybody in. trusted_keys_file: public keys of which
     one must have signed an artifact (`penumbra.serving.engine.signature`); none takes any artifact.
     """
@@ -110,9 +94,7 @@ class Settings(BaseSettings):
     cache_mb: int = Field(0, ge=0)
     timeout_s: float = Field(300.0, gt=0, le=LONGEST_S)
     predrain_s: float = Field(2.0, ge=0, le=LONGEST_S)
-    latency_buckets_s: Buckets = SECONDS
     otlp_endpoint: str = ""
-    trace_share: float = Field(1.0, ge=0, le=1)
     api_keys: SecretStr = SecretStr("")
     api_keys_file: Path | None = None
     trusted_keys_file: Path | None = None
@@ -138,6 +120,26 @@ def check_names(variables: Iterable[str], known: set[str]) -> None:
         if name.upper().startswith(PREFIX) and name.upper() not in known and name not in NO_SETTINGS and not is_link:
             near = difflib.get_close_matches(name.upper(), known, 1, cutoff=0)
             raise ValueError(f"{name} is no setting; the nearest is {near[0]}, and docs/settings.md has all")
+
+
+def check_settings() -> tuple[Settings, Keys, PublicKeys | None]:
+    """The settings, and what is in the files of keys that they name. Raises BadOption, also for what this installation
+    lacks for them."""
+    settings = read_settings()
+    if settings.otlp_endpoint and find_spec("opentelemetry.exporter") is None:
+        raise BadOption(
+            f"PENUMBRA_OTLP_ENDPOINT is {settings.otlp_endpoint!r} and the exporter is not installed; "
+            "`pip install 'penumbra-serving[otlp]'` brings it"
+        )
+    keys = read_keys(settings.api_keys.get_secret_value(), settings.api_keys_file)
+    return settings, keys, read_public_keys(settings.trusted_keys_file) if settings.trusted_keys_file else None
+
+
+def paths_of(settings: Settings) -> dict[str, str]:
+    """The variables that name files, as they are to be read in any directory; the server works in another than its
+    caller."""
+    named = {name: getattr(settings, name) for name in settings.model_fields_set}
+    return {f"{PREFIX}{name.upper()}": str(path.absolute()) for name, path in named.items() if isinstance(path, Path)}
 
 
 def read_settings() -> Settings:

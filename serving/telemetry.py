@@ -1,55 +1,138 @@
-"""Prometheus metrics.
+"""What a server tells of its requests: a line of the log for each, Prometheus metrics, and OpenTelemetry traces.
 
-Our own registry, in one worker process: BentoML's metrics label by raw path, which any client can flood.
+On its way everybody writes what becomes known of a request into one `Request`. No pixels, file names or options are in
+a line. The metrics have a registry of their own, in one worker process: BentoML's label by raw path, which any client
+can flood. A trace is one span for a request and one for each of its phases, below the span that BentoML makes of the
+caller's `traceparent`.
 """
 
+import logging
 import os
+import re
+import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 # BentoML sets this for its own metrics; at its first import prometheus_client would switch to shared files.
 os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
 
+from opentelemetry import propagate, trace
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, PlatformCollector, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 
-from penumbra.serving.access import CANCELLED, CURRENT, Request, logged
+from penumbra.models.errors import PenumbraError
 from penumbra.serving.engine.observer import Observer
-from penumbra.serving.settings import SECONDS
-from penumbra.serving.tracing import record_request
+from penumbra.serving.statuses import status_of
 
 if TYPE_CHECKING:
     from penumbra.serving.engine.answer import Prediction
 
+log = logging.getLogger("penumbra.access")
+
+CURRENT: ContextVar["Request | None"] = ContextVar("request", default=None)
+"""The request that this task works for."""
+ID, TRACE = "x-request-id", "traceparent"
+SAFE_ID = re.compile(r"[A-Za-z0-9_.:/+=@-]{1,128}")
+SAFE_TRACE = re.compile(r"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+LONGEST_PATH = 120
+CANCELLED = 499
+"""Status of a request whose caller went away before an answer began."""
+QUIET = re.compile(
+    r"/healthz|/livez|/readyz|/metrics|/v2/health/\w+|/inference\.GRPCInferenceService/Server(Live|Ready)"
+)
+"""Paths that machines ask every few seconds: their lines are at level DEBUG where they are answered."""
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 NATS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3)
 ABSTAINED = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1)
 RATIO = (0.1, 0.25, 0.5, 0.75, 0.9, 1)
 POWERS = (1, 2, 4, 8, 16, 32, 64)
 
 
-class Telemetry(Observer):
-    """Counts and times; safe from any thread. Label values come from loaded models and fixed lists only.
+@dataclass(slots=True)
+class Request:
+    """What becomes known of a request while it is worked on; empty until it is.
 
-    latency_buckets_s: upper bounds of the histograms of seconds.
+    method: of HTTP, else GRPC or JOB. path: without the query, or the gRPC method. key: the name of the caller's key.
+    trace: the id of the trace that it belongs to. model: of those that are loaded. size: of the picture, [H, W].
+    num_windows: that were run. arrived: when it was there, by `perf_counter`; its deadline counts from then. started:
+    when its first phase did. timing_ms: milliseconds by phase. error: the class of what it was refused for.
     """
 
-    def __init__(self, *, latency_buckets_s: Sequence[float] = SECONDS) -> None:
+    method: str = ""
+    path: str = ""
+    id: str = field(default_factory=lambda: secrets.token_hex(16))
+    trace: str = ""
+    key: str = ""
+    model: str = ""
+    size: tuple[int, ...] = ()
+    num_windows: int = 0
+    arrived: float = field(default_factory=time.perf_counter)
+    started: float = 0.0
+    timing_ms: Mapping[str, float] = field(default_factory=dict)
+    error: str = ""
+    status: int = CANCELLED
+
+    def fail(self, error: Exception) -> None:
+        """Note what the request ended with."""
+        self.status = status_of(error)[0] if isinstance(error, PenumbraError) else 500
+        self.error = type(error).__name__
+
+    def fields(self, milliseconds: float) -> dict[str, str | int | float]:
+        """What the log's line has of the request, by name and in its order; what is not known is not there."""
+        known: dict[str, str | int | float] = {
+            "method": self.method, "path": self.path, "status": self.status, "ms": round(milliseconds, 1),
+            "model": self.model, "size": "x".join(map(str, reversed(self.size))), "windows": self.num_windows or "",
+        }  # fmt: skip
+        if spent_ms := self.timing_ms:
+            known["queue_ms"] = round(spent_ms.get("wait", 0.0) + spent_ms.get("queue", 0.0), 1)
+            known["run_ms"] = round(spent_ms.get("run", 0.0), 1)
+        known |= {"error": self.error, "key": self.key, "request_id": self.id, "trace_id": self.trace}
+        return {name: value for name, value in known.items() if value != ""}
+
+
+def begin(method: str, path: str, headers: Mapping[str, str]) -> Request:
+    """A request by its line and headers, or its call and metadata: an id or trace that is none is not taken over."""
+    request = Request(method, re.sub(r"^/jobs/[^/]+", "/jobs/{id}", re.sub("[^!-~]", "?", path))[:LONGEST_PATH])
+    if SAFE_ID.fullmatch(sent := headers.get(ID, "")):
+        request.id = sent
+    if parent := SAFE_TRACE.fullmatch(headers.get(TRACE, "")):
+        request.trace = parent[1]
+    return request
+
+
+@contextmanager
+def logged(request: Request) -> Iterator[Request]:
+    """Make a request the current one of the block, and write its line at the end."""
+    before, began = CURRENT.set(request), time.perf_counter()
+    try:
+        yield request
+    finally:
+        CURRENT.reset(before)
+        fields = request.fields(1e3 * (time.perf_counter() - began))
+        is_quiet = QUIET.fullmatch(request.path) and request.status not in (401, 403, 500)
+        line = " ".join(f"{name}={value}" for name, value in fields.items())
+        log.log(logging.DEBUG if is_quiet else logging.INFO, "%s", line, extra={"fields": fields})
+
+
+class Telemetry(Observer):
+    """Counts and times; safe from any thread. Label values come from loaded models and fixed lists only."""
+
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
         histogram = partial(Histogram, namespace="penumbra", registry=self.registry)
         counter = partial(Counter, namespace="penumbra", registry=self.registry)
         gauge = partial(Gauge, namespace="penumbra", registry=self.registry)
-        of_request = ["model", "protocol", "status"]
         self._request_seconds = histogram(
-            "request_seconds", "From a request's body to its answer.", of_request, buckets=latency_buckets_s
+            "request_seconds", "From a request's body to its answer.", ["model", "protocol", "status"], buckets=SECONDS
         )
-        self._phase_seconds = histogram(
-            "phase_seconds", "Time of a request in a phase.", ["phase"], buckets=latency_buckets_s
-        )
+        self._phase_seconds = histogram("phase_seconds", "Time of a request in a phase.", ["phase"], buckets=SECONDS)
         self._batch_windows = histogram("batch_windows", "Windows per batch.", ["model"], buckets=POWERS)
         self._batch_fill = histogram("batch_fill_ratio", "Share of a batch's capacity used.", ["model"], buckets=RATIO)
         self._queue_windows = gauge("queue_windows", "Windows accepted and not yet answered.")
@@ -93,6 +176,9 @@ class Telemetry(Observer):
     def model_loaded(self, model: str, *, seconds: float) -> None:
         self._load_seconds.labels(model).set(seconds)
 
+    def cache_asked(self, *, hit: bool) -> None:
+        (self._cache_hits if hit else self._cache_misses).inc()
+
     @contextmanager
     def track(self, protocol: str, *, carrier: Mapping[str, str] | None = None) -> Iterator[Request]:
         """Count, time and trace what happens in the block as one request, and log it where no one else does; errors
@@ -102,36 +188,28 @@ class Telemetry(Observer):
         """
         with ExitStack() as stack:
             request = CURRENT.get() or stack.enter_context(logged(Request(protocol.upper())))
-            yield from self._follow(request, protocol, carrier)
+            request.arrived = time.perf_counter()
+            request.status, request.error = CANCELLED, "Cancelled"
+            self._inflight.inc()
+            try:
+                yield request
+                request.status, request.error = 200, ""
+            except Exception as error:
+                request.fail(error)
+                raise
+            finally:
+                self._inflight.dec()
+                self._ended(request, protocol)
+                recorded = _record_spans(request, protocol, carrier)
+                request.trace = request.trace or recorded
 
-    def _follow(self, request: Request, protocol: str, carrier: Mapping[str, str] | None) -> Iterator[Request]:
-        started = request.arrived = time.perf_counter()
-        request.status, request.error = CANCELLED, "Cancelled"
-        self._inflight.inc()
-        try:
-            yield request
-            request.status, request.error = 200, ""
-        except Exception as error:
-            request.fail(error)
-            raise
-        finally:
-            self._inflight.dec()
-            status, reason = request.status, request.error
-            seconds = time.perf_counter() - started
-            self._request_seconds.labels(request.model, protocol, str(status)).observe(seconds)
-            if reason == "Cancelled":
-                self._cancelled.inc()
-            elif reason:
-                self._rejected.labels(reason).inc()
-            attributes: dict[str, str | int] = {
-                "penumbra.model": request.model,
-                "penumbra.protocol": protocol,
-                "penumbra.status": status,
-            }
-            traced = record_request(
-                attributes, began_s=started, worked_from_s=request.started, timing_ms=request.timing_ms, carrier=carrier
-            )
-            request.trace = request.trace or traced
+    def _ended(self, request: Request, protocol: str) -> None:
+        seconds = time.perf_counter() - request.arrived
+        self._request_seconds.labels(request.model, protocol, str(request.status)).observe(seconds)
+        if request.error == "Cancelled":
+            self._cancelled.inc()
+        elif request.error:
+            self._rejected.labels(request.error).inc()
 
     def answered(self, prediction: "Prediction", timing_ms: Mapping[str, float]) -> None:
         """Phases of an answer, and its own uncertainty: drift of the input shows there first."""
@@ -145,10 +223,64 @@ class Telemetry(Observer):
         if prediction.abstained is not None:
             self._abstained.labels(prediction.card.name).observe(prediction.abstained)
 
-    def cache_asked(self, *, hit: bool) -> None:
-        (self._cache_hits if hit else self._cache_misses).inc()
-
     def page(self, accept: str) -> tuple[bytes, str]:
         """The metrics page and its content type: OpenMetrics where the scraper asks for it."""
         encoder, content_type = choose_encoder(accept)
         return encoder(self.registry), content_type
+
+
+def tracer_provider() -> Any:
+    """The SDK's own provider of spans, which samples as OTEL_TRACES_SAMPLER says; BentoML's does not."""
+    from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+    from opentelemetry.sdk.trace import TracerProvider
+
+    return TracerProvider(resource=Resource.create({"service.name": "penumbra"}).merge(OTELResourceDetector().detect()))
+
+
+def export_traces(provider: Any, endpoint: str) -> None:
+    """Send a provider's spans to an OTLP collector over gRPC, and ours to the provider."""
+    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    exporter = OTLPSpanExporter(endpoint, insecure=not endpoint.startswith("https://"))
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    trace.set_tracer_provider(provider)
+
+
+def _record_spans(request: Request, protocol: str, carrier: Mapping[str, str] | None) -> str:
+    """Record a request that ended just now, below the current span or the one that `carrier` (headers) names. Returns
+    its trace's id, empty where it is not recorded."""
+    now_s, now_ns = time.perf_counter(), time.time_ns()
+
+    def clock_ns(moment_s: float) -> int:
+        return now_ns - int(1e9 * (now_s - moment_s))
+
+    tracer = trace.get_tracer("penumbra")
+    parent = propagate.extract(carrier) if carrier is not None else None
+    attributes: dict[str, str | int] = {
+        "penumbra.model": request.model, "penumbra.protocol": protocol, "penumbra.status": request.status,
+    }  # fmt: skip
+    span = tracer.start_span("penumbra.request", parent, attributes=attributes, start_time=clock_ns(request.arrived))
+    recorded = ""
+    if span.is_recording():
+        recorded = trace.format_trace_id(span.get_span_context().trace_id)
+        inside = trace.set_span_in_context(span)
+        for name, start_ms, milliseconds in phase_intervals(request.timing_ms):
+            start_s = request.started + start_ms / 1e3
+            phase = tracer.start_span(f"penumbra.{name}", inside, start_time=clock_ns(start_s))
+            phase.end(clock_ns(start_s + milliseconds / 1e3))
+    span.end(now_ns)
+    return recorded
+
+
+def phase_intervals(timing_ms: Mapping[str, float]) -> Iterator[tuple[str, float, float]]:
+    """Name, start and length of each phase in milliseconds after the first one's start. Some alternate, window by
+    window: their spans start together and last as long as each was busy."""
+    start_ms = 0.0
+    for name in ("wait", "decode", "queue"):
+        yield name, start_ms, timing_ms.get(name, 0.0)
+        start_ms += timing_ms.get(name, 0.0)
+    for name in ("run", "stitch", "read_out"):
+        yield name, start_ms, timing_ms.get(name, 0.0)
+    engine_ms = timing_ms.get("total", 0.0) - timing_ms.get("queue", 0.0)
+    yield "write", start_ms + engine_ms, timing_ms.get("write", 0.0)

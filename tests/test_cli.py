@@ -19,10 +19,10 @@ from penumbra.__main__ import main
 from penumbra.models.card import Parity
 from penumbra.models.checkpoint import save_checkpoint
 from penumbra.serving import VERSION
-from penumbra.serving.build import ROOT, build_facts
 from penumbra.serving.engine.decode import open_image
 from penumbra.serving.engine.options import Limits
 from penumbra.serving.engine.store import open_artifact, sha256_of
+from penumbra.serving.process import ROOT, build_facts
 from tests.conftest import CLASSES, picture, toy_card
 
 MAPS = ("confidence", "entropy", "mutual_information")
@@ -81,7 +81,7 @@ def test_the_version_is_told_with_the_commit_of_the_checkout_or_else_of_the_imag
     monkeypatch.setenv("PENUMBRA_REVISION", "0123abc")
     assert run("--version").stdout == f"penumbra, version {VERSION}, commit 0123abc\n"
     assert build_facts("0123abc") == {"version": VERSION, "commit": "0123abc"}
-    monkeypatch.setattr("penumbra.serving.build.ROOT", tmp_path)
+    monkeypatch.setattr("penumbra.serving.process.ROOT", tmp_path)
     assert build_facts("") == {"version": VERSION}, "what is installed in a folder of another project is none of its"
     (tmp_path / ".git").touch()
     assert build_facts("") == {"version": VERSION}

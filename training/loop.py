@@ -20,8 +20,8 @@ from penumbra.models.checkpoint import check_replaceable, load_checkpoint, save_
 from penumbra.models.contract import Network
 from penumbra.models.errors import BadArtifact, BadOption
 from penumbra.models.files import writing
-from penumbra.serving.build import commit_of
 from penumbra.serving.engine.allocator import keep_freed_memory
+from penumbra.serving.process import build_facts
 from penumbra.training.batches import Batches, choose_split
 from penumbra.training.data import DataSet, find_data
 from penumbra.training.devices import follow_first, gather, share_of, start_devices
@@ -260,7 +260,7 @@ def describe(recipe: Recipe, data: DataSet, *, num_frames: int, num_labelled: in
         readout=Readout(align_corners=True),
         prompt=network.prompt,
         extra_maps=network.extra_maps,
-        provenance=Provenance(sentence, data.licence, recipe_of(recipe), commit_of("")),
+        provenance=Provenance(sentence, data.licence, recipe_of(recipe), build_facts("").get("commit", "")),
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -19,10 +20,9 @@ from penumbra.models.errors import (
     TooLarge,
     UnsupportedMedia,
 )
-from penumbra.serving.access import CURRENT
 from penumbra.serving.keys import METRICS_PATH, Keys
 from penumbra.serving.statuses import LOADING, LOADING_S, headers_of, status_of
-from penumbra.serving.telemetry import Telemetry
+from penumbra.serving.telemetry import CURRENT, ID, TRACE, Telemetry, begin, logged
 
 STREAMED = ("POST", "/jobs")
 """What may be larger than memory, where it is a raw body: its handler bounds it as it comes."""
@@ -82,6 +82,33 @@ class Bodies:
         finally:
             with self._lock:
                 self._held_bytes, has_ended = self._held_bytes - taken, True
+
+
+class AccessLog:
+    """Writes the line of every HTTP request, and gives its id and `traceparent` back."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        with logged(begin(scope["method"], scope["raw_path"].decode("latin-1"), headers)) as request:
+            returned = {ID: request.id} | ({TRACE: headers[TRACE]} if request.trace else {})
+
+            async def answer(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    request.status = message["status"]
+                    MutableHeaders(scope=message).update(returned)
+                await send(message)
+
+            try:
+                await self._app(scope, receive, answer)
+            except Exception:
+                request.status = 500
+                raise
 
 
 class Timeout:

@@ -18,7 +18,6 @@ from tritonclient.grpc import service_pb2 as pb
 
 from penumbra.models.errors import BadOption, PenumbraError, Unsupported
 from penumbra.serving import VERSION
-from penumbra.serving.access import Request, logged
 from penumbra.serving.http.admission import Bodies
 from penumbra.serving.keys import SERVICE
 from penumbra.serving.oip.grpc_server import Context, begun_call
@@ -32,6 +31,7 @@ from penumbra.serving.oip.protocol import (
 )
 from penumbra.serving.oip.tensors import DTYPES, SHOWN, Tensor, join_strings
 from penumbra.serving.statuses import UNEXPECTED, status_of
+from penumbra.serving.telemetry import Request, logged
 
 log = logging.getLogger("penumbra")
 

@@ -12,10 +12,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from penumbra.models.errors import BadOption, NotReady, PenumbraError
-from penumbra.serving.access import CURRENT, ID, Request, begin, logged
 from penumbra.serving.keys import SERVICE, Keys
 from penumbra.serving.statuses import LOADING, status_of
-from penumbra.serving.telemetry import Telemetry
+from penumbra.serving.telemetry import CURRENT, ID, Request, Telemetry, begin, logged
 
 WHILE_LOADING = {f"/{SERVICE}/ServerLive": b"\x08\x01", f"/{SERVICE}/ServerReady": b""}
 """Messages in wire form that say live, and not ready."""

@@ -16,9 +16,8 @@ import tritonclient.grpc as triton
 from bentoml.exceptions import BadInput, InternalServerError
 from tritonclient.utils import InferenceServerException
 
-from penumbra.serving.access import Request, begin, logged
-from penumbra.serving.logs import JsonLines, is_ours
-from penumbra.serving.telemetry import Telemetry
+from penumbra.serving.process import JsonLines, is_ours
+from penumbra.serving.telemetry import Request, Telemetry, begin, logged
 from tests.serving.http.test_http import PNG
 from tests.serving.server import Server, serving, until
 
@@ -223,5 +222,6 @@ def test_a_failure_is_one_json_object_with_its_stack_and_a_callers_mistake_is_no
     line = json.loads(JsonLines().format(record("penumbra", ValueError("why"))))
     assert line["message"] == "it\nfailed" and line["stack"] == "ValueError: why" and line["level"] == "ERROR"
     assert "stack" not in json.loads(JsonLines().format(record("penumbra", None)))
-    assert not is_ours(record("bentoml.http", BadInput("what was sent")))
-    assert is_ours(record("bentoml.http", InternalServerError("why"))) and is_ours(record("penumbra", BadInput("x")))
+    assert not is_ours(record("bentoml.http", BadInput("what was sent")), framework="bentoml")
+    assert is_ours(record("bentoml.http", InternalServerError("why")), framework="bentoml")
+    assert is_ours(record("penumbra", BadInput("x")), framework="bentoml")

@@ -19,14 +19,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from penumbra.models.errors import BadImage, BadOption, ModelFault
-from penumbra.serving.access import Request
 from penumbra.serving.cache import AnswerCache, key_of
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.options import PROBABILITIES, SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.render import WRITERS, Style, render
-from penumbra.serving.telemetry import Telemetry
+from penumbra.serving.telemetry import Request, Telemetry
 from tests.conftest import FIXED, picture, toy_card
 from tests.serving.server import serving
 

@@ -15,7 +15,6 @@ import pytest
 from starlette.applications import Starlette
 
 from penumbra.models.errors import BadOption, Cancelled, DeadlineExceeded, ModelFault, NotReady, QueueFull, UnknownModel
-from penumbra.serving.access import Request
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
@@ -24,7 +23,7 @@ from penumbra.serving.http import v2
 from penumbra.serving.http.admission import Bodies
 from penumbra.serving.http.routes import ERROR_HANDLERS
 from penumbra.serving.oip.protocol import Inference
-from penumbra.serving.telemetry import Telemetry
+from penumbra.serving.telemetry import Request, Telemetry
 from tests.conftest import FIXED, picture
 
 OPTIONS = SegmentOptions(model="toy-pointwise")

@@ -44,10 +44,9 @@ def test_what_kubernetes_and_our_own_tests_set_is_passed_over(monkeypatch: pytes
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("LIMIT_PIXELS", "many", "valid integer"), ("TRACE_SHARE", "3", "less than or equal to 1"),
+        ("LIMIT_PIXELS", "many", "valid integer"), ("CACHE_MB", "-1", "greater than or equal to 0"),
         ("DEVICE", "foo", "cuda:N"), ("DEVICE", "cuda:x", "cuda:N"), ("LOG_LEVEL", "loud", "'WARNING'"),
         ("GRPC_ADDRESS", "here", "HOST:PORT"), ("MODEL_CONTROL", "perhaps", "boolean"), ("TIMEOUT_S", "0", "greater"),
-        ("LATENCY_BUCKETS_S", "2,1", "rising"),
         ("THREADS", "999999999999", "equal to 1024"), ("LANES", "1025", "equal to 1024"),
         *((name, value, "less than or equal to 1000000000") for value in ("inf", "1e300")
           for name in ("TIMEOUT_S", "WATCH_STORE_S", "PREDRAIN_S", "JOB_KEEP_S", "TARGET_MS")),

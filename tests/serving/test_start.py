@@ -12,7 +12,7 @@ import pytest
 
 from penumbra.__main__ import BENTOML
 from penumbra.models.errors import BadOption
-from penumbra.serving.start import check_port, own_directory
+from penumbra.serving.process import check_port, own_directory
 from tests.serving.server import free_port
 from tests.test_cli import failed, run
 

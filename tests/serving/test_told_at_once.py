@@ -19,7 +19,6 @@ from tritonclient.grpc import service_pb2_grpc
 
 from penumbra.models.errors import BadOption, Cancelled, DeadlineExceeded, PenumbraError
 from penumbra.serving import gateway as gateways
-from penumbra.serving.access import Request
 from penumbra.serving.cache import AnswerCache, key_of
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.options import SegmentOptions
@@ -35,7 +34,7 @@ from penumbra.serving.oip.grpc import Calls, service_handlers
 from penumbra.serving.oip.grpc_server import GrpcServer
 from penumbra.serving.oip.protocol import Inference
 from penumbra.serving.render import render
-from penumbra.serving.telemetry import Telemetry
+from penumbra.serving.telemetry import Request, Telemetry
 from tests.conftest import FIXED, picture, toy_card
 from tests.serving.server import free_port
 

@@ -20,9 +20,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from pycocotools import mask as coco
 
 from penumbra.serving import VERSION
-from penumbra.serving.build import build_facts
 from penumbra.serving.http import jobs as job_routes
 from penumbra.serving.http.routes import routes
+from penumbra.serving.process import build_facts
 from tests.conftest import CLASSES, GAIN, picture
 from tests.serving.conftest import BODY_BYTES, PIXELS
 from tests.serving.server import ROOT, Server, until
