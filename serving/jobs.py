@@ -13,17 +13,22 @@ cannot be read has failed, and one that has taken the server down with it severa
 left alone.
 """
 
+import fcntl
+import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
+
+from pydantic import TypeAdapter
 
 from penumbra.models.errors import (
     BadArtifact,
@@ -43,8 +48,8 @@ from penumbra.serving.engine.store import find_artifact
 from penumbra.serving.engine.work import Cancellation
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.http.routes import answer_headers
-from penumbra.serving.job import Job, State, is_upload, lock, read_job, save_job
 from penumbra.serving.render import MAPLESS, WRITERS, Style, parse_request
+from penumbra.serving.settings import Settings
 from penumbra.serving.spool import LONG, Spool, disk, spool_bytes
 from penumbra.serving.telemetry import Request
 
@@ -54,34 +59,72 @@ MAX_ATTEMPTS = 3
 """Processes that may end while at a job before it is to blame."""
 SWEEP_S = 30.0
 """How often finished jobs are looked at for their age."""
+UPLOAD = {"image", "job.part"}
+"""What the directory of an upload may hold that has not become a job."""
+State = Literal["queued", "running", "writing", "done", "failed"]
 
 
-@dataclass(frozen=True, slots=True)
-class JobBounds:
-    """pixels: of an image. body_bytes: of an upload. waiting: jobs that are not finished. keep_s: of a result."""
+@dataclass(slots=True)
+class Job:
+    """One job, as `job.json` has it. Changed under the lock of `Jobs`, or by its thread while it runs.
 
-    pixels: int
-    body_bytes: int
-    waiting: int
-    keep_s: float
+    fields: the options as text. headers: what its result is sent with. finished: time of day, 0 before.
+    """
+
+    id: str
+    media: str
+    fields: dict[str, str]
+    created: float
+    state: State = "queued"
+    finished: float = 0.0
+    error: str = ""
+    attempts: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+def save_job(place: Path, job: Job) -> None:
+    """Write `job.json`, as a whole or not at all. Raises DiskFull."""
+    with disk():
+        (place / "job.part").write_text(json.dumps(asdict(job)))
+        os.replace(place / "job.part", place / "job.json")
+
+
+def is_upload(place: Path) -> bool:
+    """Whether a directory is an upload that broke off, and nothing that somebody else keeps beside the jobs."""
+    try:
+        names = {path.name for path in place.iterdir()}
+    except OSError:
+        return False
+    return not names or (names <= UPLOAD and re.fullmatch(r"[\w-]{22}", place.name) is not None)
+
+
+def lock(directory: Path) -> IO[bytes]:
+    """Make the directory this process's own for as long as the file is open. Raises BadArtifact."""
+    with ExitStack() as undo:
+        try:
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            file = undo.enter_context((directory / "lock").open("ab"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BadArtifact(
+                f"jobs cannot be kept in {directory} ({error.strerror}); name a directory of this server alone in "
+                "PENUMBRA_JOBS"
+            ) from None
+        undo.pop_all()
+        return file
 
 
 class Jobs:
     """The jobs in a directory, and the thread that runs them. Methods may be called from any thread."""
 
-    def __init__(
-        self, directory: Path, gateway: Gateway, *, bounds: JobBounds, store: Path | None = None
-    ) -> None:  # fmt: skip
-        """store: where versions are that jobs were taken for and that are loaded no more.
-
-        Raises BadArtifact where the directory cannot be used, or another server uses it.
-        """
-        self.bounds, self._directory, self._gateway, self._store = bounds, directory, gateway, store
+    def __init__(self, settings: Settings, gateway: Gateway) -> None:
+        """Raises BadArtifact where the directory cannot be used, or another server uses it."""
+        self.settings, self._gateway, self._directory = settings, gateway, settings.jobs
         self._limits = replace(
-            LONG, pixels=bounds.pixels, samples=gateway.segmenter.limits.samples,
+            LONG, pixels=settings.limit_job_pixels, samples=gateway.segmenter.limits.samples,
             window_pixels=gateway.segmenter.limits.window_pixels, probability_bytes=0,
         )  # fmt: skip
-        self._lock_file = lock(directory)
+        self._lock_file = lock(settings.jobs)
         self._changed = threading.Condition()
         self._closing = False
         self._jobs: dict[str, Job] = {}
@@ -110,9 +153,9 @@ class Jobs:
         with self._changed:
             self._expire()
             waiting = len(self._uploads) + sum(not job.finished for job in self._jobs.values())
-            if waiting >= self.bounds.waiting:
+            if waiting >= self.settings.limit_jobs:
                 raise QueueFull(
-                    f"{waiting} jobs are waiting and the limit is {self.bounds.waiting}; try again in 60 s",
+                    f"{waiting} jobs are waiting and the limit is {self.settings.limit_jobs}; try again in 60 s",
                     retry_after_s=60,
                 )
             self._uploads.add(place)
@@ -132,14 +175,15 @@ class Jobs:
             self._uploads.discard(place)
         shutil.rmtree(place, ignore_errors=True)
 
-    def check(self, media: str, fields: Mapping[str, str]) -> None:
-        """Raises BadOption for options that no job takes, before a body is read."""
-        check_long(parse_request(media, fields)[0])
+    def check(self, media: str, fields: Mapping[str, str]) -> tuple[SegmentOptions, Style]:
+        """What a job is to compute and show. Raises BadOption for options that no job takes."""
+        options, style = parse_request(media, fields)
+        check_long(options)
+        return options, style
 
     def submit(self, place: Path, media: str, fields: Mapping[str, str]) -> dict[str, Any]:
         """Make a job of an upload `place/image`. Raises whatever `POST /segment` refuses, and DiskFull."""
-        options, style = parse_request(media, fields)
-        check_long(options)
+        options, style = self.check(media, fields)
         height, width = measure_image(place / "image", self._limits)
         runtime, _, _ = self._gateway.segmenter.check(height, width, options, limits=self._limits)
         card = runtime.card
@@ -172,7 +216,7 @@ class Jobs:
             "id": job.id, "state": job.state, "percent": round(percent, 1), "windows_done": done, "windows": total,
             "media_type": job.media, "options": job.fields, "error": job.error or None, "created": job.created,
             "finished": job.finished or None,
-            "expires": job.finished + self.bounds.keep_s if job.finished else None,
+            "expires": job.finished + self.settings.job_keep_s if job.finished else None,
             "url": f"/jobs/{job.id}", "result": f"/jobs/{job.id}/result" if job.state == "done" else None,
         }  # fmt: skip
 
@@ -210,7 +254,7 @@ class Jobs:
     def _find(self, name: str) -> Job:
         job = self._jobs.get(name)
         if job is None or self._is_old(job):
-            raise UnknownJob(f"there is no job {name[:40]!r}; results are kept for {self.bounds.keep_s:g} s")
+            raise UnknownJob(f"there is no job {name[:40]!r}; results are kept for {self.settings.job_keep_s:g} s")
         return job
 
     def _loop(self) -> None:
@@ -257,7 +301,7 @@ class Jobs:
     def _run(self, job: Job, request: Request) -> None:
         place = self._directory / job.id
         job.attempts += 1
-        save_job(self._directory / job.id, job)
+        save_job(place, job)
         options, style = parse_request(job.media, job.fields)
         options = spooled(options, job.media, style)
         image = open_image(place / "image", self._limits)
@@ -281,10 +325,9 @@ class Jobs:
         try:
             segmenter.find(model, version)
         except UnknownModel:
-            if self._store is None or model is None:
-                raise
+            assert model and version, "submit has written both"
             try:
-                segmenter.load(find_artifact(self._store, model, version))
+                segmenter.load(find_artifact(self.settings.store, model, version))
             except (UnknownModel, BadArtifact) as error:  # of which the places are none of the caller's business
                 log.error("a job's model cannot be loaded: %s", error)
                 raise UnknownModel(
@@ -318,7 +361,7 @@ class Jobs:
             shutil.rmtree(place, ignore_errors=True)
 
     def _is_old(self, job: Job) -> bool:
-        return 0 < job.finished < time.time() - self.bounds.keep_s
+        return 0 < job.finished < time.time() - self.settings.job_keep_s
 
     def _expire(self) -> None:
         for job in [job for job in self._jobs.values() if self._is_old(job)]:
@@ -336,16 +379,18 @@ class Jobs:
 
     def _restore(self, place: Path) -> None:
         try:
-            job = read_job(place)
-        except (OSError, ValueError) as error:
-            log.error("the job %s cannot be read: %s", place.name, error)
+            job, error = TypeAdapter(Job).validate_json((place / "job.json").read_bytes()), ""
+            if job.id != place.name:
+                raise ValueError(f"it is the job {job.id!r}")
+        except (OSError, ValueError) as fault:
+            log.error("the job %s cannot be read: %s", place.name, fault)
             job = Job(place.name, "", {}, created=time.time())
-            self._jobs[job.id] = job
-            self._finish(job, "the server cannot read what it had kept of this job; send it again")
-            return
-        self._jobs[job.id] = job
+            error = "the server cannot read what it had kept of this job; send it again"
         if not job.finished and job.attempts >= MAX_ATTEMPTS:
-            self._finish(job, f"the server ended {job.attempts} times while it worked on this job")
+            error = f"the server ended {job.attempts} times while it worked on this job"
+        self._jobs[job.id] = job
+        if error:
+            self._finish(job, error)
         elif not job.finished:
             job.state = "queued"
 

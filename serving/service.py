@@ -227,8 +227,7 @@ def load_all() -> tuple["Gateway", "Inference", "Jobs", "StoreWatch"]:
     from penumbra.serving.http import jobs as job_routes
     from penumbra.serving.http import v2
     from penumbra.serving.http.routes import ERROR_HANDLERS, routes
-    from penumbra.serving.job import lock
-    from penumbra.serving.jobs import JobBounds, Jobs
+    from penumbra.serving.jobs import Jobs, lock
     from penumbra.serving.oip.protocol import Inference
     from penumbra.serving.watch import StoreWatch, look
 
@@ -246,10 +245,7 @@ def load_all() -> tuple["Gateway", "Inference", "Jobs", "StoreWatch"]:
         inference, body_bytes=SETTINGS.limit_body_bytes, json_bytes=SETTINGS.limit_json_bytes, bodies=BODIES
     )
     watch = StoreWatch(SETTINGS.store, before, every_s=SETTINGS.watch_store_s, inference=inference)
-    bounds = JobBounds(
-        SETTINGS.limit_job_pixels, SETTINGS.limit_job_bytes, SETTINGS.limit_jobs, SETTINGS.job_keep_s
-    )  # fmt: skip
-    jobs = Jobs(SETTINGS.jobs, gateway, bounds=bounds, store=SETTINGS.store)
+    jobs = Jobs(SETTINGS, gateway)
     APP.router.routes[:] = [*oip_routes, *job_routes.routes(jobs, TELEMETRY), *routes(gateway, build)]
     APP.exception_handlers.update(ERROR_HANDLERS)
     return gateway, inference, jobs, watch

@@ -70,7 +70,7 @@ class JobSurface:
             with disk():
                 await run_in_threadpool(path.write_bytes, data)
             return fields
-        size, limit = 0, self._jobs.bounds.body_bytes
+        size, limit = 0, self._jobs.settings.limit_job_bytes
         pieces = bytearray()
         with disk(), path.open("wb") as file:
             try:

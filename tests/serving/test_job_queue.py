@@ -17,8 +17,8 @@ from penumbra.export.bundle import export_network
 from penumbra.models.errors import BadOption, DiskFull, QueueFull, UnknownJob
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.gateway import Gateway
-from penumbra.serving.job import Job
-from penumbra.serving.jobs import JobBounds, Jobs
+from penumbra.serving.jobs import Job, Jobs
+from penumbra.serving.settings import Settings
 from penumbra.serving.telemetry import Telemetry
 from tests.conftest import FIXED, picture, toy_card
 from tests.serving.server import until
@@ -32,7 +32,8 @@ def opened(store: Path, directory: Path, *, waiting: int = 5, keep_s: float = 36
     with Segmenter.open(store, threads=1, tuning=FIXED) as segmenter:
         gateway = Gateway(segmenter, Telemetry(), limit_requests=1, timeout_s=60)
         gateway.state = "ready"
-        jobs = Jobs(directory, gateway, bounds=JobBounds(10**6, 10**6, waiting, keep_s), store=store)
+        settings = Settings(jobs=directory, store=store, limit_job_pixels=10**6, limit_jobs=waiting, job_keep_s=keep_s)
+        jobs = Jobs(settings, gateway)
         try:
             yield jobs, gateway
         finally:

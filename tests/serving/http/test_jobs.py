@@ -327,10 +327,11 @@ def test_two_servers_do_not_share_a_directory_of_jobs(server: Server, toy_store:
     from penumbra.models.errors import BadArtifact
     from penumbra.serving.engine.segmenter import Segmenter
     from penumbra.serving.gateway import Gateway
-    from penumbra.serving.jobs import JobBounds, Jobs
+    from penumbra.serving.jobs import Jobs
+    from penumbra.serving.settings import Settings
     from penumbra.serving.telemetry import Telemetry
 
     with Segmenter() as segmenter:
         gateway = Gateway(segmenter, Telemetry(), limit_requests=1, timeout_s=1)
         with pytest.raises(BadArtifact, match="PENUMBRA_JOBS"):
-            Jobs(place / "jobs", gateway, bounds=JobBounds(1, 1, 1, 1))
+            Jobs(Settings(jobs=place / "jobs"), gateway)
