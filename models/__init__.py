@@ -1,4 +1,7 @@
-"""What a network is: the contract, the card, and one folder per method. Imports torch and the stdlib only."""
+"""What a network is: the contract, the card, and one folder per method.
+
+No method's folder imports another's. Torch, safetensors and the standard library are all that is imported here.
+"""
 
 import importlib
 import pkgutil

@@ -1,3 +1,6 @@
-"""How a request becomes an answer: `engine` knows no transport, everything else here is one."""
+"""How a request becomes an answer: `engine` computes it, `render` and `files` write it, `http` and `oip` carry it.
+
+Beside these folders is only what the protocols share; no method's code is imported here.
+"""
 
 VERSION = "0.1.0"

@@ -1,1 +1,4 @@
-"""Network parts shared by two or more methods."""
+"""Network parts shared by two or more methods.
+
+What one method alone needs stays in its own folder, and nothing here knows a method.
+"""
