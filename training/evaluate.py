@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from penumbra.models.card import IGNORE, ClassInfo, InputSpec, Sampling
+from penumbra.models.blocks.layers import draw_noise
+from penumbra.models.card import IGNORE, ClassInfo, InputSpec
 from penumbra.models.confusion import confusion, intersection_over_union
 from penumbra.models.contract import Network
 from penumbra.training.augment import normalise
@@ -35,7 +36,8 @@ def measure(
             continue  # its mean over no pixel is NaN, and one NaN would be the mean of all frames
         image_B3hw = normalise(image_3HW[None].float() / 255, InputSpec()).to(device)
         label_hw = label_HW.long()
-        logits_SBKhw = network(image_B3hw, draw_noise(network.sampling, generator).to(device)).float()
+        noise_SBL = draw_noise(network.sampling, network.sampling.default_samples, 1, generator)
+        logits_SBKhw = network(image_B3hw, noise_SBL.to(device)).float()
         mean_Khw, expected_hw, spread = summarise(logits_SBKhw[:, 0], size=label_hw.shape)
         confusion_KK += confusion(mean_Khw.argmax(0), label_hw, num_classes=num_classes)
         sums += torch.tensor([spread, *means_in_nats(mean_Khw, expected_hw, label_hw)])
@@ -51,14 +53,6 @@ def measure(
         **means,
         **{f"IoU/{info.name}": float(iou) for info, iou in zip(classes, iou_K, strict=True)},
     }
-
-
-def draw_noise(sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """noise_SBL of one picture by the network's law: dropout masks, 0 or 1 / keep, or else standard normal."""
-    shape = (sampling.default_samples, 1, sampling.noise_length)
-    if sampling.kind == "dropout":
-        return (torch.rand(shape, generator=generator) < sampling.keep).float() / sampling.keep
-    return torch.randn(shape, generator=generator)
 
 
 def summarise(logits_SKhw: Tensor, *, size: torch.Size) -> tuple[Tensor, Tensor, float]:

@@ -1,7 +1,10 @@
-"""Small layers that every network here is made of."""
+"""Small layers that every network here is made of, and the noise that they take."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from penumbra.models.card import Sampling
 
 
 def conv_norm_act(
@@ -24,6 +27,18 @@ def resize_like(x_BDhw: Tensor, target_BDhw: Tensor, *, align_corners: bool = Tr
 def drop_channels(x_BDhw: Tensor, mask_SBD: Tensor) -> Tensor:
     """Dropout2d with its masks as an input (0 or 1 / keep): every sample's channels, [S*B, D, h, w], sample-major."""
     return (x_BDhw * mask_SBD[..., None, None]).flatten(0, 1)
+
+
+def draw_masks(shape: tuple[int, ...], keep: float, generator: torch.Generator) -> Tensor:
+    """Masks for `drop_channels`: 1 / keep with probability `keep`, else 0, each entry by itself; their mean is 1."""
+    return (torch.rand(shape, generator=generator) < keep).float() / keep
+
+
+def draw_noise(sampling: Sampling, num_samples: int, num_images: int, generator: torch.Generator) -> Tensor:
+    """noise_SBL of the distribution that a network declares: dropout masks, or else standard normal."""
+    shape = (num_samples, num_images, sampling.noise_length)
+    is_dropout = sampling.kind == "dropout"
+    return draw_masks(shape, sampling.keep, generator) if is_dropout else torch.randn(shape, generator=generator)
 
 
 def weighted_sums(x_D: Tensor, weight_OD: Tensor) -> Tensor:

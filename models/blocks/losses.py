@@ -1,9 +1,11 @@
-"""Losses that several methods' objectives are made of. They take logits of any resolution."""
+"""What several methods' objectives are made of: losses, which take logits of any resolution, and pseudo labels."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from penumbra.models.card import IGNORE
+from penumbra.models.contract import Views
 
 
 def at_size(logits_BKhw: Tensor, target: Tensor) -> Tensor:
@@ -27,3 +29,18 @@ def soft_cross_entropy(logits_BKhw: Tensor, target_BKhw: Tensor, inside_Bhw: Ten
 def ramp(progress: float, start: float, full: float) -> float:
     """0 until `start`, then linear to 1 at `full`."""
     return min(max((progress - start) / max(full - start, 1e-9), 0.0), 1.0)
+
+
+def mixed(x: Tensor, mix: Tensor) -> Tensor:
+    """Pictures, labels or probabilities of B frames; frame i shows frame i - 1 where `mix` says so (CutMix)."""
+    return torch.where(mix, x.roll(1, 0), x)
+
+
+def confident_labels(prob_BKhw: Tensor, batch: Views, *, confidence: float) -> Tensor:
+    """label_Bhw of a teacher's probabilities, mixed as the strong views are; IGNORE if unsure or beyond the picture.
+
+    confidence: least probability of a label.
+    """
+    confidence_Bhw, label_Bhw = prob_BKhw.max(1)
+    unsure_Bhw = (confidence_Bhw < confidence) | ~batch.inside_Bhw
+    return mixed(label_Bhw.masked_fill(unsure_Bhw, IGNORE), batch.mix_B1hw[:, 0])

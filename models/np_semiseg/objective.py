@@ -1,11 +1,12 @@
-"""Training of NP-SemiSeg (Wang et al. 2023, sec. 3.3) with the film head, so that the latent keeps a meaning.
+"""Training of NP-SemiSeg (Wang et al. 2023, sec. 3.3) with the film head, and of its MC-dropout baseline.
 
     L = L_s + w(t) * L_u + beta * KL(q_target || q_context)
     L_s  multi-sample likelihood bound on labelled pictures
     L_u  the same on CutMix-ed, recoloured unlabelled pictures against the averaged network's confident labels
     q_target, q_context  the latent's Gaussian from the target and the context bank
 
-The target bank holds labelled and confident pseudo-labelled pixels, the context bank labelled pixels.
+The target bank holds labelled and confident pseudo-labelled pixels, the context bank labelled pixels. The baseline has
+no KL, no bank, and one sample, with which the bound is the cross-entropy.
 DEVIATION: the paper takes the cross-entropy of the mean of T logits, whose best answer is a latent without
 variance. We maximise the multi-sample bound of importance-weighted autoencoders (Burda et al. 2016), the
 "NPML" objective of neural processes (Foong et al. 2020), tempered by b: see `multi_sample_loss`.
@@ -16,91 +17,131 @@ DEVIATION: banks and class attention see every other row and column of the featu
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from penumbra.models.blocks.losses import ramp
+from penumbra.models.blocks.layers import draw_noise
+from penumbra.models.blocks.losses import confident_labels, mixed, ramp
 from penumbra.models.card import IGNORE, read_strict
 from penumbra.models.contract import Views
 from penumbra.models.errors import BadOption
-from penumbra.models.np_semiseg.heads import LatentPath, attend
+from penumbra.models.np_semiseg.heads import attend
 from penumbra.models.np_semiseg.net import NpNetwork
-from penumbra.models.np_semiseg.objective_dropout import DropoutObjective, DropoutOptions
-from penumbra.models.np_semiseg.objective_terms import at_grid, labelled, picture_loss, pseudo_labelled
 
 CONTEXT, TARGET = 0, 1
-SAMPLED = {"np": "latent", "dropout": "dropout"}
-"""What a network samples, by the kind of objective that trains it."""
 
 
 @dataclass(frozen=True, slots=True)
-class NpOptions:
-    """samples: T. sharpness: b. confidence: least teacher probability of a pseudo label.
+class DropoutOptions:
+    """samples: T, of the averaged network for a pseudo label. confidence: least teacher probability of one.
 
     start, full: shares of the schedule at which L_u begins to count and counts fully.
-    bank_rows: Q of the paper. pixels_per_class: new rows per step, class and bank.
     """
 
     samples: int = 4
-    sharpness: float = 30.0
     unlabelled_weight: float = 1.0
     confidence: float = 0.9
-    kl_weight: float = 0.005
     start: float = 0.1
     full: float = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class NpOptions(DropoutOptions):
+    """samples: T, of both networks. sharpness: b. kl_weight: beta.
+
+    bank_rows: Q of the paper. pixels_per_class: new rows per step, class and bank.
+    """
+
+    sharpness: float = 30.0
+    kl_weight: float = 0.005
     bank_rows: int = 2560
     pixels_per_class: int = 64
 
 
-class NpObjective(nn.Module):
-    """Holds the network, its running average (the teacher, and what is served) and the banks.
+class Pictures(NamedTuple):
+    """Pictures of one step with the labels that they have: the labelled ones, then unlabelled ones where they count.
 
-    Called by the loop only, once per step; every call adds to the banks and moves the class centres.
+    area_B: the number of pixels over which a loss is averaged.
     """
 
-    def __init__(self, network: NpNetwork, average: NpNetwork, options: NpOptions) -> None:
+    image_B3hw: Tensor
+    label_Bhw: Tensor
+    area_B: Tensor
+
+
+class DropoutObjective(nn.Module):
+    """MC dropout (Gal & Ghahramani 2016) of the latent network's host: L_s + w(t) * L_u under one mask per picture.
+
+    The class centres stay 0, so that the latent is one and the same vector for every picture. It holds the network and
+    its running average (the teacher, and what is served). For the loop only, once per step.
+    """
+
+    def __init__(self, network: NpNetwork, average: NpNetwork, options: DropoutOptions) -> None:
         super().__init__()
         self.network, self.average, self.options = network, average, options
-        num_classes, length = network.head.latent.latent_centres.shape
-        self.bank_2KQL = nn.Buffer(torch.zeros(2, num_classes, options.bank_rows, length))
-        self.count_2K = nn.Buffer(torch.zeros(2, num_classes, dtype=torch.int64))
 
     def forward(self, batch: Views, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
         o, num = self.options, len(batch.image_B3hw)
         weight = o.unlabelled_weight * ramp(progress, o.start, o.full)
-        pictures = labelled(batch)
+        pictures = Pictures(batch.image_B3hw, batch.label_Bhw, (batch.label_Bhw != IGNORE).sum((1, 2)))
         if weight > 0:
-            noise_SBL = self._noise(len(batch.weak_B3hw), generator, like=batch.weak_B3hw)
-            pictures = pictures.join(pseudo_labelled(batch, self.average, noise_SBL, confidence=o.confidence))
-        x_BDhw = self.network.host(pictures.image_B3hw)
-        query_BLhw = self.network.head.latent.reduce(x_BDhw.detach()[:, :, ::2, ::2]).float()
-        self._remember(query_BLhw.detach(), pictures.label_Bhw, num_labelled=num, generator=generator)
-        logits_SBKhw, kl_B = self._predict(x_BDhw, query_BLhw, generator)
-        loss_B = picture_loss(logits_SBKhw, pictures, sharpness=o.sharpness)
-        kl, supervised = kl_B.mean(), loss_B[:num].mean()
-        parts = {"supervised": supervised, "kl": kl, "spread": sample_spread(logits_SBKhw.detach())}
-        total = supervised + o.kl_weight * kl
+            noise_SBL = self._noise(o.samples, batch.weak_B3hw, generator)
+            unlabelled = pseudo_labelled(batch, self.average, noise_SBL, confidence=o.confidence)
+            pictures = Pictures(*(torch.cat(pair) for pair in zip(pictures, unlabelled, strict=True)))
+        loss_B, penalty, parts = self._learn(pictures, num, generator)
+        parts = {"supervised": loss_B[:num].mean(), **parts}
+        total = parts["supervised"] + penalty
         if weight > 0:
             parts["unlabelled"] = loss_B[num:].mean()
             parts["kept"] = (pictures.label_Bhw[num:] != IGNORE).float().mean()
             total = total + weight * parts["unlabelled"]
         return {"total": total, **parts}
 
+    def _learn(
+        self, pictures: Pictures, num_labelled: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor | float, dict[str, Tensor]]:
+        """loss_B of every picture, what is added to their means, and figures to report."""
+        logits_1BKhw = self.network(pictures.image_B3hw, self._noise(1, pictures.image_B3hw, generator))
+        return picture_loss(logits_1BKhw.float(), pictures, sharpness=1.0), 0.0, {}
+
+    def _noise(self, num_samples: int, image_B3hw: Tensor, generator: torch.Generator) -> Tensor:
+        return draw_noise(self.network.sampling, num_samples, len(image_B3hw), generator).to(image_B3hw.device)
+
+
+class NpObjective(DropoutObjective):
+    """The latent network's objective, with its banks; every call adds to these and moves the class centres."""
+
+    options: NpOptions
+
+    def __init__(self, network: NpNetwork, average: NpNetwork, options: NpOptions) -> None:
+        super().__init__(network, average, options)
+        num_classes, length = network.head.latent.latent_centres.shape
+        self.bank_2KQL = nn.Buffer(torch.zeros(2, num_classes, options.bank_rows, length))
+        self.count_2K = nn.Buffer(torch.zeros(2, num_classes, dtype=torch.int64))
+
+    def _learn(
+        self, pictures: Pictures, num_labelled: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        x_BDhw = self.network.host(pictures.image_B3hw)
+        query_BLhw = self.network.head.latent.reduce(x_BDhw.detach()[:, :, ::2, ::2]).float()
+        self._remember(query_BLhw.detach(), pictures.label_Bhw, num_labelled=num_labelled, generator=generator)
+        logits_SBKhw, kl_B = self._predict(x_BDhw, query_BLhw, generator)
+        kl = kl_B.mean()
+        loss_B = picture_loss(logits_SBKhw, pictures, sharpness=self.options.sharpness)
+        return loss_B, self.options.kl_weight * kl, {"kl": kl, "spread": sample_spread(logits_SBKhw.detach())}
+
     def _predict(self, x_BDhw: Tensor, query_BLhw: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """logits_SBKhw with z ~ q_target, and KL(q_target || q_context) per picture."""
         head, latent = self.network.head, self.network.head.latent
-        mean_BL, sigma_BL = _gaussian(latent, attend(query_BLhw, latent.latent_centres))
+        mean_BL, sigma_BL = (x.float() for x in latent.distribution(attend(query_BLhw, latent.latent_centres)))
         context_BL = attend(query_BLhw, latent.context_centres)
-        noise_SBL = self._noise(len(x_BDhw), generator, like=mean_BL)
+        noise_SBL = self._noise(self.options.samples, x_BDhw, generator)
         logits_SBKhw = head.decode((head.shared(x_BDhw), mean_BL, sigma_BL, context_BL), noise_SBL)
-        kl_B = gaussian_kl((mean_BL, sigma_BL), _gaussian(latent, context_BL))
-        return logits_SBKhw.float(), kl_B
-
-    def _noise(self, num: int, generator: torch.Generator, *, like: Tensor) -> Tensor:
-        shape = (self.options.samples, num, self.network.sampling.noise_length)
-        return torch.randn(shape, generator=generator).to(like.device)
+        q_context = tuple(x.float() for x in latent.distribution(context_BL))
+        return logits_SBKhw.float(), gaussian_kl((mean_BL, sigma_BL), q_context)
 
     @torch.no_grad()
     def _remember(
@@ -120,24 +161,69 @@ class NpObjective(nn.Module):
         self.network.head.latent.latent_centres.copy_(centres_2KL[TARGET])
 
 
-def build_objective(network: NpNetwork, average: NpNetwork, options: Mapping[str, Any]) -> nn.Module:
+KINDS = {"np": (NpObjective, NpOptions, "latent"), "dropout": (DropoutObjective, DropoutOptions, "dropout")}
+"""By name: an objective, its options, and what the network that it trains samples."""
+
+
+def build_objective(network: NpNetwork, average: NpNetwork, options: Mapping[str, Any]) -> DropoutObjective:
     """The objective that `kind` names: `np` (if none is named) for a latent, `dropout` for the baseline.
 
     Raises BadOption: an unknown kind, or one that the network does not sample for; BadArtifact naming an unknown or
     mistyped option.
     """
     rest, sampling = dict(options), network.sampling.kind
-    kind = str(rest.pop("kind", "np"))
-    if kind not in SAMPLED:
-        raise BadOption(f"recipe.objective.kind is {kind!r}; one of {', '.join(SAMPLED)} is wanted")
-    if sampling != SAMPLED[kind]:
-        raise BadOption(f"recipe.config.sampling is {sampling!r}; the objective {kind!r} trains {SAMPLED[kind]!r}")
-    if kind == "dropout":
-        return DropoutObjective(network, average, read_strict(DropoutOptions, rest, where="recipe.objective"))
-    return NpObjective(network, average, read_strict(NpOptions, rest, where="recipe.objective"))
+    name = str(rest.pop("kind", "np"))
+    if name not in KINDS:
+        raise BadOption(f"recipe.objective.kind is {name!r}; one of {', '.join(KINDS)} is wanted")
+    objective, kind, trained = KINDS[name]
+    if sampling != trained:
+        raise BadOption(f"recipe.config.sampling is {sampling!r}; the objective {name!r} trains {trained!r}")
+    return objective(network, average, read_strict(kind, rest, where="recipe.objective"))
 
 
-def gaussian_kl(q: tuple[Tensor, Tensor], p: tuple[Tensor, Tensor]) -> Tensor:
+@torch.no_grad()
+def pseudo_labelled(batch: Views, teacher: NpNetwork, noise_SBL: Tensor, *, confidence: float) -> Pictures:
+    """CutMix-ed strong views, and the teacher's labels of the weak ones mixed alike; IGNORE if unsure.
+
+    confidence: least mean probability over the samples. Rejected pixels count in the area, so that few confident
+    pixels weigh little.
+    """
+    prob_BKhw = teacher(batch.weak_B3hw, noise_SBL).float().softmax(2).mean(0)
+    prob_BKhw = F.interpolate(prob_BKhw, batch.label_Bhw.shape[-2:], mode="bilinear", align_corners=True)
+    label_Bhw = confident_labels(prob_BKhw, batch, confidence=confidence)
+    return Pictures(mixed(batch.strong_B3hw, batch.mix_B1hw), label_Bhw, batch.inside_Bhw.sum((1, 2)))
+
+
+def picture_loss(logits_SBKhw: Tensor, pictures: Pictures, *, sharpness: float) -> Tensor:
+    """`multi_sample_loss` per picture, on a grid of every other pixel: the map is four times coarser anyway."""
+    num_samples, height, width = len(logits_SBKhw), *(2 * n for n in logits_SBKhw.shape[-2:])
+    logits_NKhw = F.interpolate(logits_SBKhw.flatten(0, 1), size=(height, width), mode="bilinear", align_corners=True)
+    coarse_Bhw = at_grid(pictures.label_Bhw, height, width)
+    share = height * width / pictures.label_Bhw[0].numel()
+    loss_NHw = F.cross_entropy(logits_NKhw, coarse_Bhw.repeat(num_samples, 1, 1), ignore_index=IGNORE, reduction="none")
+    sum_SB = loss_NHw.sum((1, 2)).view(num_samples, -1)
+    return multi_sample_loss(-sum_SB / (share * pictures.area_B).clamp(min=1), sharpness)
+
+
+def multi_sample_loss(log_prob_SB: Tensor, sharpness: float) -> Tensor:
+    """-(1/b) log mean_s exp(b * mean log-likelihood of sample s), per picture: loss_B.
+
+    b = number of pixels is the likelihood of the whole picture (Burda et al. 2016, eq. 8); b -> 0 is the mean
+    over samples. In between, samples may specialise where the picture is ambiguous, and all still learn.
+    With one sample it is the mean cross-entropy for every b.
+    """
+    num_samples = torch.tensor(float(len(log_prob_SB)))
+    return -(torch.logsumexp(sharpness * log_prob_SB, dim=0) - num_samples.log()) / sharpness
+
+
+def at_grid(label_Bhw: Tensor, height: int, width: int) -> Tensor:
+    """Labels at the pixels nearest to the points of an align_corners=True grid of height x width."""
+    rows = torch.linspace(0, label_Bhw.shape[1] - 1, height, device=label_Bhw.device).round().long()
+    columns = torch.linspace(0, label_Bhw.shape[2] - 1, width, device=label_Bhw.device).round().long()
+    return label_Bhw[:, rows[:, None], columns]
+
+
+def gaussian_kl(q: tuple[Tensor, ...], p: tuple[Tensor, ...]) -> Tensor:
     """KL(q || p) of diagonal Gaussians given as (mean_BL, sigma_BL), summed over L: kl_B."""
     (mean_q, sigma_q), (mean_p, sigma_p) = q, p
     ratio = (sigma_q / sigma_p).square()
@@ -155,8 +241,3 @@ def push(bank_QL: Tensor, count: Tensor, rows_PL: Tensor) -> None:
     places = (int(count) + torch.arange(len(rows_PL), device=bank_QL.device)) % size
     bank_QL[places] = rows_PL.to(bank_QL.dtype)
     count += len(rows_PL)
-
-
-def _gaussian(latent: LatentPath, aggregate_BL: Tensor) -> tuple[Tensor, Tensor]:
-    mean_BL, sigma_BL = latent.distribution(aggregate_BL)
-    return mean_BL.float(), sigma_BL.float()

@@ -12,15 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from penumbra.models.blocks.losses import at_size, cross_entropy, ramp, soft_cross_entropy
+from penumbra.models.blocks.losses import at_size, cross_entropy, mixed, ramp, soft_cross_entropy
 from penumbra.models.card import IGNORE
 from penumbra.models.checkpoint import load_checkpoint
-from penumbra.models.cps.objective import KINDS
-from penumbra.models.cps.objectives.cross_probability import squared_distance, symmetric_divergence
-from penumbra.models.cps.objectives.mean_teacher import MeanTeacherObjective, follow
-from penumbra.models.cps.objectives.pseudoseg import soft_labels
-from penumbra.models.cps.objectives.semi_supervised import SemiSupervised
-from penumbra.models.cps.objectives.terms import cross_supervision, mean_where, mixed, pseudo_labels, supervision
+from penumbra.models.cps.objective import (
+    KINDS,
+    MeanTeacherObjective,
+    SemiSupervised,
+    cross_supervision,
+    follow,
+    mean_where,
+    pseudo_labels,
+    soft_labels,
+    squared_distance,
+    supervision,
+    symmetric_divergence,
+)
 from penumbra.models.errors import BadArtifact, BadOption
 from penumbra.training.loop import build_network, train
 from penumbra.training.objective import build_objective

@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from penumbra.models.blocks.layers import draw_masks, draw_noise
 from penumbra.models.card import Sampling
 from penumbra.models.contract import Features
 from penumbra.models.errors import BadOption
 from penumbra.models.np_semiseg.net import NpNetwork
-from penumbra.models.np_semiseg.objective_dropout import draw_masks
-from penumbra.models.np_semiseg.objective_terms import at_grid
-from penumbra.training.evaluate import draw_noise
+from penumbra.models.np_semiseg.objective import at_grid
 from penumbra.training.loop import build_network
 from penumbra.training.objective import build_objective
 from tests.training import tiny
@@ -31,9 +30,9 @@ def test_masks_are_zero_or_one_by_keep_with_mean_one_and_depend_on_the_generator
 
 def test_validation_draws_masks_for_a_dropout_network_and_normal_noise_for_a_latent() -> None:
     generator = torch.Generator().manual_seed(0)
-    mask_SBL = draw_noise(Sampling(kind="dropout", noise_length=500, keep=0.8, default_samples=4), generator)
+    mask_SBL = draw_noise(Sampling(kind="dropout", noise_length=500, keep=0.8), 4, 1, generator)
     assert mask_SBL.shape == (4, 1, 500) and mask_SBL.unique().tolist() == pytest.approx([0, 1.25])
-    noise_SBL = draw_noise(Sampling(kind="latent", noise_length=500, default_samples=4), generator)
+    noise_SBL = draw_noise(Sampling(kind="latent", noise_length=500), 4, 1, generator)
     assert noise_SBL.min() < -2 and noise_SBL.std().item() == pytest.approx(1, abs=0.1)
 
 

@@ -10,8 +10,15 @@ from torch.distributions import Normal, kl_divergence
 from penumbra.models.card import IGNORE
 from penumbra.models.errors import BadArtifact, BadOption
 from penumbra.models.np_semiseg.net import NpNetwork
-from penumbra.models.np_semiseg.objective import CONTEXT, NpObjective, NpOptions, gaussian_kl, push
-from penumbra.models.np_semiseg.objective_terms import at_grid, multi_sample_loss
+from penumbra.models.np_semiseg.objective import (
+    CONTEXT,
+    NpObjective,
+    NpOptions,
+    at_grid,
+    gaussian_kl,
+    multi_sample_loss,
+    push,
+)
 from penumbra.training.loop import build_network
 from penumbra.training.objective import build_objective, update_average
 from tests.training import tiny

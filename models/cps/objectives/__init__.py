@@ -1,1 +1,0 @@
-"""What trains the DeepLabv3+ branches: CPS, its baseline, and the alternatives that its paper discusses."""
