@@ -3,29 +3,24 @@
 The published evaluation uses branch1 alone (`branches=1`); both branches make two members.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from penumbra.models.blocks.layers import conv_norm_act, convolve_pooled, resize_like
-from penumbra.models.blocks.resnet import ResNet, ResNetConfig
+from penumbra.models.blocks.deeplab import DeepLab, DeepLabConfig
+from penumbra.models.blocks.layers import convolve_pooled
 from penumbra.models.card import Sampling
 from penumbra.models.contract import Features, Network
 
 
 @dataclass(frozen=True, slots=True)
-class CpsConfig:
+class CpsConfig(DeepLabConfig):
     """Shape of the branches. The defaults are the published ResNet-50 net (81 M parameters in two branches)."""
 
-    num_classes: int
     branches: int = 2
-    backbone: ResNetConfig = field(default_factory=ResNetConfig)
-    aspp_channels: int = 256
-    aspp_rates: tuple[int, int, int] = (6, 12, 18)
-    low_channels: int = 48
-    decoder_channels: int = 256
 
 
 class CpsNetwork(Network):
@@ -34,13 +29,10 @@ class CpsNetwork(Network):
     def __init__(self, config: CpsConfig) -> None:
         super().__init__()
         names = tuple(f"branch{i + 1}" for i in range(config.branches))
-        self.sampling = (
-            Sampling(kind="members", members=names, default_samples=len(names))
-            if len(names) > 1
-            else Sampling(kind="single", members=names)
-        )
+        kind: Literal["members", "single"] = "members" if len(names) > 1 else "single"
+        self.sampling = Sampling(kind=kind, members=names, default_samples=len(names))
         for name in names:
-            self.add_module(name, Branch(config))
+            self.add_module(name, DeepLab(config, Aspp, align_corners=True))
         self.names = names
 
     def encode(self, image_B3hw: Tensor) -> Features:
@@ -48,28 +40,6 @@ class CpsNetwork(Network):
 
     def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
         return torch.stack(features)
-
-
-class Branch(nn.Module):
-    """DeepLabv3+ as in CPS: image_B3hw -> logits_BKhw at stride 4."""
-
-    def __init__(self, config: CpsConfig) -> None:
-        super().__init__()
-        decoder = config.decoder_channels
-        self.backbone = ResNet(config.backbone)
-        self.aspp = Aspp(config.backbone.high_channels, config.aspp_channels, config.aspp_rates)
-        self.low = conv_norm_act(config.backbone.low_channels, config.low_channels, 1)
-        self.fuse = nn.Sequential(
-            *conv_norm_act(config.aspp_channels + config.low_channels, decoder, 3),
-            *conv_norm_act(decoder, decoder, 3),
-        )
-        self.classifier = nn.Conv2d(decoder, config.num_classes, 1)
-
-    def forward(self, image_B3hw: Tensor) -> Tensor:
-        low, high = self.backbone(image_B3hw)
-        low = self.low(low)
-        high = resize_like(self.aspp(high), low)
-        return self.classifier(self.fuse(torch.cat((high, low), dim=1)))
 
 
 class Aspp(nn.Module):

@@ -62,11 +62,11 @@ def assemble(parts: Mapping[str, Mapping[str, Tensor]]) -> Assembly:
     backbone = ResNetConfig(depth=DEPTH_BY_BLOCKS[blocks])  # type: ignore[arg-type]
     both = any(key.startswith("branch2.") for key in tensors)
     return Assembly(
-        config=CpsConfig(num_classes, 1, backbone),
+        config=CpsConfig(num_classes, backbone, branches=1),
         input=InputSpec(),
         published=published(num_classes),
         ours=Protocol(window=WindowSpec(512, 512)),
-        ours_config=CpsConfig(num_classes, 2 if both else 1, backbone),
+        ours_config=CpsConfig(num_classes, backbone, branches=2 if both else 1),
     )
 
 

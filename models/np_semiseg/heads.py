@@ -9,17 +9,12 @@ lets z scale and shift channels (FiLM, Perez et al. 2018) after the last normali
 every pixel alike, and a sample costs one pointwise layer instead of a 3x3 convolution.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from penumbra.models.blocks.layers import VectorLinear, conv_norm_act
 from penumbra.models.contract import Features
-
-if TYPE_CHECKING:
-    from penumbra.models.np_semiseg.net import NpConfig
 
 LatentStatistics = tuple[Tensor, Tensor, Tensor]
 """mean_BL and sigma_BL of the latent, and the deterministic context_BL."""
@@ -84,17 +79,17 @@ def attend(query_BLhw: Tensor, centres_KL: Tensor) -> Tensor:
 class FilmHead(nn.Module):
     """Shared convolutions to g_BMhw in encode; per sample relu(g * (1 + scale(z, c)) + shift(z, c)) and a 1x1."""
 
-    def __init__(self, config: "NpConfig", channels: int) -> None:
+    def __init__(self, num_classes: int, channels: int, *, length: int, hidden: int, film_channels: int) -> None:
         super().__init__()
-        self.latent = LatentPath(config.num_classes, channels, config.latent_length)
+        self.latent = LatentPath(num_classes, channels, length)
         self.shared = nn.Sequential(
-            *conv_norm_act(channels, config.hidden, 3),
-            *conv_norm_act(config.hidden, config.hidden, 3),
-            nn.Conv2d(config.hidden, config.film_channels, 1, bias=False),
-            nn.BatchNorm2d(config.film_channels),
+            *conv_norm_act(channels, hidden, 3),
+            *conv_norm_act(hidden, hidden, 3),
+            nn.Conv2d(hidden, film_channels, 1, bias=False),
+            nn.BatchNorm2d(film_channels),
         )
-        self.film = VectorLinear(2 * config.latent_length, 2 * config.film_channels)
-        self.classifier = nn.Conv2d(config.film_channels, config.num_classes, 1)
+        self.film = VectorLinear(2 * length, 2 * film_channels)
+        self.classifier = nn.Conv2d(film_channels, num_classes, 1)
 
     def encode(self, x_BDhw: Tensor, latent: LatentStatistics | None = None) -> Features:
         """latent: where it is known already; by default of x."""
@@ -120,14 +115,13 @@ class PublishedHead(nn.Module):
     statistics follow from sums over the 9 regions. Equal to the plain form (`decode_plain`) up to rounding.
     """
 
-    def __init__(self, config: "NpConfig", channels: int) -> None:
+    def __init__(self, num_classes: int, channels: int, *, length: int, hidden: int) -> None:
         super().__init__()
-        length, hidden = config.latent_length, config.hidden
         self.length, self.channels = length, channels
-        self.latent = LatentPath(config.num_classes, channels, length)
+        self.latent = LatentPath(num_classes, channels, length)
         self.conv1 = nn.Conv2d(2 * length + channels, hidden, 3, padding=1)
         self.conv2 = nn.Conv2d(hidden, hidden, 3, padding=1)
-        self.classifier = nn.Conv2d(hidden, config.num_classes, 1)
+        self.classifier = nn.Conv2d(hidden, num_classes, 1)
 
     def encode(self, x_BDhw: Tensor, latent: LatentStatistics | None = None) -> Features:
         """latent: where it is known already; by default of x."""

@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from penumbra.models.blocks.layers import conv_norm_act, convolve_pooled, drop_channels, resize_like
+from penumbra.models.blocks.deeplab import atrous_branches, pool_everywhere
+from penumbra.models.blocks.layers import conv_norm_act, drop_channels, resize_like
 from penumbra.models.blocks.resnet import ResNet, ResNetConfig
 from penumbra.models.card import Sampling
 from penumbra.models.contract import Features, Network
@@ -72,8 +73,13 @@ class NpNetwork(Network):
         joined = config.aspp_channels * (len(config.aspp_rates) + 2)
         self.fuse = conv_norm_act(joined, config.aspp_channels, config.fuse_kernel)
         self.low = conv_norm_act(config.backbone.low_channels, config.low_channels, 1, bias=True)
-        head = PublishedHead if config.head == "published" else FilmHead
-        self.head = head(config, channels=config.low_channels + config.aspp_channels)
+        channels, length = config.low_channels + config.aspp_channels, config.latent_length
+        if config.head == "published":
+            self.head = PublishedHead(config.num_classes, channels, length=length, hidden=config.hidden)
+        else:
+            self.head = FilmHead(
+                config.num_classes, channels, length=length, hidden=config.hidden, film_channels=config.film_channels
+            )
 
     def host_features(self, image_B3hw: Tensor) -> tuple[Tensor, Tensor]:
         """The low-level and the ASPP's channels of the host's decoder feature, both at stride 4."""
@@ -124,12 +130,7 @@ class Aspp(nn.Module):
     def __init__(self, channels: int, out_channels: int, rates: tuple[int, ...]) -> None:
         super().__init__()
         self.pool = conv_norm_act(channels, out_channels, 1)
-        branches = [conv_norm_act(channels, out_channels, 1)]
-        branches += [conv_norm_act(channels, out_channels, 3, dilation=rate) for rate in rates]
-        self.branches = nn.ModuleList(branches)
+        self.branches = atrous_branches(channels, out_channels, rates)
 
     def forward(self, x: Tensor) -> Tensor:
-        conv, norm, activate = self.pool
-        pooled = activate(norm(convolve_pooled(x.mean((2, 3), keepdim=True), conv)))
-        pooled = pooled.expand(-1, -1, x.shape[2], x.shape[3])
-        return torch.cat([pooled] + [branch(x) for branch in self.branches], dim=1)
+        return torch.cat([pool_everywhere(self.pool, x)] + [branch(x) for branch in self.branches], dim=1)

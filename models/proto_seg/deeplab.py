@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from penumbra.models.blocks.aspp import Aspp
+from penumbra.models.blocks.deeplab import Aspp
 from penumbra.models.blocks.resnet import ResNet, ResNetConfig
 
 RATES = (12, 24, 36)

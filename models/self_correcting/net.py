@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from penumbra.models.blocks.aspp import Aspp
-from penumbra.models.blocks.layers import conv_norm_act, drop_channels, resize_like
-from penumbra.models.blocks.resnet import ResNet, ResNetConfig
+from penumbra.models.blocks.deeplab import DeepLab, DeepLabConfig
+from penumbra.models.blocks.layers import drop_channels, resize_like
+from penumbra.models.blocks.resnet import ResNetConfig
 from penumbra.models.card import PromptSpec, Sampling
 from penumbra.models.contract import Features, Network, Prompt
 
@@ -23,7 +23,7 @@ KEEP = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class SelfCorrectingConfig:
+class SelfCorrectingConfig(DeepLabConfig):
     """Shape of both networks and of the correction. The defaults are the unofficial code's.
 
     aspp_rates: the unofficial code has 6, 12, 18 at output stride 8; DeepLabv3+ has twice that there.
@@ -34,12 +34,7 @@ class SelfCorrectingConfig:
     of every box (VOC's is 0); None for data without one.
     """
 
-    num_classes: int
     backbone: ResNetConfig = BACKBONE
-    aspp_channels: int = 256
-    aspp_rates: tuple[int, int, int] = (6, 12, 18)
-    low_channels: int = 48
-    decoder_channels: int = 256
     ancillary: bool = True
     correction: Literal["none", "linear", "convolutional"] = "linear"
     correction_hidden: int = 128
@@ -59,7 +54,7 @@ class SelfCorrectingNetwork(Network):
         super().__init__()
         self.config = config
         self.sampling = Sampling(kind="single", members=("primary",))
-        self.primary = DeepLab(config)
+        self.primary = DeepLab(config, align_corners=False)
         if config.ancillary:
             self.prompt = _prompt(config)
             self.ancillary = Ancillary(config)
@@ -96,13 +91,25 @@ class DropoutNetwork(SelfCorrectingNetwork):
         super().__init__(config)
         self.sampling = Sampling(kind="dropout", noise_length=config.aspp_channels, keep=KEEP, default_samples=8)
         self.prompt = PromptSpec()
+        self.channels = (config.aspp_channels, config.low_channels)
 
     def encode(self, image_B3hw: Tensor) -> Features:
-        low_BDhw, high_BDhw = self.primary.encode(image_B3hw)
-        return self.primary.split(low_BDhw, high_BDhw)
+        """What no sample repeats: the first decoding convolution of low's channels, and high at its size.
+
+        A resize keeps to its channel, so a mask of high's channels commutes with it.
+        """
+        low_BDhw, high_BDhw = self.primary.align(*self.primary.encode(image_B3hw))
+        _, weight = self.primary.fuse[0].weight.split(self.channels, dim=1)
+        return F.conv2d(low_BDhw, weight, padding=1), high_BDhw
 
     def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
-        return self.primary.decode_masked(features, noise_SBL)
+        """The rest of the DeepLabv3+, with high's channels times each mask."""
+        shared_BDhw, high_BDhw = features
+        weight, _ = self.primary.fuse[0].weight.split(self.channels, dim=1)
+        x_NDhw = F.conv2d(drop_channels(high_BDhw, noise_SBL), weight, padding=1)
+        x_SBDhw = x_NDhw.unflatten(0, noise_SBL.shape[:2]) + shared_BDhw
+        logits_NKhw = self.primary.classifier(self.primary.fuse[1:](x_SBDhw.flatten(0, 1)))
+        return logits_NKhw.unflatten(0, noise_SBL.shape[:2])
 
 
 def build(config: SelfCorrectingConfig) -> SelfCorrectingNetwork:
@@ -116,9 +123,6 @@ def _prompt(config: SelfCorrectingConfig) -> PromptSpec:
         return PromptSpec(kind="boxes", members=members, background=config.background)
     alpha = config.alpha if config.correction == "linear" else None
     return PromptSpec(kind="boxes", members=(*members, "corrected"), background=config.background, alpha=alpha)
-
-
-# -- corrections: primary and ancillary members to three, q last ------------------------------------
 
 
 def correct_linearly(members_BMKhw: Tensor, alpha_B: Tensor) -> Tensor:
@@ -147,63 +151,12 @@ def _correction(config: SelfCorrectingConfig) -> nn.Sequential:
     )
 
 
-# -- the two DeepLabv3+ networks -------------------------------------------------------------------
-
-
-class DeepLab(nn.Module):
-    """DeepLabv3+: image_B3hw -> logits_BKhw at stride 4."""
-
-    def __init__(self, config: SelfCorrectingConfig) -> None:
-        super().__init__()
-        channels, decoder = config.aspp_channels, config.decoder_channels
-        self.channels = (channels, config.low_channels)
-        self.backbone = ResNet(config.backbone)
-        self.aspp = Aspp(config.backbone.high_channels, channels, config.aspp_rates)
-        self.low = conv_norm_act(config.backbone.low_channels, config.low_channels, 1)
-        self.fuse = nn.Sequential(
-            *conv_norm_act(channels + config.low_channels, decoder, 3),
-            *conv_norm_act(decoder, decoder, 3),
-        )
-        self.classifier = nn.Conv2d(decoder, config.num_classes, 1)
-
-    def forward(self, image_B3hw: Tensor) -> Tensor:
-        return self.decode(*self.encode(image_B3hw))
-
-    def encode(self, image_B3hw: Tensor) -> tuple[Tensor, Tensor]:
-        """The first stage at stride 4, and what the ASPP makes of the last at the output stride."""
-        low_BDhw, high_BDhw = self.backbone(image_B3hw)
-        return low_BDhw, self.aspp(high_BDhw)
-
-    def decode(self, low_BDhw: Tensor, high_BDhw: Tensor) -> Tensor:
-        low_BDhw = self.low(low_BDhw)
-        high_BDhw = resize_like(high_BDhw, low_BDhw, align_corners=False)
-        return self.classifier(self.fuse(torch.cat((high_BDhw, low_BDhw), dim=1)))
-
-    def split(self, low_BDhw: Tensor, high_BDhw: Tensor) -> tuple[Tensor, Tensor]:
-        """What `decode` does before a mask of high's channels matters, so that no sample repeats it.
-
-        The first convolution of low's channels, and high at its size: a resize keeps to its channel, a mask commutes.
-        """
-        low_BDhw = self.low(low_BDhw)
-        _, weight = self.fuse[0].weight.split(self.channels, dim=1)
-        return F.conv2d(low_BDhw, weight, padding=1), resize_like(high_BDhw, low_BDhw, align_corners=False)
-
-    def decode_masked(self, features: Features, mask_SBD: Tensor) -> Tensor:
-        """logits_SBKhw: the rest of `decode`, with high's channels times each mask."""
-        shared_BDhw, high_BDhw = features
-        weight, _ = self.fuse[0].weight.split(self.channels, dim=1)
-        x_NDhw = F.conv2d(drop_channels(high_BDhw, mask_SBD), weight, padding=1)
-        x_SBDhw = x_NDhw.unflatten(0, mask_SBD.shape[:2]) + shared_BDhw
-        logits_NKhw = self.classifier(self.fuse[1:](x_SBDhw.flatten(0, 1)))
-        return logits_NKhw.unflatten(0, mask_SBD.shape[:2])
-
-
 class Ancillary(nn.Module):
-    """The same network with a box encoder: image_B3hw, boxes_BKhw -> logits_BKhw at stride 4."""
+    """A DeepLabv3+ with a box encoder: image_B3hw, boxes_BKhw -> logits_BKhw at stride 4."""
 
     def __init__(self, config: SelfCorrectingConfig) -> None:
         super().__init__()
-        self.deeplab = DeepLab(config)
+        self.deeplab = DeepLab(config, align_corners=False)
         self.low_gate = BoxGate(config.num_classes, config.backbone.low_channels)
         self.high_gate = BoxGate(config.num_classes, config.aspp_channels)
 

@@ -217,7 +217,7 @@ def test_cct_files_are_one_branch_and_their_auxiliary_decoders_are_left_out() ->
     train_only = tuple(f"aux_decoders.{i}.upsample.classifier.weight" for i in range(12))
     theirs = _siblings({"branch1": ""}, "main_decoder.upsample.classifier.")
     part = read_part({"model": theirs | dict.fromkeys(train_only, torch.zeros(1))}, find_method("cps"), where="a.pth")
-    assert part.tensors.keys() == _names("cps", CpsConfig(21, 1)) and part.train_only == train_only
+    assert part.tensors.keys() == _names("cps", CpsConfig(21, branches=1)) and part.train_only == train_only
     assert part.theirs["branch1.aspp.red_conv.weight"] == "head.aspp.red_conv.weight"
 
 
@@ -312,7 +312,7 @@ def test_our_np_protocol_has_windows_of_512_px_and_8_samples() -> None:
 
 def cps_state(prefixes: tuple[str, ...], classifier: str = "classifier") -> dict[str, Tensor]:
     """Files of TorchSemiSeg from a fresh network of ours: one DeepLabv3+ per prefix."""
-    state = find_method("cps").build(CpsConfig(21, len(prefixes))).state_dict()
+    state = find_method("cps").build(CpsConfig(21, branches=len(prefixes))).state_dict()
     content = {}
     for number, prefix in enumerate(prefixes, 1):
         names = {f"branch{number}.{ours}": theirs for theirs, ours in cps_upstream._branch("", "").items()}
