@@ -1,4 +1,4 @@
-"""What every export format keeps of every zoo checkpoint: the gate's figures, as the table of docs/export.md.
+"""What every export format keeps of every zoo checkpoint: the gate's figures, as the table of docs/extend/export.md.
 
 python -m benchmarks.parity --data DIR [--every N] [--only BACKEND] [NAME ...]
 

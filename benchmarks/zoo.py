@@ -1,4 +1,4 @@
-"""Every checkpoint of the zoo on the validation frames, through the serving engine: the table of docs/results.md.
+"""Every checkpoint of the zoo on the validation frames, through the engine: the table of docs/measure/results.md.
 
 python -m benchmarks.zoo --data DIR [NAME ...]
 """

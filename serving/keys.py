@@ -106,7 +106,8 @@ def warn_if_open(keys: Keys, *, model_control: bool) -> None:
     if not keys:
         also = ", load models and unload them" if model_control else ""
         log.warning(
-            "NO API KEYS ARE SET: whoever reaches the ports of this server may use it%s; see docs/security.md", also
+            "NO API KEYS ARE SET: whoever reaches the ports of this server may use it%s; see docs/operate/security.md",
+            also,
         )
 
 

@@ -51,9 +51,9 @@ class Settings(BaseSettings):
     takes one per thread on a CPU and one on a GPU.
     deterministic: bytes of an answer never depend on what else is in its batch; costs the batch sizes that this
     machine's kernels round differently. windows_per_batch, samples_per_call: 0 measures at start.
-    target_ms: of a request of one window, which bounds batches; 0 is none (docs/scheduling.md). limit_*: see
-    docs/limits.md. cache_mb: memory for answers that are given again (docs/scheduling.md); 0 keeps none.
-    log_level, log_format: docs/metrics.md. revision: the commit of this server, which an image sets.
+    target_ms: of a request of one window, which bounds batches; 0 is none (docs/operate/scheduling.md). limit_*: see
+    docs/use/limits.md. cache_mb: memory for answers that are given again (docs/operate/scheduling.md); 0 keeps none.
+    log_level, log_format: docs/operate/metrics.md. revision: the commit of this server, which an image sets.
     predrain_s: how long readiness is down before connections are closed on SIGTERM.
     otlp_endpoint: collector of traces, empty for none.
     api_keys, api_keys_file: `penumbra.serving.keys`; none lets everybody in. trusted_keys_file: public keys of which
@@ -119,7 +119,7 @@ def check_names(variables: Iterable[str], known: set[str]) -> None:
         is_link = LINK.fullmatch(name) and (not name.endswith("_PORT") or "://" in value or "_SERVICE_" in name)
         if name.upper().startswith(PREFIX) and name.upper() not in known and name not in NO_SETTINGS and not is_link:
             near = difflib.get_close_matches(name.upper(), known, 1, cutoff=0)
-            raise ValueError(f"{name} is no setting; the nearest is {near[0]}, and docs/settings.md has all")
+            raise ValueError(f"{name} is no setting; the nearest is {near[0]}, and docs/operate/settings.md has all")
 
 
 def check_settings() -> tuple[Settings, Keys, PublicKeys | None]:

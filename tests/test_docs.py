@@ -18,7 +18,8 @@ from penumbra.serving.settings import Settings
 from tests.serving.server import MEASURED, Server, serving
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+INDEX = ROOT / "docs" / "README.md"
+PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "adr")]
 BLOCKS = [
     pytest.param(language, code, id=f"{page.stem}: {code.splitlines()[0][:40]}")
     for page in PAGES
@@ -95,6 +96,12 @@ def test_the_two_commands_of_the_readme_are_targets_of_the_makefile() -> None:
     targets = re.findall(r"^([\w./-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert re.findall(r"^    make (\w+)", PAGES[0].read_text(), flags=re.MULTILINE) == ["serve", "test"]
     assert {line.split()[1] for line in shown("make") if line.count(" ") == 1} <= set(targets)
+
+
+def test_every_page_is_in_the_index() -> None:
+    linked = {(INDEX.parent / link).resolve() for link in re.findall(r"\]\(([^)]+\.md)\)", INDEX.read_text())}
+    assert {page for page in PAGES[1:] if page != INDEX} <= linked
+    assert all(page.exists() for page in linked)
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)

@@ -1,1 +1,1 @@
-"""Penumbra beside other servers and MONAI's stitching: `python -m benchmarks.peers`, read with docs/peers.md."""
+"""Penumbra beside other servers and MONAI's stitching: `python -m benchmarks.peers` (docs/measure/peers.md)."""

@@ -3,8 +3,8 @@
     python -m benchmarks.peers                                   # all of it
     python -m benchmarks.peers --requests 5 --only penumbra --only litserve
 
-docs/peers.md says how each is set up and what the numbers mean. Figures go to benchmarks/results/peers.json with a plot
-beside them. What is not installed is named and left out (`make .venv/peers` fetches it).
+docs/measure/peers.md says how each is set up and what the numbers mean. Figures go to benchmarks/results/peers.json
+with a plot beside them. What is not installed is named and left out (`make .venv/peers` fetches it).
 """
 
 import dataclasses

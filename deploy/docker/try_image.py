@@ -1,4 +1,4 @@
-"""Run an unpacked image with runc as strictly as deploy/ does, and hold it to what docs/deploy.md says of it.
+"""Run an unpacked image with runc as strictly as deploy/ does, and hold it to what docs/operate/deploy.md says of it.
 
 python3 try_image.py ROOT_DIRECTORY IMAGE_JSON BUNDLE_DIRECTORY    (by build-without-docker.sh)
 """

@@ -2,7 +2,7 @@
 
 `penumbra.serving.http.v2` and `penumbra.serving.oip.grpc` bring their bytes into an `InferRequest` and an `Answer`
 into their bytes; all that lies between, and every document, is made here once, so the two cannot differ. Statuses and
-sentences are Triton's (docs/protocols.md). Request parameters are the options of `POST /segment`.
+sentences are Triton's (docs/use/protocols.md). Request parameters are the options of `POST /segment`.
 """
 
 import asyncio

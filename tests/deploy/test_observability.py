@@ -95,7 +95,9 @@ def test_every_alert_is_tested_both_ways_and_documented() -> None:
     ]  # fmt: skip
     names = {rule["alert"] for rule in ALERTS}
     assert {case["alertname"] for case in cases if case.get("exp_alerts")} == names
-    documented = re.findall(r"^\| (Penumbra\w+) \|", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE)
+    documented = re.findall(
+        r"^\| (Penumbra\w+) \|", (ROOT / "docs" / "operate" / "metrics.md").read_text(), re.MULTILINE
+    )
     assert sorted(documented) == sorted(names)
 
 

@@ -12,7 +12,7 @@ import yaml
 from tests.serving.server import ROOT, Server, serving
 
 DEPLOY = ROOT / "deploy"
-GUIDE = (ROOT / "docs" / "deploy.md").read_text()
+GUIDE = (ROOT / "docs" / "operate" / "deploy.md").read_text()
 INFER, METRICS = "infer-key-0123456789", "metrics-key-0123456789"
 
 
@@ -89,7 +89,7 @@ def test_no_pod_invites_a_prometheus_that_has_no_key() -> None:
 
 
 def test_there_is_one_name_of_the_image_and_its_tags_are_the_targets() -> None:
-    places = [*DEPLOY.rglob("*"), *(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "Makefile"]
+    places = [*DEPLOY.rglob("*"), *(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "Makefile"]
     text = "\n".join(path.read_text() for path in places if path.is_file())
     targets = re.findall(r"^FROM runtime AS (\w+)$", (DEPLOY / "docker" / "Dockerfile").read_text(), re.MULTILINE)
     named = re.findall(r"([\w./-]*penumbra[\w-]*:[a-z0-9][\w.-]*)", text)

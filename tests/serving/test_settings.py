@@ -8,7 +8,7 @@ import pytest
 from penumbra.models.errors import BadOption
 from penumbra.serving.settings import Settings, read_settings
 
-PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
+PAGE = Path(__file__).parents[2] / "docs" / "operate" / "settings.md"
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,9 @@ def test_what_the_engine_reports_is_counted() -> None:
 
 
 def test_the_documented_metrics_are_exactly_those_there_are() -> None:
-    documented = re.findall(r"^\| `(penumbra_\w+)", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE)
+    documented = re.findall(
+        r"^\| `(penumbra_\w+)", (ROOT / "docs" / "operate" / "metrics.md").read_text(), re.MULTILINE
+    )
     suffix = {"counter": "_total", "info": "_info"}
     families = [f for f in Telemetry().registry.collect() if f.name.startswith("penumbra_")]
     assert sorted(documented) == sorted(f.name + suffix.get(f.type, "") for f in families)

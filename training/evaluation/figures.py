@@ -52,7 +52,7 @@ class Evaluation:
             self._abstention.add(maps["entropy"][known_HW], wrong_HW[known_HW])
 
     def figures(self) -> dict[str, float]:
-        """All figures by name (docs/evaluation.md); NaN where one is undefined."""
+        """All figures by name (docs/measure/evaluation.md); NaN where one is undefined."""
         return {
             **self._segmentation(),
             "seg/NLL": self.reliability.nll(),

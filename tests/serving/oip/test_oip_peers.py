@@ -1,7 +1,7 @@
 """Programs that are too heavy to install for every test run: the `kserve` Python client, and `perf_analyzer`.
 
 Each test runs where its program is: PENUMBRA_KSERVE_PYTHON names a Python that has kserve, PENUMBRA_PERF_ANALYZER the
-binary (docs/protocols.md says how both are had).
+binary (docs/use/protocols.md says how both are had).
 """
 
 import os

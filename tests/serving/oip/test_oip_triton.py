@@ -40,8 +40,8 @@ NOT_TENSORS = {
     "unknown_version": "says nothing of tensors; asked of the server below",
     "unknown_model": "says nothing of tensors; asked of the server below",
     "infer_get": "another method; asked of the server below",
-    "oversized_65MiB": "Triton has no limit of the body; ours answers 413 (docs/limits.md)",
-    "big_65MiB": "Triton has no limit of the message; ours answers RESOURCE_EXHAUSTED (docs/limits.md)",
+    "oversized_65MiB": "Triton has no limit of the body; ours answers 413 (docs/use/limits.md)",
+    "big_65MiB": "Triton has no limit of the message; ours answers RESOURCE_EXHAUSTED (docs/use/limits.md)",
     "model_exception": "the model fails, not the request; asked of the server in test_oip.py",
     "batch_too_big": "models here have no batch dimension",
 }
