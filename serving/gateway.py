@@ -21,7 +21,7 @@ from penumbra.serving.cache import AnswerCache, Key, key_of
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.decode import check_array, open_image
 from penumbra.serving.engine.options import SegmentOptions, check_options
-from penumbra.serving.engine.raster import Pixels, Raster
+from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.work import Cancellation
 from penumbra.serving.statuses import LOADING, UNEXPECTED
@@ -193,11 +193,10 @@ class Gateway:
         prediction = replace(prediction, timing_ms=before_ms | prediction.timing_ms)
         return prediction, task.write(prediction)
 
-    def _decode(self, data: bytes, options: SegmentOptions) -> Pixels:
+    def _decode(self, data: bytes, options: SegmentOptions) -> Raster:
         """Refuse by header and options first: pixels are decoded only for requests that can be answered."""
         limits, check = self.segmenter.limits, self.segmenter.check
-        image = open_image(data, limits, admit=lambda height, width: check(height, width, options))
-        return image.load() if isinstance(image, Raster) else image
+        return open_image(data, limits, admit=lambda height, width: check(height, width, options)).load()
 
     def close(self) -> None:
         """Finish accepted work."""

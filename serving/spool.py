@@ -25,7 +25,7 @@ from penumbra.serving.engine.answer import Prediction, collect
 from penumbra.serving.engine.bands import Progress
 from penumbra.serving.engine.kernels import FloatArray
 from penumbra.serving.engine.options import Limits, SegmentOptions
-from penumbra.serving.engine.raster import Pixels
+from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.segmenter import Segmenter
 
 log = logging.getLogger("penumbra.disk")
@@ -71,7 +71,7 @@ class Spool:
     """
 
     def __init__(
-        self, directory: Path, segmenter: Segmenter, image: Pixels, options: SegmentOptions, *, source: str
+        self, directory: Path, segmenter: Segmenter, image: Raster, options: SegmentOptions, *, source: str
     ) -> None:
         """Takes over what the directory holds of the same answer, and removes what it holds of another.
 

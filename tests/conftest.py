@@ -10,13 +10,15 @@ from hypothesis import settings
 from penumbra.export.bundle import export_network
 from penumbra.models.toy.cards import CLASSES, toy_card
 from penumbra.models.toy.net import ToyConfig
+from penumbra.serving.engine.decode import open_image
+from penumbra.serving.engine.options import Limits
 from penumbra.serving.engine.runtime import Tuning
 
 # A busy machine is no failure, and what failed here fails everywhere.
 settings.register_profile("penumbra", deadline=None, derandomize=True)
 settings.load_profile("penumbra")
 
-__all__ = ["CLASSES", "FIXED", "GAIN", "picture", "toy_card"]
+__all__ = ["CLASSES", "FIXED", "GAIN", "decode_image", "picture", "toy_card"]
 GAIN = ToyConfig().gain
 FIXED = Tuning(windows_per_batch=4, samples_per_call=4)
 """Sizes that are the same everywhere, of more than one: measuring them takes 0.3 s a model."""
@@ -43,3 +45,8 @@ def rng() -> np.random.Generator:
 
 def picture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     return rng.integers(0, 230, (height, width, 3), dtype=np.uint8)
+
+
+def decode_image(data: bytes, limits: Limits) -> np.ndarray:
+    """All pixels of an encoded picture."""
+    return open_image(data, limits)[:, :]

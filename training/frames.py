@@ -15,7 +15,6 @@ from penumbra.models.card import IGNORE
 from penumbra.models.errors import BadData, BadImage, BadOption, TooLarge
 from penumbra.serving.engine.decode import open_image
 from penumbra.serving.engine.options import PILLOW_PIXELS, Limits
-from penumbra.serving.engine.raster import Raster
 
 log = logging.getLogger("penumbra")
 UNKNOWN = -1
@@ -124,11 +123,11 @@ def read_picture(path: Path) -> tuple[Tensor, Tensor | None]:
     """
     try:
         image = open_image(path, LIMITS)
-        void_HW = image.void(slice(None)) if isinstance(image, Raster) else None
+        void_HW = image.void(slice(None))
         image_3HW = torch.from_numpy(image[:, :].transpose(2, 0, 1).copy())
     except (BadImage, TooLarge, OSError) as error:
         raise BadData(f"{path} cannot be read: {error}") from None
-    for sentence in image.warnings if isinstance(image, Raster) else ():
+    for sentence in image.warnings:
         _warn(path, sentence)
     return image_3HW, None if void_HW is None else torch.from_numpy(void_HW)
 

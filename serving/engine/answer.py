@@ -10,7 +10,7 @@ from penumbra.models.card import IGNORE, Card
 from penumbra.serving.engine.bands import BandStream
 from penumbra.serving.engine.kernels import FloatArray
 from penumbra.serving.engine.options import SegmentOptions
-from penumbra.serving.engine.raster import Pixels, Raster
+from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.windows import WindowPlan
 from penumbra.serving.engine.work import Work
 
@@ -39,7 +39,7 @@ class Prediction:
     maps: dict[str, FloatArray]
     timing_ms: dict[str, float]
     abstained: float | None = None
-    image: Pixels | None = None
+    image: Raster | None = None
     prob_KHW: FloatArray | None = None
     num_asked: int | None = None
     age_s: float | None = None
@@ -75,21 +75,18 @@ def collect(
 
 
 def _count_ignored(
-    labels_HW: NDArray[np.uint8], image: Pixels, plan: WindowPlan, *, has_withheld: bool
+    labels_HW: NDArray[np.uint8], image: Raster, plan: WindowPlan, *, has_withheld: bool
 ) -> tuple[int, float | None]:
     """Pixels that hold no measurement, and the share of the others whose label was withheld, if any could be.
 
     By the image itself, where both can be: a label does not say why it is IGNORE, and a part of the answer may be
     another process's.
     """
-    raster = image if isinstance(image, Raster) else None
-    if not has_withheld and not raster:
-        return 0, None
     num_ignored, num_void = 0, 0
     for y in range(0, plan.height, plan.window_height):
         rows = slice(y, y + plan.window_height)
         num_ignored += int((labels_HW[rows] == IGNORE).sum())
-        void_hW = raster.void(rows) if raster and has_withheld else None
+        void_hW = image.void(rows) if has_withheld else None
         num_void += 0 if void_hW is None else int(void_hW.sum())
     if not has_withheld:
         return num_ignored, None
@@ -99,7 +96,7 @@ def _count_ignored(
 
 def _warnings(work: Work, options: SegmentOptions, num_asked: int | None) -> tuple[str, ...]:
     card, image = work.runtime.card, work.image_HW3
-    warnings = (image.warnings if isinstance(image, Raster) else ()) + warnings_of(card, work.plan)
+    warnings = image.warnings + warnings_of(card, work.plan)
     if num_asked and work.num_samples < num_asked:
         warnings += (f"the deadline left time for {work.num_samples} of the {num_asked} samples asked for",)
     if options.max_risk is not None:

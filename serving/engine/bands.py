@@ -10,7 +10,7 @@ import numpy as np
 
 from penumbra.models.card import IGNORE
 from penumbra.serving.engine.canvas import Canvas
-from penumbra.serving.engine.raster import Pixels, Raster
+from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.scheduler import Scheduler
 from penumbra.serving.engine.uncertainty import Band, abstain, read_out
 from penumbra.serving.engine.work import Work
@@ -78,9 +78,9 @@ class BandStream:
             self.timing_ms[phase] += 1e3 * (time.perf_counter() - started)
 
 
-def withhold_void(band: Band, image: Pixels) -> None:
+def withhold_void(band: Band, image: Raster) -> None:
     """Say nothing where the image has no measurement. Changes the band's labels, maps and probabilities."""
-    void_hW = image.void(slice(band.y0, band.y0 + len(band.labels))) if isinstance(image, Raster) else None
+    void_hW = image.void(slice(band.y0, band.y0 + len(band.labels)))
     if void_hW is None:
         return
     band.labels[void_hW] = IGNORE

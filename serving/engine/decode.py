@@ -42,11 +42,10 @@ Admit = Callable[[int, int], object]
 """Called with the answer's height and width before any pixel is decoded; it may refuse by raising."""
 
 
-def open_image(source: bytes | Path, limits: Limits, *, admit: Admit | None = None) -> Pixels:
+def open_image(source: bytes | Path, limits: Limits, *, admit: Admit | None = None) -> Raster:
     """An encoded picture: TIFF as a raster of which no pixel is read yet, all else decoded.
 
-    It is a bare array where there is nothing else to say. Raises BadImage, and TooLarge before decoding pixels over the
-    limit.
+    Raises BadImage, and TooLarge before decoding pixels over the limit.
     """
     raster = open_raster(source)
     if raster:
@@ -70,12 +69,6 @@ def measure_image(source: bytes | Path, limits: Limits) -> tuple[int, int]:
             size = _size_as_shown(picture)
     _admit(size, limits, None)
     return size
-
-
-def decode_image(data: bytes, limits: Limits, *, admit: Admit | None = None) -> NDArray[np.uint8]:
-    """Pixels of an encoded picture, as an array. Raises as `open_image`."""
-    image = open_image(data, limits, admit=admit)
-    return image[:, :] if isinstance(image, Raster) else image
 
 
 def _admit(size: tuple[int, int], limits: Limits, admit: Admit | None) -> None:
@@ -159,18 +152,17 @@ def _pixels_sentence(measured: str, limits: Limits) -> str:
     return f"the image has {measured} pixels and the limit is {limits.pixels:,}; send a smaller image or parts of it"
 
 
-def check_array(image: Pixels, limits: Limits) -> Pixels:
-    """The image itself if it is one (uint8 [H, W, 3], not empty). Raises BadImage or TooLarge."""
-    if isinstance(image, Raster):
-        check_pixels(image.shape[0], image.shape[1], limits)
-        return image
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise BadImage(f"the image is {image.dtype} {list(image.shape)}; uint8 [height, width, 3] is wanted")
+def check_array(image: Pixels, limits: Limits) -> Raster:
+    """The image if it is one: where it is an array, uint8 [H, W, 3], not empty. Raises BadImage or TooLarge."""
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise BadImage(f"the image is {image.dtype} {list(image.shape)}; uint8 [height, width, 3] is wanted")
+        image = Raster(np.ascontiguousarray(image))
     check_pixels(image.shape[0], image.shape[1], limits)
-    return np.ascontiguousarray(image)
+    return image
 
 
-def _decode(picture: Image.Image, kind: str, file: BinaryIO) -> Pixels:
+def _decode(picture: Image.Image, kind: str, file: BinaryIO) -> Raster:
     file.seek(0)
     data = file.read()
     read = read_jpeg(data, "CMYK" if picture.mode == "CMYK" else "RGB") if kind == "JPEG" else None
@@ -204,15 +196,12 @@ def _goes_astray(webp: bytes) -> bool:
         return False
 
 
-def _described(
-    pixels: NDArray[np.uint8], void_HW: NDArray[np.bool_] | None, warnings: tuple[str, ...]
-) -> NDArray[np.uint8] | Raster:
-    """The bare array where there is nothing to say of it."""
+def _described(pixels: NDArray[np.uint8], void_HW: NDArray[np.bool_] | None, warnings: tuple[str, ...]) -> Raster:
+    """The image, with a warning where it is nearly black or all void."""
     if void_HW is not None and not void_HW.any():
         void_HW = None
     step = max(1, PIECE_PIXELS // pixels.shape[1])
     parts = [slice(y, y + step) for y in range(0, len(pixels), step)]
     values = (pixels[rows] if void_HW is None else pixels[rows][~void_HW[rows]] for rows in parts)
     _, of_values = find_white(values, pixels.dtype, num_values=pixels.size)
-    warnings += of_values
-    return Raster(pixels, void_HW=void_HW, warnings=warnings) if warnings or void_HW is not None else pixels
+    return Raster(pixels, void_HW=void_HW, warnings=warnings + of_values)

@@ -1,7 +1,4 @@
-"""Images that know more than their pixels: TIFF files of any size, read window by window, with their place.
-
-A `Raster` stands where an image array stands: the windows that the scheduler cuts are all that is read.
-"""
+"""Images, and what is known of them beside their pixels; TIFF files of any size, read where windows are cut."""
 
 import logging
 import re
@@ -46,17 +43,15 @@ def gdal() -> Iterator[None]:
 
 
 class Raster:
-    """An image, uint8 [H, W, 3], that may have more to say; this one's pixels are in memory.
+    """An image, uint8 [H, W, 3], with what there is to say of it; this one's pixels are in memory.
 
-    `raster[rows, columns]` gives pixels; `void` says which hold no measurement. nodata: their value, or None. warnings:
-    sentences about what the caller should know of how it was read.
+    `raster[rows, columns]` gives pixels; place says where they lie on the ground.
     """
 
-    nodata: float | None = None
     place = Place()
 
     def __init__(
-        self, pixels_HW3: NDArray[np.uint8], *, void_HW: NDArray[np.bool_] | None, warnings: tuple[str, ...]
+        self, pixels_HW3: NDArray[np.uint8], *, void_HW: NDArray[np.bool_] | None = None, warnings: tuple[str, ...] = ()
     ) -> None:
         self._pixels: NDArray[np.uint8] | None = pixels_HW3
         self._void_HW, self._warnings = void_HW, warnings
@@ -64,6 +59,7 @@ class Raster:
 
     @property
     def warnings(self) -> tuple[str, ...]:
+        """Sentences about what the caller should know of how the image was read."""
         return self._warnings
 
     def __getitem__(self, part: tuple[slice, slice]) -> NDArray[np.uint8]:
@@ -76,7 +72,7 @@ class Raster:
         return self
 
     def void(self, rows: slice) -> NDArray[np.bool_] | None:
-        """Pixels of these rows that hold no measurement; None where the file does not speak of such."""
+        """Pixels of these rows that hold no measurement; None where the image does not speak of such."""
         return None if self._void_HW is None else self._void_HW[rows]
 
 
@@ -104,7 +100,7 @@ class FileRaster(Raster):
         self._num_bits = declared if self._dtype.kind == "u" and declared <= 16 else 0
         self._turn = TURNS[orientation]
         self.shape = (*((dataset.width, dataset.height) if self._turn[0] else (dataset.height, dataset.width)), 3)
-        self.nodata = dataset.nodata
+        self._nodata = dataset.nodata
         self.place, of_place = place_of(dataset, self._turn, source if isinstance(source, Path) else None)
         self._warnings, self._damage = warnings + of_bands + of_place, set[str]()
 
@@ -142,11 +138,11 @@ class FileRaster(Raster):
 
     def void(self, rows: slice) -> NDArray[np.bool_] | None:
         """Void is told by mask, by alpha (0), by nodata in all bands, or by what is no number (NaN) in one."""
-        if not self._is_masked and not self._alpha and self.nodata is None and self._dtype.kind != "f":
+        if not self._is_masked and not self._alpha and self._nodata is None and self._dtype.kind != "f":
             return None
         columns = slice(None)
         values = self._read(rows, columns, self._bands)
-        void_hW: NDArray[np.bool_] = (values == self.nodata).all(0) | (values != values).any(0)
+        void_hW: NDArray[np.bool_] = (values == self._nodata).all(0) | (values != values).any(0)
         if self._is_masked:
             void_hW |= (self._read(rows, columns, self._bands, masks=True) == 0).all(0)
         if self._alpha:  # GDAL's mask leaves it out where there is a nodata value
@@ -175,8 +171,8 @@ class FileRaster(Raster):
                 values = self._stored(frame, self._bands)
                 if self._is_masked:
                     values = values[self._stored(frame, self._bands, masks=True) != 0]
-                if self._dtype.kind == "f" or self.nodata is not None:
-                    values = values[(values == values) & (values != self.nodata)]
+                if self._dtype.kind == "f" or self._nodata is not None:
+                    values = values[(values == values) & (values != self._nodata)]
                 yield values
 
     def _read(self, rows: slice, columns: slice, bands: list[int], *, masks: bool = False) -> NDArray[Any]:
@@ -201,7 +197,7 @@ class FileRaster(Raster):
 
 
 Pixels = NDArray[np.uint8] | Raster
-"""An image: an array [H, W, 3], or one that has more to say, such as a file that is read where windows are cut."""
+"""What an image may be where the engine is given one: an array [H, W, 3] says nothing beside its pixels."""
 
 
 def open_raster(source: bytes | Path) -> FileRaster | None:

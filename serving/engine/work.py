@@ -14,7 +14,7 @@ from penumbra.models.errors import Cancelled, DeadlineExceeded, PenumbraError
 from penumbra.serving.engine.moments import Moments
 from penumbra.serving.engine.noise import NoiseSource
 from penumbra.serving.engine.prompts import PromptSource
-from penumbra.serving.engine.raster import Pixels
+from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.runtime import Runtime
 from penumbra.serving.engine.windows import Window, WindowPlan
 
@@ -58,7 +58,7 @@ class Work:
     """
 
     runtime: Runtime
-    image_HW3: Pixels
+    image_HW3: Raster
     plan: WindowPlan
     noise: NoiseSource
     num_samples: int

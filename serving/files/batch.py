@@ -16,7 +16,6 @@ from typing import Any
 from penumbra.models.errors import BadOption, reason_of
 from penumbra.serving.engine.decode import open_image
 from penumbra.serving.engine.options import Limits, check_options
-from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import find_artifact, open_artifact
 from penumbra.serving.files.inputs import MANIFEST, find_images, place_of
@@ -113,8 +112,7 @@ class Answerer:
         files, path = files_of(task.source)
         data = files.cat_file(path)
         image = open_image(data, IN_MEMORY)
-        pixels = image.load() if isinstance(image, Raster) else image
-        prediction = self._segmenter.segment(pixels, self._options)
+        prediction = self._segmenter.segment(image.load(), self._options)
         answer, notes = render_with_notes(prediction, self._media, self._style)
         self._receipts.add(name, data, answer)
         write_whole(task.target, answer)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from penumbra.models.card import IGNORE, KNOWN_MAPS, UNITLESS
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.options import PROBABILITIES
-from penumbra.serving.engine.raster import Raster, gdal
+from penumbra.serving.engine.raster import gdal
 from penumbra.serving.render.pictures import blocks, palette, shown
 
 TILE = 512
@@ -93,7 +93,7 @@ def _is_map(bands: Sequence[str]) -> bool:
 def _profile(prediction: Prediction, bands: Sequence[str]) -> dict[str, Any]:
     image, is_map = prediction.image, _is_map(bands)
     height, width = prediction.labels_HW.shape
-    place = image.place if isinstance(image, Raster) else None
+    place = image.place if image else None
     return {
         "driver": "GTiff", "height": height, "width": width, "count": 3 if bands[0] == "overlay" else len(bands),
         "dtype": "float32" if is_map else "uint8", "nodata": {"labels": IGNORE, "overlay": None}.get(bands[0], np.nan),
@@ -109,7 +109,7 @@ def _describe(target: Any, prediction: Prediction, bands: Sequence[str]) -> None
         PENUMBRA_MODEL=card.name, PENUMBRA_VERSION=card.version, PENUMBRA_SEED=prediction.seed,
         PENUMBRA_SAMPLES=prediction.num_samples,
     )  # fmt: skip
-    if isinstance(image, Raster):
+    if image:
         if image.place.gcps:
             target.gcps = (image.place.gcps, image.place.crs)
         if image.place.rpcs:
@@ -129,7 +129,7 @@ def _values(prediction: Prediction, bands: Sequence[str], rows: slice) -> Iterat
     if not _is_map(bands):
         yield from np.atleast_3d(shown(prediction, bands[0], rows)).transpose(2, 0, 1)
         return
-    void_hW = prediction.image.void(rows) if isinstance(prediction.image, Raster) else None
+    void_hW = prediction.image.void(rows) if prediction.image else None
     for name in bands:
         values_hW = prediction.maps[name][rows]
         yield values_hW if void_hW is None else np.where(void_hW, np.float32(np.nan), values_hW)

@@ -20,7 +20,7 @@ from rasterio.transform import GCPTransformer, RPCTransformer
 from rasterio.warp import transform
 
 from penumbra.serving.engine.layout import PIXELS, Place
-from penumbra.serving.engine.raster import Pixels, Raster, gdal
+from penumbra.serving.engine.raster import Raster, gdal
 from penumbra.serving.render.meridian import Points, cut, shoelace, turned
 
 WGS84 = "EPSG:4326"
@@ -54,9 +54,9 @@ class Unplaced(Exception):
 class Ground:
     """The ground under an image. note: what the caller should know of how it was found, or empty."""
 
-    def __init__(self, image: Pixels | None) -> None:
+    def __init__(self, image: Raster | None) -> None:
         """Raises Unplaced."""
-        if not isinstance(image, Raster):
+        if image is None:
             raise Unplaced
         self._height, self._width = image.shape[:2]
         self._locate, self.note = _locator(image.place)

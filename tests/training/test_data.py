@@ -14,11 +14,11 @@ from rasterio import Affine
 
 from penumbra.models.card import IGNORE
 from penumbra.models.errors import BadData, BadOption
-from penumbra.serving.engine.decode import decode_image
 from penumbra.serving.engine.options import Limits
 from penumbra.training.batches import Batches, choose_split
 from penumbra.training.data import CAMVID, CAMVID_VOID, find_data, find_pairs, load_camvid, load_folder
 from penumbra.training.frames import count_ids, read_mask, read_picture, read_split, split_labelled, write_split
+from tests.conftest import decode_image
 from tests.training import tiny
 
 

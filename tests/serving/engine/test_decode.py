@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from penumbra.models.errors import BadImage, BadOption, TooLarge
-from penumbra.serving.engine.decode import check_array, decode_image
+from penumbra.serving.engine.decode import check_array, open_image
 from penumbra.serving.engine.options import Limits
-from tests.conftest import picture
+from tests.conftest import decode_image, picture
 
 LIMITS = Limits(pixels=100_000)
 ORIENTATION = 0x0112
@@ -259,4 +259,4 @@ def test_a_request_is_refused_by_its_header_before_pixels_are_decoded() -> None:
         raise BadOption(f"{height}x{width}")
 
     with pytest.raises(BadOption, match="30x40"):
-        decode_image(cut_short, Limits(), admit=refuse)
+        open_image(cut_short, Limits(), admit=refuse)

@@ -18,11 +18,11 @@ from rasterio.transform import from_origin
 from penumbra.models.card import IGNORE
 from penumbra.models.errors import BadImage
 from penumbra.serving.engine import raster as rasters
-from penumbra.serving.engine.decode import decode_image, measure_image
+from penumbra.serving.engine.decode import measure_image
 from penumbra.serving.engine.options import Limits, SegmentOptions
 from penumbra.serving.engine.raster import Raster, open_raster
 from penumbra.serving.engine.segmenter import Segmenter
-from tests.conftest import FIXED, picture
+from tests.conftest import FIXED, decode_image, picture
 
 PLACE = {"crs": "EPSG:32631", "transform": from_origin(500_000, 5_800_000, 2, 3)}
 GREY = [255, 1023, 2047, 4095, 16383, 65535]

@@ -8,9 +8,9 @@ from PIL import Image
 
 from penumbra.export.bundle import export_checkpoint
 from penumbra.export.zoo import ZOO
-from penumbra.serving.engine.decode import decode_image
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
+from tests.conftest import decode_image
 
 FRAMES = Path(__file__).parents[4] / "shared" / "camvid" / "val"
 EVERY = 3
