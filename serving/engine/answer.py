@@ -2,6 +2,7 @@
 
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,22 @@ class Prediction:
     num_asked: int | None = None
     age_s: float | None = None
     num_void: int = 0
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Who answered, and with what: with the same image and options the answer is the same."""
+        return {
+            "model": self.card.name, "version": self.card.version, "seed": self.seed, "samples": self.num_samples
+        }  # fmt: skip
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What an answer is of, and what its reader should know, as JSON has it."""
+        return self.origin | {
+            "members": list(self.members), "windows": self.num_windows, "size": list(self.labels_HW.shape),
+            "units": "nats", "timing_ms": {phase: round(ms, 3) for phase, ms in self.timing_ms.items()},
+            "warnings": list(self.warnings), "abstained": self.abstained, "void_pixels": self.num_void,
+        } | ({"samples_asked": self.num_asked} if self.num_asked else {})  # fmt: skip
 
 
 def collect(

@@ -45,10 +45,10 @@ def gdal() -> Iterator[None]:
 class Raster:
     """An image, uint8 [H, W, 3], with what there is to say of it; this one's pixels are in memory.
 
-    `raster[rows, columns]` gives pixels; place says where they lie on the ground.
+    `raster[rows, columns]` gives pixels; place says where they lie on the ground, where the format can.
     """
 
-    place = Place()
+    place: Place | None = None
 
     def __init__(
         self, pixels_HW3: NDArray[np.uint8], *, void_HW: NDArray[np.bool_] | None = None, warnings: tuple[str, ...] = ()

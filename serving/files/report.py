@@ -14,7 +14,6 @@ from rich.table import Table
 
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.bands import Progress
-from penumbra.serving.render.tables import facts
 
 NAMED = 20
 """Skipped files, or those with a warning, that are named for a reason; a data set has as many text files as images."""
@@ -59,7 +58,7 @@ def shown_progress(title: str) -> Iterator[Progress]:
 
 def describe_outcome(outcome: Outcome) -> dict[str, Any]:
     """An outcome's facts for `--json`."""
-    return facts(outcome.prediction) | {
+    return outcome.prediction.facts | {
         "classes": outcome.classes, "image": str(outcome.path), "files": outcome.files,
     }  # fmt: skip
 

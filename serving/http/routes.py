@@ -239,10 +239,7 @@ def answer_headers(prediction: Prediction, timing_ms: Mapping[str, float] | None
         "X-Penumbra-Abstained": "" if prediction.abstained is None else f"{prediction.abstained:.6f}",
     }
     return {name: text for name, text in optional.items() if text} | {
-        "X-Penumbra-Model": prediction.card.name,
-        "X-Penumbra-Version": str(prediction.card.version),
-        "X-Penumbra-Seed": str(prediction.seed),
-        "X-Penumbra-Samples": str(prediction.num_samples),
+        **{f"X-Penumbra-{name.title()}": str(fact) for name, fact in prediction.origin.items()},
         "Server-Timing": server_timing(timing_ms or prediction.timing_ms),
     }
 

@@ -52,7 +52,7 @@ def write_tiff(prediction: Prediction, file: BinaryIO, *, bands: Sequence[str]) 
     height, width = prediction.labels_HW.shape
     with gdal(), _written(file) as target, _scratch(target) as plain:
         with rasterio.open(plain, "w", **_profile(prediction, bands)) as dataset:
-            _describe(dataset, prediction, bands)
+            _annotate(dataset, prediction, bands)
             for rows in blocks(height):
                 frame = rasterio.windows.Window(0, rows.start, width, rows.stop - rows.start)
                 for number, values_hW in enumerate(_values(prediction, bands, rows), 1):
@@ -91,31 +91,27 @@ def _is_map(bands: Sequence[str]) -> bool:
 
 
 def _profile(prediction: Prediction, bands: Sequence[str]) -> dict[str, Any]:
-    image, is_map = prediction.image, _is_map(bands)
     height, width = prediction.labels_HW.shape
-    place = image.place if image else None
+    place = prediction.image and prediction.image.place
     return {
         "driver": "GTiff", "height": height, "width": width, "count": 3 if bands[0] == "overlay" else len(bands),
-        "dtype": "float32" if is_map else "uint8", "nodata": {"labels": IGNORE, "overlay": None}.get(bands[0], np.nan),
+        "dtype": "float32" if _is_map(bands) else "uint8",
+        "nodata": {"labels": IGNORE, "overlay": None}.get(bands[0], np.nan),
         "crs": place and place.crs, "transform": place and place.transform,
         "tiled": True, "blockxsize": TILE, "blockysize": TILE, "bigtiff": "IF_SAFER", "interleave": "band",
     }  # fmt: skip
 
 
-def _describe(target: Any, prediction: Prediction, bands: Sequence[str]) -> None:
-    """Colours, names of bands, who answered, and the place where it is not a plain transform."""
-    card, image = prediction.card, prediction.image
-    target.update_tags(
-        PENUMBRA_MODEL=card.name, PENUMBRA_VERSION=card.version, PENUMBRA_SEED=prediction.seed,
-        PENUMBRA_SAMPLES=prediction.num_samples,
-    )  # fmt: skip
-    if image:
-        if image.place.gcps:
-            target.gcps = (image.place.gcps, image.place.crs)
-        if image.place.rpcs:
-            target.rpcs = image.place.rpcs
+def _annotate(target: Any, prediction: Prediction, bands: Sequence[str]) -> None:
+    """Say who answered, colours, names of bands, and the place where it is not a plain transform."""
+    target.update_tags(**{f"PENUMBRA_{name.upper()}": fact for name, fact in prediction.origin.items()})
+    place = prediction.image and prediction.image.place
+    if place and place.gcps:
+        target.gcps = (place.gcps, place.crs)
+    if place and place.rpcs:
+        target.rpcs = place.rpcs
     if bands[0] == "labels":
-        colors = np.frombuffer(palette(card), np.uint8).reshape(256, 3)
+        colors = np.frombuffer(palette(prediction.card), np.uint8).reshape(256, 3)
         target.write_colormap(1, {k: (*color, 255) for k, color in enumerate(colors.tolist())})
     if bands[0] != "overlay":
         for number, name in enumerate(bands, 1):

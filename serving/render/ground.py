@@ -56,7 +56,7 @@ class Ground:
 
     def __init__(self, image: Raster | None) -> None:
         """Raises Unplaced."""
-        if image is None:
+        if not (image and image.place):
             raise Unplaced
         self._height, self._width = image.shape[:2]
         self._locate, self.note = _locator(image.place)

@@ -125,11 +125,7 @@ def top_of(prediction: Prediction, name: str) -> float:
 def scale_facts(prediction: Prediction, name: str, *, top: float) -> dict[str, Any]:
     """What a map's picture says of itself, so that its grey can be turned into values again."""
     unit = "" if name in UNITLESS else "nats" if name in KNOWN_MAPS else "the model's"
-    card = prediction.card
-    return {
-        "map": name, "white": top, "black": 0, "unit": unit, "model": card.name,
-        "version": card.version, "seed": prediction.seed, "samples": prediction.num_samples,
-    }  # fmt: skip
+    return {"map": name, "white": top, "black": 0, "unit": unit} | prediction.origin
 
 
 def palette(card: Card) -> bytes:

@@ -19,7 +19,6 @@ from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.render.ground import Ground, Unplaced
 from penumbra.serving.render.meridian import shoelace
 from penumbra.serving.render.pictures import blocks
-from penumbra.serving.render.tables import facts
 
 MAX_EDGES = 8_000_000
 """Pixel borders between classes: all outlines together. More is noise, and a document that nobody opens."""
@@ -52,7 +51,7 @@ def write_geojson(prediction: Prediction, file: BinaryIO, *, min_pixels: int) ->
         }
         for geometry, (_, label), measures in zip(geometries, found, measured, strict=True)
     ]  # fmt: skip
-    about = facts(prediction)
+    about = prediction.facts
     about["warnings"] += [note] if note else []
     document = {"type": "FeatureCollection", "features": features, "coordinates": "WGS84" if ground else "pixels"}
     file.write(json.dumps(document | {"penumbra": about}, allow_nan=False).encode())

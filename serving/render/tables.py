@@ -11,17 +11,6 @@ from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.render.pictures import blocks
 
 
-def facts(prediction: Prediction) -> dict[str, Any]:
-    """What an answer is of, and what its reader should know."""
-    return {
-        "model": prediction.card.name, "version": prediction.card.version, "seed": prediction.seed,
-        "samples": prediction.num_samples, "members": list(prediction.members), "windows": prediction.num_windows,
-        "size": list(prediction.labels_HW.shape), "units": "nats",
-        "timing_ms": {phase: round(ms, 3) for phase, ms in prediction.timing_ms.items()},
-        "warnings": list(prediction.warnings), "abstained": prediction.abstained, "void_pixels": prediction.num_void,
-    } | ({"samples_asked": prediction.num_asked} if prediction.num_asked else {})  # fmt: skip
-
-
 def class_table(prediction: Prediction) -> list[dict[str, Any]]:
     """Per class that occurs: id, name, pixels, share of those that were measured, and each map's mean over them."""
     height, width = prediction.labels_HW.shape
@@ -54,4 +43,4 @@ def write_json(prediction: Prediction, file: BinaryIO) -> None:
     for rows in blocks(height):
         labels_WH[:, rows] = prediction.labels_HW[rows].T
     classes = [row | {"rle": run_length(labels_WH == row["id"])} for row in class_table(prediction)]
-    file.write(json.dumps(facts(prediction) | {"classes": classes}, allow_nan=False).encode())
+    file.write(json.dumps(prediction.facts | {"classes": classes}, allow_nan=False).encode())
