@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 from penumbra.models.errors import BadImage
 
 TEXTS = (b"tEXt", b"zTXt", b"iTXt")
-TEXT_BYTES = 2**20
-"""Limit of all texts of a PNG together, unpacked; Pillow opens none with a text that is longer."""
+TURNING = (b"Raw profile type exif", b"XML:com.adobe.xmp")
+"""Keywords of a PNG's texts that may say how it is turned."""
+PIECE_BYTES = 2**20
+"""As much of a PNG's pixels is unpacked at a time."""
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 """A PNG's type of colour -> its number of channels."""
 END_OF_IMAGE = b"\xff\xd9"
 MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 """Begins a JPEG's segment; the pixels between segments have other bytes after 0xff."""
-BOMB_BYTES = 2**26
-"""Limit of one text: nobody writes more than that in earnest."""
 SPARE_BYTES = 4
 """Bytes to take off the end of a WebP's pixels: three may be padding; all of 200 whole pictures needed the fourth."""
 FRAMES = (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
@@ -36,19 +36,16 @@ def check_png(data: bytes) -> None:
 
 
 def slim_png(data: bytes) -> bytes:
-    """The same picture without its colour profile, which nobody looks at, and without very long texts; what may say how
-    it is turned stands before the pixels.
+    """The same picture without its colour profile and texts that nobody looks at, however long they are.
 
-    What inflates to more than BOMB_BYTES is left for Pillow to refuse.
+    What may say how it is turned stands before the pixels.
     """
-    head, kept, text_bytes = [data[:8]], list[bytes](), 0
+    head, kept = [data[:8]], list[bytes]()
     for kind, start, end in _chunks(data):
-        size = end - start if kind in TEXTS else 0
-        if size and text_bytes <= TEXT_BYTES:  # else it is dropped whatever it holds
-            size = _unpacked_bytes(kind, data[start:end])
-        text_bytes += size
-        if kind != b"iCCP" and (not size or text_bytes <= TEXT_BYTES or size > max(end - start, BOMB_BYTES)):
-            (head if kind in (b"IHDR", b"eXIf", *TEXTS) else kept).append(data[start - 8 : end + 4])
+        is_text = kind in TEXTS
+        if kind == b"iCCP" or (is_text and data[start : start + 80].partition(b"\0")[0] not in TURNING):
+            continue
+        (head if is_text or kind in (b"IHDR", b"eXIf") else kept).append(data[start - 8 : end + 4])
     return b"".join([*head, *kept])
 
 
@@ -70,25 +67,9 @@ def has_all_rows(png: bytes) -> bool:
     unpacker = zlib.decompressobj()
     for packed in (png[start:end] for kind, start, end in _chunks(png) if kind == b"IDAT"):
         while packed and missing > 0:
-            missing -= len(unpacker.decompress(packed, TEXT_BYTES))
+            missing -= len(unpacker.decompress(packed, PIECE_BYTES))
             packed = unpacker.unconsumed_tail
     return bool(is_interlaced) or missing <= 0
-
-
-def _unpacked_bytes(kind: bytes, body: bytes) -> int:
-    """The length of a text; none of it is kept, and no more is unpacked than decides."""
-    rest = body.partition(b"\0")[2]
-    if kind == b"tEXt" or (kind == b"iTXt" and rest[:1] != b"\1"):
-        return len(body)
-    packed = rest[1:] if kind == b"zTXt" else rest[2:].split(b"\0", 2)[-1]
-    unpacker, size = zlib.decompressobj(), 0
-    try:
-        while packed and size <= BOMB_BYTES:
-            size += len(unpacker.decompress(packed, TEXT_BYTES))
-            packed = unpacker.unconsumed_tail
-    except zlib.error:
-        return len(body)
-    return size
 
 
 def shorten_webp(data: bytes) -> bytes | None:
