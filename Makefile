@@ -2,12 +2,13 @@
 PORT ?= 3000
 GRPC_PORT ?= 3001
 STORE ?= store
+TEST_PROCESSES ?= 2
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --progress-bar on --constraint constraints.txt
 
 PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
-.PHONY: setup serve test test-gpu check format bench load sbom audit clean
+.PHONY: setup serve test test-all test-gpu check format bench load sbom audit clean
 
 setup: .venv/ready
 
@@ -28,8 +29,11 @@ setup: .venv/ready
 serve: .venv/server
 	$(BIN)/penumbra serve --port $(PORT) --grpc-port $(GRPC_PORT) --store $(STORE)
 
-test: setup .venv/peers
-	$(BIN)/pytest
+test: setup  # what a change can break, within five minutes on two cores
+	$(BIN)/pytest -m 'not slow' --numprocesses $(TEST_PROCESSES) --dist loadfile
+
+test-all: test .venv/peers  # the same, and after it what is slow (CONTRIBUTING.md), alone on the machine
+	$(BIN)/pytest -m slow
 
 # What some tests and benchmarks.peers ask, beside our own environment: other servers, MONAI, and torch-tensorrt's Python;
 # without them they skip.

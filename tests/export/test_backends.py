@@ -26,9 +26,13 @@ ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 EXACTLY = 1e-4
 WINDOW = (64, 80)
-QUICK = ("toy boxed", "toy bright", "cps", "np_semiseg film", "proto_seg channel", "cpal cam")
+QUICK = ("toy boxed", "cps", "np_semiseg film")
+"""Three shapes of network: one that takes a prompt, one with members, one with a latent."""
 SLOW = (
     "toy opposed",
+    "toy bright",
+    "proto_seg channel",
+    "cpal cam",
     "np_semiseg published",
     "self_correcting linear",
     "self_correcting dropout",

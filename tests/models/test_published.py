@@ -323,7 +323,6 @@ def cps_state(prefixes: tuple[str, ...], classifier: str = "classifier") -> dict
     return content
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("prefixes", [("branch1.", "branch2."), ("l_model.", "r_model.")], ids=["cps", "gct"])
 def test_the_published_protocol_says_that_it_drops_the_second_network_and_how_to_keep_it(
     prefixes: tuple[str, ...], tmp_path: Path
@@ -337,7 +336,6 @@ def test_the_published_protocol_says_that_it_drops_the_second_network_and_how_to
     assert not kept.warnings and kept.card.sampling.members == ("branch1", "branch2")
 
 
-@pytest.mark.slow
 def test_one_network_with_one_pass_is_said_to_have_no_disagreement(tmp_path: Path) -> None:
     content = {"model": cps_state(("",), "main_decoder.upsample.classifier")}
     for protocol in ("published", "penumbra"):

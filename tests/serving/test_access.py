@@ -64,7 +64,6 @@ def tensor(height: int = 45, width: int = 70) -> triton.InferInput:
     return given
 
 
-@pytest.mark.slow
 def test_an_answered_request_has_one_line_with_all_that_an_operator_asks(keyed: Server, caller: httpx.Client) -> None:
     told = PICTURE | {"X-Request-ID": "shop-17", "traceparent": PARENT}
     answer = caller.post("/segment?model=toy-latent&seed=77", content=PNG, headers=told)
@@ -79,7 +78,6 @@ def test_an_answered_request_has_one_line_with_all_that_an_operator_asks(keyed: 
     }  # fmt: skip
 
 
-@pytest.mark.slow
 def test_a_call_and_every_request_of_a_stream_has_the_same_line_over_grpc(keyed: Server) -> None:
     metadata = {"authorization": f"Bearer {KEY}", "x-request-id": "shop-18", "traceparent": PARENT}
     answers: list[object] = []
@@ -102,7 +100,6 @@ def test_a_call_and_every_request_of_a_stream_has_the_same_line_over_grpc(keyed:
     assert [(one["status"], one.get("size")) for one in streamed] == [(200, "30x20"), (404, None)]
 
 
-@pytest.mark.slow
 def test_a_call_gives_its_id_back_at_its_end_whether_it_fails_or_not(keyed: Server) -> None:
     ended: list[tuple[grpc.StatusCode, str]] = []
     with grpc.insecure_channel(keyed.grpc_address) as channel:
@@ -118,7 +115,6 @@ def test_a_call_gives_its_id_back_at_its_end_whether_it_fails_or_not(keyed: Serv
     )]  # fmt: skip
 
 
-@pytest.mark.slow
 def test_every_answer_has_an_id_of_its_own_where_none_fits(keyed: Server, caller: httpx.Client) -> None:
     given = [caller.get("/models", headers=headers).headers["X-Request-ID"] for headers in (
         {}, {}, {"X-Request-ID": "a b"}, {"X-Request-ID": "x" * 129}, {"X-Request-ID": "{}"}, {"X-Request-ID": ""},
@@ -129,7 +125,6 @@ def test_every_answer_has_an_id_of_its_own_where_none_fits(keyed: Server, caller
     assert (line["path"], line["status"]) == ("/nowhere", 404)
 
 
-@pytest.mark.slow
 def test_what_machines_ask_all_the_time_is_left_out_but_not_what_is_refused_them(
     keyed: Server, caller: httpx.Client
 ) -> None:
@@ -141,7 +136,6 @@ def test_what_machines_ask_all_the_time_is_left_out_but_not_what_is_refused_them
     assert not [line for line in lines_of(keyed) if str(line.get("request_id")).startswith("probe")]
 
 
-@pytest.mark.slow
 def test_a_job_has_two_lines_and_its_id_which_opens_it_is_in_none(keyed: Server, caller: httpx.Client) -> None:
     created = caller.post("/jobs?model=toy-latent", content=PNG, headers=PICTURE | {"X-Request-ID": "shop-30"})
     url = created.json()["url"]
@@ -155,7 +149,6 @@ def test_a_job_has_two_lines_and_its_id_which_opens_it_is_in_none(keyed: Server,
     assert created.json()["id"] not in keyed.log.read_text()
 
 
-@pytest.mark.slow
 def test_what_callers_do_wrong_leaves_no_stack_and_nothing_of_what_they_sent(
     keyed: Server, caller: httpx.Client
 ) -> None:

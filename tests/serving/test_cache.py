@@ -238,7 +238,6 @@ def test_every_format_writes_a_kept_answer_to_the_same_bytes(segmenter: Segmente
     assert counts(cached)[1] == 1
 
 
-@pytest.mark.slow
 def test_all_surfaces_of_a_server_share_it(toy_store: Path, tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.fromarray(IMAGE).save(buffer, "PNG")

@@ -96,7 +96,6 @@ def test_while_loading_every_route_answers_at_once_and_then_works(loading: Serve
     os.kill(loading.process.pid, signal.SIGKILL)  # its predrain is long
 
 
-@pytest.mark.slow
 def test_sigterm_while_loading_ends_the_server_without_its_predrain(loading: Server) -> None:
     loading.process.send_signal(signal.SIGTERM)
     assert loading.process.wait(END_S) == 0
@@ -133,7 +132,6 @@ def test_a_store_of_which_no_model_is_accepted_ends_the_server_with_the_reason(t
     assert said.count("the server cannot start: ") == 1 and "encode.ts was changed" in said and "Traceback" not in said
 
 
-@pytest.mark.slow
 def test_a_grpc_port_that_is_taken_meanwhile_ends_the_server_with_the_reason(toy_store: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", free_ports(1)[0])) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
@@ -141,7 +139,6 @@ def test_a_grpc_port_that_is_taken_meanwhile_ends_the_server_with_the_reason(toy
     assert code == 1 and f"gRPC cannot listen on {address}" in said and "Traceback" not in said
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variables", "reason"),
     [
@@ -159,7 +156,6 @@ def test_what_keeps_a_server_from_starting_ends_it_in_a_sentence(
     assert code == 1 and said.count(reason) == 1 and "Traceback" not in said
 
 
-@pytest.mark.slow
 def test_a_default_directory_of_jobs_that_others_may_enter_is_refused(toy_store: Path, tmp_path: Path) -> None:
     (tmp_path / "penumbra-jobs").mkdir()
     (tmp_path / "penumbra-jobs").chmod(0o777)

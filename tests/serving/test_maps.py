@@ -16,10 +16,7 @@ from penumbra.models.card import MAPS, MAPS_OF_ONE
 from tests.conftest import picture
 from tests.serving.server import Server
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # gevent's, behind tritonclient
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # gevent's, behind tritonclient
 IMAGE = picture(np.random.Generator(np.random.PCG64(5)), 45, 70)
 FORMS = ("application/json", "application/x-npz", "application/geo+json")
 PICTURES = ("image/png", "image/tiff")

@@ -58,7 +58,6 @@ OTHERS = [("GET", "/docs"), ("GET", "/nowhere"), ("POST", "/segment/"), ("PUT", 
           ("POST", "//healthz"), ("GET", "/healthz/"), ("GET", "/healthz/../models"), ("HEAD", "/models")]  # fmt: skip
 
 
-@pytest.mark.slow
 def test_every_route_asks_for_a_key_of_the_right_scope_but_health(keyed: Server) -> None:
     with keyed.client() as client:
         document = client.get("/docs.json", headers={"Authorization": BEARERS["infer"]}).json()
@@ -103,7 +102,6 @@ def status_of_call(channel: grpc.Channel, name: str, bearer: str) -> grpc.Status
     return grpc.StatusCode.OK
 
 
-@pytest.mark.slow
 def test_every_call_asks_for_a_key_of_the_right_scope_but_health(keyed: Server) -> None:
     status = grpc.StatusCode
     with grpc.insecure_channel(keyed.grpc_address) as channel:
@@ -122,7 +120,6 @@ def test_every_call_asks_for_a_key_of_the_right_scope_but_health(keyed: Server) 
                 assert got["infer"] not in refused, name
 
 
-@pytest.mark.slow
 def test_with_a_key_both_protocols_answer_and_refusals_are_counted(keyed: Server, rng: np.random.Generator) -> None:
     tensor = triton.InferInput("image", [20, 20, 3], "UINT8")
     tensor.set_data_from_numpy(picture(rng, 20, 20))
@@ -142,7 +139,6 @@ def test_with_a_key_both_protocols_answer_and_refusals_are_counted(keyed: Server
     assert "NO API KEYS" not in log and not any(key in log for key in (INFER, ADMIN, OTHER))
 
 
-@pytest.mark.slow
 def test_a_server_without_keys_says_so_at_its_start(server: Server) -> None:
     assert "NO API KEYS ARE SET" in server.log.read_text()
 
@@ -242,7 +238,6 @@ def test_every_key_is_compared_whatever_is_sent(monkeypatch: pytest.MonkeyPatch)
 # -- what is never done ---------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_no_address_in_a_request_is_ever_called(server: Server, client: httpx.Client) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/x.png"
@@ -277,7 +272,6 @@ PICKLES = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", ["/predict", "/segment", "/v2/models/toy-latent/infer", "/jobs", "/nowhere"])
 def test_a_pickle_is_415_wherever_it_is_sent(client: httpx.Client, path: str) -> None:
     for media in PICKLES:
@@ -285,7 +279,6 @@ def test_a_pickle_is_415_wherever_it_is_sent(client: httpx.Client, path: str) ->
         assert answer.status_code == 415 and list(answer.json()) == ["error"]
 
 
-@pytest.mark.slow
 def test_loading_a_store_and_answering_unpickles_nothing(toy_store: Path) -> None:
     code = f"""
 import sys, pathlib, pickle, numpy as np
@@ -303,7 +296,6 @@ print(len(found))
     assert done.stdout.split() == ["0", "1"], done.stderr
 
 
-@pytest.mark.slow
 def test_no_refusal_tells_of_the_inside(server: Server, client: httpx.Client) -> None:
     broken = io.BytesIO()
     np.save(broken, np.zeros(3))

@@ -24,8 +24,6 @@ from tests.conftest import picture
 from tests.serving.http.test_http import PNG, ask, metrics, total
 from tests.serving.server import ROOT, Server, serving, until
 
-pytestmark = pytest.mark.slow
-
 NUM_WINDOWS = 4
 """Of the picture that every call here sends, 45x70 px."""
 IMAGE = picture(np.random.Generator(np.random.PCG64(5)), 45, 70)

@@ -155,7 +155,6 @@ def refused_by(client: httpx.Client) -> float:
     return float(re.findall(r"^penumbra_models_refused (\S+)", client.get("/metrics").text, re.MULTILINE)[0])
 
 
-@pytest.mark.slow
 def test_a_server_serves_what_is_exported_beside_it_and_counts_what_it_refuses(store: Path, tmp_path: Path) -> None:
     with serving(store, tmp_path, watch_store_s=0.1, predrain_s=0) as server, server.client() as client:
         assert client.get("/models/toy-latent").json()["version"] == 1 and refused_by(client) == 0

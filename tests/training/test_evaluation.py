@@ -191,7 +191,6 @@ def test_a_single_pass_is_not_compared_with_itself(segmenter: Segmenter, frames:
     assert evaluate(segmenter, Question("toy-pointwise", NOWHERE), frames, compare=True).against_samples == []
 
 
-@pytest.mark.slow
 def test_the_command_writes_figures_curves_and_pictures(store: Path, tmp_path: Path) -> None:
     arguments = ["evaluate", "toy-latent", "--data", tmp_path, "--set", "shapes", "--samples", 2, "--every", 4]
     arguments += ["--json", tmp_path / "new" / "out.json", "--plots", tmp_path / "plots", "--store", store]
@@ -217,7 +216,6 @@ def test_the_command_writes_figures_curves_and_pictures(store: Path, tmp_path: P
     assert "seg/mIoU" in result.stdout
 
 
-@pytest.mark.slow
 def test_a_model_without_samples_has_no_picture_of_them(segmenter: Segmenter, frames: Frames, tmp_path: Path) -> None:
     measured = measure(segmenter, "toy-pointwise", frames)
     draw_all(measured.document(), measured.card, typical(measured, segmenter, frames), tmp_path)

@@ -343,6 +343,7 @@ def test_a_bucket_gives_the_same_answers_as_a_folder(
     assert run_batch(asked, f"{bucket}/in", f"{bucket}/out", engine="local")[0]["kept"] == 4
 
 
+@pytest.mark.slow
 def test_a_killed_run_loses_nothing_and_repeats_nothing(
     toy_store: Path, tmp_path: Path, rng: np.random.Generator
 ) -> None:

@@ -248,6 +248,7 @@ def test_more_jobs_than_may_wait_are_refused_with_a_time(client: httpx.Client, r
 # -- restarts ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
 def test_a_restarted_server_goes_on_where_the_last_one_was(
     toy_store: Path, tmp_path: Path, rng: np.random.Generator, sent: signal.Signals

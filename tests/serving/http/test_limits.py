@@ -23,9 +23,7 @@ from tritonclient.grpc import service_pb2_grpc
 from penumbra.models.errors import Cancelled, QueueFull, TooLarge
 from penumbra.serving.http.admission import Bodies
 from tests.serving.http.test_http import PNG, ask, bomb, is_refused
-from tests.serving.server import Server, serving, until
-
-pytestmark = pytest.mark.slow
+from tests.serving.server import MEASURED, Server, serving, until
 
 MIB = 2**20
 BODY, JSON, HEAD, PIXELS, WINDOWS = 4 * MIB, MIB // 2, 16_384, 1_000_000, 40
@@ -55,7 +53,7 @@ class Memory:
 def limited(toy_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Memory]]:
     settings = {
         "limit_body_bytes": BODY, "limit_json_bytes": JSON, "limit_head_bytes": HEAD, "limit_pixels": PIXELS,
-        "limit_windows": WINDOWS, "predrain_s": 0,
+        "limit_windows": WINDOWS, "predrain_s": 0, **MEASURED,
     }  # fmt: skip
     with serving(toy_store, tmp_path_factory.mktemp("limited"), **settings) as server:
         with server.client() as client:
@@ -182,6 +180,7 @@ def test_messages_and_metadata_of_grpc_are_bounded(limited: tuple[Server, Memory
     assert memory.peak_mib < ROOM_MIB
 
 
+@pytest.mark.slow
 def test_messages_of_grpc_and_what_unpacks_count_among_the_bodies(toy_store: Path, tmp_path: Path) -> None:
     settings = {"limit_body_bytes": BODY, "limit_bodies_bytes": MIB, "predrain_s": 0}
     tensors = [triton.InferInput("image", [side, side, 3], "UINT8") for side in (700, 20)]
@@ -223,11 +222,12 @@ def test_a_body_waits_for_others_and_is_refused_where_waiting_does_not_help() ->
         later(100)
 
 
+@pytest.mark.slow
 def test_bodies_of_many_slow_callers_take_no_more_memory_together_than_their_limit(
     toy_store: Path, tmp_path: Path
 ) -> None:
     held, num_callers = 24 * MIB, 64
-    settings = {"limit_body_bytes": BODY, "limit_bodies_bytes": held, "predrain_s": 0}
+    settings = {"limit_body_bytes": BODY, "limit_bodies_bytes": held, "predrain_s": 0, **MEASURED}
     with (
         serving(toy_store, tmp_path, **settings) as server,
         server.client() as client,

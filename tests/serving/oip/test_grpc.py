@@ -13,8 +13,6 @@ from tritonclient.utils import InferenceServerException
 from tests.conftest import picture
 from tests.serving.server import Server
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def triton_client(server: Server):

@@ -30,11 +30,8 @@ from tests.conftest import picture
 from tests.serving.conftest import BODY_BYTES
 from tests.serving.server import Server, until
 
-pytestmark = [
-    pytest.mark.slow,
-    # gevent, behind tritonclient's HTTP client, and its own warnings are none of ours.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+# gevent, behind tritonclient's HTTP client, and its own warnings are none of ours.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 MAPS = ("confidence", "entropy", "mutual_information")
 Arrays = dict[str, np.ndarray]
 OPTIONS = {"samples": 5, "seed": 11}

@@ -6,7 +6,6 @@ from typing import Any
 
 import grpc
 import httpx
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2 as pb
@@ -118,7 +117,6 @@ def test_any_encoding_is_undone_or_is_its_callers_fault(body: bytes, encoding: s
 OVER_THE_WIRE = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.mark.slow
 @given(bodies(), st.sampled_from(("toy-pointwise", "toy-boxed", "toy-tagged")))
 @OVER_THE_WIRE
 def test_a_server_answers_any_body_and_lives(client: httpx.Client, sent: tuple[bytes, str | None], model: str) -> None:
@@ -130,7 +128,6 @@ def test_a_server_answers_any_body_and_lives(client: httpx.Client, sent: tuple[b
     assert client.get("/v2/health/live").json() == {"live": True}
 
 
-@pytest.mark.slow
 @given(messages() | st.binary(max_size=60))
 @OVER_THE_WIRE
 def test_a_server_answers_any_message_and_lives(server: Server, data: bytes) -> None:

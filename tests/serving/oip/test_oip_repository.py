@@ -15,7 +15,7 @@ from tritonclient.utils import InferenceServerException
 
 from tests.serving.server import Server, serving
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 MODEL = "toy-pointwise"
 
 

@@ -159,7 +159,6 @@ def _ours(text: str) -> str:
     return text
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", HTTP_DOCUMENTS)
 def test_a_path_is_answered_as_triton_does(client: httpx.Client, name: str) -> None:
     request, recorded = CASES["http"][name]["request"], CASES["http"][name]["response"]
@@ -178,7 +177,6 @@ def stub(server: Server) -> Iterator[service_pb2_grpc.GRPCInferenceServiceStub]:
         yield service_pb2_grpc.GRPCInferenceServiceStub(channel)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", GRPC_DOCUMENTS)
 def test_a_call_is_answered_as_triton_does(stub: service_pb2_grpc.GRPCInferenceServiceStub, name: str) -> None:
     case = CASES["grpc"][name]
