@@ -41,8 +41,7 @@ from penumbra.models.card import ExportFacts, WindowSpec  # noqa: E402
 from penumbra.models.errors import PenumbraError  # noqa: E402
 from penumbra.serving.engine.backends import load_backend  # noqa: E402
 from penumbra.serving.engine.backends.tensorrt import target  # noqa: E402
-from tests.models.small import seeded  # noqa: E402
-from tests.models.test_contract import card_of  # noqa: E402
+from tests.models.small import card_of, seeded  # noqa: E402
 
 aten = torch.ops.aten
 

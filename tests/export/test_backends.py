@@ -19,8 +19,7 @@ from penumbra.serving.engine.backends import Backend, load_backend
 from penumbra.serving.engine.backends.aot import AotGraph
 from penumbra.serving.engine.store import open_artifact
 from tests.conftest import toy_card
-from tests.models.small import seeded
-from tests.models.test_contract import card_of, close, image, is_served, noise
+from tests.models.small import card_of, close, image, is_served, noise, seeded
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -31,8 +31,7 @@ from penumbra.serving.engine.moments import accumulate, empty_sums, resize
 from penumbra.serving.engine.store import Artifact, open_artifact
 from penumbra.serving.engine.uncertainty import read_out
 from penumbra.serving.engine.windows import normalise
-from tests.models.small import seeded
-from tests.models.test_contract import card_of
+from tests.models.small import card_of, seeded
 from tests.serving.server import END_S, free_ports, until
 
 START_S = 600

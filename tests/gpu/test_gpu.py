@@ -20,8 +20,7 @@ from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import open_artifact
-from tests.models.small import SMALL, seeded
-from tests.models.test_contract import card_of
+from tests.models.small import SMALL, card_of, seeded
 
 ZOO = sorted((Path(models.__file__).parent / "zoo").glob("*.safetensors"))
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

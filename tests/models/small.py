@@ -1,17 +1,19 @@
-"""A small configuration of every network, with weights from a fixed seed."""
+"""A small configuration of every network, with weights from a fixed seed, its card and its inputs."""
 
 import copy
 import warnings
 from dataclasses import asdict, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from penumbra.models import find_method
 from penumbra.models.blocks.resnet import ResNetConfig
-from penumbra.models.card import InputSpec, Readout
+from penumbra.models.card import Card, ClassInfo, InputSpec, Readout, WindowSpec
 from penumbra.models.contract import Network, Prompt
 from penumbra.models.cpal.config import CpalConfig
 from penumbra.models.cps.net import CpsConfig
@@ -22,6 +24,10 @@ from penumbra.models.proto_seg.hrnet import HrnetConfig
 from penumbra.models.proto_seg.net import ProtoConfig
 from penumbra.models.self_correcting.net import SelfCorrectingConfig
 from penumbra.models.toy.net import ToyConfig
+from penumbra.serving.engine.noise import SeededNoise
+from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.runtime import Tuning
+from penumbra.serving.engine.segmenter import Segmenter
 
 BACKBONE = ResNetConfig(depth=18, width=8)
 SELF_CORRECTING = SelfCorrectingConfig(
@@ -79,6 +85,7 @@ SMALL: dict[str, Any] = {
     "cpal wrn38-dropout": CpalConfig(3, "wrn38", width=1, members=("logits",), sampling="dropout"),
 }
 """Configurations by name; the first word is the method's."""
+SIZE = (37, 53)
 
 
 def fresh(name: str, *, seed: int = 0) -> Network:
@@ -136,3 +143,45 @@ def traced(network: Network, image_B3hw: Tensor, noise_SBL: Tensor, prompt: Prom
         warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
         return torch.jit.trace_module(network, calls, check_trace=False)
+
+
+@cache
+def card_of(name: str) -> Card:
+    network, config = seeded(name), SMALL[name]
+    classes = tuple(ClassInfo(f"class {k}", (k, k, k)) for k in range(config.num_classes))
+    return Card(
+        "small", 1, name.split()[0], asdict(config), classes, InputSpec(), WindowSpec(64, 80),
+        network.sampling, Readout(), prompt=network.prompt, extra_maps=network.extra_maps,
+    )  # fmt: skip
+
+
+def image(num_windows: int = 2, size: tuple[int, int] = SIZE) -> Tensor:
+    return torch.randn(num_windows, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+def noise(name: str, num_samples: int, num_windows: int = 2, *, prompt: bool = False) -> Tensor:
+    """noise_SBL by the network's own law; S is what it must be where members fix it."""
+    card = card_of(name)
+    sampling = card.sampling_with(prompt=prompt)
+    if sampling.kind in ("members", "single"):
+        num_samples = sampling.default_samples
+    draws = [SeededNoise(sampling, seed=b, num_samples=num_samples).draw(0) for b in range(num_windows)]
+    return torch.from_numpy(np.stack(draws, axis=1))
+
+
+def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> bool:
+    return bool((ours - theirs).abs().max() <= tolerance * max(1.0, float(theirs.abs().max())))
+
+
+def is_served(card: Card, store: Path) -> None:
+    """With and without its prompt, with every map, with the members the card names."""
+    picture = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    boxes = ((3.0, 3.0, 60.0, 50.0, 1),) if card.prompt.kind == "boxes" else ()
+    tags = (1,) if card.prompt.kind == "tags" else ()
+    plain, prompted = (card.maps(card.sampling_with(prompt=with_it).default_samples) for with_it in (False, True))
+    with Segmenter.open(store, device="cpu", threads=1, tuning=Tuning(1, 1)) as segmenter:
+        alone = segmenter.segment(picture, SegmentOptions(outputs=plain))
+        told = segmenter.segment(picture, SegmentOptions(outputs=prompted, boxes=boxes, tags=tags))
+    for prediction, members in ((alone, card.sampling.members), (told, card.prompt.members)):
+        assert all(np.isfinite(values).all() for values in prediction.maps.values())
+        assert prediction.members == (members or card.sampling.members)

@@ -3,11 +3,9 @@
 import dataclasses
 import json
 import math
-from functools import cache
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,18 +15,14 @@ from penumbra.export.bundle import export_network, golden_prompt
 from penumbra.export.parity import FULL
 from penumbra.models import find_method, methods
 from penumbra.models.blocks.resnet import ResNet, ResNetConfig
-from penumbra.models.card import Card, ClassInfo, InputSpec, Readout, WindowSpec, read_strict
+from penumbra.models.card import read_strict
 from penumbra.models.contract import Method, Network
 from penumbra.models.cps.net import CpsNetwork
 from penumbra.models.errors import BadOption
 from penumbra.models.np_semiseg.net import NpConfig, NpNetwork
 from penumbra.serving.engine.backends import load_backend
-from penumbra.serving.engine.noise import SeededNoise
-from penumbra.serving.engine.options import SegmentOptions
-from penumbra.serving.engine.runtime import Tuning
-from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import open_artifact
-from tests.models.small import SMALL, fresh, seeded
+from tests.models.small import SIZE, SMALL, card_of, close, fresh, image, is_served, noise, seeded
 
 every_network = pytest.mark.parametrize("name", SMALL)
 every_prompted = pytest.mark.parametrize("name", [name for name in SMALL if fresh(name).prompt.kind != "none"])
@@ -43,36 +37,7 @@ QUICKLY_EXPORTED = (
     "np_semiseg film", "self_correcting linear", "cpal context",
 )  # fmt: skip
 """The toys, and three shapes of network: with a latent, with boxes, with maps of its own."""
-SIZE = (37, 53)
 EXACTLY = 1e-9
-
-
-def image(num_windows: int = 2, size: tuple[int, int] = SIZE) -> Tensor:
-    return torch.randn(num_windows, 3, *size, generator=torch.Generator().manual_seed(1))
-
-
-def noise(name: str, num_samples: int, num_windows: int = 2, *, prompt: bool = False) -> Tensor:
-    """noise_SBL by the network's own law; S is what it must be where members fix it."""
-    card = card_of(name)
-    sampling = card.sampling_with(prompt=prompt)
-    if sampling.kind in ("members", "single"):
-        num_samples = sampling.default_samples
-    draws = [SeededNoise(sampling, seed=b, num_samples=num_samples).draw(0) for b in range(num_windows)]
-    return torch.from_numpy(np.stack(draws, axis=1))
-
-
-@cache
-def card_of(name: str) -> Card:
-    network, config = seeded(name), SMALL[name]
-    classes = tuple(ClassInfo(f"class {k}", (k, k, k)) for k in range(config.num_classes))
-    return Card(
-        "small", 1, name.split()[0], dataclasses.asdict(config), classes, InputSpec(), WindowSpec(64, 80),
-        network.sampling, Readout(), prompt=network.prompt, extra_maps=network.extra_maps,
-    )  # fmt: skip
-
-
-def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> bool:
-    return bool((ours - theirs).abs().max() <= tolerance * max(1.0, float(theirs.abs().max())))
 
 
 def exact(name: str) -> Network:
@@ -196,20 +161,6 @@ def made_on_a_device(graph: torch.jit.ScriptModule) -> set[str]:
     """Kinds of operations that name the device they were traced on: on another one they would stay behind."""
     nodes = graph.inlined_graph.nodes()
     return {node.kind() for node in nodes if any(x.type().kind() == "DeviceObjType" for x in node.inputs())}
-
-
-def is_served(card: Card, store: Path) -> None:
-    """With and without its prompt, with every map, with the members the card names."""
-    picture = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (70, 90, 3), dtype=np.uint8)
-    boxes = ((3.0, 3.0, 60.0, 50.0, 1),) if card.prompt.kind == "boxes" else ()
-    tags = (1,) if card.prompt.kind == "tags" else ()
-    plain, prompted = (card.maps(card.sampling_with(prompt=with_it).default_samples) for with_it in (False, True))
-    with Segmenter.open(store, device="cpu", threads=1, tuning=Tuning(1, 1)) as segmenter:
-        alone = segmenter.segment(picture, SegmentOptions(outputs=plain))
-        told = segmenter.segment(picture, SegmentOptions(outputs=prompted, boxes=boxes, tags=tags))
-    for prediction, members in ((alone, card.sampling.members), (told, card.prompt.members)):
-        assert all(np.isfinite(values).all() for values in prediction.maps.values())
-        assert prediction.members == (members or card.sampling.members)
 
 
 @every_network
