@@ -15,8 +15,8 @@ from typing import Any
 
 import click
 
+from penumbra import options as shared
 from penumbra.failures import Verbs, sentence_of
-from penumbra.options import JSON, STORE, from_table, of_answers, of_frames
 from penumbra.serving.process import print_version
 
 BENTOML = (
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 @main.command()
-@STORE
+@shared.STORE
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind; 0.0.0.0 for all.")
 @click.option("--port", type=click.IntRange(1, 65535), default=3000, show_default=True, help="Of HTTP.")
 @click.option("--grpc-port", type=click.IntRange(0, 65535), default=3001, show_default=True, help="Of gRPC; 0: none.")
@@ -84,12 +84,12 @@ def the_model(store: Path, model: str | None) -> str:
 
 
 @main.command()
-@click.argument("images", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--model", "-m", help="Which model; may be left out when the store has one.")
-@click.option("--output", "-o", type=click.Path(path_type=Path, file_okay=False), default="out", show_default=True)
-@of_answers
-@STORE
-@JSON
+@click.argument("images", nargs=-1, required=True, type=shared.FILE)
+@shared.MODEL
+@click.option("--output", "-o", type=shared.ANY_FOLDER, default="out", show_default=True)
+@shared.of_answers
+@shared.STORE
+@shared.JSON
 def predict(
     images: tuple[Path, ...], model: str | None, output: Path, store: Path, as_json: bool, **options: Any
 ) -> None:
@@ -105,12 +105,12 @@ def predict(
     if len({path.stem for path in images}) < len(images):
         raise BadOption("two pictures have the same name, and their files would too; predict them into two directories")
     fill_store(store)
-    asked = parse_options({name: str(value) for name, value in options.items() if value is not None})
-    asked = dataclasses.replace(asked.with_default_maps(), model=the_model(store, model))
+    requested = parse_options(shared.given(options))
+    requested = dataclasses.replace(requested.with_default_maps(), model=the_model(store, model))
     failures = []
     with Segmenter() as segmenter:
-        check_options(asked, segmenter.load(find_artifact(store, asked.model or "")), segmenter.limits)
-        for path, outcome in predict_files(segmenter, images, asked, output):
+        check_options(requested, segmenter.load(find_artifact(store, requested.model or "")), segmenter.limits)
+        for path, outcome in predict_files(segmenter, images, requested, output):
             if isinstance(outcome, Exception):
                 failures.append(outcome)
                 why = sentence_of(outcome) if isinstance(outcome, OSError | DiskFull) else reason_of(outcome)
@@ -126,13 +126,13 @@ def predict(
 @main.command()
 @click.argument("source", metavar="INPUT")
 @click.argument("output")
-@click.option("--model", "-m", help="Which model; may be left out when the store has one.")
+@shared.MODEL
 @click.option("--format", "-f", default="png", show_default=True, help="png, json, npz, geojson or tif.")
-@from_table("picture")
+@shared.from_table("picture")
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
-@of_answers
-@STORE
-@JSON
+@shared.of_answers
+@shared.STORE
+@shared.JSON
 def batch(source: str, output: str, model: str | None, store: Path, as_json: bool, engine: str, **options: Any) -> None:
     """Answer all images of INPUT, a folder, 'a/*.png' or s3://..., into OUTPUT; goes on where it was stopped."""
     from penumbra.export.zoo import fill_store
@@ -140,7 +140,7 @@ def batch(source: str, output: str, model: str | None, store: Path, as_json: boo
     from penumbra.serving.files.report import summarise
 
     fill_store(store)
-    fields = {name: str(value) for name, value in options.items() if value is not None}
+    fields = shared.given(options)
     request = parse_batch(store, the_model(store, model), fields.pop("format"), fields)
     counts, reasons = run_batch(request, source, output, engine=engine)
     for line in summarise(reasons):
@@ -152,8 +152,8 @@ def batch(source: str, output: str, model: str | None, store: Path, as_json: boo
 
 
 @main.command()
-@STORE
-@JSON
+@shared.STORE
+@shared.JSON
 def models(store: Path, as_json: bool) -> None:
     """List the models of a store."""
     from rich.console import Console
@@ -184,8 +184,8 @@ def models(store: Path, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("recipe", type=shared.FILE)
+@click.option("--data", required=True, type=shared.FOLDER)
 @click.option("--devices", type=click.IntRange(min=1), default=1, show_default=True, help="GPUs, or CPU processes.")
 @click.option("--precision", type=click.Choice(["32-true", "bf16-mixed", "16-mixed"]), help="Instead of the recipe's.")
 @click.option("--threads", type=click.IntRange(min=1), help="Cores per device; all by default.")
@@ -203,15 +203,15 @@ def train(recipe: Path, data: Path, **options: Any) -> None:
 
 @main.command(name="import")
 @click.argument("method")
-@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--output", "-o", required=True, type=click.Path(path_type=Path, dir_okay=False), help="x.safetensors")
+@click.argument("files", nargs=-1, required=True, type=shared.FILE)
+@click.option("--output", "-o", required=True, type=shared.ANY_FILE, help="x.safetensors")
 @click.option(
     "--classes", metavar="NAME|FILE", help="voc, cityscapes, camvid, or a file of names; by count if left out."
 )
 @click.option("--protocol", type=click.Choice(["published", "penumbra"]), default="published", show_default=True,
               help="Run as the paper's code does, or as we would.")  # fmt: skip
 @click.option("--sampling", help="Where the method has a choice: dropout, for one.")
-@JSON
+@shared.JSON
 def import_files(
     method: str, files: tuple[Path, ...], output: Path, classes: str | None, as_json: bool, **options: Any
 ) -> None:  # fmt: skip
@@ -230,8 +230,8 @@ def import_files(
 
 
 @main.command()
-@click.argument("checkpoints", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--output", "-o", required=True, type=click.Path(dir_okay=False, path_type=Path), help="A .safetensors.")
+@click.argument("checkpoints", nargs=-1, required=True, type=shared.FILE)
+@click.option("--output", "-o", required=True, type=shared.ANY_FILE, help="A .safetensors.")
 def ensemble(checkpoints: tuple[Path, ...], output: Path) -> None:
     """Join checkpoints of the same classes into one, whose members they are."""
     from penumbra.export.ensemble import losses, make_ensemble
@@ -247,17 +247,17 @@ def ensemble(checkpoints: tuple[Path, ...], output: Path) -> None:
 @click.argument("checkpoint", metavar="CHECKPOINT|NAME", type=click.Path(path_type=Path))
 @click.option("--target", type=click.Choice(["store", "triton"]), default="store", show_default=True,
               help="Where to: the store, or a Triton model repository, also of a NAME that the store has.")  # fmt: skip
-@click.option("--output", "-o", type=click.Path(file_okay=False, path_type=Path), help="The Triton repository.")
+@click.option("--output", "-o", type=shared.ANY_FOLDER, help="The Triton repository.")
 @click.option("--backend", default="torchscript", show_default=True, help="Or onnx, openvino, aot, tensorrt.")
 @click.option("--precision", default="fp32", show_default=True, help="Or bf16, fp16, as far as the backend has it.")
 @click.option("--device", default="cpu", show_default=True, help="Where the graphs are to run: cpu or cuda.")
-@click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path),
+@click.option("--data", type=shared.FOLDER,
               help="Labelled pictures, on which the export is measured too.")  # fmt: skip
-@click.option("--set", "data_set", default="camvid", show_default=True, help="Or voc, cityscapes, folder.")
-@click.option("--split", default="val", show_default=True, help="Which of the data's splits.")
-@click.option("--every", type=click.IntRange(min=1), default=1, show_default=True, help="Every n-th frame only.")
-@STORE
-@JSON
+@shared.DATA_SET
+@shared.SPLIT
+@shared.EVERY
+@shared.STORE
+@shared.JSON
 def export(
     checkpoint: Path, target: str, output: Path | None, backend: str, precision: str, device: str,
     data: Path | None, data_set: str, split: str, every: int, store: Path, as_json: bool,
@@ -304,9 +304,9 @@ def _export_repository(source: Path, store: Path, repository: Path | None, *, as
 
 @main.command()
 @click.argument("name")
-@click.option("--version", type=int, help="The newest by default.")
-@STORE
-@JSON
+@shared.VERSION
+@shared.STORE
+@shared.JSON
 def verify(name: str, version: int | None, store: Path, as_json: bool) -> None:
     """Check an artifact's hashes and measure it on this machine against its checkpoint."""
     from penumbra.export.bundle import verify_artifact
@@ -319,9 +319,9 @@ def verify(name: str, version: int | None, store: Path, as_json: bool) -> None:
 
 @main.command()
 @click.argument("name")
-@click.option("--key", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Private, Ed25519, PEM.")
-@click.option("--version", type=int, help="The newest by default.")
-@STORE
+@click.option("--key", required=True, type=shared.ANY_FILE, help="Private, Ed25519, PEM.")
+@shared.VERSION
+@shared.STORE
 def sign(name: str, key: Path, version: int | None, store: Path) -> None:
     """Sign an artifact whose hashes hold, for servers that serve signed ones alone."""
     from penumbra.serving.engine.signature import read_private_key, sign_card
@@ -334,10 +334,10 @@ def sign(name: str, key: Path, version: int | None, store: Path) -> None:
 
 @main.command()
 @click.argument("name")
-@of_frames
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here.")
-@click.option("--plots", type=click.Path(file_okay=False, path_type=Path), help="Draw curves and pictures here.")
-@STORE
+@shared.of_frames
+@click.option("--json", "json_file", type=shared.ANY_FILE, help="Write all figures here.")
+@click.option("--plots", type=shared.ANY_FOLDER, help="Draw curves and pictures here.")
+@shared.STORE
 def evaluate(name: str, store: Path, json_file: Path | None, plots: Path | None, **options: Any) -> None:
     """Measure a model on labelled pictures as it is served: accuracy, calibration, and its uncertainty."""
     from penumbra.training.evaluation.run import Question, check_document, evaluate_artifact, report
@@ -355,10 +355,10 @@ def evaluate(name: str, store: Path, json_file: Path | None, plots: Path | None,
 
 @main.command()
 @click.argument("name")
-@of_frames
+@shared.of_frames
 @click.option("--risks", default="0.01,0.02,0.05,0.1", show_default=True, help="What max_risk shall be possible.")
-@STORE
-@JSON
+@shared.STORE
+@shared.JSON
 def calibrate(name: str, store: Path, risks: str, as_json: bool, **options: Any) -> None:
     """Fit a model's temperature and abstention thresholds; they become its next version."""
     from penumbra.models.errors import BadOption
@@ -366,10 +366,10 @@ def calibrate(name: str, store: Path, risks: str, as_json: bool, **options: Any)
     from penumbra.training.evaluation.run import Question
 
     try:
-        wanted = [float(risk) for risk in risks.split(",")]
+        shares = [float(risk) for risk in risks.split(",")]
     except ValueError:
         raise BadOption(f"risks is {risks[:60]!r}; shares with commas between them are wanted") from None
-    calibrated, place = calibrate_artifact(Question(name, **options), store, risks=wanted)
+    calibrated, place = calibrate_artifact(Question(name, **options), store, risks=shares)
     if as_json:
         click.echo(json.dumps(calibrated.document() | {"directory": str(place)}, allow_nan=False))
         return

@@ -1,6 +1,6 @@
 """Options that several verbs of the command share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,15 @@ STORE = click.option(
     "--store", type=click.Path(path_type=Path, file_okay=False), default=Path("store"), envvar="PENUMBRA_STORE",
     show_default=True, help="Directory of artifacts.", callback=_of_known_environment,
 )  # fmt: skip
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+ANY_FILE = click.Path(dir_okay=False, path_type=Path)
+ANY_FOLDER = click.Path(file_okay=False, path_type=Path)
+MODEL = click.option("--model", "-m", help="Which model; may be left out when the store has one.")
+VERSION = click.option("--version", type=int, help="The newest by default.")
+DATA_SET = click.option("--set", "data_set", default="camvid", show_default=True, help="Or voc, cityscapes, folder.")
+SPLIT = click.option("--split", default="val", show_default=True, help="Which of the data's splits.")
+EVERY = click.option("--every", type=click.IntRange(min=1), default=1, show_default=True, help="Every n-th frame only.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
 
@@ -36,6 +45,11 @@ def from_table(name: str) -> Callable[[Any], Any]:
     return click.option(flag, type=kind, default=default, show_default=True, help=OPTIONS[name].about)
 
 
+def given(options: Mapping[str, Any]) -> dict[str, str]:
+    """The options that were said or have a default, as text."""
+    return {name: str(value) for name, value in options.items() if value is not None}
+
+
 def of_answers(verb: Any) -> Any:
     """The options of an answer that a file can have too."""
     for name in ("max_risk", "alpha", "tags", "boxes", "outputs", "overlap", "seed", "samples"):
@@ -45,18 +59,12 @@ def of_answers(verb: Any) -> Any:
 
 def of_frames(verb: Any) -> Any:
     """The options of a verb that asks about labelled frames (`penumbra.training.evaluation.run.Question`)."""
-    for option in (
-        click.option(
-            "--every", type=click.IntRange(min=1), default=1, show_default=True, help="Every n-th frame only."
-        ),
-        click.option(
-            "--seed", type=int, default=0, show_default=True, help="Of the first frame, and of random splits."
-        ),
-        click.option("--samples", type=click.IntRange(min=1), help="How many samples to draw; the card's by default."),
-        click.option("--version", type=int, help="The newest by default."),
-        click.option("--split", default="val", show_default=True, help="Which of the data's splits."),
-        click.option("--set", "data_set", default="camvid", show_default=True, help="Or voc, cityscapes, folder."),
-        click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path)),
-    ):
+    seed = click.option(
+        "--seed", type=int, default=0, show_default=True, help="Of the first frame, and of random splits."
+    )
+    samples = click.option(
+        "--samples", type=click.IntRange(min=1), help="How many samples to draw; the card's by default."
+    )
+    for option in (EVERY, seed, samples, VERSION, SPLIT, DATA_SET, click.option("--data", required=True, type=FOLDER)):
         verb = option(verb)
     return verb
