@@ -4,13 +4,10 @@ A body is JSON alone; or JSON of `Inference-Header-Content-Length` bytes and beh
 `binary_data_size`, in their order; or, with a length of 0, nothing but an encoded picture.
 """
 
-import math
 import re
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from itertools import chain
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import orjson
@@ -22,34 +19,20 @@ from starlette.routing import BaseRoute, Mount, Route, Router
 from penumbra.models.errors import BadOption, TooLarge, Unsupported
 from penumbra.serving.http.admission import Bodies
 from penumbra.serving.http.routes import disconnected, server_timing
-from penumbra.serving.oip.protocol import (
-    LARGE_BYTES,
-    OWN_FIELDS,
-    PARAMETERS,
-    Answer,
-    Inference,
-    InferRequest,
-    WantedOutput,
-    strangers,
-    strangers_above,
-)
-from penumbra.serving.oip.tensors import DTYPES, SHOWN, Output, Tensor, join_strings
+from penumbra.serving.oip.protocol import LARGE_BYTES, OWN_FIELDS, PARAMETERS, Answer, Inference, unknown_above
+from penumbra.serving.oip.request import InferRequest, member, read_request, unknown_names
+from penumbra.serving.oip.tensors import SHOWN, Output, Tensor, join_strings
 
+Handler = Callable[[Request], Awaitable[Response]]
 HEADER_LENGTH = "inference-header-content-length"
-KINDS: dict[type, str] = {list: "array", dict: "object", str: "string", bool: "boolean", int: "unsigned-integer"}
 WINDOW_BITS = {"gzip": 31, "deflate": 47}
 """zlib's name for an encoding; 47 reads deflate with either of the two headers that are in use."""
 PLAIN = ("", "identity")
 """What a body without an encoding is called."""
 PIECE_BYTES = 2**16
 """Bytes of a body that are decompressed at a time, and its growth counted."""
-REQUEST_MEMBERS = ("id", "parameters", "inputs", "outputs")
-INPUT_MEMBERS = ("name", "datatype", "shape", "parameters", "data", "binary_data_size")
-OUTPUT_MEMBERS = ("name", "datatype", "shape", "parameters", "binary_data", "classification")
-"""Names that mean something in a request, and in an input or output or its parameters."""
 FAST = 1
 """zlib level: float maps hardly shrink, and higher levels take several times as long for nothing."""
-T = TypeVar("T")
 
 
 def routes(inference: Inference, *, body_bytes: int, json_bytes: int, bodies: Bodies) -> list[BaseRoute]:
@@ -58,60 +41,72 @@ def routes(inference: Inference, *, body_bytes: int, json_bytes: int, bodies: Bo
     bodies: what decompressed bodies are counted in, beside the compressed ones.
     """
     rest = Rest(inference, body_bytes=body_bytes, json_bytes=json_bytes, bodies=bodies)
-    model, versioned = "/models/{model}", "/models/{model}/versions/{version}"
-    verbs = {"": rest.metadata, "/ready": rest.model_ready, "/config": rest.config, "/stats": rest.statistics}
+    model = ("/models/{model}", "/models/{model}/versions/{version}")
+    documents = {
+        "": _document(inference.metadata), "/ready": _document(rest.readiness),
+        "/config": _document(inference.config), "/stats": _document(inference.statistics),
+    }  # fmt: skip
     inner: list[BaseRoute] = [
-        Route("/health/live", rest.live),
-        Route("/health/ready", rest.ready),
-        Route("/models/stats", rest.statistics),
-        *(Route(path + verb, handler) for path in (model, versioned) for verb, handler in verbs.items()),
-        *(Route(f"{path}/infer", rest.infer, methods=["POST"]) for path in (model, versioned)),
-        *(Route(f"{path}/index", rest.index, methods=["POST"]) for path in ("/repository", "/repository/{name}")),
+        Route("/health/live", _health("live", lambda: inference.gateway.is_alive)),
+        Route("/health/ready", _health("ready", lambda: inference.gateway.is_ready)),
+        Route("/models/stats", documents["/stats"]),
+        *(Route(path + verb, handler) for path in model for verb, handler in documents.items()),
+        *(Route(f"{path}/infer", rest.infer, methods=["POST"]) for path in model),
+        *(Route(f"/repository{path}/index", rest.index, methods=["POST"]) for path in ("", "/{name}")),
         Route("/repository/models/{model}/load", rest.load, methods=["POST"]),
         Route("/repository/models/{model}/unload", rest.unload, methods=["POST"]),
     ]
-    return [Route("/v2", rest.server), Mount("/v2", app=Router(inner, redirect_slashes=False))]
+    server = _document(lambda *_: inference.server_document())
+    return [Route("/v2", server), Mount("/v2", app=Router(inner, redirect_slashes=False))]
+
+
+def _health(name: str, is_so: Callable[[], bool]) -> Handler:
+    async def answer(_: Request) -> Response:
+        return JSONResponse({name: is_so()}, 200 if is_so() else 400)
+
+    return answer
+
+
+def _document(make: Callable[[str, str], Any]) -> Handler:
+    """A handler that answers with what is made of the model and version in the path."""
+
+    async def answer(request: Request) -> Response:
+        return JSONResponse(make(*_model(request)))
+
+    return answer
+
+
+def _model(request: Request) -> tuple[str, str]:
+    """The model and version of a path, where it has them. Raises BadOption for an option in the query, where it would
+    mean nothing."""
+    if "model" not in request.path_params:
+        return "", ""
+    version = request.path_params.get("version", "")
+    if version and not (version.isascii() and version.isdigit()):
+        raise HTTPException(404, "Not Found")
+    for name in request.query_params:
+        if name in PARAMETERS or name in OWN_FIELDS:
+            raise BadOption(f"{name} is in the query; send it in the request's JSON")
+    return request.path_params["model"], version
 
 
 class Rest:
-    """The handlers."""
+    """The handlers that do something."""
 
     def __init__(self, inference: Inference, *, body_bytes: int, json_bytes: int, bodies: Bodies) -> None:
         self._inference, self._body_bytes, self._json_bytes = inference, body_bytes, json_bytes
         self._bodies = bodies
 
-    async def server(self, _: Request) -> Response:
-        return JSONResponse(self._inference.server_document())
-
-    async def live(self, _: Request) -> Response:
-        live = self._inference.gateway.is_alive
-        return JSONResponse({"live": live}, 200 if live else 400)
-
-    async def ready(self, _: Request) -> Response:
-        ready = self._inference.gateway.is_ready
-        return JSONResponse({"ready": ready}, 200 if ready else 400)
-
-    async def model_ready(self, request: Request) -> Response:
-        model, version = _model(request)
+    def readiness(self, model: str, version: str) -> dict[str, Any]:
+        """Raises BadOption for a model that is not ready, which is the protocol's status for it."""
         if not self._inference.is_model_ready(model, version):
-            return JSONResponse({"error": "Model version not ready"}, 400)
-        return JSONResponse({"name": model, "ready": True})
-
-    async def metadata(self, request: Request) -> Response:
-        return JSONResponse(self._inference.metadata(*_model(request)))
-
-    async def config(self, request: Request) -> Response:
-        return JSONResponse(self._inference.config(*_model(request)))
-
-    async def statistics(self, request: Request) -> Response:
-        model = _model(request) if "model" in request.path_params else ("", "")
-        return JSONResponse(self._inference.statistics(*model))
+            raise BadOption(f"{model[:SHOWN]!r} is not ready; POST /v2/repository/index says which models are")
+        return {"name": model, "ready": True}
 
     async def index(self, request: Request) -> Response:
         body = await request.body()
-        wanted = _parse(body, limit_bytes=self._json_bytes) if body else {}
-        ready_only = "ready" in wanted and _member(wanted, "ready", bool)
-        return JSONResponse(self._inference.index(ready_only=ready_only))
+        document = _parse(body, limit_bytes=self._json_bytes) if body else {}
+        return JSONResponse(self._inference.index(ready_only=member(document, "ready", bool, False)))
 
     async def load(self, request: Request) -> Response:
         await self._inference.load(request.path_params["model"])
@@ -123,38 +118,25 @@ class Rest:
 
     async def infer(self, request: Request) -> Response:
         model, version = _model(request)
-        body = await request.body()
-        headers, taken = request.headers, _accepted_encoding(request.headers.get("accept-encoding", ""))
+        body, headers = await request.body(), request.headers
+        accepted = _accepted_encoding(headers.get("accept-encoding", ""))
         encoding = ", ".join(headers.getlist("content-encoding")).strip().lower()
-        misplaced = [*strangers(request.query_params, (), "the query"), *strangers_above(headers, "the headers")]
+        unknown = unknown_names(request.query_params, (), "the query") + unknown_above(headers, "the headers")
+        size_bytes = len(body) if encoding in PLAIN else LARGE_BYTES  # which may be a small bomb
 
-        def write(answer: Answer, asked: InferRequest) -> Response:
-            return write_answer(answer, encoding=taken)
+        def read() -> InferRequest:
+            self._inference.find(model, version)  # an unknown model is the first thing to say, whatever the body is
+            plain = decompress(body, encoding, limit_bytes=self._body_bytes, take=take)
+            return read_body(
+                plain, model=model, version=version, header_length=headers.get(HEADER_LENGTH),
+                json_bytes=self._json_bytes, unknown=unknown,
+            )  # fmt: skip
 
-        with self._bodies.room() as take:
-
-            def read() -> InferRequest:
-                self._inference.find(model, version)  # an unknown model is the first thing to say, whatever the body is
-                plain = decompress(body, encoding, limit_bytes=self._body_bytes, take=take)
-                length, json_bytes = headers.get(HEADER_LENGTH), self._json_bytes
-                asked = read_request(plain, model=model, version=version, header_length=length, json_bytes=json_bytes)
-                return replace(asked, unknown=[*asked.unknown, *misplaced])
-
-            size_bytes = len(body) if encoding in PLAIN else LARGE_BYTES  # which may be a small bomb
+        with self._bodies.room() as take, self._inference.gateway.telemetry.track("v2") as tracked:
             return await self._inference.infer(
-                read, write, size_bytes=size_bytes, protocol="v2", gone=lambda: disconnected(request)
-            )
-
-
-def _model(request: Request) -> tuple[str, str]:
-    """The model and version of a path. Raises BadOption for an option in the query, where it would mean nothing."""
-    version = request.path_params.get("version", "")
-    if version and not (version.isascii() and version.isdigit()):
-        raise HTTPException(404, "Not Found")
-    for name in request.query_params:
-        if name in PARAMETERS or name in OWN_FIELDS:
-            raise BadOption(f"{name} is in the query; send it in the request's JSON")
-    return request.path_params["model"], version
+                read, lambda answer: write_answer(answer, encoding=accepted), request=tracked, size_bytes=size_bytes,
+                gone=lambda: disconnected(request),
+            )  # fmt: skip
 
 
 def decompress(
@@ -167,7 +149,7 @@ def decompress(
     if encoding in PLAIN:
         return body
     if encoding not in WINDOW_BITS:
-        raise Unsupported(f"Unsupported compression type {encoding[:SHOWN]!r}; gzip and deflate are read")
+        raise Unsupported(f"the Content-Encoding is {encoding[:SHOWN]!r}; gzip and deflate are read")
     stream = zlib.decompressobj(WINDOW_BITS[encoding])
     pieces, size = [], 0
     for start in range(0, len(body), PIECE_BYTES):
@@ -192,151 +174,46 @@ def decompress(
     return b"".join(pieces)
 
 
-def read_request(
-    body: bytes, *, model: str, version: str, header_length: str | None, json_bytes: int
+def read_body(
+    body: bytes, *, model: str, version: str, header_length: str | None, json_bytes: int, unknown: Sequence[str] = ()
 ) -> InferRequest:  # fmt: skip
     """A request from its decompressed body. Raises BadOption, TooLarge."""
-    length = len(body) if header_length is None else _leading_integer(header_length)
+    try:
+        length = len(body) if header_length is None else int(header_length)
+    except ValueError:
+        length = -1
     if not 0 <= length <= len(body):
-        raise BadOption(f"inference header size should be in range (0, {len(body)}), got: {length}")
+        shown = str(header_length)[:SHOWN]
+        raise BadOption(f"Inference-Header-Content-Length is {shown!r}; 0 to {len(body)}, all of the body, is possible")
+    rest = memoryview(body)[length:]
     if length == 0 and header_length is not None:
         picture = Tensor("image", "BYTES", (1,), join_strings([body]))
-        return InferRequest(model, version, inputs=[picture], binary=True)
-    head, rest = _parse(memoryview(body)[:length], limit_bytes=json_bytes), memoryview(body)[length:]
-    parameters = _parameters(head)
-    binary = _member(parameters, "binary_data_output", bool) if "binary_data_output" in parameters else False
-    inputs: list[Tensor] = []
-    unknown = strangers(head, REQUEST_MEMBERS, "the request")
-    for one in _member(head, "inputs", list):
-        tensor, rest = _read_input(_object(one), rest, model=model)
-        inputs.append(tensor)
-        unknown += strangers({**one, **_parameters(one)}, INPUT_MEMBERS, f"input {tensor.name}")
+        return InferRequest(model, version, inputs=[picture], unknown=unknown, binary=True)
+
+    def raw(name: str, parameters: Mapping[str, Any]) -> memoryview | None:
+        nonlocal rest
+        if "binary_data_size" not in parameters:
+            return None
+        size = member(parameters, "binary_data_size", int)
+        if size > len(rest):
+            raise BadOption(f"the input {name[:SHOWN]!r} has {size} bytes by its binary_data_size; {len(rest)} follow")
+        data, rest = rest[:size], rest[size:]
+        return data
+
+    head = _parse(memoryview(body)[:length], limit_bytes=json_bytes)
+    request = read_request(head, raw, model=model, version=version, unknown=unknown)
     if rest:
-        raise BadOption(f"unexpected additional input data for model '{model}'")
-    wanted = []
-    for one in _optional(head, "outputs", list, []):
-        wanted.append(_read_output(_object(one), binary=binary))
-        unknown += strangers({**one, **_parameters(one)}, OUTPUT_MEMBERS, f"output {wanted[-1].name}")
-    return InferRequest(
-        model, version, _optional(head, "id", str, ""),
-        {name: value for name, value in parameters.items() if name != "binary_data_output"},
-        inputs, list({one.name: one for one in wanted}.values()), unknown, binary,
-    )  # fmt: skip
+        raise BadOption(f"{len(rest)} bytes follow the last input; name every input's binary_data_size")
+    return request
 
 
-def _leading_integer(text: str) -> int:
-    """The number that a text begins with, else 0, which is how Triton reads this header."""
-    match = re.match(r"\s*[+-]?[0-9]{1,18}", text)
-    return int(match.group()) if match else 0
-
-
-def _parse(text: bytes | memoryview, *, limit_bytes: int) -> dict[str, Any]:
+def _parse(text: bytes | memoryview, *, limit_bytes: int) -> Any:
     if len(text) > limit_bytes:  # parsed, JSON takes up to forty times its size
         raise TooLarge(f"the JSON has {len(text):,} bytes and the limit is {limit_bytes:,}; send binary tensors")
     try:
-        return _object(orjson.loads(text))
+        return orjson.loads(text)
     except orjson.JSONDecodeError as error:
-        raise BadOption(f"failed to parse the request JSON buffer: {error}") from None
-
-
-def _object(value: object) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise BadOption("failed to parse the request JSON buffer: attempt to access JSON non-object as object")
-    return value
-
-
-def _member(document: Mapping[str, Any], name: str, kind: type[T]) -> T:
-    """A member that must be there, of a kind; integers are 0 or more. Raises BadOption."""
-    if name not in document:
-        raise BadOption(f"Unable to parse '{name}': attempt to access non-existing object member '{name}'")
-    return _of_kind(document[name], name, kind)
-
-
-def _optional(document: Mapping[str, Any], name: str, kind: type[T], default: T) -> T:
-    return _of_kind(document[name], name, kind) if name in document else default
-
-
-def _of_kind(value: Any, name: str, kind: type[T]) -> T:
-    if type(value) is kind and not (isinstance(value, int) and value < 0):
-        return value
-    raise BadOption(f"Unable to parse '{name}': attempt to access JSON non-{KINDS[kind]} as {KINDS[kind]}")
-
-
-def _parameters(document: Mapping[str, Any]) -> dict[str, Any]:
-    parameters = _optional(document, "parameters", dict, {})
-    for name, value in parameters.items():
-        if not isinstance(value, str | int | float):
-            raise BadOption(
-                f"parameter '{name[:SHOWN]}' has invalid type. It should be either 'int', 'bool', 'string' or 'double'."
-            )
-    return parameters
-
-
-def _read_input(one: dict[str, Any], rest: memoryview, *, model: str) -> tuple[Tensor, memoryview]:
-    """One input, and what remains of the binary part. Raises BadOption."""
-    name, datatype = _member(one, "name", str), _member(one, "datatype", str)
-    shape = tuple(_of_kind(size, "shape", int) for size in _member(one, "shape", list))
-    parameters = _parameters(one)
-    sources = [place for place, there in (
-        ("'data'", "data" in one), ("'binary_data_size' in 'parameters'", "binary_data_size" in parameters),
-        ("'shared_memory_region' in 'parameters'", "shared_memory_region" in parameters),
-    ) if there]  # fmt: skip
-    if len(sources) != 1:
-        raise BadOption(
-            "Input must set only one of the following fields: 'data', 'binary_data_size' in 'parameters', "
-            f"'shared_memory_region' in 'parameters'. But {' and '.join(sources) or 'no field'} is set"
-        )
-    if "shared_memory_region" in parameters:
-        raise BadOption(f"shared memory is not offered; send '{name[:SHOWN]}' as 'data' or with 'binary_data_size'")
-    if "data" in one:
-        return Tensor(name, datatype, shape, _from_json(_member(one, "data", list), datatype, shape)), rest
-    size = _member(parameters, "binary_data_size", int)
-    if size > len(rest):
-        raise BadOption(
-            f"unexpected size for input '{name[:SHOWN]}', expecting {size - len(rest)} additional bytes for model "
-            f"'{model}'"
-        )
-    return Tensor(name, datatype, shape, rest[:size]), rest[size:]
-
-
-JSON_TYPES: dict[str, tuple[set[type], str, str]] = {
-    "string": ({str}, "string", "string"), "b": ({bool}, "boolean", "boolean"),
-    "u": ({int}, "unsigned-integer", "unsigned-integer"), "i": ({int}, "signed-integer", "signed-integer"),
-    "f": ({int, float}, "number", "double"),
-}  # fmt: skip
-"""Kind of a datatype -> the types of its values in JSON, and the two words that an error has for them."""
-
-
-def _from_json(data: list[Any], datatype: str, shape: tuple[int, ...]) -> bytes:
-    """Values of a JSON tensor, nested or flat, in raw form. Raises BadOption."""
-    while data and all(type(item) is list for item in data):
-        data = list(chain.from_iterable(data))
-    if datatype not in {"BYTES", *DTYPES}:
-        return b""  # the datatype is refused where it meets the model
-    if len(data) != math.prod(shape):
-        raise BadOption("Unable to parse 'data': Shape does not match true shape of 'data' field")
-    kind = "string" if datatype == "BYTES" else np.dtype(DTYPES[datatype]).kind
-    types, wanted, said = JSON_TYPES[kind]
-    wrong = BadOption(f"Unable to parse 'data': attempt to access JSON non-{wanted} as {said}")
-    if not types.issuperset(map(type, data)):
-        raise wrong
-    if datatype == "BYTES":
-        return join_strings(text.encode() for text in data)
-    try:
-        with np.errstate(over="ignore"):
-            return np.array(data, DTYPES[datatype]).tobytes()
-    except OverflowError:
-        raise wrong from None
-
-
-def _read_output(one: dict[str, Any], *, binary: bool) -> WantedOutput:
-    parameters = _parameters(one)
-    if "shared_memory_region" in parameters:
-        raise BadOption("shared memory is not offered; ask for 'binary_data' or JSON")
-    return WantedOutput(
-        _member(one, "name", str), _optional(parameters, "binary_data", bool, binary),
-        _optional(parameters, "classification", int, 0),
-    )  # fmt: skip
+        raise BadOption(f"the JSON cannot be read: {error}") from None
 
 
 def write_answer(answer: Answer, *, encoding: str) -> Response:

@@ -3,8 +3,8 @@
 It listens before any model is loaded, so nothing here imports the engine.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+import logging
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -13,12 +13,15 @@ from grpc_reflection.v1alpha import reflection
 
 from penumbra.models.errors import BadOption, NotReady, PenumbraError
 from penumbra.serving.keys import SERVICE, Keys
-from penumbra.serving.statuses import LOADING, status_of
+from penumbra.serving.statuses import LOADING, UNEXPECTED, status_of
 from penumbra.serving.telemetry import CURRENT, ID, Request, Telemetry, begin, logged
+
+log = logging.getLogger("penumbra")
 
 WHILE_LOADING = {f"/{SERVICE}/ServerLive": b"\x08\x01", f"/{SERVICE}/ServerReady": b""}
 """Messages in wire form that say live, and not ready."""
 Context = Any
+Handler = Callable[[Any, Context], Awaitable[Any]]
 
 
 def begun_call(context: Context) -> Request:
@@ -27,6 +30,37 @@ def begun_call(context: Context) -> Request:
     assert request
     context.set_trailing_metadata(((ID, request.id),))
     return request
+
+
+def named_errors(handler: Handler) -> Handler:
+    """Log a call, and end it with the gRPC status of its PenumbraError; any other failure is logged and says nothing
+    from inside."""
+
+    async def handle(data: Any, context: Context) -> Any:
+        with logged(begun_call(context)) as request:
+            try:
+                answer = await handler(data, context)
+                request.status = 200
+                return answer
+            except PenumbraError as error:
+                request.fail(error)
+                await context.abort(grpc.StatusCode[status_of(error)[1]], str(error))
+            except Exception as error:
+                request.fail(error)
+                log.exception("call %s failed unexpectedly", request.id)
+                await context.abort(grpc.StatusCode.INTERNAL, UNEXPECTED)
+
+    return handle
+
+
+def refusing(error: PenumbraError, telemetry: Telemetry) -> grpc.RpcMethodHandler:
+    """A handler that counts and ends calls of any kind."""
+
+    async def refuse(_: Any, __: Context) -> None:
+        with telemetry.track("grpc"):
+            raise error
+
+    return grpc.stream_stream_rpc_method_handler(named_errors(refuse))
 
 
 class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
@@ -41,22 +75,13 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
             return self.handlers.service(call)
         if not call.method.startswith(f"/{SERVICE}/"):
             return None
+        if call.method not in WHILE_LOADING:
+            return refusing(NotReady(LOADING), self._telemetry)
 
-        async def answer(_: Any, context: Context) -> AsyncIterator[bytes]:
-            if call.method not in WHILE_LOADING:
-                await end_call(context, NotReady(LOADING), self._telemetry)
-            with logged(begun_call(context)) as request:
-                request.status = 200
-                yield WHILE_LOADING[call.method]
+        async def answer(_: Any, context: Context) -> None:
+            await context.write(WHILE_LOADING[call.method])
 
-        return grpc.stream_stream_rpc_method_handler(answer)  # answers calls of any kind
-
-
-async def end_call(context: Context, refusal: PenumbraError, telemetry: Telemetry) -> None:
-    """Count, log and abort a call that is not let in."""
-    with suppress(PenumbraError), logged(begun_call(context)), telemetry.track("grpc"):
-        raise refusal
-    await context.abort(grpc.StatusCode[status_of(refusal)[1]], str(refusal))
+        return grpc.stream_stream_rpc_method_handler(named_errors(answer))  # answers calls of any kind
 
 
 class KeyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
@@ -72,12 +97,7 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         try:
             request.key = self._keys.check_call(call.method, metadata.get("authorization", ""))
         except PenumbraError as error:
-            refusal = error
-
-            async def refuse(_: Any, context: Context) -> None:
-                await end_call(context, refusal, self._telemetry)
-
-            return grpc.stream_stream_rpc_method_handler(refuse)  # ends calls of any kind
+            return refusing(error, self._telemetry)
         return await continuation(call)
 
 

@@ -1,16 +1,18 @@
 """The Open Inference Protocol v2 without a transport: what it says of server and models, and how a request is answered.
 
 `penumbra.serving.http.v2` and `penumbra.serving.oip.grpc` bring their bytes into an `InferRequest` and an `Answer`
-into their bytes; all that lies between, and every document, is made here once, so the two cannot differ. Statuses and
-sentences are Triton's (docs/use/protocols.md). Request parameters are the options of `POST /segment`.
+into their bytes; all that lies between, and every document, is made here once, so the two cannot differ. Statuses are
+Triton's (docs/use/protocols.md). Request parameters are the options of `POST /segment`.
 """
 
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,62 +24,34 @@ from penumbra.serving.engine.options import DEFAULT, DEFAULT_MAPS, PROBABILITIES
 from penumbra.serving.engine.runtime import Runtime
 from penumbra.serving.engine.store import find_artifact, versions
 from penumbra.serving.gateway import Gateway
-from penumbra.serving.oip.statistics import Statistics
+from penumbra.serving.oip.request import InferRequest, RequestedOutput
 from penumbra.serving.oip.tensors import (
+    PROMPT_READERS,
     SHOWN,
     Output,
-    Tensor,
     TensorSpec,
     check_inputs,
     classify,
     inputs_of,
     outputs_of,
-    read_boxes,
     read_image,
-    read_tags,
 )
+from penumbra.serving.telemetry import Request
 
 EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "model_repository", "parameters",
               "statistics")  # fmt: skip
 OWN_FIELDS = ("model", "version", "outputs")
 """Options that have their own place in a request of this protocol."""
 PARAMETERS = {spec.name for spec in fields(SegmentOptions)} - set(OWN_FIELDS)
-TRITONS_PARAMETERS: dict[str, tuple[type, ...]] = {
-    "sequence_id": (int, str), "sequence_start": (bool,), "sequence_end": (bool,), "priority": (int,),
-    "timeout": (int,),
-}  # fmt: skip
-"""Parameters of Triton's schedulers. Those that are no options here are ignored, if they have the right type."""
-PROMPT_READERS: dict[str, Callable[[Tensor], Any]] = {"boxes": read_boxes, "tags": read_tags}
 LARGE_BYTES = 2**16
 """Messages from here on are read off the event loop: smaller ones take less time than the change of thread."""
+PHASES = {
+    "queue": ("wait", "queue"), "compute_input": ("decode",), "compute_infer": ("run",),
+    "compute_output": ("stitch", "read_out"),
+}  # fmt: skip
+"""The statistics' phases -> ours (`Prediction.timing_ms`)."""
+DURATIONS = ("success", "fail", *PHASES, "cache_hit", "cache_miss")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class WantedOutput:
-    """An output that a request names. classes: how many of the classification extension; 0 for the tensor itself."""
-
-    name: str
-    binary: bool = False
-    classes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class InferRequest:
-    """One request as a transport read it; no outputs stands for the default ones, an empty version for the newest.
-
-    unknown: what it has besides, where no one looks for it: "seed in the headers".
-    binary: of the default outputs.
-    """
-
-    model: str
-    version: str = ""
-    id: str = ""
-    parameters: Mapping[str, object] = field(default_factory=dict)
-    inputs: Sequence[Tensor] = ()
-    outputs: Sequence[WantedOutput] = ()
-    unknown: Sequence[str] = ()
-    binary: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +66,37 @@ class Answer:
     timing_ms: Mapping[str, float]
 
 
+class Statistics:
+    """Counts and times of the requests of each version of a model, from the event loop alone."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[str, int, str]] = Counter()
+        self._ns: Counter[tuple[str, int, str]] = Counter()
+        self._last_ms: Counter[tuple[str, int]] = Counter()
+
+    def count(self, card: Card, seconds: Mapping[str, float]) -> None:
+        for name, spent_s in seconds.items():
+            self._counts[card.name, card.version, name] += 1
+            self._ns[card.name, card.version, name] += int(1e9 * spent_s)
+
+    def succeeded(self, prediction: Prediction, seconds: float) -> None:
+        card, spent_ms = prediction.card, prediction.timing_ms
+        self._last_ms[card.name, card.version] = int(1e3 * time.time())
+        spent_s = {name: sum(spent_ms.get(phase, 0) for phase in phases) / 1e3 for name, phases in PHASES.items()}
+        self.count(card, {"success": seconds} | (spent_s if prediction.age_s is None else {"cache_hit": seconds}))
+
+    def document(self, card: Card) -> dict[str, Any]:
+        """What the protocol says of one model; an execution is a request, for its batches are shared by windows."""
+        key = (card.name, card.version)
+        durations = {name: {"count": self._counts[*key, name], "ns": self._ns[*key, name]} for name in DURATIONS}
+        count = durations["success"]["count"]
+        return {
+            "name": card.name, "version": str(card.version), "last_inference": self._last_ms[key],
+            "inference_count": count, "execution_count": count, "inference_stats": durations,
+            "response_stats": {}, "batch_stats": [], "memory_usage": [],
+        }  # fmt: skip
+
+
 class Inference:
     """The protocol over a gateway. store: where models are loaded from; None keeps loading and unloading off."""
 
@@ -103,73 +108,60 @@ class Inference:
 
     def find(self, model: str, version: str = "") -> Runtime:
         """A loaded model. Raises UnknownModel; BadOption for a version that is no number."""
-        if version.startswith("-") and version[1:].isdigit():
-            raise BadOption(
-                f"invalid model version specified '{version[:SHOWN]}' , version should be an integral value > 0"
-            )
         if version and not (version.isascii() and version.isdigit() and len(version) < 19):
-            raise BadOption(
-                f"failed to get model version from specified version string '{version[:SHOWN]}' (details: stol), "
-                "version should be an integral value > 0"
-            )
-        try:
-            return self.gateway.segmenter.find(model, int(version) if version else None)
-        except UnknownModel:
-            which = f" version {version}" if version else ""
-            raise UnknownModel(f"Request for unknown model: '{model[:SHOWN]}'{which} is not found") from None
+            raise BadOption(f"the version is {version[:SHOWN]!r}; a whole number above 0 is wanted")
+        return self.gateway.segmenter.find(model, int(version) if version else None)
 
     async def infer(
-        self, read: Callable[[], InferRequest], write: Callable[[Answer, InferRequest], T], *, size_bytes: int,
-        protocol: str, carrier: Mapping[str, str] | None = None, gone: Callable[[], Awaitable[None]] | None = None,
-        remaining: Callable[[], float | None] = lambda: None,
+        self, read: Callable[[], InferRequest], write: Callable[[Answer], T], *, request: Request, size_bytes: int,
+        gone: Callable[[], Awaitable[None]] | None = None, timeout_s: float | None = None,
     ) -> T:  # fmt: skip
-        """Read, check, answer and write one request; large ones wholly off the event loop. Raises PenumbraError.
+        """Read, check, answer and write a tracked request; large ones wholly off the event loop. Raises PenumbraError.
 
-        gone: returns when the caller has gone away. remaining: seconds that the transport's own timeout leaves, if it
-        has one; it counts as `deadline_ms` does.
+        gone: returns when the caller has gone away. timeout_s: what the transport's own timeout leaves, if it has one;
+        it counts as `deadline_ms` does.
         """
-        with self.gateway.telemetry.track(protocol, carrier=carrier) as tracked:
-            self.gateway.check_admission()
-            small = size_bytes < LARGE_BYTES
-            prepared = self._prepare(read) if small else await asyncio.to_thread(self._prepare, read)
-            request, card, image, options, ignored = prepared
-            if (seconds := remaining()) is not None:
-                asked_ms = math.inf if options.deadline_ms is None else options.deadline_ms
-                within_s = time.perf_counter() - tracked.arrived + max(seconds, 1e-6)
-                options = replace(options, deadline_ms=min(asked_ms, 1e3 * within_s))
-            started = time.perf_counter()
-            try:
-                prediction, body = await self.gateway.answer(
-                    image, options, lambda p: write(answer_of(p, request, ignored), request), request=tracked, gone=gone
-                )  # fmt: skip
-            except Cancelled:
-                raise
-            except PenumbraError:
-                self._statistics.failed(card.name, card.version, time.perf_counter() - started)
-                raise
-            self._statistics.succeeded(prediction, time.perf_counter() - started)
+        self.gateway.check_admission()
+        prepare = partial(self._prepare, read)
+        asked, card, image, options = prepare() if size_bytes < LARGE_BYTES else await asyncio.to_thread(prepare)
+        if timeout_s is not None:
+            own_ms = math.inf if options.deadline_ms is None else options.deadline_ms
+            options = replace(options, deadline_ms=min(own_ms, 1e3 * max(timeout_s, 1e-6)))
+        started = time.perf_counter()
+        try:
+            prediction, body = await self.gateway.answer(
+                image, options, lambda prediction: write(answer_of(prediction, asked)), request=request, gone=gone
+            )
+        except Cancelled:
+            raise
+        except PenumbraError:
+            self._statistics.count(card, {"fail": time.perf_counter() - started})
+            raise
+        self._statistics.succeeded(prediction, time.perf_counter() - started)
         return body
 
-    def _prepare(self, read: Callable[[], InferRequest]) -> tuple[InferRequest, Card, Any, SegmentOptions, list[str]]:
-        """Read and check a request: with its model's card, picture, options, and the parameters that no one knows."""
+    def _prepare(self, read: Callable[[], InferRequest]) -> tuple[InferRequest, Card, Any, SegmentOptions]:
+        """Read and check a request: with its model's card, picture and options."""
         request = read()
         card = self.find(request.model, request.version).card
-        given = check_inputs(request.inputs, inputs_of(card), model=card.name, request_id=request.id)
-        known = {"labels", *KNOWN_MAPS, *(extra.name for extra in card.extra_maps), PROBABILITIES}
-        for wanted in request.outputs:
-            if wanted.name not in known:
-                raise BadOption(f"unexpected inference output '{wanted.name[:SHOWN]}' for model '{card.name}'")
+        given = check_inputs(request.inputs, inputs_of(card), model=card.name)
+        known = ("labels", *KNOWN_MAPS, *(extra.name for extra in card.extra_maps), PROBABILITIES)
+        names = [output.name for output in request.outputs]
+        if unknown := next((name for name in names if name not in known), None):
+            raise BadOption(f"{card.name} has no output {unknown[:SHOWN]!r}; it may have {', '.join(known)}")
         options = read_options(request.parameters)
         for name, reader in PROMPT_READERS.items():
             if name in given and name in request.parameters:
                 raise BadOption(f"{name} is given twice, as input and as parameter; once is enough")
             if name in given:
                 options = replace(options, **{name: reader(given[name])})
-        names = [wanted.name for wanted in request.outputs] or [DEFAULT]
-        maps = tuple(name for name in names if name != "labels")
-        options = replace(options, model=card.name, version=card.version, outputs=maps)
-        ignored = [*sorted(set(request.parameters) - PARAMETERS), *request.unknown]
-        return request, card, read_image(given["image"]), options, ignored
+        maps = tuple(name for name in names or [DEFAULT] if name != "labels")
+        return (
+            request,
+            card,
+            read_image(given["image"]),
+            replace(options, model=card.name, version=card.version, outputs=maps),
+        )
 
     def server_document(self) -> dict[str, Any]:
         return {"name": "penumbra", "version": VERSION, "extensions": list(EXTENSIONS)}
@@ -214,17 +206,13 @@ class Inference:
         }  # fmt: skip
 
     def statistics(self, model: str = "", version: str = "") -> dict[str, Any]:
-        """Statistics of one model, or of all. Raises BadOption, in Triton's words, for one that is not there."""
+        """Statistics of one model, or of all. Raises BadOption for one that is not there."""
         cards = self.gateway.segmenter.cards()
-        if model:
-            cards = [card for card in cards if card.name == model]
-            if not cards:
-                raise BadOption(f"requested model '{model[:SHOWN]}' is not available")
-            if version:
-                cards = [card for card in cards if str(card.version) == version]
-            if not cards:
-                raise BadOption(f"requested model version is not available for model '{model}'")
-        return {"model_stats": [self._statistics.document(card.name, card.version) for card in cards]}
+        chosen = [c for c in cards if model in ("", c.name) and version in ("", str(c.version))]
+        if model and not chosen:
+            names = ", ".join(f"{card.name} {card.version}" for card in cards)
+            raise BadOption(f"{f'{model} {version}'.strip()[:SHOWN]!r} is not served; statistics are there of {names}")
+        return {"model_stats": [self._statistics.document(card) for card in chosen]}
 
     def index(self, *, ready_only: bool = False) -> list[dict[str, str]]:
         """The models of the store: served, refused with the reason, and not loaded."""
@@ -253,9 +241,9 @@ class Inference:
             if directory.name not in {str(card.version) for card in segmenter.cards() if card.name == model}:
                 segmenter.load(directory)
         except UnknownModel:
-            raise BadArtifact(f"failed to load '{model[:SHOWN]}', failed to poll from model repository") from None
+            raise BadArtifact(f"failed to load {model[:SHOWN]!r}; it is not in the store") from None
         except BadArtifact as error:
-            raise BadArtifact(f"failed to load '{model}', {segmenter.refuse(directory, error)}") from None
+            raise BadArtifact(f"failed to load {model!r}: {segmenter.refuse(directory, error)}") from None
         segmenter.accept(model)
 
     async def unload(self, model: str) -> None:
@@ -273,31 +261,21 @@ class Inference:
 
 def read_options(parameters: Mapping[str, object]) -> SegmentOptions:
     """Options among a request's parameters; those that are none of ours are left alone. Raises BadOption."""
-    for name, value in parameters.items():
+    for name in parameters:
         if name in OWN_FIELDS:
             raise BadOption(f"{name} is not a parameter here; it has its own field in the request")
         if name.startswith("triton_") and name != "triton_enable_empty_final_response":
-            raise BadOption(
-                "parameter keys starting with 'triton_' are reserved for Triton usage and should not be specified."
-            )
-        if type(value) not in TRITONS_PARAMETERS.get(name, (type(value),)):
-            wanted = " or ".join(kind.__name__ for kind in TRITONS_PARAMETERS[name])
-            raise BadOption(f"Unable to parse '{name}': it is {str(value)[:SHOWN]!r}; {wanted} is wanted")
+            raise BadOption(f"the parameter {name[:SHOWN]!r} is reserved, as all of triton_ are; leave it out")
     return parse_options({name: str(value) for name, value in parameters.items() if name in PARAMETERS})
 
 
-def strangers(given: Iterable[str], known: Collection[str], place: str) -> list[str]:
-    """Names in a part of a request that mean nothing there, for its warnings."""
-    return [f"{name} in {place}" for name in given if name not in known]
-
-
-def strangers_above(headers: Iterable[str], place: str) -> list[str]:
+def unknown_above(headers: Iterable[str], place: str) -> list[str]:
     """Options among a request's headers, which are no place for them; `Priority` is HTTP's own (RFC 9218)."""
     options = PARAMETERS - {"priority"}
     return [f"{name} in {place}" for name in headers if name in options or name.startswith("x-penumbra-")]
 
 
-def answer_of(prediction: Prediction, request: InferRequest, ignored: Sequence[str]) -> Answer:
+def answer_of(prediction: Prediction, request: InferRequest) -> Answer:
     """The answer to a request, with what its caller should know beside the tensors."""
     parameters: dict[str, str | int | float] = {"seed": prediction.seed, "samples": prediction.num_samples}
     if prediction.num_asked:
@@ -307,7 +285,7 @@ def answer_of(prediction: Prediction, request: InferRequest, ignored: Sequence[s
     if prediction.members:
         parameters["members"] = ",".join(prediction.members)
     warnings = list(prediction.warnings)
-    if ignored:
+    if ignored := [*sorted(set(request.parameters) - PARAMETERS), *request.unknown]:
         names = ", ".join(name[:SHOWN] for name in ignored[:8])
         warnings.append(f"ignored unknown parameters: {names}; known are {', '.join(sorted(PARAMETERS))}")
     if warnings:
@@ -319,7 +297,7 @@ def answer_of(prediction: Prediction, request: InferRequest, ignored: Sequence[s
     }  # fmt: skip
     outputs = []
     usual = ("labels", *(name for name in DEFAULT_MAPS if name in prediction.maps))
-    for wanted in request.outputs or [WantedOutput(name, request.binary) for name in usual]:
+    for wanted in request.outputs or [RequestedOutput(name, request.binary) for name in usual]:
         datatype = "UINT8" if wanted.name == "labels" else "FP32"
         output = Output(wanted.name, datatype, arrays[wanted.name], wanted.binary)
         outputs.append(classify(output, wanted.classes) if wanted.classes else output)

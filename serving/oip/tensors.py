@@ -1,12 +1,14 @@
 """Tensors of the Open Inference Protocol v2: what a model reads and writes, and whether a request's tensors are that.
 
-Both transports bring their tensors into the protocol's raw form (little-endian, row-major, strings behind a 4-byte
-length) and have them checked here, by rules and in words that are Triton's.
+The raw form of a tensor is little-endian and row-major, with each string behind a 4-byte length. Values that come one
+by one, in JSON or in a message's typed contents, are packed into it, so that every tensor is checked and read once.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,8 @@ DTYPES = {
     "INT32": "<i4", "INT64": "<i8", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8", "BF16": "<u2",
 }  # fmt: skip
 """Datatype -> how numpy reads its raw form; BYTES has no fixed width and is read by `split_strings`."""
+VALUES: dict[str, set[type]] = {"O": {str, bytes}, "b": {bool}, "u": {int}, "i": {int}, "f": {int, float}}
+"""Kind of a datatype, as numpy calls it -> the types of its values where they come one by one."""
 SHOWN = 60
 """Characters of a caller's text that an error repeats; gRPC carries errors in a header of a few kilobytes."""
 Shape = tuple[int, ...]
@@ -90,111 +94,83 @@ def outputs_of(card: Card) -> tuple[TensorSpec, ...]:
     )
 
 
-def check_inputs(
-    tensors: Sequence[Tensor], specs: Sequence[TensorSpec], *, model: str, request_id: str
-) -> dict[str, Tensor]:
+def check_inputs(tensors: Sequence[Tensor], specs: Sequence[TensorSpec], *, model: str) -> dict[str, Tensor]:
     """A request's tensors by name, when they are what the model reads. Raises BadOption."""
-    said = f"[request id: {request_id[:SHOWN] or '<id_unknown>'}] "
     given: dict[str, Tensor] = {}
-    for tensor in tensors:
-        if tensor.name in given:
-            raise BadOption(f"{said}input '{tensor.name[:SHOWN]}' already exists in request")
-        given[tensor.name] = tensor
     known = {spec.name: spec for spec in specs}
-    required = [spec.name for spec in specs if not spec.optional]
-    missing, unknown = [n for n in required if n not in given], [n for n in given if n not in known]
-    if not len(required) <= len(given) <= len(specs) or (missing and not unknown):
-        wanted = "" if len(required) == len(specs) else f"number of inputs between {len(required)} and "
-        raise BadOption(
-            f"{said}expected {wanted}{len(specs)}{'' if wanted else ' inputs'} but got {len(given)} inputs for model "
-            f"'{model}'. Got input(s) {_quoted(given)}, but missing required input(s) {_quoted(missing)}. Please "
-            "provide all required input(s)."
-        )
-    if unknown:
-        raise BadOption(f"unexpected inference input '{unknown[0][:SHOWN]}' for model '{model}'")
-    for tensor in given.values():
-        _check_form(tensor, known[tensor.name], model=model, said=said)
-        _check_size(tensor, model=model, said=said)
+    for tensor in tensors:
+        if tensor.name not in known:
+            raise BadOption(f"{model} has no input {tensor.name[:SHOWN]!r}; it reads {', '.join(known)}")
+        if tensor.name in given:
+            raise BadOption(f"the input {tensor.name} is given twice; once is enough")
+        _check_tensor(tensor, known[tensor.name])
+        given[tensor.name] = tensor
+    for spec in specs:
+        if spec.name not in given and not spec.optional:
+            raise BadOption(f"the input {spec.name} is missing; {model} needs it")
     return given
 
 
-def _quoted(names: Iterable[str]) -> str:
-    return "[" + ",".join(f"'{name[:SHOWN]}'" for name in list(names)[:16]) + "]"
-
-
-def _check_form(tensor: Tensor, spec: TensorSpec, *, model: str, said: str) -> None:
-    """Raises BadOption: a datatype that is not read, or a shape that is not of the datatype read."""
+def _check_tensor(tensor: Tensor, spec: TensorSpec) -> None:
+    """Raises BadOption: a datatype that is not read, a shape that is not of it, or data of another size."""
     forms = {spec.datatype: spec.shape, **dict(spec.also)}
     if tensor.datatype not in forms:
-        datatype = tensor.datatype if tensor.datatype in {*DTYPES, "BYTES"} else "<invalid>"
         raise BadOption(
-            f"{said}inference input '{tensor.name}' data-type is '{datatype}', but model '{model}' expects "
-            f"'{spec.datatype}'"
+            f"the input {tensor.name} has the datatype {tensor.datatype[:SHOWN]!r}; {' or '.join(forms)} is read"
         )
-    wanted = forms[tensor.datatype]
-    fits = len(wanted) == len(tensor.shape) and all(
-        size >= 0 and want in (-1, size) for want, size in zip(wanted, tensor.shape, strict=True)
+    expected = forms[tensor.datatype]
+    fits = len(expected) == len(tensor.shape) and all(
+        size >= 0 and want in (-1, size) for want, size in zip(expected, tensor.shape, strict=True)
     )
     if not fits:
-        raise BadOption(
-            f"{said}unexpected shape for input '{tensor.name}' for model '{model}'. Expected {_shown(wanted)}, got "
-            f"{_shown(tensor.shape)}"
-        )
+        given = f"{[*tensor.shape[:8]]}{' ...' * (len(tensor.shape) > 8)}"
+        raise BadOption(f"the input {tensor.name} has the shape {given}; {[*expected]} is read, where -1 is any size")
+    count, unit = math.prod(tensor.shape), "bytes"
+    if tensor.datatype == "BYTES":
+        found = sum(1 for _ in islice(split_strings(tensor), min(count, len(tensor.data)) + 1))
+        unit = "strings" if found <= count else "strings or more"
+    else:
+        found, count = len(tensor.data), count * np.dtype(DTYPES[tensor.datatype]).itemsize
+    if found != count:
+        raise BadOption(f"the input {tensor.name} has {found} {unit}; its shape holds {count}")
 
 
-def _shown(shape: Shape) -> str:
-    return "[" + ",".join(map(str, shape[:8])) + ("" if len(shape) <= 8 else ",...") + "]"
-
-
-def _check_size(tensor: Tensor, *, model: str, said: str) -> None:
-    """Raises BadOption: more or fewer bytes, or strings, than the shape has elements."""
-    count = math.prod(tensor.shape)
-    if tensor.datatype != "BYTES":
-        size = count * np.dtype(DTYPES[tensor.datatype]).itemsize
-        if len(tensor.data) != size:
-            raise BadOption(
-                f"{said}input byte size mismatch for input '{tensor.name}' for model '{model}'. Expected {size}, got "
-                f"{len(tensor.data)}"
-            )
-        return
-    found = 0
-    for _ in split_strings(tensor, model=model, said=said):
-        found += 1
-        if found > count:
-            raise BadOption(
-                f"{said}unexpected number of string elements {found} for inference input '{tensor.name}' for model "
-                f"'{model}', expecting {count}"
-            )
-    if found < count:
-        raise BadOption(
-            f"{said}expected {count} string elements for inference input '{tensor.name}' for model '{model}', got "
-            f"{found}"
-        )
-
-
-def split_strings(tensor: Tensor, *, model: str = "", said: str = "") -> Iterator[bytes]:
+def split_strings(tensor: Tensor) -> Iterator[bytes]:
     """The strings of a BYTES tensor. Raises BadOption where a length does not fit what follows."""
     rest = memoryview(tensor.data)
     while rest:
-        if len(rest) < 4:
+        head, rest = rest[:4], rest[4:]
+        length = int.from_bytes(head, "little")
+        if len(head) < 4 or length > len(rest):
             raise BadOption(
-                f"{said}incomplete string length indicator for inference input '{tensor.name}' for model '{model}', "
-                f"expecting 4 bytes but only {len(rest)} bytes available. Please make sure the string length "
-                "indicator is in one buffer."
-            )
-        length, rest = int.from_bytes(rest[:4], "little"), rest[4:]
-        if length > len(rest):
-            raise BadOption(
-                f"incomplete string data for inference input '{tensor.name}', expecting string of length {length} "
-                f"but only {len(rest)} bytes available"
+                f"the input {tensor.name} ends within a string of {length} bytes; send each behind its length in 4 "
+                "bytes, little-endian"
             )
         yield bytes(rest[:length])
         rest = rest[length:]
 
 
 def join_strings(strings: Iterable[bytes]) -> bytes:
-    """Strings in raw form: each behind its length."""
+    """The raw form of strings: each behind its length."""
     return b"".join(part for string in strings for part in (len(string).to_bytes(4, "little"), string))
+
+
+def pack(values: Sequence[Any], name: str, datatype: str) -> bytes:
+    """The raw form of an input whose values came one by one, nested or flat. Raises BadOption for others' values."""
+    while values and all(type(value) is list for value in values):
+        values = list(chain.from_iterable(values))
+    if datatype not in {"BYTES", *DTYPES}:
+        return b""  # the datatype is refused where it meets the model
+    dtype = np.dtype(DTYPES.get(datatype, "O"))
+    if wrong := {*map(type, values)} - VALUES[dtype.kind]:
+        raise BadOption(f"the input {name[:SHOWN]!r} has a value of type {wrong.pop().__name__}; {datatype} is wanted")
+    if datatype == "BYTES":
+        return join_strings(value if isinstance(value, bytes) else value.encode() for value in values)
+    try:
+        with np.errstate(over="ignore"):
+            return np.array(values, dtype).tobytes()
+    except OverflowError as error:
+        raise BadOption(f"the input {name[:SHOWN]!r} has a value that is no {datatype}: {error}") from None
 
 
 def read_image(tensor: Tensor) -> bytes | NDArray[np.uint8]:
@@ -220,6 +196,9 @@ def read_tags(tensor: Tensor) -> tuple[str | int, ...]:
     if tensor.datatype == "BYTES":
         return tuple(name.decode("utf-8", "replace") for name in split_strings(tensor))
     return tuple(np.frombuffer(tensor.data, DTYPES[tensor.datatype]).tolist())
+
+
+PROMPT_READERS: dict[str, Callable[[Tensor], Any]] = {"boxes": read_boxes, "tags": read_tags}
 
 
 def classify(output: Output, count: int) -> Output:

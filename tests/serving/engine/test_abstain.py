@@ -16,7 +16,8 @@ from penumbra.serving.engine.options import SegmentOptions, abstain_above, parse
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.http.routes import answer_headers, summary
-from penumbra.serving.oip.protocol import InferRequest, WantedOutput, answer_of, read_options
+from penumbra.serving.oip.protocol import answer_of, read_options
+from penumbra.serving.oip.request import InferRequest, RequestedOutput
 from penumbra.serving.render import Style, render
 from penumbra.serving.telemetry import Telemetry
 from tests.conftest import GAIN, picture, toy_card
@@ -37,7 +38,7 @@ def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Segmenter]:
         yield opened
 
 
-ASKED = InferRequest("toy-pointwise", outputs=[WantedOutput("labels")])
+ASKED = InferRequest("toy-pointwise", outputs=[RequestedOutput("labels")])
 
 
 def ask(max_risk: float | None, model: str = "toy-pointwise", **options: object) -> SegmentOptions:
@@ -102,7 +103,7 @@ def test_every_form_of_the_answer_says_what_was_withheld(segmenter: Segmenter, r
     assert document["abstained"] == share
     assert sum(row["share"] for row in document["classes"]) == pytest.approx(1 - (share or 0))
     assert float(answer_headers(prediction)["X-Penumbra-Abstained"]) == pytest.approx(share, abs=1e-6)
-    assert answer_of(prediction, ASKED, ()).parameters["abstained"] == share
+    assert answer_of(prediction, ASKED).parameters["abstained"] == share
     shown = Image.open(io.BytesIO(render(prediction, "image/png", Style()))).convert("RGB")
     black = np.asarray(shown)[prediction.labels_HW == IGNORE]
     assert len(black) and not black.any()
@@ -111,7 +112,7 @@ def test_every_form_of_the_answer_says_what_was_withheld(segmenter: Segmenter, r
 def test_unasked_no_answer_speaks_of_it(segmenter: Segmenter, rng: np.random.Generator) -> None:
     prediction = segmenter.segment(picture(rng, 40, 50), ask(None))
     assert "X-Penumbra-Abstained" not in answer_headers(prediction)
-    assert "abstained" not in answer_of(prediction, ASKED, ()).parameters
+    assert "abstained" not in answer_of(prediction, ASKED).parameters
 
 
 def test_the_share_is_a_metric(segmenter: Segmenter, rng: np.random.Generator) -> None:

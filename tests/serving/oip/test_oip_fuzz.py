@@ -14,7 +14,8 @@ from penumbra.models.card import MAPS
 from penumbra.models.errors import PenumbraError
 from penumbra.serving.http import v2
 from penumbra.serving.oip import grpc as oip_grpc
-from penumbra.serving.oip.protocol import InferRequest, read_options
+from penumbra.serving.oip.protocol import read_options
+from penumbra.serving.oip.request import InferRequest
 from penumbra.serving.oip.tensors import IMAGE, PROMPTS, check_inputs, read_boxes, read_image, read_tags
 from penumbra.serving.statuses import status_of
 from tests.serving.server import Server
@@ -79,7 +80,7 @@ def messages(draw: st.DrawFn) -> bytes:
 
 
 def _read_whole(request: InferRequest) -> None:
-    for name, tensor in check_inputs(request.inputs, SPECS, model="m", request_id=request.id).items():
+    for name, tensor in check_inputs(request.inputs, SPECS, model="m").items():
         READERS[name](tensor)
     read_options(request.parameters)
 
@@ -98,14 +99,14 @@ def _is_done_or_refused(work: Callable[[], object]) -> bool:
 def test_any_body_is_read_or_is_its_callers_fault(sent: tuple[bytes, str | None]) -> None:
     body, length = sent
     assert _is_done_or_refused(
-        lambda: _read_whole(v2.read_request(body, model="m", version="", header_length=length, json_bytes=2**20))
+        lambda: _read_whole(v2.read_body(body, model="m", version="", header_length=length, json_bytes=2**20))
     )
 
 
 @given(messages() | st.binary(max_size=60))
 @settings(max_examples=400)
 def test_any_message_is_read_or_is_its_callers_fault(data: bytes) -> None:
-    assert _is_done_or_refused(lambda: _read_whole(oip_grpc.read_request(oip_grpc.parse(pb.ModelInferRequest, data))))
+    assert _is_done_or_refused(lambda: _read_whole(oip_grpc.read_message(oip_grpc.parse(pb.ModelInferRequest, data))))
 
 
 @given(st.binary(max_size=80), st.sampled_from(("gzip", "deflate", "br", "identity", "", "x" * 99)))

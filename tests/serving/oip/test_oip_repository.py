@@ -64,7 +64,7 @@ def test_a_model_is_unloaded_and_loaded_again(client: Any, rng: np.random.Genera
     image = rng.integers(0, 230, (40, 50, 3), dtype=np.uint8)
     client.unload_model(MODEL)
     assert not client.is_model_ready(MODEL) and _index(client)[MODEL] == ("UNAVAILABLE", "unloaded")
-    with pytest.raises(InferenceServerException, match=f"Request for unknown model: '{MODEL}' is not found"):
+    with pytest.raises(InferenceServerException, match=f"there is no model '{MODEL}'"):
         _labels(client, image)
     client.load_model(MODEL)
     client.load_model(MODEL)  # once more changes nothing
@@ -83,7 +83,7 @@ def test_a_model_that_is_refused_says_why_and_is_served_once_it_is_repaired(
     assert state == "UNAVAILABLE" and "was changed after its export" in reason
     with pytest.raises(
         InferenceServerException,
-        match=r"failed to load 'toy-latent', toy-latent/1/decode.ts was changed",
+        match=r"failed to load 'toy-latent': toy-latent/1/decode.ts was changed",
     ):
         client.load_model("toy-latent")
     broken = store / "toy-latent" / "1"
@@ -115,7 +115,7 @@ def test_loading_what_is_not_there_fails_as_tritons_does_and_unloading_it_is_no_
     with httpx.Client(base_url=controlled.url, timeout=60, trust_env=False) as plain:
         refused = plain.post("/v2/repository/models/nope/load")
         assert refused.status_code == 500
-        assert refused.json() == {"error": "failed to load 'nope', failed to poll from model repository"}
+        assert refused.json() == {"error": "failed to load 'nope'; it is not in the store"}
         assert plain.post("/v2/repository/models/nope/unload").status_code == 200
         assert {entry["name"] for entry in plain.post("/v2/repository/index", json={"ready": True}).json()} == {MODEL}
     pb = triton_grpc.service_pb2
