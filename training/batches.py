@@ -15,7 +15,7 @@ from penumbra.models.card import IGNORE, InputSpec
 from penumbra.models.contract import Views
 from penumbra.models.errors import BadOption
 from penumbra.training.augment import cutmix_masks, jitter_color, normalise, random_view
-from penumbra.training.frames import FrameSet, read_split, split_labelled
+from penumbra.training.frames import FrameSet, find_listed
 from penumbra.training.recipe import Recipe
 
 MIN_TAG_SHARE = 0.005
@@ -27,18 +27,27 @@ TOUCHING = np.ones((3, 3), dtype=int)
 
 
 def choose_split(frames: FrameSet, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Indices of the labelled and of the unlabelled frames. Raises BadOption, BadData."""
+    """Indices of the labelled and of the unlabelled frames (all frames, if every one is labelled), ascending.
+
+    A fraction of exactly 0 leaves no labels, for methods that live on weak ones. Raises BadOption, and BadData where
+    the list of the labelled frames cannot be read, is empty, or names a frame twice or one that is not there.
+    """
+    num, fraction = len(frames), recipe.labelled_fraction
     if recipe.labelled_list:
-        return read_split(Path(recipe.labelled_list), frames)
-    labelled, unlabelled = split_labelled(frames, fraction=recipe.labelled_fraction, seed=recipe.seed)
-    if (len(labelled) == 0) != (recipe.labelled_batch == 0):
-        raise BadOption(
-            f"labelled_fraction is {recipe.labelled_fraction} and labelled_batch {recipe.labelled_batch}; "
-            "both or neither can be 0"
-        )
-    if len(labelled) == 0 and recipe.weak_labels == "none":
-        raise BadOption("labelled_fraction is 0 and weak_labels is 'none'; there is nothing to learn from")
-    return labelled, unlabelled
+        labelled = find_listed(Path(recipe.labelled_list), frames.names)
+    else:
+        count = round(fraction * num)
+        if not (1 <= count <= num or fraction == 0):
+            raise BadOption(f"labelled_fraction {fraction} leaves {count} of {num} frames; at least 1 is needed")
+        if (count == 0) != (recipe.labelled_batch == 0):
+            raise BadOption(
+                f"labelled_fraction is {fraction} and labelled_batch {recipe.labelled_batch}; both or neither can be 0"
+            )
+        if count == 0 and recipe.weak_labels == "none":
+            raise BadOption("labelled_fraction is 0 and weak_labels is 'none'; there is nothing to learn from")
+        labelled = torch.randperm(num, generator=torch.Generator().manual_seed(recipe.seed))[:count].tolist()
+    unlabelled = sorted(set(range(num)) - set(labelled)) or list(range(num))
+    return torch.tensor(sorted(labelled), dtype=torch.long), torch.tensor(unlabelled)
 
 
 class Batches:

@@ -1,4 +1,4 @@
-"""Pictures with their masks: how both are read, held in memory or not, and which frames count as labelled."""
+"""Pictures with their masks: how both are read, held in memory or not, and lists of their names."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -161,27 +161,6 @@ def _read_ids(path: Path) -> np.ndarray:
     raise BadData(f"{path} holds colours (Pillow's mode {mode}); a mask of class indices, grey or palette, is wanted")
 
 
-def split_labelled(frames: FrameSet, *, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the labelled and of the unlabelled frames (all frames, if every one is labelled).
-
-    A fraction of exactly 0 leaves no labels, for methods that live on weak ones.
-    """
-    count = round(fraction * len(frames))
-    if not (1 <= count <= len(frames) or fraction == 0):
-        raise BadOption(f"labelled_fraction {fraction} leaves {count} of {len(frames)} frames; at least 1 is needed")
-    return _divide(torch.randperm(len(frames), generator=torch.Generator().manual_seed(seed)), count)
-
-
-def read_split(path: Path, frames: FrameSet) -> tuple[Tensor, Tensor]:
-    """As `split_labelled`, the labelled ones being those that a file names, one per line, as `write_split` does.
-
-    Raises BadData: the list cannot be read, is empty, or names a frame twice or one that is not there.
-    """
-    chosen = find_listed(path, frames.names)
-    rest = sorted(set(range(len(frames))) - set(chosen))
-    return _divide(torch.tensor(chosen + rest), len(chosen))
-
-
 def find_listed(path: Path, names: Sequence[str]) -> list[int]:
     """Where the names of a list are among `names`. Raises BadData."""
     listed, index = read_list(path), {name: i for i, name in enumerate(names)}
@@ -215,12 +194,6 @@ def write_split(path: Path, frames: FrameSet, labelled: Tensor, *, replace: bool
     if not replace and path.exists() and path.read_bytes() != data:
         raise BadOption(f"{path} is in the way, and lists other frames than this training has; move it away")
     path.write_bytes(data)
-
-
-def _divide(order: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The first `count` and the rest, both sorted; all are the rest where nothing else is left."""
-    rest = order[count:] if count < len(order) else order
-    return order[:count].sort().values, rest.sort().values
 
 
 def _size(array: Tensor) -> str:

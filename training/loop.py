@@ -19,7 +19,7 @@ from penumbra.models.card import Card, InputSpec, Provenance, Readout, read_stri
 from penumbra.models.checkpoint import check_replaceable, load_checkpoint, save_checkpoint
 from penumbra.models.contract import Network
 from penumbra.models.errors import BadArtifact, BadOption
-from penumbra.models.files import writing
+from penumbra.models.files import write_whole
 from penumbra.serving.engine.allocator import keep_freed_memory
 from penumbra.serving.process import build_facts
 from penumbra.training.batches import Batches, choose_split
@@ -56,16 +56,18 @@ class Training:
         self.recipe, self.step, self.elapsed_s = recipe, 0, 0.0
         self.generator = torch.Generator().manual_seed(recipe.seed + SEED_STRIDE * self.fabric.global_rank)
         self.split = choose_split(train, recipe)
-        share = dataclasses.replace(
-            recipe,
-            labelled_batch=share_of(self.fabric, recipe.labelled_batch, name="labelled_batch"),
-            unlabelled_batch=share_of(self.fabric, recipe.unlabelled_batch, name="unlabelled_batch"),
-        )
-        self.batches = Batches(train, self.split, share, self.generator, num_classes=num_classes)
-        network = channels_last(build_network(recipe, num_classes))
+        sizes = ("labelled_batch", "unlabelled_batch")
+        share = {name: share_of(self.fabric, getattr(recipe, name), name=name) for name in sizes}
+        own = dataclasses.replace(recipe, **share)
+        self.batches = Batches(train, self.split, own, self.generator, num_classes=num_classes)
+        network = build_network(recipe, num_classes).to(memory_format=torch.channels_last)
         average = copy.deepcopy(network).requires_grad_(False).eval()
         self.objective = build_objective(recipe.method, network, average, recipe.objective)
-        optimizer = torch.optim.AdamW(decay_groups(network, recipe.weight_decay), lr=recipe.learning_rate)
+        groups = [  # weights decay, biases and norms do not
+            {"params": [p for p in network.parameters() if p.ndim > 1], "weight_decay": recipe.weight_decay},
+            {"params": [p for p in network.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate)
         self.forward, self.optimizer = self.fabric.setup(self.objective, optimizer)
 
     @property
@@ -92,27 +94,28 @@ class Training:
         follow_first(self.fabric, self.average)
         return {name: float(value.detach()) for name, value in losses.items()}
 
+    def progress(self, minutes: float | None) -> float:
+        """The share of the schedule that is over, by the clock where minutes are given, else by the recipe's steps."""
+        return self.elapsed_s / (60 * minutes) if minutes else self.step / self.recipe.steps
+
     def save(self, path: Path) -> None:
         """Write everything that `resume` needs; the old file stays until the new one is whole. For all processes."""
         objective = self.objective.state_dict()
-        shared = {name: value for name, value in objective.items() if name.startswith(SHARED)}
-        own = {name: value for name, value in objective.items() if name not in shared}
+        own = {name: value for name, value in objective.items() if not name.startswith(SHARED)}
         own_states = gather(self.fabric, {"objective": own, "generator": self.generator.get_state()})
         if not self.fabric.is_global_zero:
             return
         state = {
             "recipe": dataclasses.asdict(self.recipe),
-            "objective": shared,
+            "objective": {name: value for name, value in objective.items() if name not in own},
             "processes": own_states,
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "elapsed_s": self.elapsed_s,
         }
-        fresh, buffer = path.with_suffix(".new"), io.BytesIO()
+        buffer = io.BytesIO()
         torch.save(state, buffer)
-        with writing(path):
-            fresh.write_bytes(buffer.getvalue())
-            fresh.replace(path)
+        write_whole(path, buffer.getvalue())
 
     def resume(self, path: Path) -> None:
         """Go on where `save` was called. Raises BadOption if the file is of another recipe."""
@@ -176,7 +179,7 @@ def run(training: Training, card: Card, val: FrameSet, run_dir: Path, *, minutes
     """Advance until the schedule is over; save and validate every few minutes."""
     recipe, last = training.recipe, time.perf_counter()
     next_save_s = training.elapsed_s + 60 * recipe.validate_every_minutes
-    while (progress := share_done(training, minutes)) < 1:
+    while (progress := training.progress(minutes)) < 1:
         losses = training.advance(progress)
         now = time.perf_counter()
         # Process 0's clock is everyone's, or some would stop before the others.
@@ -192,13 +195,6 @@ def run(training: Training, card: Card, val: FrameSet, run_dir: Path, *, minutes
     training.save(run_dir / "state.ckpt")
 
 
-def share_done(training: Training, minutes: float | None) -> float:
-    """Progress of the schedule, [0, 1]."""
-    if minutes is None:
-        return min(training.step / training.recipe.steps, 1.0)
-    return min(training.elapsed_s / (60 * minutes), 1.0)
-
-
 def schedule(progress: float, *, warmup: float) -> float:
     """Factor on the learning rate: a linear rise, then a cosine to 0."""
     if progress < warmup:
@@ -206,17 +202,11 @@ def schedule(progress: float, *, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
-def decay_groups(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Weights decay, biases and norms do not."""
-    parameters = list(network.parameters())
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-
-
 def build_network(recipe: Recipe, num_classes: int) -> Network:
-    """The recipe's network with fresh weights from its seed; the global generator is left as it was."""
+    """The recipe's network with fresh weights from its seed; the global generator is left as it was.
+
+    Convolutions as in He et al. 2015: torch's default is too small to train a deep net from scratch.
+    """
     method = find_method(recipe.method)
     try:
         config: Any = read_strict(method.config, {"num_classes": num_classes, **recipe.config}, where="recipe.config")
@@ -225,20 +215,10 @@ def build_network(recipe: Recipe, num_classes: int) -> Network:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         network = method.build(config)
-        initialise(network)
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d) and module.bias is None:
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return network
-
-
-def channels_last(network: Network) -> Network:
-    """The network with its weights in the memory format that convolutions are fastest in."""
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
-
-
-def initialise(network: nn.Module) -> None:
-    """He et al. 2015 for convolutions: torch's default is too small to train a deep net from scratch."""
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d) and module.bias is None:
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 def describe(recipe: Recipe, data: DataSet, *, num_frames: int, num_labelled: int, network: Network) -> Card:
@@ -249,19 +229,11 @@ def describe(recipe: Recipe, data: DataSet, *, num_frames: int, num_labelled: in
     rest = {"none": "unlabelled", "tags": "with tags of their crops", "boxes": "with boxes"}[recipe.weak_labels]
     sentence = f"{data.title} train, {num_labelled} of {num_frames} frames labelled ({drawn}), the rest {rest}"
     return Card(
-        name=recipe.name,
-        version=1,
-        method=recipe.method,
-        config=dataclasses.asdict(config),
-        classes=data.classes,
-        input=InputSpec(),
-        window=recipe.window,
-        sampling=network.sampling,
-        readout=Readout(align_corners=True),
-        prompt=network.prompt,
-        extra_maps=network.extra_maps,
+        name=recipe.name, version=1, method=recipe.method, config=dataclasses.asdict(config), classes=data.classes,
+        input=InputSpec(), window=recipe.window, sampling=network.sampling, readout=Readout(align_corners=True),
+        prompt=network.prompt, extra_maps=network.extra_maps,
         provenance=Provenance(sentence, data.licence, recipe_of(recipe), build_facts("").get("commit", "")),
-    )
+    )  # fmt: skip
 
 
 def recipe_of(recipe: Recipe) -> str:
@@ -273,7 +245,7 @@ def write_measured(path: Path, card: Card, network: Network, val: FrameSet, *, e
     """Write the checkpoint in fp16, measure what can be read back, and write it again with the figures."""
     save_checkpoint(path, card, network, half=True)
     _, stored = load_checkpoint(path)
-    stored = channels_last(stored.to(next(network.parameters()).device))
+    stored = stored.to(next(network.parameters()).device, memory_format=torch.channels_last)
     figures = measure(stored, val, classes=card.classes, every=every)
     split = "val/seg" if every == 1 else f"val[::{every}]/seg"
     metrics = {f"{split}/{name}": round(value, 5) for name, value in figures.items() if math.isfinite(value)}

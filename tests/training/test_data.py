@@ -17,7 +17,7 @@ from penumbra.models.errors import BadData, BadOption
 from penumbra.serving.engine.options import Limits
 from penumbra.training.batches import Batches, choose_split
 from penumbra.training.data import CAMVID, CAMVID_VOID, find_data, find_pairs, load_camvid, load_folder
-from penumbra.training.frames import count_ids, read_mask, read_picture, read_split, split_labelled, write_split
+from penumbra.training.frames import count_ids, read_mask, read_picture, write_split
 from tests.conftest import decode_image
 from tests.training import tiny
 
@@ -89,9 +89,10 @@ def test_an_unknown_data_set_is_answered_with_the_known_ones() -> None:
 
 def test_the_same_seed_splits_alike_and_another_does_not(tmp_path: Path) -> None:
     frames = find_data("shapes").load(tmp_path, "train")
-    labelled, rest = split_labelled(frames, fraction=0.25, seed=0)
-    assert labelled.tolist() == split_labelled(frames, fraction=0.25, seed=0)[0].tolist()
-    assert labelled.tolist() != split_labelled(frames, fraction=0.25, seed=1)[0].tolist()
+    recipe = tiny.recipe("cps", tmp_path, steps=1)
+    labelled, rest = choose_split(frames, recipe)
+    assert labelled.tolist() == choose_split(frames, recipe)[0].tolist()
+    assert labelled.tolist() != choose_split(frames, replace(recipe, seed=1))[0].tolist()
     assert sorted(labelled.tolist() + rest.tolist()) == list(range(16)) and len(labelled) == 4
 
 
@@ -102,8 +103,9 @@ def test_the_split_is_written_as_names(tmp_path: Path) -> None:
 
 
 def test_a_fraction_that_leaves_no_labels_is_refused(tmp_path: Path) -> None:
+    recipe = replace(tiny.recipe("cps", tmp_path, steps=1), labelled_fraction=0.01)
     with pytest.raises(BadOption, match=r"labelled_fraction 0\.01 leaves 0 of 16 frames"):
-        split_labelled(find_data("shapes").load(tmp_path, "train"), fraction=0.01, seed=0)
+        choose_split(find_data("shapes").load(tmp_path, "train"), recipe)
 
 
 def test_camvid_has_eleven_classes_of_eleven_colours() -> None:
@@ -113,10 +115,9 @@ def test_camvid_has_eleven_classes_of_eleven_colours() -> None:
 def test_a_list_chooses_the_labelled_frames(tmp_path: Path) -> None:
     frames = find_data("shapes").load(tmp_path, "train")
     write_split(tmp_path / "labelled.txt", frames, torch.tensor([1, 3]))
-    labelled, rest = read_split(tmp_path / "labelled.txt", frames)
-    assert labelled.tolist() == [1, 3] and sorted(rest.tolist()) == [0, 2, *range(4, 16)]
     recipe = replace(tiny.recipe("cps", tmp_path, steps=1), labelled_list=str(tmp_path / "labelled.txt"))
-    assert choose_split(frames, recipe)[0].tolist() == [1, 3]
+    labelled, rest = choose_split(frames, recipe)
+    assert labelled.tolist() == [1, 3] and sorted(rest.tolist()) == [0, 2, *range(4, 16)]
 
 
 @pytest.mark.parametrize(
@@ -132,8 +133,9 @@ def test_a_list_that_cannot_be_followed_is_named(text: str | None, sentence: str
     path = tmp_path / "list.txt"
     if text is not None:
         path.write_text(text)
+    recipe = replace(tiny.recipe("cps", tmp_path, steps=1), labelled_list=str(path))
     with pytest.raises(BadData, match=sentence):
-        read_split(path, find_data("shapes").load(tmp_path, "train"))
+        choose_split(find_data("shapes").load(tmp_path, "train"), recipe)
 
 
 def test_without_any_labels_weak_ones_are_wanted(tmp_path: Path) -> None:
