@@ -35,7 +35,7 @@ from penumbra.training.evaluation.answers import Answer
 from penumbra.training.evaluation.figures import Evaluation
 from penumbra.training.evaluation.run import Question, answers, defined, load_frames
 from penumbra.training.frames import FrameSet
-from penumbra.training.metrics import LEAST_PROBABILITY, NUM_BINS, Doubles, Floats, Mask, bins_of, top_of
+from penumbra.training.metrics import LEAST_PROBABILITY, NUM_BINS, Floats, Mask, bins_of, top_of
 
 RISKS = (0.01, 0.02, 0.05, 0.1)
 LEAST_FRAMES = 8
@@ -184,53 +184,41 @@ def warm(card: Card, temperature: float) -> Card:
 def find_thresholds(
     loss: AbstentionLoss, risks: Sequence[float], *, num_classes: int
 ) -> tuple[dict[float, float], dict[float, str]]:
-    """Entropy thresholds in nats by risk, and for each risk that cannot be guaranteed a sentence why."""
+    """Entropy thresholds in nats by risk, and for each risk that cannot be guaranteed a sentence why.
+
+    A bin of entropies is answered as a whole or not at all, so binning costs coverage and never the guarantee.
+    """
     thresholds: dict[float, float] = {}
     refused: dict[float, str] = {}
     num = loss.num_frames
+    bound_N = (loss.losses_N.cumsum() + 1) / (num + 1)
+    least, most = bins_of(np.array([0, 1.01 * math.log(num_classes)], np.float32)).tolist()
     for risk in risks:
-        place = conformal_bin(loss.losses_N, num, risk=risk)
+        last = int(np.searchsorted(bound_N, risk, side="right")) - 1  # up to which pixels may be answered
         if 1 / (num + 1) > risk:
             needed = math.ceil(1 / risk) - 1
             refused[risk] = f"a risk of {risk:g} cannot be guaranteed with {num} frames; at least {needed} are needed"
-        elif place < bins_of(np.zeros(1, np.float32))[0]:
+        elif last < least:
             refused[risk] = f"a risk of {risk:g} would need abstaining from every pixel, with these {num} frames"
         else:
-            most = int(bins_of(np.array([1.01 * math.log(num_classes)], np.float32))[0])
-            thresholds[risk] = max(top_of(min(place, most)), 0.0)
+            thresholds[risk] = max(top_of(min(last, most)), 0.0)
     return thresholds, refused
-
-
-def conformal_bin(losses_N: Doubles, num_frames: int, *, risk: float) -> int:
-    """The last bin up to which pixels may be answered; -1 if there is none.
-
-    losses_N: sum over frames of the loss that each bin adds. A bin is answered as a whole or not at all, so binning
-    costs coverage and never the guarantee.
-    """
-    bound_N = (losses_N.cumsum() + 1) / (num_frames + 1)
-    return int(np.searchsorted(bound_N, risk, side="right")) - 1
 
 
 def write_version(source: Path, place: Path, card: Card) -> None:
     """An artifact beside another one: the same files, hard-linked where possible, under another card."""
     check_facts(card)
     assert card.export
-    with drafted(place.parent) as draft:
-        with writing(place):
-            for name in card.export.files:
-                link(source / name, draft / name)
-            (draft / CARD).write_text(dump_card(card), "utf-8")
+    with drafted(place.parent) as draft, writing(place):
+        for name in card.export.files:
+            try:
+                os.link(source / name, draft / name)
+            except OSError:  # a file system without hard links
+                shutil.copy2(source / name, draft / name)
+        (draft / CARD).write_text(dump_card(card), "utf-8")
         (draft / CARD).chmod(0o644)
         draft.chmod(0o755)
         os.replace(draft, place)
-
-
-def link(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the file system has none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def report(calibrated: Calibrated, place: Path) -> None:

@@ -36,8 +36,7 @@ def bins_of(score: Floats) -> Counts:
     """The bin of every score, 0 .. NUM_BINS - 1, in the scores' order. score: float32 of any shape, finite."""
     bits = (np.ascontiguousarray(score, np.float32).ravel() + np.float32(0)).view(np.int32)  # -0.0 becomes 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    places: Counts = (ordered >> (32 - KEPT_BITS)).astype(np.int64) + NUM_BINS // 2
-    return places
+    return (ordered >> (32 - KEPT_BITS)).astype(np.int64) + NUM_BINS // 2
 
 
 def top_of(place: int) -> float:
@@ -185,8 +184,7 @@ def patches(score_HW: Floats, wrong_HW: Mask, known_HW: Mask, *, size: int) -> t
 def _sums(values_HW: NDArray[np.generic], size: int) -> Doubles:
     height, width = (length // size for length in values_HW.shape)
     cut = values_HW[: height * size, : width * size].astype(np.float64)
-    sums: Doubles = cut.reshape(height, size, width, size).sum((1, 3))
-    return sums
+    return cut.reshape(height, size, width, size).sum((1, 3))
 
 
 class PatchCurve(NamedTuple):
