@@ -18,7 +18,7 @@ from rich.progress import track
 
 from benchmarks.rounds import RESULTS, save
 from penumbra.export.bundle import export_checkpoint
-from penumbra.export.frames import Frame
+from penumbra.export.parity import Frame
 from penumbra.export.zoo import ZOO
 from penumbra.models.checkpoint import read_card
 from penumbra.models.errors import PenumbraError

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from penumbra.export.parts import Part, cut
+from penumbra.export.parts import cut
 from penumbra.models.card import Card
 from penumbra.models.contract import Network
 from penumbra.models.errors import BadOption
@@ -24,32 +24,29 @@ def write(
 ) -> None:
     """Compile encode.pt2 and decode.pt2, and prompt.pt2 where the network takes one. Needs a C++ compiler."""
     for part in cut(network, card, golden, precision=precision, device=device):
-        plain = dataclasses.replace(part, example=pytree.tree_map(lay_out, part.example))
-        compile_part(plain, directory / f"{part.name}.pt2")
+        part = dataclasses.replace(part, example=pytree.tree_map(_lay_out, part.example))
+        pairs = zip(*map(pytree.tree_leaves, (part.example, part.other)), strict=True)
+        inputs = [_describe(example, other) for example, other in pairs]
+        settings = {  # weights are constants of the code; threads are counted where it runs
+            "freezing": True, "cpp.dynamic_threads": True, "aot_inductor.metadata": {INPUTS: json.dumps(inputs)},
+        }  # fmt: skip
+        package = str(directory / f"{part.name}.pt2")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch warns of its own compiler's use of its own names
+                build = torch._inductor.aoti_compile_and_package
+                build(part.program(), package_path=package, inductor_configs=settings)
+        except torch._inductor.exc.InvalidCxxCompiler:
+            raise BadOption("the backend aot needs a C++ compiler, and g++ is not found; install one") from None
 
 
-def lay_out(tensor: Tensor) -> Tensor:
+def _lay_out(tensor: Tensor) -> Tensor:
     """Put a tensor in one of the two formats that code is compiled for; features may have any order of strides."""
     return tensor if _is_channels_last(tensor) else tensor.contiguous()
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
     return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
-
-
-def compile_part(part: Part, path: Path) -> None:
-    """Weights are constants of the code, with convolutions' laid out for it; threads are counted where it runs."""
-    pairs = zip(*map(pytree.tree_leaves, (part.example, part.other)), strict=True)
-    inputs = [_describe(example, other) for example, other in pairs]
-    settings = {
-        "freezing": True, "cpp.dynamic_threads": True, "aot_inductor.metadata": {INPUTS: json.dumps(inputs)},
-    }  # fmt: skip
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch warns of its own compiler's use of its own names
-            torch._inductor.aoti_compile_and_package(part.program(), package_path=str(path), inductor_configs=settings)
-    except torch._inductor.exc.InvalidCxxCompiler:
-        raise BadOption("the backend aot needs a C++ compiler, and g++ is not found; install one") from None
 
 
 def _describe(example: Tensor, other: Tensor) -> dict[str, object]:

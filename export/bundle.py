@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from penumbra.export.frames import Frame, measure_frames
-from penumbra.export.parity import check_parity, measure_parity, relative_error, worst_parity
+from penumbra.export.parity import Frame, check_parity, measure_frames, measure_parity, relative_error, worst_parity
 from penumbra.models.card import Card, ExportFacts, Parity, Sampling, check_facts, dump_card
 from penumbra.models.checkpoint import load_checkpoint
 from penumbra.models.contract import Features, Network, Prompt
@@ -76,10 +75,9 @@ def _export(network: Network, card: Card, store: Path, device: torch.device, fra
     card = dataclasses.replace(card, version=next_version(store, card.name))
     network = network.eval().requires_grad_(False)
     target = store / card.name / str(card.version)
-    with drafted(target.parent) as draft:
+    with drafted(target.parent) as draft, writing(target.parent):
         try:
-            with writing(target.parent):
-                _write(network, card, draft, device, frames)
+            _write(network, card, draft, device, frames)
         except BadArtifact as error:
             raise BadArtifact(str(error).replace(str(draft), str(target))) from None
         for path in (draft, *draft.iterdir()):
@@ -98,9 +96,8 @@ def verify_artifact(directory: Path, device: str = "cpu") -> Parity:
 
 
 def _write(network: Network, card: Card, draft: Path, device: torch.device, frames: Sequence[Frame]) -> None:
-    facts = card.export
+    facts, golden = card.export, ask(network, card)
     assert facts
-    golden = ask(network, card)
     writer = find_writer(facts.backend, facts.precision)
     writer.write(network, card, golden, draft, precision=facts.precision, device=device)
     (draft / GOLDEN).write_bytes(save(golden_tensors(golden)))
@@ -111,13 +108,11 @@ def _write(network: Network, card: Card, draft: Path, device: torch.device, fram
     parity = _measure(card, graphs, golden)
     if frames:
         seen = measure_frames(network, graphs, card, frames)
-        parity = dataclasses.replace(
-            worst_parity((parity, seen)), miou_change=seen.miou_change, num_frames=seen.num_frames
-        )
+        worst = worst_parity((parity, seen))
+        parity = dataclasses.replace(worst, miou_change=seen.miou_change, num_frames=seen.num_frames)
     check_parity(parity, card)
-    assert card.export
-    proved = dataclasses.replace(card, export=dataclasses.replace(card.export, parity=parity))
-    (draft / CARD).write_text(dump_card(proved), "utf-8")
+    facts = dataclasses.replace(facts, files=files, built_for=built_for, parity=parity)
+    (draft / CARD).write_text(dump_card(dataclasses.replace(card, export=facts)), "utf-8")
 
 
 def ask(network: Network, card: Card) -> Golden:
@@ -166,12 +161,10 @@ def _measure_in(batch: int, card: Card, graphs: Backend, golden: Golden) -> Pari
             sampling = card.sampling_with(prompt=True)
             prompted.append(_decode_apart(graphs, features, golden.prompted.noise_SBL[:, windows], sampling))
     height, width = golden.image_B3hw.shape[2:]
-    answers = [(golden.plain, plain)] + ([(golden.prompted, prompted)] if golden.prompted else [])
-    figures = [
+    worst = worst_parity([
         measure_parity(answer.logits_SBKhw, torch.cat(got, dim=1), card, height=height, width=width)
-        for answer, got in answers
-    ]
-    worst = worst_parity(figures)
+        for answer, got in ((golden.plain, plain), (golden.prompted, prompted)) if answer
+    ])  # fmt: skip
     if golden.extras_BEhw is None:
         return worst
     return dataclasses.replace(worst, extras_relative=relative_error(golden.extras_BEhw, torch.cat(extras)))
@@ -189,15 +182,9 @@ def golden_image(card: Card) -> Tensor:
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     planes = []
     for _ in range(GOLDEN_WINDOWS * 3):
-        fy, fx, phase, cut = (
-            rng.uniform(0.005, 0.06),
-            rng.uniform(0.005, 0.06),
-            rng.uniform(0, 6.28),
-            rng.uniform(0.2, 0.8),
-        )
-        planes.append(
-            np.sin(fy * y + fx * x + phase) + np.where(x < cut * width, 0.5, -0.5) + rng.normal(0, 0.1, y.shape)
-        )
+        fy, fx, phase, cut = (rng.uniform(*limits) for limits in ((0.005, 0.06), (0.005, 0.06), (0, 6.28), (0.2, 0.8)))
+        edge = np.where(x < cut * width, 0.5, -0.5)
+        planes.append(np.sin(fy * y + fx * x + phase) + edge + rng.normal(0, 0.1, y.shape))
     return torch.from_numpy(np.stack(planes).reshape(GOLDEN_WINDOWS, 3, height, width)).float()
 
 

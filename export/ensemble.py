@@ -25,22 +25,27 @@ def make_ensemble(checkpoints: Sequence[Path], output: Path) -> Card:
     if len(stems) < 2 or len(set(stems)) < len(stems):
         raise BadOption(f"an ensemble is made of two or more files with different names; given are {', '.join(stems)}")
     check_replaceable(output, made_by=JOINED, sources=checkpoints)
-    loaded = [load_checkpoint(path) for path in checkpoints]
-    first = loaded[0][0]
-    for stem, (card, _) in zip(stems, loaded, strict=True):
+    cards, networks = zip(*(load_checkpoint(path) for path in checkpoints), strict=True)
+    first = cards[0]
+    for stem, card in zip(stems, cards, strict=True):
         _check_classes(stems[0], first, stem, card)
     members = [
         MemberConfig(stem, card.method, card.config, card.input, card.readout)
-        for stem, (card, _) in zip(stems, loaded, strict=True)
+        for stem, card in zip(stems, cards, strict=True)
     ]
     config = EnsembleConfig(first.num_classes, first.input, tuple(members))
     network: Any = find_method("ensemble").build(config).eval()
-    for member, (_, trained) in zip(network.members, loaded, strict=True):
+    for member, trained in zip(network.members, networks, strict=True):
         member.network.load_state_dict(trained.state_dict())
+    # figures of the members do not hold for the ensemble, so none are carried over
+    data, licences = (
+        "; ".join(dict.fromkeys(filter(None, texts)))
+        for texts in zip(*((card.provenance.data, card.provenance.licence) for card in cards), strict=True)
+    )
     card = Card(
         output.stem, 1, "ensemble", dataclasses.asdict(config), first.classes, first.input, first.window,
         network.sampling, Readout(align_corners=first.readout.align_corners),
-        provenance=_joined([card.provenance for card, _ in loaded], stems),
+        provenance=Provenance(data, licences, recipe=f"{JOINED}{', '.join(stems)}"),
     )  # fmt: skip
     save_checkpoint(output, card, network)
     return card
@@ -67,11 +72,3 @@ def _check_classes(first_stem: str, first: Card, stem: str, card: Card) -> None:
         different = next((pair for pair in zip(wanted, names, strict=False) if pair[0] != pair[1]), None)
         why = f"{different[1]!r} where {first_stem} has {different[0]!r}" if different else f"{len(names)} classes"
         raise BadOption(f"{stem} has {why}; all members of an ensemble need the same classes in the same order")
-
-
-def _joined(provenances: list[Provenance], stems: list[str]) -> Provenance:
-    """Figures of the members do not hold for the ensemble, so none are carried over."""
-    data, licences = (list(dict.fromkeys(filter(None, texts))) for texts in (
-        [p.data for p in provenances], [p.licence for p in provenances],
-    ))  # fmt: skip
-    return Provenance("; ".join(data), "; ".join(licences), recipe=f"{JOINED}{', '.join(stems)}")

@@ -15,7 +15,7 @@ from torch import Tensor
 from penumbra.export.layouts import Part, published_name, read_part
 from penumbra.export.pickles import read_torch_file
 from penumbra.models import find_method
-from penumbra.models.card import NAME, Card, ClassInfo, Provenance, Sampling, dump_card, parse_card, read_strict
+from penumbra.models.card import NAME, Card, ClassInfo, Provenance, dump_card, parse_card, read_strict
 from penumbra.models.checkpoint import check_replaceable, fill_network, save_checkpoint
 from penumbra.models.classes import TABLES
 from penumbra.models.contract import Method, Network
@@ -43,14 +43,9 @@ class Imported:
 
 
 def import_checkpoint(
-    method: str,
-    files: Sequence[Path],
-    output: Path,
-    *,
-    classes: tuple[ClassInfo, ...] | None = None,
-    protocol: Literal["published", "penumbra"] = "published",
-    sampling: str | None = None,
-) -> Imported:
+    method: str, files: Sequence[Path], output: Path, *, classes: tuple[ClassInfo, ...] | None = None,
+    protocol: Literal["published", "penumbra"] = "published", sampling: str | None = None,
+) -> Imported:  # fmt: skip
     """Read the published files of one network, write it to `output` with a card, and say what was left out.
 
     classes: by default those of the data set that has as many. protocol: how the paper's code runs the network, or how
@@ -63,17 +58,23 @@ def import_checkpoint(
         raise BadOption(f"the output is {output.name!r}; a plain name that ends in {SUFFIX} is wanted")
     check_replaceable(output, made_by=IMPORTED, sources=files)
     found = find_method(method)
-    parts = _read_parts(found, files)
-    assembly = _assemble(found, parts, files)
+    where = ", ".join(map(str, files))
+    parts = _read_parts(found, files, where=where)
+    assembly = _assemble(found, parts, where=where)
     config, run = _choose(assembly, protocol, sampling, method=method)
     named = _classes(classes, config.num_classes)
     network = found.build(config).eval()
-    unused = _fill(network, parts, run, where=_joined(files))
-    law = network.sampling if sampling else _law(network.sampling, run)
+    unused = _fill(network, parts, run, where=where)
+    law = network.sampling
+    if not sampling and law.kind in ("latent", "dropout"):
+        law = dataclasses.replace(law, default_samples=run.default_samples, noise_per=run.noise_per)
+    kinds = zip(files, parts, strict=True)
+    origin = "; ".join(f"{path.name}, {part.layout.name}, sha256 {sha256_of(path)}" for path, part in kinds)
     card = Card(
         name=output.stem, version=1, method=method, config=dataclasses.asdict(config), classes=named,
         input=assembly.input, window=run.window, sampling=law, readout=run.readout, prompt=network.prompt,
-        extra_maps=network.extra_maps, provenance=_provenance(found, parts, files),
+        extra_maps=network.extra_maps,
+        provenance=Provenance(recipe=f"{IMPORTED}{origin}", commit=found.upstream.source if found.upstream else ""),
     )  # fmt: skip
     card = parse_card(dump_card(card))  # checked, and equal to what will be read back
     save_checkpoint(output, card, network)
@@ -82,7 +83,7 @@ def import_checkpoint(
     return Imported(card, tuple(train_only), warnings, tuple(e for part in parts for e in part.entries))
 
 
-def _read_parts(method: Method, files: Sequence[Path]) -> list[Part]:
+def _read_parts(method: Method, files: Sequence[Path], *, where: str) -> list[Part]:
     if method.upstream is None:
         raise BadOption(f"nothing is published for the method {method.name!r}, so nothing can be imported")
     if not files:
@@ -90,39 +91,40 @@ def _read_parts(method: Method, files: Sequence[Path]) -> list[Part]:
     parts = [read_part(read_torch_file(path), method, where=str(path)) for path in files]
     kinds = [part.layout.name for part in parts]
     if len(set(kinds)) < len(kinds):
-        raise BadOption(f"{_joined(files)} are of the kinds {'; '.join(kinds)}; one file of a kind makes a network")
+        raise BadOption(f"{where} are of the kinds {'; '.join(kinds)}; one file of a kind makes a network")
     return parts
 
 
-def _assemble(method: Method, parts: Sequence[Part], files: Sequence[Path]) -> Assembly:
+def _assemble(method: Method, parts: Sequence[Part], *, where: str) -> Assembly:
     """What the method makes of the parts. A tensor that it asks for in vain is missing in the files."""
     assert method.upstream
     try:
         return method.upstream.assemble({part.layout.name: part.beside | part.tensors for part in parts})
     except KeyError as error:
         theirs = published_name(str(error.args[0]), [part.layout for part in parts])
-        raise BadCheckpoint(f"{_joined(files)} lacks the tensor {theirs}") from None
+        raise BadCheckpoint(f"{where} lacks the tensor {theirs}") from None
     except IndexError:
-        raise BadCheckpoint(f"{_joined(files)}: a tensor has fewer axes than its layout says") from None
+        raise BadCheckpoint(f"{where}: a tensor has fewer axes than its layout says") from None
     except BadCheckpoint as error:
-        raise BadCheckpoint(f"{_joined(files)}: {error}") from None
+        raise BadCheckpoint(f"{where}: {error}") from None
 
 
 def _choose(assembly: Assembly, protocol: str, sampling: str | None, *, method: str) -> tuple[Any, Protocol]:
     """The configuration, and the protocol to run it by."""
-    runs = {"published": assembly.published, "penumbra": assembly.ours}
+    runs = {
+        "published": (assembly.config, assembly.published),
+        "penumbra": (assembly.ours_config or assembly.config, assembly.ours),
+    }
     if protocol not in runs:
         raise BadOption(f"protocol is {protocol!r}; one of {', '.join(runs)} is wanted")
-    config = assembly.config
-    if protocol == "penumbra" and assembly.ours_config is not None:
-        config = assembly.ours_config
+    config, run = runs[protocol]
     if sampling is None:
-        return config, runs[protocol]
+        return config, run
     if "sampling" not in {field.name for field in dataclasses.fields(config)}:
         raise BadOption(f"sampling is {sampling!r}; {method} has no choice of samplings")
     data = dataclasses.asdict(config) | {"sampling": sampling}
     try:
-        return read_strict(type(config), data, where=method), runs[protocol]
+        return read_strict(type(config), data, where=method), run
     except BadArtifact as error:
         raise BadOption(str(error)) from None
 
@@ -132,17 +134,14 @@ def _fill(network: Network, parts: Sequence[Part], run: Protocol, *, where: str)
 
     A file's own tensors go before what stands beside another's. What may stand beside and does not is zero.
     """
-    wanted = network.state_dict()
-    layouts = [part.layout for part in parts]
-    tensors = {
-        target: torch.zeros_like(wanted[target])
-        for layout in layouts for target in layout.beside.values() if target in wanted
-    }  # fmt: skip
+    wanted, layouts = network.state_dict(), [part.layout for part in parts]
+    beside = [target for layout in layouts for target in layout.beside.values() if target in wanted]
+    tensors: dict[str, Tensor] = {target: torch.zeros_like(wanted[target]) for target in beside}
     for held in [part.beside for part in parts] + [part.tensors for part in parts]:
         tensors |= held
-    unused = [name for name in tensors if name.startswith(run.unused)]
     theirs = {name: published_name(name, layouts) for name in (*wanted, *tensors)}
-    kept: dict[str, Tensor] = {name: tensor for name, tensor in tensors.items() if name not in unused}
+    unused = [name for name in tensors if name.startswith(run.unused)]
+    kept = {name: tensor for name, tensor in tensors.items() if name not in unused}
     fill_network(network, kept, where=where, theirs=theirs)
     return [theirs[name] for name in unused]
 
@@ -174,12 +173,6 @@ def _losses(
     return tuple(sentence for sentence, is_so in sentences.items() if is_so)
 
 
-def _law(sampling: Sampling, run: Protocol) -> Sampling:
-    if sampling.kind not in ("latent", "dropout"):
-        return sampling
-    return dataclasses.replace(sampling, default_samples=run.default_samples, noise_per=run.noise_per)
-
-
 def _classes(classes: tuple[ClassInfo, ...] | None, count: int) -> tuple[ClassInfo, ...]:
     if count == 1:
         raise BadCheckpoint(
@@ -192,15 +185,3 @@ def _classes(classes: tuple[ClassInfo, ...] | None, count: int) -> tuple[ClassIn
     if len(chosen) != count:
         raise BadOption(f"{len(chosen)} classes are named; the checkpoint has {count}")
     return chosen
-
-
-def _provenance(method: Method, parts: Sequence[Part], files: Sequence[Path]) -> Provenance:
-    assert method.upstream
-    origins = [
-        f"{path.name}, {part.layout.name}, sha256 {sha256_of(path)}" for part, path in zip(parts, files, strict=True)
-    ]
-    return Provenance(recipe=f"{IMPORTED}{'; '.join(origins)}", commit=method.upstream.source)
-
-
-def _joined(files: Sequence[Path]) -> str:
-    return ", ".join(map(str, files))

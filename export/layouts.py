@@ -23,14 +23,13 @@ State = Mapping[str, Any]
 class Part:
     """One file's tensors under our names.
 
-    beside: those that stood outside the state dict. theirs: our name -> the file's. train_only: names in the file.
-    entries: what else was at the top level.
+    beside: those that stood outside the state dict. train_only: names in the file. entries: what else was at the top
+    level.
     """
 
     layout: Layout
     tensors: dict[str, Tensor]
     beside: dict[str, Tensor]
-    theirs: dict[str, str]
     train_only: tuple[str, ...]
     entries: tuple[str, ...]
 
@@ -44,23 +43,25 @@ def read_part(content: Any, method: Method, *, where: str) -> Part:
     layout = _recognise(content, method, where=where)
     container, state = _state(content, layout)
     actions = {name: _look_up(name, layout) for name in state if not name.endswith(COUNTER)}
-    strangers = [name for name, (action, _) in actions.items() if action == "unknown"]
-    if strangers:
+    if strangers := [name for name, (action, _) in actions.items() if action == "unknown"]:
         raise BadCheckpoint(f"{where}: {layout.name} has no place for {few(strangers)}")
+    plain = {name: _plain(state[name], name, where=where) for name, (action, _) in actions.items() if action != "drop"}
     for name, (action, target) in actions.items():
-        if action == "copy":
-            _check_copy(state, name, target, where=where)
-    theirs = {target: name for name, (action, target) in actions.items() if action == "rename"}
+        if action == "copy" and target not in plain:
+            raise BadCheckpoint(f"{where} holds {name}, but not {target}, of which it is a copy in this layout")
+        if action == "copy" and not torch.equal(plain[name], plain[target]):
+            raise BadCheckpoint(f"{where}: {name} and {target} are one tensor in this layout, but differ")
     outside = {} if container is None else content
-    beside = {target: name for name, target in layout.beside.items() if name in outside}
     return Part(
         layout=layout,
-        tensors={target: _plain(state[name], name, where=where) for target, name in theirs.items()},
-        beside={target: _plain(outside[name], name, where=where) for target, name in beside.items()},
-        theirs=theirs | beside,
+        tensors={target: plain[name] for name, (action, target) in actions.items() if action == "rename"},
+        beside={
+            target: _plain(outside[name], name, where=where)
+            for name, target in layout.beside.items() if name in outside
+        },
         train_only=tuple(name for name, (action, _) in actions.items() if action == "drop"),
         entries=tuple(str(name) for name in outside if name != container and name not in layout.beside),
-    )
+    )  # fmt: skip
 
 
 def published_name(ours: str, layouts: Sequence[Layout]) -> str:
@@ -87,7 +88,10 @@ def _recognise(content: Any, method: Method, *, where: str) -> Layout:
         for layout in _layouts(other):
             if _fits(content, layout):
                 raise BadCheckpoint(f"{wanted}: it looks like {other.name}, {layout.name}")
-    raise BadCheckpoint(f"{wanted}: it holds {_describe(content)}")
+    if not isinstance(content, Mapping):
+        raise BadCheckpoint(f"{wanted}: it holds one object instead of tensors by name; its state_dict is wanted")
+    largest = max([content, *(value for value in content.values() if isinstance(value, Mapping))], key=len)
+    raise BadCheckpoint(f"{wanted}: it holds {few([str(name) for name in largest]) or 'nothing'}")
 
 
 def _layouts(method: Method) -> tuple[Layout, ...]:
@@ -112,14 +116,6 @@ def _state(content: Any, layout: Layout) -> tuple[str | None, State]:
     return container, state
 
 
-def _describe(content: Any) -> str:
-    """What to show of a file that no layout fits: the names in its largest mapping."""
-    if not isinstance(content, Mapping):
-        return "one object instead of tensors by name; its state_dict is wanted"
-    inner = [value for value in content.values() if isinstance(value, Mapping)]
-    return few([str(name) for name in max([content, *inner], key=len)]) or "nothing"
-
-
 def _look_up(name: str, layout: Layout) -> tuple[str, str]:
     """What becomes of a name, and its target: the longest prefix that the layout states for it counts."""
     table = dict.fromkeys(layout.train_only, ("drop", ""))
@@ -131,15 +127,6 @@ def _look_up(name: str, layout: Layout) -> tuple[str, str]:
     prefix = max(fitting, key=len)
     action, target = table[prefix]
     return action, target + name[len(prefix) :]
-
-
-def _check_copy(state: State, name: str, original: str, *, where: str) -> None:
-    """Raises BadCheckpoint when a second copy is not one."""
-    if original not in state:
-        raise BadCheckpoint(f"{where} holds {name}, but not {original}, of which it is a copy in this layout")
-    copy, first = (_plain(state[key], key, where=where) for key in (name, original))
-    if not torch.equal(copy, first):
-        raise BadCheckpoint(f"{where}: {name} and {original} are one tensor in this layout, but differ")
 
 
 def _plain(value: Any, name: str, *, where: str) -> Tensor:

@@ -1,17 +1,27 @@
-"""How far an exported network is from its checkpoint, in the numbers that matter to its users."""
+"""How far an exported network is from its checkpoint, in the numbers that matter to its users: the parity gate."""
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from penumbra.models.card import Card, Parity
-from penumbra.models.errors import ParityFailed
+from penumbra.models.card import IGNORE, Card, Parity
+from penumbra.models.confusion import confusion, intersection_over_union
+from penumbra.models.contract import Network
+from penumbra.models.errors import BadOption, ParityFailed
+from penumbra.serving.engine.backends import Backend
 from penumbra.serving.engine.moments import accumulate, empty_sums
+from penumbra.serving.engine.noise import SeededNoise
 from penumbra.serving.engine.uncertainty import read_out
+from penumbra.serving.engine.windows import cover, cut, place
+
+Frame = tuple[NDArray[np.uint8], NDArray[np.uint8]]
+"""image_HW3 and label_HW, IGNORE where nothing is labelled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +53,50 @@ def measure_parity(wanted_SBKhw: Tensor, got_SBKhw: Tensor, card: Card, *, heigh
     for whose, logits_SBKhw in (("checkpoint", wanted_SBKhw), ("export", got_SBKhw)):
         if not torch.isfinite(logits_SBKhw).all():
             raise ParityFailed(f"the {whose} gives logits that are not finite")
-    difference = float((wanted_SBKhw - got_SBKhw).abs().max())
-    wanted_maps = [read_maps(wanted_SBKhw[:, b], card, height, width) for b in range(wanted_SBKhw.shape[1])]
-    got_maps = [read_maps(got_SBKhw[:, b], card, height, width) for b in range(wanted_SBKhw.shape[1])]
-    flips = np.mean([np.mean(w[0] != g[0]) for w, g in zip(wanted_maps, got_maps, strict=True)])
-    wanted, got = (np.concatenate([maps[1].ravel() for maps in side]) for side in (wanted_maps, got_maps))
+    wanted, got = (
+        [read_maps(x_SBKhw[:, b], card, height, width) for b in range(x_SBKhw.shape[1])]
+        for x_SBKhw in (wanted_SBKhw, got_SBKhw)
+    )
+    flips = np.mean([np.mean(w[0] != g[0]) for w, g in zip(wanted, got, strict=True)])
+    entropy, other = (np.concatenate([maps[1].ravel() for maps in side]) for side in (wanted, got))
+    other = np.where(np.abs(other - entropy) <= ENTROPY_RESOLUTION, entropy, other)
     return Parity(
-        max_abs=difference,
+        max_abs=float((wanted_SBKhw - got_SBKhw).abs().max()),
         relative=relative_error(wanted_SBKhw, got_SBKhw),
         label_flips_percent=100 * float(flips),
-        entropy_rank_correlation=rank_correlation(
-            wanted, np.where(np.abs(got - wanted) <= ENTROPY_RESOLUTION, wanted, got)
-        ),
+        entropy_rank_correlation=rank_correlation(entropy, other),
         variance_ratio=_variance_ratio(wanted_SBKhw, got_SBKhw),
+    )
+
+
+@torch.inference_mode()
+def measure_frames(network: Network, graphs: Backend, card: Card, frames: Iterable[Frame]) -> Parity:
+    """The worst figure of all windows of all frames, the mean of label flips, and the change of mean IoU.
+
+    Pixels where windows overlap count as often as they are covered. Raises BadOption: there is no frame, or no label.
+    """
+    figures, num_frames, num_classes = [], 0, card.num_classes
+    confusion_2KK = torch.zeros(2, num_classes, num_classes, dtype=torch.int64)
+    for image_HW3, label_HW in frames:
+        num_frames += 1
+        plan = cover(label_HW.shape[0], label_HW.shape[1], card.window)
+        for window in plan:
+            image = torch.from_numpy(cut(image_HW3, window, plan, spec=card.window, norm=card.input)).permute(2, 0, 1)
+            noise = SeededNoise(card.sampling, seed=0, num_samples=card.sampling.default_samples).draw(window.index)
+            noise_SBL = torch.from_numpy(noise)[:, None]
+            wanted, got = (half.decode(half.encode(image[None]), noise_SBL).cpu() for half in (network, graphs))
+            figures.append(measure_parity(wanted, got, card, height=window.height, width=window.width))
+            rows, columns, beyond = place(window, plan)
+            truth = torch.from_numpy(np.pad(label_HW[rows, columns], beyond, constant_values=IGNORE))
+            for counts_KK, logits_SBKhw in zip(confusion_2KK, (wanted, got), strict=True):
+                labels = read_maps(logits_SBKhw[:, 0], card, window.height, window.width)[0]
+                counts_KK += confusion(torch.from_numpy(labels), truth, num_classes=num_classes)
+    if not confusion_2KK[0].any():
+        raise BadOption("there is no labelled frame to measure the export on, or none of their pixels has a label")
+    before, after = (float(intersection_over_union(counts_KK).nanmean()) for counts_KK in confusion_2KK)
+    flips = float(np.mean([parity.label_flips_percent for parity in figures]))
+    return dataclasses.replace(
+        worst_parity(figures), label_flips_percent=flips, miou_change=100 * (after - before), num_frames=num_frames
     )
 
 

@@ -13,7 +13,7 @@ from penumbra.models.card import Card
 from penumbra.models.contract import Features, Network, Prompt
 from penumbra.models.errors import BadOption
 from penumbra.serving.engine.backends import DTYPES
-from penumbra.serving.engine.store import Answer, Golden
+from penumbra.serving.engine.store import Golden
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +84,9 @@ def cut(network: Network, card: Card, golden: Golden, *, precision: str, device:
         crop = tuple(length // size for length in golden.image_B3hw.shape[2:])
         image_B3hw = _crop(golden.image_B3hw, num_windows, crop).to(device, memory_format=torch.channels_last)
         features = encode(image_B3hw)
-        calls.append(
-            {"encode": (image_B3hw,), "decode": (features, _noise(golden.plain, num_windows, card).to(device))}
-        )
+        fewer = num_windows == 1 and card.sampling.kind in ("latent", "dropout")  # S is free
+        noise_SBL = golden.plain.noise_SBL[: 2 if fewer else None, :num_windows]
+        calls.append({"encode": (image_B3hw,), "decode": (features, noise_SBL.to(device))})
         if golden.prompted:
             prompt = tuple(_crop(p, num_windows, crop).to(device) for p in golden.prompt)
             calls[-1]["prompt"] = (image_B3hw, features, prompt)
@@ -107,9 +107,3 @@ def _crop(tensor: Tensor, num_windows: int, size: tuple[int, ...]) -> Tensor:
     """The first windows, and of pictures the first rows and columns."""
     few = tensor[:num_windows]
     return few if few.dim() < 4 else few[:, :, : size[0], : size[1]]
-
-
-def _noise(answer: Answer, num_windows: int, card: Card) -> Tensor:
-    """All samples for both windows, fewer for one where S is free."""
-    free = num_windows == 1 and card.sampling.kind in ("latent", "dropout")
-    return answer.noise_SBL[: 2 if free else None, :num_windows]

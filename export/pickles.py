@@ -86,7 +86,9 @@ def read_torch_file(path: Path) -> Any:
     try:
         names = _names(path)
         for name in sorted(names):
-            _check_harmless(name)
+            module, _, last = name.rpartition(".")
+            if name.partition(".")[0] not in PACKAGES and last not in PLAIN.get(module, ()):
+                raise BadCheckpoint(f"refers to {name}, which no checkpoint needs; nothing of the file was run")
         return _load(path, names)
     except BadCheckpoint as error:
         raise BadCheckpoint(f"{path} {error}") from None
@@ -100,12 +102,6 @@ def _load(path: Path, names: set[str]) -> Any:
     with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about old formats, which are the point here
         return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _check_harmless(name: str) -> None:
-    module, _, last = name.rpartition(".")
-    if name.partition(".")[0] not in PACKAGES and last not in PLAIN.get(module, ()):
-        raise BadCheckpoint(f"refers to {name}, which no checkpoint needs; nothing of the file was run")
 
 
 def _names(path: Path) -> set[str]:

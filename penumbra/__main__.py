@@ -283,7 +283,7 @@ def export(
 
 
 def _read_frames(checkpoint: Path, every: int, **where: Any) -> list[Any]:
-    """Every n-th labelled frame, as `penumbra.export.frames` takes them."""
+    """Every n-th labelled frame, as `penumbra.export.parity` takes them."""
     from penumbra.models.checkpoint import read_card
     from penumbra.training.evaluation.run import Question, load_frames
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from penumbra.__main__ import main
 from penumbra.export.bundle import export_checkpoint
-from penumbra.export.frames import Frame, measure_frames
-from penumbra.export.parity import check_parity
+from penumbra.export.parity import Frame, check_parity, measure_frames
 from penumbra.models.card import IGNORE
 from penumbra.models.checkpoint import save_checkpoint
 from penumbra.models.contract import Features

@@ -210,7 +210,7 @@ def test_gct_files_are_two_branches_and_their_flaw_detector_is_left_out() -> Non
     content = {"model": theirs | dict.fromkeys(train_only, torch.zeros(1))}
     part = read_part(content, find_method("cps"), where="a.pth")
     assert part.tensors.keys() == _names("cps", CpsConfig(21)) and part.train_only == train_only
-    assert part.theirs["branch1.classifier.weight"] == "l_model.classifier.weight"
+    assert part.tensors["branch1.classifier.weight"] is theirs["l_model.classifier.weight"]
 
 
 def test_cct_files_are_one_branch_and_their_auxiliary_decoders_are_left_out() -> None:
@@ -218,7 +218,7 @@ def test_cct_files_are_one_branch_and_their_auxiliary_decoders_are_left_out() ->
     theirs = _siblings({"branch1": ""}, "main_decoder.upsample.classifier.")
     part = read_part({"model": theirs | dict.fromkeys(train_only, torch.zeros(1))}, find_method("cps"), where="a.pth")
     assert part.tensors.keys() == _names("cps", CpsConfig(21, branches=1)) and part.train_only == train_only
-    assert part.theirs["branch1.aspp.red_conv.weight"] == "head.aspp.red_conv.weight"
+    assert part.tensors["branch1.aspp.red_conv.weight"] is theirs["head.aspp.red_conv.weight"]
 
 
 def _assembled(method: str, shapes: dict[str, tuple[int, ...]], blocks: dict[str, int]) -> Assembly:
