@@ -17,16 +17,16 @@ SIZES = (1, 2, 3, 4, 5, 8, 16)
 
 def compare(runtime: Runtime) -> dict[str, float]:
     """Largest difference of any moment from alone, by batch size and by chunk; 0 means the same bytes."""
-    pieces = runtime._golden_pieces()
+    inputs = runtime._golden_inputs()
     runtime.windows_per_batch = runtime.samples_per_call = 1
-    alone = [runtime.run([piece])[0] for piece in pieces]
+    alone = [runtime.run([window])[0] for window in inputs]
     differences = {}
     for size in SIZES:
-        together = runtime.run([pieces[i % len(pieces)] for i in range(size)])
+        together = runtime.run([inputs[i % len(inputs)] for i in range(size)])
         differences[f"{runtime.card.name}: batch of {size}"] = _furthest(together, alone)
     for chunk in SIZES:
         runtime.samples_per_call = chunk
-        differences[f"{runtime.card.name}: chunk of {chunk}"] = _furthest(runtime.run(pieces[:1]), alone)
+        differences[f"{runtime.card.name}: chunk of {chunk}"] = _furthest(runtime.run(inputs[:1]), alone)
     return differences
 
 

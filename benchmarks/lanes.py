@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from penumbra.serving.engine.work import Cores
+from penumbra.serving.engine.throughput import Cores
 
 
 def in_lanes(cores: Cores, works: Sequence[Callable[[], object]]) -> None:

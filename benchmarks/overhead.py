@@ -28,7 +28,7 @@ from PIL import Image
 from benchmarks.lanes import in_lanes
 from benchmarks.rounds import save
 from penumbra.serving.engine.noise import SeededNoise
-from penumbra.serving.engine.runtime import Piece, Tuning
+from penumbra.serving.engine.runtime import Tuning, WindowInput
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import find_artifact
 from penumbra.serving.engine.windows import cover, cut
@@ -56,17 +56,17 @@ def bare_loop(segmenter: Segmenter, name: str, images: list[np.ndarray]) -> floa
     runtime = segmenter.find(name)
     card = runtime.card
     noise = SeededNoise(card.sampling, seed=0, num_samples=card.sampling.default_samples).draw(0)
-    pieces = []
+    inputs = []
     for i in range(REQUESTS):
         image = images[i % len(images)]
         plan = cover(*image.shape[:2], card.window)
-        pieces += [Piece(cut(image, w, plan, spec=card.window, norm=card.input), noise) for w in plan]
+        inputs += [WindowInput(cut(image, w, plan, spec=card.window, norm=card.input), noise) for w in plan]
 
     size = runtime.windows_per_batch
-    batches = [pieces[i : i + size] for i in range(0, len(pieces), size)]
+    batches = [inputs[i : i + size] for i in range(0, len(inputs), size)]
     started = time.perf_counter()
     in_lanes(segmenter.cores, [partial(runtime.run, batch) for batch in batches])
-    return len(pieces) / (time.perf_counter() - started)
+    return len(inputs) / (time.perf_counter() - started)
 
 
 def served(port: int, name: str, bodies: list[bytes], windows: list[int]) -> float:

@@ -1,4 +1,4 @@
-"""Answers that were given before, in bounded memory: a picture that is asked again with the same wish is not run again.
+"""Answers that were given before, in bounded memory: an equal request is not run again.
 
 What is kept is the prediction and not its bytes, so every surface and format shares it. With its seed an answer is a
 function of picture, model and options, so nothing expires: the least recently used makes room.
@@ -20,25 +20,25 @@ from penumbra.models.card import Card
 from penumbra.models.errors import Cancelled, DeadlineExceeded
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.options import SegmentOptions
-from penumbra.serving.engine.work import Cancellation
+from penumbra.serving.engine.request import Cancellation
 
 Key = tuple[bytes, tuple[int, ...], SegmentOptions]
 
 
-def key_of(image: bytes | NDArray[np.uint8], card: Card, options: SegmentOptions, *, num_samples: int) -> Key:
-    """Everything that changes an answer, and nothing that does not: when it is wanted is left out."""
-    wish = replace(
-        options, model=card.name, version=card.version, samples=num_samples, outputs=options.named(card),
-        deadline_ms=None, anytime=False, priority=0,
-    )  # fmt: skip
+def key_of(image: bytes | NDArray[np.uint8], card: Card, options: SegmentOptions) -> Key:
+    """Everything that changes an answer, and nothing that does not: when it is wanted is left out.
+
+    options: as `penumbra.serving.engine.plan.resolve` gives them.
+    """
+    asked = replace(options, outputs=options.named(card), deadline_ms=None, anytime=False, priority=0)
     shape = () if isinstance(image, bytes) else image.shape
     data = image if isinstance(image, bytes) else np.ascontiguousarray(image).data
-    return hashlib.sha256(data).digest(), shape, wish
+    return hashlib.sha256(data).digest(), shape, asked
 
 
 @dataclass(slots=True)
-class Turn:
-    """What has become of the one of several equal requests that works."""
+class Leader:
+    """The one of several equal requests that works, and what has become of it."""
 
     outcome: Literal["", "done", "given up"] = ""
 
@@ -49,7 +49,7 @@ class AnswerCache:
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes, self._bytes = limit_bytes, 0
         self._kept: OrderedDict[Key, tuple[Prediction, float, int]] = OrderedDict()
-        self._in_work: dict[Key, Turn] = {}
+        self._in_work: dict[Key, Leader] = {}
         self._changed = threading.Condition()
 
     @contextmanager
@@ -77,15 +77,15 @@ class AnswerCache:
                 del self._in_work[key]
                 self._changed.notify_all()
 
-    def _join(self, key: Key, cancelled: Cancellation, *, until: float) -> "Turn | None":
-        """A turn of its own for the one that is to work; None for one that has waited for another's."""
+    def _join(self, key: Key, cancelled: Cancellation, *, until: float) -> "Leader | None":
+        """The leader, for the one that is to work; None for one that has waited for another."""
         with self._changed:
-            while turn := self._in_work.get(key):
-                while not turn.outcome and not cancelled.is_set() and (left_s := until - time.monotonic()) > 0:
+            while leader := self._in_work.get(key):
+                while not leader.outcome and not cancelled.is_set() and (left_s := until - time.monotonic()) > 0:
                     self._changed.wait(left_s)
-                if turn.outcome != "given up":
+                if leader.outcome != "given up":
                     return None
-            return self._in_work.setdefault(key, Turn())
+            return self._in_work.setdefault(key, Leader())
 
     def _wake(self) -> None:
         with self._changed:

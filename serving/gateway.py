@@ -11,19 +11,22 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from penumbra.models.card import Card
 from penumbra.models.errors import Cancelled, DeadlineExceeded, ModelFault, NotReady, PenumbraError, QueueFull
 from penumbra.serving.cache import AnswerCache, Key, key_of
-from penumbra.serving.engine.answer import Prediction
+from penumbra.serving.engine.answer import Prediction, collect
 from penumbra.serving.engine.decode import check_array, open_image
-from penumbra.serving.engine.options import SegmentOptions, check_options
+from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.plan import RequestPlan, plan_request, resolve
 from penumbra.serving.engine.raster import Raster
+from penumbra.serving.engine.request import Cancellation, QueuedRequest
+from penumbra.serving.engine.runtime import Runtime
 from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.serving.engine.work import Cancellation
 from penumbra.serving.statuses import LOADING, UNEXPECTED
 from penumbra.serving.telemetry import Request, Telemetry
 
@@ -36,6 +39,7 @@ class Task(Generic[T]):
     """One request on its way through a request thread. deadline: a time of `time.perf_counter`."""
 
     image: bytes | NDArray[np.uint8]
+    runtime: Runtime
     options: SegmentOptions
     write: Callable[[Prediction], T]
     request: Request
@@ -102,11 +106,12 @@ class Gateway:
         request.started = time.perf_counter()
         self._inflight += 1
         try:
-            card = self.segmenter.find(options.model, options.version).card
-            request.model = card.name
-            check_options(options, card, self.segmenter.limits)
+            runtime = self.segmenter.find(options.model, options.version)
+            request.model = runtime.card.name
+            options = resolve(options, runtime.card, self.segmenter.limits)
             within_s = min(self._timeout_s, (options.deadline_ms or math.inf) / 1e3)
-            return await self._run(Task(image, options, write, request, request.arrived + within_s), gone)
+            task = Task(image, runtime, options, write, request, request.arrived + within_s)
+            return await self._run(task, gone)
         except PenumbraError:
             raise
         except Exception:
@@ -138,29 +143,27 @@ class Gateway:
     def _work(self, box: "list[Task[T]]") -> tuple[Prediction, T]:
         """The whole way of one image, in a request thread."""
         task = box.pop()
-        request = task.request
-        key = self._key_of(task.image, task.options) if self._cache else None
-        with self._turn(key, task):
+        request, card = task.request, task.runtime.card
+        array = None if isinstance(task.image, bytes) else check_array(task.image, self.segmenter.limits)
+        key = key_of(task.image, card, task.options) if self._cache else None
+        with self._alone(key, task):
             task.check()
-            begun = time.perf_counter()
-            request.timing_ms = {"wait": 1e3 * (begun - request.started)}
-            prediction = self._recall(key, task.options) if key else None
-            if prediction:
-                prediction = replace(prediction, timing_ms=request.timing_ms)
-                body = task.write(prediction)
-            else:
-                prediction, body = self._make(task)
-                if self._cache and key:
-                    size = len(task.image) if isinstance(task.image, bytes) else task.image.nbytes
-                    self._cache.keep(key, prediction, image_bytes=size)
+            started = time.perf_counter()
+            request.timing_ms = {"wait": 1e3 * (started - request.started)}
+            kept = self._recall(key, card) if key else None
+            prediction = replace(kept, timing_ms=request.timing_ms) if kept else self._segment(task, array)
+            body = task.write(prediction)
+            if self._cache and key and not kept:
+                size = len(task.image) if isinstance(task.image, bytes) else task.image.nbytes
+                self._cache.keep(key, prediction, image_bytes=size)
         spent_ms = sum(ms for phase, ms in prediction.timing_ms.items() if phase in ("decode", "total"))
-        write_ms = 1e3 * (time.perf_counter() - begun) - spent_ms
+        write_ms = 1e3 * (time.perf_counter() - started) - spent_ms
         request.timing_ms = dict(prediction.timing_ms) | {"write": write_ms}
         request.size, request.num_windows = prediction.labels_HW.shape, prediction.num_windows
         self.telemetry.answered(prediction, request.timing_ms)
         return prediction, body
 
-    def _turn(self, key: Key | None, task: "Task[T]") -> AbstractContextManager[None]:
+    def _alone(self, key: Key | None, task: "Task[T]") -> AbstractContextManager[None]:
         """Waits while an equal request is worked on, except where that could take the time of an early answer."""
         has_no_time = task.options.anytime and task.options.deadline_ms is not None
         if not self._cache or not key or has_no_time:
@@ -168,35 +171,32 @@ class Gateway:
         left_s = task.deadline - time.perf_counter()
         return self._cache.first(key, timeout_s=left_s, cancelled=task.cancelled)
 
-    def _key_of(self, image: bytes | NDArray[np.uint8], options: SegmentOptions) -> Key:
-        """Raises what an image or options would be refused for."""
-        card, limits = self.segmenter.find(options.model, options.version).card, self.segmenter.limits
-        if not isinstance(image, bytes):
-            check_array(image, limits)
-        return key_of(image, card, options, num_samples=check_options(options, card, limits))
-
-    def _recall(self, key: Key, options: SegmentOptions) -> Prediction | None:
+    def _recall(self, key: Key, card: Card) -> Prediction | None:
         """What is kept of an equal request."""
         assert self._cache
-        kept = self._cache.find(key, self.segmenter.find(options.model, options.version).card)
+        kept = self._cache.find(key, card)
         self.telemetry.cache_asked(hit=kept is not None)
         return kept
 
-    def _make(self, task: "Task[T]") -> tuple[Prediction, T]:
-        decoding = time.perf_counter()
-        options = task.options
-        pixels = self._decode(task.image, options) if isinstance(task.image, bytes) else task.image
-        task.request.size = pixels.shape[:2]
-        task.check()
-        before_ms = dict(task.request.timing_ms) | {"decode": 1e3 * (time.perf_counter() - decoding)}
-        prediction = self.segmenter.segment(pixels, options, cancelled=task.cancelled, deadline=task.deadline)
-        prediction = replace(prediction, timing_ms=before_ms | prediction.timing_ms)
-        return prediction, task.write(prediction)
-
-    def _decode(self, data: bytes, options: SegmentOptions) -> Raster:
+    def _segment(self, task: "Task[T]", array: Raster | None) -> Prediction:
         """Refuse by header and options first: pixels are decoded only for requests that can be answered."""
-        limits, check = self.segmenter.limits, self.segmenter.check
-        return open_image(data, limits, admit=lambda height, width: check(height, width, options)).load()
+        started, limits = time.perf_counter(), self.segmenter.limits
+        plans: list[RequestPlan] = []
+
+        def admit(height: int, width: int) -> None:
+            plans.append(plan_request(task.runtime, task.options, height, width, limits=limits))
+
+        if array:
+            admit(array.shape[0], array.shape[1])
+        image = array or open_image(cast(bytes, task.image), limits, admit=admit).load()
+        task.request.size = image.shape[:2]
+        task.check()
+        before_ms = dict(task.request.timing_ms) | {"decode": 1e3 * (time.perf_counter() - started)}
+        queued = QueuedRequest(
+            self.segmenter.scheduler, plans[0], image, cancelled=task.cancelled, deadline=task.deadline
+        )  # fmt: skip
+        prediction = collect(queued)
+        return replace(prediction, timing_ms=before_ms | prediction.timing_ms)
 
     def close(self) -> None:
         """Finish accepted work."""

@@ -43,9 +43,9 @@ from penumbra.models.errors import (
 )
 from penumbra.serving.engine.decode import measure_image, open_image
 from penumbra.serving.engine.options import SegmentOptions
-from penumbra.serving.engine.segmenter import check_long
+from penumbra.serving.engine.plan import check_long
+from penumbra.serving.engine.request import Cancellation
 from penumbra.serving.engine.store import find_artifact
-from penumbra.serving.engine.work import Cancellation
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.http.routes import answer_headers
 from penumbra.serving.render import MAPLESS, WRITERS, Style, parse_request
@@ -185,8 +185,7 @@ class Jobs:
         """Make a job of an upload `place/image`. Raises whatever `POST /segment` refuses, and DiskFull."""
         options, style = self.check(media, fields)
         height, width = measure_image(place / "image", self._limits)
-        runtime, _, _ = self._gateway.segmenter.check(height, width, options, limits=self._limits)
-        card = runtime.card
+        card = self._gateway.segmenter.plan(height, width, options, limits=self._limits).card
         copies = 4 if media == "image/tiff" else 2  # the rows, and the result of them; of TIFF also tiles and overviews
         needed = copies * spool_bytes(height, width, spooled(options, media, style), card)
         with disk():

@@ -262,7 +262,7 @@ def build_gateway(settings: Settings, telemetry: Telemetry, *, trusted_keys: Pub
 
     torch.set_num_threads(1)  # only the scheduler's lanes enter parallel regions; others would fight
     limits = Limits(
-        settings.limit_pixels, settings.limit_windows, settings.limit_samples, settings.limit_queue_samples,
+        settings.limit_pixels, settings.limit_samples, settings.limit_queue_samples,
         settings.limit_window_pixels,
     )  # fmt: skip
     tuning = Tuning(

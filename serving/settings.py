@@ -82,7 +82,6 @@ class Settings(BaseSettings):
     limit_json_bytes: int = Field(8 * 2**20, ge=1)
     limit_head_bytes: int = Field(64 * 2**10, ge=1024)
     limit_pixels: int = Field(64_000_000, ge=1, le=PILLOW_PIXELS)
-    limit_windows: int = Field(4096, ge=1)
     limit_samples: int = Field(64, ge=1)
     limit_queue_samples: int = Field(65_536, ge=1)
     limit_window_pixels: int = Field(2**22, ge=1)

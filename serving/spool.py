@@ -22,15 +22,15 @@ from numpy.typing import NDArray
 from penumbra.models.card import Card, dump_card
 from penumbra.models.errors import BadOption, DiskFull
 from penumbra.serving.engine.answer import Prediction, collect
-from penumbra.serving.engine.bands import Progress
 from penumbra.serving.engine.kernels import FloatArray
 from penumbra.serving.engine.options import Limits, SegmentOptions
 from penumbra.serving.engine.raster import Raster
+from penumbra.serving.engine.request import Progress
 from penumbra.serving.engine.segmenter import Segmenter
 
 log = logging.getLogger("penumbra.disk")
 
-LONG = Limits(pixels=2**40, windows=2**40)
+LONG = Limits(pixels=2**40, queue_samples=2**40)
 """Limits of work that is bounded by its disk."""
 MARK = "spool.json"
 """File in a spool's directory that says what it is the spool of, and its files. No map has a dot in its name."""
@@ -102,19 +102,17 @@ class Spool:
             (self._directory / name).unlink(missing_ok=True)
 
     def fill(
-        self, *, limits: Limits, cancelled: threading.Event, progress: Progress | None = None
+        self, *, limits: Limits, cancelled: threading.Event, progress: Progress = lambda num_done, num_windows: None
     ) -> Prediction:  # fmt: skip
         """Run what is missing. The prediction's arrays are `RowFile`s: they answer slices of rows, as all writers ask.
 
         Raises any PenumbraError, DiskFull among them; what was done stays.
         """
         done = min(self._labels.num_rows, self._labels.shape[0] - 1)  # labels are written last
-        bands = self._segmenter.bands_from(
-            done, self._image, self._options, limits=limits, cancelled=cancelled, progress=progress
-        )
+        request = self._segmenter.bands_from(done, self._image, self._options, limits=limits, cancelled=cancelled)
         labels_HW, maps = cast(NDArray[np.uint8], self._labels), cast(dict[str, FloatArray], self._maps)
         with disk():
-            return collect(bands, self._options, labels_HW, maps)
+            return collect(request, labels_HW, maps, progress=progress)
 
 
 def _own(directory: Path) -> tuple[str, set[str]]:

@@ -28,7 +28,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.exposition import choose_encoder
 
 from penumbra.models.errors import PenumbraError
-from penumbra.serving.engine.observer import Observer
 from penumbra.serving.statuses import status_of
 
 if TYPE_CHECKING:
@@ -121,8 +120,11 @@ def logged(request: Request) -> Iterator[Request]:
         log.log(logging.DEBUG if is_quiet else logging.INFO, "%s", line, extra={"fields": fields})
 
 
-class Telemetry(Observer):
-    """Counts and times; safe from any thread. Label values come from loaded models and fixed lists only."""
+class Telemetry:
+    """Counts and times; the engine's `Observer`. Safe from any thread.
+
+    Label values come from loaded models and fixed lists only.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

@@ -56,7 +56,7 @@ def of_penumbra(artifact: Path, side: int, batch: int, labels: Path) -> dict[str
     from benchmarks.lanes import in_lanes
     from benchmarks.peers.network import THREADS
     from penumbra.serving.engine.options import SegmentOptions
-    from penumbra.serving.engine.runtime import Piece, Tuning
+    from penumbra.serving.engine.runtime import Tuning, WindowInput
     from penumbra.serving.engine.segmenter import Segmenter
     from penumbra.serving.engine.windows import cover, normalise
 
@@ -66,19 +66,19 @@ def of_penumbra(artifact: Path, side: int, batch: int, labels: Path) -> dict[str
         runtime, window = segmenter.find(card.name), card.window
         num_batches = -(-cover(*image.shape[:2], window).num_windows // runtime.windows_per_batch)
         pixels = normalise(image[: window.height, : window.width], card.input)
-        pieces = [Piece(pixels, np.zeros((1, 0), np.float32))] * runtime.windows_per_batch
-        image_B3hw = torch.from_numpy(np.stack([pixels] * len(pieces))).permute(0, 3, 1, 2)
-        noise_SBL, graphs = torch.zeros(1, len(pieces), 0), runtime._backend
+        inputs = [WindowInput(pixels, np.zeros((1, 0), np.float32))] * runtime.windows_per_batch
+        image_B3hw = torch.from_numpy(np.stack([pixels] * len(inputs))).permute(0, 3, 1, 2)
+        noise_SBL, graphs = torch.zeros(1, len(inputs), 0), runtime._backend
 
         def loop(work: Callable[[], object]) -> Callable[[], object]:
             return lambda: in_lanes(segmenter.cores, [work] * num_batches)
 
         bare = {
             "network": loop(lambda: graphs.decode(graphs.encode(image_B3hw), noise_SBL)),
-            "moments": loop(lambda: runtime.run(pieces)),
+            "moments": loop(lambda: runtime.run(inputs)),
         }
         figures = run(lambda: segmenter.segment(image, SegmentOptions(outputs=())).labels_HW, bare, labels)
-        return figures | {"batch": len(pieces), "windows": num_batches * len(pieces)}
+        return figures | {"batch": len(inputs), "windows": num_batches * len(inputs)}
 
 
 def of_monai(artifact: Path, side: int, batch: int, labels: Path) -> dict[str, Any]:

@@ -8,12 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penumbra.models.card import IGNORE, Card
-from penumbra.serving.engine.bands import BandStream
 from penumbra.serving.engine.kernels import FloatArray
-from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.options import PROBABILITIES
 from penumbra.serving.engine.raster import Raster
-from penumbra.serving.engine.windows import WindowPlan
-from penumbra.serving.engine.work import Work
+from penumbra.serving.engine.request import Progress, QueuedRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,82 +62,76 @@ class Prediction:
 
 
 def collect(
-    bands: BandStream, options: SegmentOptions, labels_HW: NDArray[np.uint8], maps: dict[str, FloatArray],
-    prob_KHW: FloatArray | None = None,
+    request: QueuedRequest, labels_HW: NDArray[np.uint8] | None = None, maps: dict[str, FloatArray] | None = None,
+    *, progress: Progress = lambda num_done, num_windows: None,
 ) -> Prediction:  # fmt: skip
-    """Run a request to its end, and set the rows of labels and maps band by band. Changes the arrays.
+    """Run a request to its end, and set the rows of labels and maps band by band, by default in memory.
 
-    Raises any PenumbraError.
+    Raises any PenumbraError. Changes the arrays.
     """
-    num_asked = bands.work.num_samples if options.anytime else None
-    with bands.clock("total"), closing(iter(bands)) as finished:  # type: ignore[type-var]
-        for band in finished:
+    plan, card = request.plan, request.plan.card
+    size = plan.windows.height, plan.windows.width
+    labels_HW = np.empty(size, np.uint8) if labels_HW is None else labels_HW
+    maps = {name: np.empty(size, np.float32) for name in plan.options.maps(card)} if maps is None else maps
+    has_prob = PROBABILITIES in plan.options.outputs
+    prob_KHW = np.empty((card.num_classes, *size), np.float32) if has_prob else None
+    with request.clock("total"), closing(request.bands(progress)) as bands:
+        for band in bands:
             rows = slice(band.y0, band.y0 + len(band.labels))
             for name in maps.keys() & band.maps.keys():  # `anytime` may come down to one sample, which has fewer maps
                 maps[name][rows] = band.maps[name]
             if prob_KHW is not None:
                 prob_KHW[:, rows] = band.prob_hKW.swapaxes(0, 1)
             labels_HW[rows] = band.labels  # last: whoever goes on after a stop counts these
-    work = bands.work
-    card, image = work.runtime.card, work.image_HW3
-    maps = {name: values for name, values in maps.items() if name in card.maps(work.num_samples)}
-    members = card.sampling_with(prompt=work.prompt is not None).members
-    num_void, abstained = _count_ignored(labels_HW, image, work.plan, has_withheld=options.max_risk is not None)
+    num_void, abstained = _count_ignored(labels_HW, request)
     return Prediction(
-        card, options.seed, work.num_samples, work.plan.num_windows, members, _warnings(work, options, num_asked),
-        labels_HW, maps, bands.timing_ms, abstained, image, prob_KHW, num_asked, num_void=num_void,
+        card, plan.options.seed, request.num_samples, plan.windows.num_windows, plan.sampling.members,
+        _warnings(request), labels_HW, {name: maps[name] for name in maps if name in card.maps(request.num_samples)},
+        request.timing_ms, abstained, request.image_HW3, prob_KHW,
+        plan.num_samples if plan.options.anytime else None, num_void=num_void,
     )  # fmt: skip
 
 
-def _count_ignored(
-    labels_HW: NDArray[np.uint8], image: Raster, plan: WindowPlan, *, has_withheld: bool
-) -> tuple[int, float | None]:
+def _count_ignored(labels_HW: NDArray[np.uint8], request: QueuedRequest) -> tuple[int, float | None]:
     """Pixels that hold no measurement, and the share of the others whose label was withheld, if any could be.
 
     By the image itself, where both can be: a label does not say why it is IGNORE, and a part of the answer may be
     another process's.
     """
+    windows, has_withheld = request.plan.windows, request.plan.options.max_risk is not None
     num_ignored, num_void = 0, 0
-    for y in range(0, plan.height, plan.window_height):
-        rows = slice(y, y + plan.window_height)
+    for y in range(0, windows.height, windows.window_height):
+        rows = slice(y, y + windows.window_height)
         num_ignored += int((labels_HW[rows] == IGNORE).sum())
-        void_hW = image.void(rows) if has_withheld else None
+        void_hW = request.image_HW3.void(rows) if has_withheld else None
         num_void += 0 if void_hW is None else int(void_hW.sum())
     if not has_withheld:
         return num_ignored, None
-    num_measured = plan.height * plan.width - num_void
+    num_measured = windows.height * windows.width - num_void
     return num_void, (num_ignored - num_void) / max(num_measured, 1)
 
 
-def _warnings(work: Work, options: SegmentOptions, num_asked: int | None) -> tuple[str, ...]:
-    card, image = work.runtime.card, work.image_HW3
-    warnings = image.warnings + warnings_of(card, work.plan)
-    if num_asked and work.num_samples < num_asked:
-        warnings += (f"the deadline left time for {work.num_samples} of the {num_asked} samples asked for",)
-    if options.max_risk is not None:
-        warnings += calibration_warnings(card, work, overlap=options.overlap)
+def _warnings(request: QueuedRequest) -> tuple[str, ...]:
+    """What a caller should know: of the image, and of windows, samples or a risk that are not the usual ones."""
+    plan, card, options = request.plan, request.plan.card, request.plan.options
+    warnings = request.image_HW3.warnings
+    trained, run = card.window.trained, (plan.windows.window_height, plan.windows.window_width)
+    if trained not in (None, run):
+        warnings += (
+            f"the published results of {card.name} hold for windows of {trained[1]}x{trained[0]} px, and its answers "
+            f"depend on their width; this image was run at {run[1]}x{run[0]}",
+        )
+    if request.num_samples < plan.num_samples:
+        warnings += (
+            f"the deadline left time for {request.num_samples} of the {plan.num_samples} samples asked for",
+        )  # fmt: skip
+    if options.max_risk is None or card.calibration is None:
+        return warnings
+    calibrated = card.calibration.num_samples
+    is_usual = options.overlap in (None, card.window.overlap) and plan.prompt is None
+    if request.num_samples != calibrated or not is_usual:
+        warnings += (
+            f"max_risk of {card.name} was calibrated with {calibrated} samples, overlap {card.window.overlap:g} and no "
+            "prompt; this answer was made otherwise, and its risk may be another",
+        )
     return warnings
-
-
-def warnings_of(card: Card, plan: WindowPlan) -> tuple[str, ...]:
-    """What a caller should know of an answer whose windows are not those the network's results hold for."""
-    trained, run = card.window.trained, (plan.window_height, plan.window_width)
-    if trained is None or run == trained:
-        return ()
-    return (
-        f"the published results of {card.name} hold for windows of {trained[1]}x{trained[0]} px, and its answers "
-        f"depend on their width; this image was run at {run[1]}x{run[0]}",
-    )
-
-
-def calibration_warnings(card: Card, work: Work, *, overlap: float | None) -> tuple[str, ...]:
-    """What a caller should know of a `max_risk` that was calibrated on answers of another kind."""
-    assert card.calibration
-    num_samples = card.calibration.num_samples
-    usual_overlap = overlap in (None, card.window.overlap)
-    if work.num_samples == num_samples and usual_overlap and work.prompt is None:
-        return ()
-    return (
-        f"max_risk of {card.name} was calibrated with {num_samples} samples, overlap {card.window.overlap:g} and no "
-        "prompt; this answer was made otherwise, and its risk may be another",
-    )

@@ -257,7 +257,6 @@ class Limits:
     """
 
     pixels: int = 64_000_000
-    windows: int = 4096
     samples: int = 64
     queue_samples: int = 65_536
     window_pixels: int = 2**22

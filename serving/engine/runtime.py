@@ -63,7 +63,7 @@ class Tuning:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class WindowInput:
     """One window's input: pixels normalised to float32 [h, w, 3], its noise_SL, and its prompt if there is one."""
 
     image_hw3: FloatArray
@@ -88,33 +88,33 @@ class Runtime:
         self._backend: Backend = load_backend(artifact.card, artifact.directory, device)
         self._rows = ThreadPoolExecutor(threads, thread_name_prefix="rows")
 
-    def run(self, pieces: Sequence[Piece]) -> list[Moments | ModelFault]:
-        """Moments of every window, in order. All pieces have one S, and all have a prompt or none has.
+    def run(self, inputs: Sequence[WindowInput]) -> list[Moments | ModelFault]:
+        """Moments of every window, in order. All inputs have one S, and all have a prompt or none has.
 
         A window whose logits or own maps are not finite is answered with a ModelFault; its neighbours are unharmed.
         """
         answers: list[Moments | ModelFault] = []
-        for _, alike in itertools.groupby(pieces, lambda piece: piece.image_hw3.shape):  # clipped windows are smaller
+        for _, alike in itertools.groupby(inputs, lambda window: window.image_hw3.shape):  # clipped windows are smaller
             group = list(alike)
             answers += self._sample(self._encode(group), group)
         return answers
 
-    def _encode(self, pieces: Sequence[Piece]) -> Features:
-        image_B3hw = torch.from_numpy(np.stack([piece.image_hw3 for piece in pieces])).permute(0, 3, 1, 2)
+    def _encode(self, inputs: Sequence[WindowInput]) -> Features:
+        image_B3hw = torch.from_numpy(np.stack([window.image_hw3 for window in inputs])).permute(0, 3, 1, 2)
         features = self._backend.encode(image_B3hw)
-        prompts = [piece.prompt for piece in pieces if piece.prompt is not None]
+        prompts = [window.prompt for window in inputs if window.prompt is not None]
         if not prompts:
             return features
         stacked = tuple(torch.from_numpy(np.stack(arrays)) for arrays in zip(*prompts, strict=True))
         return self._backend.take_prompt(image_B3hw, features, stacked)
 
-    def _sample(self, features: Features, pieces: Sequence[Piece]) -> list[Moments | ModelFault]:
-        height, width = pieces[0].image_hw3.shape[:2]
-        noise_SBL = torch.from_numpy(np.stack([piece.noise_SL for piece in pieces], axis=1))
-        sums = [empty_sums(self.card.num_classes, height, width) for _ in pieces]
-        finite = [True] * len(pieces)
+    def _sample(self, features: Features, inputs: Sequence[WindowInput]) -> list[Moments | ModelFault]:
+        height, width = inputs[0].image_hw3.shape[:2]
+        noise_SBL = torch.from_numpy(np.stack([window.noise_SL for window in inputs], axis=1))
+        sums = [empty_sums(self.card.num_classes, height, width) for _ in inputs]
+        finite = [True] * len(inputs)
         spread = self._rows.map if torch.get_num_threads() > 1 else map
-        for chunk_SBL in torch.split(noise_SBL, self._chunk(pieces[0])):
+        for chunk_SBL in torch.split(noise_SBL, self._chunk(inputs[0])):
             logits_SBKhw = self._backend.decode(features, chunk_SBL)
             for b, (summed_hKw, entropy_hw) in enumerate(sums):
                 logits_SKhw = logits_SBKhw[:, b]
@@ -124,7 +124,7 @@ class Runtime:
         fault = ModelFault(f"{self.card.name} produced values that are not finite for this image")
         extras_BhEw = self._extras(features, height, width)
         if extras_BhEw is None:
-            return [Moments(*sums[b], len(noise_SBL)) if finite[b] else fault for b in range(len(pieces))]
+            return [Moments(*sums[b], len(noise_SBL)) if finite[b] else fault for b in range(len(inputs))]
         return [
             Moments(*sums[b], len(noise_SBL), extras_hEw) if finite[b] and np.isfinite(extras_hEw).all() else fault
             for b, extras_hEw in enumerate(extras_BhEw)
@@ -138,10 +138,10 @@ class Runtime:
         extras_BhEw: FloatArray = np.ascontiguousarray(extras_BEhw.permute(0, 2, 1, 3).cpu().numpy())
         return extras_BhEw
 
-    def _chunk(self, piece: Piece) -> int:
+    def _chunk(self, window: WindowInput) -> int:
         """Members come out of one call together; draws are cut into measured chunks."""
-        prompted = self.card.sampling_with(prompt=piece.prompt is not None)
-        return len(piece.noise_SL) if prompted.kind == "members" else self.samples_per_call
+        prompted = self.card.sampling_with(prompt=window.prompt is not None)
+        return len(window.noise_SL) if prompted.kind == "members" else self.samples_per_call
 
     def check_golden(self) -> None:
         """Run the golden window, without and with its prompt, and its own maps. Raises BadArtifact when this machine
@@ -190,30 +190,30 @@ class Runtime:
 
         A network that is slow on a CPU keeps one of each: more gain nothing there, and its golden window was its run.
         """
-        pieces = self._golden_pieces()
+        inputs = self._golden_inputs()
         is_slow = self._backend.device.type == "cpu" and self._window_core_s > SLOW * tuning.budget_s
         if not is_slow:
-            self.run(pieces[:1])
+            self.run(inputs[:1])
         if tuning.samples_per_call:
             self.samples_per_call = tuning.samples_per_call
         elif self.card.sampling.kind in ("latent", "dropout") and not is_slow:
-            features = self._encode(pieces[:1])
-            chunks = [size for size in SIZES if size <= len(pieces[0].noise_SL)]
+            features = self._encode(inputs[:1])
+            chunks = [size for size in SIZES if size <= len(inputs[0].noise_SL)]
             share_s = tuning.budget_s / 3
-            self._choose("samples_per_call", chunks, lambda: self._sample(features, pieces[:1]), budget_s=share_s)
+            self._choose("samples_per_call", chunks, lambda: self._sample(features, inputs[:1]), budget_s=share_s)
         if tuning.windows_per_batch:
             self.windows_per_batch = tuning.windows_per_batch
         elif self.card.window.height and not is_slow:
             # Images that are seen whole differ in size: what pays for one may not fit another.
             share_s = tuning.budget_s * 2 / 3
             sizes = [size for size in SIZES if size == 1 or size * self._window_bytes <= self._batch_bytes]
-            self._choose("windows_per_batch", sizes, lambda: self._run_full_batch(pieces), budget_s=share_s)
+            self._choose("windows_per_batch", sizes, lambda: self._run_full_batch(inputs), budget_s=share_s)
         if not is_slow:
             started = time.perf_counter()
-            self.run(pieces[:1])
-            self._window_core_s, self._window_samples = _core_seconds(started), len(pieces[0].noise_SL)
+            self.run(inputs[:1])
+            self._window_core_s, self._window_samples = _core_seconds(started), len(inputs[0].noise_SL)
         if tuning.deterministic:
-            self.windows_per_batch = self._largest_identical_batch(pieces)
+            self.windows_per_batch = self._largest_identical_batch(inputs)
         log.info(
             "%s: %d windows per batch and %d samples per call on %s%s",
             self.card.name, self.windows_per_batch, self.samples_per_call, self._backend.device,
@@ -225,11 +225,11 @@ class Runtime:
 
         A slow network never ran with the usual number: what that takes is computed from its encoder and one sample.
         """
-        piece = self._golden_pieces()[0]
-        num_pixels, usual = piece.image_hw3.shape[0] * piece.image_hw3.shape[1], len(piece.noise_SL)
+        window = self._golden_inputs()[0]
+        num_pixels, usual = window.image_hw3.shape[0] * window.image_hw3.shape[1], len(window.noise_SL)
         usual_core_s = self._window_core_s
         if self.card.sampling.kind in ("latent", "dropout") and usual > 1:
-            alone = replace(piece, noise_SL=piece.noise_SL[:1])
+            alone = replace(window, noise_SL=window.noise_SL[:1])
             started = time.perf_counter()
             if self._window_samples == usual:
                 self.run([alone])
@@ -251,12 +251,12 @@ class Runtime:
     def _batch_bytes(self) -> int:
         return BATCH_BYTES.get(self._backend.device.type, BATCH_BYTES["cpu"])
 
-    def _golden_pieces(self) -> list[Piece]:
+    def _golden_inputs(self) -> list[WindowInput]:
         images = self._golden.image_B3hw.permute(0, 2, 3, 1).contiguous().numpy()
         noise_SBL = self._golden.plain.noise_SBL
         repeats = -(-self.card.sampling.default_samples // len(noise_SBL))
         noise = noise_SBL.repeat(repeats, 1, 1)[: self.card.sampling.default_samples].numpy()
-        return [Piece(images[i], np.ascontiguousarray(noise[:, i])) for i in range(len(images))]
+        return [WindowInput(images[i], np.ascontiguousarray(noise[:, i])) for i in range(len(images))]
 
     def _choose(self, setting: str, sizes: Sequence[int], work: Callable[[], object], *, budget_s: float) -> None:
         """Set `setting` to the smallest size within 5 % of the fastest; `work` runs one full unit of that size."""
@@ -286,15 +286,15 @@ class Runtime:
         limit = min(best_s.values()) / WORTHWHILE
         setattr(self, setting, min(size for size, seconds in best_s.items() if seconds <= limit))
 
-    def _run_full_batch(self, pieces: list[Piece]) -> None:
-        self.run([pieces[i % len(pieces)] for i in range(self.windows_per_batch)])
+    def _run_full_batch(self, inputs: list[WindowInput]) -> None:
+        self.run([inputs[i % len(inputs)] for i in range(self.windows_per_batch)])
 
-    def _largest_identical_batch(self, pieces: list[Piece]) -> int:
-        alone = [self.run([piece])[0] for piece in pieces]
+    def _largest_identical_batch(self, inputs: list[WindowInput]) -> int:
+        alone = [self.run([window])[0] for window in inputs]
         for size in range(2, self.windows_per_batch + 1):
-            together = self.run([pieces[i % len(pieces)] for i in range(size)])
+            together = self.run([inputs[i % len(inputs)] for i in range(size)])
             for i, moments in enumerate(together):
-                if not _same_bytes(moments, alone[i % len(pieces)]):
+                if not _same_bytes(moments, alone[i % len(inputs)]):
                     return size - 1
         return self.windows_per_batch
 

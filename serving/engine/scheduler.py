@@ -1,4 +1,4 @@
-"""What a device runs next: windows of all requests and models, in fair turns and shared batches.
+"""What a device runs next: windows of all requests and models, in fair order and shared batches.
 
 Batches run in lanes, threads that share the cores out: on a GPU there is one, on a CPU one per core, since two windows
 on a core each take less time than one after the other on both, and nobody waits for the slower half of every layer. The
@@ -13,29 +13,40 @@ runs, and its windows leave the queue.
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from types import TracebackType
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
 from penumbra.models.errors import Cancelled, ModelFault, NotReady, PenumbraError, QueueFull
 from penumbra.serving.engine.moments import Moments
-from penumbra.serving.engine.observer import Observer
-from penumbra.serving.engine.pace import Paces
-from penumbra.serving.engine.runtime import Piece, Runtime, is_out_of_memory
+from penumbra.serving.engine.request import STRIDES, PriorityClass, QueuedRequest
+from penumbra.serving.engine.runtime import Runtime, WindowInput, is_out_of_memory
+from penumbra.serving.engine.throughput import Cores, ThroughputModel
 from penumbra.serving.engine.windows import Window, cut
-from penumbra.serving.engine.work import STRIDES, Cancellation, Cores, Job, Level, Work
 
 log = logging.getLogger("penumbra")
 T = TypeVar("T")
-Answer = Moments | PenumbraError
-Turn = tuple[int, Callable[[], object]]
+Outcome = Moments | PenumbraError
+"""What becomes of a window."""
+Run = tuple[int, Callable[[], object]]
 """What a lane runs next, and on how many cores."""
+
+
+class Observer(Protocol):
+    """Is told what the engine does, from any lane; `penumbra.serving.telemetry` turns it into metrics."""
+
+    def batch_done(self, model: str, *, windows: int, capacity: int, samples: int) -> None:
+        """A batch of `windows` out of `capacity` windows, with `samples` samples in all, was run."""
+
+    def out_of_memory(self, model: str) -> None:
+        """A batch did not fit and is run again in halves."""
+
+    def model_loaded(self, model: str, *, seconds: float) -> None:
+        """A model was loaded, checked and warmed up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,76 +55,29 @@ class Batch:
 
     runtime: Runtime
     num_samples: int
-    windows: list[tuple[Job, Window]]
+    windows: list[tuple[QueuedRequest, Window]]
     cores: int
 
 
-class Stream:
-    """A request's finished windows, in the plan's order. Leaving the `with` block withdraws the rest.
-
-    Where the moments have another number of samples than those before, work that is `anytime` has begun again: windows
-    come from the first one on, and those before are void.
-    """
-
-    def __init__(self, scheduler: "Scheduler", job: Job) -> None:
-        self._scheduler, self._job, self._listening = scheduler, job, ExitStack()
-        if isinstance(job.work.cancelled, Cancellation):
-            self._listening.enter_context(job.work.cancelled.waking(partial(scheduler._cancel, job)))
-
-    def __enter__(self) -> "Stream":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._listening.close()
-        self._scheduler._withdraw(self._job)
-
-    def __iter__(self) -> Iterator[tuple[Window, Moments]]:
-        work = self._job.work
-        num_samples, due = 0, work.first_window
-        early: dict[int, tuple[Window, Moments]] = {}
-        """Windows that another lane had ready before those that come first."""
-        while due < work.plan.num_windows:
-            answer = self._job.wait()
-            if answer[1].num_samples != num_samples:
-                for _ in early:
-                    self._scheduler._consumed(self._job)
-                num_samples, due, early = answer[1].num_samples, work.first_window, {}
-            early[answer[0].index] = answer
-            while due in early:
-                self._scheduler._consumed(self._job)
-                yield early.pop(due)
-                due += 1
-
-    @property
-    def queue_s(self) -> float:
-        """Seconds from submission to the start of the first window's batch."""
-        return (self._job.started or time.perf_counter()) - self._job.submitted
-
-    @property
-    def run_s(self) -> float:
-        """Seconds of inference so far, this request's share of its batches."""
-        return self._job.run_s
-
-
 class Scheduler:
-    """Runs submitted work in its lanes, which are the only threads that enter a torch parallel region."""
+    """Runs the windows of requests in its lanes, which are the only threads that enter a torch parallel region."""
 
-    def __init__(self, *, queue_samples: int, cores: Cores, observer: Observer, target_s: float = 0.0) -> None:
-        """target_s: of `Paces`."""
+    def __init__(
+        self, *, queue_samples: int, cores: Cores, observer: Observer | None = None, target_s: float = 0.0
+    ) -> None:  # fmt: skip
+        """target_s: of `ThroughputModel`."""
         self._queue_samples, self._cores, self._observer = queue_samples, cores, observer
         self._condition = threading.Condition()
-        self._jobs: list[Job] = []
+        self._requests: list[QueuedRequest] = []
         self._calls: list[tuple[Callable[[], object], Future[object]]] = []
         self._idle, self._free = set(range(cores.lanes)), cores.threads
         """Lanes without work, and cores that no lane uses."""
         self._working, self._stepped_back, self._most_working = 0, 0, cores.lanes
         """Lanes that run something, and that wait to do so with nobody beside them; how many may run at a time."""
-        self._paces = Paces(cores, target_s)
-        self._levels = {priority: Level(priority) for priority in STRIDES}
-        self._turn = 0.0
-        """The turn of the level that was served last: one that comes back after a pause does not make up for it."""
+        self._throughput = ThroughputModel(cores, target_s)
+        self._classes = {priority: PriorityClass(priority) for priority in STRIDES}
+        self._virtual_time = 0.0
+        """That of the class which was served last: one that comes back after a pause does not make up for it."""
         self._samples_per_s = 0.0
         self._draining = False
         self._stopped = False
@@ -124,25 +88,24 @@ class Scheduler:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, work: Work) -> Stream:
-        """Admit work. Raises QueueFull over the limit and NotReady while draining."""
-        cost = work.reserved(work.num_windows, work.num_samples)
+    def submit(self, request: QueuedRequest) -> QueuedRequest:
+        """Admit a request. Raises QueueFull over the limit and NotReady while draining."""
         with self._condition:
             if self._draining:
                 raise NotReady("the server is draining and takes no new work; ask another replica")
-            reserved = self._reserved
+            cost, reserved = request.reserved, self._reserved
             if cost and reserved and reserved + cost > self._queue_samples:
                 raise QueueFull(
                     f"the queue holds {reserved} of {self._queue_samples} window-samples and this request "
                     f"needs {cost}; try again in {self._retry_after_s} s",
                     retry_after_s=self._retry_after_s,
                 )
-            level = self._levels[work.priority]
-            level.turn = max(level.turn, self._turn)
-            job = Job(work, level, lanes=self._cores.lanes)
-            self._jobs.append(job)
+            its_class = self._classes[request.plan.priority]
+            its_class.virtual_time = max(its_class.virtual_time, self._virtual_time)
+            self._requests.append(request)
+            request.enter(its_class, lanes=self._cores.lanes)
             self._condition.notify_all()
-            return Stream(self, job)
+            return request
 
     def call(self, function: Callable[[], T]) -> T:
         """Run a function in the first lane, between batches, on all cores that are free; returns its result."""
@@ -158,7 +121,7 @@ class Scheduler:
     def queued(self) -> tuple[int, int]:
         """Windows, and windows x samples, that were admitted and are not yet answered."""
         with self._condition:
-            return sum(job.unanswered for job in self._jobs), self._reserved
+            return sum(request.unanswered for request in self._requests), self._reserved
 
     @property
     def is_alive(self) -> bool:
@@ -179,38 +142,42 @@ class Scheduler:
 
     @property
     def _reserved(self) -> int:
-        return sum(job.reserved for job in self._jobs)
+        return sum(request.reserved for request in self._requests)
 
     @property
     def _retry_after_s(self) -> int:
         return int(min(60, 1 + self._reserved / self._samples_per_s)) if self._samples_per_s else 1
 
-    def _consumed(self, job: Job) -> None:
+    def consumed(self, request: QueuedRequest) -> None:
+        """A request's thread took a window's moments, so that it has room for another one."""
         with self._condition:
-            job.ahead -= 1
+            request.ahead -= 1
             self._condition.notify_all()
 
-    def _withdraw(self, job: Job) -> None:
+    def withdraw(self, request: QueuedRequest) -> None:
+        """Forget a request that nobody reads any longer."""
         with self._condition:
-            self._forget(job)
-            self._condition.notify_all()  # a lane that is to end waits until there are no jobs
+            if request in self._requests:
+                self._requests.remove(request)
+            self._condition.notify_all()  # a lane that is to end waits until there are no requests
 
-    def _cancel(self, job: Job) -> None:
+    def cancel(self, request: QueuedRequest) -> None:
+        """End a request whose caller has left, also while its batch runs."""
         with self._condition:
-            if job in self._jobs:
-                self._end(job, Cancelled("the request was cancelled"))
+            if request in self._requests:
+                self._end(request, Cancelled("the request was cancelled"))
                 self._condition.notify_all()
 
-    def get_to_know(self, runtime: Runtime) -> None:
-        """Measure a model's pace before its first request. Only within a `call`."""
+    def record_speed(self, runtime: Runtime) -> None:
+        """Measure a model's initial speed, before its first request. Only within a `call`."""
         for num_samples, pixel_core_s in runtime.core_seconds_per_pixel():
             with self._condition:
-                self._paces.of(runtime).learn(num_samples, pixel_core_s)
+                self._throughput.by_samples(runtime).learn(num_samples, pixel_core_s)
 
     def _loop(self, lane: int) -> None:
         try:
-            while turn := self._wait(lane):
-                cores, run = turn
+            while next_run := self._wait(lane):
+                cores, run = next_run
                 torch.set_num_threads(cores)
                 run()
                 with self._condition:
@@ -220,21 +187,21 @@ class Scheduler:
         finally:
             self._abandon()
 
-    def _wait(self, lane: int) -> Turn | None:
-        """Sleep until it is this lane's turn; None means: stopped, and nothing left to do.
+    def _wait(self, lane: int) -> Run | None:
+        """Sleep until there is something for this lane to run; None means: stopped, and nothing left to do.
 
         Lanes go in order, so that it is always the first that has several cores: two teams of threads slow each other
         down even while one of them rests.
         """
         with self._condition:
-            while not (self._stopped and not self._jobs and not self._calls):
+            while not (self._stopped and not self._requests and not self._calls):
                 if lane == min(self._idle) and self._has_place:
-                    turn = self._take_call() if lane == 0 and self._calls else self._take()
-                    if turn:
+                    next_run = self._take_call() if lane == 0 and self._calls else self._take()
+                    if next_run:
                         self._idle.remove(lane)
-                        self._free, self._working = self._free - turn[0], self._working + 1
+                        self._free, self._working = self._free - next_run[0], self._working + 1
                         self._condition.notify_all()
-                        return turn
+                        return next_run
                 self._condition.wait()
         return None
 
@@ -243,35 +210,35 @@ class Scheduler:
         """Whether one lane more may begin."""
         return self._free >= self._cores.least and self._working < self._most_working and not self._stepped_back
 
-    def _take_call(self) -> Turn:
+    def _take_call(self) -> Run:
         function, future = self._calls.pop(0)
         return self._free, partial(_resolve, future, function)
 
-    def _take(self) -> Turn | None:
-        """The next batch: the request whose turn it is, and others whose windows fit beside its own."""
+    def _take(self) -> Run | None:
+        """The next batch: the request that is served next, and others whose windows fit beside its own."""
         self._end_withdrawn()
-        self._paces.hasten(self._jobs)
-        ready = [job for job in self._jobs if job.has_room]
+        self._throughput.fit_samples(self._requests)
+        ready = [request for request in self._requests if request.has_room]
         if not ready:
             return None
-        lead = min(ready, key=lambda job: job.precedence)
-        self._turn = lead.level.turn
-        ready = [job for job in ready if job.batch_key == lead.batch_key]
-        windows: list[tuple[Job, Window]] = []
-        room = self._paces.room(lead)
-        while ready and len(windows) < room:
-            job = min(ready, key=lambda job: job.precedence)
-            windows.append((job, job.take()))
-            ready = [job for job in ready if job.has_room]
-        cores = min(self._free, self._cores.of_batch(sum(job.work.num_windows for job in self._jobs)))
-        return cores, partial(self._run, Batch(lead.work.runtime, lead.num_samples, windows, cores))
+        lead = min(ready, key=lambda request: request.precedence)
+        self._virtual_time = lead.priority_class.virtual_time
+        ready = [request for request in ready if request.batch_key == lead.batch_key]
+        windows: list[tuple[QueuedRequest, Window]] = []
+        size = self._throughput.batch_size(lead)
+        while ready and len(windows) < size:
+            request = min(ready, key=lambda request: request.precedence)
+            windows.append((request, request.take()))
+            ready = [request for request in ready if request.has_room]
+        cores = min(self._free, self._cores.of_batch(sum(request.num_windows for request in self._requests)))
+        return cores, partial(self._run, Batch(lead.plan.runtime, lead.num_samples, windows, cores))
 
     def _end_withdrawn(self) -> None:
         now = time.perf_counter()
-        for job in list(self._jobs):
-            error = job.ending(now)
+        for request in list(self._requests):
+            error = request.ending(now)
             if error:
-                self._end(job, error)
+                self._end(request, error)
 
     def _run(self, batch: Batch) -> None:
         started = time.perf_counter()
@@ -280,31 +247,33 @@ class Scheduler:
         num_windows, model = len(batch.windows), batch.runtime.card.name
         rate = num_windows * batch.num_samples * self._cores.threads / (seconds * batch.cores)
         with self._condition:
-            self._paces.learn(batch.windows[0][0], batch.num_samples, num_windows, seconds, cores=batch.cores)
+            self._throughput.learn(batch.windows[0][0], batch.num_samples, num_windows, seconds, cores=batch.cores)
             self._samples_per_s = rate if not self._samples_per_s else 0.9 * self._samples_per_s + 0.1 * rate
             self._end_withdrawn()  # a deadline that passed during its last batch is missed, too
-            for (job, window), answer in zip(batch.windows, answers, strict=True):
-                job.run_s += seconds / num_windows
-                self._deliver(job, window, answer)
-        self._observer.batch_done(
-            model, windows=num_windows, capacity=batch.runtime.windows_per_batch,
-            samples=num_windows * batch.num_samples,
-        )  # fmt: skip
+            for (request, window), answer in zip(batch.windows, answers, strict=True):
+                request.run_s += seconds / num_windows
+                self._deliver(request, window, answer)
+        if self._observer:
+            self._observer.batch_done(
+                model, windows=num_windows, capacity=batch.runtime.windows_per_batch,
+                samples=num_windows * batch.num_samples,
+            )  # fmt: skip
 
-    def _answer(self, batch: Batch, *, is_alone: bool = False) -> list[Answer]:
+    def _answer(self, batch: Batch, *, is_alone: bool = False) -> list[Outcome]:
         """Run a batch; on failure, in parts: halves when memory is short, at last alone; else request by request."""
         runtime, windows = batch.runtime, batch.windows
         try:
-            return list(runtime.run([_piece(job, window, batch.num_samples) for job, window in windows]))
+            return list(runtime.run([_input_of(request, window, batch.num_samples) for request, window in windows]))
         except Exception as error:
             others = 0 if is_alone else self._working + self._stepped_back - 1
             short = is_out_of_memory(error) and (len(windows) > 1 or others > 0)
-            if not short and len({job for job, _ in windows}) == 1:
+            if not short and len({request for request, _ in windows}) == 1:
                 return [_fault_of(error, runtime.card.name)] * len(windows)
         # Here and not above, where the exception still holds the arrays of the batch that was too large.
         if not short:
             return self._answer_apart(batch)
-        self._observer.out_of_memory(runtime.card.name)
+        if self._observer:
+            self._observer.out_of_memory(runtime.card.name)
         if len(windows) == 1:
             return self._answer_alone(batch)
         half = len(windows) // 2
@@ -313,7 +282,7 @@ class Scheduler:
         parts = (replace(batch, windows=part) for part in (windows[:half], windows[half:]))
         return [answer for part in parts for answer in self._answer(part)]
 
-    def _answer_alone(self, batch: Batch) -> list[Answer]:
+    def _answer_alone(self, batch: Batch) -> list[Outcome]:
         """Run one window again with no lane beside it, and one lane less at a time from now on."""
         with self._condition:
             self._most_working = max(1, self._most_working - 1)
@@ -324,54 +293,50 @@ class Scheduler:
             self._working, self._stepped_back = self._working + 1, self._stepped_back - 1
         return self._answer(batch, is_alone=True)
 
-    def _answer_apart(self, batch: Batch) -> list[Answer]:
+    def _answer_apart(self, batch: Batch) -> list[Outcome]:
         """Run each request's windows by themselves, and put the answers back in the batch's order."""
-        answers: dict[int, Answer] = {}
-        for one in dict.fromkeys(job for job, _ in batch.windows):
-            places = [i for i, (job, _) in enumerate(batch.windows) if job is one]
+        answers: dict[int, Outcome] = {}
+        for one in dict.fromkeys(request for request, _ in batch.windows):
+            places = [i for i, (request, _) in enumerate(batch.windows) if request is one]
             alone = replace(batch, windows=[batch.windows[i] for i in places])
             answers |= dict(zip(places, self._answer(alone), strict=True))
         return [answers[i] for i in range(len(batch.windows))]
 
-    def _deliver(self, job: Job, window: Window, answer: Answer) -> None:
-        if job not in self._jobs:
+    def _deliver(self, request: QueuedRequest, window: Window, answer: Outcome) -> None:
+        if request not in self._requests:
             return
         if isinstance(answer, PenumbraError):
-            self._end(job, answer)
+            self._end(request, answer)
             return
-        if answer.num_samples != job.num_samples:  # it began again with fewer while this one ran
-            job.ahead -= 1
+        if answer.num_samples != request.num_samples:  # it began again with fewer while this one ran
+            request.ahead -= 1
             return
-        job.answers.put((window, answer))
-        job.unanswered -= 1
-        if job.unanswered == 0:
-            self._jobs.remove(job)
+        request.answers.put((window, answer))
+        request.unanswered -= 1
+        if request.unanswered == 0:
+            self._requests.remove(request)
 
-    def _end(self, job: Job, error: PenumbraError) -> None:
-        self._forget(job)
-        job.answers.put(error)
-
-    def _forget(self, job: Job) -> None:
-        if job in self._jobs:
-            self._jobs.remove(job)
+    def _end(self, request: QueuedRequest, error: PenumbraError) -> None:
+        self._requests.remove(request)
+        request.answers.put(error)
 
     def _abandon(self) -> None:
         """A lane ends, and all with it: nobody may wait for them, whatever ended it."""
         with self._condition:
             self._draining = self._stopped = True
-            for job in list(self._jobs):
-                self._end(job, ModelFault("the inference threads ended before this request was answered"))
+            for request in list(self._requests):
+                self._end(request, ModelFault("the inference threads ended before this request was answered"))
             for _, future in self._calls:
                 future.set_exception(NotReady("the engine is closed"))
             self._calls = []
             self._condition.notify_all()
 
 
-def _piece(job: Job, window: Window, num_samples: int) -> Piece:
-    work, card = job.work, job.work.runtime.card
-    pixels = cut(work.image_HW3, window, work.plan, spec=card.window, norm=card.input)
-    prompt = work.prompt.cut(window, work.plan) if work.prompt else None
-    return Piece(pixels, work.noise.draw(window.index)[:num_samples], prompt)
+def _input_of(request: QueuedRequest, window: Window, num_samples: int) -> WindowInput:
+    plan, card = request.plan, request.plan.card
+    pixels = cut(request.image_HW3, window, plan.windows, spec=card.window, norm=card.input)
+    prompt = plan.prompt.cut(window, plan.windows) if plan.prompt else None
+    return WindowInput(pixels, plan.noise.draw(window.index)[:num_samples], prompt)
 
 
 def _fault_of(error: Exception, model: str) -> PenumbraError:

@@ -15,27 +15,24 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
 import torch
 
 from penumbra.models.card import Card
-from penumbra.models.errors import BadArtifact, BadOption, PenumbraError, TooLarge, UnknownModel
+from penumbra.models.errors import BadArtifact, BadOption, PenumbraError, UnknownModel
 from penumbra.serving.engine.allocator import keep_freed_memory
 from penumbra.serving.engine.answer import Prediction, collect
-from penumbra.serving.engine.bands import BandStream, Progress
 from penumbra.serving.engine.decode import check_array
 from penumbra.serving.engine.device import find_device
-from penumbra.serving.engine.noise import NoiseSource, SeededNoise
-from penumbra.serving.engine.observer import Observer
-from penumbra.serving.engine.options import PROBABILITIES, Limits, SegmentOptions, abstain_above, check_options
-from penumbra.serving.engine.prompts import PromptSource, check_prompt
+from penumbra.serving.engine.noise import NoiseSource
+from penumbra.serving.engine.options import Limits, SegmentOptions
+from penumbra.serving.engine.plan import RequestPlan, check_long, plan_request, resolve
 from penumbra.serving.engine.raster import Pixels
+from penumbra.serving.engine.request import QueuedRequest
 from penumbra.serving.engine.runtime import Runtime, Tuning, is_out_of_memory
-from penumbra.serving.engine.scheduler import Scheduler
+from penumbra.serving.engine.scheduler import Observer, Scheduler
 from penumbra.serving.engine.signature import PublicKeys
 from penumbra.serving.engine.store import find_artifact, open_artifact, versions
-from penumbra.serving.engine.windows import count_windows, cover
-from penumbra.serving.engine.work import NORMAL, Cores, Work
+from penumbra.serving.engine.throughput import Cores
 
 log = logging.getLogger("penumbra")
 
@@ -63,7 +60,7 @@ class Segmenter:
         threads = threads or len(os.sched_getaffinity(0))
         lanes = min(lanes or (threads if self._device.type == "cpu" else 1), threads)
         self.cores = Cores(threads, lanes, widen=not self._tuning.deterministic)
-        self._observer = observer or Observer()
+        self._observer = observer
         self._tables = threading.Lock()
         """Held by whoever puts other tables in the place of these two, which are never changed: readers need none."""
         self._runtimes: Mapping[str, Mapping[int, Runtime]] = {}
@@ -113,7 +110,7 @@ class Segmenter:
             runtime.check_golden()
             torch.set_num_threads(self.cores.least)  # sizes are chosen for a server that has much to do
             runtime.warm_up(self._tuning)
-            self.scheduler.get_to_know(runtime)
+            self.scheduler.record_speed(runtime)
             return runtime
 
         card = artifact.card
@@ -130,7 +127,8 @@ class Segmenter:
             kept = {version: loaded[version] for version in {*sorted(loaded)[-KEPT_VERSIONS:], card.version}}
             self._runtimes = {**self._runtimes, card.name: kept}
         seconds = time.perf_counter() - started
-        self._observer.model_loaded(card.name, seconds=seconds)
+        if self._observer:
+            self._observer.model_loaded(card.name, seconds=seconds)
         log.info("%s version %d is served; it was loaded in %.1f s", card.name, card.version, seconds)
         return card
 
@@ -161,73 +159,48 @@ class Segmenter:
             raise UnknownModel(f"{name} has no version {version}; loaded are {', '.join(map(str, sorted(loaded)))}")
         return loaded[max(loaded) if version is None else version]
 
-    def check(
+    def plan(
         self, height: int, width: int, options: SegmentOptions, *, limits: Limits | None = None
-    ) -> tuple[Runtime, int, PromptSource | None]:
-        """Everything that can be refused before the pixels are looked at; returns the model, S and the prompt."""
+    ) -> RequestPlan:  # fmt: skip
+        """What a request for an image of this size runs. Raises what can be refused before the pixels are looked at."""
         limits = limits or self.limits
         runtime = self.find(options.model, options.version)
-        card = runtime.card
-        num_samples = check_options(options, card, limits)
-        prompt = check_prompt(card, height, width, boxes=options.boxes, tags=options.tags, alpha=options.alpha)
-        _check_windows(height, width, card, options.overlap, limits=limits)
-        if PROBABILITIES in options.outputs:
-            _check_probabilities(height, width, card, limits=limits)
-        return runtime, num_samples, prompt
+        return plan_request(runtime, resolve(options, runtime.card, limits), height, width, limits=limits)
 
     def bands(
         self, image_HW3: Pixels, options: SegmentOptions, *, noise: NoiseSource | None = None,
         cancelled: threading.Event | None = None, deadline: float = float("inf"),
-    ) -> BandStream:  # fmt: skip
-        """The answer in bands of rows, for images that are not to be held in memory twice.
+    ) -> QueuedRequest:  # fmt: skip
+        """The answer in bands of rows, for images that are not to be held in memory twice: uint8 RGB [H, W, 3].
 
         noise: replaces the seeded noise, for protocols that prescribe their own. Raises any PenumbraError.
         """
-        work = self._plan(image_HW3, options, limits=self.limits)
-        work = replace(work, noise=noise or work.noise, cancelled=cancelled or work.cancelled, deadline=deadline)
-        return BandStream(self.scheduler, work, abstain_above=threshold_of(work, options))
+        image = check_array(image_HW3, self.limits)
+        height, width = image.shape[:2]
+        plan = self.plan(height, width, options)
+        plan = replace(plan, noise=noise or plan.noise)
+        return QueuedRequest(self.scheduler, plan, image, cancelled=cancelled, deadline=deadline)
 
     def bands_from(
-        self, y: int, image_HW3: Pixels, options: SegmentOptions, *, limits: Limits, cancelled: threading.Event,
-        progress: Progress | None = None,
-    ) -> BandStream:  # fmt: skip
+        self, y: int, image_HW3: Pixels, options: SegmentOptions, *, limits: Limits, cancelled: threading.Event
+    ) -> QueuedRequest:
         """Long work that goes on where it ended: the band that holds row y, and those after it.
 
         It is bounded by `limits` in place of the segmenter's own and takes no place in the queue, so the caller bounds
         how many run at a time.
         """
         check_long(options)
-        work = self._plan(image_HW3, options, limits=limits)
-        first_y = work.plan.band_of(y)
-        work = replace(work, cancelled=cancelled, first_row=work.plan.row_before(first_y), in_background=True)
-        return BandStream(
-            self.scheduler, work, abstain_above=threshold_of(work, options), first_y=first_y, progress=progress
-        )
-
-    def _plan(self, image_HW3: Pixels, options: SegmentOptions, *, limits: Limits) -> Work:
         image = check_array(image_HW3, limits)
         height, width = image.shape[:2]
-        runtime, num_samples, prompt = self.check(height, width, options, limits=limits)
-        sampling = runtime.card.sampling_with(prompt=prompt is not None)
-        plan = cover(height, width, runtime.card.window, options.overlap)
-        noise = SeededNoise(sampling, seed=options.seed, num_samples=num_samples)
-        return Work(
-            runtime, image, plan, noise, num_samples, prompt, priority=options.priority or NORMAL,
-            anytime=options.anytime and sampling.kind in ("latent", "dropout"),
-            least_samples=2 if "mutual_information" in options.outputs else 1,
-        )  # fmt: skip
+        plan = self.plan(height, width, options, limits=limits)
+        return QueuedRequest(self.scheduler, plan, image, cancelled=cancelled, from_y=y)
 
     def segment(
         self, image_HW3: Pixels, options: SegmentOptions, *, noise: NoiseSource | None = None,
         cancelled: threading.Event | None = None, deadline: float = float("inf"),
     ) -> Prediction:  # fmt: skip
         """Labels and uncertainty of one image: uint8 RGB [H, W, 3]. Raises any PenumbraError."""
-        bands = self.bands(image_HW3, options, noise=noise, cancelled=cancelled, deadline=deadline)
-        plan, card = bands.work.plan, bands.work.runtime.card
-        size = (plan.height, plan.width)
-        maps = {name: np.empty(size, np.float32) for name in options.maps(card)}
-        prob_KHW = np.empty((card.num_classes, *size), np.float32) if PROBABILITIES in options.outputs else None
-        return collect(bands, options, np.empty(size, np.uint8), maps, prob_KHW)
+        return collect(self.bands(image_HW3, options, noise=noise, cancelled=cancelled, deadline=deadline))
 
     def close(self) -> None:
         """Finish accepted work and release the models."""
@@ -242,42 +215,3 @@ class Segmenter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def check_long(options: SegmentOptions) -> None:
-    """Raises BadOption for what only images have that are answered at once."""
-    asked = {
-        PROBABILITIES: PROBABILITIES in options.outputs, "deadline_ms": options.deadline_ms is not None,
-        "anytime": options.anytime,
-    }  # fmt: skip
-    if names := [name for name, is_asked in asked.items() if is_asked]:
-        raise BadOption(f"{' and '.join(names)} can be had only for images that are answered at once; leave it out")
-
-
-def _check_windows(height: int, width: int, card: Card, overlap: float | None, *, limits: Limits) -> None:
-    limit = min(limits.window_pixels, card.window.max_pixels or limits.window_pixels)
-    if card.window.height == 0 and height * width > limit:
-        raise TooLarge(
-            f"{card.name} sees an image whole and this one has {width}x{height} = {height * width:,} pixels; the "
-            f"limit for that is {limit:,}: send a smaller image or parts of it"
-        )
-    num_windows = count_windows(height, width, card.window, overlap)
-    if num_windows > limits.windows:
-        raise TooLarge(
-            f"the image needs {num_windows} windows and the limit is {limits.windows}; lower the overlap, "
-            "or send a smaller image or parts of it"
-        )
-
-
-def _check_probabilities(height: int, width: int, card: Card, *, limits: Limits) -> None:
-    size = 4 * height * width * card.num_classes
-    if size > limits.probability_bytes:
-        raise TooLarge(
-            f"the probabilities of {card.num_classes} classes at {width}x{height} px have {size:,} bytes and the limit "
-            f"is {limits.probability_bytes:,}; send a smaller image or leave out {PROBABILITIES}"
-        )
-
-
-def threshold_of(work: Work, options: SegmentOptions) -> float | None:
-    """Entropy in nats above which a label is withheld; None where no risk is bounded."""
-    return None if options.max_risk is None else abstain_above(work.runtime.card, options.max_risk)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from penumbra.models.card import IGNORE, Card
 from penumbra.serving.engine import kernels
 from penumbra.serving.engine.kernels import FloatArray
+from penumbra.serving.engine.raster import Raster
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,17 @@ def abstain(band: Band, *, above_nats: float) -> int:
     unsure_hW = band.maps["entropy"] > above_nats
     band.labels[unsure_hW] = IGNORE
     return int(unsure_hW.sum())
+
+
+def withhold_void(band: Band, image: Raster) -> None:
+    """Say nothing where the image has no measurement. Changes the band's labels, maps and probabilities."""
+    void_hW = image.void(slice(band.y0, band.y0 + len(band.labels)))
+    if void_hW is None:
+        return
+    band.labels[void_hW] = IGNORE
+    for values_hW in band.maps.values():
+        values_hW[void_hW] = np.nan
+    band.prob_hKW.transpose(0, 2, 1)[void_hW] = np.nan
 
 
 def softmax(logits_hKw: FloatArray) -> FloatArray:

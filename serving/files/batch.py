@@ -29,7 +29,7 @@ FORMATS = {
 }  # fmt: skip
 AT_ONCE = 4
 """Images that are read and written while others are computed; their windows share batches."""
-IN_MEMORY = Limits(windows=2**40, queue_samples=2**40)
+IN_MEMORY = Limits(queue_samples=2**40)
 """Limits of images that are answered whole, AT_ONCE of them."""
 
 

@@ -13,10 +13,10 @@ import numpy as np
 from penumbra.models.card import UNITLESS
 from penumbra.models.errors import BadImage
 from penumbra.models.files import write_whole
-from penumbra.serving.engine.bands import Progress
 from penumbra.serving.engine.decode import open_image
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.raster import Raster, open_raster
+from penumbra.serving.engine.request import Progress
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.files.receipts import Identity, check_replaceable, identity
 from penumbra.serving.files.report import Outcome, shown_progress
@@ -48,7 +48,8 @@ def predict_files(
 
 def predict_file(
     segmenter: Segmenter, path: Path, options: SegmentOptions, output: Path, *,
-    progress: Progress | None = None, pictures: frozenset[Identity] = frozenset(),
+    progress: Progress = lambda num_done, num_windows: None,
+    pictures: frozenset[Identity] = frozenset(),
 ) -> Outcome:  # fmt: skip
     """Segment one picture file and write `<stem>_*.png` and `<stem>_maps.npz`, for a raster `<stem>_*.tif`.
 
@@ -102,14 +103,9 @@ def predict_picture(
 
 
 def predict_raster(
-    segmenter: Segmenter,
-    path: Path,
-    raster: Raster,
-    options: SegmentOptions,
-    files: dict[str, Path],
-    *,
-    progress: Progress | None,
-) -> Outcome:
+    segmenter: Segmenter, path: Path, raster: Raster, options: SegmentOptions, files: dict[str, Path], *,
+    progress: Progress,
+) -> Outcome:  # fmt: skip
     """Segment a raster of any size in bands, into `<stem>_labels.tif` and `<stem>_maps.tif`, which lie where it does.
 
     What is done is kept in `<stem>.partial` until all is; a run that was killed goes on from there.

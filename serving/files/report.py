@@ -13,7 +13,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from penumbra.serving.engine.answer import Prediction
-from penumbra.serving.engine.bands import Progress
+from penumbra.serving.engine.request import Progress
 
 NAMED = 20
 """Skipped files, or those with a warning, that are named for a reason; a data set has as many text files as images."""

@@ -19,9 +19,8 @@ from loadtests.run import scrape
 from penumbra.export.bundle import export_network
 from penumbra.models.card import WindowSpec
 from penumbra.models.toy.cards import toy_card
-from penumbra.serving.engine.observer import Observer
 from penumbra.serving.engine.scheduler import Scheduler
-from penumbra.serving.engine.work import Cores
+from penumbra.serving.engine.throughput import Cores
 from tests.reliability.load import HEADERS
 from tests.reliability.test_crash import worker_of
 from tests.serving.engine.test_scheduler import runtime, work
@@ -82,10 +81,10 @@ def test_the_halves_of_a_batch_run_without_the_arrays_of_the_whole() -> None:
 
     model = runtime(windows_per_batch=8, before=run)
     with (
-        closing(Scheduler(queue_samples=100, cores=Cores(1), observer=Observer())) as scheduler,
-        scheduler.submit(work(model, 8)) as windows,
+        closing(Scheduler(queue_samples=100, cores=Cores(1))) as scheduler,
+        scheduler.submit(work(scheduler, model, 8)) as request,
     ):
-        assert len(list(windows)) == 8
+        assert len(list(request.finished())) == 8
     assert len(kept) > 8, "the batch did not fit"
 
 

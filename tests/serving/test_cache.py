@@ -132,7 +132,7 @@ def test_an_artifact_that_was_loaded_again_answers_anew(toy_store: Path) -> None
 def test_an_answer_with_fewer_samples_than_asked_is_not_kept(segmenter: Segmenter) -> None:
     card = segmenter.find("toy-latent").card
     prediction = segmenter.segment(IMAGE, OPTIONS)
-    cache, key = AnswerCache(2**20), key_of(IMAGE, card, OPTIONS, num_samples=3)
+    cache, key = AnswerCache(2**20), key_of(IMAGE, card, OPTIONS)
     cache.keep(key, replace(prediction, num_samples=2), image_bytes=IMAGE.nbytes)
     assert cache.find(key, card) is None
     cache.keep(key, prediction, image_bytes=IMAGE.nbytes)
@@ -198,7 +198,7 @@ def test_where_the_first_of_equal_requests_fails_the_next_is_computed(segmenter:
 
 
 def test_nobody_waits_longer_for_an_equal_request_than_its_deadline() -> None:
-    cache, key = AnswerCache(2**20), key_of(IMAGE, toy_card("latent")[0], OPTIONS, num_samples=3)
+    cache, key = AnswerCache(2**20), key_of(IMAGE, toy_card("latent")[0], OPTIONS)
     with cache.first(key, timeout_s=0), cache.first(key, timeout_s=0.01), cache.first(key, timeout_s=-1):
         pass
     assert not cache._in_work
@@ -210,7 +210,7 @@ def test_the_last_used_are_kept_as_many_as_there_is_room_for(seeds: list[int], r
     labels_HW, maps = np.zeros((20, 30), np.uint8), {name: np.zeros((20, 30), np.float32) for name in "abc"}
     cache, used = AnswerCache(room * SIZE + 1), list[int]()
     for seed in seeds:
-        key = key_of(IMAGE, card, replace(OPTIONS, seed=seed), num_samples=3)
+        key = key_of(IMAGE, card, replace(OPTIONS, seed=seed))
         kept = cache.find(key, card)
         assert (kept is not None) == (seed in used)
         cache.keep(key, Prediction(card, seed, 3, 1, (), (), labels_HW, maps, {}), image_bytes=IMAGE.nbytes)

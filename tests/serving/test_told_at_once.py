@@ -22,9 +22,9 @@ from penumbra.serving import gateway as gateways
 from penumbra.serving.cache import AnswerCache, key_of
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.request import Cancellation
 from penumbra.serving.engine.runtime import Runtime
 from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.serving.engine.work import Cancellation
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.http import routes as rest
 from penumbra.serving.http import v2
@@ -202,7 +202,7 @@ def test_an_equal_request_that_leaves_does_not_wait_for_the_first(
 def test_where_the_first_of_equal_requests_is_cancelled_one_takes_its_place_and_the_rest_wait_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cache, key = AnswerCache(2**20), key_of(IMAGE, toy_card("latent")[0], OPTIONS, num_samples=1)
+    cache, key = AnswerCache(2**20), key_of(IMAGE, toy_card("latent")[0], OPTIONS)
     working, most, lock = 0, 0, threading.Lock()
     release = {name: threading.Event() for name in "abc"}
     entered, waits, wait = threading.Semaphore(0), threading.Semaphore(0), cache._changed.wait

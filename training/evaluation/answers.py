@@ -54,13 +54,13 @@ def answer(segmenter: Segmenter, frame: tuple[Tensor, Tensor], options: SegmentO
     Raises any PenumbraError.
     """
     image_HW3, truth_HW = np.ascontiguousarray(frame[0].permute(1, 2, 0).numpy()), frame[1].numpy()
-    stream = segmenter.bands(image_HW3, options)
-    card = stream.work.runtime.card
+    request = segmenter.bands(image_HW3, options)
+    card = request.plan.card
     labels_HW = np.empty_like(truth_HW)
     names = (*options.maps(card), *(extra.name for extra in card.extra_maps))
     maps = {name: np.empty(truth_HW.shape, np.float32) for name in names}
     prob_HW, squares_HW = np.empty((2, *truth_HW.shape), np.float32)
-    with stream.clock("total"), closing(iter(stream)) as bands:  # type: ignore[type-var]
+    with request.clock("total"), closing(request.bands()) as bands:
         for band in bands:
             rows = slice(band.y0, band.y0 + len(band.labels))
             labels_HW[rows] = band.labels
@@ -70,7 +70,7 @@ def answer(segmenter: Segmenter, frame: tuple[Tensor, Tensor], options: SegmentO
             squares_HW[rows] = np.einsum("hkw,hkw->hw", band.prob_hKW, band.prob_hKW)
             for name, values in maps.items():
                 values[rows] = band.maps[name]
-    return Answer(image_HW3, labels_HW, truth_HW, prob_HW, squares_HW, maps, stream.timing_ms["total"] / 1e3)
+    return Answer(image_HW3, labels_HW, truth_HW, prob_HW, squares_HW, maps, request.timing_ms["total"] / 1e3)
 
 
 def check_classes(card: Card, classes: tuple[ClassInfo, ...], *, data: str) -> str:

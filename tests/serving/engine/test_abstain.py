@@ -86,7 +86,7 @@ def test_a_risk_that_cannot_be_kept_is_refused_with_a_sentence(card: Card, max_r
 
 def test_it_is_refused_before_the_pixels_are_looked_at(segmenter: Segmenter) -> None:
     with pytest.raises(BadOption, match="calibrated for"):
-        segmenter.check(10, 10, ask(0.001))
+        segmenter.plan(10, 10, ask(0.001))
 
 
 def test_it_is_an_option_of_text_and_of_grpc_parameters() -> None:

@@ -1,6 +1,5 @@
 """Bands of an answer: each row as early as it is final, and all of them collected."""
 
-import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 from penumbra.models.errors import Cancelled
-from penumbra.serving.engine.options import Limits, SegmentOptions
+from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from tests.conftest import FIXED, picture
 
@@ -27,13 +26,10 @@ def test_the_first_rows_are_final_when_the_first_row_of_windows_is_stitched(
     segmenter: Segmenter, rng: np.random.Generator
 ) -> None:
     done: list[tuple[int, int]] = []
-    bands = segmenter.bands_from(
-        0, picture(rng, *TALL), OPTIONS, limits=Limits(), cancelled=threading.Event(),
-        progress=lambda *numbers: done.append(numbers),
-    )  # fmt: skip
-    with closing(iter(bands)) as rows:  # type: ignore[type-var]
-        assert next(rows).y0 == 0
-    in_a_row, num_windows = len(bands.work.plan.starts_x), bands.work.plan.num_windows
+    request = segmenter.bands(picture(rng, *TALL), OPTIONS)
+    with closing(request.bands(lambda *numbers: done.append(numbers))) as bands:
+        assert next(bands).y0 == 0
+    in_a_row, num_windows = len(request.plan.windows.starts_x), request.plan.windows.num_windows
     assert done == [(number, num_windows) for number in range(in_a_row + 1)] and in_a_row < num_windows
     assert segmenter.scheduler.queued == (0, 0)
 
@@ -47,9 +43,9 @@ def test_the_bands_are_the_whole_answer_in_the_end(segmenter: Segmenter, rng: np
 
 
 def test_a_cancelled_answer_says_so_to_its_reader(segmenter: Segmenter, rng: np.random.Generator) -> None:
-    bands = segmenter.bands(picture(rng, *TALL), OPTIONS)
-    rows = iter(bands)
-    assert next(rows).labels.size
-    bands.work.cancelled.set()
+    request = segmenter.bands(picture(rng, *TALL), OPTIONS)
+    bands = iter(request)
+    assert next(bands).labels.size
+    request.cancelled.set()
     with pytest.raises(Cancelled):
-        list(rows)
+        list(bands)

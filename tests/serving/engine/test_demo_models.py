@@ -24,9 +24,9 @@ def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Segmenter]:
 
 
 def _moments(runtime: Runtime, batch: int, chunk: int) -> list[Moments]:
-    pieces = runtime._golden_pieces()
+    inputs = runtime._golden_inputs()
     runtime.samples_per_call = chunk
-    answers = runtime.run([pieces[i % len(pieces)] for i in range(batch)])
+    answers = runtime.run([inputs[i % len(inputs)] for i in range(batch)])
     assert all(isinstance(answer, Moments) for answer in answers)
     return [answer for answer in answers if isinstance(answer, Moments)]
 

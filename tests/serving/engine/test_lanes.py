@@ -13,10 +13,9 @@ import torch
 from penumbra.models.card import Card
 from penumbra.models.errors import ModelFault
 from penumbra.serving.engine.moments import Moments
-from penumbra.serving.engine.observer import Observer
-from penumbra.serving.engine.runtime import Piece
-from penumbra.serving.engine.scheduler import Scheduler
-from penumbra.serving.engine.work import Cores
+from penumbra.serving.engine.runtime import WindowInput
+from penumbra.serving.engine.scheduler import Observer, Scheduler
+from penumbra.serving.engine.throughput import Cores
 from tests.conftest import toy_card
 from tests.serving.engine.test_scheduler import SPEC, WAIT_S, consume, in_threads, runtime, work
 
@@ -31,15 +30,15 @@ class MetRuntime:
     windows_per_batch: int = 1
     card: Card = field(default_factory=lambda: toy_card("latent", window=SPEC)[0])
 
-    def run(self, pieces: list[Piece]) -> list[Moments | ModelFault]:
-        samples = [len(piece.noise_SL) for piece in pieces]
+    def run(self, inputs: list[WindowInput]) -> list[Moments | ModelFault]:
+        samples = [len(window.noise_SL) for window in inputs]
         self.meet(samples[0], torch.get_num_threads())
         return [Moments(np.zeros((4, 3, 4), np.float32), np.zeros((4, 4), np.float32), S) for S in samples]
 
 
 @pytest.fixture(params=[Cores(THREADS, lanes=2), Cores(THREADS, lanes=THREADS)], ids=["two lanes", "four"])
 def scheduler(request: pytest.FixtureRequest) -> Iterator[Scheduler]:
-    made = Scheduler(queue_samples=10_000, cores=request.param, observer=Observer())
+    made = Scheduler(queue_samples=10_000, cores=request.param)
     yield made
     made.close()
 
@@ -60,10 +59,10 @@ def test_few_windows_have_more_cores_each(cores: Cores, of_batch: dict[int, int]
 def test_a_window_alone_has_all_cores_and_a_crowd_shares_them(scheduler: Scheduler) -> None:
     seen: list[int] = []
     alone = MetRuntime(lambda _, cores: seen.append(cores))
-    consume(scheduler.submit(work(alone, 1)))  # type: ignore[arg-type]
+    consume(scheduler.submit(work(scheduler, alone, 1)))  # type: ignore[arg-type]
     assert seen == [THREADS]
     seen.clear()
-    consume(scheduler.submit(work(alone, 20)))  # type: ignore[arg-type]
+    consume(scheduler.submit(work(scheduler, alone, 20)))  # type: ignore[arg-type]
     assert set(seen) == {scheduler._cores.least}
 
 
@@ -84,7 +83,7 @@ def test_as_many_batches_run_at_a_time_as_there_are_lanes_and_never_on_more_core
             used -= cores
 
     engine = MetRuntime(meet)
-    assert in_threads(*[scheduler.submit(work(engine, 4)) for _ in range(4)]) == [4] * 4  # type: ignore[arg-type]
+    assert in_threads(*[scheduler.submit(work(scheduler, engine, 4)) for _ in range(4)]) == [4] * 4  # type: ignore[arg-type]
     assert most == THREADS
 
 
@@ -100,7 +99,7 @@ def test_windows_that_end_in_another_order_are_stitched_in_the_plans(scheduler: 
 
     engine.before = before
     engine.go.set()
-    answers = consume(scheduler.submit(work(engine, 12)))
+    answers = consume(scheduler.submit(work(scheduler, engine, 12)))
     assert [window.index for window, _ in answers] == list(range(12))
 
 
@@ -114,7 +113,7 @@ def test_a_call_runs_while_the_other_lanes_work(scheduler: Scheduler) -> None:
 
     engine = MetRuntime(meet)
     with ThreadPoolExecutor(1) as threads:
-        reader = threads.submit(in_threads, scheduler.submit(work(engine, 8)))  # type: ignore[arg-type]
+        reader = threads.submit(in_threads, scheduler.submit(work(scheduler, engine, 8)))  # type: ignore[arg-type]
         assert scheduler.call(lambda: threading.current_thread().name) == "inference-0"
         called.set()
         assert reader.result(WAIT_S) == [8]
@@ -138,7 +137,7 @@ def test_where_memory_is_short_for_two_windows_at_a_time_they_run_one_by_one(sch
 
     engine = MetRuntime(meet)
     for _ in range(scheduler._cores.lanes):
-        assert in_threads(*[scheduler.submit(work(engine, 5)) for _ in range(3)]) == [5] * 3  # type: ignore[arg-type]
+        assert in_threads(*[scheduler.submit(work(scheduler, engine, 5)) for _ in range(3)]) == [5] * 3  # type: ignore[arg-type]
         most.append(0)
     assert most[0] > 1 and most[-2] == 1 and scheduler._most_working == 1
     assert scheduler.queued == (0, 0)
@@ -150,7 +149,7 @@ def test_what_does_not_fit_even_alone_fails_its_own_request(scheduler: Scheduler
             raise MemoryError
 
     engine = MetRuntime(meet)
-    asked = [work(engine, 5, samples=samples) for samples in (1, 2, 1, 2)]  # type: ignore[arg-type]
+    asked = [work(scheduler, engine, 5, samples=samples) for samples in (1, 2, 1, 2)]  # type: ignore[arg-type]
     outcomes = in_threads(*map(scheduler.submit, asked))
     assert outcomes[::2] == [5, 5] and all(isinstance(one, ModelFault) for one in outcomes[1::2])
 
@@ -163,7 +162,7 @@ def test_a_lane_that_dies_ends_all_and_nobody_waits_for_ever() -> None:
 
     scheduler = Scheduler(queue_samples=100, cores=Cores(2, lanes=2), observer=Deadly())
     engine = runtime(going=False)
-    streams = [scheduler.submit(work(engine, 40, value=value)) for value in (1, 2)]
+    streams = [scheduler.submit(work(scheduler, engine, 40, value=value)) for value in (1, 2)]
     engine.go.set()
     outcomes = in_threads(*streams)
     assert all(isinstance(one, ModelFault) for one in outcomes)
@@ -176,7 +175,7 @@ def test_a_window_that_ran_while_its_request_began_again_does_not_count(monkeypa
     now = [1000.0]
     with monkeypatch.context() as patch:
         patch.setattr(time, "perf_counter", lambda: now[0])
-        scheduler = Scheduler(queue_samples=100, cores=Cores(2, lanes=2), observer=Observer())
+        scheduler = Scheduler(queue_samples=100, cores=Cores(2, lanes=2))
         began_again = threading.Event()
 
         def meet(samples: int, _: int) -> None:
@@ -189,9 +188,9 @@ def test_a_window_that_ran_while_its_request_began_again_does_not_count(monkeypa
                 now[0] += 300.0
 
         engine = MetRuntime(meet)
-        asked = work(engine, 6, samples=16, anytime=True, deadline=now[0] + 500)  # type: ignore[arg-type]
+        asked = work(scheduler, engine, 6, samples=16, anytime=True, deadline=now[0] + 500)  # type: ignore[arg-type]
         with scheduler.submit(asked) as stream:
-            answers = [(window.index, moments.num_samples) for window, moments in stream]
+            answers = [(window.index, moments.num_samples) for window, moments in stream.finished()]
         scheduler.close()
     (samples,) = {samples for _, samples in answers[-6:]}
     assert samples < 16 and [index for index, _ in answers[-6:]] == list(range(6))

@@ -23,13 +23,11 @@ from penumbra.models.errors import BadOption, DeadlineExceeded, ModelFault
 from penumbra.serving.engine import runtime as runtimes
 from penumbra.serving.engine.backends.torchscript import TorchScriptBackend
 from penumbra.serving.engine.moments import Moments
-from penumbra.serving.engine.observer import Observer
 from penumbra.serving.engine.options import Limits, SegmentOptions
-from penumbra.serving.engine.pace import SPARE, Pace
-from penumbra.serving.engine.runtime import Piece, Runtime, Tuning
+from penumbra.serving.engine.runtime import Runtime, Tuning, WindowInput
 from penumbra.serving.engine.scheduler import Scheduler
 from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.serving.engine.work import Cores
+from penumbra.serving.engine.throughput import SPARE, Cores, SecondsBySize
 from tests.conftest import picture, toy_card
 from tests.serving.engine.test_scheduler import SPEC, WAIT_S, in_threads, work
 
@@ -64,10 +62,10 @@ class TimedRuntime:
     go: threading.Event = field(default_factory=threading.Event)
     entered: threading.Event = field(default_factory=threading.Event)
 
-    def run(self, pieces: list[Piece]) -> list[Moments | ModelFault]:
+    def run(self, inputs: list[WindowInput]) -> list[Moments | ModelFault]:
         self.entered.set()
         assert self.go.wait(WAIT_S)
-        samples = [len(piece.noise_SL) for piece in pieces]
+        samples = [len(window.noise_SL) for window in inputs]
         self.clock.now += self.slower * (self.start_s + sum(ENCODE_S + S * SAMPLE_S for S in samples))
         self.batches.append(len(samples))
         self.rounds += samples
@@ -84,16 +82,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
 
 @pytest.fixture
 def scheduler(clock: Clock) -> Iterator[Scheduler]:
-    made = Scheduler(queue_samples=10_000, cores=Cores(1), observer=Observer())
+    made = Scheduler(queue_samples=10_000, cores=Cores(1))
     yield made
     made.close()
 
 
 def answer(scheduler: Scheduler, engine: TimedRuntime, num_windows: int, samples: int, within_s: float) -> set[int]:
     """Numbers of samples of the windows that count. Raises DeadlineExceeded."""
-    asked = work(engine, num_windows, samples=samples, anytime=True, deadline=engine.clock.now + within_s)  # type: ignore[arg-type]
+    asked = work(scheduler, engine, num_windows, samples=samples, anytime=True, deadline=engine.clock.now + within_s)  # type: ignore[arg-type]
     with scheduler.submit(asked) as stream:
-        answers = list(stream)[-num_windows:]
+        answers = list(stream.finished())[-num_windows:]
     assert [window.index for window, _ in answers] == list(range(num_windows))
     return {moments.num_samples for _, moments in answers}
 
@@ -149,7 +147,7 @@ def test_even_one_sample_too_many_is_a_missed_deadline(scheduler: Scheduler, clo
 def test_without_the_option_a_deadline_is_missed_and_no_sample_left_out(scheduler: Scheduler, clock: Clock) -> None:
     engine = TimedRuntime(clock)
     known(scheduler, engine)
-    (ended,) = in_threads(scheduler.submit(work(engine, 5, samples=16, deadline=clock.now + 50)))  # type: ignore[arg-type]
+    (ended,) = in_threads(scheduler.submit(work(scheduler, engine, 5, samples=16, deadline=clock.now + 50)))  # type: ignore[arg-type]
     assert isinstance(ended, DeadlineExceeded) and set(engine.rounds) == {16}
 
 
@@ -159,7 +157,7 @@ def test_an_answer_that_is_ready_too_late_is_a_missed_deadline(
 ) -> None:
     engine = TimedRuntime(clock)
     known(scheduler, engine)
-    late = work(engine, 1, samples=1, anytime=anytime, deadline=clock.now + 3)  # type: ignore[arg-type]
+    late = work(scheduler, engine, 1, samples=1, anytime=anytime, deadline=clock.now + 3)  # type: ignore[arg-type]
     (ended,) = in_threads(scheduler.submit(late))
     assert isinstance(ended, DeadlineExceeded) and engine.rounds == [1]
 
@@ -173,11 +171,11 @@ def test_those_who_share_the_device_count(scheduler: Scheduler, clock: Clock) ->
     known(scheduler, engine)
     engine.go.clear()
     engine.entered.clear()
-    streams = [scheduler.submit(work(engine, 1))]  # type: ignore[arg-type]
+    streams = [scheduler.submit(work(scheduler, engine, 1))]  # type: ignore[arg-type]
     assert engine.entered.wait(WAIT_S)
     deadline = clock.now + ENCODE_S + SAMPLE_S + 150
-    asked = work(engine, 2, samples=16, anytime=True, deadline=deadline)  # type: ignore[arg-type]
-    streams += [scheduler.submit(asked) for _ in range(10)]
+    asked = [work(scheduler, engine, 2, samples=16, anytime=True, deadline=deadline) for _ in range(10)]  # type: ignore[arg-type]
+    streams += map(scheduler.submit, asked)
     engine.go.set()
     assert in_threads(*streams) == [1] + [2] * 10
     assert engine.rounds[1:11] == engine.rounds[11:] and engine.rounds[1:8] == [3] * 7
@@ -192,7 +190,7 @@ def test_where_one_sample_fits_every_window_has_the_same_samples_and_none_is_lat
     clock = Clock()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "perf_counter", clock)
-        scheduler = Scheduler(queue_samples=10_000, cores=Cores(1), observer=Observer())
+        scheduler = Scheduler(queue_samples=10_000, cores=Cores(1))
         engine = TimedRuntime(clock, slower)
         known(scheduler, engine)
         started = clock.now
@@ -216,10 +214,10 @@ def rounds(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """S of every window that a model runs; it takes the clock's seconds, and every fourth one three times as many."""
     run, made = Runtime.run, list[int]()
 
-    def timed(runtime: Runtime, pieces: list[Piece]) -> list[Moments | ModelFault]:
-        made.extend(len(piece.noise_SL) for piece in pieces)
-        clock.now += sum((ENCODE_S + S) * (3 if len(made) % 4 == 0 else 1) for S in made[-len(pieces) :])
-        return run(runtime, pieces)
+    def timed(runtime: Runtime, inputs: list[WindowInput]) -> list[Moments | ModelFault]:
+        made.extend(len(window.noise_SL) for window in inputs)
+        clock.now += sum((ENCODE_S + S) * (3 if len(made) % 4 == 0 else 1) for S in made[-len(inputs) :])
+        return run(runtime, inputs)
 
     monkeypatch.setattr(Runtime, "run", timed)
     return made
@@ -304,7 +302,7 @@ def slow(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 def test_a_slow_networks_pace_is_known_before_its_first_request(slow: Segmenter) -> None:
     """It is loaded without a run of 32 samples, which would take 99 seconds."""
     runtime = slow.find("toy-latent")
-    pace, window = slow.scheduler._paces.of(runtime), runtime.card.window
+    pace, window = slow.scheduler._throughput.by_samples(runtime), runtime.card.window
     seconds = {S: pace.seconds(S) * window.height * window.width for S in (1, 2, 8, 32, 64)}
     assert seconds == pytest.approx({S: ENCODE_S + S * (SAMPLE_S + MOMENTS_S) for S in seconds})
 
@@ -337,9 +335,9 @@ def batches(scheduler: Scheduler, engine: TimedRuntime, *, num_requests: int) ->
     """Windows of each batch that is made of so many requests of one window and one sample, which all wait."""
     engine.go.clear()
     engine.entered.clear()
-    streams = [scheduler.submit(work(engine, 1))]  # type: ignore[arg-type]
+    streams = [scheduler.submit(work(scheduler, engine, 1))]  # type: ignore[arg-type]
     assert engine.entered.wait(WAIT_S)
-    streams += [scheduler.submit(work(engine, 1)) for _ in range(num_requests)]  # type: ignore[arg-type]
+    streams += [scheduler.submit(work(scheduler, engine, 1)) for _ in range(num_requests)]  # type: ignore[arg-type]
     engine.batches.clear()
     engine.go.set()
     assert in_threads(*streams) == [1] * (num_requests + 1)
@@ -349,7 +347,7 @@ def batches(scheduler: Scheduler, engine: TimedRuntime, *, num_requests: int) ->
 @pytest.fixture
 def aiming(clock: Clock) -> Iterator[Scheduler]:
     """Batches of n windows of one sample take 9 + 4 n seconds, so 5 of them are within half of 60 and 6 are not."""
-    made = Scheduler(queue_samples=10_000, cores=Cores(1), observer=Observer(), target_s=60.0)
+    made = Scheduler(queue_samples=10_000, cores=Cores(1), target_s=60.0)
     yield made
     made.close()
 
@@ -370,7 +368,7 @@ def test_batches_follow_a_machine_that_slows_down_and_recovers(aiming: Scheduler
 
 
 def test_a_target_that_no_batch_can_meet_leaves_batches_of_one(clock: Clock) -> None:
-    scheduler = Scheduler(queue_samples=10_000, cores=Cores(1), observer=Observer(), target_s=1.0)
+    scheduler = Scheduler(queue_samples=10_000, cores=Cores(1), target_s=1.0)
     engine = TimedRuntime(clock, windows_per_batch=8)
     assert batches(scheduler, engine, num_requests=5) == [1] * 5
     scheduler.close()
@@ -384,7 +382,7 @@ def test_without_a_target_batches_are_as_large_as_the_model_takes(scheduler: Sch
 
 
 def test_a_pace_is_a_line_through_what_was_measured() -> None:
-    pace = Pace()
+    pace = SecondsBySize()
     assert pace.seconds(4) == 0
     pace.learn(8, 16.0)
     assert [pace.seconds(S) for S in (1, 4, 8, 16)] == [2, 8, 16, 32]
@@ -393,7 +391,7 @@ def test_a_pace_is_a_line_through_what_was_measured() -> None:
 
 
 def test_a_pace_follows_the_machine() -> None:
-    pace = Pace()
+    pace = SecondsBySize()
     for seconds in [1.0] * 5 + [3.0] * 20:
         pace.learn(4, seconds)
     assert pace.seconds(4) == pytest.approx(3, rel=0.01)

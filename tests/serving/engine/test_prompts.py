@@ -132,7 +132,7 @@ def test_a_pixel_is_in_a_box_when_its_centre_is() -> None:
 )
 def test_a_box_that_cannot_be_meant_is_refused(segmenter: Segmenter, boxes: tuple, says: str) -> None:
     with pytest.raises(BadOption) as refusal:
-        segmenter.check(HEIGHT, WIDTH, SegmentOptions("toy-boxed", boxes=boxes))
+        segmenter.plan(HEIGHT, WIDTH, SegmentOptions("toy-boxed", boxes=boxes))
     assert says in str(refusal.value)
 
 
@@ -159,7 +159,7 @@ def test_a_prompt_that_the_model_does_not_take_is_refused(
     segmenter: Segmenter, options: SegmentOptions, says: str
 ) -> None:
     with pytest.raises(BadOption) as refusal:
-        segmenter.check(HEIGHT, WIDTH, options)
+        segmenter.plan(HEIGHT, WIDTH, options)
     assert says in str(refusal.value)
 
 
@@ -235,7 +235,7 @@ def test_an_extra_map_is_stitched_like_the_others(
 
 def test_an_extra_map_belongs_to_the_models_that_declare_it(segmenter: Segmenter) -> None:
     with pytest.raises(BadOption, match="no output 'brightness'; toy-latent has confidence"):
-        segmenter.check(9, 9, SegmentOptions("toy-latent", outputs=("brightness",)))
+        segmenter.plan(9, 9, SegmentOptions("toy-latent", outputs=("brightness",)))
 
 
 def test_a_graph_with_another_number_of_maps_than_its_card_is_refused(tmp_path: Path) -> None:
@@ -310,6 +310,6 @@ def test_an_image_that_a_model_would_see_whole_is_bounded(tmp_path: Path, of_ser
     card, network = toy_card("pointwise", name="toy", window=WindowSpec(0, 0, max_pixels=of_card))
     with serve(card, network, tmp_path, limits=Limits(window_pixels=of_server)) as segmenter:
         assert segmenter.find("toy").windows_per_batch == 1
-        segmenter.check(20, 50, SegmentOptions("toy"))
+        segmenter.plan(20, 50, SegmentOptions("toy"))
         with pytest.raises(TooLarge, match=r"sees an image whole and this one has 51x20 = 1,020 pixels.*1,000"):
-            segmenter.check(20, 51, SegmentOptions("toy"))
+            segmenter.plan(20, 51, SegmentOptions("toy"))

@@ -16,11 +16,14 @@ from penumbra.models.card import Card, WindowSpec
 from penumbra.models.errors import Cancelled, DeadlineExceeded, ModelFault, NotReady, PenumbraError, QueueFull
 from penumbra.serving.engine.moments import Moments
 from penumbra.serving.engine.noise import SeededNoise
-from penumbra.serving.engine.observer import Observer
-from penumbra.serving.engine.runtime import Piece
-from penumbra.serving.engine.scheduler import Scheduler, Stream
+from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.plan import RequestPlan
+from penumbra.serving.engine.raster import Raster
+from penumbra.serving.engine.request import Cancellation, QueuedRequest
+from penumbra.serving.engine.runtime import WindowInput
+from penumbra.serving.engine.scheduler import Observer, Scheduler
+from penumbra.serving.engine.throughput import Cores
 from penumbra.serving.engine.windows import Window, cover
-from penumbra.serving.engine.work import Cancellation, Cores, Work
 from tests.conftest import toy_card
 
 WAIT_S = 30
@@ -42,16 +45,16 @@ class SteppedRuntime:
     go: threading.Event = field(default_factory=threading.Event)
     entered: threading.Event = field(default_factory=threading.Event)
 
-    def run(self, pieces: list[Piece]) -> list[Moments | ModelFault]:
-        values = [round(float(piece.image_hw3[0, 0, 0]) * 255) for piece in pieces]
+    def run(self, inputs: list[WindowInput]) -> list[Moments | ModelFault]:
+        values = [round(float(window.image_hw3[0, 0, 0]) * 255) for window in inputs]
         self.entered.set()
         assert self.go.wait(WAIT_S)
         self.before(values)
         self.batches.append(values)
         return [
             ModelFault("not finite") if value == 255
-            else Moments(np.full((4, 3, 4), value, np.float32), np.zeros((4, 4), np.float32), len(piece.noise_SL))
-            for value, piece in zip(values, pieces, strict=True)
+            else Moments(np.full((4, 3, 4), value, np.float32), np.zeros((4, 4), np.float32), len(window.noise_SL))
+            for value, window in zip(values, inputs, strict=True)
         ]  # fmt: skip
 
 
@@ -64,24 +67,29 @@ def runtime(*, going: bool = True, **options: object) -> SteppedRuntime:
 
 @pytest.fixture
 def scheduler() -> Iterator[Scheduler]:
-    made = Scheduler(queue_samples=10_000, cores=Cores(1), observer=Observer())
+    made = Scheduler(queue_samples=10_000, cores=Cores(1))
     yield made
     made.close()
 
 
-def work(on: SteppedRuntime, num_windows: int, *, value: int = 1, samples: int = 1, **options: object) -> Work:
+def work(
+    scheduler: Scheduler, on: SteppedRuntime, num_windows: int, *, value: int = 1, samples: int = 1,
+    anytime: bool = False, priority: int = 0, **options: object,
+) -> QueuedRequest:  # fmt: skip
     """num_windows windows below each other, all pixels of them `value`."""
     image = np.full((4 * num_windows, 4, 3), value, np.uint8)
     noise = SeededNoise(on.card.sampling, seed=0, num_samples=samples)
-    return Work(on, image, cover(4 * num_windows, 4, SPEC), noise, samples, **options)  # type: ignore[arg-type]
+    asked = SegmentOptions(samples=samples, anytime=anytime, priority=priority)
+    plan = RequestPlan(on, asked, cover(4 * num_windows, 4, SPEC), noise)  # type: ignore[arg-type]
+    return QueuedRequest(scheduler, plan, Raster(image), **options)  # type: ignore[arg-type]
 
 
-def consume(stream: Stream) -> list[tuple[Window, float]]:
+def consume(stream: QueuedRequest) -> list[tuple[Window, float]]:
     with stream:
-        return [(window, float(moments.summed_hKw[0, 0, 0])) for window, moments in stream]
+        return [(window, float(moments.summed_hKw[0, 0, 0])) for window, moments in stream.finished()]
 
 
-def outcome(stream: Stream) -> int | PenumbraError:
+def outcome(stream: QueuedRequest) -> int | PenumbraError:
     """How many windows were answered, or what ended the request."""
     try:
         return len(consume(stream))
@@ -89,7 +97,7 @@ def outcome(stream: Stream) -> int | PenumbraError:
         return error
 
 
-def in_threads(*streams: Stream) -> list[int | PenumbraError]:
+def in_threads(*streams: QueuedRequest) -> list[int | PenumbraError]:
     with ThreadPoolExecutor(len(streams)) as threads:
         return list(threads.map(outcome, streams, timeout=WAIT_S))
 
@@ -109,7 +117,7 @@ def test_every_window_is_answered_once_and_in_order_under_many_threads(scheduler
 
     def request(number: int) -> list[tuple[int, float]]:
         value, num_windows, samples = requests[number]
-        stream = scheduler.submit(work((one, other)[number % 2], num_windows, value=value, samples=samples))
+        stream = scheduler.submit(work(scheduler, (one, other)[number % 2], num_windows, value=value, samples=samples))
         return [(window.index, answer) for window, answer in consume(stream)]
 
     with ThreadPoolExecutor(8) as threads:
@@ -123,9 +131,9 @@ def test_every_window_is_answered_once_and_in_order_under_many_threads(scheduler
 
 def test_a_small_request_is_not_starved_by_a_huge_one(scheduler: Scheduler) -> None:
     engine = runtime(going=False)
-    streams = [scheduler.submit(work(engine, 200, value=1))]
+    streams = [scheduler.submit(work(scheduler, engine, 200, value=1))]
     assert engine.entered.wait(WAIT_S)
-    streams.append(scheduler.submit(work(engine, 2, value=2)))
+    streams.append(scheduler.submit(work(scheduler, engine, 2, value=2)))
     engine.go.set()
     assert in_threads(*streams) == [200, 2]
     order = [value for batch in engine.batches for value in batch]
@@ -137,9 +145,9 @@ def test_a_small_request_is_not_starved_by_a_huge_one(scheduler: Scheduler) -> N
 def test_turns_are_taken_by_windows_times_samples(scheduler: Scheduler, samples: int, turns: list[int]) -> None:
     """Against windows of 4 samples, three of 1 sample go together and three of 4 samples alternate."""
     engine = runtime(going=False)
-    streams = [scheduler.submit(work(engine, 40, value=1, samples=4))]
+    streams = [scheduler.submit(work(scheduler, engine, 40, value=1, samples=4))]
     assert engine.entered.wait(WAIT_S)
-    streams.append(scheduler.submit(work(engine, 3, value=2, samples=samples)))
+    streams.append(scheduler.submit(work(scheduler, engine, 3, value=2, samples=samples)))
     engine.go.set()
     assert in_threads(*streams) == [40, 3]
     assert [value for batch in engine.batches for value in batch][: len(turns)] == turns
@@ -149,10 +157,10 @@ def test_windows_of_different_requests_share_a_batch_but_never_of_different_samp
     scheduler: Scheduler,
 ) -> None:
     engine = runtime(going=False, windows_per_batch=4)
-    streams = [scheduler.submit(work(engine, 1, value=0))]
+    streams = [scheduler.submit(work(scheduler, engine, 1, value=0))]
     assert engine.entered.wait(WAIT_S)
-    streams += [scheduler.submit(work(engine, 1, value=v)) for v in (1, 2, 3)]
-    streams.append(scheduler.submit(work(engine, 1, value=9, samples=2)))
+    streams += [scheduler.submit(work(scheduler, engine, 1, value=v)) for v in (1, 2, 3)]
+    streams.append(scheduler.submit(work(scheduler, engine, 1, value=9, samples=2)))
     engine.go.set()
     assert in_threads(*streams) == [1] * 5
     assert sorted(map(sorted, engine.batches)) == [[0], [1, 2, 3], [9]]
@@ -160,7 +168,7 @@ def test_windows_of_different_requests_share_a_batch_but_never_of_different_samp
 
 def test_a_request_is_only_a_few_windows_ahead_of_its_reader(scheduler: Scheduler) -> None:
     engine = runtime(windows_per_batch=2)
-    stream = scheduler.submit(work(engine, 100))
+    stream = scheduler.submit(work(scheduler, engine, 100))
     for _ in range(3):
         scheduler.call(lambda: None)
     assert 0 < sum(map(len, engine.batches)) <= 2 * 2 + 2
@@ -173,9 +181,11 @@ def test_a_request_is_only_a_few_windows_ahead_of_its_reader(scheduler: Schedule
 def order_of(scheduler: Scheduler, *requests: tuple[int, int, int], windows_per_batch: int = 1) -> list[int]:
     """Values in the order their windows were run, of (value, windows, priority) that wait at the same time."""
     engine = runtime(going=False, windows_per_batch=windows_per_batch)
-    streams = [scheduler.submit(work(engine, 1, value=0))]
+    streams = [scheduler.submit(work(scheduler, engine, 1, value=0))]
     assert engine.entered.wait(WAIT_S)
-    streams += [scheduler.submit(work(engine, num, value=value, priority=level)) for value, num, level in requests]
+    streams += [
+        scheduler.submit(work(scheduler, engine, num, value=value, priority=level)) for value, num, level in requests
+    ]
     engine.go.set()
     assert in_threads(*streams) == [1, *(num for _, num, _ in requests)]
     return [value for batch in engine.batches for value in batch][1:]
@@ -215,8 +225,8 @@ def test_a_request_of_the_first_priority_still_takes_turns_with_its_equals(sched
 def test_a_cancelled_requests_windows_leave_before_the_next_batch(scheduler: Scheduler) -> None:
     engine, cancelled = runtime(going=False), threading.Event()
     streams = [
-        scheduler.submit(work(engine, 50, value=1, cancelled=cancelled)),
-        scheduler.submit(work(engine, 3, value=2)),
+        scheduler.submit(work(scheduler, engine, 50, value=1, cancelled=cancelled)),
+        scheduler.submit(work(scheduler, engine, 3, value=2)),
     ]
     assert engine.entered.wait(WAIT_S)
     cancelled.set()
@@ -230,8 +240,8 @@ def test_a_cancelled_requests_windows_leave_before_the_next_batch(scheduler: Sch
 def test_an_expired_request_is_told_so_and_others_go_on(scheduler: Scheduler) -> None:
     engine = runtime(going=False)
     streams = [
-        scheduler.submit(work(engine, 50, value=1, deadline=time.perf_counter())),
-        scheduler.submit(work(engine, 3, value=2)),
+        scheduler.submit(work(scheduler, engine, 50, value=1, deadline=time.perf_counter())),
+        scheduler.submit(work(scheduler, engine, 3, value=2)),
     ]
     engine.go.set()
     ended, finished = in_threads(*streams)
@@ -239,7 +249,7 @@ def test_an_expired_request_is_told_so_and_others_go_on(scheduler: Scheduler) ->
     assert scheduler.queued == (0, 0)
 
 
-def told_while_a_batch_runs(scheduler: Scheduler, engine: SteppedRuntime, *late: Stream) -> list[object]:
+def told_while_a_batch_runs(scheduler: Scheduler, engine: SteppedRuntime, *late: QueuedRequest) -> list[object]:
     """What ends requests before the batch at work does; the one that it is of ends by itself afterwards."""
     ended = in_threads(*late)
     assert engine.batches == [] and not engine.go.is_set()
@@ -249,10 +259,12 @@ def told_while_a_batch_runs(scheduler: Scheduler, engine: SteppedRuntime, *late:
 @pytest.mark.parametrize("position", ["at work", "waiting"])
 def test_a_cancelled_request_is_told_while_a_batch_runs(scheduler: Scheduler, position: str) -> None:
     engine, cancelled = runtime(going=False), Cancellation()
-    first = scheduler.submit(work(engine, 2, value=1, cancelled=cancelled if position == "at work" else Cancellation()))
+    first = scheduler.submit(
+        work(scheduler, engine, 2, value=1, cancelled=cancelled if position == "at work" else Cancellation())
+    )
     assert engine.entered.wait(WAIT_S)
     second = scheduler.submit(
-        work(engine, 2, value=2, cancelled=cancelled if position == "waiting" else Cancellation())
+        work(scheduler, engine, 2, value=2, cancelled=cancelled if position == "waiting" else Cancellation())
     )
     leaving, staying = (first, second) if position == "at work" else (second, first)
     with ThreadPoolExecutor(1) as threads:
@@ -266,21 +278,21 @@ def test_a_cancelled_request_is_told_while_a_batch_runs(scheduler: Scheduler, po
 
 def test_expired_requests_are_told_while_a_batch_runs(scheduler: Scheduler) -> None:
     engine, soon = runtime(going=False), time.perf_counter() + 0.01
-    streams = [scheduler.submit(work(engine, 2, value=1, deadline=soon))]
+    streams = [scheduler.submit(work(scheduler, engine, 2, value=1, deadline=soon))]
     assert engine.entered.wait(WAIT_S)
-    streams.append(scheduler.submit(work(engine, 2, value=2, deadline=soon)))
+    streams.append(scheduler.submit(work(scheduler, engine, 2, value=2, deadline=soon)))
     assert told_while_a_batch_runs(scheduler, engine, *streams) == [DeadlineExceeded] * 2
     assert scheduler.queued == (0, 0)
     engine.go.set()
-    assert len(consume(scheduler.submit(work(engine, 3, value=3)))) == 3
+    assert len(consume(scheduler.submit(work(scheduler, engine, 3, value=3)))) == 3
 
 
 def test_a_request_that_was_cancelled_before_it_was_submitted_is_told_without_a_lane(scheduler: Scheduler) -> None:
     engine, cancelled = runtime(going=False), Cancellation()
-    busy = scheduler.submit(work(engine, 1))
+    busy = scheduler.submit(work(scheduler, engine, 1))
     assert engine.entered.wait(WAIT_S)
     cancelled.set()
-    late = scheduler.submit(work(engine, 1, cancelled=cancelled))
+    late = scheduler.submit(work(scheduler, engine, 1, cancelled=cancelled))
     assert told_while_a_batch_runs(scheduler, engine, late) == [Cancelled]
     engine.go.set()
     assert in_threads(busy) == [1]
@@ -297,7 +309,7 @@ def test_closing_waits_for_no_work_whose_caller_has_left(scheduler: Scheduler, m
 
     monkeypatch.setattr(scheduler._condition, "wait", resting)
     with ThreadPoolExecutor(1) as threads:
-        with scheduler.submit(work(engine, 100)):
+        with scheduler.submit(work(scheduler, engine, 100)):
             closing = threads.submit(scheduler.close)
             assert rests.wait(WAIT_S)
         closing.result(WAIT_S)
@@ -305,8 +317,8 @@ def test_closing_waits_for_no_work_whose_caller_has_left(scheduler: Scheduler, m
 
 def test_leaving_a_stream_gives_its_place_in_the_queue_back(scheduler: Scheduler) -> None:
     engine = runtime()
-    with scheduler.submit(work(engine, 500)) as stream:
-        next(iter(stream))
+    with scheduler.submit(work(scheduler, engine, 500)) as stream:
+        next(stream.finished())
     assert scheduler.queued == (0, 0)
 
 
@@ -315,12 +327,12 @@ def test_leaving_a_stream_gives_its_place_in_the_queue_back(scheduler: Scheduler
 
 def test_a_full_queue_refuses_at_the_door_and_says_when_to_come_again() -> None:
     engine = runtime(going=False)
-    scheduler = Scheduler(queue_samples=100, cores=Cores(1), observer=Observer())
-    streams = [scheduler.submit(work(engine, 20, samples=4))]
+    scheduler = Scheduler(queue_samples=100, cores=Cores(1))
+    streams = [scheduler.submit(work(scheduler, engine, 20, samples=4))]
     with pytest.raises(QueueFull, match="80 of 100 window-samples and this request needs 21") as refusal:
-        scheduler.submit(work(engine, 21))
+        scheduler.submit(work(scheduler, engine, 21))
     assert 1 <= refusal.value.retry_after_s <= 60
-    streams.append(scheduler.submit(work(engine, 20)))
+    streams.append(scheduler.submit(work(scheduler, engine, 20)))
     assert scheduler.queued == (40, 100)
     engine.go.set()
     assert in_threads(*streams) == [20, 20]
@@ -328,24 +340,24 @@ def test_a_full_queue_refuses_at_the_door_and_says_when_to_come_again() -> None:
 
 
 def test_an_empty_queue_takes_a_request_larger_than_itself() -> None:
-    scheduler = Scheduler(queue_samples=10, cores=Cores(1), observer=Observer())
-    assert len(consume(scheduler.submit(work(runtime(), 30)))) == 30
+    scheduler = Scheduler(queue_samples=10, cores=Cores(1))
+    assert len(consume(scheduler.submit(work(scheduler, runtime(), 30)))) == 30
     scheduler.close()
 
 
 def test_draining_refuses_new_work_and_finishes_the_accepted(scheduler: Scheduler) -> None:
     engine = runtime(going=False)
-    stream = scheduler.submit(work(engine, 5))
+    stream = scheduler.submit(work(scheduler, engine, 5))
     scheduler.drain()
     with pytest.raises(NotReady, match="draining"):
-        scheduler.submit(work(engine, 1))
+        scheduler.submit(work(scheduler, engine, 1))
     engine.go.set()
     assert in_threads(stream) == [5]
 
 
 def test_closing_finishes_accepted_work(scheduler: Scheduler) -> None:
     engine = runtime(going=False)
-    stream = scheduler.submit(work(engine, 30))
+    stream = scheduler.submit(work(scheduler, engine, 30))
     with ThreadPoolExecutor(2) as threads:
         reader = threads.submit(outcome, stream)
         closing = threads.submit(scheduler.close)
@@ -366,9 +378,9 @@ def test_a_failing_window_fails_only_its_own_request(scheduler: Scheduler) -> No
             raise ValueError("thirteen")
 
     engine = runtime(going=False, windows_per_batch=8, before=fail)
-    streams = [scheduler.submit(work(engine, 1, value=0))]
+    streams = [scheduler.submit(work(scheduler, engine, 1, value=0))]
     assert engine.entered.wait(WAIT_S)
-    streams += [scheduler.submit(work(engine, 4, value=value)) for value in (1, 13, 2, 3)]
+    streams += [scheduler.submit(work(scheduler, engine, 4, value=value)) for value in (1, 13, 2, 3)]
     engine.go.set()
     outcomes = in_threads(*streams)
     assert outcomes[:2] == [1, 4] and outcomes[3:] == [4, 4]
@@ -377,9 +389,9 @@ def test_a_failing_window_fails_only_its_own_request(scheduler: Scheduler) -> No
 
 def test_a_window_that_is_not_finite_ends_only_its_own_request(scheduler: Scheduler) -> None:
     engine = runtime(going=False, windows_per_batch=8)
-    streams = [scheduler.submit(work(engine, 1, value=0))]
+    streams = [scheduler.submit(work(scheduler, engine, 1, value=0))]
     assert engine.entered.wait(WAIT_S)
-    streams += [scheduler.submit(work(engine, 4, value=value)) for value in (1, 255, 2)]
+    streams += [scheduler.submit(work(scheduler, engine, 4, value=value)) for value in (1, 255, 2)]
     engine.go.set()
     outcomes = in_threads(*streams)
     assert outcomes[1] == outcomes[3] == 4
@@ -406,9 +418,9 @@ def test_out_of_memory_halves_the_batch_and_everything_is_answered(shortage: Exc
     observer = Counting()
     scheduler = Scheduler(queue_samples=10_000, cores=Cores(1), observer=observer)
     engine = runtime(going=False, windows_per_batch=8, before=too_much)
-    streams = [scheduler.submit(work(engine, 1, value=0))]
+    streams = [scheduler.submit(work(scheduler, engine, 1, value=0))]
     assert engine.entered.wait(WAIT_S)
-    streams += [scheduler.submit(work(engine, 10, value=value)) for value in (1, 2, 3)]
+    streams += [scheduler.submit(work(scheduler, engine, 10, value=value)) for value in (1, 2, 3)]
     engine.go.set()
     assert in_threads(*streams) == [1, 10, 10, 10]
     assert engine.windows_per_batch == 2 and max(map(len, engine.batches)) == 2 and observer.seen >= 2
@@ -422,9 +434,9 @@ def test_a_batch_that_is_halved_does_not_undo_what_another_lane_has_found(schedu
             raise MemoryError
 
     engine = runtime(going=False, windows_per_batch=8, before=too_much)
-    streams = [scheduler.submit(work(engine, 1, value=0))]
+    streams = [scheduler.submit(work(scheduler, engine, 1, value=0))]
     assert engine.entered.wait(WAIT_S)
-    streams.append(scheduler.submit(work(engine, 4)))
+    streams.append(scheduler.submit(work(scheduler, engine, 4)))
     engine.go.set()
     assert in_threads(*streams) == [1, 4] and engine.windows_per_batch == 1
 
@@ -433,7 +445,7 @@ def test_one_window_that_never_fits_is_a_fault_and_not_a_loop(scheduler: Schedul
     def too_much(_: list[int]) -> None:
         raise MemoryError
 
-    (ended,) = in_threads(scheduler.submit(work(runtime(before=too_much), 5)))
+    (ended,) = in_threads(scheduler.submit(work(scheduler, runtime(before=too_much), 5)))
     assert isinstance(ended, ModelFault)
 
 
@@ -445,7 +457,7 @@ def test_when_the_inference_thread_dies_nobody_waits_for_it() -> None:
 
     scheduler = Scheduler(queue_samples=10_000, cores=Cores(1), observer=Deadly())
     engine = runtime(going=False)
-    streams = [scheduler.submit(work(engine, 20, value=value)) for value in (1, 2, 3)]
+    streams = [scheduler.submit(work(scheduler, engine, 20, value=value)) for value in (1, 2, 3)]
     assert engine.entered.wait(WAIT_S)
     with ThreadPoolExecutor(1) as threads:
         call = threads.submit(scheduler.call, lambda: 1)
@@ -456,7 +468,7 @@ def test_when_the_inference_thread_dies_nobody_waits_for_it() -> None:
     scheduler.close()
     assert not scheduler.is_alive
     with pytest.raises(NotReady):
-        scheduler.submit(work(engine, 1))
+        scheduler.submit(work(scheduler, engine, 1))
 
 
 # -- calls ---------------------------------------------------------------------------------------
@@ -472,7 +484,7 @@ def test_a_calls_exception_is_raised_where_it_was_called_and_the_thread_goes_on(
 
     with pytest.raises(KeyError, match="of the caller"):
         scheduler.call(fail)
-    assert len(consume(scheduler.submit(work(runtime(), 2)))) == 2
+    assert len(consume(scheduler.submit(work(scheduler, runtime(), 2)))) == 2
 
 
 @given(
@@ -490,12 +502,14 @@ def test_whatever_requests_do_every_one_ends_and_the_queue_is_empty(
             raise ValueError
 
     engine = runtime(windows_per_batch=3, before=fail)
-    scheduler = Scheduler(queue_samples=10_000, cores=Cores(1), observer=Observer())
+    scheduler = Scheduler(queue_samples=10_000, cores=Cores(1))
 
     def request(num_windows: int, samples: int, what: str) -> int | PenumbraError:
         cancelled = threading.Event()
         value = {"nan": 255, "fail": 13}.get(what, 1)
-        stream = scheduler.submit(work(engine, num_windows, value=value, samples=samples, cancelled=cancelled))
+        stream = scheduler.submit(
+            work(scheduler, engine, num_windows, value=value, samples=samples, cancelled=cancelled)
+        )
         if what == "cancel":
             cancelled.set()
         if what == "leave":

@@ -285,11 +285,13 @@ def test_every_refusal_comes_before_any_window_runs(segmenter: Segmenter, rng: n
     assert segmenter.scheduler.queued == (0, 0)
 
 
-def test_too_many_windows_are_refused_with_a_remedy(toy_store: Path, rng: np.random.Generator) -> None:
-    with Segmenter(limits=Limits(windows=3), threads=1, device="cpu", tuning=FIXED) as segmenter:
-        segmenter.load(toy_store / "toy-pointwise" / "1")
-        with pytest.raises(TooLarge, match="needs 4 windows and the limit is 3; lower the overlap"):
-            segmenter.segment(picture(rng, 40, 60), ask("toy-pointwise"))
+def test_what_could_never_fit_the_queue_is_refused_with_a_remedy(toy_store: Path, rng: np.random.Generator) -> None:
+    with Segmenter(limits=Limits(queue_samples=15), threads=1, device="cpu", tuning=FIXED) as segmenter:
+        segmenter.load(toy_store / "toy-latent" / "1")
+        refused = r"4 windows x 4 samples = 16 window-samples and .*limit_queue_samples\) is 15; lower the overlap"
+        with pytest.raises(TooLarge, match=refused):
+            segmenter.segment(picture(rng, 40, 60), ask("toy-latent", samples=4))
+        assert segmenter.segment(picture(rng, 40, 60), ask("toy-latent", samples=2)).num_windows == 4
 
 
 def test_cancelled_and_expired_requests_end_so(segmenter: Segmenter, rng: np.random.Generator) -> None:

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from penumbra.models.errors import BadArtifact
-from penumbra.serving.engine.runtime import Piece, Runtime, Tuning, is_out_of_memory
+from penumbra.serving.engine.runtime import Runtime, Tuning, WindowInput, is_out_of_memory
 from penumbra.serving.engine.segmenter import Segmenter
 from tests.conftest import FIXED
 
@@ -141,10 +141,10 @@ def test_a_batch_that_does_not_fit_while_sizes_are_tried_is_only_too_large(
 ) -> None:
     run = Runtime.run
 
-    def fits_two(runtime: Runtime, pieces: list[Piece]) -> object:
-        if len(pieces) > 2:
+    def fits_two(runtime: Runtime, inputs: list[WindowInput]) -> object:
+        if len(inputs) > 2:
             raise RuntimeError(CUDA)
-        return run(runtime, pieces)
+        return run(runtime, inputs)
 
     monkeypatch.setattr(Runtime, "run", fits_two)
     with Segmenter(threads=1, device="cpu", tuning=Tuning(budget_s=1e9, samples_per_call=1)) as segmenter:

@@ -26,7 +26,7 @@ from tests.serving.http.test_http import PNG, ask, bomb, is_refused
 from tests.serving.server import MEASURED, Server, serving, until
 
 MIB = 2**20
-BODY, JSON, HEAD, PIXELS, WINDOWS = 4 * MIB, MIB // 2, 16_384, 1_000_000, 40
+BODY, JSON, HEAD, PIXELS, QUEUED = 4 * MIB, MIB // 2, 16_384, 1_000_000, 160
 ROOM_MIB, ON_ITS_WAY_MIB = 64, 2
 """What the server may take beyond its size at rest: bodies and JSON within their limits, and a picture's maps; and for
 each connection what arrived and was not looked at yet."""
@@ -53,7 +53,7 @@ class Memory:
 def limited(toy_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Memory]]:
     settings = {
         "limit_body_bytes": BODY, "limit_json_bytes": JSON, "limit_head_bytes": HEAD, "limit_pixels": PIXELS,
-        "limit_windows": WINDOWS, "predrain_s": 0, **MEASURED,
+        "limit_queue_samples": QUEUED, "predrain_s": 0, **MEASURED,
     }  # fmt: skip
     with serving(toy_store, tmp_path_factory.mktemp("limited"), **settings) as server:
         with server.client() as client:
@@ -100,7 +100,7 @@ REFUSED: dict[str, tuple[str, dict[str, str], Callable[[], object], int, str]] =
     "pixels by the header": (SEGMENT, PICTURE, lambda: bomb(30_000), 413, f"{PIXELS:,}"),
     "pixels of a real picture": (SEGMENT, PICTURE, lambda: picture_bytes(6000, 6000), 413, f"{PIXELS:,}"),
     "text that inflates in a picture": (SEGMENT, PICTURE, lambda: deep_text(128 * MIB), 400, ""),
-    "windows": (SEGMENT + "&overlap=0.9", PICTURE, lambda: picture_bytes(900, 900), 413, f"limit is {WINDOWS}"),
+    "windows": (SEGMENT + "&overlap=0.9", PICTURE, lambda: picture_bytes(900, 900), 413, f"is {QUEUED}; lower"),
     "samples": (SEGMENT + "&samples=999999999", PICTURE, lambda: PNG, 400, "1 to 64"),
     "json of /predict": ("/predict", JSON_HEADERS, lambda: LISTS[: JSON + 1], 413, f"{JSON:,}"),
     "json of /v2": (INFER, JSON_HEADERS, lambda: OPENING, 413, f"{JSON:,}"),

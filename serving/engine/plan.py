@@ -1,0 +1,113 @@
+"""What a request asks of a model, checked and laid out: made once, before its pixels are looked at."""
+
+from dataclasses import dataclass, replace
+
+from penumbra.models.card import Card, Sampling
+from penumbra.models.errors import BadOption, TooLarge
+from penumbra.serving.engine.noise import NoiseSource, SeededNoise
+from penumbra.serving.engine.options import PROBABILITIES, Limits, SegmentOptions, abstain_above, check_options
+from penumbra.serving.engine.prompts import PromptSource, check_prompt
+from penumbra.serving.engine.runtime import Runtime
+from penumbra.serving.engine.windows import WindowPlan, count_windows, cover
+
+NORMAL = 2
+"""The priority of a request that names none."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RequestPlan:
+    """A request that can be answered: its model, its options with their defaults set, its windows and its prompt."""
+
+    runtime: Runtime
+    options: SegmentOptions
+    windows: WindowPlan
+    noise: NoiseSource
+    prompt: PromptSource | None = None
+
+    @property
+    def card(self) -> Card:
+        return self.runtime.card
+
+    @property
+    def num_samples(self) -> int:
+        return self.options.num_samples(self.card)
+
+    @property
+    def sampling(self) -> Sampling:
+        return self.card.sampling_with(prompt=self.prompt is not None)
+
+    @property
+    def priority(self) -> int:
+        return self.options.priority or NORMAL
+
+    @property
+    def is_anytime(self) -> bool:
+        """Whether fewer samples, the same of every window, are better than a missed deadline."""
+        return self.options.anytime and self.sampling.kind in ("latent", "dropout")
+
+    @property
+    def least_samples(self) -> int:
+        return 2 if "mutual_information" in self.options.outputs else 1
+
+    @property
+    def abstain_above(self) -> float | None:
+        """Entropy in nats above which a label is withheld; None where no risk is bounded."""
+        return None if self.options.max_risk is None else abstain_above(self.card, self.options.max_risk)
+
+
+def resolve(options: SegmentOptions, card: Card, limits: Limits) -> SegmentOptions:
+    """The options with the model's name, version and number of samples. Raises BadOption for what no image mends."""
+    return replace(options, model=card.name, version=card.version, samples=check_options(options, card, limits))
+
+
+def plan_request(
+    runtime: Runtime, options: SegmentOptions, height: int, width: int, *, limits: Limits
+) -> RequestPlan:  # fmt: skip
+    """Lay out the windows of an image of this size. options: as `resolve` gives them.
+
+    Raises BadOption for a prompt that does not fit the image, and TooLarge.
+    """
+    card = runtime.card
+    prompt = check_prompt(card, height, width, boxes=options.boxes, tags=options.tags, alpha=options.alpha)
+    _check_windows(height, width, card, options, limits=limits)
+    if PROBABILITIES in options.outputs:
+        _check_probabilities(height, width, card, limits=limits)
+    sampling = card.sampling_with(prompt=prompt is not None)
+    noise = SeededNoise(sampling, seed=options.seed, num_samples=options.num_samples(card))
+    return RequestPlan(runtime, options, cover(height, width, card.window, options.overlap), noise, prompt)
+
+
+def check_long(options: SegmentOptions) -> None:
+    """Raises BadOption for what only images have that are answered at once."""
+    asked = {
+        PROBABILITIES: PROBABILITIES in options.outputs, "deadline_ms": options.deadline_ms is not None,
+        "anytime": options.anytime,
+    }  # fmt: skip
+    if names := [name for name, is_asked in asked.items() if is_asked]:
+        raise BadOption(f"{' and '.join(names)} can be had only for images that are answered at once; leave it out")
+
+
+def _check_windows(height: int, width: int, card: Card, options: SegmentOptions, *, limits: Limits) -> None:
+    limit = min(limits.window_pixels, card.window.max_pixels or limits.window_pixels)
+    if card.window.height == 0 and height * width > limit:
+        raise TooLarge(
+            f"{card.name} sees an image whole and this one has {width}x{height} = {height * width:,} pixels; the "
+            f"limit for that is {limit:,}: send a smaller image or parts of it"
+        )
+    num_windows = count_windows(height, width, card.window, options.overlap)
+    num_samples = options.num_samples(card)
+    if num_windows * num_samples > limits.queue_samples:
+        raise TooLarge(
+            f"the image needs {num_windows} windows x {num_samples} samples = {num_windows * num_samples:,} "
+            f"window-samples and the limit of the queue (limit_queue_samples) is {limits.queue_samples:,}; lower the "
+            "overlap or the samples, or send a smaller image or parts of it"
+        )
+
+
+def _check_probabilities(height: int, width: int, card: Card, *, limits: Limits) -> None:
+    size = 4 * height * width * card.num_classes
+    if size > limits.probability_bytes:
+        raise TooLarge(
+            f"the probabilities of {card.num_classes} classes at {width}x{height} px have {size:,} bytes and the limit "
+            f"is {limits.probability_bytes:,}; send a smaller image or leave out {PROBABILITIES}"
+        )

@@ -1,0 +1,262 @@
+"""One admitted request: its windows, its virtual time in the queue, its answers, and the bands that they become.
+
+`penumbra.serving.engine.scheduler` runs its windows; whoever iterates it gets the rows of the answer.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from penumbra.models.errors import Cancelled, DeadlineExceeded, PenumbraError
+from penumbra.serving.engine.canvas import Canvas
+from penumbra.serving.engine.kernels import FloatArray
+from penumbra.serving.engine.moments import Moments
+from penumbra.serving.engine.plan import NORMAL, RequestPlan
+from penumbra.serving.engine.raster import Raster
+from penumbra.serving.engine.uncertainty import Band, abstain, read_out, withhold_void
+from penumbra.serving.engine.windows import Window
+
+if TYPE_CHECKING:
+    from penumbra.serving.engine.scheduler import Scheduler
+
+STRIDES = {1: 1, NORMAL: 4, 3: 16}
+"""Priority -> how far a sample moves its virtual time: while all have work, they get 16, 4 and 1 of 21 samples."""
+
+Progress = Callable[[int, int], object]
+"""Takes how many windows are done, and how many there are."""
+Finished = tuple[Window, Moments]
+
+
+class Cancellation(threading.Event):
+    """The word that nobody waits for an answer any longer; it wakes whoever waits for something else meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._wakes: list[Callable[[], object]] = []
+
+    def set(self) -> None:
+        super().set()
+        for wake in list(self._wakes):
+            wake()
+
+    @contextmanager
+    def waking(self, wake: Callable[[], object]) -> Iterator[None]:
+        """Call `wake`, from whatever thread says it, if that is said within the `with` block or was before."""
+        self._wakes.append(wake)
+        try:
+            if self.is_set():
+                wake()
+            yield
+        finally:
+            self._wakes.remove(wake)
+
+
+@dataclass(slots=True, eq=False)
+class PriorityClass:
+    """The requests of one priority.
+
+    virtual_time: of the class among the classes. request_time: that of the request which it served last.
+    """
+
+    priority: int
+    virtual_time: float = 0.0
+    request_time: float = 0.0
+
+
+class QueuedRequest:
+    """A request that runs while it is iterated. It enters the queue with the first band, and what has not run leaves
+    it when the caller stops, so that nothing stays there that nobody waits for. Iterate once.
+
+    Bands are the answer's rows as they become final. Where it is `anytime`, fewer samples can be found to be enough
+    while it runs; bands then come from the first one again, and those before are void. Pixels without a measurement
+    have the label IGNORE, and NaN for maps and probabilities.
+
+    timing_ms: milliseconds by phase; `total` is clocked by whoever iterates. num_samples: of the answer so far. What
+    comes from `enter` on is the queue's, guarded by the scheduler's condition; all before is for the request's thread.
+    """
+
+    def __init__(
+        self, scheduler: "Scheduler", plan: RequestPlan, image_HW3: Raster, *,
+        cancelled: threading.Event | None = None, deadline: float = float("inf"), from_y: int | None = None,
+    ) -> None:  # fmt: skip
+        """cancelled: set it to withdraw; where it is a `Cancellation`, at once, and else with the batch at work.
+        deadline: a time of `time.perf_counter`. from_y: of long work, the row of the image whose band is the first;
+        it is never refused and takes no place in the queue from others, so its number is bounded elsewhere.
+        """
+        assert image_HW3.shape[:2] == (plan.windows.height, plan.windows.width)
+        self.plan, self.image_HW3 = plan, image_HW3
+        self.cancelled, self.deadline = cancelled or Cancellation(), deadline
+        self.in_background = from_y is not None
+        self.timing_ms = dict.fromkeys(("queue", "run", "stitch", "read_out", "total"), 0.0)
+        self._first_y = plan.windows.band_of(from_y or 0)
+        self._first_row = plan.windows.row_before(self._first_y)
+        self._scheduler, self._listening = scheduler, ExitStack()
+        self.restart(plan.num_samples)
+
+    def __iter__(self) -> Iterator[Band]:
+        return self.bands()
+
+    def bands(self, progress: Progress = lambda num_done, num_windows: None) -> Generator[Band]:
+        """Run it. progress: called at first and after every window. Raises any PenumbraError."""
+        card, windows = self.plan.card, self.plan.windows
+        with self._scheduler.submit(self):
+            progress(self.first_window, windows.num_windows)
+            for window, moments in self.finished():
+                if window.index == self.first_window:
+                    canvas = Canvas(
+                        windows, card.num_classes, num_extras=len(card.extra_maps), first_row=self._first_row
+                    )
+                progress(window.index + 1, windows.num_windows)
+                with self.clock("stitch"):
+                    canvas.add(window, moments)
+                for y0, *merged in canvas.finished(window):
+                    if y0 >= self._first_y:
+                        with self.clock("read_out"):
+                            band = self._read_out(y0, *merged, num_samples=moments.num_samples)
+                        yield band
+        assert self.started
+        self.timing_ms["queue"] = 1e3 * (self.started - self.submitted)
+        self.timing_ms["run"] = 1e3 * self.run_s
+
+    def _read_out(
+        self, y0: int, merged_hKW: FloatArray, expected_hW: FloatArray, extras_hEW: FloatArray, *, num_samples: int
+    ) -> Band:
+        card, above_nats = self.plan.card, self.plan.abstain_above
+        band = read_out(y0, merged_hKW, expected_hW, card=card, num_samples=num_samples)
+        band.maps.update(zip((extra.name for extra in card.extra_maps), extras_hEW.transpose(1, 0, 2), strict=True))
+        if above_nats is not None:
+            abstain(band, above_nats=above_nats)
+        withhold_void(band, self.image_HW3)
+        return band
+
+    def finished(self) -> Iterator[Finished]:
+        """Finished windows in the plan's order, once it is submitted.
+
+        Where the moments have another number of samples than those before, windows come from the first one on again.
+        """
+        num_samples, due = 0, self.first_window
+        early: dict[int, Finished] = {}
+        """Windows that another lane had ready before those that come first."""
+        while due < self.plan.windows.num_windows:
+            window, moments = self._wait()
+            if moments.num_samples != num_samples:
+                for _ in early:
+                    self._scheduler.consumed(self)
+                num_samples, due, early = moments.num_samples, self.first_window, {}
+            early[window.index] = window, moments
+            while due in early:
+                self._scheduler.consumed(self)
+                yield early.pop(due)
+                due += 1
+
+    def _wait(self) -> Finished:
+        """The next window that is ready. Raises what ends the request once it is known."""
+        while True:
+            left_s = min(max(self.deadline - time.perf_counter(), 0.0), threading.TIMEOUT_MAX)
+            answer: Finished | PenumbraError | None = None
+            with suppress(queue.Empty):
+                answer = self.answers.get(timeout=left_s)
+            answer = answer or self.ending(time.perf_counter())
+            if isinstance(answer, PenumbraError):
+                raise answer
+            if answer:
+                return answer
+
+    @contextmanager
+    def clock(self, phase: str) -> Iterator[None]:
+        """Add the time spent in a `with` block to a phase."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timing_ms[phase] += 1e3 * (time.perf_counter() - started)
+
+    def __enter__(self) -> "QueuedRequest":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Withdraw what has not run."""
+        self._listening.close()
+        self._scheduler.withdraw(self)
+
+    def enter(self, priority_class: PriorityClass, *, lanes: int) -> None:
+        """Take a place in the queue."""
+        self.priority_class, self._lanes = priority_class, lanes
+        self.virtual_time = priority_class.request_time
+        self.submitted = time.perf_counter()
+        self.started: float | None = None
+        self.run_s = 0.0
+        self.ahead = 0
+        """Windows taken from the plan and not yet consumed by the request's thread."""
+        self.answers: queue.SimpleQueue[Finished | PenumbraError] = queue.SimpleQueue()
+        if isinstance(self.cancelled, Cancellation):
+            self._listening.enter_context(self.cancelled.waking(partial(self._scheduler.cancel, self)))
+
+    def restart(self, num_samples: int) -> None:
+        """Take the windows from the first one on, each with this many samples."""
+        self.num_samples = num_samples
+        self._windows = self.plan.windows.windows(self._first_row)
+        self.untaken = self.unanswered = self.num_windows
+
+    @property
+    def num_windows(self) -> int:
+        """Windows to run."""
+        return self.plan.windows.num_windows - self.first_window
+
+    @property
+    def first_window(self) -> int:
+        """Its index in the plan."""
+        return self._first_row * len(self.plan.windows.starts_x)
+
+    @property
+    def window_pixels(self) -> int:
+        return self.plan.windows.window_height * self.plan.windows.window_width
+
+    def samples_within(self, most: int) -> int:
+        """The samples of a window that is still to come, where no more than `most` are taken if that can be chosen."""
+        return min(most, self.plan.num_samples) if self.plan.is_anytime and not self.started else self.num_samples
+
+    @property
+    def reserved(self) -> int:
+        """What it counts in the queue: windows x samples without an answer."""
+        return 0 if self.in_background else self.unanswered * self.num_samples
+
+    @property
+    def batch_key(self) -> tuple[object, ...]:
+        """Windows with equal keys can share a batch: same model, number of samples, size, and all or none prompted."""
+        windows = self.plan.windows
+        size = windows.window_height, windows.window_width
+        return id(self.plan.runtime), self.num_samples, size, self.plan.prompt is None
+
+    @property
+    def has_room(self) -> bool:
+        """Windows for every lane and one batch more may be ahead of what was stitched."""
+        return self.untaken > 0 and self.ahead <= (self._lanes + 1) * self.plan.runtime.windows_per_batch
+
+    @property
+    def precedence(self) -> tuple[float, int, float]:
+        """The least of all is served next."""
+        return self.priority_class.virtual_time, self.priority_class.priority, self.virtual_time
+
+    def take(self) -> Window:
+        """The next window, at the cost of the request's virtual time and its class's."""
+        self.started = self.started or time.perf_counter()
+        self.priority_class.request_time = self.virtual_time
+        self.untaken, self.ahead, self.virtual_time = (
+            self.untaken - 1, self.ahead + 1, self.virtual_time + self.num_samples
+        )  # fmt: skip
+        self.priority_class.virtual_time += self.num_samples * STRIDES[self.priority_class.priority]
+        return next(self._windows)
+
+    def ending(self, now: float) -> PenumbraError | None:
+        """Why the request is over before it is answered, if it is."""
+        if self.cancelled.is_set():
+            return Cancelled("the request was cancelled")
+        if now > self.deadline:
+            return DeadlineExceeded(f"the deadline passed after {now - self.submitted:.1f} s")
+        return None
