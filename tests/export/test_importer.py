@@ -1,108 +1,21 @@
 """Imports are strict: every tensor of a published file is used, a proven copy, or named as left out."""
 
-import dataclasses
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
-from penumbra import models
-from penumbra.__main__ import main
 from penumbra.export.importer import import_checkpoint
-from penumbra.models.card import ClassInfo, InputSpec, Readout, Sampling, WindowSpec
+from penumbra.models.card import ClassInfo, Readout, Sampling, WindowSpec
 from penumbra.models.checkpoint import load_checkpoint
-from penumbra.models.classes import VOC, color_of, read_classes
-from penumbra.models.contract import Features, Method, Network
+from penumbra.models.classes import VOC
 from penumbra.models.errors import BadCheckpoint, BadOption
-from penumbra.models.layout import Assembly, Layout, Protocol, Upstream
 from penumbra.serving.engine.store import sha256_of
+from tests.export.tiny import state
 
+pytestmark = pytest.mark.usefixtures("two_more_methods")
 THREE = tuple(ClassInfo(name, (k, k, k)) for k, name in enumerate("abc"))
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class TinyConfig:
-    num_classes: int
-    branches: int = 1
-    sampling: Literal["latent", "dropout"] = "latent"
-
-
-class TinyNetwork(Network):
-    """One convolution and a BatchNorm per branch, and centres that some files lack."""
-
-    def __init__(self, config: TinyConfig) -> None:
-        super().__init__()
-        self.sampling = Sampling(kind=config.sampling, noise_length=4, default_samples=8)
-        self.branches = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(3, config.num_classes, 1), nn.BatchNorm2d(config.num_classes))
-            for _ in range(config.branches)
-        )
-        self.centres = nn.Buffer(torch.ones(config.num_classes, 4))
-
-    def encode(self, image_B3hw: Tensor) -> Features:
-        return tuple(branch(image_B3hw) for branch in self.branches)
-
-    def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
-        return features[0].expand(len(noise_SBL), -1, -1, -1, -1)
-
-
-def assemble(parts: Mapping[str, Mapping[str, Tensor]]) -> Assembly:
-    tensors = parts["tiny"]
-    num_classes = len(tensors["branches.0.0.weight"])
-    has_centres = any("centres" in held for held in parts.values())
-    return Assembly(
-        config=TinyConfig(num_classes),
-        input=InputSpec(mean=(0, 0, 0)),
-        published=Protocol(WindowSpec(0, 0), Readout(average="logits"), 20, "window", unused=("branches.1.",)),
-        ours=Protocol(WindowSpec(64, 64), default_samples=4),
-        ours_config=TinyConfig(num_classes, branches=2),
-        warnings=() if has_centres else ("the centres are zero",),
-    )
-
-
-def tiny(name: str) -> Method:
-    main_file = Layout(
-        name=name,
-        markers=(f"{name}_a.conv.weight",),
-        renames={
-            f"{name}_{letter}.{theirs}": f"branches.{branch}.{ours}"
-            for branch, letter in enumerate("ab")
-            for theirs, ours in (("conv.", "0."), ("bn.", "1."))
-        },
-        containers=("teacher", "model"),
-        aliases={"copy.": f"{name}_a."},
-        train_only=("aux.", f"{name}_a.conv.helper."),
-        beside={"memory": "centres"},
-    )
-    centres = Layout(name=f"{name} centres", markers=("memory",), renames={"memory": "centres"}, containers=())
-    upstream = Upstream((main_file, centres), assemble, source="someone/tiny 0123abc")
-    return Method(name=name, citation="", config=TinyConfig, build=TinyNetwork, upstream=upstream)
-
-
-@pytest.fixture(autouse=True)
-def _two_more_methods(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("tiny", "other"):
-        monkeypatch.setitem(models.methods(), name, tiny(name))
-
-
-def state(name: str = "tiny", *, num_classes: int = 3, seed: int = 0) -> dict[str, Tensor]:
-    """A published state dict: two branches, and a helper of training."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors: dict[str, Tensor] = {}
-    for letter in "ab":
-        conv, norm = f"{name}_{letter}.conv", f"{name}_{letter}.bn"
-        tensors[f"{conv}.weight"] = torch.randn(num_classes, 3, 1, 1, generator=generator)
-        for key in (f"{conv}.bias", *(f"{norm}.{part}" for part in ("weight", "bias", "running_mean", "running_var"))):
-            tensors[key] = torch.rand(num_classes, generator=generator)
-        tensors[f"{norm}.num_batches_tracked"] = torch.tensor(7)
-    return tensors | {"aux.weight": torch.zeros(2)}
-
-
 MEMORY = torch.arange(12.0).reshape(3, 4)
 
 
@@ -338,85 +251,3 @@ def test_classes_come_from_the_data_set_with_as_many(tmp_path: Path) -> None:
 def test_the_output_is_a_plain_name_with_our_suffix(tmp_path: Path, name: str) -> None:
     with pytest.raises(BadOption, match="safetensors is wanted"):
         import_checkpoint("tiny", [tmp_path / "a.pth"], tmp_path / name)
-
-
-# -- the command ----------------------------------------------------------------------------------
-
-
-def run(tmp_path: Path, *arguments: str, content: object = None) -> Result:
-    torch.save(content or {"model": state(), "epoch": 1}, tmp_path / "a.pth")
-    command = ["import", "tiny", str(tmp_path / "a.pth"), "-o", str(tmp_path / "ours.safetensors"), *arguments]
-    return CliRunner().invoke(main, command)
-
-
-@pytest.fixture
-def names(tmp_path: Path) -> Path:
-    path = tmp_path / "names.txt"
-    path.write_text("road\nsky above\ncar\n")
-    return path
-
-
-def test_the_command_says_what_was_left_out_and_what_comes_next(tmp_path: Path, names: Path) -> None:
-    result = run(tmp_path, "--classes", str(names))
-    assert result.exit_code == 0, result.output
-    for word in ("aux.weight", "tiny_b.conv.weight", "epoch", "next: penumbra export", "3 classes"):
-        assert word in result.stdout
-    warnings = result.stderr.splitlines()
-    assert warnings[0] == "penumbra: warning: the centres are zero"
-    assert "leaves 6 of the file's tensors out" in warnings[1] and "--protocol penumbra to keep them" in warnings[1]
-    assert "averages logits" in warnings[2] and len(warnings) == 3
-    card, _ = load_checkpoint(tmp_path / "ours.safetensors")
-    assert [info.name for info in card.classes] == ["road", "sky above", "car"]
-
-
-def test_the_command_speaks_json(tmp_path: Path, names: Path) -> None:
-    result = run(tmp_path, "--classes", str(names), "--json", "--protocol", "penumbra", "--sampling", "dropout")
-    answer = json.loads(result.stdout)
-    assert answer["train_only"] == ["aux.weight"] and answer["card"]["sampling"]["kind"] == "dropout"
-    assert answer["file"] == str(tmp_path / "ours.safetensors") and answer["warnings"] == ["the centres are zero"]
-
-
-def test_the_command_counts_many_tensors_by_the_start_of_their_names(tmp_path: Path, names: Path) -> None:
-    many = {f"aux.block.{i}.weight": torch.zeros(1) for i in range(40)}
-    result = run(tmp_path, "--classes", str(names), content={"model": state() | many})
-    assert "aux.block" in result.stdout and "40" in result.stdout and "aux.block.7" not in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("arguments", "content", "code", "word"),
-    [
-        ((), None, 2, "--classes"),
-        (("--classes", "nowhere.txt"), None, 2, "nowhere.txt"),
-        (("--classes", "voc"), None, 2, "21 classes are named"),
-        (("--classes", "voc"), {"model": {"x": torch.zeros(1)}}, 1, "no checkpoint of tiny"),
-    ],
-)
-def test_the_command_fails_in_one_sentence(
-    tmp_path: Path, arguments: tuple[str, ...], content: object, code: int, word: str
-) -> None:
-    result = run(tmp_path, *arguments, content=content)
-    assert (result.exit_code, result.stdout) == (code, "")
-    (sentence,) = result.stderr.splitlines()
-    assert sentence.startswith("penumbra: ") and word in sentence
-
-
-# -- classes --------------------------------------------------------------------------------------
-
-
-def test_classes_are_read_from_a_table_from_lines_and_from_json(tmp_path: Path) -> None:
-    path = tmp_path / "classes"
-    assert read_classes("voc") == VOC
-    path.write_text('["a", {"name": "b", "color": [1, 2, 3]}]')
-    assert read_classes(str(path)) == (ClassInfo("a", (0, 0, 0)), ClassInfo("b", (1, 2, 3)))
-
-
-def test_the_palette_is_that_of_pascal_voc() -> None:
-    assert [color_of(k) for k in range(len(VOC))] == [info.color for info in VOC]
-    assert len({color_of(k) for k in range(255)}) == 255
-
-
-@pytest.mark.parametrize("text", ["", "a", '["a"]', "a\n\nb", "[1, 2]", '["a"', '[{"name": "a"}, "b"]', '["", "b"]'])
-def test_class_files_are_read_strictly(tmp_path: Path, text: str) -> None:
-    (tmp_path / "classes").write_text(text)
-    with pytest.raises(BadOption, match="classes"):
-        read_classes(str(tmp_path / "classes"))
