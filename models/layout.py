@@ -10,6 +10,15 @@ from typing import Any, Literal
 from torch import Tensor
 
 from penumbra.models.card import InputSpec, Readout, WindowSpec
+from penumbra.models.errors import BadCheckpoint
+
+CITY_CLASSES = 19
+"""Cityscapes has a published protocol of its own with several methods."""
+DEPTHS: dict[int, Literal[50, 101]] = {6: 50, 23: 101}
+"""Depth of a ResNet of bottlenecks by the number of blocks in its third stage."""
+
+Parts = Mapping[str, Mapping[str, Tensor]]
+"""Tensors by our name, by the name of the layout that their file has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +75,33 @@ class Assembly:
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """A method's published files. assemble: from {layout name: {our tensor name: tensor}} to an Assembly.
+    """A method's published files. assemble: from the parts of all files given together to an Assembly.
 
-    Tensors of all files given together are joined under our names. `assemble` raises BadCheckpoint when the files do
-    not make a network together (a part is missing, class counts differ).
+    It raises BadCheckpoint when the files make no network together (a part is missing, class counts differ), and
+    KeyError for a tensor that it looks for in vain.
     """
 
     layouts: tuple[Layout, ...]
-    assemble: Callable[[Mapping[str, Mapping[str, Tensor]]], Assembly]
+    assemble: Callable[[Parts], Assembly]
     source: str = ""
     """Repository and commit that the layouts were read from."""
+
+
+def only_part(parts: Parts) -> tuple[str, Mapping[str, Tensor]]:
+    """Layout name and tensors of the one file that makes a network. Raises BadCheckpoint: there are several."""
+    if len(parts) != 1:
+        raise BadCheckpoint(f"files of {' and '.join(parts)} make no network together; one file is wanted")
+    return next(iter(parts.items()))
+
+
+def count_items(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    """Length of the list of modules whose tensors' names begin with `prefix`."""
+    return len({name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)})
+
+
+def read_depth(tensors: Mapping[str, Tensor], stage: str) -> Literal[50, 101]:
+    """Depth of a ResNet by its third stage, whose names begin with `stage`. Raises BadCheckpoint: another one."""
+    blocks = count_items(tensors, stage)
+    if blocks not in DEPTHS:
+        raise BadCheckpoint(f"the third stage of the ResNet has {blocks} blocks; 6 (R50) or 23 (R101) are known")
+    return DEPTHS[blocks]

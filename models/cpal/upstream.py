@@ -11,8 +11,7 @@ from torch import Tensor
 
 from penumbra.models.card import InputSpec, Readout, WindowSpec
 from penumbra.models.cpal.config import CpalConfig, deeplabv2, sipe, wrn38
-from penumbra.models.errors import BadCheckpoint
-from penumbra.models.layout import Assembly, Layout, Protocol, Upstream
+from penumbra.models.layout import Assembly, Layout, Parts, Protocol, Upstream, only_part
 
 STAGES = {"0.0.": "conv1.", "0.1.": "bn1."} | {f"{n}.0.": f"layer{n}." for n in (1, 2, 3, 4)}
 """SIPE stores its backbone three times; this is how the two further copies call a stage."""
@@ -46,11 +45,9 @@ WINDOWS = WindowSpec(512, 512)
 CAFFE = InputSpec(mean=(104.008, 116.669, 122.675), std=(1.0, 1.0, 1.0), scale=1.0, order="BGR")
 
 
-def assemble(files: Mapping[str, Mapping[str, Tensor]]) -> Assembly:
+def assemble(parts: Parts) -> Assembly:
     """One network from one file."""
-    if len(files) != 1:
-        raise BadCheckpoint(f"the files hold {', '.join(sorted(files))}; each makes a network alone, give one")
-    ((layout, tensors),) = files.items()
+    layout, tensors = only_part(parts)
     return {"sipe": _localisation, "deeplabv2": _deeplabv2, "wrn38": _wrn38}[layout](tensors)
 
 

@@ -4,19 +4,10 @@ CPS and Mean Teacher have the same names, so a file does not say which of them i
 student, which its evaluation uses. GCT's `l_model` is evaluated too. CCT has one network, without a prefix.
 """
 
-from collections.abc import Mapping
-
-from torch import Tensor
-
 from penumbra.models.blocks.resnet import ResNetConfig
 from penumbra.models.card import InputSpec, Readout, WindowSpec
 from penumbra.models.cps.net import CpsConfig
-from penumbra.models.errors import BadCheckpoint
-from penumbra.models.layout import Assembly, Layout, Protocol, Upstream
-
-CITY_CLASSES = 19
-DEPTH_BY_BLOCKS = {6: 50, 23: 101}
-"""ResNet depth by the number of blocks in its third stage."""
+from penumbra.models.layout import CITY_CLASSES, Assembly, Layout, Parts, Protocol, Upstream, only_part, read_depth
 
 
 def _branch(theirs: str, ours: str, classifier: str = "classifier.") -> dict[str, str]:
@@ -50,16 +41,11 @@ CCT = Layout(
 )
 
 
-def assemble(parts: Mapping[str, Mapping[str, Tensor]]) -> Assembly:
+def assemble(parts: Parts) -> Assembly:
     """The configuration from tensor counts and shapes. Raises BadCheckpoint: more than one file, an unknown depth."""
-    if len(parts) != 1:
-        raise BadCheckpoint(f"files of {' and '.join(parts)} make no network together; one file is wanted")
-    (tensors,) = parts.values()
-    blocks = sum(key.startswith("branch1.backbone.layer3.") and key.endswith(".conv1.weight") for key in tensors)
-    if blocks not in DEPTH_BY_BLOCKS:
-        raise BadCheckpoint(f"the third stage of branch1's ResNet has {blocks} blocks; 6 (R50) or 23 (R101) are known")
+    _, tensors = only_part(parts)
     num_classes = tensors["branch1.classifier.weight"].shape[0]
-    backbone = ResNetConfig(depth=DEPTH_BY_BLOCKS[blocks])  # type: ignore[arg-type]
+    backbone = ResNetConfig(depth=read_depth(tensors, "branch1.backbone.layer3."))
     both = any(key.startswith("branch2.") for key in tensors)
     return Assembly(
         config=CpsConfig(num_classes, backbone, branches=1),

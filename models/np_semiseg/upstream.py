@@ -4,18 +4,11 @@ The class centres ("memories") stand beside the state dict, under swapped names:
 `latent_memory` to the deterministic path and `deterministic_memory` to the latent path.
 """
 
-from collections.abc import Mapping
-
-from torch import Tensor
-
 from penumbra.models.card import InputSpec, Readout, WindowSpec
 from penumbra.models.errors import BadCheckpoint
-from penumbra.models.layout import Assembly, Layout, Protocol, Upstream
-from penumbra.models.np_semiseg.net import NpConfig, augseg, u2pl
+from penumbra.models.layout import CITY_CLASSES, Assembly, Layout, Parts, Protocol, Upstream, read_depth
+from penumbra.models.np_semiseg.net import augseg, u2pl
 
-CITY_CLASSES = 19
-DEPTH_BY_BLOCKS = {6: 50, 23: 101}
-"""ResNet depth by the number of blocks in its third stage."""
 HOSTS = {512: u2pl, 304: augseg}
 """Hosts by the channels of the decoder feature that the head reduces."""
 MEMORIES = {
@@ -60,20 +53,16 @@ ZERO = (
 )
 
 
-def assemble(parts: Mapping[str, Mapping[str, Tensor]]) -> Assembly:
+def assemble(parts: Parts) -> Assembly:
     """Host, depth and class count from shapes. Raises BadCheckpoint: no network, an unknown host or depth."""
     tensors = parts.get(NP.name)
     if tensors is None:
         raise BadCheckpoint("memories alone make no network; give the file with the weights too")
     channels = tensors["head.latent.reduce.0.weight"].shape[1]
-    blocks = sum(key.startswith("encoder.layer3.") and key.endswith(".conv1.weight") for key in tensors)
-    if channels not in HOSTS or blocks not in DEPTH_BY_BLOCKS:
-        raise BadCheckpoint(
-            f"the head has {channels} input channels and the third stage of the ResNet {blocks} blocks; "
-            "512 (U2PL) or 304 (AugSeg) and 6 (R50) or 23 (R101) are known"
-        )
-    host, depth = HOSTS[channels], DEPTH_BY_BLOCKS[blocks]
-    config: NpConfig = host(tensors["head.classifier.weight"].shape[0], depth)  # type: ignore[arg-type]
+    if channels not in HOSTS:
+        raise BadCheckpoint(f"the head has {channels} input channels; 512 (U2PL) or 304 (AugSeg) are known")
+    host = HOSTS[channels]
+    config = host(tensors["head.classifier.weight"].shape[0], read_depth(tensors, "encoder.layer3."))
     centres = [held[name] for held in parts.values() for name in MEMORIES.values() if name in held]
     return Assembly(
         config=config,

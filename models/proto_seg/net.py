@@ -8,16 +8,14 @@ in front of the head, which training uses (Dropout2d, p = 0.1), also at inferenc
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from penumbra.models.blocks.layers import conv_norm_act, drop_channels, resize_like
+from penumbra.models.blocks.layers import drop_channels
 from penumbra.models.card import Sampling
 from penumbra.models.contract import Features, Network
 from penumbra.models.errors import BadOption
-from penumbra.models.proto_seg.deeplab import DeepLab, DeepLabConfig
 from penumbra.models.proto_seg.heads import ParametricHead, PrototypeHead
-from penumbra.models.proto_seg.hrnet import Hrnet, HrnetConfig
+from penumbra.models.proto_seg.trunks import DeepLab, DeepLabConfig, HrnetConfig, HrnetTrunk
 
 KEEP = 0.9
 """Share of channels that the published dropout keeps."""
@@ -46,20 +44,6 @@ class ProtoConfig:
         return self.deeplab.channels if self.trunk == "deeplab" else sum(self.hrnet.branch_channels)
 
 
-class HrnetTrunk(nn.Module):
-    """image_B3hw -> x_BDhw at stride 4: all branches at the size of the first, joined, and a 3x3 convolution."""
-
-    def __init__(self, config: HrnetConfig) -> None:
-        super().__init__()
-        channels = sum(config.branch_channels)
-        self.backbone = Hrnet(config)
-        self.neck = conv_norm_act(channels, channels, 3, bias=True)
-
-    def forward(self, image_B3hw: Tensor) -> Tensor:
-        first, *deeper = self.backbone(image_B3hw)
-        return self.neck(torch.cat([first, *(resize_like(x, first) for x in deeper)], dim=1))
-
-
 class ProtoNetwork(Network):
     """One pass: encode runs to the logits."""
 
@@ -67,7 +51,13 @@ class ProtoNetwork(Network):
         super().__init__()
         self.sampling = Sampling(kind="single")
         self.trunk = DeepLab(config.deeplab) if config.trunk == "deeplab" else HrnetTrunk(config.hrnet)
-        self.head = _head(config)
+        self.head: PrototypeHead | ParametricHead
+        if config.head == "parametric":
+            self.head = ParametricHead(config.num_classes, config.channels, bias=config.trunk == "deeplab")
+        else:
+            self.head = PrototypeHead(
+                config.num_classes, config.num_prototypes, config.channels, normalise=config.normalise
+            )
         self.extra_maps = self.head.extra_maps
 
     def encode(self, image_B3hw: Tensor) -> Features:
@@ -103,9 +93,3 @@ def build_network(config: ProtoConfig) -> ProtoNetwork:
             "sampling is 'dropout'; DeepLabV3 has no dropout in front of its head, only 'single' is possible"
         )
     return ProtoDropoutNetwork(config)
-
-
-def _head(config: ProtoConfig) -> PrototypeHead | ParametricHead:
-    if config.head == "parametric":
-        return ParametricHead(config.num_classes, config.channels, bias=config.trunk == "deeplab")
-    return PrototypeHead(config.num_classes, config.num_prototypes, config.channels, normalise=config.normalise)

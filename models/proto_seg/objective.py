@@ -9,7 +9,9 @@
          running average's confident labels of the plain ones
 
 Prototypes are not learned: after the losses they move towards the pixels that were given to them and are classified
-correctly. Weights and temperature are those of the released code; the paper has a temperature, without a figure.
+correctly ("within-class online clustering"). K classes, M prototypes each, P pixels with a label, N of them of one
+class, unit embeddings e_PD. Weights and temperature are those of the released code; the paper has a temperature,
+without a figure.
 DEVIATION: a prototype moves towards the pixels with the largest share in it, as the paper's assignment says; the
 released code draws that assignment anew, by a hard Gumbel-softmax.
 DEVIATION: no weights on classes; the released ones are Cityscapes'. Pseudo-labelled pixels move no prototypes.
@@ -20,15 +22,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from penumbra.models.blocks.layers import drop_channels
-from penumbra.models.blocks.losses import at_size, cross_entropy, ramp
+from penumbra.models.blocks.layers import draw_masks, drop_channels
+from penumbra.models.blocks.losses import at_size, confident_labels, cross_entropy, mixed, ramp
 from penumbra.models.card import IGNORE, read_strict
 from penumbra.models.contract import Views
 from penumbra.models.errors import BadOption
-from penumbra.models.proto_seg.clustering import assign, move_prototypes
 from penumbra.models.proto_seg.heads import PrototypeHead
 from penumbra.models.proto_seg.net import ProtoNetwork
 
@@ -92,8 +93,8 @@ class ProtoObjective(nn.Module):
         """Embeddings e_BDhw and cosine_BKMhw to every prototype; in float32, for kappa magnifies their errors."""
         x_BDhw, head = self.network.trunk(image_B3hw), prototype_head(self.network)
         keep = 1 - self.options.dropout
-        mask_BD = torch.rand(x_BDhw.shape[:2], generator=generator) < keep
-        e_BDhw = head.embed(drop_channels(x_BDhw, mask_BD[None].to(x_BDhw) / keep)).float()
+        mask_BD = draw_masks(x_BDhw.shape[:2], keep, generator)
+        e_BDhw = head.embed(drop_channels(x_BDhw, mask_BD[None].to(x_BDhw))).float()
         with torch.autocast(e_BDhw.device.type, enabled=False):
             return e_BDhw, head.compare(e_BDhw)
 
@@ -116,15 +117,11 @@ class ProtoObjective(nn.Module):
     @torch.no_grad()
     def _mixed(self, batch: Views) -> tuple[Tensor, Tensor]:
         """CutMix-ed strong views, and the teacher's labels of the weak ones mixed alike; IGNORE if unsure."""
-        head, mix_B1hw = prototype_head(self.average), batch.mix_B1hw
+        head = prototype_head(self.average)
         logits_BKhw = head.logits(head.score(self.average.trunk(batch.weak_B3hw)))
-        confidence_Bhw, label_Bhw = at_size(logits_BKhw, mix_B1hw).softmax(1).max(1)
-        unsure_Bhw = (confidence_Bhw < self.options.confidence) | ~batch.inside_Bhw
-        label_Bhw = label_Bhw.masked_fill(unsure_Bhw, IGNORE)
-        return (
-            torch.where(mix_B1hw, batch.strong_B3hw.roll(1, 0), batch.strong_B3hw),
-            torch.where(mix_B1hw[:, 0], label_Bhw.roll(1, 0), label_Bhw),
-        )
+        prob_BKhw = at_size(logits_BKhw, batch.inside_Bhw).softmax(1)
+        label_Bhw = confident_labels(prob_BKhw, batch, confidence=self.options.confidence)
+        return mixed(batch.strong_B3hw, batch.mix_B1hw), label_Bhw
 
 
 def build_objective(network: ProtoNetwork, average: ProtoNetwork, options: Mapping[str, Any]) -> ProtoObjective:
@@ -148,3 +145,44 @@ def prototype_losses(cosine_PQ: Tensor, place_P: Tensor, *, temperature: float) 
     contrast = F.cross_entropy(cosine_PQ / temperature, place_P, reduction="sum") / num
     own_P = cosine_PQ.gather(1, place_P[:, None])[:, 0]
     return contrast, (1 - own_P).square().sum() / num
+
+
+def sinkhorn(cosine_NM: Tensor, *, kappa: float, iterations: int) -> Tensor:
+    """share_NM of one class's pixels: the solution, for many iterations, of the optimal transport
+
+        max over Q of <Q, cosine> + kappa * H(Q),   every pixel hands out 1,   every prototype gets N / M
+
+    (Cuturi 2013): exp(cosine / kappa) with its columns and rows normalised in turn; pixels come last, and sum to 1
+    exactly. In logarithms, so that no kappa underflows.
+    """
+    log_share_NM = cosine_NM / kappa
+    for _ in range(iterations):
+        log_share_NM = log_share_NM.log_softmax(0).log_softmax(1)
+    return log_share_NM.exp()
+
+
+@torch.no_grad()
+def assign(cosine_PKM: Tensor, label_P: Tensor, *, kappa: float, iterations: int) -> Tensor:
+    """place_P = label * M + the prototype of the pixel's own class that it has the largest share in."""
+    place_P = torch.zeros_like(label_P)
+    for k in range(cosine_PKM.shape[1]):
+        mine_P = label_P == k
+        share_NM = sinkhorn(cosine_PKM[mine_P, k], kappa=kappa, iterations=iterations)
+        place_P[mine_P] = k * cosine_PKM.shape[2] + share_NM.argmax(1)
+    return place_P
+
+
+@torch.no_grad()
+def move_prototypes(prototypes_KMD: Tensor, e_PD: Tensor, place_P: Tensor, *, momentum: float) -> None:
+    """Set in place p = unit(momentum * p + (1 - momentum) * unit(sum of its pixels)), where a prototype has pixels.
+
+    In a process group the sums go over the pixels of all processes, whose prototypes so stay equal.
+    """
+    flat_QD = prototypes_KMD.flatten(0, 1)
+    sum_QD = torch.zeros_like(flat_QD).index_add_(0, place_P, e_PD.to(flat_QD.dtype))
+    count_Q = torch.bincount(place_P, minlength=len(flat_QD))
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(sum_QD)
+        distributed.all_reduce(count_Q)
+    moved_QD = F.normalize(momentum * flat_QD + (1 - momentum) * F.normalize(sum_QD, dim=1), dim=1)
+    prototypes_KMD.copy_(torch.where(count_Q[:, None] > 0, moved_QD, flat_QD).view_as(prototypes_KMD))

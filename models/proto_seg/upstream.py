@@ -5,16 +5,14 @@ mean and deviation in RGB order.
 """
 
 from collections.abc import Mapping
-from typing import Literal
 
 from torch import Tensor
 
 from penumbra.models.card import InputSpec, Readout, WindowSpec
 from penumbra.models.errors import BadCheckpoint
-from penumbra.models.layout import Assembly, Layout, Protocol, Upstream
-from penumbra.models.proto_seg.deeplab import DeepLabConfig
-from penumbra.models.proto_seg.hrnet import HrnetConfig
+from penumbra.models.layout import Assembly, Layout, Parts, Protocol, Upstream, count_items, only_part, read_depth
 from penumbra.models.proto_seg.net import ProtoConfig
+from penumbra.models.proto_seg.trunks import DeepLabConfig, HrnetConfig
 
 CONTAINERS = ("state_dict", "model")
 TRUNK = {"backbone.": "trunk.backbone.", "cls_head.0.": "trunk.neck.0.", "cls_head.1.0.": "trunk.neck.1."}
@@ -62,8 +60,6 @@ DEEPLAB = Layout(
     containers=CONTAINERS,
     train_only=("decoder.layer_dsn.",),
 )
-DEPTHS: dict[int, Literal[50, 101]] = {6: 50, 23: 101}
-"""ResNet depth by the number of blocks in its third stage."""
 
 INPUT = InputSpec(order="BGR")
 READOUT = Readout(align_corners=True)
@@ -75,11 +71,9 @@ ROW_WARNING = (
 )
 
 
-def assemble(parts: Mapping[str, Mapping[str, Tensor]]) -> Assembly:
-    """Configuration and protocols of one file. Raises BadCheckpoint: a tensor that tells a size is missing or odd."""
-    if len(parts) != 1:
-        raise BadCheckpoint(f"these are {len(parts)} ProtoSeg networks ({', '.join(parts)}); one file is wanted")
-    ((name, tensors),) = parts.items()
+def assemble(parts: Parts) -> Assembly:
+    """Configuration and protocols of one file. Raises BadCheckpoint: a tensor that tells a size is odd."""
+    name, tensors = only_part(parts)
     return {PROTOTYPE.name: _prototype, BASELINE.name: _baseline, DEEPLAB.name: _deeplab}[name](tensors)
 
 
@@ -91,16 +85,15 @@ def _prototype(tensors: Mapping[str, Tensor]) -> Assembly:
 
 
 def _baseline(tensors: Mapping[str, Tensor]) -> Assembly:
-    return _parametric(ProtoConfig(_num_classes(tensors), head="parametric", hrnet=_hrnet(tensors)))
+    num_classes = _channels(tensors, "head.classifier.weight")
+    return _parametric(ProtoConfig(num_classes, head="parametric", hrnet=_hrnet(tensors)))
 
 
 def _deeplab(tensors: Mapping[str, Tensor]) -> Assembly:
-    blocks = _count(tensors, "trunk.backbone.layer3.")
-    if blocks not in DEPTHS:
-        raise BadCheckpoint(f"the third stage has {blocks} blocks; {' or '.join(map(str, DEPTHS))} are wanted")
-    width, channels = (_shape(tensors, f"trunk.{name}.0.weight", axes=4)[0] for name in ("backbone.conv1", "refine"))
-    deeplab = DeepLabConfig(DEPTHS[blocks], width, channels)
-    return _parametric(ProtoConfig(_num_classes(tensors), head="parametric", trunk="deeplab", deeplab=deeplab))
+    names = ("head.classifier.weight", "trunk.backbone.conv1.0.weight", "trunk.refine.0.weight")
+    num_classes, width, channels = (_channels(tensors, name) for name in names)
+    deeplab = DeepLabConfig(read_depth(tensors, "trunk.backbone.layer3."), width, channels)
+    return _parametric(ProtoConfig(num_classes, head="parametric", trunk="deeplab", deeplab=deeplab))
 
 
 def _parametric(config: ProtoConfig) -> Assembly:
@@ -109,36 +102,28 @@ def _parametric(config: ProtoConfig) -> Assembly:
     return Assembly(config, INPUT, published, ours)
 
 
-def _num_classes(tensors: Mapping[str, Tensor]) -> int:
-    return _shape(tensors, "head.classifier.weight", axes=4)[0]
-
-
 def _hrnet(tensors: Mapping[str, Tensor]) -> HrnetConfig:
+    backbone = "trunk.backbone."
+    modules = (count_items(tensors, f"{backbone}stage{stage}.") for stage in (2, 3, 4))
     return HrnetConfig(
-        width=_shape(tensors, "trunk.backbone.transition1.0.0.weight", axes=4)[0],
-        stem=_shape(tensors, "trunk.backbone.conv1.weight", axes=4)[0],
-        bottlenecks=_count(tensors, "trunk.backbone.layer1."),
-        modules=(
-            _count(tensors, "trunk.backbone.stage2."),
-            _count(tensors, "trunk.backbone.stage3."),
-            _count(tensors, "trunk.backbone.stage4."),
-        ),
-        blocks=_count(tensors, "trunk.backbone.stage2.0.branches.0."),
+        width=_channels(tensors, f"{backbone}transition1.0.0.weight"),
+        stem=_channels(tensors, f"{backbone}conv1.weight"),
+        bottlenecks=count_items(tensors, f"{backbone}layer1."),
+        modules=tuple(modules),  # type: ignore[arg-type]
+        blocks=count_items(tensors, f"{backbone}stage2.0.branches.0."),
     )
 
 
+def _channels(tensors: Mapping[str, Tensor], name: str) -> int:
+    """Outputs of a convolution, by its weight."""
+    return _shape(tensors, name, axes=4)[0]
+
+
 def _shape(tensors: Mapping[str, Tensor], name: str, *, axes: int) -> tuple[int, ...]:
-    if name not in tensors:
-        raise BadCheckpoint(f"the file lacks the tensor {name}")
     shape = tuple(tensors[name].shape)
     if len(shape) != axes or min(shape) < 1:
         raise BadCheckpoint(f"{name} is {list(shape)}; {axes} axes, none of them empty, are wanted")
     return shape
-
-
-def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """How many members the list called `prefix` has."""
-    return len({name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)})
 
 
 UPSTREAM = Upstream((PROTOTYPE, BASELINE, DEEPLAB), assemble, source="tfzhou/ProtoSeg @1c4a778")

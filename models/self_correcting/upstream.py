@@ -11,7 +11,7 @@ from torch import Tensor
 
 from penumbra.models.card import InputSpec, Readout, WindowSpec
 from penumbra.models.errors import BadCheckpoint
-from penumbra.models.layout import Assembly, Layout, Protocol, Upstream
+from penumbra.models.layout import Assembly, Layout, Parts, Protocol, Upstream
 from penumbra.models.self_correcting.net import BACKBONE, SelfCorrectingConfig
 
 PRIMARY, ANCILLARY, CORRECTION = "primary network", "ancillary network", "correction network"
@@ -48,7 +48,6 @@ WARNING = (
     "windows of 512x512 px of the picture as it is are used instead"
 )
 
-Parts = Mapping[str, Mapping[str, Tensor]]
 Number = TypeVar("Number", bound=int)
 
 

@@ -19,9 +19,8 @@ from penumbra.models.cpal.config import CpalConfig
 from penumbra.models.cps.net import CpsConfig
 from penumbra.models.ensemble.net import EnsembleConfig, MemberConfig
 from penumbra.models.np_semiseg.net import NpConfig
-from penumbra.models.proto_seg.deeplab import DeepLabConfig
-from penumbra.models.proto_seg.hrnet import HrnetConfig
 from penumbra.models.proto_seg.net import ProtoConfig
+from penumbra.models.proto_seg.trunks import DeepLabConfig, HrnetConfig
 from penumbra.models.self_correcting.net import SelfCorrectingConfig
 from penumbra.models.toy.net import ToyConfig
 from penumbra.serving.engine.noise import SeededNoise

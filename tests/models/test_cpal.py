@@ -17,9 +17,9 @@ from penumbra.models.card import Card, ClassInfo, InputSpec, PromptSpec, Readout
 from penumbra.models.checkpoint import load_checkpoint
 from penumbra.models.cpal import METHOD
 from penumbra.models.cpal.config import CpalConfig, sipe
-from penumbra.models.cpal.net import ABSENT, CamNetwork
-from penumbra.models.cpal.pyramid import Pyramid, rescale
-from penumbra.models.cpal.seeds import (
+from penumbra.models.cpal.net import (
+    ABSENT,
+    CamNetwork,
     choose_seeds,
     divide_by_maximum,
     gather_prototypes,
@@ -27,6 +27,7 @@ from penumbra.models.cpal.seeds import (
     overlap,
     reactivate,
 )
+from penumbra.models.cpal.pyramid import Pyramid, rescale
 from penumbra.models.cpal.upstream import SIPE
 from penumbra.models.errors import BadCheckpoint, BadOption
 from penumbra.serving.engine.options import SegmentOptions
@@ -122,7 +123,7 @@ def test_the_training_network_s_maps_come_back(case: Case) -> None:
     for size in case.sizes("net_score"):
         end = f"_{size[0]}x{size[1]}"
         for prefix, label_1K in (("net", case.label_1K), ("net_all", torch.ones_like(case.label_1K))):
-            found = case.ours.localise(golden.image(*size), label_1K[..., None, None])
+            found = case.ours.localise(case.ours.observe(golden.image(*size)), label_1K[..., None, None])
             case.check_where_recorded(f"{prefix}_cam{end}", found.cam_BKhw)
             case.check_seeds(f"{prefix}_seeds{end}", found.seeds_BKhw)
             case.check_where_recorded(f"{prefix}_probs{end}", found.overlap_BKhw.softmax(1))

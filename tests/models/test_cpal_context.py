@@ -10,8 +10,15 @@ from torch.nn import functional as F
 
 from penumbra.models.card import Card, ClassInfo, InputSpec, Readout, WindowSpec
 from penumbra.models.checkpoint import load_checkpoint, save_checkpoint
-from penumbra.models.cpal.bank import SupportBank, cluster, summarise
-from penumbra.models.cpal.context import activate, gather_instances, keep_neighbours, positiveness
+from penumbra.models.cpal.context import (
+    SupportBank,
+    activate,
+    cluster,
+    gather_instances,
+    keep_neighbours,
+    positiveness,
+    summarise,
+)
 from penumbra.models.cpal.net import CamNetwork
 from penumbra.models.errors import BadData
 from tests.models.small import SMALL, seeded
@@ -96,8 +103,8 @@ def test_a_bank_keeps_the_last_instances_of_the_classes_that_were_there() -> Non
     for step in range(5):
         instances = torch.tensor([[[10.0 * step], [1.0]], [[10.0 * step + 1], [2.0]]])
         bank.push(instances, torch.tensor([[1, 0], [step % 2, 0]]))
-    assert bank.rows(0).flatten().tolist() == [30, 31, 40]
-    assert len(bank.rows(1)) == 0 and len(bank) == 2
+    assert bank.rows[0].flatten().tolist() == [30, 31, 40]
+    assert len(bank.rows[1]) == 0 and len(bank.rows) == 2
 
 
 def clouds(count: int, spread: float) -> tuple[Tensor, Tensor]:
@@ -132,7 +139,7 @@ def test_the_shift_is_the_mean_way_from_an_instance_to_a_context_prototype() -> 
     bank.push(draws(30, 2, 6), torch.ones(30, 2))
     centres, shift = summarise(bank, 4, generator())
     for n in range(2):
-        ways = centres[n][:, None] - bank.rows(n)
+        ways = centres[n][:, None] - bank.rows[n]
         assert torch.allclose(shift[n], ways.mean((0, 1)), atol=1e-6)
 
 

@@ -16,11 +16,16 @@ from penumbra.models.checkpoint import load_checkpoint, save_checkpoint
 from penumbra.models.contract import Network, Views
 from penumbra.models.cpal import build
 from penumbra.models.cpal.config import CpalConfig
-from penumbra.models.cpal.net import CamNetwork
-from penumbra.models.cpal.objective import build_objective
-from penumbra.models.cpal.objective_cam import CamObjective, CamOptions, read_cam_options, self_supervision
-from penumbra.models.cpal.objective_masks import MaskObjective, draw_masks
-from penumbra.models.cpal.seeds import divide_by_maximum
+from penumbra.models.cpal.net import CamNetwork, divide_by_maximum
+from penumbra.models.cpal.objective import (
+    CamObjective,
+    CamOptions,
+    MaskObjective,
+    build_objective,
+    draw_masks,
+    read_cam_options,
+    self_supervision,
+)
 from penumbra.models.errors import BadArtifact, BadOption
 from penumbra.training.batches import choose_split
 from penumbra.training.data import find_data
@@ -119,7 +124,7 @@ def test_the_weight_of_the_self_supervision_ramps_up() -> None:
 
 def test_before_the_bank_is_full_enough_is_cam_plays_pacams_part() -> None:
     objective, batch = _stage1(options=replace(EAGER, least_rows=1000)), _views()
-    found = objective.network.localise(batch.strong_B3hw, torch.ones(2, 3, 1, 1))
+    found = objective.network.localise(objective.network.observe(batch.strong_B3hw), torch.ones(2, 3, 1, 1))
     expected = (found.cam_BKhw - divide_by_maximum(found.is_cam_BKhw)).abs().mean()
     losses = _fill(objective, steps=4)
     assert losses["self_supervised"].item() == pytest.approx(expected.item(), rel=1e-4)
@@ -131,10 +136,10 @@ def test_then_pacam_does_with_the_banks_centroids_and_shifts() -> None:
     losses = _fill(objective)
     context = objective.network.context
     assert context is not None and losses["context"] == 1
-    rows_RD = objective.bank.rows(1)[:2]  # what the bank held at the summary: one row per picture of the first step
+    rows_RD = objective.bank.rows[1][:2]  # what the bank held at the summary: one row per picture of the first step
     assert torch.allclose(context.context_centres[1].sum(0), rows_RD.sum(0), atol=1e-5)
     assert torch.allclose(context.shift[1], context.context_centres[1].mean(0) - rows_RD.mean(0), atol=1e-6)
-    found = objective.network.localise(batch.strong_B3hw, torch.ones(2, 3, 1, 1))
+    found = objective.network.localise(objective.network.observe(batch.strong_B3hw), torch.ones(2, 3, 1, 1))
     pacam_BKhw = context(found.view.hierarchical_BDhw, found.cam_BKhw)
     expected = (found.cam_BKhw - divide_by_maximum(pacam_BKhw)).abs().mean()
     assert losses["self_supervised"].item() == pytest.approx(expected.item(), rel=1e-4)
@@ -152,7 +157,7 @@ def test_only_tagged_classes_enter_the_bank_and_it_forgets_the_oldest() -> None:
     objective = _stage1(options=replace(EAGER, bank_rows=5, least_rows=5, summarise_every=100))
     for _ in range(4):
         objective(_views([[1.0, 0.0, 1.0], [1.0, 0.0, 0.0]]), 0.5, _generator())
-    assert [len(objective.bank.rows(n)) for n in range(3)] == [5, 0, 4]
+    assert [len(objective.bank.rows[n]) for n in range(3)] == [5, 0, 4]
 
 
 def test_absent_classes_and_pixels_beyond_the_picture_take_no_part_in_the_self_supervision() -> None:
@@ -190,7 +195,7 @@ def test_a_network_without_context_is_trained_as_sipe() -> None:
 
 def test_with_a_background_the_first_tag_is_not_asked_for() -> None:
     objective = _stage1(replace(CAM, background=True))
-    assert objective.network.classifier.out_channels == 2 and len(objective.bank) == 2
+    assert objective.network.classifier.out_channels == 2 and len(objective.bank.rows) == 2
     one, other = (objective(_views([[tag, 1.0, 0.0]] * 2), 0.5, _generator()) for tag in (0.0, 1.0))
     assert one["classification"].item() == pytest.approx(other["classification"].item())
 

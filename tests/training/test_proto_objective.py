@@ -12,9 +12,16 @@ from torch.nn import functional as F
 
 from penumbra.models.card import IGNORE, WindowSpec
 from penumbra.models.errors import BadArtifact, BadOption
-from penumbra.models.proto_seg.clustering import assign, move_prototypes, sinkhorn
 from penumbra.models.proto_seg.net import ProtoNetwork
-from penumbra.models.proto_seg.objective import ProtoObjective, build_objective, prototype_head, prototype_losses
+from penumbra.models.proto_seg.objective import (
+    ProtoObjective,
+    assign,
+    build_objective,
+    move_prototypes,
+    prototype_head,
+    prototype_losses,
+    sinkhorn,
+)
 from penumbra.training.data import find_data
 from penumbra.training.loop import Training, build_network
 from penumbra.training.recipe import Recipe

@@ -1,16 +1,23 @@
-"""HRNetV2: four branches of strides 4, 8, 16 and 32 that keep their resolution and exchange what they see.
+"""Trunks, which make one feature map x_BDhw of a picture: HRNetV2 (Wang et al. 2020), and DeepLabV3.
 
-Wang et al. 2020. Module names equal the published keys (`stage3.1.fuse_layers.0.2.0`, ...), so weights load by name.
+HRNet's branches of strides 4, 8, 16 and 32 keep their resolution and exchange what they see. Module names equal the
+published keys (`stage3.1.fuse_layers.0.2.0`, ...), so weights load by name.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from penumbra.models.blocks.layers import resize_like
-from penumbra.models.blocks.resnet import BasicBlock, Bottleneck
+from penumbra.models.blocks.deeplab import Aspp
+from penumbra.models.blocks.layers import conv_norm_act, resize_like
+from penumbra.models.blocks.resnet import BasicBlock, Bottleneck, ResNet, ResNetConfig
+
+RATES = (12, 24, 36)
+"""Dilations of DeepLabV3's pyramid."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +37,20 @@ class HrnetConfig:
     @property
     def branch_channels(self) -> tuple[int, int, int, int]:
         return (self.width, 2 * self.width, 4 * self.width, 8 * self.width)
+
+
+class HrnetTrunk(nn.Module):
+    """image_B3hw -> x_BDhw at stride 4: all branches at the size of the first, joined, and a 3x3 convolution."""
+
+    def __init__(self, config: HrnetConfig) -> None:
+        super().__init__()
+        channels = sum(config.branch_channels)
+        self.backbone = Hrnet(config)
+        self.neck = conv_norm_act(channels, channels, 3, bias=True)
+
+    def forward(self, image_B3hw: Tensor) -> Tensor:
+        first, *deeper = self.backbone(image_B3hw)
+        return self.neck(torch.cat([first, *(resize_like(x, first) for x in deeper)], dim=1))
 
 
 class Hrnet(nn.Module):
@@ -119,3 +140,34 @@ def _convolve(channels: int, out_channels: int, *, stride: int) -> nn.Sequential
     return nn.Sequential(
         nn.Conv2d(channels, out_channels, 3, stride, 1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU()
     )
+
+
+@dataclass(frozen=True, slots=True)
+class DeepLabConfig:
+    """depth, width: of the ResNet. channels: of the pyramid and of what is scored."""
+
+    depth: Literal[18, 34, 50, 101] = 101
+    width: int = 64
+    channels: int = 512
+
+
+class DeepLab(nn.Module):
+    """DeepLabV3 on a dilated ResNet, as in the ProtoSeg repository, its second parametric baseline.
+
+    image_B3hw -> x_BDhw at stride 8. The last BatchNorm has no ReLU behind it.
+    """
+
+    def __init__(self, config: DeepLabConfig) -> None:
+        super().__init__()
+        resnet = ResNetConfig(
+            config.depth, width=config.width, output_stride=8, multi_grid=(1, 1, 1), ceil_pool=True, dilation="rest"
+        )
+        self.backbone = ResNet(resnet)
+        self.aspp = Aspp(resnet.high_channels, config.channels, RATES, project_kernel=3)
+        self.refine = nn.Sequential(
+            nn.Conv2d(config.channels, config.channels, 3, padding=1, bias=False), nn.BatchNorm2d(config.channels)
+        )
+
+    def forward(self, image_B3hw: Tensor) -> Tensor:
+        _, high = self.backbone(image_B3hw)
+        return self.refine(self.aspp(high))
