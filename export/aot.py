@@ -1,4 +1,4 @@
-"""The parts of a network as machine code for this very machine: torch.export and AOTInductor's .pt2 packages."""
+"""Write the parts of a network as machine code for this very machine: AOTInductor's .pt2 packages."""
 
 import dataclasses
 import json
@@ -50,6 +50,6 @@ def _is_channels_last(tensor: Tensor) -> bool:
 
 
 def _describe(example: Tensor, other: Tensor) -> dict[str, object]:
-    """What the compiled code takes for granted of an input: sizes (None where free), type and memory format."""
+    """Say what the compiled code takes for granted of an input: sizes (None where free), type and memory format."""
     sizes = [size if size == size_too else None for size, size_too in zip(example.shape, other.shape, strict=True)]
     return {"sizes": sizes, "dtype": str(example.dtype), "format": FORMATS[_is_channels_last(example)]}

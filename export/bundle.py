@@ -57,13 +57,13 @@ def export_network(
     network: Network, card: Card, store: Path, *, backend: str = "torchscript", precision: str = "fp32",
     device: str = "cpu",
 ) -> Path:  # fmt: skip
-    """As `export_checkpoint`, from a network in memory."""
+    """Write the next version of a network in memory into a store, as `export_checkpoint` does."""
     facts = ExportFacts(backend, precision, torch.__version__, {}, NOT_MEASURED)
     return _export(network, dataclasses.replace(card, export=facts), store, find_device(device))
 
 
 def find_writer(backend: str, precision: str) -> ModuleType:
-    """The module that writes a format. Raises BadOption: unknown, not installed, or not in this precision."""
+    """Find the module that writes a format. Raises BadOption: unknown, not installed, or not in this precision."""
     writer = find_format("penumbra.export", backend)
     if precision not in writer.PRECISIONS:
         raise BadOption(f"{backend} is not exported in {precision!r}; it is in {', '.join(writer.PRECISIONS)}")
@@ -116,7 +116,7 @@ def _write(network: Network, card: Card, draft: Path, device: torch.device, fram
 
 
 def ask(network: Network, card: Card) -> Golden:
-    """The network's own answers to the golden windows: B = 2, by the card's law, and S = 3 where S is free."""
+    """Record the network's own answers to the golden windows: B = 2, by the card's sampling, S = 3 where S is free."""
     image_B3hw = golden_image(card)
     with torch.inference_mode():
         features = network.encode(image_B3hw)
@@ -176,7 +176,7 @@ def _decode_apart(graphs: Backend, features: Features, noise_SBL: Tensor, sampli
 
 
 def golden_image(card: Card) -> Tensor:
-    """A reproducible smooth picture with edges, normalised, B = 2."""
+    """Draw a reproducible smooth picture with edges, normalised, B = 2."""
     height, width = (card.window.height, card.window.width) if card.window.height else WHOLE_IMAGE_EXAMPLE
     rng = np.random.Generator(np.random.PCG64(0))
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
@@ -189,7 +189,7 @@ def golden_image(card: Card) -> Tensor:
 
 
 def golden_prompt(card: Card, image_B3hw: Tensor) -> Prompt:
-    """A prompt for the golden windows: two overlapping boxes, or two tags, of the first classes that may be named."""
+    """Make a prompt for the golden windows: two overlapping boxes, or two tags, of the first classes to be named."""
     named = [k for k in range(card.num_classes) if k != card.prompt.background][:2]
     num_windows, _, height, width = image_B3hw.shape
     if card.prompt.kind == "tags":

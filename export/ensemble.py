@@ -1,4 +1,4 @@
-"""Several checkpoints become one whose sample axis has them as members."""
+"""Join several checkpoints into one whose sample axis has them as members."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ def make_ensemble(checkpoints: Sequence[Path], output: Path) -> Card:
 
 
 def losses(checkpoints: Sequence[Path]) -> list[str]:
-    """Sentences about what the networks say alone and not as members."""
+    """List in sentences what the networks say alone and not as members."""
     said = []
     for path in checkpoints:
         card = read_card(path)

@@ -30,7 +30,7 @@ IMPORTED = "imported from "
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """What an import made, and what it left out.
+    """The outcome of an import: the card that was made, and what was left out.
 
     train_only: names, as in the files, of tensors that inference does not need, or that the chosen protocol does not.
     warnings: sentences about what the answers will not mean. entries: what else stood at the files' top level.
@@ -96,7 +96,7 @@ def _read_parts(method: Method, files: Sequence[Path], *, where: str) -> list[Pa
 
 
 def _assemble(method: Method, parts: Sequence[Part], *, where: str) -> Assembly:
-    """What the method makes of the parts. A tensor that it asks for in vain is missing in the files."""
+    """Let the method put the parts together. A tensor that it asks for in vain is missing in the files."""
     assert method.upstream
     try:
         return method.upstream.assemble({part.layout.name: part.beside | part.tensors for part in parts})
@@ -110,7 +110,7 @@ def _assemble(method: Method, parts: Sequence[Part], *, where: str) -> Assembly:
 
 
 def _choose(assembly: Assembly, protocol: str, sampling: str | None, *, method: str) -> tuple[Any, Protocol]:
-    """The configuration, and the protocol to run it by."""
+    """Choose the configuration, and the protocol to run it by."""
     runs = {
         "published": (assembly.config, assembly.published),
         "penumbra": (assembly.ours_config or assembly.config, assembly.ours),
@@ -149,7 +149,7 @@ def _fill(network: Network, parts: Sequence[Part], run: Protocol, *, where: str)
 def _losses(
     method: Method, assembly: Assembly, card: Card, *, unused: Sequence[str], published: bool
 ) -> tuple[str, ...]:
-    """What this run of the files does not say although they could, and how to keep it."""
+    """List in sentences what this run of the files does not say although they could, and how to keep it."""
     with torch.device("meta"):  # no weights are needed to know what another run would have
         usual, ours = (method.build(config) for config in (assembly.config, assembly.ours_config or assembly.config))
     several, how = card.sampling.default_samples > 1, "import with --protocol penumbra"

@@ -1,4 +1,4 @@
-"""From the content of a published file to tensors under our names, by the layouts that the method states as data."""
+"""Rename the tensors of a published file to our names, by the layouts that the method states as data."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ def read_part(content: Any, method: Method, *, where: str) -> Part:
 
 
 def published_name(ours: str, layouts: Sequence[Layout]) -> str:
-    """What the layouts call a tensor of ours; its own name where they do not."""
+    """Find what the layouts call a tensor of ours; its own name is returned where they do not name it."""
     renames = {
         here: there for layout in layouts for names in (layout.renames, layout.beside) for there, here in names.items()
     }
@@ -104,7 +104,7 @@ def _fits(content: Any, layout: Layout) -> bool:
 
 
 def _state(content: Any, layout: Layout) -> tuple[str | None, State]:
-    """The layout's tensors by name: in the best container that is there, or else the content itself if it is flat."""
+    """Find the layout's tensors by name: in the best container that is there, or in the content itself, if flat."""
     if not isinstance(content, Mapping):
         return None, {}
     inner = {name: value for name, value in content.items() if isinstance(value, Mapping)}
@@ -117,7 +117,7 @@ def _state(content: Any, layout: Layout) -> tuple[str | None, State]:
 
 
 def _look_up(name: str, layout: Layout) -> tuple[str, str]:
-    """What becomes of a name, and its target: the longest prefix that the layout states for it counts."""
+    """Find what becomes of a name, and its target: the longest prefix that the layout states for it counts."""
     table = dict.fromkeys(layout.train_only, ("drop", ""))
     table |= {there: ("copy", original) for there, original in layout.aliases.items()}
     table |= {there: ("rename", ours) for there, ours in layout.renames.items()}
@@ -130,7 +130,7 @@ def _look_up(name: str, layout: Layout) -> tuple[str, str]:
 
 
 def _plain(value: Any, name: str, *, where: str) -> Tensor:
-    """A tensor in float32 if it has floats. One whose numbers are not all in the file could be of any size."""
+    """Return a tensor, in float32 if it has floats. One whose numbers are not all in the file could be of any size."""
     plain = (
         isinstance(value, Tensor)
         and value.layout == torch.strided

@@ -1,4 +1,4 @@
-"""The parts of a network as ONNX graphs: data and no code, with every axis free that needs to be."""
+"""Write the parts of a network as ONNX graphs: data and no code, with every axis free that needs to be."""
 
 import logging
 import warnings

@@ -1,4 +1,4 @@
-"""OpenVINO reads ONNX: the graphs are the same, and the precision is chosen where they are compiled, at load."""
+"""Write graphs for OpenVINO, which reads ONNX; the precision is chosen where they are compiled, at load."""
 
 from penumbra.export.onnx import write
 

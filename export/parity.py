@@ -1,4 +1,4 @@
-"""How far an exported network is from its checkpoint, in the numbers that matter to its users: the parity gate."""
+"""The parity gate measures how far an export is from its checkpoint, in the numbers that matter to its users."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ Frame = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """What a user would not notice. relative: of the largest logit. variance: largest change of the samples'."""
+    """Differences that no user would notice. relative: of the largest logit. variance: change of the samples'."""
 
     relative: float
     flips_percent: float
@@ -71,7 +71,7 @@ def measure_parity(wanted_SBKhw: Tensor, got_SBKhw: Tensor, card: Card, *, heigh
 
 @torch.inference_mode()
 def measure_frames(network: Network, graphs: Backend, card: Card, frames: Iterable[Frame]) -> Parity:
-    """The worst figure of all windows of all frames, the mean of label flips, and the change of mean IoU.
+    """Measure the worst figure of all windows of all frames, the mean of label flips, and the change of mean IoU.
 
     Pixels where windows overlap count as often as they are covered. Raises BadOption: there is no frame, or no label.
     """
@@ -101,14 +101,14 @@ def measure_frames(network: Network, graphs: Backend, card: Card, frames: Iterab
 
 
 def relative_error(wanted: Tensor, got: Tensor) -> float:
-    """Largest difference over the largest value; infinite where the shapes differ, NaN where a value is."""
+    """Return the largest difference over the largest value: infinite where the shapes differ, NaN where a value is."""
     if wanted.shape != got.shape:
         return float("inf")
     return float((wanted - got).abs().max()) / max(float(wanted.abs().max()), 1e-6)
 
 
 def worst_parity(figures: Sequence[Parity]) -> Parity:
-    """The figure of each kind that is furthest from perfect, and NaN where one of them is."""
+    """Return the figure of each kind that is furthest from perfect, and NaN where one of them is."""
 
     def each(name: str) -> np.ndarray:
         return np.array([getattr(parity, name) for parity in figures])  # numpy's max and min give a NaN back
@@ -125,7 +125,7 @@ def worst_parity(figures: Sequence[Parity]) -> Parity:
 
 
 def check_parity(parity: Parity, card: Card) -> None:
-    """Raises ParityFailed naming the first figure that is outside the tolerance of the card's precision."""
+    """Raise ParityFailed, naming the first figure that is outside the tolerance of the card's precision, if any is."""
     allowed = TOLERANCES[card.export.precision if card.export else "fp32"]
     low, high = 1 - allowed.variance, 1 + allowed.variance
     # a figure that is NaN is outside of every tolerance, hence `not` before each
@@ -162,14 +162,14 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """The rank of every value, less the mean rank; ties have the mean of theirs."""
+    """Return the rank of every value, less the mean rank; ties have the mean of theirs."""
     _, place, count = np.unique(values, return_inverse=True, return_counts=True)
     ranks: np.ndarray = (np.cumsum(count) - (count + len(values)) / 2)[place]
     return ranks
 
 
 def read_maps(logits_SKhw: Tensor, card: Card, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Labels and entropy of one window, read out as the card says."""
+    """Read out labels and entropy of one window as the card says."""
     summed_hKw, entropy_hw = empty_sums(card.num_classes, height, width)
     accumulate(logits_SKhw, summed_hKw, entropy_hw, readout=card.readout, spread=map)
     num = len(logits_SKhw)
@@ -178,7 +178,7 @@ def read_maps(logits_SKhw: Tensor, card: Card, height: int, width: int) -> tuple
 
 
 def _variance_ratio(wanted_SBKhw: Tensor, got_SBKhw: Tensor) -> float:
-    """Mean variance over samples of the export over the checkpoint's; 1 where a sample axis of 1 has none."""
+    """Divide the export's mean variance over samples by the checkpoint's; 1 where a sample axis of 1 has none."""
     if len(wanted_SBKhw) == 1:
         return 1.0
     wanted, got = (float(x.double().var(0).mean()) for x in (wanted_SBKhw, got_SBKhw))

@@ -1,4 +1,4 @@
-"""A network is cut into the graphs of its export: encode, decode and, where it takes one, prompt."""
+"""Cut a network into the graphs of its export: encode, decode and, where it takes one, prompt."""
 
 import copy
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Part:
     other: tuple[Any, ...]
 
     def program(self) -> ExportedProgram:
-        """As torch.export has it, with the free axes. Raises BadOption where an axis is not really free."""
+        """Trace the part by torch.export, with the free axes. Raises BadOption where an axis is not really free."""
         free = pytree.tree_map(_free_axes, self.example, self.other)
         try:
             return torch.export.export(self.module, self.example, dynamic_shapes=free)
@@ -52,7 +52,7 @@ class _Part(nn.Module):
         return tuple(x if x.dtype == self.dtype else x.to(self.dtype) for x in tensors)
 
     def shown(self, features: Features) -> Features:
-        """Extra maps are float32 for whoever reads them."""
+        """Return the features with the extra maps in float32, for whoever reads them."""
         return (*features[:-1], features[-1].float()) if self.network.extra_maps else features
 
 
@@ -74,7 +74,7 @@ class _Decode(_Part):
 
 @torch.no_grad()
 def cut(network: Network, card: Card, golden: Golden, *, precision: str, device: torch.device) -> list[Part]:
-    """The parts of a copy of the network, channels-last, on a device; the golden windows are their example."""
+    """Cut a copy of the network, channels-last, on a device, into parts; the golden windows are their example."""
     dtype = DTYPES[precision]
     network = copy.deepcopy(network).to(device, dtype).eval()
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -99,11 +99,11 @@ def cut(network: Network, card: Card, golden: Golden, *, precision: str, device:
 
 
 def is_open(card: Card) -> bool:
-    """Whether the size of windows differs from image to image."""
+    """Tell whether the size of windows differs from image to image."""
     return card.window.height == 0 or card.window.last == "clip"
 
 
 def _crop(tensor: Tensor, num_windows: int, size: tuple[int, ...]) -> Tensor:
-    """The first windows, and of pictures the first rows and columns."""
+    """Take the first windows, and of pictures the first rows and columns."""
     few = tensor[:num_windows]
     return few if few.dim() < 4 else few[:, :, : size[0], : size[1]]

@@ -1,4 +1,4 @@
-"""Reads files of `torch.save` without running anything of them: the first step of importing a published checkpoint.
+"""Read files of `torch.save` without running anything of them: the first step of importing a published checkpoint.
 
 A pickle is a program: it names functions and calls them. Training scripts save their configuration and transforms
 beside the weights, so foreign names are common in honest files. Every name in the file is looked at before anything
@@ -56,7 +56,7 @@ PROGRAM_BYTES = 256 * 2**20
 
 
 class Inert:
-    """Stands for an object that is not needed: takes any arguments and any state, and keeps none."""
+    """A stand-in for an object that is not needed: it takes any arguments and any state, and keeps none."""
 
     def __new__(cls, *_: object) -> "Inert":
         return object.__new__(cls)
@@ -69,14 +69,14 @@ class Inert:
 
 
 class InertMapping:
-    """Stands for a dict of a class of its own; torch fills only the plain kinds."""
+    """A stand-in for a dict of a class of its own; torch fills only the plain kinds."""
 
     def __new__(cls, *_: object) -> OrderedDict[Any, Any]:  # type: ignore[misc]
         return OrderedDict()
 
 
 def read_torch_file(path: Path) -> Any:
-    """What was given to `torch.save`, tensors on the CPU, foreign objects replaced by stand-ins.
+    """Read what was given to `torch.save`: tensors on the CPU, foreign objects replaced by stand-ins.
 
     Raises BadCheckpoint: no such file, another format, a name outside the lists, or damage. Nothing of the file is run
     in any case.
@@ -105,7 +105,7 @@ def _load(path: Path, names: set[str]) -> Any:
 
 
 def _names(path: Path) -> set[str]:
-    """Every "module.name" that the file's pickles refer to."""
+    """Collect every "module.name" that the file's pickles refer to."""
     with path.open("rb") as file:
         start = file.read(9)
     if not start:
@@ -142,7 +142,7 @@ def _names_in_sequence(path: Path) -> set[str]:
 
 
 def _globals(program: IO[bytes]) -> Iterator[str]:
-    """The names in one pickle, as Python 3 calls them: protocol 2 speaks of `__builtin__`."""
+    """Yield the names in one pickle, as Python 3 calls them: protocol 2 speaks of `__builtin__`."""
     for code, value, _ in pickletools.genops(program):
         if code.name == "PROTO" and value not in PROTOCOLS:
             raise BadCheckpoint(f"is written in pickle protocol {value}; protocol 2, which torch.save uses, is read")

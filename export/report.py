@@ -1,4 +1,4 @@
-"""What the command line says of an import and of an export's proof."""
+"""Print what the command line says of an import and of an export's proof."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ FEW = 12
 
 
 def print_imported(imported: Imported, output: Path) -> None:
-    """What inference does not need, then what the checkpoint is and what to do with it."""
+    """Print what inference does not need, then what the checkpoint is and what to do with it."""
     card = imported.card
     table = Table(Column("not imported", overflow="fold"), "tensors")
     for name, count in _grouped(imported.train_only).items():
@@ -33,7 +33,7 @@ def print_imported(imported: Imported, output: Path) -> None:
 
 
 def _grouped(tensors: tuple[str, ...]) -> Counter[str]:
-    """Few tensors by name, many by the first two words of their names."""
+    """Count few tensors by name, many by the first two words of their names."""
     return Counter(".".join(name.split(".")[:2]) if len(tensors) > FEW else name for name in tensors)
 
 
@@ -46,7 +46,7 @@ def _sample_axis(card: Card) -> str:
 
 
 def print_parity(card: Card, directory: Path, *, as_json: bool, measured: Parity | None = None) -> None:
-    """The figures of the gate beside what is allowed. measured: here and now, if not at export."""
+    """Print the gate's figures beside what is allowed. measured: here and now, if not at export."""
     assert card.export
     figures, allowed = measured or card.export.parity, TOLERANCES[card.export.precision]
     if as_json:

@@ -1,4 +1,4 @@
-"""The parts of a network as TensorRT engines, built by torch-tensorrt for the GPU that is here.
+"""Build TensorRT engines of the parts of a network, by torch-tensorrt for the GPU that is here.
 
 What is used of torch-tensorrt exists in 2.11 (TensorRT 10.15) as in 2.13 (TensorRT 11): graphs are typed, and a
 precision is a cast network, never a builder's flag.
@@ -32,7 +32,7 @@ BEST_WINDOWS, BEST_SAMPLES = 8, 8
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """What one engine is built from: a program whose inputs are named by position, and the sizes of each input."""
+    """The source of one engine: a program whose inputs are named by position, and the sizes of each input."""
 
     name: str
     program: ExportedProgram
@@ -70,7 +70,7 @@ def write(
 def prepare(
     network: Network, card: Card, golden: Golden, *, precision: str, device: torch.device
 ) -> list[tuple[Part, Build]]:
-    """All that can be done without a GPU. Raises BadOption where windows differ in size."""
+    """Do all that can be done without a GPU. Raises BadOption where windows differ in size."""
     if is_open(card):
         raise BadOption(
             f"{card.name} takes windows of any size, and an engine is built for one; choose another backend"
@@ -81,7 +81,7 @@ def prepare(
 
 @torch.no_grad()
 def build(part: Part, card: Card) -> Build:
-    """A part without its idle inputs, with names and sizes for TensorRT."""
+    """Prepare a part for TensorRT: without its idle inputs, with names and sizes."""
     example, other = (pytree.tree_leaves(call) for call in (part.example, part.other))
     placeholders = [node for node in part.program().graph.nodes if node.op == "placeholder"][-len(example) :]
     used = [i for i, node in enumerate(placeholders) if node.users]
@@ -94,13 +94,13 @@ def build(part: Part, card: Card) -> Build:
 
 
 def _select_scatter(x: Tensor, source: Tensor, dim: int, index: int) -> Tensor:
-    """torch-tensorrt 2.13's own rule turns the index -1 into an empty range, and fails."""
+    """Write one slice; torch-tensorrt 2.13's own rule turns the index -1 into an empty range, and fails."""
     start = index % x.shape[dim]
     return torch.slice_scatter(x, source.unsqueeze(dim), dim, start, start + 1)
 
 
 def _repeat(x: Tensor, repeats: Sequence[int]) -> Tensor:
-    """torch's own rule leaves `broadcast_in_dim`, which has no converter, where a count is free."""
+    """Repeat by expanding: torch's own rule leaves `broadcast_in_dim`, without a converter, at a free count."""
     shape = [1] * (len(repeats) - x.ndim) + list(x.shape)
     apart: list[int] = []
     tiled: list[int] = []
@@ -115,7 +115,7 @@ def _max_pool2d(
     x: Tensor, kernel: list[int], stride: Sequence[int] = (), padding: Sequence[int] = (0, 0),
     dilation: Sequence[int] = (1, 1), ceil_mode: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The converter has no ceil mode: what a last step reaches of beyond the map is padded, and never the largest."""
+    """Pool without the ceil mode, which the converter lacks: what a last step reaches beyond the map is -inf."""
     stride = stride or kernel
     beyond: list[int] = []
     for axis in (1, 0):
@@ -131,7 +131,7 @@ def _max_pool2d(
 def _var_mean(
     x: Tensor, dim: Sequence[int] | None = None, *, correction: float | None = None, keepdim: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """torch's own rule leaves `broadcast_in_dim`, which has no converter, where a size is free."""
+    """Compute both plainly: torch's own rule leaves `broadcast_in_dim`, without a converter, at a free size."""
     axes = list(dim or range(x.ndim))
     count = math.prod(x.shape[axis] for axis in axes) - (1 if correction is None else correction)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))  # squares do not fit half precision
@@ -150,13 +150,13 @@ RULES = {
 
 
 def _unguarded(program: ExportedProgram) -> ExportedProgram:
-    """Without checks of its inputs' sizes: an engine has its own, and torch 2.13 cannot always decompose the checks."""
+    """Drop the checks of a program's input sizes: an engine has its own, and torch 2.13 may fail to decompose them."""
     program.module = partial(program.module, check_guards=False)  # type: ignore[method-assign]
     return program
 
 
 def _profile(example: Tensor, other: Tensor, card: Card, *, noise: bool) -> torch_tensorrt.Input:
-    """Least, best and most of every axis: B is the first, of noise_SBL the second; what else is free are members."""
+    """Set least, best and most of every axis: B is the first, of noise_SBL the second; other free ones are members."""
     samples = card.sampling.default_samples
     limits = []
     for axis, (size, size_too) in enumerate(zip(example.shape, other.shape, strict=True)):

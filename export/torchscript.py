@@ -1,4 +1,4 @@
-"""The parts of a network as frozen TorchScript graphs with B and S free."""
+"""Write the parts of a network as frozen TorchScript graphs with B and S free."""
 
 import io
 import warnings

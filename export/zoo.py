@@ -1,4 +1,4 @@
-"""The demo store: the checkpoints that come with Penumbra, exported on first use."""
+"""Fill the demo store: the checkpoints that come with Penumbra, exported on first use."""
 
 from pathlib import Path
 

@@ -16,7 +16,7 @@ PRODUCT_LINES, SERVING_LINES = 21_900, 11_700
 KNOWN_CIRCLES = {("penumbra.models.np_semiseg.heads", "penumbra.models.np_semiseg.net")}
 """An importer and what it should not import."""
 NAME_BENTOML = {"serving/http/openapi.py", "serving/logs.py", "serving/supervisor.py", "serving/tracing.py"}
-SHORT_DOCSTRINGS = {"models/cps/objectives", "training/evaluation"}
+SHORT_DOCSTRINGS = {"models/cps/objectives"}
 
 
 @cache

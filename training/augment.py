@@ -1,4 +1,4 @@
-"""Random views of pictures, as pure functions of tensors and an explicit generator.
+"""Draw random views of pictures, by pure functions of tensors and an explicit generator.
 
 Pictures are float32 in [0, 1] here; normalisation comes last (`normalise`).
 """
@@ -23,7 +23,7 @@ def random_view(
     scale: tuple[float, float],
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """A scaled, cropped, perhaps mirrored view: image_3hw float in [0, 1] and label_hw int64 of `size`.
+    """Draw a scaled, cropped, perhaps mirrored view: image_3hw float in [0, 1] and label_hw int64 of `size`.
 
     What lies beyond the picture is mean grey and IGNORE. Both uint8 inputs are cut and resized alike. A label may
     have several planes, label_PHW to label_Phw.
@@ -42,7 +42,7 @@ def random_view(
 
 
 def jitter_color(image_B3hw: Tensor, *, strength: float, generator: torch.Generator) -> Tensor:
-    """Brightness, contrast and saturation of every picture times 1 +- strength, clipped to [0, 1]."""
+    """Multiply brightness, contrast and saturation of every picture by 1 +- strength, clipped to [0, 1]."""
     factor_3B = 1 + strength * (2 * torch.rand(3, len(image_B3hw), generator=generator) - 1)
     brightness, contrast, saturation = factor_3B[:, :, None, None, None]
     image = image_B3hw * brightness
@@ -54,7 +54,7 @@ def jitter_color(image_B3hw: Tensor, *, strength: float, generator: torch.Genera
 
 
 def cutmix_masks(num: int, size: tuple[int, int], *, generator: torch.Generator) -> Tensor:
-    """Masks mix_B1hw (bool, True = take the other picture), 3 boxes of 25 to 50 % of the area together.
+    """Draw masks mix_B1hw (bool, True = take the other picture), 3 boxes of 25 to 50 % of the area together.
 
     French et al. 2020 as used by CPS: random aspect, inside the picture, overlapping boxes toggle.
     """
@@ -71,14 +71,14 @@ def cutmix_masks(num: int, size: tuple[int, int], *, generator: torch.Generator)
 
 
 def normalise(image_B3hw: Tensor, spec: InputSpec) -> Tensor:
-    """(x - mean) / std of pictures in [0, 1], channels-last because CPU convolutions want it so."""
+    """Compute (x - mean) / std of pictures in [0, 1], channels-last because CPU convolutions want it so."""
     mean, std = torch.tensor(spec.mean)[:, None, None], torch.tensor(spec.std)[:, None, None]
     normal_B3hw: Tensor = (image_B3hw - mean) / std
     return normal_B3hw.contiguous(memory_format=torch.channels_last)
 
 
 def _cut(x: Tensor, top: int, left: int, height: int, width: int, *, fill: int) -> Tensor:
-    """The box of the last two axes; parts beyond the picture are `fill`."""
+    """Cut a box of the last two axes; parts beyond the picture are `fill`."""
     inner = x[..., max(top, 0) : max(top + height, 0), max(left, 0) : max(left + width, 0)]
     before_y, before_x = max(-top, 0), max(-left, 0)
     pad = (before_x, width - before_x - inner.shape[-1], before_y, height - before_y - inner.shape[-2])
@@ -86,7 +86,7 @@ def _cut(x: Tensor, top: int, left: int, height: int, width: int, *, fill: int) 
 
 
 def _offset(length: int, box: int, generator: torch.Generator) -> int:
-    """Where a box starts: anywhere inside, or anywhere around the picture if the box is the larger one."""
+    """Draw where a box starts: anywhere inside, or anywhere around the picture if the box is the larger one."""
     low, high = sorted((0, length - box))
     return int(torch.randint(low, high + 1, (), generator=generator))
 

@@ -1,4 +1,4 @@
-"""Frames to batches: which frames, which views of them, and which weak labels of those.
+"""Make batches of frames: choose the frames, views of them, and weak labels of those.
 
 For frames that count as unlabelled, tags and boxes are all that is ever taken from their masks.
 """
@@ -27,7 +27,7 @@ TOUCHING = np.ones((3, 3), dtype=int)
 
 
 def choose_split(frames: FrameSet, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Indices of the labelled and of the unlabelled frames (all frames, if every one is labelled), ascending.
+    """Choose the indices of labelled and unlabelled frames (all frames, if every one is labelled), ascending.
 
     A fraction of exactly 0 leaves no labels, for methods that live on weak ones. Raises BadOption, and BadData where
     the list of the labelled frames cannot be read, is empty, or names a frame twice or one that is not there.
@@ -66,7 +66,7 @@ class Batches:
         self.labelled, self.unlabelled = split
 
     def draw(self) -> Views:
-        """The next batch. Nothing of the unlabelled frames' masks goes into it but what `weak_labels` names."""
+        """Draw the next batch. Nothing of the unlabelled frames' masks goes into it but what `weak_labels` names."""
         recipe, generator, spec = self.recipe, self.generator, InputSpec()
         image, label_Bhw, _ = self._views(self.labelled, recipe.labelled_batch)
         plain, hidden_Bhw, inside_Bhw = self._views(self.unlabelled, recipe.unlabelled_batch)
@@ -88,7 +88,7 @@ class Batches:
         )
 
     def _views(self, indices: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
-        """image_B3hw, label_Bhw and inside_Bhw (False beyond the picture) of `num` frames out of `indices`."""
+        """Draw image_B3hw, label_Bhw and inside_Bhw (False beyond the picture) of `num` frames out of `indices`."""
         recipe, generator = self.recipe, self.generator
         if num == 0:
             none_Bhw = torch.empty(0, *recipe.crop)
@@ -103,13 +103,13 @@ class Batches:
 
 
 def derive_tags(label_Bhw: Tensor, num_classes: int) -> Tensor:
-    """tags_BK float32: 1 for a class that covers at least `MIN_TAG_SHARE` of the view."""
+    """Return tags_BK float32: 1 for a class that covers at least `MIN_TAG_SHARE` of the view."""
     area_BK = torch.stack([(label_Bhw == k).sum((1, 2)) for k in range(num_classes)], dim=1)
     return (area_BK >= MIN_TAG_SHARE * label_Bhw[0].numel()).float()
 
 
 def derive_boxes(label_Bhw: Tensor, num_classes: int) -> Tensor:
-    """boxes_BKhw float32: 1 inside the bounding box of a connected part of class k; boxes of classes may overlap."""
+    """Return boxes_BKhw float32: 1 inside the bounding box of a connected part of class k; classes may overlap."""
     boxes_BKhw = torch.zeros(len(label_Bhw), num_classes, *label_Bhw.shape[1:])
     for boxes_Khw, label_hw in zip(boxes_BKhw, label_Bhw.numpy(), strict=True):
         for k in np.unique(label_hw[label_hw < num_classes]).tolist():

@@ -47,7 +47,7 @@ TOLERANCE = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Which frames are for what; indices, no frame twice."""
+    """The frames by what they are for: indices, no frame twice."""
 
     temperature: list[int]
     thresholds: list[int]
@@ -56,7 +56,7 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
-    """The outcome. before, after: figures on the check frames. refused: a sentence for every risk not guaranteed."""
+    """The outcome of a calibration. before, after: figures on the check frames. refused: why, by risk."""
 
     card: Card
     split: Split
@@ -66,7 +66,7 @@ class Calibrated:
     temperature_before: float
 
     def document(self) -> dict[str, Any]:
-        """Everything as JSON values; an undefined figure is null."""
+        """Return everything as JSON values; an undefined figure is null."""
         return {
             "model": self.card.name, "version": self.card.version,
             "temperature_before": self.temperature_before, "temperature": self.card.readout.temperature,
@@ -78,7 +78,7 @@ class Calibrated:
 
 
 class AbstentionLoss:
-    """Sum over frames of L_i by the bin of the entropy at which each wrong pixel begins to count."""
+    """The sum over frames of L_i by the bin of the entropy at which each wrong pixel begins to count."""
 
     def __init__(self) -> None:
         self.losses_N, self.num_frames = np.zeros(NUM_BINS), 0
@@ -111,7 +111,7 @@ def calibrate(segmenter: Segmenter, question: Question, frames: FrameSet, *, ris
     split = split_frames(range(0, len(frames), question.every), seed=question.seed)
 
     def ask(trial: Card, places: list[int], *, title: str) -> Iterator[Answer]:
-        """The answers to some frames if the model had this card; to be read to the end before asking anew."""
+        """Answer some frames as if the model had this card; to be read to the end before asking anew."""
         runtime.card = trial
         return answers(segmenter, question, frames, places, title=title)
 
@@ -137,7 +137,7 @@ def calibrate(segmenter: Segmenter, question: Question, frames: FrameSet, *, ris
 
 
 def mean_nll(answers: Iterable[Answer]) -> float:
-    """Over the labelled pixels of all answers, nats. Raises BadData: there are none, and any temperature would do."""
+    """Average -log p(truth) over labelled pixels, nats. Raises BadData: there are none; any temperature would do."""
     total, num = 0.0, 0
     for answered in answers:
         prob = answered.prob_HW[answered.known_HW]
@@ -149,7 +149,7 @@ def mean_nll(answers: Iterable[Answer]) -> float:
 
 
 def figures_of(card: Card, answers: Iterable[Answer], *, num_samples: int) -> dict[str, float]:
-    """All figures of the answers, abstention by the card's thresholds among them."""
+    """Measure all figures of the answers, abstention by the card's thresholds among them."""
     evaluation = Evaluation(card, num_samples)
     for answered in answers:
         evaluation.add(answered)
@@ -159,7 +159,7 @@ def figures_of(card: Card, answers: Iterable[Answer], *, num_samples: int) -> di
 
 
 def split_frames(places: Sequence[int], *, seed: int) -> Split:
-    """A quarter, a half and a quarter of the frames, drawn by the seed. Raises BadOption: too few frames."""
+    """Draw a quarter, a half and a quarter of the frames by the seed. Raises BadOption: too few frames."""
     if len(places) < LEAST_FRAMES:
         raise BadOption(f"there are {len(places)} frames to calibrate on; at least {LEAST_FRAMES} are wanted")
     order = [places[i] for i in np.random.Generator(np.random.PCG64(seed)).permutation(len(places))]
@@ -169,14 +169,14 @@ def split_frames(places: Sequence[int], *, seed: int) -> Split:
 
 
 def fit_temperature(nll: Callable[[float], float]) -> float:
-    """The temperature with the least NLL, within `TEMPERATURES`; every call of `nll` is a run over the frames."""
+    """Find the temperature with the least NLL, within `TEMPERATURES`; every call of `nll` is a run over the frames."""
     low, high = np.log(TEMPERATURES)
     best = minimize_scalar(lambda x: nll(math.exp(x)), bounds=(low, high), options={"xatol": TOLERANCE})
     return math.exp(best.x)
 
 
 def warm(card: Card, temperature: float) -> Card:
-    """The card with another temperature, to four digits; a calibration made at the old one is dropped."""
+    """Give the card another temperature, to four digits; a calibration made at the old one is dropped."""
     readout = dataclasses.replace(card.readout, temperature=float(f"{temperature:.4g}"))
     return dataclasses.replace(card, readout=readout, calibration=None)
 
@@ -184,7 +184,7 @@ def warm(card: Card, temperature: float) -> Card:
 def find_thresholds(
     loss: AbstentionLoss, risks: Sequence[float], *, num_classes: int
 ) -> tuple[dict[float, float], dict[float, str]]:
-    """Entropy thresholds in nats by risk, and for each risk that cannot be guaranteed a sentence why.
+    """Find entropy thresholds in nats by risk, and for each risk that cannot be guaranteed a sentence why.
 
     A bin of entropies is answered as a whole or not at all, so binning costs coverage and never the guarantee.
     """
@@ -206,7 +206,7 @@ def find_thresholds(
 
 
 def write_version(source: Path, place: Path, card: Card) -> None:
-    """An artifact beside another one: the same files, hard-linked where possible, under another card."""
+    """Write an artifact beside another one: the same files, hard-linked where possible, under another card."""
     check_facts(card)
     assert card.export
     with drafted(place.parent) as draft, writing(place):

@@ -34,7 +34,7 @@ PICTURE, TRAIN_IDS, LABEL_IDS = "_leftImg8bit.png", "_gtFine_labelTrainIds.png",
 
 @dataclass(frozen=True, slots=True)
 class DataSet:
-    """Classes of a data set, its licence for the card, and how to load `train` or `val` from its folder."""
+    """A data set: its classes, its licence for the card, and how to load `train` or `val` from its folder."""
 
     title: str
     licence: str
@@ -43,7 +43,7 @@ class DataSet:
 
 
 def find_data(name: str, place: Path = Path()) -> DataSet:
-    """The data set called `name`; `folder` is what lies at `place`.
+    """Find the data set called `name`; `folder` is what lies at `place`.
 
     Raises BadOption naming the known ones, and BadData where a plain folder does not name its classes.
     """
@@ -55,7 +55,7 @@ def find_data(name: str, place: Path = Path()) -> DataSet:
 
 
 def load_camvid(folder: Path, split: str) -> Frames:
-    """CamVid (Brostow et al. 2009) in the SegNet tutorial's copy, in memory: 480x360 street scenes, label 11 is void.
+    """Load CamVid (Brostow et al. 2009), the SegNet tutorial's copy, into memory: 480x360 street scenes, 11 is void.
 
     The folder has train/ and val/, each with images/*.jpg and masks/*.png. Raises BadData.
     """
@@ -63,7 +63,7 @@ def load_camvid(folder: Path, split: str) -> Frames:
 
 
 def load_cityscapes(folder: Path, split: str) -> FrameFiles:
-    """Cityscapes (Cordts et al. 2016), fine annotations: 2048x1024 street scenes, 19 of the 34 label ids are classes.
+    """List Cityscapes (Cordts et al. 2016), fine annotations: 2048x1024 street scenes, 19 of 34 label ids are classes.
 
     The folder has leftImg8bit/SPLIT/CITY/*_leftImg8bit.png and gtFine/SPLIT/CITY/*_gtFine_labelIds.png, or
     *_gtFine_labelTrainIds.png, whose ids are the 19 classes already. Frames are named city/frame. Raises BadData.
@@ -81,7 +81,7 @@ def load_cityscapes(folder: Path, split: str) -> FrameFiles:
 
 
 def load_voc(folder: Path, split: str) -> FrameFiles:
-    """PASCAL VOC 2012 (Everingham et al. 2010): objects of 20 classes and a background, palette masks, 255 is void.
+    """List PASCAL VOC 2012 (Everingham et al. 2010): 20 classes and a background, palette masks, 255 is void.
 
     The folder is VOC2012 itself: JPEGImages/, SegmentationClass/ and the lists of ImageSets/Segmentation/, which name
     the frames. Raises BadData.
@@ -93,7 +93,7 @@ def load_voc(folder: Path, split: str) -> FrameFiles:
 
 
 def load_folder(folder: Path, split: str) -> FrameFiles:
-    """A plain folder: images/ in the formats that the server reads, masks/ of the same names, and classes.txt.
+    """List a plain folder: images/ in the formats that the server reads, masks/ of the same names, and classes.txt.
 
     A mask is a PNG of class indices, 255 where there is no label. The two splits are train/ and val/ with an images/
     and a masks/ each, or the lists train.txt and val.txt of names. A folder without either is all validation.
@@ -112,7 +112,7 @@ def load_folder(folder: Path, split: str) -> FrameFiles:
 
 
 def read_folder_classes(folder: Path) -> tuple[ClassInfo, ...]:
-    """The classes that `classes.txt` names, one per line. Raises BadData, BadOption."""
+    """Read the classes that `classes.txt` names, one per line. Raises BadData, BadOption."""
     path = folder / "classes.txt"
     if not path.is_file():
         raise BadData(f"there is no {path}; a plain folder names its classes in it, one per line")
@@ -120,7 +120,7 @@ def read_folder_classes(folder: Path) -> tuple[ClassInfo, ...]:
 
 
 def find_pairs(folder: Path, ids: LabelIds) -> FrameFiles:
-    """All pictures of `folder/images` with their masks of `folder/masks`. Raises BadData."""
+    """Pair all pictures of `folder/images` with their masks of `folder/masks`. Raises BadData."""
     pictures = sorted(p for p in (folder / "images").glob("*") if p.suffix.lower() in SUFFIXES)
     if not pictures:
         raise BadData(

@@ -1,4 +1,4 @@
-"""One training on several devices or machines: what every process must know of the others. Knows no objective.
+"""Run one training on several devices or machines: all that its processes must know of each other.
 
 The gradients are averaged by DistributedDataParallel. Everything else that a step moves (batch statistics, prototypes,
 class centres, the average) is process 0's, from its own share of the batch, and is handed on after every step; banks
@@ -37,7 +37,7 @@ def start_devices(*, devices: int = 1, precision: Precision = "32-true") -> Fabr
 
 
 def share_of(fabric: Fabric, batch: int, *, name: str) -> int:
-    """This process's part of a batch of the recipe. Raises BadOption if it cannot be divided."""
+    """Return this process's part of a batch of the recipe. Raises BadOption if it cannot be divided."""
     if batch % fabric.world_size:
         raise BadOption(f"{name} is {batch}, which {fabric.world_size} devices cannot share evenly")
     return batch // fabric.world_size
@@ -55,7 +55,7 @@ def follow_first(fabric: Fabric, network: nn.Module) -> None:
 
 
 def gather(fabric: Fabric, own: Any) -> list[Any]:
-    """Every process's `own`, in order of rank; at process 0 only, elsewhere empty."""
+    """Collect every process's `own`, in order of rank; the list is empty elsewhere than at process 0."""
     if fabric.world_size == 1:
         return [own]
     everyone: list[Any] = [None] * fabric.world_size

@@ -1,4 +1,4 @@
-"""Measured numbers of a network on labelled frames: accuracy, and what its samples say."""
+"""Measure a network on labelled frames: accuracy, and what its samples say."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ BORDER_PX = 32
 def measure(
     network: Network, frames: FrameSet, *, classes: tuple[ClassInfo, ...], every: int = 1, seed: int = 0
 ) -> dict[str, float]:
-    """Figures of the mean probability of the default number of samples, on whole frames (every n-th only).
+    """Measure the mean probability of the default number of samples, on whole frames (every n-th only).
 
     mIoU and accuracy in [0, 1]; of several samples sample_spread: standard deviation over samples of the winning
     class's probability, inside the border, and mutual_information_nats; entropy_nats: means over labelled pixels;
@@ -56,7 +56,7 @@ def measure(
 
 
 def summarise(logits_SKhw: Tensor, *, size: torch.Size) -> tuple[Tensor, Tensor, float]:
-    """Mean probability_Khw, expected entropy_hw and spread at `size`, where the softmax is taken."""
+    """Return mean probability_Khw, expected entropy_hw and spread at `size`, where the softmax is taken."""
     total_Khw = squares_Khw = logits_SKhw.new_zeros(logits_SKhw.shape[1], *size)
     entropy_hw = logits_SKhw.new_zeros(size)
     for logits_Khw in logits_SKhw:
@@ -75,7 +75,7 @@ def summarise(logits_SKhw: Tensor, *, size: torch.Size) -> tuple[Tensor, Tensor,
 
 
 def means_in_nats(mean_Khw: Tensor, expected_hw: Tensor, label_hw: Tensor) -> tuple[float, float, float]:
-    """Mutual information, entropy and -log p(truth), each averaged over the pixels that have a label."""
+    """Average mutual information, entropy and -log p(truth) over the pixels that have a label."""
     known_hw = label_hw != IGNORE
     entropy_hw = -torch.special.xlogy(mean_Khw, mean_Khw).sum(0)
     truth_hw = mean_Khw.gather(0, label_hw.clamp(max=len(mean_Khw) - 1)[None])[0].clamp(min=1e-7)

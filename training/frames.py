@@ -1,4 +1,4 @@
-"""Pictures with their masks: how both are read, held in memory or not, and lists of their names."""
+"""Read pictures with their masks, into memory or when asked for, and lists of their names."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -28,14 +28,14 @@ SPREAD = {"L;2": 85, "L;4": 17}
 
 @dataclass(frozen=True, slots=True)
 class LabelIds:
-    """What the ids in a mask file mean: class_256 (int16) is a class, IGNORE or UNKNOWN. known: in words."""
+    """The meaning of the ids in a mask file: class_256 (int16) is a class, IGNORE or UNKNOWN. known: in words."""
 
     class_256: Tensor
     known: str
 
 
 def name_ids(class_of: Mapping[int, int], known: str) -> LabelIds:
-    """Ids by the class they stand for. IGNORE is void in every data set; all others are unknown."""
+    """Name ids by the class they stand for. IGNORE is void in every data set; all others are unknown."""
     class_256 = torch.full((256,), UNKNOWN, dtype=torch.int16)
     for label_id, label in {**class_of, IGNORE: IGNORE}.items():
         class_256[label_id] = label
@@ -43,7 +43,7 @@ def name_ids(class_of: Mapping[int, int], known: str) -> LabelIds:
 
 
 def count_ids(num_classes: int, *, void: int = IGNORE) -> LabelIds:
-    """Ids that are class indices already, and one for void pixels."""
+    """Take ids that are class indices already, and one for void pixels."""
     classes = {k: k for k in range(num_classes)}
     return name_ids({**classes, void: IGNORE}, f"0 to {num_classes - 1} and {void} (void) are known")
 
@@ -78,7 +78,7 @@ class FrameFiles:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """image_3HW and label_HW (IGNORE = void), both uint8.
+        """Read image_3HW and label_HW (IGNORE = void), both uint8.
 
         Raises BadData: a file is unreadable, the mask is of another size or holds an unknown label.
         """
@@ -95,7 +95,7 @@ FrameSet = Frames | FrameFiles
 
 
 def pair_files(names: Sequence[str], pictures: Sequence[Path], masks: Sequence[Path], ids: LabelIds) -> FrameFiles:
-    """Frames whose files are all there; nothing is read yet. Raises BadData naming the first that is not."""
+    """List frames whose files are all there; nothing is read yet. Raises BadData naming the first that is not."""
     for picture, mask in zip(pictures, masks, strict=True):
         if not picture.is_file():
             raise BadData(f"there is no picture {picture}, which its data set lists")
@@ -105,7 +105,7 @@ def pair_files(names: Sequence[str], pictures: Sequence[Path], masks: Sequence[P
 
 
 def hold(files: FrameFiles) -> Frames:
-    """All frames read into memory. Raises BadData, also where a picture's size is not that of those before it."""
+    """Read all frames into memory. Raises BadData, also where a picture's size is not that of those before it."""
     frames: list[tuple[Tensor, Tensor]] = []
     for i, path in enumerate(files.pictures):
         frames.append(files[i])
@@ -117,7 +117,7 @@ def hold(files: FrameFiles) -> Frames:
 
 
 def read_picture(path: Path) -> tuple[Tensor, Tensor | None]:
-    """image_3HW, RGB, by the reader that answers requests, and void_HW where the file has pixels without a measurement.
+    """Read image_3HW, RGB, as requests are read, and void_HW where the file has pixels without a measurement.
 
     Raises BadData.
     """
@@ -134,12 +134,12 @@ def read_picture(path: Path) -> tuple[Tensor, Tensor | None]:
 
 @cache
 def _warn(path: Path, sentence: str) -> None:
-    """Say it once, however often the picture is read."""
+    """Log a warning once, however often the picture is read."""
     log.warning("%s: %s", path, sentence)
 
 
 def read_mask(path: Path, ids: LabelIds) -> Tensor:
-    """label_HW of class indices and IGNORE. Raises BadData naming the first unknown id."""
+    """Read label_HW of class indices and IGNORE. Raises BadData naming the first unknown id."""
     id_HW = torch.from_numpy(_read_ids(path))
     label_HW = ids.class_256[id_HW.clamp(0, len(ids.class_256) - 1)]
     strangers = id_HW[(label_HW == UNKNOWN) | (id_HW >= len(ids.class_256)) | (id_HW < 0)]
@@ -149,7 +149,7 @@ def read_mask(path: Path, ids: LabelIds) -> Tensor:
 
 
 def _read_ids(path: Path) -> np.ndarray:
-    """Whole numbers [H, W], int64, turned as their picture is."""
+    """Read whole numbers [H, W], int64, turned as their picture is."""
     try:
         with Image.open(path) as picture:
             if picture.mode in INDEX_MODES:
@@ -162,7 +162,7 @@ def _read_ids(path: Path) -> np.ndarray:
 
 
 def find_listed(path: Path, names: Sequence[str]) -> list[int]:
-    """Where the names of a list are among `names`. Raises BadData."""
+    """Find where the names of a list are among `names`. Raises BadData."""
     listed, index = read_list(path), {name: i for i, name in enumerate(names)}
     for name in listed:
         if name not in index:
@@ -171,7 +171,7 @@ def find_listed(path: Path, names: Sequence[str]) -> list[int]:
 
 
 def read_list(path: Path) -> list[str]:
-    """Names, one per line. Raises BadData: no such text file, no name in it, or a name twice."""
+    """Read names, one per line. Raises BadData: no such text file, no name in it, or a name twice."""
     try:
         names = path.read_text("utf-8").split()
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""The loop: a recipe and a data folder to a checkpoint, resumable. Knows objectives, not methods."""
+"""Train a recipe on a data folder to a checkpoint, resumably. The loop knows objectives, not methods."""
 
 import copy
 import dataclasses
@@ -46,7 +46,7 @@ Report = Callable[[float, str], None]
 
 
 class Training:
-    """One run's state: objective, optimiser, stream of batches, step and seconds so far. One thread only.
+    """The state of one run: objective, optimiser, stream of batches, step and seconds so far. One thread only.
 
     Of several processes each has one, with its own random stream and its share of the batches.
     """
@@ -76,7 +76,7 @@ class Training:
         return self.objective.average
 
     def advance(self, progress: float) -> dict[str, float]:
-        """One step at the learning rate of `progress`; returns the named losses."""
+        """Take one step at the learning rate of `progress`; returns the named losses."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate * schedule(progress, warmup=self.recipe.warmup)
         self.objective.train()
@@ -95,7 +95,7 @@ class Training:
         return {name: float(value.detach()) for name, value in losses.items()}
 
     def progress(self, minutes: float | None) -> float:
-        """The share of the schedule that is over, by the clock where minutes are given, else by the recipe's steps."""
+        """Return the share of the schedule that is over: of the minutes, where given, else of the recipe's steps."""
         return self.elapsed_s / (60 * minutes) if minutes else self.step / self.recipe.steps
 
     def save(self, path: Path) -> None:
@@ -196,14 +196,14 @@ def run(training: Training, card: Card, val: FrameSet, run_dir: Path, *, minutes
 
 
 def schedule(progress: float, *, warmup: float) -> float:
-    """Factor on the learning rate: a linear rise, then a cosine to 0."""
+    """Return the factor on the learning rate: a linear rise, then a cosine to 0."""
     if progress < warmup:
         return (progress + 1e-3) / (warmup + 1e-3)
     return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
 def build_network(recipe: Recipe, num_classes: int) -> Network:
-    """The recipe's network with fresh weights from its seed; the global generator is left as it was.
+    """Build the recipe's network with fresh weights from its seed; the global generator is left as it was.
 
     Convolutions as in He et al. 2015: torch's default is too small to train a deep net from scratch.
     """
@@ -222,7 +222,7 @@ def build_network(recipe: Recipe, num_classes: int) -> Network:
 
 
 def describe(recipe: Recipe, data: DataSet, *, num_frames: int, num_labelled: int, network: Network) -> Card:
-    """The card of the recipe's checkpoint, without figures."""
+    """Write the card of the recipe's checkpoint, without figures."""
     method = find_method(recipe.method)
     config: Any = read_strict(method.config, {"num_classes": len(data.classes), **recipe.config}, where="recipe.config")
     drawn = recipe.labelled_list or f"{recipe.labelled_fraction:g}, seed {recipe.seed}"
@@ -237,7 +237,7 @@ def describe(recipe: Recipe, data: DataSet, *, num_frames: int, num_labelled: in
 
 
 def recipe_of(recipe: Recipe) -> str:
-    """What a checkpoint's card says of where it comes from."""
+    """Return what a checkpoint's card says of where it comes from."""
     return f"training/recipes/{recipe.name}.yaml"
 
 
@@ -255,5 +255,5 @@ def write_measured(path: Path, card: Card, network: Network, val: FrameSet, *, e
 
 
 def brief(figures: dict[str, float]) -> str:
-    """Figures as one line, per-class ones left out."""
+    """Put figures in one line, per-class ones left out."""
     return ", ".join(f"{name} {value:.4g}" for name, value in figures.items() if "/" not in name)

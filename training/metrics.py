@@ -1,4 +1,4 @@
-"""Figures of hundreds of millions of pixels, from counts that are added up picture by picture.
+"""Compute figures of hundreds of millions of pixels from counts that are added up picture by picture.
 
 Scores are counted in bins that are intervals of the real line with a relative width of 2^-9, so that ranking figures
 need no sorted list of all pixels. Pixels of one bin count as tied; how far that can move a figure is part of it.
@@ -33,21 +33,21 @@ class Bounded(NamedTuple):
 
 
 def bins_of(score: Floats) -> Counts:
-    """The bin of every score, 0 .. NUM_BINS - 1, in the scores' order. score: float32 of any shape, finite."""
+    """Return the bin of every score, 0 .. NUM_BINS - 1, in the scores' order. score: float32 of any shape, finite."""
     bits = (np.ascontiguousarray(score, np.float32).ravel() + np.float32(0)).view(np.int32)  # -0.0 becomes 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (ordered >> (32 - KEPT_BITS)).astype(np.int64) + NUM_BINS // 2
 
 
 def top_of(place: int) -> float:
-    """The largest float32 in a bin: the scores up to it are those of this bin and the ones below."""
+    """Return the largest float32 in a bin: the scores up to it are those of this bin and the ones below."""
     last = ((place - NUM_BINS // 2 + 1) << (32 - KEPT_BITS)) - 1
     ordered = np.int32(last - (last == -1))  # which is -0.0, and that is in the bin of 0.0
     return float((ordered ^ ((ordered >> 31) & np.int32(0x7FFFFFFF))).view(np.float32))
 
 
 class Ranking:
-    """How well a score puts wrong ones above right ones: counts_2N of right and of wrong ones by the score's bin."""
+    """A measure of how well a score puts wrong ones above right ones: counts_2N of right and wrong ones by its bin."""
 
     def __init__(self) -> None:
         self.counts_2N = np.zeros((2, NUM_BINS), np.int64)
@@ -65,13 +65,13 @@ class Ranking:
         return self._sum / max(int(self.counts_2N.sum()), 1)
 
     def occupied(self) -> tuple[Counts, Doubles, Doubles]:
-        """Bins that hold anything, in ascending order, and how many right and wrong ones."""
+        """Return the bins that hold anything, in ascending order, and how many right and wrong ones."""
         places = np.flatnonzero(self.counts_2N.sum(0))
         right, wrong = self.counts_2N[:, places].astype(np.float64)
         return places, right, wrong
 
     def auroc(self) -> Bounded:
-        """Probability that a wrong one scores above a right one; NaN where there are only right or only wrong ones."""
+        """Return the probability that a wrong one scores above a right one; NaN where there is only one kind."""
         _, right, wrong = self.occupied()
         pairs = right.sum() * wrong.sum()
         if pairs == 0:
@@ -80,7 +80,7 @@ class Ranking:
         return Bounded(float(((wrong * (right.cumsum() - right)).sum() + tied) / pairs), float(tied / pairs))
 
     def fpr95(self) -> float:
-        """Share of the right ones above the score that 95 % of the wrong ones are above."""
+        """Return the share of the right ones above the score that 95 % of the wrong ones are above."""
         _, right, wrong = self.occupied()
         if right.sum() == 0 or wrong.sum() == 0:
             return float("nan")
@@ -88,14 +88,14 @@ class Ranking:
         return float(np.interp(0.95, true, false))
 
     def risk_coverage(self) -> tuple[Doubles, Doubles]:
-        """Answering only the lowest scores: share that is answered, ascending, and share of it that is wrong."""
+        """Answer only the lowest scores: the share that is answered, ascending, and the share of it that is wrong."""
         _, right, wrong = self.occupied()
         kept = (right + wrong).cumsum()
         return kept / kept[-1:], wrong.cumsum() / kept
 
     def aurc(self) -> Bounded:
-        """Mean over coverages of the risk (Geifman & El-Yaniv 2017): the integral of `risk_coverage` with ties in
-        random order, in which the risk within a bin is (E + s x) / (N + x) for N, E counted before it."""
+        """Average the risk over coverages (Geifman & El-Yaniv 2017): integrate `risk_coverage` with ties in random
+        order, in which the risk within a bin is (E + s x) / (N + x) for N, E counted before it."""
         _, right, wrong = self.occupied()
         num = right + wrong
         before, share = num.cumsum() - num, wrong / num
@@ -107,23 +107,23 @@ class Ranking:
         return Bounded(float(area.sum() / num.sum()), float(widest.sum() / num.sum()))
 
     def excess_aurc(self) -> float:
-        """AURC less that of a score that puts every error last (Geifman et al. 2019)."""
+        """Return AURC less that of a score that puts every error last (Geifman et al. 2019)."""
         risk = float(self.counts_2N[1].sum() / self.counts_2N.sum())
         best = risk + (1 - risk) * float(np.log1p(-risk)) if risk < 1 else 1.0
         return self.aurc().value - best
 
     def coverage_at(self, risk: float) -> float:
-        """The largest share that can be answered with this risk among the answered."""
+        """Return the largest share that can be answered with this risk among the answered."""
         coverage, risks = self.risk_coverage()
         return float(coverage[risks <= risk].max(initial=0))
 
     def risk_at(self, coverage: float) -> float:
-        """The risk when this share is answered."""
+        """Return the risk when this share is answered."""
         return float(np.interp(coverage, *self.risk_coverage()))
 
 
 class Reliability:
-    """Whether probabilities are what they say: confidence against accuracy, and proper scores."""
+    """A measure of whether probabilities are what they say: confidence against accuracy, and proper scores."""
 
     def __init__(self) -> None:
         self.table_3B = np.zeros((3, CONFIDENCE_BINS))
@@ -146,19 +146,19 @@ class Reliability:
         return float(self.table_3B[0].sum())
 
     def nll(self) -> float:
-        """Mean of -log p(truth), nats."""
+        """Return the mean of -log p(truth), nats."""
         return self._nll / self.num
 
     def brier(self) -> float:
-        """Mean over pixels of the sum over classes of (p - y)^2, 0 .. 2."""
+        """Return the mean over pixels of the sum over classes of (p - y)^2, 0 .. 2."""
         return self._brier / self.num
 
     def ece(self) -> float:
-        """Expected calibration error (Guo et al. 2017): mean of |confidence - accuracy| over equal steps."""
+        """Return the expected calibration error (Guo et al. 2017): mean of |confidence - accuracy| over equal steps."""
         return self._gap(self.table_3B)
 
     def adaptive_ece(self) -> float:
-        """The same over steps with equal numbers of pixels (Nguyen & O'Connor 2015); ties are shared out evenly."""
+        """Return the error over steps of equal numbers of pixels (Nguyen & O'Connor 2015); ties are shared evenly."""
         places = np.flatnonzero(self._fine_3N[0])
         sums = np.pad(self._fine_3N[:, places].cumsum(1), ((0, 0), (1, 0)))
         edges = np.linspace(0, self.num, CONFIDENCE_BINS + 1)
@@ -169,7 +169,7 @@ class Reliability:
 
 
 def patches(score_HW: Floats, wrong_HW: Mask, known_HW: Mask, *, size: int) -> tuple[Floats, Mask]:
-    """Mean score of every size x size patch, and whether it is inaccurate (Mukhoti & Gal 2018).
+    """Return the mean score of every size x size patch, and whether it is inaccurate (Mukhoti & Gal 2018).
 
     Both are over the patch's labelled pixels; patches with fewer than half of theirs, and the rest beyond the last
     whole patch, are left out.
@@ -188,7 +188,7 @@ def _sums(values_HW: NDArray[np.generic], size: int) -> Doubles:
 
 
 class PatchCurve(NamedTuple):
-    """Over uncertainty thresholds: p(accurate | certain), p(uncertain | inaccurate), and PAvPU; NaN where undefined."""
+    """p(accurate | certain), p(uncertain | inaccurate) and PAvPU over uncertainty thresholds; NaN where undefined."""
 
     thresholds: Doubles
     accurate_if_certain: Doubles
@@ -197,7 +197,7 @@ class PatchCurve(NamedTuple):
 
 
 def patch_curve(ranking: Ranking, thresholds: Doubles) -> PatchCurve:
-    """The three measures of Mukhoti & Gal 2018 from patches counted by uncertainty; up to the threshold is certain.
+    """Read the three measures of Mukhoti & Gal 2018 off patches counted by uncertainty; up to a threshold is certain.
 
     PAvPU = (accurate and certain + inaccurate and uncertain) / all patches.
     """

@@ -1,4 +1,4 @@
-"""What the loop knows of a method: an objective that turns a batch into losses."""
+"""All that the loop knows of a method is its objective, which turns a batch into losses."""
 
 import importlib
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ class Objective(nn.Module):
 
 
 def build_objective(method: str, network: Network, average: Network, options: Mapping[str, Any]) -> Objective:
-    """`models.<method>.objective.build_objective`. Raises BadOption if the method cannot be trained here."""
+    """Call `models.<method>.objective.build_objective`. Raises BadOption if the method cannot be trained here."""
     try:
         module = importlib.import_module(f"penumbra.models.{method}.objective")
     except ModuleNotFoundError as error:
@@ -38,7 +38,7 @@ def build_objective(method: str, network: Network, average: Network, options: Ma
 
 
 def update_average(average: nn.Module, network: nn.Module, *, decay: float) -> None:
-    """average = decay * average + (1 - decay) * network, in place, for weights and float buffers."""
+    """Set average = decay * average + (1 - decay) * network, in place, for weights and float buffers."""
     ours, theirs = average.state_dict(), network.state_dict()
     for key, value in ours.items():
         if value.is_floating_point():

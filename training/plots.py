@@ -1,4 +1,4 @@
-"""Pictures of an evaluation, each one function from measured values to a figure."""
+"""Draw the pictures of an evaluation, each by one function from measured values to a figure."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,7 +38,7 @@ def draw_all(document: dict[str, Any], card: Card, shown: Shown, folder: Path) -
 
 
 def title_of(document: dict[str, Any]) -> str:
-    """Which model on what."""
+    """Say which model was measured on what."""
     return (
         f"{document['model']} v{document['version']}, {document['set']} {document['split']}, "
         f"{document['frames']} frames, S = {document['samples']}"
@@ -46,7 +46,7 @@ def title_of(document: dict[str, Any]) -> str:
 
 
 def reliability_diagram(document: dict[str, Any]) -> Figure:
-    """Accuracy against confidence, and how many pixels have it."""
+    """Draw accuracy against confidence, and how many pixels have it."""
     pixels, confidence, right = (np.array(row) for row in document["curves"]["reliability"].values())
     figures, filled = document["figures"], pixels > 0
     figure = Figure((5.2, 6), layout="constrained")
@@ -66,7 +66,7 @@ def reliability_diagram(document: dict[str, Any]) -> Figure:
 
 
 def risk_coverage(document: dict[str, Any]) -> Figure:
-    """Share of wrong pixels among those answered, by each score, beside a perfect score and a random one."""
+    """Draw the share of wrong pixels among those answered, by each score, beside a perfect score and a random one."""
     figure = Figure((6, 4.5), layout="constrained")
     axes, figures = figure.subplots(), document["figures"]
     for name, risks in document["curves"]["risk"].items():
@@ -84,7 +84,7 @@ def risk_coverage(document: dict[str, Any]) -> Figure:
 
 
 def patch_curves(document: dict[str, Any]) -> Figure:
-    """PAvPU and its two conditional parts against the threshold, by uncertainty (columns) and patch size (lines)."""
+    """Draw PAvPU and its two conditional parts against the threshold, by uncertainty (rows) and patch size (lines)."""
     parts = {
         "pavpu": "PAvPU",
         "accurate_if_certain": "p(accurate | certain)",
@@ -111,7 +111,7 @@ def patch_curves(document: dict[str, Any]) -> Figure:
 
 
 def against_samples(document: dict[str, Any]) -> Figure:
-    """Quality and cost against the number of samples."""
+    """Draw quality and cost against the number of samples."""
     rows = document["against_samples"]
     counts = [row["samples"] for row in rows]
     panels = {
@@ -142,7 +142,7 @@ def against_samples(document: dict[str, Any]) -> Figure:
 
 
 def confusion_matrix(document: dict[str, Any], card: Card) -> Figure:
-    """Where each true class goes, in percent of its pixels."""
+    """Draw where each true class goes, in percent of its pixels."""
     counts_KK = np.array(document["curves"]["confusion"], float)
     percent_KK = 100 * counts_KK / np.maximum(counts_KK.sum(1, keepdims=True), 1)
     names, size = [info.name for info in card.classes], 3 + 0.45 * card.num_classes
@@ -163,7 +163,7 @@ def confusion_matrix(document: dict[str, Any], card: Card) -> Figure:
 
 
 def contact_sheet(shown: Shown, card: Card) -> Figure:
-    """Rows of frames: image, truth, answer, error, entropy, and mutual information where there is one."""
+    """Draw rows of frames: image, truth, answer, error, entropy, and mutual information where there is one."""
     names = [name for name in UNCERTAINTIES if name in shown[0][1].maps]
     columns = 4 + len(names)
     figure = Figure((2.5 * columns, 2 * len(shown) + 0.6), layout="constrained")

@@ -1,4 +1,4 @@
-"""A training that a person or a log file can follow."""
+"""Show a training so that a person or a log file can follow it."""
 
 import dataclasses
 from pathlib import Path
@@ -35,5 +35,5 @@ def follow(
 
 
 def print_line(share: float, line: str) -> None:
-    """One line per report, at once, for log files."""
+    """Print one line per report, at once, for log files."""
     print(f"{100 * share:5.1f} %  {line}", flush=True)

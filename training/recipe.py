@@ -1,4 +1,4 @@
-"""A recipe: every choice of one training, read strictly from YAML."""
+"""Read a recipe, every choice of one training, strictly from YAML."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What is trained, on what, and how long.
+    """Every choice of one training: what is trained, on what, and how long.
 
     config, objective: the method's network configuration and objective options.
     labelled_fraction: of the training frames, drawn by `seed`; the others are used without their masks.
@@ -55,7 +55,7 @@ class Recipe:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Raises BadOption: no such file, not YAML, or a field that is unknown, missing or mistyped."""
+    """Read a recipe. Raises BadOption: no such file, not YAML, or a field that is unknown, missing or mistyped."""
     try:
         data = yaml.safe_load(path.read_bytes())
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A data set without files: bright discs and boxes on noise, for tests of the loop."""
+"""Draw a data set without files: bright discs and boxes on noise, for tests of the loop."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ SEEDS = {"train": 0, "val": 1}
 
 
 def draw_split(folder: Path, split: str) -> Frames:
-    """16 training or 8 validation frames; `folder` is not read."""
+    """Draw 16 training or 8 validation frames; `folder` is not read."""
     generator = torch.Generator().manual_seed(SEEDS[split])
     frames = [_draw(generator) for _ in range(16 if split == "train" else 8)]
     names = tuple(f"{split}{i:02}" for i in range(len(frames)))

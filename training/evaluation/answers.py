@@ -1,4 +1,4 @@
-"""One labelled frame through the serving engine, reduced band by band to what figures are made of."""
+"""Send one labelled frame through the serving engine, and keep band by band what figures are made of."""
 
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ Labels = NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the engine said of one frame, beside the picture and the truth; everything at the frame's size.
+    """The engine's answer to one frame, beside the picture and the truth; everything at the frame's size.
 
     truth_HW: class ids, IGNORE where there is no label. prob_HW: probability of the true class, 0 without a label.
     squares_HW: sum over classes of p^2. maps: all maps by name. seconds: the engine's time.
@@ -38,12 +38,12 @@ class Answer:
 
     @property
     def wrong_HW(self) -> Mask:
-        """Labelled pixels that are answered with another class."""
+        """The labelled pixels that are answered with another class."""
         return np.not_equal(self.labels_HW, self.truth_HW) & self.known_HW
 
     @property
     def accuracy(self) -> float:
-        """Share of the labelled pixels that are right; NaN where none is labelled."""
+        """The share of the labelled pixels that are right; NaN where none is labelled."""
         num = self.known_HW.sum()
         return float(1 - self.wrong_HW.sum() / num) if num else float("nan")
 
@@ -74,7 +74,7 @@ def answer(segmenter: Segmenter, frame: tuple[Tensor, Tensor], options: SegmentO
 
 
 def check_classes(card: Card, classes: tuple[ClassInfo, ...], *, data: str) -> str:
-    """Whether a data set's labels are this model's: a warning where names differ, else nothing. Raises BadData."""
+    """Compare a data set's classes with the model's: returns a warning where names differ, or raises BadData."""
     ours, theirs = [info.name for info in card.classes], [info.name for info in classes]
     if len(ours) != len(theirs):
         raise BadData(f"{data} has {len(theirs)} classes and {card.name} has {len(ours)}; other labels are wanted")

@@ -1,4 +1,4 @@
-"""The figures of an evaluation: answers are added one by one, and read out under torch-uncertainty's names."""
+"""Count the figures of an evaluation: answers are added one by one, figures have torch-uncertainty's names."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -19,8 +19,7 @@ STEPS = np.linspace(0, 1, 101)
 
 
 class Evaluation:
-    """Counts of everything that is measured of one model's answers of so many samples. Memory does not grow with the
-    frames."""
+    """The counts of all that is measured of one model's answers; memory does not grow with the frames."""
 
     def __init__(self, card: Card, num_samples: int) -> None:
         self.card, self.num_frames = card, 0
@@ -52,7 +51,7 @@ class Evaluation:
             self._abstention.add(maps["entropy"][known_HW], wrong_HW[known_HW])
 
     def figures(self) -> dict[str, float]:
-        """All figures by name (docs/measure/evaluation.md); NaN where one is undefined."""
+        """Return all figures by name (docs/measure/evaluation.md); NaN where one is undefined."""
         return {
             **self._segmentation(),
             "seg/NLL": self.reliability.nll(),
@@ -75,7 +74,7 @@ class Evaluation:
         }
 
     def _selection(self) -> dict[str, float]:
-        """Answering first what is most certain by confidence (plain names) or by another score (its name behind)."""
+        """Judge answering first what is most certain by confidence (plain names) or another score (its name behind)."""
         confidence = self.rankings["confidence"]
         figures = {
             "sc/AURC": confidence.aurc().value,
@@ -90,19 +89,19 @@ class Evaluation:
         return figures
 
     def _counted(self) -> Iterator[tuple[str, Ranking]]:
-        """Patches of the sizes that fit into the frames."""
+        """Yield the patches of the sizes that fit into the frames."""
         return (
             (f"{name}/{size}", ranking) for (name, size), ranking in self.patches.items() if ranking.counts_2N.any()
         )
 
     def errors(self) -> dict[str, float]:
-        """How far binning can move the ranking figures at most."""
+        """Return how far binning can move the ranking figures at most."""
         return {f"err/AUROC/{name}": ranking.auroc().error for name, ranking in self.rankings.items()} | {
             f"sc/AURC/{name}": ranking.aurc().error for name, ranking in self.rankings.items()
         }
 
     def curves(self) -> dict[str, Any]:
-        """What the plots show, as plain lists; a patch curve is None where it is undefined."""
+        """Return what the plots show, as plain lists; a patch curve is None where it is undefined."""
         pixels, confidence, right = self.reliability.table_3B.tolist()
         return {
             "confusion": self.confusion_KK.tolist(),
@@ -114,7 +113,7 @@ class Evaluation:
 
 
 def _patch_curve(ranking: Ranking) -> dict[str, list[float | None]]:
-    """The patch curve over thresholds from the least to the largest uncertainty of any patch.
+    """Draw the patch curve over thresholds from the least to the largest uncertainty of any patch.
 
     DEVIATION: Mukhoti & Gal step evenly; ours are closer near the smallest, where most patches are.
     """
@@ -125,7 +124,7 @@ def _patch_curve(ranking: Ranking) -> dict[str, list[float | None]]:
 
 
 class Abstention:
-    """What `max_risk` does on these frames: for each calibrated risk, how much is answered and how much is wrong."""
+    """The effect of `max_risk` on the frames: for each calibrated risk, how much is answered and how much is wrong."""
 
     def __init__(self, calibration: Calibration) -> None:
         self._risks, self._num_frames = calibration.risks, 0
@@ -139,7 +138,7 @@ class Abstention:
         self._sums_2R += kept_RN.mean(1), (kept_RN & wrong).mean(1)
 
     def figures(self) -> dict[str, float]:
-        """Means over frames of the share answered (coverage), and of the share answered and wrong (risk)."""
+        """Average over frames the share answered (coverage), and the share answered and wrong (risk)."""
         figures: dict[str, float] = {}
         for risk, coverage, wrong in zip(self._risks, *(self._sums_2R / self._num_frames).tolist(), strict=True):
             figures |= {f"abstain/coverage@{risk:g}": coverage, f"abstain/risk@{risk:g}": wrong}

@@ -33,7 +33,7 @@ FEW_FRAMES = 16
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is evaluated on what. version: None is the newest. samples: None is the card's. every: n-th frame only.
+    """The model and frames of an evaluation. version, samples: None is the newest, and the card's. every: n-th only.
 
     seed: the first frame's; the next has one more.
     """
@@ -48,13 +48,13 @@ class Question:
     every: int = 1
 
     def options(self, place: int) -> SegmentOptions:
-        """Options of one frame. Every frame has draws of its own, or all would share the luck of one."""
+        """Return the options of one frame. Every frame has draws of its own, or all would share the luck of one."""
         return SegmentOptions(model=self.name, samples=self.samples, seed=self.seed + place)
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """An evaluation's outcome. accuracies: of the frames in `places`. against_samples: rows of `compare_samples`."""
+    """The outcome of an evaluation. accuracies: of the frames in `places`. against_samples: of `compare_samples`."""
 
     question: Question
     card: Card
@@ -64,7 +64,7 @@ class Measured:
     against_samples: list[dict[str, float | None]]
 
     def document(self) -> dict[str, Any]:
-        """Everything as JSON values; an undefined figure is null."""
+        """Return everything as JSON values; an undefined figure is null."""
         return {
             "model": self.card.name, "version": self.card.version, "set": self.question.data_set,
             "split": self.question.split, "every": self.question.every, "frames": self.evaluation.num_frames,
@@ -77,12 +77,12 @@ class Measured:
 
 
 def defined(figures: dict[str, float]) -> dict[str, float | None]:
-    """The figures as JSON knows numbers: None where one is undefined."""
+    """Put the figures as JSON knows numbers: None where one is undefined."""
     return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def load_frames(question: Question, card: Card) -> FrameSet:
-    """The frames that are asked about. Raises BadOption, BadData."""
+    """Load the frames that are asked about. Raises BadOption, BadData."""
     data = find_data(question.data_set, question.data)
     if warning := check_classes(card, data.classes, data=question.data_set):
         Console(stderr=True, markup=False, emoji=False).print(f"warning: {warning}", style="yellow")
@@ -92,7 +92,7 @@ def load_frames(question: Question, card: Card) -> FrameSet:
 def answers(
     segmenter: Segmenter, question: Question, frames: FrameSet, places: list[int], *, title: str
 ) -> Iterator[Answer]:
-    """The answers to some frames, one by one, with a progress bar of that title. Raises any PenumbraError."""
+    """Answer some frames, one by one, with a progress bar of that title. Raises any PenumbraError."""
     for place in follow(places, title):
         yield answer(segmenter, frames[place], question.options(place))
 
@@ -116,7 +116,7 @@ def evaluate(segmenter: Segmenter, question: Question, frames: FrameSet, *, comp
 def compare_samples(
     segmenter: Segmenter, question: Question, frames: FrameSet, places: list[int]
 ) -> list[dict[str, float | None]]:
-    """Per S: figures on these frames, and the time as a multiple of that of S = 1, taken in turns frame by frame.
+    """Measure figures and time per S on these frames, frame by frame in turns; time is a multiple of that of S = 1.
 
     One sample has no mutual information: its figure is None.
     """
@@ -138,7 +138,7 @@ def compare_samples(
 
 
 def typical(measured: Measured, segmenter: Segmenter, frames: FrameSet) -> list[tuple[str, Answer]]:
-    """The frames with the least, lower-quartile, median and highest accuracy: a title and the answer."""
+    """Choose the frames of least, lower-quartile, median and highest accuracy: a title and the answer of each."""
     ranked = sorted(
         zip(measured.accuracies, measured.places, strict=True), key=lambda pair: (math.isnan(pair[0]), pair[0])
     )
@@ -168,7 +168,7 @@ def evaluate_artifact(question: Question, store: Path, *, plots: Path | None = N
 
 
 def check_document(path: Path) -> None:
-    """Raises BadOption where an evaluation's document would take the place of a file that is none."""
+    """Raise BadOption where an evaluation's document would take the place of a file that is none."""
     if not path.is_file():  # there is none yet, or it is a pipe
         return
     try:
@@ -181,7 +181,7 @@ def check_document(path: Path) -> None:
 
 
 def follow(places: list[int], title: str) -> Iterable[int]:
-    """The places with a progress bar, where stderr is a terminal."""
+    """Go through the places with a progress bar, where stderr is a terminal."""
     console = Console(stderr=True)
     return track(places, title, console=console, transient=True, disable=not console.is_terminal)
 
