@@ -26,7 +26,7 @@ def write(
     for part in cut(network, card, golden, precision=precision, device=device):
         part = dataclasses.replace(part, example=pytree.tree_map(_lay_out, part.example))
         pairs = zip(*map(pytree.tree_leaves, (part.example, part.other)), strict=True)
-        inputs = [_describe(example, other) for example, other in pairs]
+        inputs = [_input_facts(example, other) for example, other in pairs]
         settings = {  # weights are constants of the code; threads are counted where it runs
             "freezing": True, "cpp.dynamic_threads": True, "aot_inductor.metadata": {INPUTS: json.dumps(inputs)},
         }  # fmt: skip
@@ -49,7 +49,7 @@ def _is_channels_last(tensor: Tensor) -> bool:
     return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
-def _describe(example: Tensor, other: Tensor) -> dict[str, object]:
+def _input_facts(example: Tensor, other: Tensor) -> dict[str, object]:
     """Say what the compiled code takes for granted of an input: sizes (None where free), type and memory format."""
     sizes = [size if size == size_too else None for size, size_too in zip(example.shape, other.shape, strict=True)]
     return {"sizes": sizes, "dtype": str(example.dtype), "format": FORMATS[_is_channels_last(example)]}

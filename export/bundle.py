@@ -162,8 +162,8 @@ def _measure_in(batch: int, card: Card, graphs: Backend, golden: Golden) -> Pari
             prompted.append(_decode_apart(graphs, features, golden.prompted.noise_SBL[:, windows], sampling))
     height, width = golden.image_B3hw.shape[2:]
     worst = worst_parity([
-        measure_parity(answer.logits_SBKhw, torch.cat(got, dim=1), card, height=height, width=width)
-        for answer, got in ((golden.plain, plain), (golden.prompted, prompted)) if answer
+        measure_parity(answer.logits_SBKhw, torch.cat(exported, dim=1), card, height=height, width=width)
+        for answer, exported in ((golden.plain, plain), (golden.prompted, prompted)) if answer
     ])  # fmt: skip
     if golden.extras_BEhw is None:
         return worst

@@ -53,22 +53,22 @@ def make_ensemble(checkpoints: Sequence[Path], output: Path) -> Card:
 
 def losses(checkpoints: Sequence[Path]) -> list[str]:
     """List in sentences what the networks say alone and not as members."""
-    said = []
+    sentences = []
     for path in checkpoints:
         card = read_card(path)
         if card.sampling.kind in ("latent", "dropout"):
             still = "with its latent at the mean" if card.sampling.kind == "latent" else "with nothing dropped"
-            said.append(f"{path.stem} draws no samples in an ensemble, where it is one member {still}")
+            sentences.append(f"{path.stem} draws no samples in an ensemble, where it is one member {still}")
         if card.prompt.kind != "none":
-            said.append(f"{path.stem} takes no {card.prompt.kind} in an ensemble")
+            sentences.append(f"{path.stem} takes no {card.prompt.kind} in an ensemble")
         if card.extra_maps:
-            said.append(f"{path.stem} has no {' and '.join(own.name for own in card.extra_maps)} in an ensemble")
-    return said
+            sentences.append(f"{path.stem} has no {' and '.join(own.name for own in card.extra_maps)} in an ensemble")
+    return sentences
 
 
 def _check_classes(first_stem: str, first: Card, stem: str, card: Card) -> None:
-    names, wanted = ([info.name for info in one.classes] for one in (card, first))
-    if names != wanted:
-        different = next((pair for pair in zip(wanted, names, strict=False) if pair[0] != pair[1]), None)
+    names, expected = ([info.name for info in one.classes] for one in (card, first))
+    if names != expected:
+        different = next((pair for pair in zip(expected, names, strict=False) if pair[0] != pair[1]), None)
         why = f"{different[1]!r} where {first_stem} has {different[0]!r}" if different else f"{len(names)} classes"
         raise BadOption(f"{stem} has {why}; all members of an ensemble need the same classes in the same order")

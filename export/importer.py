@@ -62,17 +62,17 @@ def import_checkpoint(
     parts = _read_parts(found, files, where=where)
     assembly = _assemble(found, parts, where=where)
     config, run = _choose(assembly, protocol, sampling, method=method)
-    named = _classes(classes, config.num_classes)
+    class_infos = _classes(classes, config.num_classes)
     network = found.build(config).eval()
     unused = _fill(network, parts, run, where=where)
-    law = network.sampling
-    if not sampling and law.kind in ("latent", "dropout"):
-        law = dataclasses.replace(law, default_samples=run.default_samples, noise_per=run.noise_per)
+    card_sampling = network.sampling
+    if not sampling and card_sampling.kind in ("latent", "dropout"):
+        card_sampling = dataclasses.replace(card_sampling, default_samples=run.default_samples, noise_per=run.noise_per)
     kinds = zip(files, parts, strict=True)
     origin = "; ".join(f"{path.name}, {part.layout.name}, sha256 {sha256_of(path)}" for path, part in kinds)
     card = Card(
-        name=output.stem, version=1, method=method, config=dataclasses.asdict(config), classes=named,
-        input=assembly.input, window=run.window, sampling=law, readout=run.readout, prompt=network.prompt,
+        name=output.stem, version=1, method=method, config=dataclasses.asdict(config), classes=class_infos,
+        input=assembly.input, window=run.window, sampling=card_sampling, readout=run.readout, prompt=network.prompt,
         extra_maps=network.extra_maps,
         provenance=Provenance(recipe=f"{IMPORTED}{origin}", commit=found.upstream.source if found.upstream else ""),
     )  # fmt: skip
@@ -134,15 +134,15 @@ def _fill(network: Network, parts: Sequence[Part], run: Protocol, *, where: str)
 
     A file's own tensors go before what stands beside another's. What may stand beside and does not is zero.
     """
-    wanted, layouts = network.state_dict(), [part.layout for part in parts]
-    beside = [target for layout in layouts for target in layout.beside.values() if target in wanted]
-    tensors: dict[str, Tensor] = {target: torch.zeros_like(wanted[target]) for target in beside}
-    for held in [part.beside for part in parts] + [part.tensors for part in parts]:
-        tensors |= held
-    theirs = {name: published_name(name, layouts) for name in (*wanted, *tensors)}
+    state, layouts = network.state_dict(), [part.layout for part in parts]
+    beside = [target for layout in layouts for target in layout.beside.values() if target in state]
+    tensors: dict[str, Tensor] = {target: torch.zeros_like(state[target]) for target in beside}
+    for group in [part.beside for part in parts] + [part.tensors for part in parts]:
+        tensors |= group
+    theirs = {name: published_name(name, layouts) for name in (*state, *tensors)}
     unused = [name for name in tensors if name.startswith(run.unused)]
-    kept = {name: tensor for name, tensor in tensors.items() if name not in unused}
-    fill_network(network, kept, where=where, theirs=theirs)
+    weights = {name: tensor for name, tensor in tensors.items() if name not in unused}
+    fill_network(network, weights, where=where, theirs=theirs)
     return [theirs[name] for name in unused]
 
 

@@ -83,15 +83,15 @@ def _recognise(content: Any, method: Method, *, where: str) -> Layout:
         return fitting[0]
     if fitting:
         raise BadCheckpoint(f"{where} fits several layouts of {method.name}: {few([x.name for x in fitting])}")
-    wanted = f"{where} is no checkpoint of {method.name}, which knows {'; '.join(layout.name for layout in layouts)}"
+    refusal = f"{where} is no checkpoint of {method.name}, which knows {'; '.join(layout.name for layout in layouts)}"
     for other in methods().values():
         for layout in _layouts(other):
             if _fits(content, layout):
-                raise BadCheckpoint(f"{wanted}: it looks like {other.name}, {layout.name}")
+                raise BadCheckpoint(f"{refusal}: it looks like {other.name}, {layout.name}")
     if not isinstance(content, Mapping):
-        raise BadCheckpoint(f"{wanted}: it holds one object instead of tensors by name; its state_dict is wanted")
+        raise BadCheckpoint(f"{refusal}: it holds one object instead of tensors by name; its state_dict is wanted")
     largest = max([content, *(value for value in content.values() if isinstance(value, Mapping))], key=len)
-    raise BadCheckpoint(f"{wanted}: it holds {few([str(name) for name in largest]) or 'nothing'}")
+    raise BadCheckpoint(f"{refusal}: it holds {few([str(name) for name in largest]) or 'nothing'}")
 
 
 def _layouts(method: Method) -> tuple[Layout, ...]:

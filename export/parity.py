@@ -43,29 +43,31 @@ ENTROPY_RESOLUTION = 1e-5
 """Nats. Entropies that agree to this are the same to every reader of a map, and their order is rounding."""
 
 
-def measure_parity(wanted_SBKhw: Tensor, got_SBKhw: Tensor, card: Card, *, height: int, width: int) -> Parity:
+def measure_parity(expected_SBKhw: Tensor, exported_SBKhw: Tensor, card: Card, *, height: int, width: int) -> Parity:
     """Compare logits of the same input and noise; maps are compared at the window's height x width.
 
     Raises ParityFailed when the shapes differ or a value is not finite.
     """
-    if wanted_SBKhw.shape != got_SBKhw.shape:
-        raise ParityFailed(f"the export gives logits {list(got_SBKhw.shape)}; {list(wanted_SBKhw.shape)} are wanted")
-    for whose, logits_SBKhw in (("checkpoint", wanted_SBKhw), ("export", got_SBKhw)):
+    if expected_SBKhw.shape != exported_SBKhw.shape:
+        raise ParityFailed(
+            f"the export gives logits {list(exported_SBKhw.shape)}; {list(expected_SBKhw.shape)} are wanted"
+        )
+    for whose, logits_SBKhw in (("checkpoint", expected_SBKhw), ("export", exported_SBKhw)):
         if not torch.isfinite(logits_SBKhw).all():
             raise ParityFailed(f"the {whose} gives logits that are not finite")
-    wanted, got = (
+    expected, exported = (
         [read_maps(x_SBKhw[:, b], card, height, width) for b in range(x_SBKhw.shape[1])]
-        for x_SBKhw in (wanted_SBKhw, got_SBKhw)
+        for x_SBKhw in (expected_SBKhw, exported_SBKhw)
     )
-    flips = np.mean([np.mean(w[0] != g[0]) for w, g in zip(wanted, got, strict=True)])
-    entropy, other = (np.concatenate([maps[1].ravel() for maps in side]) for side in (wanted, got))
+    flips = np.mean([np.mean(w[0] != g[0]) for w, g in zip(expected, exported, strict=True)])
+    entropy, other = (np.concatenate([maps[1].ravel() for maps in side]) for side in (expected, exported))
     other = np.where(np.abs(other - entropy) <= ENTROPY_RESOLUTION, entropy, other)
     return Parity(
-        max_abs=float((wanted_SBKhw - got_SBKhw).abs().max()),
-        relative=relative_error(wanted_SBKhw, got_SBKhw),
+        max_abs=float((expected_SBKhw - exported_SBKhw).abs().max()),
+        relative=relative_error(expected_SBKhw, exported_SBKhw),
         label_flips_percent=100 * float(flips),
         entropy_rank_correlation=rank_correlation(entropy, other),
-        variance_ratio=_variance_ratio(wanted_SBKhw, got_SBKhw),
+        variance_ratio=_variance_ratio(expected_SBKhw, exported_SBKhw),
     )
 
 
@@ -84,11 +86,11 @@ def measure_frames(network: Network, graphs: Backend, card: Card, frames: Iterab
             image = torch.from_numpy(cut(image_HW3, window, plan, spec=card.window, norm=card.input)).permute(2, 0, 1)
             noise = SeededNoise(card.sampling, seed=0, num_samples=card.sampling.default_samples).draw(window.index)
             noise_SBL = torch.from_numpy(noise)[:, None]
-            wanted, got = (half.decode(half.encode(image[None]), noise_SBL).cpu() for half in (network, graphs))
-            figures.append(measure_parity(wanted, got, card, height=window.height, width=window.width))
+            expected, exported = (half.decode(half.encode(image[None]), noise_SBL).cpu() for half in (network, graphs))
+            figures.append(measure_parity(expected, exported, card, height=window.height, width=window.width))
             rows, columns, beyond = place(window, plan)
             truth = torch.from_numpy(np.pad(label_HW[rows, columns], beyond, constant_values=IGNORE))
-            for counts_KK, logits_SBKhw in zip(confusion_2KK, (wanted, got), strict=True):
+            for counts_KK, logits_SBKhw in zip(confusion_2KK, (expected, exported), strict=True):
                 labels = read_maps(logits_SBKhw[:, 0], card, window.height, window.width)[0]
                 counts_KK += confusion(torch.from_numpy(labels), truth, num_classes=num_classes)
     if not confusion_2KK[0].any():
@@ -100,11 +102,11 @@ def measure_frames(network: Network, graphs: Backend, card: Card, frames: Iterab
     )
 
 
-def relative_error(wanted: Tensor, got: Tensor) -> float:
+def relative_error(expected: Tensor, exported: Tensor) -> float:
     """Return the largest difference over the largest value: infinite where the shapes differ, NaN where a value is."""
-    if wanted.shape != got.shape:
+    if expected.shape != exported.shape:
         return float("inf")
-    return float((wanted - got).abs().max()) / max(float(wanted.abs().max()), 1e-6)
+    return float((expected - exported).abs().max()) / max(float(expected.abs().max()), 1e-6)
 
 
 def worst_parity(figures: Sequence[Parity]) -> Parity:
@@ -177,11 +179,11 @@ def read_maps(logits_SKhw: Tensor, card: Card, height: int, width: int) -> tuple
     return band.labels, band.maps["entropy"]
 
 
-def _variance_ratio(wanted_SBKhw: Tensor, got_SBKhw: Tensor) -> float:
+def _variance_ratio(expected_SBKhw: Tensor, exported_SBKhw: Tensor) -> float:
     """Divide the export's mean variance over samples by the checkpoint's; 1 where a sample axis of 1 has none."""
-    if len(wanted_SBKhw) == 1:
+    if len(expected_SBKhw) == 1:
         return 1.0
-    wanted, got = (float(x.double().var(0).mean()) for x in (wanted_SBKhw, got_SBKhw))
-    if wanted == 0:
+    expected, exported = (float(x.double().var(0).mean()) for x in (expected_SBKhw, exported_SBKhw))
+    if expected == 0:
         raise ParityFailed("the checkpoint's own samples do not differ: its latent has no effect on the logits")
-    return got / wanted
+    return exported / expected

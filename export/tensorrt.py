@@ -57,14 +57,14 @@ def write(
     network: Network, card: Card, golden: Golden, directory: Path, *, precision: str, device: torch.device
 ) -> None:
     """Build encode.engine and decode.engine, and prompt.engine where the network takes one: minutes each."""
-    for _, made in prepare(network, card, golden, precision=precision, device=device):
+    for _, source in prepare(network, card, golden, precision=precision, device=device):
         engine = torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine(
-            made.program,
-            inputs=[made.inputs],
+            source.program,
+            inputs=[source.inputs],
             disable_tf32=precision != "tf32",
             device=f"cuda:{device.index or 0}",  # without an index torch-tensorrt would have none
         )
-        (directory / f"{made.name}.engine").write_bytes(engine)
+        (directory / f"{source.name}.engine").write_bytes(engine)
 
 
 def prepare(

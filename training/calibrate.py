@@ -33,7 +33,7 @@ from penumbra.serving.engine.store import CARD, find_artifact, next_version
 from penumbra.serving.watch import how_to_serve
 from penumbra.training.evaluation.answers import Answer
 from penumbra.training.evaluation.figures import Evaluation
-from penumbra.training.evaluation.run import Question, answers, defined, load_frames
+from penumbra.training.evaluation.run import Question, defined, load_frames, segment_frames
 from penumbra.training.frames import FrameSet
 from penumbra.training.metrics import LEAST_PROBABILITY, NUM_BINS, Floats, Mask, bins_of, top_of
 
@@ -72,7 +72,7 @@ class Calibrated:
             "temperature_before": self.temperature_before, "temperature": self.card.readout.temperature,
             "calibration": self.card.calibration and dataclasses.asdict(self.card.calibration),
             "refused": {f"{risk:g}": sentence for risk, sentence in self.refused.items()},
-            "frames": {name: len(places) for name, places in dataclasses.asdict(self.split).items()},
+            "frames": {name: len(indices) for name, indices in dataclasses.asdict(self.split).items()},
             "before": defined(self.before), "after": defined(self.after),
         }  # fmt: skip
 
@@ -96,10 +96,10 @@ def calibrate_artifact(question: Question, store: Path, *, risks: Sequence[float
     with Segmenter() as segmenter:
         card = segmenter.load(directory)
         calibrated = calibrate(segmenter, question, load_frames(question, card), risks=risks)
-    place = store / card.name / str(next_version(store, card.name))
-    calibrated = dataclasses.replace(calibrated, card=dataclasses.replace(calibrated.card, version=int(place.name)))
-    write_version(directory, place, calibrated.card)
-    return calibrated, place
+    target = store / card.name / str(next_version(store, card.name))
+    calibrated = dataclasses.replace(calibrated, card=dataclasses.replace(calibrated.card, version=int(target.name)))
+    write_version(directory, target, calibrated.card)
+    return calibrated, target
 
 
 def calibrate(segmenter: Segmenter, question: Question, frames: FrameSet, *, risks: Sequence[float]) -> Calibrated:
@@ -110,37 +110,39 @@ def calibrate(segmenter: Segmenter, question: Question, frames: FrameSet, *, ris
     card, num_samples = runtime.card, question.options(0).num_samples(runtime.card)
     split = split_frames(range(0, len(frames), question.every), seed=question.seed)
 
-    def ask(trial: Card, places: list[int], *, title: str) -> Iterator[Answer]:
+    def try_card(trial: Card, indices: list[int], *, title: str) -> Iterator[Answer]:
         """Answer some frames as if the model had this card; to be read to the end before asking anew."""
         runtime.card = trial
-        return answers(segmenter, question, frames, places, title=title)
+        return segment_frames(segmenter, question, frames, indices, title=title)
 
     def nll(temperature: float) -> float:
-        return mean_nll(ask(warm(card, temperature), split.temperature, title=f"temperature {temperature:.3f}"))
+        return mean_nll(
+            try_card(set_temperature(card, temperature), split.temperature, title=f"temperature {temperature:.3f}")
+        )
 
-    warmed = warm(card, fit_temperature(nll))
+    new_card = set_temperature(card, fit_temperature(nll))
     loss = AbstentionLoss()
-    for answered in ask(warmed, split.thresholds, title="thresholds"):
-        loss.add(answered.maps["entropy"][answered.known_HW], answered.wrong_HW[answered.known_HW])
+    for answer in try_card(new_card, split.thresholds, title="thresholds"):
+        loss.add(answer.maps["entropy"][answer.known_HW], answer.wrong_HW[answer.known_HW])
     thresholds, refused = find_thresholds(loss, sorted(set(risks)), num_classes=card.num_classes)
     text = (
         f"{question.data_set} {question.split}: {loss.num_frames} frames for the thresholds, "
         f"{len(split.temperature)} others for the temperature (seed {question.seed}, every {question.every})"
     )
     values = (tuple(thresholds), tuple(thresholds.values()), loss.num_frames, num_samples, text)
-    done = dataclasses.replace(warmed, calibration=Calibration(*values) if thresholds else None)
+    calibrated_card = dataclasses.replace(new_card, calibration=Calibration(*values) if thresholds else None)
     before, after = (
-        figures_of(trial, ask(trial, split.check, title="check"), num_samples=num_samples)
-        for trial in (dataclasses.replace(card, calibration=None), done)
+        figures_of(trial, try_card(trial, split.check, title="check"), num_samples=num_samples)
+        for trial in (dataclasses.replace(card, calibration=None), calibrated_card)
     )
-    return Calibrated(done, split, before, after, refused, card.readout.temperature)
+    return Calibrated(calibrated_card, split, before, after, refused, card.readout.temperature)
 
 
 def mean_nll(answers: Iterable[Answer]) -> float:
     """Average -log p(truth) over labelled pixels, nats. Raises BadData: there are none; any temperature would do."""
     total, num = 0.0, 0
-    for answered in answers:
-        prob = answered.prob_HW[answered.known_HW]
+    for answer in answers:
+        prob = answer.prob_HW[answer.known_HW]
         total -= float(np.log(np.maximum(prob, LEAST_PROBABILITY)).sum(dtype=np.float64))
         num += len(prob)
     if num == 0:
@@ -151,18 +153,18 @@ def mean_nll(answers: Iterable[Answer]) -> float:
 def figures_of(card: Card, answers: Iterable[Answer], *, num_samples: int) -> dict[str, float]:
     """Measure all figures of the answers, abstention by the card's thresholds among them."""
     evaluation = Evaluation(card, num_samples)
-    for answered in answers:
-        evaluation.add(answered)
+    for answer in answers:
+        evaluation.add(answer)
     if not evaluation.num_frames:
         raise BadData("none of the frames to check on has a label; give it more frames")
     return evaluation.figures()
 
 
-def split_frames(places: Sequence[int], *, seed: int) -> Split:
+def split_frames(indices: Sequence[int], *, seed: int) -> Split:
     """Draw a quarter, a half and a quarter of the frames by the seed. Raises BadOption: too few frames."""
-    if len(places) < LEAST_FRAMES:
-        raise BadOption(f"there are {len(places)} frames to calibrate on; at least {LEAST_FRAMES} are wanted")
-    order = [places[i] for i in np.random.Generator(np.random.PCG64(seed)).permutation(len(places))]
+    if len(indices) < LEAST_FRAMES:
+        raise BadOption(f"there are {len(indices)} frames to calibrate on; at least {LEAST_FRAMES} are wanted")
+    order = [indices[i] for i in np.random.Generator(np.random.PCG64(seed)).permutation(len(indices))]
     quarter, half = len(order) // 4, len(order) // 2
     parts = (order[:quarter], order[quarter : quarter + half], order[quarter + half :])
     return Split(*(sorted(part) for part in parts))
@@ -175,7 +177,7 @@ def fit_temperature(nll: Callable[[float], float]) -> float:
     return math.exp(best.x)
 
 
-def warm(card: Card, temperature: float) -> Card:
+def set_temperature(card: Card, temperature: float) -> Card:
     """Give the card another temperature, to four digits; a calibration made at the old one is dropped."""
     readout = dataclasses.replace(card.readout, temperature=float(f"{temperature:.4g}"))
     return dataclasses.replace(card, readout=readout, calibration=None)
@@ -205,11 +207,11 @@ def find_thresholds(
     return thresholds, refused
 
 
-def write_version(source: Path, place: Path, card: Card) -> None:
+def write_version(source: Path, target: Path, card: Card) -> None:
     """Write an artifact beside another one: the same files, hard-linked where possible, under another card."""
     check_facts(card)
     assert card.export
-    with drafted(place.parent) as draft, writing(place):
+    with drafted(target.parent) as draft, writing(target):
         for name in card.export.files:
             try:
                 os.link(source / name, draft / name)
@@ -218,10 +220,10 @@ def write_version(source: Path, place: Path, card: Card) -> None:
         (draft / CARD).write_text(dump_card(card), "utf-8")
         (draft / CARD).chmod(0o644)
         draft.chmod(0o755)
-        os.replace(draft, place)
+        os.replace(draft, target)
 
 
-def report(calibrated: Calibrated, place: Path) -> None:
+def report(calibrated: Calibrated, target: Path) -> None:
     """Print what was found, and how it does on the check frames."""
     console, document = Console(markup=False, emoji=False), calibrated.document()
     before, after, frames = document["before"], document["after"], document["frames"]
@@ -241,5 +243,5 @@ def report(calibrated: Calibrated, place: Path) -> None:
         console.print(risks)
     for sentence in calibrated.refused.values():
         console.print(f"not guaranteed: {sentence}", style="yellow", highlight=False)
-    console.print(f"wrote {place}", highlight=False)
+    console.print(f"wrote {target}", highlight=False)
     click.echo(how_to_serve(calibrated.card.name), err=True)

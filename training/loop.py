@@ -166,7 +166,7 @@ def train(
     if training.fabric.is_global_zero:
         is_own = begun or (run_dir / "latest.safetensors").exists()
         write_split(run_dir / "labelled.txt", frames, training.split[0], replace=is_own)
-    card = describe(recipe, data, num_frames=len(frames), num_labelled=len(training.split[0]), network=training.average)
+    card = card_of(recipe, data, num_frames=len(frames), num_labelled=len(training.split[0]), network=training.average)
     run(training, card, val, run_dir, minutes=minutes, report=report)
     if training.fabric.is_global_zero:
         report(1.0, f"wrote {path}: {brief(write_measured(path, card, training.average, val))}")
@@ -221,8 +221,8 @@ def build_network(recipe: Recipe, num_classes: int) -> Network:
     return network
 
 
-def describe(recipe: Recipe, data: DataSet, *, num_frames: int, num_labelled: int, network: Network) -> Card:
-    """Write the card of the recipe's checkpoint, without figures."""
+def card_of(recipe: Recipe, data: DataSet, *, num_frames: int, num_labelled: int, network: Network) -> Card:
+    """Make the card of the recipe's checkpoint, without figures."""
     method = find_method(recipe.method)
     config: Any = read_strict(method.config, {"num_classes": len(data.classes), **recipe.config}, where="recipe.config")
     drawn = recipe.labelled_list or f"{recipe.labelled_fraction:g}, seed {recipe.seed}"

@@ -168,17 +168,17 @@ def contact_sheet(shown: Shown, card: Card) -> Figure:
     columns = 4 + len(names)
     figure = Figure((2.5 * columns, 2 * len(shown) + 0.6), layout="constrained")
     grid = figure.subplots(len(shown), columns, squeeze=False)
-    for row, (title, answered) in zip(grid, shown, strict=True):
-        row[0].imshow(answered.image_HW3)
-        row[0].set_title(f"{title}\naccuracy {100 * answered.accuracy:.1f} %", fontsize=8)
-        _labels(row[1], answered.truth_HW, card, title="truth")
-        _labels(row[2], np.where(answered.known_HW, answered.labels_HW, IGNORE), card, title="answer where labelled")
-        errors_HW = np.where(answered.known_HW, answered.wrong_HW, 0.5)
+    for row, (title, answer) in zip(grid, shown, strict=True):
+        row[0].imshow(answer.image_HW3)
+        row[0].set_title(f"{title}\naccuracy {100 * answer.accuracy:.1f} %", fontsize=8)
+        _labels(row[1], answer.truth_HW, card, title="truth")
+        _labels(row[2], np.where(answer.known_HW, answer.labels_HW, IGNORE), card, title="answer where labelled")
+        errors_HW = np.where(answer.known_HW, answer.wrong_HW, 0.5)
         row[3].imshow(errors_HW, cmap=ListedColormap(["#10161d", "#707070", "#ff5a36"]), vmin=0, vmax=1)
         row[3].set_title("wrong (orange), void (grey)", fontsize=8)
         for axes, name in zip(row[4:], names, strict=True):
-            top = max(float(np.percentile(answered.maps[name], 99.5)), 1e-3)
-            picture = axes.imshow(answered.maps[name], cmap="magma", vmin=0, vmax=top)
+            top = max(float(np.percentile(answer.maps[name], 99.5)), 1e-3)
+            picture = axes.imshow(answer.maps[name], cmap="magma", vmin=0, vmax=top)
             axes.set_title(f"{name.replace('_', ' ')}, nats", fontsize=8)
             figure.colorbar(picture, ax=axes, shrink=0.75).ax.tick_params(labelsize=7)
         for axes in row:

@@ -26,8 +26,8 @@ from penumbra.training.calibrate import (
     find_thresholds,
     fit_temperature,
     mean_nll,
+    set_temperature,
     split_frames,
-    warm,
     write_version,
 )
 from penumbra.training.evaluation.run import Question
@@ -178,7 +178,7 @@ def test_a_frame_without_labels_is_no_calibration_frame() -> None:
 
 
 def test_a_new_temperature_drops_the_old_thresholds(calibrated: Calibrated) -> None:
-    assert calibrated.card.calibration and warm(calibrated.card, 1.0).calibration is None
+    assert calibrated.card.calibration and set_temperature(calibrated.card, 1.0).calibration is None
 
 
 def test_the_next_version_has_the_same_files_and_keeps_its_promise(

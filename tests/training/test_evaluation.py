@@ -20,7 +20,7 @@ from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.training.data import find_data
-from penumbra.training.evaluation.answers import answer, check_classes
+from penumbra.training.evaluation.answers import check_classes, segment_frame
 from penumbra.training.evaluation.figures import Evaluation
 from penumbra.training.evaluation.run import (
     SAMPLE_COUNTS,
@@ -142,7 +142,7 @@ def test_a_frame_without_labels_changes_nothing(segmenter: Segmenter, frames: Fr
     evaluation = Evaluation(card, 1)
     image_3HW, label_HW = frames[0]
     for labels_HW in (label_HW, torch.full_like(label_HW, IGNORE)):
-        evaluation.add(answer(segmenter, (image_3HW, labels_HW), SegmentOptions(model=card.name)))
+        evaluation.add(segment_frame(segmenter, (image_3HW, labels_HW), SegmentOptions(model=card.name)))
     assert evaluation.num_frames == 1 and evaluation.figures()["seg/pixAcc"] > 0.8
 
 
@@ -154,7 +154,7 @@ def test_data_without_any_label_is_refused_with_a_sentence(segmenter: Segmenter,
 
 def test_every_nth_frame_is_taken(segmenter: Segmenter, frames: Frames) -> None:
     measured = measure(segmenter, "toy-pointwise", frames, every=2)
-    assert measured.places == [0, 2] and measured.evaluation.num_frames == 2
+    assert measured.indices == [0, 2] and measured.evaluation.num_frames == 2
 
 
 def test_small_pictures_have_no_large_patches(segmenter: Segmenter, frames: Frames) -> None:

@@ -48,7 +48,7 @@ class Answer:
         return float(1 - self.wrong_HW.sum() / num) if num else float("nan")
 
 
-def answer(segmenter: Segmenter, frame: tuple[Tensor, Tensor], options: SegmentOptions) -> Answer:
+def segment_frame(segmenter: Segmenter, frame: tuple[Tensor, Tensor], options: SegmentOptions) -> Answer:
     """Segment one frame, image_3HW and label_HW. Class probabilities are held for one band of rows only.
 
     Raises any PenumbraError.

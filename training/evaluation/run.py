@@ -19,7 +19,7 @@ from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import find_artifact
 from penumbra.serving.files.receipts import check_replaceable
 from penumbra.training.data import find_data
-from penumbra.training.evaluation.answers import Answer, answer, check_classes
+from penumbra.training.evaluation.answers import Answer, check_classes, segment_frame
 from penumbra.training.evaluation.figures import Evaluation
 from penumbra.training.frames import FrameSet
 
@@ -47,19 +47,19 @@ class Question:
     seed: int = 0
     every: int = 1
 
-    def options(self, place: int) -> SegmentOptions:
+    def options(self, index: int) -> SegmentOptions:
         """Return the options of one frame. Every frame has draws of its own, or all would share the luck of one."""
-        return SegmentOptions(model=self.name, samples=self.samples, seed=self.seed + place)
+        return SegmentOptions(model=self.name, samples=self.samples, seed=self.seed + index)
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The outcome of an evaluation. accuracies: of the frames in `places`. against_samples: of `compare_samples`."""
+    """The outcome of an evaluation. accuracies: of the frames in `indices`. against_samples: of `compare_samples`."""
 
     question: Question
     card: Card
     evaluation: Evaluation
-    places: list[int]
+    indices: list[int]
     accuracies: list[float]
     against_samples: list[dict[str, float | None]]
 
@@ -89,32 +89,32 @@ def load_frames(question: Question, card: Card) -> FrameSet:
     return data.load(question.data, question.split)
 
 
-def answers(
-    segmenter: Segmenter, question: Question, frames: FrameSet, places: list[int], *, title: str
+def segment_frames(
+    segmenter: Segmenter, question: Question, frames: FrameSet, indices: list[int], *, title: str
 ) -> Iterator[Answer]:
     """Answer some frames, one by one, with a progress bar of that title. Raises any PenumbraError."""
-    for place in follow(places, title):
-        yield answer(segmenter, frames[place], question.options(place))
+    for index in follow(indices, title):
+        yield segment_frame(segmenter, frames[index], question.options(index))
 
 
 def evaluate(segmenter: Segmenter, question: Question, frames: FrameSet, *, compare: bool = False) -> Measured:
     """Measure a loaded model. compare: also quality and cost against S, where S is free. Raises BadData."""
     card = segmenter.find(question.name, question.version).card
     evaluation, accuracies = Evaluation(card, question.options(0).num_samples(card)), []
-    places = list(range(0, len(frames), question.every))
-    for answered in answers(segmenter, question, frames, places, title=f"evaluating {card.name}"):
-        evaluation.add(answered)
-        accuracies.append(answered.accuracy)
+    indices = list(range(0, len(frames), question.every))
+    for answer in segment_frames(segmenter, question, frames, indices, title=f"evaluating {card.name}"):
+        evaluation.add(answer)
+        accuracies.append(answer.accuracy)
     if not evaluation.num_frames:
         raise BadData(f"no pixel of {question.data} {question.split} has a label; there is nothing to measure against")
-    few = places[:: -(-len(places) // FEW_FRAMES)]
+    few = indices[:: -(-len(indices) // FEW_FRAMES)]
     is_free = card.sampling.kind in ("latent", "dropout")
     rows = compare_samples(segmenter, question, frames, few) if compare and is_free else []
-    return Measured(question, card, evaluation, places, accuracies, rows)
+    return Measured(question, card, evaluation, indices, accuracies, rows)
 
 
 def compare_samples(
-    segmenter: Segmenter, question: Question, frames: FrameSet, places: list[int]
+    segmenter: Segmenter, question: Question, frames: FrameSet, indices: list[int]
 ) -> list[dict[str, float | None]]:
     """Measure figures and time per S on these frames, frame by frame in turns; time is a multiple of that of S = 1.
 
@@ -123,12 +123,12 @@ def compare_samples(
     card = segmenter.find(question.name, question.version).card
     counts = [count for count in SAMPLE_COUNTS if count <= segmenter.limits.samples]
     evaluations, seconds = {count: Evaluation(card, count) for count in counts}, dict.fromkeys(counts, 0.0)
-    for place in follow(places, "comparing numbers of samples"):
-        frame, options = frames[place], question.options(place)
+    for index in follow(indices, "comparing numbers of samples"):
+        frame, options = frames[index], question.options(index)
         for count in counts:
-            answered = answer(segmenter, frame, dataclasses.replace(options, samples=count))
-            evaluations[count].add(answered)
-            seconds[count] += answered.seconds
+            answer = segment_frame(segmenter, frame, dataclasses.replace(options, samples=count))
+            evaluations[count].add(answer)
+            seconds[count] += answer.seconds
     rows: list[dict[str, float | None]] = []
     for count in counts:
         figures = evaluations[count].figures()
@@ -140,13 +140,13 @@ def compare_samples(
 def typical(measured: Measured, segmenter: Segmenter, frames: FrameSet) -> list[tuple[str, Answer]]:
     """Choose the frames of least, lower-quartile, median and highest accuracy: a title and the answer of each."""
     ranked = sorted(
-        zip(measured.accuracies, measured.places, strict=True), key=lambda pair: (math.isnan(pair[0]), pair[0])
+        zip(measured.accuracies, measured.indices, strict=True), key=lambda pair: (math.isnan(pair[0]), pair[0])
     )
     last, shown = len(ranked) - 1, []
     for title, rank in {"worst": 0, "lower quartile": last // 4, "median": last // 2, "best": last}.items():
-        place = ranked[rank][1]
-        answered = answer(segmenter, frames[place], measured.question.options(place))
-        shown.append((f"{title}: {frames.names[place]}", answered))
+        index = ranked[rank][1]
+        answer = segment_frame(segmenter, frames[index], measured.question.options(index))
+        shown.append((f"{title}: {frames.names[index]}", answer))
     return shown
 
 
@@ -180,10 +180,10 @@ def check_document(path: Path) -> None:
         raise BadOption(f"{path} is in the way, and is no evaluation; move it, or name another file")
 
 
-def follow(places: list[int], title: str) -> Iterable[int]:
-    """Go through the places with a progress bar, where stderr is a terminal."""
+def follow(indices: list[int], title: str) -> Iterable[int]:
+    """Go through the indices with a progress bar, where stderr is a terminal."""
     console = Console(stderr=True)
-    return track(places, title, console=console, transient=True, disable=not console.is_terminal)
+    return track(indices, title, console=console, transient=True, disable=not console.is_terminal)
 
 
 def report(measured: Measured) -> None:
