@@ -33,7 +33,7 @@ from penumbra.models.card import Card, ClassInfo, ExportFacts, InputSpec, Readou
 from penumbra.models.contract import Features
 from penumbra.models.errors import BadOption, ParityFailed
 from penumbra.models.np_semiseg.net import NpConfig, NpNetwork, u2pl
-from penumbra.serving.engine.backends import DTYPES, find_format
+from penumbra.serving.engine.backends import DTYPES, open_backend
 from penumbra.serving.engine.runtime import is_out_of_memory
 from penumbra.serving.engine.store import Golden
 
@@ -146,8 +146,7 @@ class Bench:
         writer = find_writer(name, self.precision)
         writer.write(self.source, self.card, golden, place, precision=self.precision, device=self.device)
         facts = ExportFacts(name, self.precision, torch.__version__, {}, NOT_MEASURED)
-        module = find_format("penumbra.serving.engine.backends", name)
-        return module.load(replace(self.card, export=facts), place, self.device)
+        return open_backend(replace(self.card, export=facts), place, self.device)
 
     def parity(self, backend: Any, golden: Golden) -> Results | str:
         """Against the same network in float32 on the CPU, with the same noise."""

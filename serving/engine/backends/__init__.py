@@ -1,27 +1,35 @@
-"""What runs a network's graphs. Formats are interchangeable behind one small protocol, one module per format.
+"""What runs a network's graphs. Formats are interchangeable behind one small class, one module per format.
 
 Each module has
 
-    load(card, directory, device) -> Backend    the artifact's graphs, ready to run in any thread; raises BadArtifact
-    target(device) -> dict[str, str]            what its artifacts are bound to; {} where they run anywhere
+    open_graph(path, device, precision) -> Graph    one part of a network, ready to run
+    target(device) -> dict[str, str]                what its artifacts are bound to; {} where they run anywhere
 
 `target` is recorded at export (`card.export.built_for`), and an artifact is refused where it is another. All graphs
 take and give float32 whatever they compute in; features are between encode and decode alone, and may be anything.
 """
 
 import importlib
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from penumbra.models.card import Card
 from penumbra.models.contract import Features, Prompt
 from penumbra.models.errors import BadArtifact, BadOption
 
-BACKENDS = ("torchscript", "onnx", "openvino", "aot", "tensorrt")
+SUFFIXES = {"torchscript": ".ts", "onnx": ".onnx", "openvino": ".onnx", "aot": ".pt2", "tensorrt": ".engine"}
+"""Formats, and how their files end."""
+BACKENDS = tuple(SUFFIXES)
+ON_CPU = ("onnx", "openvino")
+"""Formats that run on the CPU, whatever the device."""
 EXTRAS = {
     "onnxruntime": "onnx", "onnx": "onnx", "onnxscript": "onnx", "openvino": "openvino",
     "tensorrt": "tensorrt", "torch_tensorrt": "tensorrt",
@@ -29,19 +37,47 @@ EXTRAS = {
 """The optional install that brings a library."""
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What a precision computes in."""
+Graph = Callable[..., Any]
+"""Takes a part's arguments as `penumbra.models.contract` has them, and gives its tensors."""
 
 
-class Backend(Protocol):
-    """Both halves of a network, on one device in one precision (see `penumbra.models.contract`)."""
+class Backend:
+    """The graphs of a network, on one device in one precision (see `penumbra.models.contract`).
 
-    device: torch.device
-    dtype: torch.dtype
+    They may be called from any thread. one_at_a_time: for those that bring threads of their own for all cores.
+    """
 
-    def encode(self, image_B3hw: Tensor) -> Features: ...
+    def __init__(
+        self, graphs: Mapping[str, Graph], *, device: torch.device, dtype: torch.dtype, one_at_a_time: bool
+    ) -> None:  # fmt: skip
+        self.device, self.dtype = device, dtype
+        self._graphs = graphs
+        self._turn: AbstractContextManager[object] = threading.Lock() if one_at_a_time else nullcontext()
 
-    def take_prompt(self, image_B3hw: Tensor, features: Features, prompt: Prompt) -> Features: ...
+    @torch.inference_mode()
+    def encode(self, image_B3hw: Tensor) -> Features:
+        with self._turn:
+            return tuple(self._graphs["encode"](self._pixels(image_B3hw)))
 
-    def decode(self, features: Features, noise_SBL: Tensor) -> Tensor: ...
+    @torch.inference_mode()
+    def take_prompt(self, image_B3hw: Tensor, features: Features, prompt: Prompt) -> Features:
+        prompt = tuple(tensor.to(self.device, torch.float32) for tensor in prompt)
+        with self._turn:
+            return tuple(self._graphs["prompt"](self._pixels(image_B3hw), features, prompt))
+
+    @torch.inference_mode()
+    def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
+        with self._turn:
+            logits_SBKhw = self._graphs["decode"](features, noise_SBL.to(self.device, torch.float32))
+        return logits_SBKhw if isinstance(logits_SBKhw, Tensor) else logits_SBKhw[0]
+
+    def _pixels(self, image_B3hw: Tensor) -> Tensor:
+        return image_B3hw.to(self.device, torch.float32, memory_format=torch.channels_last)
+
+
+def flat(run: Callable[[Sequence[Tensor]], Sequence[Tensor]]) -> Graph:
+    """A graph of a format that takes and gives plain lists of tensors, in the order of the contract's arguments."""
+    return lambda *arguments: run(pytree.tree_leaves(arguments))
 
 
 def load_backend(card: Card, directory: Path, device: torch.device) -> Backend:
@@ -63,8 +99,25 @@ def load_backend(card: Card, directory: Path, device: torch.device) -> Backend:
             )
     if device.type == "cuda":  # cuDNN's convolutions round to 10 bits unless they are told not to
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    backend: Backend = module.load(card, directory, device)
-    return backend
+    return open_backend(card, directory, device)
+
+
+def open_backend(card: Card, directory: Path, device: torch.device) -> Backend:
+    """The same, wherever it was built for. Raises BadArtifact for graphs that do not load."""
+    assert card.export
+    name, precision = card.export.backend, card.export.precision
+    module = find_format(__name__, name)
+    device = torch.device("cpu") if name in ON_CPU else device
+    parts = ("encode", "decode", "prompt") if card.prompt.kind != "none" else ("encode", "decode")
+    try:
+        graphs = {part: module.open_graph(directory / f"{part}{SUFFIXES[name]}", device, precision) for part in parts}
+    except BadArtifact:
+        raise
+    except Exception as error:  # those of onnxruntime share no base class
+        raise BadArtifact(
+            f"{directory} holds {name} graphs that this machine cannot load: {first_words(error)}"
+        ) from None
+    return Backend(graphs, device=device, dtype=DTYPES[precision], one_at_a_time=name != "torchscript")
 
 
 def first_words(error: Exception) -> str:

@@ -11,10 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from penumbra.models.card import Card
-from penumbra.models.errors import BadArtifact
-from penumbra.serving.engine.backends import DTYPES, first_words
-from penumbra.serving.engine.backends.flat import FlatBackend, part_names
+from penumbra.serving.engine.backends import Graph, flat
 
 INPUTS = "penumbra_inputs"
 FORMATS = ("contiguous", "channels_last")
@@ -54,14 +51,8 @@ class AotGraph:
         return [tensor.contiguous(memory_format=kind) for tensor, kind in zip(inputs, formats, strict=True)]
 
 
-def load(card: Card, directory: Path, device: torch.device) -> FlatBackend:
-    assert card.export
-    names = part_names(prompted=card.prompt.kind != "none")
-    try:
-        graphs = {name: AotGraph(directory / f"{name}.pt2", device) for name in names}
-    except (RuntimeError, KeyError) as error:
-        raise BadArtifact(f"{directory} holds a package that this torch cannot load: {first_words(error)}") from None
-    return FlatBackend(graphs, device=device, dtype=DTYPES[card.export.precision])
+def open_graph(path: Path, device: torch.device, _: str) -> Graph:
+    return flat(AotGraph(path, device))
 
 
 def target(device: torch.device) -> dict[str, str]:

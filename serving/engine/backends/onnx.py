@@ -7,10 +7,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from penumbra.models.card import Card
-from penumbra.models.errors import BadArtifact
-from penumbra.serving.engine.backends import DTYPES, first_words
-from penumbra.serving.engine.backends.flat import FlatBackend, part_names
+from penumbra.serving.engine.backends import Graph, flat
 
 
 class OnnxGraph:
@@ -30,14 +27,8 @@ class OnnxGraph:
         ]
 
 
-def load(card: Card, directory: Path, _: torch.device) -> FlatBackend:
-    assert card.export
-    names = part_names(prompted=card.prompt.kind != "none")
-    try:
-        graphs = {name: OnnxGraph(directory / f"{name}.onnx") for name in names}
-    except Exception as error:  # its exceptions share no base class
-        raise BadArtifact(f"{directory} holds ONNX that this onnxruntime cannot load: {first_words(error)}") from None
-    return FlatBackend(graphs, device=torch.device("cpu"), dtype=DTYPES[card.export.precision])
+def open_graph(path: Path, _: torch.device, __: str) -> Graph:
+    return flat(OnnxGraph(path))
 
 
 def target(_: torch.device) -> dict[str, str]:

@@ -7,10 +7,7 @@ import openvino
 import torch
 from torch import Tensor
 
-from penumbra.models.card import Card
-from penumbra.models.errors import BadArtifact
-from penumbra.serving.engine.backends import DTYPES, first_words
-from penumbra.serving.engine.backends.flat import FlatBackend, part_names
+from penumbra.serving.engine.backends import Graph, flat
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 """Set always: left alone, OpenVINO takes bf16 where the processor has it."""
@@ -34,14 +31,8 @@ class OpenVinoGraph:
         return [torch.from_numpy(outputs[i]) for i in range(len(outputs))]
 
 
-def load(card: Card, directory: Path, _: torch.device) -> FlatBackend:
-    assert card.export
-    names = part_names(prompted=card.prompt.kind != "none")
-    try:
-        graphs = {name: OpenVinoGraph(directory / f"{name}.onnx", card.export.precision) for name in names}
-    except RuntimeError as error:
-        raise BadArtifact(f"{directory} holds graphs that this OpenVINO cannot load: {first_words(error)}") from None
-    return FlatBackend(graphs, device=torch.device("cpu"), dtype=DTYPES[card.export.precision])
+def open_graph(path: Path, _: torch.device, precision: str) -> Graph:
+    return flat(OpenVinoGraph(path, precision))
 
 
 def target(_: torch.device) -> dict[str, str]:

@@ -12,10 +12,8 @@ import tensorrt as trt
 import torch
 from torch import Tensor
 
-from penumbra.models.card import Card
 from penumbra.models.errors import BadArtifact, BadOption
-from penumbra.serving.engine.backends import DTYPES
-from penumbra.serving.engine.backends.flat import FlatBackend, part_names
+from penumbra.serving.engine.backends import Graph, flat
 
 log = logging.getLogger("penumbra")
 
@@ -84,11 +82,8 @@ def _position(name: str) -> int:
     return int(re.findall(r"\d+", name)[-1])
 
 
-def load(card: Card, directory: Path, device: torch.device) -> FlatBackend:
-    assert card.export
-    names = part_names(prompted=card.prompt.kind != "none")
-    graphs = {name: Engine(directory / f"{name}.engine", device) for name in names}
-    return FlatBackend(graphs, device=device, dtype=DTYPES[card.export.precision])
+def open_graph(path: Path, device: torch.device, _: str) -> Graph:
+    return flat(Engine(path, device))
 
 
 def target(device: torch.device) -> dict[str, str]:

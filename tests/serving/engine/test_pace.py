@@ -21,7 +21,7 @@ from penumbra.models.card import Card
 from penumbra.models.contract import Features
 from penumbra.models.errors import BadOption, DeadlineExceeded, ModelFault
 from penumbra.serving.engine import runtime as runtimes
-from penumbra.serving.engine.backends.torchscript import TorchScriptBackend
+from penumbra.serving.engine.backends import Backend
 from penumbra.serving.engine.moments import Moments
 from penumbra.serving.engine.options import Limits, SegmentOptions
 from penumbra.serving.engine.runtime import Runtime, Tuning, WindowInput
@@ -274,13 +274,13 @@ def test_an_answer_comes_down_to_one_sample_only_where_nobody_named_the_mutual_i
 @pytest.fixture
 def slow(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Segmenter]:
     """A network that takes ENCODE_S + S x (SAMPLE_S + MOMENTS_S) of every window, and 32 samples unless told."""
-    encode, decode, accumulate = TorchScriptBackend.encode, TorchScriptBackend.decode, runtimes.accumulate
+    encode, decode, accumulate = Backend.encode, Backend.decode, runtimes.accumulate
 
-    def timed_encode(backend: TorchScriptBackend, image_B3hw: Tensor) -> Features:
+    def timed_encode(backend: Backend, image_B3hw: Tensor) -> Features:
         clock.now += ENCODE_S * len(image_B3hw)
         return encode(backend, image_B3hw)
 
-    def timed_decode(backend: TorchScriptBackend, features: Features, noise_SBL: Tensor) -> Tensor:
+    def timed_decode(backend: Backend, features: Features, noise_SBL: Tensor) -> Tensor:
         clock.now += SAMPLE_S * noise_SBL.shape[0] * noise_SBL.shape[1]
         return decode(backend, features, noise_SBL)
 
@@ -288,8 +288,8 @@ def slow(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         clock.now += MOMENTS_S * len(logits_SKhw)
         accumulate(logits_SKhw, *sums, **options)
 
-    monkeypatch.setattr(TorchScriptBackend, "encode", timed_encode)
-    monkeypatch.setattr(TorchScriptBackend, "decode", timed_decode)
+    monkeypatch.setattr(Backend, "encode", timed_encode)
+    monkeypatch.setattr(Backend, "decode", timed_decode)
     monkeypatch.setattr(runtimes, "accumulate", timed_accumulate)
     card, network = toy_card("latent")
     card = replace(card, sampling=replace(card.sampling, default_samples=32))
