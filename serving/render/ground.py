@@ -6,6 +6,7 @@ points, rational polynomial coefficients. What has none of them, or one that lea
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +16,6 @@ from rasterio import Affine
 from rasterio._err import CPLE_BaseError
 from rasterio.control import GroundControlPoint
 from rasterio.errors import RasterioError
-from rasterio.rpc import RPC
 from rasterio.transform import GCPTransformer, RPCTransformer
 from rasterio.warp import transform
 
@@ -124,26 +124,33 @@ def _locator(place: Place) -> tuple[Locate, str]:
     if place.transform != PIXELS:
         if not place.crs:
             raise Unplaced("the raster has a transform and no reference system")
-        return _by_transform(place.transform, place.crs), ""
+        return _by_affine(place.transform, place.crs), ""
     if place.gcps:
         if not place.crs:
             raise Unplaced("the raster's ground control points have no reference system")
         return _by_points(place.gcps, place.crs), ""
     if place.rpcs:
         height_m = place.rpcs.height_off
-        return _by_coefficients(place.rpcs, height_m), (
+        camera = partial(RPCTransformer, place.rpcs, RPC_PIXEL_ERROR_THRESHOLD=0.01)
+        return _by_transformer(camera, WGS84, height_m=height_m), (
             f"the raster was placed by rational polynomial coefficients for a height of {height_m:g} m everywhere, "
             "without a terrain model; what is higher or lower lies elsewhere"
         )
     raise Unplaced("the raster has a reference system and no transform" if place.crs else "")
 
 
-def _by_transform(affine: Affine, crs: Any) -> Locate:
-    return lambda points_N2: _degrees(crs, *(affine * tuple(points_N2.T)))
+def _by_affine(affine: Affine, crs: Any) -> Locate:
+    return lambda points_N2: np.column_stack(transform(crs, WGS84, *(affine * tuple(points_N2.T))))
 
 
-def _degrees(crs: Any, x: NDArray[np.float64], y: NDArray[np.float64]) -> Points:
-    return np.column_stack(transform(crs, WGS84, x, y))
+def _by_transformer(make: Callable[[], Any], crs: Any, *, height_m: float = 0) -> Locate:
+    def locate(points_N2: Points) -> Points:
+        with make() as transformer:
+            heights = np.full(len(points_N2), height_m)
+            x, y = transformer.xy(points_N2[:, 1], points_N2[:, 0], zs=heights, offset="ul")
+        return np.column_stack(transform(crs, WGS84, x, y))
+
+    return locate
 
 
 def _by_points(gcps: Sequence[GroundControlPoint], crs: Any) -> Locate:
@@ -157,23 +164,9 @@ def _by_points(gcps: Sequence[GroundControlPoint], crs: Any) -> Locate:
         raise Unplaced("the raster's ground control points are fewer than three or lie on one line")
     affine = Affine(*fit.T.ravel())
     if np.abs(pixels @ fit - ground).max() <= EXACT_PX * math.sqrt(abs(affine.determinant)):
-        return _by_transform(affine, crs)
+        return _by_affine(affine, crs)
     points = [GroundControlPoint(*values) for values in zip(rows, columns, x, y, strict=True)]
-
-    def locate(points_N2: Points) -> Points:
-        with GCPTransformer(points, tps=True) as spline:
-            return _degrees(crs, *spline.xy(points_N2[:, 1], points_N2[:, 0], offset="ul"))
-
-    return locate
-
-
-def _by_coefficients(rpcs: RPC, height_m: float) -> Locate:
-    def locate(points_N2: Points) -> Points:
-        heights = np.full(len(points_N2), height_m)
-        with RPCTransformer(rpcs, RPC_PIXEL_ERROR_THRESHOLD=0.01) as rational:
-            return np.column_stack(rational.xy(points_N2[:, 1], points_N2[:, 0], zs=heights, offset="ul"))
-
-    return locate
+    return _by_transformer(partial(GCPTransformer, points, tps=True), crs)
 
 
 def _bends(start: Points, middle: Points, end: Points) -> NDArray[np.float64]:
