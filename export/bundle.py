@@ -23,8 +23,8 @@ from penumbra.serving.engine.noise import SeededNoise
 from penumbra.serving.engine.store import (
     CARD,
     GOLDEN,
-    Answer,
     Golden,
+    Recorded,
     golden_tensors,
     next_version,
     open_artifact,
@@ -129,12 +129,12 @@ def ask(network: Network, card: Card) -> Golden:
         return Golden(image_B3hw, plain, prompt, prompted, extras_BEhw)
 
 
-def _answer(network: Network, features: Features, sampling: Sampling) -> Answer:
+def _answer(network: Network, features: Features, sampling: Sampling) -> Recorded:
     fixed = sampling.kind in ("members", "single")
     num_samples = sampling.default_samples if fixed else GOLDEN_SAMPLES
     noises = [SeededNoise(sampling, seed=b, num_samples=num_samples).draw(0) for b in range(GOLDEN_WINDOWS)]
     noise_SBL = torch.from_numpy(np.stack(noises, axis=1))
-    return Answer(noise_SBL, network.decode(features, noise_SBL))
+    return Recorded(noise_SBL, network.decode(features, noise_SBL))
 
 
 def _measure(card: Card, graphs: Backend, golden: Golden) -> Parity:

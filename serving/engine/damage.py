@@ -51,13 +51,13 @@ def slim_png(data: bytes) -> bytes:
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     """Yields the kind of every chunk, where its body starts, and where it ends, which is at the file's end at most."""
-    place = 8
-    while place + 8 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, place)
-        yield kind, place + 8, min(place + 8 + length, len(data))
+    offset = 8
+    while offset + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, offset)
+        yield kind, offset + 8, min(offset + 8 + length, len(data))
         if kind == b"IEND":
             return
-        place += 12 + length
+        offset += 12 + length
 
 
 def has_all_rows(png: bytes) -> bool:
@@ -77,14 +77,14 @@ def shorten_webp(data: bytes) -> bytes | None:
 
     Such a one cannot be decoded, unless a decoder goes astray before: it has no other check.
     """
-    parts, place, is_short = list[bytes](), 12, False
-    while place + 8 <= len(data):
-        kind, size = struct.unpack_from("<4sI", data, place)
-        body = data[place + 8 : place + 8 + size]
+    parts, offset, is_short = list[bytes](), 12, False
+    while offset + 8 <= len(data):
+        kind, size = struct.unpack_from("<4sI", data, offset)
+        body = data[offset + 8 : offset + 8 + size]
         if kind in (b"VP8 ", b"VP8L") and size > SPARE_BYTES:
             body, is_short = body[:-SPARE_BYTES], True
         parts.append(struct.pack("<4sI", kind, len(body)) + body + bytes(len(body) % 2))
-        place += 8 + size + size % 2
+        offset += 8 + size + size % 2
     whole = b"WEBP" + b"".join(parts)
     return b"RIFF" + struct.pack("<I", len(whole)) + whole if is_short else None
 
@@ -127,10 +127,10 @@ def _has_all_scans(data: bytes) -> bool:
 
 def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Yields marker and body of every segment, to the end marker if there is one."""
-    place = 2
-    while found := MARKER.search(data, place):
+    offset = 2
+    while found := MARKER.search(data, offset):
         marker, start = found[1][0], found.end()
-        place = start + int.from_bytes(data[start : start + 2])
-        yield marker, data[start + 2 : place]
+        offset = start + int.from_bytes(data[start : start + 2])
+        yield marker, data[start + 2 : offset]
         if marker == END:
             return

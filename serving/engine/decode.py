@@ -19,7 +19,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from penumbra.models.errors import BadImage, TooLarge
 from penumbra.serving.engine.damage import check_png, has_all_rows, read_jpeg, shorten_webp, slim_png
-from penumbra.serving.engine.layout import TURNS, turn
+from penumbra.serving.engine.layout import FLIPS, make_upright
 from penumbra.serving.engine.options import PILLOW_PIXELS, Limits
 from penumbra.serving.engine.raster import PIECE_PIXELS, Pixels, Raster, open_file, open_raster
 from penumbra.serving.engine.values import find_white
@@ -130,7 +130,7 @@ def _reason(error: Exception) -> str:
 
 def _size_as_shown(picture: Image.Image) -> tuple[int, int]:
     """Height and width once the orientation is applied."""
-    return (picture.width, picture.height) if TURNS[_orientation(picture)][0] else (picture.height, picture.width)
+    return (picture.width, picture.height) if FLIPS[_orientation(picture)][0] else (picture.height, picture.width)
 
 
 def _orientation(picture: Image.Image) -> int:
@@ -139,7 +139,7 @@ def _orientation(picture: Image.Image) -> int:
         orientation: int = Image.Image.getexif(picture).get(ExifTags.Base.Orientation, 1)
     except PILLOW_FAULTS:
         return 1
-    return orientation if orientation in TURNS else 1
+    return orientation if orientation in FLIPS else 1
 
 
 def check_pixels(height: int, width: int, limits: Limits) -> None:
@@ -170,8 +170,8 @@ def _decode(picture: Image.Image, kind: str, file: BinaryIO) -> Raster:
         pixels, warnings = read
         if picture.mode == "CMYK":  # as everybody since Adobe's first version, the file has it inverted
             pixels = np.asarray(Image.fromarray(255 - pixels, "CMYK").convert("RGB"))
-        upright = turn(pixels.transpose(2, 0, 1), TURNS[_orientation(picture)]).transpose(1, 2, 0)
-        return _described(np.ascontiguousarray(upright), None, warnings)
+        upright = make_upright(pixels.transpose(2, 0, 1), FLIPS[_orientation(picture)]).transpose(1, 2, 0)
+        return _as_raster(np.ascontiguousarray(upright), None, warnings)
     if kind == "PNG":
         check_png(data)
         if data[PNG_DEPTH] == 16:  # of colours, Pillow keeps the high byte only, whatever the low one holds
@@ -184,7 +184,7 @@ def _decode(picture: Image.Image, kind: str, file: BinaryIO) -> Raster:
     if shown.has_transparency_data:
         void_HW = np.asarray(shown.convert("RGBA").getchannel("A")) == 0
     warnings = (WEBP_DAMAGE,) if kind == "WEBP" and _goes_astray(data) else ()
-    return _described(np.asarray(shown.convert("RGB")), void_HW, warnings)
+    return _as_raster(np.asarray(shown.convert("RGB")), void_HW, warnings)
 
 
 def _goes_astray(webp: bytes) -> bool:
@@ -196,7 +196,7 @@ def _goes_astray(webp: bytes) -> bool:
         return False
 
 
-def _described(pixels: NDArray[np.uint8], void_HW: NDArray[np.bool_] | None, warnings: tuple[str, ...]) -> Raster:
+def _as_raster(pixels: NDArray[np.uint8], void_HW: NDArray[np.bool_] | None, warnings: tuple[str, ...]) -> Raster:
     """The image, with a warning where it is nearly black or all void."""
     if void_HW is not None and not void_HW.any():
         void_HW = None

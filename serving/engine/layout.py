@@ -14,11 +14,10 @@ COLOURS = ("red", "green", "blue")
 MAY_BE_ALPHA = re.compile("$|band|a$|.*(alpha|mask|transp|opac)").match
 """Matches names that leave this open. A band of another name is not alpha, though GDAL says it of the fourth."""
 INKS = ("cyan", "magenta", "yellow", "black")
-TURNS = {1: (False, False, False), 2: (False, False, True), 3: (False, True, True), 4: (False, True, False),
+FLIPS = {1: (False, False, False), 2: (False, False, True), 3: (False, True, True), 4: (False, True, False),
          5: (True, False, False), 6: (True, False, True), 7: (True, True, True), 8: (True, True, False)}  # fmt: skip
 """Orientation -> what makes the stored picture upright: exchange rows and columns, then reverse rows, columns."""
-Turn = tuple[bool, bool, bool]
-
+Flips = tuple[bool, bool, bool]
 
 BESIDE = (".tab", ".TAB", "_RPC.TXT", "_rpc.txt", ".RPB", ".rpb")
 """Ends of files that say where an image with the same stem lies, and are not read."""
@@ -36,9 +35,9 @@ class Place:
     rpcs: Any = None
 
 
-def turn(values: NDArray[Any], how: Turn) -> NDArray[Any]:
+def make_upright(values: NDArray[Any], flips: Flips) -> NDArray[Any]:
     """Stored values [bands, h, w] made upright."""
-    exchange, rows, columns = how
+    exchange, rows, columns = flips
     upright = values.swapaxes(1, 2) if exchange else values
     return upright[:, :: -1 if rows else 1, :: -1 if columns else 1]
 
@@ -50,9 +49,9 @@ def choose_bands(dataset: Any) -> tuple[list[int], int, tuple[str, ...]]:
     """
     kinds = [colour.name for colour in dataset.colorinterp]
     names = [(text or "").strip().lower() for text in dataset.descriptions]
-    claims = zip(kinds, names, strict=True)
-    alpha = next((band for band, (kind, name) in enumerate(claims, 1) if kind == "alpha" and MAY_BE_ALPHA(name)), 0)
-    others = [band for band in range(1, len(kinds) + 1) if band != alpha]
+    bands = range(1, len(kinds) + 1)
+    alpha = next((band for band in bands if kinds[band - 1] == "alpha" and MAY_BE_ALPHA(names[band - 1])), 0)
+    others = [band for band in bands if band != alpha]
     tagged = _positions(INKS, kinds) or _positions(COLOURS, kinds)
     named = _positions(COLOURS, names)
     grey = [kinds.index("gray") + 1] if "gray" in kinds else others[:1]
@@ -61,14 +60,15 @@ def choose_bands(dataset: Any) -> tuple[list[int], int, tuple[str, ...]]:
     if named and tagged and named != tagged:
         warnings.append(f"the bands' names say that {_list(named)} are red, green and blue, and were followed; their "
                         f"colour interpretation says {_list(tagged)}")  # fmt: skip
-    left = [f"{band} ({ascii(names[band - 1])[1:-1][:40] or kinds[band - 1]})" for band in others if band not in chosen]
-    if left:
+    shown = [ascii(name)[1:-1][:40] for name in names]
+    unused = [f"{band} ({shown[band - 1] or kinds[band - 1]})" for band in others if band not in chosen]
+    if unused:
         what = {1: "grey", 3: "red, green and blue"}.get(len(chosen), ", ".join(INKS))
-        warnings.append(f"the image is read as {what} from band {_list(chosen)}; not used: band {', '.join(left)}")
-    said = [names[band - 1] for band in chosen]
-    if len(chosen) == 3 and any(name not in ("", colour) for name, colour in zip(said, COLOURS, strict=True)):
+        warnings.append(f"the image is read as {what} from band {_list(chosen)}; not used: band {', '.join(unused)}")
+    claims = [names[band - 1] for band in chosen]
+    if len(chosen) == 3 and any(name not in ("", colour) for name, colour in zip(claims, COLOURS, strict=True)):
         warnings.append(f"band {_list(chosen)} are read as red, green and blue; their names are "
-                        f"{', '.join(ascii(name)[1:-1][:40] or 'empty' for name in said)}")  # fmt: skip
+                        f"{', '.join(shown[band - 1] or 'empty' for band in chosen)}")  # fmt: skip
     if any(dataset.scales[band - 1] != 1 or dataset.offsets[band - 1] != 0 for band in chosen):
         warnings.append("the file's scale and offset of its values are not applied")
     return chosen, alpha, tuple(warnings)
@@ -93,7 +93,7 @@ def palette_of(dataset: Any, band: int) -> NDArray[np.uint8] | None:
     return colours
 
 
-def place_of(dataset: Any, how: Turn, path: Path | None) -> tuple[Place, tuple[str, ...]]:
+def place_of(dataset: Any, flips: Flips, path: Path | None) -> tuple[Place, tuple[str, ...]]:
     """Where a file lies once it is upright, also by the world file beside it; and what the caller should know.
 
     path: of the file, where it is one.
@@ -105,11 +105,11 @@ def place_of(dataset: Any, how: Turn, path: Path | None) -> tuple[Place, tuple[s
     names = [path.name + end for end in (".aux.xml", ".msk")] + [path.stem + end for end in BESIDE] if path else []
     beside = [name for name in names if path and path.with_name(name).exists()]
     warnings = [f"{ascii(name)[1:-1]} beside the image is not read" for name in beside]
-    if how == TURNS[1]:
+    if flips == FLIPS[1]:
         return place, tuple(warnings)
     if place.rpcs:
         warnings.append("the rational coefficients (RPC) of an image that is not stored upright are not read")
-    return _turned(place, how, dataset.height, dataset.width), tuple(warnings)
+    return _flipped(place, flips, dataset.height, dataset.width), tuple(warnings)
 
 
 def _world_file(path: Path) -> Any:
@@ -125,9 +125,9 @@ def _world_file(path: Path) -> Any:
     return None
 
 
-def _turned(place: Place, how: Turn, height: int, width: int) -> Place:
+def _flipped(place: Place, flips: Flips, height: int, width: int) -> Place:
     """The place of a stored picture [height, width] once it is upright."""
-    exchange, rows, columns = how
+    exchange, rows, columns = flips
     upright_height, upright_width = (width, height) if exchange else (height, width)
     stored = PIXELS  # from upright columns and rows to stored ones
     if columns:

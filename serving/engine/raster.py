@@ -20,7 +20,7 @@ from rasterio.windows import Window as Frame
 
 from penumbra.models.errors import BadImage
 from penumbra.serving.engine.directories import find_directory
-from penumbra.serving.engine.layout import INKS, TURNS, Place, choose_bands, palette_of, place_of, turn
+from penumbra.serving.engine.layout import FLIPS, INKS, Place, choose_bands, make_upright, palette_of, place_of
 from penumbra.serving.engine.values import find_white, to_8_bits
 
 CACHE_BYTES = 192 * 2**20
@@ -85,7 +85,7 @@ class FileRaster(Raster):
     def __init__(self, dataset: Any, source: object, *, kind: str, orientation: int, warnings: tuple[str, ...]) -> None:
         """source: the path, or what must outlive the dataset that reads it. kind: of file, for sentences."""
         self._dataset, self._source, self._kind = dataset, source, kind
-        self._lock, self._ruling = threading.Lock(), threading.Lock()
+        self._lock, self._white_lock = threading.Lock(), threading.Lock()
         self._pixels = None
         self._white: int | None = None
         self._bands, self._alpha, of_bands = choose_bands(dataset)
@@ -98,10 +98,10 @@ class FileRaster(Raster):
         self._palette = None if self._is_inverted else palette_of(dataset, self._bands[0])
         declared = int(dataset.tags(self._bands[0], ns="IMAGE_STRUCTURE").get("NBITS", 0))
         self._num_bits = declared if self._dtype.kind == "u" and declared <= 16 else 0
-        self._turn = TURNS[orientation]
-        self.shape = (*((dataset.width, dataset.height) if self._turn[0] else (dataset.height, dataset.width)), 3)
+        self._flips = FLIPS[orientation]
+        self.shape = (*((dataset.width, dataset.height) if self._flips[0] else (dataset.height, dataset.width)), 3)
         self._nodata = dataset.nodata
-        self.place, of_place = place_of(dataset, self._turn, source if isinstance(source, Path) else None)
+        self.place, of_place = place_of(dataset, self._flips, source if isinstance(source, Path) else None)
         self._warnings, self._damage = warnings + of_bands + of_place, set[str]()
 
     @property
@@ -130,14 +130,14 @@ class FileRaster(Raster):
     def load(self) -> "FileRaster":
         height, width = self.shape[:2]
         pixels, stored_rows = np.empty(self.shape, np.uint8), self._dataset.block_shapes[0][0]
-        step = height if self._turn[0] else stored_rows * max(1, PIECE_PIXELS // (stored_rows * width))
+        step = height if self._flips[0] else stored_rows * max(1, PIECE_PIXELS // (stored_rows * width))
         for y in range(0, height, step):
             pixels[y : y + step] = self[y : y + step, :]
         self._pixels = pixels
         return self
 
     def void(self, rows: slice) -> NDArray[np.bool_] | None:
-        """Void is told by mask, by alpha (0), by nodata in all bands, or by what is no number (NaN) in one."""
+        """A pixel is void by mask, by alpha (0), by nodata in all bands, or by what is no number (NaN) in one."""
         if not self._is_masked and not self._alpha and self._nodata is None and self._dtype.kind != "f":
             return None
         columns = slice(None)
@@ -151,16 +151,16 @@ class FileRaster(Raster):
 
     def _find_white(self) -> int:
         """The value that becomes white: one for the whole file, however it is read."""
-        with self._ruling:
+        with self._white_lock:
             if self._white is None and (self._palette is not None or self._num_bits):
                 self._white = 2**self._num_bits - 1  # as the file declares
             if self._white is None:
                 num_values = self.shape[0] * self.shape[1] * len(self._bands)
-                self._white, of_values = find_white(self._measured(), self._dtype, num_values=num_values)
+                self._white, of_values = find_white(self._measurements(), self._dtype, num_values=num_values)
                 self._warnings += of_values
             return self._white
 
-    def _measured(self) -> Iterator[NDArray[Any]]:
+    def _measurements(self) -> Iterator[NDArray[Any]]:
         """All values that are measurements, piece by piece."""
         width, height = self._dataset.width, self._dataset.height
         across = self._dataset.block_shapes[0][1]
@@ -168,9 +168,9 @@ class FileRaster(Raster):
         for y in range(0, height, down):
             for x in range(0, width, across):
                 frame = Frame(x, y, min(across, width - x), min(down, height - y))
-                values = self._stored(frame, self._bands)
+                values = self._read_stored(frame, self._bands)
                 if self._is_masked:
-                    values = values[self._stored(frame, self._bands, masks=True) != 0]
+                    values = values[self._read_stored(frame, self._bands, masks=True) != 0]
                 if self._dtype.kind == "f" or self._nodata is not None:
                     values = values[(values == values) & (values != self._nodata)]
                 yield values
@@ -178,18 +178,18 @@ class FileRaster(Raster):
     def _read(self, rows: slice, columns: slice, bands: list[int], *, masks: bool = False) -> NDArray[Any]:
         """Values, or masks, of upright pixels [bands, h, w]."""
         (y0, y1), (x0, x1) = rows.indices(self.shape[0])[:2], columns.indices(self.shape[1])[:2]
-        exchange, reverse_rows, reverse_columns = self._turn
+        exchange, reverse_rows, reverse_columns = self._flips
         if reverse_rows:
             y0, y1 = self.shape[0] - y1, self.shape[0] - y0
         if reverse_columns:
             x0, x1 = self.shape[1] - x1, self.shape[1] - x0
         frame = Frame(y0, x0, y1 - y0, x1 - x0) if exchange else Frame(x0, y0, x1 - x0, y1 - y0)
-        return turn(self._stored(frame, bands, masks=masks), self._turn)
+        return make_upright(self._read_stored(frame, bands, masks=masks), self._flips)
 
-    def _stored(self, frame: Frame, bands: list[int], *, masks: bool = False) -> NDArray[Any]:
+    def _read_stored(self, frame: Frame, bands: list[int], *, masks: bool = False) -> NDArray[Any]:
         read = self._dataset.read_masks if masks else self._dataset.read
         try:
-            with self._lock, gdal(), _repairs(self._damage):
+            with self._lock, gdal(), _noting_repairs(self._damage):
                 values: NDArray[Any] = read(bands, window=frame)
         except RASTER_FAULTS as error:
             raise BadImage(f"the {self._kind} image is damaged or truncated ({_reason(error)})") from None
@@ -222,8 +222,8 @@ def open_file(
     """
     try:
         with gdal():
-            held = rasterio.MemoryFile(source) if isinstance(source, bytes) else source
-            name = held if isinstance(held, Path) else held.name
+            kept = rasterio.MemoryFile(source) if isinstance(source, bytes) else source
+            name = kept if isinstance(kept, Path) else kept.name
             dataset = rasterio.open(f"GTIFF_DIR:off:{at}:{name}" if at else name, driver=DRIVERS[kind])
             height, width = dataset.block_shapes[0]
             if height * width > BLOCK_PIXELS:
@@ -231,38 +231,38 @@ def open_file(
                     f"the {kind} image has blocks of {width}x{height} pixels, which are read whole; tiles of 512x512 "
                     "are good"
                 )
-            return FileRaster(dataset, held, kind=kind, orientation=orientation, warnings=warnings)
+            return FileRaster(dataset, kept, kind=kind, orientation=orientation, warnings=warnings)
     except RASTER_FAULTS as error:
         raise BadImage(f"the {kind} image cannot be read ({_reason(error)})") from None
 
 
 @contextmanager
-def _repairs(heard: set[str]) -> Iterator[None]:
-    """Adds what GDAL says in this thread that it repairs. Changes the set."""
-    ear = _ear()
-    ear.heard = heard
+def _noting_repairs(repairs: set[str]) -> Iterator[None]:
+    """Add to the set what GDAL says in this thread that it repairs."""
+    listener = _listener()
+    listener.repairs = repairs
     try:
         yield
     finally:
-        ear.heard = None
+        listener.repairs = None
 
 
 @cache
-def _ear() -> threading.local:
-    """Hears, in place of the log, what rasterio writes there; it has no other way to tell of GDAL's warnings."""
-    ear = threading.local()
+def _listener() -> threading.local:
+    """Where each thread's repairs are noted: rasterio tells of GDAL's warnings in the log alone."""
+    listener = threading.local()
 
-    def hear(record: logging.LogRecord) -> bool:
-        heard: set[str] | None = getattr(ear, "heard", None)
-        if heard is not None:
-            heard.add(_plain(record.getMessage().removeprefix("CPLE_AppDefined in ").removeprefix("CPLE_AppDefined:")))
-        return heard is None
+    def listen(record: logging.LogRecord) -> bool:
+        repairs: set[str] | None = getattr(listener, "repairs", None)
+        if repairs is not None:
+            repairs.add(_plain(re.sub("^CPLE_AppDefined( in |:)", "", record.getMessage())))
+        return repairs is None
 
     for name in ("rasterio._env", "rasterio._err"):
         log = logging.getLogger(name)
         log.setLevel(logging.WARNING)  # whatever else is logged
-        log.addFilter(hear)
-    return ear
+        log.addFilter(listen)
+    return listener
 
 
 def _reason(error: BaseException) -> str:

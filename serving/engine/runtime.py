@@ -19,7 +19,7 @@ from penumbra.serving.engine.backends import Backend, load_backend
 from penumbra.serving.engine.kernels import FloatArray
 from penumbra.serving.engine.moments import Moments, accumulate, empty_sums, resize
 from penumbra.serving.engine.prompts import PromptArrays
-from penumbra.serving.engine.store import Answer, Artifact
+from penumbra.serving.engine.store import Artifact, Recorded
 
 log = logging.getLogger("penumbra")
 
@@ -157,7 +157,7 @@ class Runtime:
         if golden.prompted:
             self._check_answer(self._backend.take_prompt(golden.image_B3hw, features, golden.prompt), golden.prompted)
 
-    def _check_answer(self, features: Features, wanted: Answer) -> None:
+    def _check_answer(self, features: Features, wanted: Recorded) -> None:
         got = self._backend.decode(features, wanted.noise_SBL).float().cpu()
         if got.shape[2] != self.card.num_classes:
             raise BadArtifact(

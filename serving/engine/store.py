@@ -21,7 +21,7 @@ GOLDEN = "golden.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Recorded:
     """What the checkpoint's network answered to the golden windows: logits_SBKhw from noise_SBL."""
 
     noise_SBL: "Tensor"
@@ -35,9 +35,9 @@ class Golden:
     """
 
     image_B3hw: "Tensor"
-    plain: Answer
+    plain: Recorded
     prompt: "tuple[Tensor, ...]" = ()
-    prompted: Answer | None = None
+    prompted: Recorded | None = None
     extras_BEhw: "Tensor | None" = None
 
 
@@ -108,7 +108,7 @@ def open_artifact(directory: Path, *, trusted_keys: PublicKeys | None = None) ->
         check_signature(directory, card_bytes, trusted_keys)
     card = _parse(directory, card_bytes)
     assert card.export
-    for name, wanted in card.export.files.items():
+    for name, expected in card.export.files.items():
         path = directory / name
         if Path(name).name != name or not path.is_file():
             raise BadArtifact(f"{directory} lacks the file {name} that its card names; export the checkpoint again")
@@ -116,7 +116,7 @@ def open_artifact(directory: Path, *, trusted_keys: PublicKeys | None = None) ->
             found = sha256_of(path)
         except OSError as error:
             raise BadArtifact(f"{path} cannot be read ({error.strerror}); let this server's user read it") from None
-        if found != wanted:
+        if found != expected:
             raise BadArtifact(f"{path} was changed after its export (sha256 differs from the card); export it again")
     return Artifact(directory, card, _read_golden(directory / GOLDEN), card_bytes)
 
@@ -134,8 +134,8 @@ def _read_golden(path: Path) -> Golden:
         raise BadArtifact(f"{path} does not hold a golden window; export the checkpoint again") from None
 
 
-def _answer(tensors: "dict[str, Tensor]", prefix: str) -> Answer:
-    return Answer(tensors[f"{prefix}noise_SBL"], tensors[f"{prefix}logits_SBKhw"])
+def _answer(tensors: "dict[str, Tensor]", prefix: str) -> Recorded:
+    return Recorded(tensors[f"{prefix}noise_SBL"], tensors[f"{prefix}logits_SBKhw"])
 
 
 def versions(store: Path) -> dict[str, list[int]]:

@@ -60,9 +60,9 @@ class Ground:
             raise Unplaced
         self._height, self._width = image.shape[:2]
         self._locate, self.note = _locator(image.place)
-        self._areas_yx = self._measure_nodes()
+        self._areas_yx = self._node_areas()
 
-    def place(self, outlines: Sequence[Outline]) -> Iterator[Outline]:
+    def to_degrees(self, outlines: Sequence[Outline]) -> Iterator[Outline]:
         """Polygons of pixels as polygons of degrees (RFC 7946), cut at the 180th meridian. Raises Unplaced."""
         rings = [[np.array(ring, float) for ring in outline["coordinates"]] for outline in outlines]
         batch = np.cumsum([sum(map(len, polygon)) for polygon in rings]) // BATCH
@@ -109,7 +109,7 @@ class Ground:
         at[:, 1] = at[:, 1].clip(-90, 90)
         return at
 
-    def _measure_nodes(self) -> NDArray[np.float64]:
+    def _node_areas(self) -> NDArray[np.float64]:
         """Areas of pixels in m2 on a grid over the image; negative where its columns and rows are right-handed."""
         y, x = (np.linspace(0.5, size - 0.5, min(size, NODES)) for size in (self._height, self._width))
         centres = np.stack(np.meshgrid(x, y), -1).reshape(-1, 2)

@@ -40,7 +40,7 @@ def write_geojson(prediction: Prediction, file: BinaryIO, *, min_pixels: int) ->
     ground: Ground | None = None
     try:
         ground = Ground(prediction.image)
-        geometries, note = list(ground.place(outlines)), ground.note
+        geometries, note = list(ground.to_degrees(outlines)), ground.note
     except Unplaced as why:
         ground, geometries, note = None, outlines, f"{why}, so coordinates are pixels" if str(why) else ""
     classes, measured = prediction.card.classes, _measure(prediction, outlines, ground)
