@@ -2,7 +2,7 @@
 
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -50,7 +50,7 @@ def write_tiff(prediction: Prediction, file: BinaryIO, *, bands: Sequence[str]) 
     meanwhile: the layout has the overviews first, so the rows must be all there before it is begun.
     """
     height, width = prediction.labels_HW.shape
-    with gdal(), _written(file) as target, _scratch(target) as plain:
+    with gdal(), _paths(file) as (plain, target):
         with rasterio.open(plain, "w", **_profile(prediction, bands)) as dataset:
             _annotate(dataset, prediction, bands)
             for rows in blocks(height):
@@ -65,25 +65,18 @@ def write_tiff(prediction: Prediction, file: BinaryIO, *, bands: Sequence[str]) 
 
 
 @contextmanager
-def _written(file: BinaryIO) -> Iterator[str]:
-    """A path for GDAL whose content becomes the file's."""
-    if hasattr(file, "name"):
-        yield file.name
-        return
-    with rasterio.MemoryFile(ext=".tif") as memory:
-        yield memory.name
-        file.write(memory.read())
-
-
-@contextmanager
-def _scratch(target: str) -> Iterator[str]:
-    """A path beside the target, in memory or on its disk, that is gone afterwards."""
-    path = f"{target}.rows"
-    try:
-        yield path
-    finally:
-        if rasterio.shutil.exists(path):
-            rasterio.shutil.delete(path, driver="GTiff")
+def _paths(file: BinaryIO) -> Iterator[tuple[str, str]]:
+    """Two paths for GDAL, in memory or on the file's disk: one that is gone afterwards, and the file's content."""
+    on_disk = hasattr(file, "name")
+    with nullcontext(file) if on_disk else rasterio.MemoryFile(ext=".tif") as target:
+        plain = f"{target.name}.rows"
+        try:
+            yield plain, target.name
+            if not on_disk:
+                file.write(target.read())
+        finally:
+            if rasterio.shutil.exists(plain):
+                rasterio.shutil.delete(plain, driver="GTiff")
 
 
 def _is_map(bands: Sequence[str]) -> bool:
