@@ -129,13 +129,9 @@ def _flipped(place: Place, flips: Flips, height: int, width: int) -> Place:
     """The place of a stored picture [height, width] once it is upright."""
     exchange, rows, columns = flips
     upright_height, upright_width = (width, height) if exchange else (height, width)
-    stored = PIXELS  # from upright columns and rows to stored ones
-    if columns:
-        stored = Affine(-1, 0, upright_width, 0, 1, 0) * stored
-    if rows:
-        stored = Affine(1, 0, 0, 0, -1, upright_height) * stored
+    stored = Affine(-1 if columns else 1, 0, upright_width * columns, 0, -1 if rows else 1, upright_height * rows)
     if exchange:
-        stored = Affine(0, 1, 0, 1, 0, 0) * stored
+        stored = Affine(0, 1, 0, 1, 0, 0) * stored  # from upright columns and rows to stored ones
     upright = ~stored
     points = []
     for point in place.gcps:

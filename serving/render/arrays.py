@@ -25,21 +25,17 @@ def write_npz(prediction: Prediction, file: BinaryIO) -> None:
 
     And `probabilities` float32 [K, H, W] where they were asked for.
     """
-    arrays = {"labels": (prediction.labels_HW, np.uint8)} | {
-        name: (values, np.float32) for name, values in prediction.maps.items()
-    }
-    height, width = prediction.labels_HW.shape
+    arrays: dict[str, NDArray[Any]] = {"labels": prediction.labels_HW, **prediction.maps}
+    if prediction.prob_KHW is not None:
+        arrays[PROBABILITIES] = prediction.prob_KHW
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.comment = b"Penumbra"
-        for name, (values, dtype) in arrays.items():
+        for name, values in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
-                header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (height, width)}
+                header = {"descr": values.dtype.str, "fortran_order": False, "shape": values.shape}
                 npy.write_array_header_1_0(entry, header)
-                for rows in blocks(height):
+                for rows in blocks(values.shape[0]):
                     entry.write(values[rows].tobytes())
-        if prediction.prob_KHW is not None:
-            with archive.open(f"{PROBABILITIES}.npy", "w", force_zip64=True) as entry:
-                npy.write_array(entry, prediction.prob_KHW)
 
 
 def write_tiff(prediction: Prediction, file: BinaryIO, *, bands: Sequence[str]) -> None:

@@ -87,7 +87,9 @@ def write_png(prediction: Prediction, file: BinaryIO, picture: str, *, levels: i
         png = PngWriter(file, (height, width), color=RGB)
     else:
         png = PngWriter(file, (height, width), color=GREY, depth=16 if levels > 256 else 8)
-        png.chunk(b"tEXt", b"Penumbra\0" + json.dumps(scale_facts(prediction, picture, top=top)).encode())
+        unit = "" if picture in UNITLESS else "nats" if picture in KNOWN_MAPS else "the model's"
+        scale = {"map": picture, "white": top, "black": 0, "unit": unit} | prediction.origin
+        png.chunk(b"tEXt", b"Penumbra\0" + json.dumps(scale).encode())  # turns its grey into values again
     for rows in blocks(height):
         png.add(shown(prediction, picture, rows, top=top, levels=levels))
     png.end()
@@ -120,12 +122,6 @@ def top_of(prediction: Prediction, name: str) -> float:
     values = prediction.maps[name]
     tops = (np.fmax.reduce(values[rows], axis=None, initial=0) for rows in blocks(values.shape[0]))  # passes over NaN
     return float(max(tops)) or 1.0
-
-
-def scale_facts(prediction: Prediction, name: str, *, top: float) -> dict[str, Any]:
-    """What a map's picture says of itself, so that its grey can be turned into values again."""
-    unit = "" if name in UNITLESS else "nats" if name in KNOWN_MAPS else "the model's"
-    return {"map": name, "white": top, "black": 0, "unit": unit} | prediction.origin
 
 
 def palette(card: Card) -> bytes:
