@@ -76,28 +76,29 @@ class _Normalise(nn.Module):
 
 
 class _Encode(nn.Module):
+    """Pixels image_BHW3 to features."""
+
     def __init__(self, normalise: _Normalise, encode: nn.Module) -> None:
         super().__init__()
         self.normalise, self.encode = normalise, encode
 
     def forward(self, image_BHW3: Tensor) -> Features:
-        features: Features = self.encode(self.normalise(image_BHW3))
-        return tuple(feature.contiguous() for feature in features)
+        return tuple(feature.contiguous() for feature in self.encode(self.normalise(image_BHW3)))
 
 
 class _Decode(nn.Module):
     """Features one by one and noise_BSL, or for members and single passes no noise, to logits_BSKhw."""
 
-    def __init__(self, decode: nn.Module, *, fixed_samples: int) -> None:
+    def __init__(self, decode: nn.Module, sampling: Sampling) -> None:
         super().__init__()
-        self.decode, self.fixed_samples = decode, fixed_samples
+        self.decode, self.num_samples = decode, sampling.default_samples
+        self.noise = ("noise",) * bool(sampling.noise_length)
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        if self.fixed_samples:
-            features, nothing_B0 = tensors, tensors[0].flatten(1)[:, :0]
-            noise_SBL = nothing_B0.expand(self.fixed_samples, -1, -1)
-        else:
+        if self.noise:
             features, noise_SBL = tensors[:-1], tensors[-1].transpose(0, 1)
+        else:
+            features, noise_SBL = tensors, tensors[0].flatten(1)[:, :0].expand(self.num_samples, -1, -1)
         logits_SBKhw: Tensor = self.decode(tuple(map(_channels_last, features)), noise_SBL)
         return logits_SBKhw.transpose(0, 1).contiguous()
 
@@ -238,26 +239,18 @@ def _chains(artifact: Artifact) -> dict[str, tuple[Graph, ...]]:
         return Graph(f"{of}_read_out", module, ("image", "decoded", *features[-1:] * bool(module.own)), module.outputs)
 
     last = read_out(card.sampling.default_samples, of=name)
-    half, noise = _decode(decode, card.sampling)
-    chains: dict[str, tuple[Graph, ...]] = {
-        name: (first, Graph(f"{name}_decode", half, (*features, *noise), ("decoded",)), last)
-    }
+    half = _Decode(decode, card.sampling)
+    middle = Graph(f"{name}_decode", half, (*features, *half.noise), ("decoded",))
+    chains: dict[str, tuple[Graph, ...]] = {name: (first, middle, last)}
     if prompt:
         asked = PROMPTS[card.prompt.kind][: 1 if card.prompt.alpha is None else 2]
-        half, noise = _decode(decode, card.sampling_with(prompt=True))
+        half = _Decode(decode, card.sampling_with(prompt=True))
         module = _Prompted(normalise, prompt[0], half, num_prompts=len(asked), num_features=len(features))
-        middle = Graph(f"{name}_prompted", module, ("image", *asked, *features, *noise), ("decoded",))
+        middle = Graph(f"{name}_prompted", module, ("image", *asked, *features, *half.noise), ("decoded",))
         prompted = f"{name}_with_{card.prompt.kind}"
         other = read_out(card.sampling_with(prompt=True).default_samples, of=prompted)
         chains[prompted] = (first, middle, last if last.outputs == other.outputs else other)
     return chains
-
-
-def _decode(decode: nn.Module, sampling: Sampling) -> tuple[_Decode, tuple[str, ...]]:
-    """The second half, and the names of its inputs of noise."""
-    if sampling.noise_length:
-        return _Decode(decode, fixed_samples=0), ("noise",)
-    return _Decode(decode, fixed_samples=sampling.default_samples), ()
 
 
 def _examples(card: Card) -> list[Tensors]:

@@ -9,7 +9,7 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -29,7 +29,6 @@ from penumbra.serving.oip.tensors import (
     PROMPT_READERS,
     SHOWN,
     Output,
-    TensorSpec,
     check_inputs,
     classify,
     inputs_of,
@@ -45,6 +44,8 @@ OWN_FIELDS = ("model", "version", "outputs")
 PARAMETERS = {spec.name for spec in fields(SegmentOptions)} - set(OWN_FIELDS)
 LARGE_BYTES = 2**16
 """Messages from here on are read off the event loop: smaller ones take less time than the change of thread."""
+FACTS = ("seed", "samples", "samples_asked", "age_s", "members", "warnings", "abstained")
+"""What an answer's parameters say of it, each where it applies."""
 PHASES = {
     "queue": ("wait", "queue"), "compute_input": ("decode",), "compute_infer": ("run",),
     "compute_output": ("stitch", "read_out"),
@@ -123,14 +124,14 @@ class Inference:
         """
         self.gateway.check_admission()
         prepare = partial(self._prepare, read)
-        asked, card, image, options = prepare() if size_bytes < LARGE_BYTES else await asyncio.to_thread(prepare)
+        content, card, image, options = prepare() if size_bytes < LARGE_BYTES else await asyncio.to_thread(prepare)
         if timeout_s is not None:
             own_ms = math.inf if options.deadline_ms is None else options.deadline_ms
             options = replace(options, deadline_ms=min(own_ms, 1e3 * max(timeout_s, 1e-6)))
         started = time.perf_counter()
         try:
             prediction, body = await self.gateway.answer(
-                image, options, lambda prediction: write(answer_of(prediction, asked)), request=request, gone=gone
+                image, options, lambda prediction: write(answer_of(prediction, content)), request=request, gone=gone
             )
         except Cancelled:
             raise
@@ -156,12 +157,8 @@ class Inference:
             if name in given:
                 options = replace(options, **{name: reader(given[name])})
         maps = tuple(name for name in names or [DEFAULT] if name != "labels")
-        return (
-            request,
-            card,
-            read_image(given["image"]),
-            replace(options, model=card.name, version=card.version, outputs=maps),
-        )
+        options = replace(options, model=card.name, version=card.version, outputs=maps)
+        return request, card, read_image(given["image"]), options
 
     def server_document(self) -> dict[str, Any]:
         return {"name": "penumbra", "version": VERSION, "extensions": list(EXTENSIONS)}
@@ -177,31 +174,20 @@ class Inference:
     def metadata(self, model: str, version: str = "") -> dict[str, Any]:
         card = self.find(model, version).card
         loaded = [str(c.version) for c in self.gateway.segmenter.cards() if c.name == card.name]
-
-        def tensors(specs: Sequence[TensorSpec]) -> list[dict[str, Any]]:
-            return [{"name": s.name, "datatype": s.datatype, "shape": list(s.shape)} for s in specs]
-
         return {
             "name": card.name, "versions": loaded, "platform": "penumbra",
-            "inputs": tensors(inputs_of(card)), "outputs": tensors(outputs_of(card)),
+            "inputs": [spec.metadata for spec in inputs_of(card)],
+            "outputs": [spec.metadata for spec in outputs_of(card)],
         }  # fmt: skip
 
     def config(self, model: str, version: str = "") -> dict[str, Any]:
         """Triton's model configuration, as far as it says something of a model here."""
         card = self.find(model, version).card
         facts = {"method": card.method, "units": "nats", "classes": ",".join(c.name for c in card.classes)}
-
-        def tensors(specs: Sequence[TensorSpec]) -> list[dict[str, Any]]:
-            return [
-                {"name": s.name, "data_type": f"TYPE_{s.datatype.replace('BYTES', 'STRING')}", "dims": list(s.shape)}
-                | ({"optional": True} if s.optional else {})
-                for s in specs
-            ]
-
         return {
             "name": card.name, "platform": "penumbra", "backend": "penumbra", "max_batch_size": 0,
             "version_policy": {"latest": {"num_versions": 1}},
-            "input": tensors(inputs_of(card)), "output": tensors(outputs_of(card)),
+            "input": [spec.config for spec in inputs_of(card)], "output": [spec.config for spec in outputs_of(card)],
             "parameters": {name: {"string_value": text} for name, text in facts.items()},
         }  # fmt: skip
 
@@ -277,29 +263,23 @@ def unknown_above(headers: Iterable[str], place: str) -> list[str]:
 
 def answer_of(prediction: Prediction, request: InferRequest) -> Answer:
     """The answer to a request, with what its caller should know beside the tensors."""
-    parameters: dict[str, str | int | float] = {"seed": prediction.seed, "samples": prediction.num_samples}
-    if prediction.num_asked:
-        parameters["samples_asked"] = prediction.num_asked
-    if prediction.age_s is not None:
-        parameters["age_s"] = prediction.age_s
-    if prediction.members:
-        parameters["members"] = ",".join(prediction.members)
     warnings = list(prediction.warnings)
     if ignored := [*sorted(set(request.parameters) - PARAMETERS), *request.unknown]:
         names = ", ".join(name[:SHOWN] for name in ignored[:8])
         warnings.append(f"ignored unknown parameters: {names}; known are {', '.join(sorted(PARAMETERS))}")
-    if warnings:
-        parameters["warnings"] = "; ".join(warnings)
-    if prediction.abstained is not None:
-        parameters["abstained"] = prediction.abstained
+    facts = prediction.facts | {
+        "age_s": prediction.age_s, "members": ",".join(prediction.members), "warnings": "; ".join(warnings)
+    }  # fmt: skip
     arrays: dict[str, Any] = {
         **prediction.maps, "labels": prediction.labels_HW, PROBABILITIES: prediction.prob_KHW
     }  # fmt: skip
     outputs = []
     usual = ("labels", *(name for name in DEFAULT_MAPS if name in prediction.maps))
-    for wanted in request.outputs or [RequestedOutput(name, request.binary) for name in usual]:
-        datatype = "UINT8" if wanted.name == "labels" else "FP32"
-        output = Output(wanted.name, datatype, arrays[wanted.name], wanted.binary)
-        outputs.append(classify(output, wanted.classes) if wanted.classes else output)
-    card = prediction.card
-    return Answer(card.name, str(card.version), request.id, parameters, outputs, prediction.timing_ms)
+    for requested in request.outputs or [RequestedOutput(name, request.binary) for name in usual]:
+        datatype = "UINT8" if requested.name == "labels" else "FP32"
+        output = Output(requested.name, datatype, arrays[requested.name], requested.binary)
+        outputs.append(classify(output, requested.classes) if requested.classes else output)
+    parameters = {name: facts[name] for name in FACTS if facts.get(name) not in (None, "")}
+    return Answer(
+        prediction.card.name, str(prediction.card.version), request.id, parameters, outputs, prediction.timing_ms
+    )

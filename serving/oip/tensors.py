@@ -49,6 +49,17 @@ class TensorSpec:
     optional: bool = False
     also: tuple[tuple[str, Shape], ...] = ()
 
+    @property
+    def metadata(self) -> dict[str, Any]:
+        return {"name": self.name, "datatype": self.datatype, "shape": list(self.shape)}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The same in Triton's words."""
+        data_type = f"TYPE_{self.datatype.replace('BYTES', 'STRING')}"
+        document = {"name": self.name, "data_type": data_type, "dims": list(self.shape)}
+        return document | ({"optional": True} if self.optional else {})
+
 
 @dataclass(frozen=True, slots=True)
 class Output:
