@@ -49,7 +49,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """One model of the repository; inputs and outputs are named as in the ensembles."""
+    """Describes one model of the repository; inputs and outputs are named as in the ensembles."""
 
     name: str
     module: nn.Module
@@ -58,7 +58,7 @@ class Graph:
 
 
 class _Normalise(nn.Module):
-    """Pixels image_BHW3 to image_B3HW, channels-last, as `penumbra.serving.engine.windows.normalise` does it."""
+    """Turns pixels image_BHW3 into image_B3HW, channels-last, as `penumbra.serving.engine.windows.normalise` does."""
 
     factor_3: Tensor
     offset_3: Tensor
@@ -76,7 +76,7 @@ class _Normalise(nn.Module):
 
 
 class _Encode(nn.Module):
-    """Pixels image_BHW3 to features."""
+    """Turns pixels image_BHW3 into features."""
 
     def __init__(self, normalise: _Normalise, encode: nn.Module) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class _Encode(nn.Module):
 
 
 class _Decode(nn.Module):
-    """Features one by one and noise_BSL, or for members and single passes no noise, to logits_BSKhw."""
+    """Turns features one by one and noise_BSL, for members and single passes without noise, into logits_BSKhw."""
 
     def __init__(self, decode: nn.Module, sampling: Sampling) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class _Decode(nn.Module):
 
 
 class _Prompted(nn.Module):
-    """The image, the prompt's tensors (of which `alpha` is [B, 1]), and what `_Decode` takes, to logits_BSKhw."""
+    """Turns the image, the prompt (its `alpha` [B, 1]) and what `_Decode` takes into logits_BSKhw."""
 
     def __init__(
         self, normalise: _Normalise, take_prompt: nn.Module, decode: _Decode, *, num_prompts: int, num_features: int
@@ -114,16 +114,16 @@ class _Prompted(nn.Module):
         self.num_prompts, self.num_features = num_prompts, num_features
 
     def forward(self, image_BHW3: Tensor, *tensors: Tensor) -> Tensor:
-        asked, rest = tensors[: self.num_prompts], tensors[self.num_prompts :]
+        prompts, rest = tensors[: self.num_prompts], tensors[self.num_prompts :]
         features, noise = rest[: self.num_features], rest[self.num_features :]
-        prompt = (asked[0], *(alpha_B1.squeeze(1) for alpha_B1 in asked[1:]))
+        prompt = (prompts[0], *(alpha_B1.squeeze(1) for alpha_B1 in prompts[1:]))
         prompted = self.take_prompt(self.normalise(image_BHW3), tuple(map(_channels_last, features)), prompt)
         logits_BSKhw: Tensor = self.decode(*prompted, *noise)
         return logits_BSKhw
 
 
 class _ReadOut(nn.Module):
-    """What `penumbra.serving.engine.moments` and `uncertainty` define, of one window alone, by the card's rules.
+    """Reads out one window alone as `penumbra.serving.engine.moments` and `uncertainty` do, by the card's rules.
 
     The logits pass through, for who wants other maps: a Triton ensemble (2.51) whose output is also a step's input
     answers only those who ask for it.
@@ -151,7 +151,7 @@ class _ReadOut(nn.Module):
         return tuple(answer[name] for name in self.outputs)
 
     def moments(self, logits_BSKhw: Tensor, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Mean probabilities, and the samples' mean entropy."""
+        """Return mean probabilities, and the samples' mean entropy."""
         if self.readout.softmax_at == "feature" and self.readout.average == "probabilities":
             prob_BKhw, expected_Bhw = _means(logits_BSKhw)
             full = resize(torch.cat((prob_BKhw, expected_Bhw[:, None]), 1), size, self.readout)
@@ -187,7 +187,7 @@ def export_repository(source: str, store: Path, repository: Path) -> list[str]:
 
 
 def write_repository(artifact: Artifact, repository: Path) -> list[str]:
-    """As `export_repository`, of an artifact."""
+    """Add an artifact as `export_repository` does."""
     card = artifact.card
     assert card.export
     if (card.export.backend, card.export.precision) != ("torchscript", "fp32"):
@@ -226,7 +226,7 @@ def _write(artifact: Artifact, draft: Path) -> None:
 
 
 def _chains(artifact: Artifact) -> dict[str, tuple[Graph, ...]]:
-    """The ensembles by name, each as the graphs that a window goes through."""
+    """Return the ensembles by name, each as the graphs that a window goes through."""
     card, name = artifact.card, artifact.card.name
     parts = ("encode", "decode") + ("prompt",) * (card.prompt.kind != "none")
     encode, decode, *prompt = (torch.jit.load(artifact.directory / f"{part}.ts", "cpu") for part in parts)  # type: ignore[no-untyped-call]
@@ -243,10 +243,10 @@ def _chains(artifact: Artifact) -> dict[str, tuple[Graph, ...]]:
     middle = Graph(f"{name}_decode", half, (*features, *half.noise), ("decoded",))
     chains: dict[str, tuple[Graph, ...]] = {name: (first, middle, last)}
     if prompt:
-        asked = PROMPTS[card.prompt.kind][: 1 if card.prompt.alpha is None else 2]
+        prompts = PROMPTS[card.prompt.kind][: 1 if card.prompt.alpha is None else 2]
         half = _Decode(decode, card.sampling_with(prompt=True))
-        module = _Prompted(normalise, prompt[0], half, num_prompts=len(asked), num_features=len(features))
-        middle = Graph(f"{name}_prompted", module, ("image", *asked, *features, *half.noise), ("decoded",))
+        module = _Prompted(normalise, prompt[0], half, num_prompts=len(prompts), num_features=len(features))
+        middle = Graph(f"{name}_prompted", module, ("image", *prompts, *features, *half.noise), ("decoded",))
         prompted = f"{name}_with_{card.prompt.kind}"
         other = read_out(card.sampling_with(prompt=True).default_samples, of=prompted)
         chains[prompted] = (first, middle, last if last.outputs == other.outputs else other)
@@ -254,7 +254,7 @@ def _chains(artifact: Artifact) -> dict[str, tuple[Graph, ...]]:
 
 
 def _examples(card: Card) -> list[Tensors]:
-    """Two inputs of the ensembles that differ in every size that may differ."""
+    """Make two inputs of the ensembles that differ in every size that may differ."""
     golden_B3HW = golden_image(card)
     examples = []
     for num_windows, num_samples, cut in ((2, 3, 0), (1, 2, 0 if card.window.height else 32)):
@@ -272,7 +272,7 @@ def _examples(card: Card) -> list[Tensors]:
 
 
 def _run(chain: Sequence[Graph], example: Tensors) -> Tensors:
-    """Every tensor on the way from an example to the maps."""
+    """Return every tensor on the way from an example to the maps."""
     tensors = dict(example)
     for graph in chain:
         answer = graph.module(*(tensors[name] for name in graph.inputs))
@@ -291,10 +291,10 @@ def _config(graph: Graph, runs: Sequence[Tensors]) -> pb.ModelConfig:
 
 
 def _ensemble_config(name: str, chain: Sequence[Graph], card: Card, runs: Sequence[Tensors]) -> pb.ModelConfig:
-    """Inputs are what no graph makes; outputs are what the last one makes."""
+    """Configure an ensemble: its inputs are what no graph makes, its outputs what the last one makes."""
     config = pb.ModelConfig(name=name, platform="ensemble", max_batch_size=MAX_BATCH)
-    made = {output for graph in chain for output in graph.outputs}
-    for tensor in dict.fromkeys(tensor for graph in chain for tensor in graph.inputs if tensor not in made):
+    internal = {output for graph in chain for output in graph.outputs}
+    for tensor in dict.fromkeys(tensor for graph in chain for tensor in graph.inputs if tensor not in internal):
         _declare(config.input, tensor, runs)
     for tensor in chain[-1].outputs:
         _declare(config.output, tensor, runs)
@@ -317,7 +317,7 @@ def _declare(tensors: Any, name: str, runs: Sequence[Tensors], *, alias: str = "
 
 
 def _numbered(index: int, name: str) -> str:
-    """Triton's backend for TorchScript finds a tensor's position in its name."""
+    """Number a name: Triton's backend for TorchScript finds a tensor's position in it."""
     return f"{name.split('__')[0]}__{index}"
 
 

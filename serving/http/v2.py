@@ -7,6 +7,7 @@ A body is JSON alone; or JSON of `Inference-Header-Content-Length` bytes and beh
 import re
 import zlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,14 @@ from starlette.routing import BaseRoute, Mount, Route, Router
 from penumbra.models.errors import BadOption, TooLarge, Unsupported
 from penumbra.serving.http.admission import Bodies
 from penumbra.serving.http.routes import disconnected, server_timing
-from penumbra.serving.oip.protocol import LARGE_BYTES, OWN_FIELDS, PARAMETERS, Answer, Inference, unknown_above
+from penumbra.serving.oip.protocol import LARGE_BYTES, OWN_FIELDS, PARAMETERS, Inference, InferResponse, unknown_above
 from penumbra.serving.oip.request import InferRequest, member, read_request, unknown_names
 from penumbra.serving.oip.tensors import SHOWN, Output, Tensor, join_strings
 
 Handler = Callable[[Request], Awaitable[Response]]
 HEADER_LENGTH = "inference-header-content-length"
 WINDOW_BITS = {"gzip": 31, "deflate": 47}
-"""zlib's name for an encoding; 47 reads deflate with either of the two headers that are in use."""
+"""zlib's window bits for an encoding; 47 reads deflate with either of the two headers that are in use."""
 PLAIN = ("", "identity")
 """What a body without an encoding is called."""
 PIECE_BYTES = 2**16
@@ -36,7 +37,7 @@ FAST = 1
 
 
 def routes(inference: Inference, *, body_bytes: int, json_bytes: int, bodies: Bodies) -> list[BaseRoute]:
-    """Everything under /v2. body_bytes: limit of a body once it is decompressed; json_bytes: of the JSON in it.
+    """Return every route under /v2. body_bytes: limit of a body once it is decompressed; json_bytes: of the JSON in it.
 
     bodies: what decompressed bodies are counted in, beside the compressed ones.
     """
@@ -67,18 +68,18 @@ def _health(name: str, is_so: Callable[[], bool]) -> Handler:
     return answer
 
 
-def _document(make: Callable[[str, str], Any]) -> Handler:
-    """A handler that answers with what is made of the model and version in the path."""
+def _document(describe: Callable[[str, str], Any]) -> Handler:
+    """Return a handler that answers with a document about the model and version in the path."""
 
     async def answer(request: Request) -> Response:
-        return JSONResponse(make(*_model(request)))
+        return JSONResponse(describe(*_model(request)))
 
     return answer
 
 
 def _model(request: Request) -> tuple[str, str]:
-    """The model and version of a path, where it has them. Raises BadOption for an option in the query, where it would
-    mean nothing."""
+    """Return the model and version of a path, empty where it has none. Raises BadOption for an option in the query,
+    where it would mean nothing."""
     if "model" not in request.path_params:
         return "", ""
     version = request.path_params.get("version", "")
@@ -91,14 +92,14 @@ def _model(request: Request) -> tuple[str, str]:
 
 
 class Rest:
-    """The handlers that do something."""
+    """Handles what is more than a document."""
 
     def __init__(self, inference: Inference, *, body_bytes: int, json_bytes: int, bodies: Bodies) -> None:
         self._inference, self._body_bytes, self._json_bytes = inference, body_bytes, json_bytes
         self._bodies = bodies
 
     def readiness(self, model: str, version: str) -> dict[str, Any]:
-        """Raises BadOption for a model that is not ready, which is the protocol's status for it."""
+        """Say that a model is ready. Raises BadOption for one that is not, which is the protocol's status for it."""
         if not self._inference.is_model_ready(model, version):
             raise BadOption(f"{model[:SHOWN]!r} is not ready; POST /v2/repository/index says which models are")
         return {"name": model, "ready": True}
@@ -134,7 +135,7 @@ class Rest:
 
         with self._bodies.room() as take, self._inference.gateway.telemetry.track("v2") as tracked:
             return await self._inference.infer(
-                read, lambda answer: write_answer(answer, encoding=accepted), request=tracked, size_bytes=size_bytes,
+                read, partial(write_response, encoding=accepted), tracked=tracked, size_bytes=size_bytes,
                 gone=lambda: disconnected(request),
             )  # fmt: skip
 
@@ -142,9 +143,9 @@ class Rest:
 def decompress(
     body: bytes, encoding: str, *, limit_bytes: int, take: Callable[[int], None] = lambda size: None
 ) -> bytes:  # fmt: skip
-    """The body as it was before its encoding; gzip may have several members (RFC 1952).
+    """Return the body as it was before its encoding; gzip may have several members (RFC 1952).
 
-    take: is told of the bytes as they come. Raises Unsupported, TooLarge, BadOption, and QueueFull from `take`.
+    take: counts the bytes as they come. Raises Unsupported, TooLarge, BadOption, and QueueFull from `take`.
     """
     if encoding in PLAIN:
         return body
@@ -177,7 +178,7 @@ def decompress(
 def read_body(
     body: bytes, *, model: str, version: str, header_length: str | None, json_bytes: int, unknown: Sequence[str] = ()
 ) -> InferRequest:  # fmt: skip
-    """A request from its decompressed body. Raises BadOption, TooLarge."""
+    """Read a request from its decompressed body. Raises BadOption, TooLarge."""
     try:
         length = len(body) if header_length is None else int(header_length)
     except ValueError:
@@ -216,15 +217,15 @@ def _parse(text: bytes | memoryview, *, limit_bytes: int) -> Any:
         raise BadOption(f"the JSON cannot be read: {error}") from None
 
 
-def write_answer(answer: Answer, *, encoding: str) -> Response:
-    """The response: JSON, and behind it the outputs that are wanted in raw form."""
-    head: dict[str, Any] = {"id": answer.id} if answer.id else {}
-    head |= {"model_name": answer.model, "model_version": answer.version, "parameters": answer.parameters}
-    tails = [output.raw if output.binary else None for output in answer.outputs]
-    head["outputs"] = [_describe(output, tail) for output, tail in zip(answer.outputs, tails, strict=True)]
+def write_response(response: InferResponse, *, encoding: str) -> Response:
+    """Write the response: JSON, and behind it the outputs that were requested in raw form."""
+    head: dict[str, Any] = {"id": response.id} if response.id else {}
+    head |= {"model_name": response.model, "model_version": response.version, "parameters": response.parameters}
+    tails = [output.raw if output.binary else None for output in response.outputs]
+    head["outputs"] = [_output_document(output, tail) for output, tail in zip(response.outputs, tails, strict=True)]
     text = orjson.dumps(head, option=orjson.OPT_SERIALIZE_NUMPY)
-    headers = {"Content-Type": "application/json", "Server-Timing": server_timing(answer.timing_ms)}
-    if any(output.binary for output in answer.outputs):
+    headers = {"Content-Type": "application/json", "Server-Timing": server_timing(response.timing_ms)}
+    if any(output.binary for output in response.outputs):
         headers |= {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(text))}
     content = b"".join([text, *filter(None, tails)])
     if encoding:
@@ -233,7 +234,7 @@ def write_answer(answer: Answer, *, encoding: str) -> Response:
     return Response(content, headers=headers)
 
 
-def _describe(output: Output, tail: memoryview | None) -> dict[str, Any]:
+def _output_document(output: Output, tail: memoryview | None) -> dict[str, Any]:
     document: dict[str, Any] = {"name": output.name, "datatype": output.datatype, "shape": list(output.shape)}
     if tail is not None:
         return document | {"parameters": {"binary_data_size": len(tail)}}
@@ -243,7 +244,7 @@ def _describe(output: Output, tail: memoryview | None) -> dict[str, Any]:
 
 
 def _accepted_encoding(accept: str) -> str:
-    """The first of gzip and deflate that an Accept-Encoding header names and does not rule out; empty for none."""
+    """Return the first of gzip and deflate that an Accept-Encoding header allows; empty for none."""
     for part in accept.lower().split(","):
         name, _, quality = part.partition(";")
         if name.strip() in WINDOW_BITS and not re.fullmatch(r"\s*q=0(\.0*)?\s*", quality):

@@ -21,7 +21,7 @@ from penumbra.serving import VERSION
 from penumbra.serving.http.admission import Bodies
 from penumbra.serving.keys import SERVICE
 from penumbra.serving.oip.grpc_server import Context, Handler, begun_call, named_errors
-from penumbra.serving.oip.protocol import Answer, Inference, unknown_above
+from penumbra.serving.oip.protocol import Inference, InferResponse, unknown_above
 from penumbra.serving.oip.request import InferRequest, read_request
 from penumbra.serving.oip.tensors import SHOWN
 from penumbra.serving.statuses import UNEXPECTED
@@ -35,11 +35,11 @@ CONTENTS = {
     "INT64": "int64_contents", "UINT8": "uint_contents", "UINT16": "uint_contents", "UINT32": "uint_contents",
     "UINT64": "uint64_contents", "FP32": "fp32_contents", "FP64": "fp64_contents", "BYTES": "bytes_contents",
 }  # fmt: skip
-"""Datatype -> the field of a message's typed contents that carries its values."""
+"""Datatypes, each with the field of a message's typed contents that carries its values."""
 
 
 class Calls:
-    """The calls that are served. documents: those on server and models by name, which answer with a document."""
+    """Answers the calls of the service. documents: what those on server and models answer, by name of the call."""
 
     def __init__(self, inference: Inference, bodies: Bodies) -> None:
         self._inference, self._bodies = inference, bodies
@@ -47,18 +47,18 @@ class Calls:
         self.documents: dict[str, Callable[[Any], Any]] = {
             "ServerLive": lambda _: {"live": gateway.is_alive},
             "ServerReady": lambda _: {"ready": gateway.is_ready},
-            "ModelReady": lambda asked: {"ready": inference.is_model_ready(asked.name, asked.version)},
+            "ModelReady": lambda request: {"ready": inference.is_model_ready(request.name, request.version)},
             "ServerMetadata": lambda _: inference.server_document(),
-            "ModelMetadata": lambda asked: inference.metadata(asked.name, asked.version),
-            "ModelConfig": lambda asked: {"config": inference.config(asked.name, asked.version)},
-            "ModelStatistics": lambda asked: inference.statistics(asked.name, asked.version),
-            "RepositoryIndex": lambda asked: {"models": inference.index(ready_only=asked.ready)},
-            "RepositoryModelLoad": lambda asked: inference.load(asked.model_name),
-            "RepositoryModelUnload": lambda asked: inference.unload(asked.model_name),
+            "ModelMetadata": lambda request: inference.metadata(request.name, request.version),
+            "ModelConfig": lambda request: {"config": inference.config(request.name, request.version)},
+            "ModelStatistics": lambda request: inference.statistics(request.name, request.version),
+            "RepositoryIndex": lambda request: {"models": inference.index(ready_only=request.ready)},
+            "RepositoryModelLoad": lambda request: inference.load(request.model_name),
+            "RepositoryModelUnload": lambda request: inference.unload(request.model_name),
         }
 
     def document(self, method: Any) -> Handler:
-        """A handler of one call on server and models, which is UNIMPLEMENTED where it is not among them."""
+        """Return the handler of a call on server and models; one that is not offered is UNIMPLEMENTED."""
         question, answer = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
 
         async def handle(data: bytes, _: Context) -> bytes:
@@ -73,17 +73,17 @@ class Calls:
         return handle
 
     async def infer(self, data: bytes, context: Context) -> bytes:
-        """ModelInfer."""
+        """Answer ModelInfer."""
         return await self._infer(lambda: parse(pb.ModelInferRequest, data), _alone, size=len(data), context=context)
 
     async def stream(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
-        """ModelStreamInfer: answers in the order of the requests, one at a time; a failure does not end the stream."""
+        """Answer ModelStreamInfer in the order of its requests, one at a time; a failure does not end the stream."""
         call = begun_call(context)
         async for data in requests:
             yield await self._in_turn(data, replace(call), context)
 
     async def _in_turn(self, data: bytes, request: Request, context: Context) -> bytes:
-        """One request of a stream, with a line of its own in the log."""
+        """Answer one request of a stream, with a line of its own in the log."""
         message = pb.ModelInferRequest()
         with logged(request):
             try:
@@ -105,13 +105,13 @@ class Calls:
         unknown = unknown_above(metadata, "the metadata")
         with self._inference.gateway.telemetry.track("grpc", carrier=metadata) as tracked:
             return await self._inference.infer(
-                lambda: read_message(read(), unknown), lambda answer: write(message_of(answer)), request=tracked,
+                lambda: read_message(read(), unknown), lambda response: write(message_of(response)), tracked=tracked,
                 size_bytes=size, timeout_s=context.time_remaining(),
             )  # fmt: skip
 
 
 def service_handlers(calls: Calls, bodies: Bodies) -> grpc.GenericRpcHandler:
-    """Handlers of every call of the service.
+    """Return handlers of every call of the service.
 
     They take and give bytes: gRPC itself would answer a message that cannot be read with INTERNAL, and would read and
     write large ones in the event loop.
@@ -124,7 +124,7 @@ def service_handlers(calls: Calls, bodies: Bodies) -> grpc.GenericRpcHandler:
 
 
 def _counted(handler: Handler, bodies: Bodies) -> Handler:
-    """The same handler, whose message counts among the bodies."""
+    """Return the same handler, whose message counts among the bodies."""
 
     async def handle(data: bytes, context: Context) -> bytes:
         with bodies.room() as take:
@@ -136,7 +136,7 @@ def _counted(handler: Handler, bodies: Bodies) -> Handler:
 
 
 def parse(kind: Any, data: bytes) -> Any:
-    """A message from its wire form. Raises BadOption."""
+    """Read a message from its wire form. Raises BadOption."""
     try:
         return kind.FromString(data)
     except DecodeError:
@@ -144,7 +144,7 @@ def parse(kind: Any, data: bytes) -> Any:
 
 
 def read_message(message: Any, unknown: Sequence[str] = ()) -> InferRequest:
-    """A request from its message. Raises BadOption."""
+    """Read a request from its message. Raises BadOption."""
     raws = iter(message.raw_input_contents)
     head = {
         "id": message.id, "parameters": _parameters(message),
@@ -163,7 +163,7 @@ def read_message(message: Any, unknown: Sequence[str] = ()) -> InferRequest:
 
 
 def _parameters(part: Any) -> dict[str, Any]:
-    """Parameters by name; one without a value has None, which is refused where they are read."""
+    """Return parameters by name; one without a value has None, which is refused where they are read."""
     values: dict[str, Any] = {}
     for name, parameter in part.parameters.items():
         choice = parameter.WhichOneof("parameter_choice")
@@ -172,7 +172,7 @@ def _parameters(part: Any) -> dict[str, Any]:
 
 
 def _typed_contents(tensor: Any) -> dict[str, list[Any]]:
-    """A tensor's values, where they come one by one. Raises BadOption for a field that is another datatype's."""
+    """Return a tensor's values where they come one by one. Raises BadOption for a field that is another datatype's."""
     if not tensor.HasField("contents"):
         return {}
     expected = CONTENTS.get(tensor.datatype, "raw_input_contents")
@@ -184,13 +184,13 @@ def _typed_contents(tensor: Any) -> dict[str, list[Any]]:
     return {"data": list(getattr(tensor.contents, expected, ()))}
 
 
-def message_of(answer: Answer) -> Any:
-    """The response message, made in a request thread."""
-    message = pb.ModelInferResponse(model_name=answer.model, model_version=answer.version, id=answer.id)
-    for name, value in answer.parameters.items():
+def message_of(response: InferResponse) -> Any:
+    """Make the response message, in a request thread."""
+    message = pb.ModelInferResponse(model_name=response.model, model_version=response.version, id=response.id)
+    for name, value in response.parameters.items():
         field = {str: "string_param", int: "int64_param", float: "double_param"}[type(value)]
         setattr(message.parameters[name], field, value)
-    for output in answer.outputs:
+    for output in response.outputs:
         message.outputs.add(name=output.name, datatype=output.datatype, shape=output.shape)
         message.raw_output_contents.append(bytes(output.raw))
     return message

@@ -19,13 +19,13 @@ from penumbra.serving.telemetry import CURRENT, ID, Request, Telemetry, begin, l
 log = logging.getLogger("penumbra")
 
 WHILE_LOADING = {f"/{SERVICE}/ServerLive": b"\x08\x01", f"/{SERVICE}/ServerReady": b""}
-"""Messages in wire form that say live, and not ready."""
+"""What is answered while models are loaded: messages in wire form that say live, and not ready."""
 Context = Any
 Handler = Callable[[Any, Context], Awaitable[Any]]
 
 
 def begun_call(context: Context) -> Request:
-    """The request that the interceptor has begun for this call; its id is given back at the call's end."""
+    """Return the request that the interceptor has begun for this call; its id goes back at the call's end."""
     request = CURRENT.get()
     assert request
     context.set_trailing_metadata(((ID, request.id),))
@@ -54,7 +54,7 @@ def named_errors(handler: Handler) -> Handler:
 
 
 def refusing(error: PenumbraError, telemetry: Telemetry) -> grpc.RpcMethodHandler:
-    """A handler that counts and ends calls of any kind."""
+    """Return a handler that counts and ends calls of any kind."""
 
     async def refuse(_: Any, __: Context) -> None:
         with telemetry.track("grpc"):
@@ -64,7 +64,7 @@ def refusing(error: PenumbraError, telemetry: Telemetry) -> grpc.RpcMethodHandle
 
 
 class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """Handlers that may come later. Until then the server lives, and every other call is UNAVAILABLE."""
+    """Holds handlers that come later. Until then the server lives, and every other call is UNAVAILABLE."""
 
     def __init__(self, telemetry: Telemetry) -> None:
         self.handlers: grpc.GenericRpcHandler | None = None
@@ -102,7 +102,7 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
 
 class GrpcServer:
-    """The listening server, whose calls come with `open`."""
+    """Listens; its calls come with `open`."""
 
     def __init__(self, *, address: str, message_bytes: int, keys: Keys, telemetry: Telemetry) -> None:
         self._health = health.HealthServicer(experimental_non_blocking=True)
@@ -136,7 +136,7 @@ class GrpcServer:
         self.set_serving(True)
 
     def set_serving(self, serving: bool) -> None:
-        """What `grpc.health.v1` says; readiness of `ServerReady` follows the gateway by itself."""
+        """Let `grpc.health.v1` say so; `ServerReady` follows the gateway by itself."""
         status = health_pb2.HealthCheckResponse
         for service in ("", SERVICE):
             self._health.set(service, status.SERVING if serving else status.NOT_SERVING)

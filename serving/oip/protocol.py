@@ -1,8 +1,8 @@
 """The Open Inference Protocol v2 without a transport: what it says of server and models, and how a request is answered.
 
-`penumbra.serving.http.v2` and `penumbra.serving.oip.grpc` bring their bytes into an `InferRequest` and an `Answer`
-into their bytes; all that lies between, and every document, is made here once, so the two cannot differ. Statuses are
-Triton's (docs/use/protocols.md). Request parameters are the options of `POST /segment`.
+`penumbra.serving.http.v2` and `penumbra.serving.oip.grpc` bring their bytes into an `InferRequest` and an
+`InferResponse` into their bytes; all that lies between, and every document, is made here once, so that the two cannot
+differ. Statuses are Triton's (docs/use/protocols.md). Request parameters are the options of `POST /segment`.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ from penumbra.serving.telemetry import Request
 EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "model_repository", "parameters",
               "statistics")  # fmt: skip
 OWN_FIELDS = ("model", "version", "outputs")
-"""Options that have their own place in a request of this protocol."""
+"""Options that have their own place in a request of this protocol, and are no parameters."""
 PARAMETERS = {spec.name for spec in fields(SegmentOptions)} - set(OWN_FIELDS)
 LARGE_BYTES = 2**16
 """Messages from here on are read off the event loop: smaller ones take less time than the change of thread."""
@@ -50,14 +50,14 @@ PHASES = {
     "queue": ("wait", "queue"), "compute_input": ("decode",), "compute_infer": ("run",),
     "compute_output": ("stitch", "read_out"),
 }  # fmt: skip
-"""The statistics' phases -> ours (`Prediction.timing_ms`)."""
+"""Phases of the statistics, each as the sum of ours (`Prediction.timing_ms`)."""
 DURATIONS = ("success", "fail", *PHASES, "cache_hit", "cache_miss")
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """One answer before a transport writes it."""
+class InferResponse:
+    """Holds what answers a request before a transport writes it."""
 
     model: str
     version: str
@@ -68,7 +68,7 @@ class Answer:
 
 
 class Statistics:
-    """Counts and times of the requests of each version of a model, from the event loop alone."""
+    """Counts and times the requests of each version of a model, in the event loop alone."""
 
     def __init__(self) -> None:
         self._counts: Counter[tuple[str, int, str]] = Counter()
@@ -87,7 +87,7 @@ class Statistics:
         self.count(card, {"success": seconds} | (spent_s if prediction.age_s is None else {"cache_hit": seconds}))
 
     def document(self, card: Card) -> dict[str, Any]:
-        """What the protocol says of one model; an execution is a request, for its batches are shared by windows."""
+        """Return the statistics of one model; an execution is a request, for its batches are shared by windows."""
         key = (card.name, card.version)
         durations = {name: {"count": self._counts[*key, name], "ns": self._ns[*key, name]} for name in DURATIONS}
         count = durations["success"]["count"]
@@ -99,23 +99,23 @@ class Statistics:
 
 
 class Inference:
-    """The protocol over a gateway. store: where models are loaded from; None keeps loading and unloading off."""
+    """Answers the protocol over a gateway. store: where models are loaded from; None keeps that and unloading off."""
 
     def __init__(self, gateway: Gateway, *, store: Path | None = None) -> None:
         self.gateway, self._store = gateway, store
         self._statistics = Statistics()
         self._loading = ThreadPoolExecutor(1, thread_name_prefix="load")
-        """One at a time, and not in the threads that large requests are read in: a model may load for minutes."""
+        """It loads one at a time, apart from the threads that read large requests: a model may load for minutes."""
 
     def find(self, model: str, version: str = "") -> Runtime:
-        """A loaded model. Raises UnknownModel; BadOption for a version that is no number."""
+        """Return a loaded model. Raises UnknownModel; BadOption for a version that is no number."""
         if version and not (version.isascii() and version.isdigit() and len(version) < 19):
             raise BadOption(f"the version is {version[:SHOWN]!r}; a whole number above 0 is wanted")
         return self.gateway.segmenter.find(model, int(version) if version else None)
 
     async def infer(
-        self, read: Callable[[], InferRequest], write: Callable[[Answer], T], *, request: Request, size_bytes: int,
-        gone: Callable[[], Awaitable[None]] | None = None, timeout_s: float | None = None,
+        self, read: Callable[[], InferRequest], write: Callable[[InferResponse], T], *, tracked: Request,
+        size_bytes: int, gone: Callable[[], Awaitable[None]] | None = None, timeout_s: float | None = None,
     ) -> T:  # fmt: skip
         """Read, check, answer and write a tracked request; large ones wholly off the event loop. Raises PenumbraError.
 
@@ -124,14 +124,14 @@ class Inference:
         """
         self.gateway.check_admission()
         prepare = partial(self._prepare, read)
-        content, card, image, options = prepare() if size_bytes < LARGE_BYTES else await asyncio.to_thread(prepare)
+        request, card, image, options = prepare() if size_bytes < LARGE_BYTES else await asyncio.to_thread(prepare)
         if timeout_s is not None:
             own_ms = math.inf if options.deadline_ms is None else options.deadline_ms
             options = replace(options, deadline_ms=min(own_ms, 1e3 * max(timeout_s, 1e-6)))
         started = time.perf_counter()
         try:
             prediction, body = await self.gateway.answer(
-                image, options, lambda prediction: write(answer_of(prediction, content)), request=request, gone=gone
+                image, options, lambda prediction: write(response_of(prediction, request)), request=tracked, gone=gone
             )
         except Cancelled:
             raise
@@ -142,7 +142,7 @@ class Inference:
         return body
 
     def _prepare(self, read: Callable[[], InferRequest]) -> tuple[InferRequest, Card, Any, SegmentOptions]:
-        """Read and check a request: with its model's card, picture and options."""
+        """Read and check a request; returns it with its model's card, its picture and its options."""
         request = read()
         card = self.find(request.model, request.version).card
         given = check_inputs(request.inputs, inputs_of(card), model=card.name)
@@ -164,7 +164,7 @@ class Inference:
         return {"name": "penumbra", "version": VERSION, "extensions": list(EXTENSIONS)}
 
     def is_model_ready(self, model: str, version: str = "") -> bool:
-        """Raises BadOption for a version that is no number."""
+        """Say whether a model is served and the server ready. Raises BadOption for a version that is no number."""
         try:
             self.find(model, version)
         except UnknownModel:
@@ -181,7 +181,7 @@ class Inference:
         }  # fmt: skip
 
     def config(self, model: str, version: str = "") -> dict[str, Any]:
-        """Triton's model configuration, as far as it says something of a model here."""
+        """Return Triton's model configuration, as far as it says something of a model here."""
         card = self.find(model, version).card
         facts = {"method": card.method, "units": "nats", "classes": ",".join(c.name for c in card.classes)}
         return {
@@ -192,7 +192,7 @@ class Inference:
         }  # fmt: skip
 
     def statistics(self, model: str = "", version: str = "") -> dict[str, Any]:
-        """Statistics of one model, or of all. Raises BadOption for one that is not there."""
+        """Return the statistics of one model, or of all. Raises BadOption for one that is not there."""
         cards = self.gateway.segmenter.cards()
         chosen = [c for c in cards if model in ("", c.name) and version in ("", str(c.version))]
         if model and not chosen:
@@ -201,7 +201,7 @@ class Inference:
         return {"model_stats": [self._statistics.document(card) for card in chosen]}
 
     def index(self, *, ready_only: bool = False) -> list[dict[str, str]]:
-        """The models of the store: served, refused with the reason, and not loaded."""
+        """List the models of the store: served, refused with the reason, and not loaded."""
         segmenter = self.gateway.segmenter
         served = [{"name": c.name, "version": str(c.version), "state": "READY"} for c in segmenter.cards()]
         if ready_only:
@@ -217,7 +217,7 @@ class Inference:
         await asyncio.wrap_future(self.load_newest(model, self._require_store()))
 
     def load_newest(self, model: str, store: Path) -> Future[None]:
-        """Begin the same, whether callers may or not; one load at a time. From any thread."""
+        """Begin to serve the newest version, whether callers may load or not. Any thread may call it."""
         return self._loading.submit(self._load, model, store)
 
     def _load(self, model: str, store: Path) -> None:
@@ -246,7 +246,7 @@ class Inference:
 
 
 def read_options(parameters: Mapping[str, object]) -> SegmentOptions:
-    """Options among a request's parameters; those that are none of ours are left alone. Raises BadOption."""
+    """Read the options among a request's parameters; others are left alone. Raises BadOption."""
     for name in parameters:
         if name in OWN_FIELDS:
             raise BadOption(f"{name} is not a parameter here; it has its own field in the request")
@@ -256,13 +256,13 @@ def read_options(parameters: Mapping[str, object]) -> SegmentOptions:
 
 
 def unknown_above(headers: Iterable[str], place: str) -> list[str]:
-    """Options among a request's headers, which are no place for them; `Priority` is HTTP's own (RFC 9218)."""
+    """List the options among a request's headers, which are no place for them; `Priority` is HTTP's own (RFC 9218)."""
     options = PARAMETERS - {"priority"}
     return [f"{name} in {place}" for name in headers if name in options or name.startswith("x-penumbra-")]
 
 
-def answer_of(prediction: Prediction, request: InferRequest) -> Answer:
-    """The answer to a request, with what its caller should know beside the tensors."""
+def response_of(prediction: Prediction, request: InferRequest) -> InferResponse:
+    """Make the response to a request, with what its caller should know beside the tensors."""
     warnings = list(prediction.warnings)
     if ignored := [*sorted(set(request.parameters) - PARAMETERS), *request.unknown]:
         names = ", ".join(name[:SHOWN] for name in ignored[:8])
@@ -280,6 +280,6 @@ def answer_of(prediction: Prediction, request: InferRequest) -> Answer:
         output = Output(requested.name, datatype, arrays[requested.name], requested.binary)
         outputs.append(classify(output, requested.classes) if requested.classes else output)
     parameters = {name: facts[name] for name in FACTS if facts.get(name) not in (None, "")}
-    return Answer(
+    return InferResponse(
         prediction.card.name, str(prediction.card.version), request.id, parameters, outputs, prediction.timing_ms
     )

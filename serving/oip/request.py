@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class RequestedOutput:
-    """An output that a request names. classes: how many of the classification extension; 0 for the tensor itself."""
+    """Names an output of a request. classes: how many of the classification extension; 0 for the tensor itself."""
 
     name: str
     binary: bool = False
@@ -30,7 +30,7 @@ class RequestedOutput:
 
 @dataclass(frozen=True, slots=True)
 class InferRequest:
-    """One request as a transport read it; no outputs stands for the default ones, an empty version for the newest.
+    """Holds a request as a transport read it; no outputs stands for the default ones, an empty version for the newest.
 
     unknown: what it has besides, where no one looks for it: "seed in the headers".
     binary: of the default outputs.
@@ -49,7 +49,7 @@ class InferRequest:
 def read_request(
     head: Any, raw: Callable[[str, Mapping[str, Any]], Raw | None], *, model: str, version: str, unknown: Sequence[str]
 ) -> InferRequest:  # fmt: skip
-    """A request from its document. Raises BadOption.
+    """Read a request from its document. Raises BadOption.
 
     raw: called for each input in turn, with its name and parameters; gives its raw data where it has any. unknown:
     names that mean nothing where they stand, outside of the document.
@@ -97,7 +97,7 @@ def _parameters(document: Any) -> dict[str, Any]:
 
 
 def member(document: Any, name: str, kind: type[T], default: T | None = None) -> T:
-    """A member of a JSON object, of a kind; without a default it must be there. Raises BadOption."""
+    """Return a member of a JSON object, of a kind; without a default it must be there. Raises BadOption."""
     if not isinstance(document, dict):
         raise BadOption(f"{shortened(document)[:SHOWN]} stands where an object with the member {name} should")
     value = document.get(name, default)
@@ -111,5 +111,5 @@ def member(document: Any, name: str, kind: type[T], default: T | None = None) ->
 
 
 def unknown_names(given: Iterable[str], known: Collection[str], place: str) -> list[str]:
-    """Names in a part of a request that mean nothing there, for its warnings."""
+    """List the names in a part of a request that mean nothing there, for its warnings."""
     return [f"{name} in {place}" for name in given if name not in known]

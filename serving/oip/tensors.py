@@ -21,9 +21,9 @@ DTYPES = {
     "BOOL": "?", "UINT8": "u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8", "INT8": "i1", "INT16": "<i2",
     "INT32": "<i4", "INT64": "<i8", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8", "BF16": "<u2",
 }  # fmt: skip
-"""Datatype -> how numpy reads its raw form; BYTES has no fixed width and is read by `split_strings`."""
+"""Datatypes, each as numpy reads its raw form; BYTES has no fixed width and is read by `split_strings`."""
 VALUES: dict[str, set[type]] = {"O": {str, bytes}, "b": {bool}, "u": {int}, "i": {int}, "f": {int, float}}
-"""Kind of a datatype, as numpy calls it -> the types of its values where they come one by one."""
+"""Kinds of datatypes, as numpy calls them, each with the types of its values where they come one by one."""
 SHOWN = 60
 """Characters of a caller's text that an error repeats; gRPC carries errors in a header of a few kilobytes."""
 Shape = tuple[int, ...]
@@ -31,7 +31,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One input of a request in raw form."""
+    """Holds one input of a request in raw form."""
 
     name: str
     datatype: str
@@ -41,7 +41,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor of a model; -1 is any size. also: further datatypes that are read, each with its shape."""
+    """Says what a tensor of a model is; -1 is any size. also: further datatypes that are read, each with its shape."""
 
     name: str
     datatype: str
@@ -55,7 +55,7 @@ class TensorSpec:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The same in Triton's words."""
+        """The same facts in Triton's words."""
         data_type = f"TYPE_{self.datatype.replace('BYTES', 'STRING')}"
         document = {"name": self.name, "data_type": data_type, "dims": list(self.shape)}
         return document | ({"optional": True} if self.optional else {})
@@ -63,7 +63,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One output of an answer: an array, or strings. binary: whether it follows the JSON of HTTP in raw form."""
+    """Holds one output of an answer: an array, or strings. binary: whether it follows the JSON of HTTP in raw form."""
 
     name: str
     datatype: str
@@ -91,12 +91,12 @@ PROMPTS = {
 
 
 def inputs_of(card: Card) -> tuple[TensorSpec, ...]:
-    """What a model reads."""
+    """List what a model reads."""
     return (IMAGE, *PROMPTS[card.prompt.kind])
 
 
 def outputs_of(card: Card) -> tuple[TensorSpec, ...]:
-    """What a model answers by default; the parameter `samples` and a prompt may change which maps it has."""
+    """List what a model answers by default; the parameter `samples` and a prompt may change which maps it has."""
     maps = card.maps(card.sampling.default_samples)
     return (
         TensorSpec("labels", "UINT8", (-1, -1)),
@@ -106,7 +106,7 @@ def outputs_of(card: Card) -> tuple[TensorSpec, ...]:
 
 
 def check_inputs(tensors: Sequence[Tensor], specs: Sequence[TensorSpec], *, model: str) -> dict[str, Tensor]:
-    """A request's tensors by name, when they are what the model reads. Raises BadOption."""
+    """Return a request's tensors by name, when they are what the model reads. Raises BadOption."""
     given: dict[str, Tensor] = {}
     known = {spec.name: spec for spec in specs}
     for tensor in tensors:
@@ -123,7 +123,7 @@ def check_inputs(tensors: Sequence[Tensor], specs: Sequence[TensorSpec], *, mode
 
 
 def _check_tensor(tensor: Tensor, spec: TensorSpec) -> None:
-    """Raises BadOption: a datatype that is not read, a shape that is not of it, or data of another size."""
+    """Refuse with BadOption a datatype that is not read, a shape that is not of it, or data of another size."""
     forms = {spec.datatype: spec.shape, **dict(spec.also)}
     if tensor.datatype not in forms:
         raise BadOption(
@@ -147,7 +147,7 @@ def _check_tensor(tensor: Tensor, spec: TensorSpec) -> None:
 
 
 def split_strings(tensor: Tensor) -> Iterator[bytes]:
-    """The strings of a BYTES tensor. Raises BadOption where a length does not fit what follows."""
+    """Yield the strings of a BYTES tensor. Raises BadOption where a length does not fit what follows."""
     rest = memoryview(tensor.data)
     while rest:
         head, rest = rest[:4], rest[4:]
@@ -162,12 +162,12 @@ def split_strings(tensor: Tensor) -> Iterator[bytes]:
 
 
 def join_strings(strings: Iterable[bytes]) -> bytes:
-    """The raw form of strings: each behind its length."""
+    """Return the raw form of strings: each behind its length."""
     return b"".join(part for string in strings for part in (len(string).to_bytes(4, "little"), string))
 
 
 def pack(values: Sequence[Any], name: str, datatype: str) -> bytes:
-    """The raw form of an input whose values came one by one, nested or flat. Raises BadOption for others' values."""
+    """Return the raw form of an input whose values came one by one, nested or flat. Raises BadOption."""
     while values and all(type(value) is list for value in values):
         values = list(chain.from_iterable(values))
     if datatype not in {"BYTES", *DTYPES}:
@@ -185,14 +185,14 @@ def pack(values: Sequence[Any], name: str, datatype: str) -> bytes:
 
 
 def read_image(tensor: Tensor) -> bytes | NDArray[np.uint8]:
-    """The picture in a checked tensor: pixels, or an encoded file."""
+    """Return the picture in a checked tensor: pixels, or an encoded file."""
     if tensor.datatype == "BYTES":
         return next(split_strings(tensor))
     return np.frombuffer(tensor.data, np.uint8).reshape(tensor.shape)
 
 
 def read_boxes(tensor: Tensor) -> tuple[Box, ...]:
-    """The prompt in a checked tensor. Raises BadOption."""
+    """Read the boxes in a checked tensor. Raises BadOption."""
     if tensor.shape[0] > MAX_BOXES:
         raise BadOption(f"boxes has {tensor.shape[0]} entries; up to {MAX_BOXES} are possible")
     rows = np.frombuffer(tensor.data, "<f4").reshape(tensor.shape).tolist()
@@ -203,7 +203,7 @@ def read_boxes(tensor: Tensor) -> tuple[Box, ...]:
 
 
 def read_tags(tensor: Tensor) -> tuple[str | int, ...]:
-    """The prompt in a checked tensor: class names, or ids."""
+    """Read the tags in a checked tensor: class names, or ids."""
     if tensor.datatype == "BYTES":
         return tuple(name.decode("utf-8", "replace") for name in split_strings(tensor))
     return tuple(np.frombuffer(tensor.data, DTYPES[tensor.datatype]).tolist())
@@ -213,7 +213,7 @@ PROMPT_READERS: dict[str, Callable[[Tensor], Any]] = {"boxes": read_boxes, "tags
 
 
 def classify(output: Output, count: int) -> Output:
-    """The classification extension: the `count` largest values of an output as "value:index" strings, largest first.
+    """Answer an output as its `count` largest values, largest first, as strings "value:index".
 
     Values that are not a number, of pixels without a measurement, come last.
     """

@@ -19,7 +19,7 @@ from penumbra.serving.gateway import Gateway
 from penumbra.serving.http.admission import Bodies
 from penumbra.serving.http.routes import answer_headers
 from penumbra.serving.oip.grpc import Calls
-from penumbra.serving.oip.protocol import Inference, answer_of
+from penumbra.serving.oip.protocol import Inference, response_of
 from penumbra.serving.oip.request import InferRequest
 from penumbra.serving.render.tables import facts
 from penumbra.serving.telemetry import Telemetry
@@ -54,7 +54,7 @@ def test_fewer_samples_are_told_by_every_surface(toy_store: Path) -> None:
     early = replace(prediction, num_asked=64)
     told = {"samples": 3, "samples_asked": 64}
     assert told.items() <= facts(early).items()
-    assert told.items() <= answer_of(early, InferRequest("toy-latent")).parameters.items()
+    assert told.items() <= response_of(early, InferRequest("toy-latent")).parameters.items()
     headers = answer_headers(early)
     assert (headers["X-Penumbra-Samples"], headers["X-Penumbra-Samples-Asked"]) == ("3", "64")
 

@@ -16,7 +16,7 @@ from penumbra.serving.engine.options import SegmentOptions, abstain_above, parse
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.http.routes import answer_headers, summary
-from penumbra.serving.oip.protocol import answer_of, read_options
+from penumbra.serving.oip.protocol import read_options, response_of
 from penumbra.serving.oip.request import InferRequest, RequestedOutput
 from penumbra.serving.render import Style, render
 from penumbra.serving.telemetry import Telemetry
@@ -103,7 +103,7 @@ def test_every_form_of_the_answer_says_what_was_withheld(segmenter: Segmenter, r
     assert document["abstained"] == share
     assert sum(row["share"] for row in document["classes"]) == pytest.approx(1 - (share or 0))
     assert float(answer_headers(prediction)["X-Penumbra-Abstained"]) == pytest.approx(share, abs=1e-6)
-    assert answer_of(prediction, ASKED).parameters["abstained"] == share
+    assert response_of(prediction, ASKED).parameters["abstained"] == share
     shown = Image.open(io.BytesIO(render(prediction, "image/png", Style()))).convert("RGB")
     black = np.asarray(shown)[prediction.labels_HW == IGNORE]
     assert len(black) and not black.any()
@@ -112,7 +112,7 @@ def test_every_form_of_the_answer_says_what_was_withheld(segmenter: Segmenter, r
 def test_unasked_no_answer_speaks_of_it(segmenter: Segmenter, rng: np.random.Generator) -> None:
     prediction = segmenter.segment(picture(rng, 40, 50), ask(None))
     assert "X-Penumbra-Abstained" not in answer_headers(prediction)
-    assert "abstained" not in answer_of(prediction, ASKED).parameters
+    assert "abstained" not in response_of(prediction, ASKED).parameters
 
 
 def test_the_share_is_a_metric(segmenter: Segmenter, rng: np.random.Generator) -> None:
@@ -129,7 +129,7 @@ def test_the_list_of_models_names_the_calibrated_risks() -> None:
 
 
 @pytest.mark.parametrize("changed", [{"samples": 3}, {"overlap": 0.5}])
-def test_an_answer_of_another_kind_than_the_calibration_warns(
+def test_an_response_of_another_kind_than_the_calibration_warns(
     segmenter: Segmenter, rng: np.random.Generator, changed: dict[str, object]
 ) -> None:
     image = picture(rng, 40, 50)

@@ -23,8 +23,8 @@ from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.files.predict import predict_file
 from penumbra.serving.files.report import describe_outcome
-from penumbra.serving.http.v2 import write_answer
-from penumbra.serving.oip.protocol import answer_of
+from penumbra.serving.http.v2 import write_response
+from penumbra.serving.oip.protocol import response_of
 from penumbra.serving.oip.request import InferRequest, RequestedOutput
 from penumbra.serving.oip.tensors import Output, classify
 from penumbra.serving.render import Style, render
@@ -187,10 +187,10 @@ def test_the_metric_of_entropy_is_of_the_measured_pixels(void: Prediction, whole
 
 def test_tensors_are_not_a_number_there_and_null_in_json(void: Prediction) -> None:
     wanted = InferRequest(MODEL, outputs=[RequestedOutput("entropy"), RequestedOutput("labels")])
-    answer = answer_of(void, wanted)
+    answer = response_of(void, wanted)
     entropy = answer.outputs[0].values
     assert isinstance(entropy, np.ndarray) and np.array_equal(np.isnan(entropy), VOID)
-    text = bytes(write_answer(answer, encoding="").body)
+    text = bytes(write_response(answer, encoding="").body)
     data = json.loads(text, parse_constant=pytest.fail)["outputs"][0]["data"]
     assert np.array_equal(np.isnan(np.array(data, np.float32)), VOID.ravel()), "as tritonclient reads it"
 
