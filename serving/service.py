@@ -171,7 +171,7 @@ class Penumbra:
         jobs.start()
         watch.start()
         if self.grpc:
-            self.grpc.open(service_handlers(Calls(inference, BODIES), BODIES))
+            self.grpc.open(service_handlers(Calls(inference, BODIES)))
         url = BentoMLContainer.remote_runner_mapping.get().get("penumbra", "HTTP")
         models = ", ".join(card.name for card in gateway.segmenter.cards())
         log.info("ready: %s/ and gRPC on %s, with %s", url, SETTINGS.grpc_address or "no port", models)

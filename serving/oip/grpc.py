@@ -6,6 +6,7 @@ Messages come from tritonclient's own stubs, so what its clients send is what is
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from inspect import isawaitable
 from typing import Any
@@ -62,19 +63,21 @@ class Calls:
         question, answer = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
 
         async def handle(data: bytes, _: Context) -> bytes:
-            if method.name not in self.documents:
-                raise Unsupported(f"{method.name} is not offered by Penumbra {VERSION}")
-            document = self.documents[method.name](parse(question, data))
-            if isawaitable(document):
-                document = await document
-            message: bytes = ParseDict(document or {}, answer()).SerializeToString()
-            return message
+            with self._bodies.room() as take:
+                take(len(data))
+                if method.name not in self.documents:
+                    raise Unsupported(f"{method.name} is not offered by Penumbra {VERSION}")
+                document = self.documents[method.name](parse(question, data))
+                if isawaitable(document):
+                    document = await document
+                message: bytes = ParseDict(document or {}, answer()).SerializeToString()
+                return message
 
         return handle
 
     async def infer(self, data: bytes, context: Context) -> bytes:
         """Answer ModelInfer."""
-        return await self._infer(lambda: parse(pb.ModelInferRequest, data), _alone, size=len(data), context=context)
+        return await self._infer(data, context, write=_alone)
 
     async def stream(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         """Answer ModelStreamInfer in the order of its requests, one at a time; a failure does not end the stream."""
@@ -84,33 +87,30 @@ class Calls:
 
     async def _in_turn(self, data: bytes, request: Request, context: Context) -> bytes:
         """Answer one request of a stream, with a line of its own in the log."""
-        message = pb.ModelInferRequest()
         with logged(request):
             try:
-                with self._bodies.room() as take:
-                    take(len(data))
-                    message = await asyncio.to_thread(parse, pb.ModelInferRequest, data)
-                    return await self._infer(lambda: message, _in_stream, size=len(data), context=context)
-            except PenumbraError as error:
+                return await self._infer(data, context, write=_in_stream)
+            except Exception as error:
                 request.fail(error)
-                return _failed_in_stream(message.id, str(error))
-            except Exception:
-                log.exception("request %s of a stream failed unexpectedly", request.id)
-                return _failed_in_stream(message.id, UNEXPECTED)
+                sentence = str(error) if isinstance(error, PenumbraError) else UNEXPECTED
+                if sentence is UNEXPECTED:
+                    log.exception("request %s of a stream failed unexpectedly", request.id)
+                return await asyncio.to_thread(_failed_in_stream, data, sentence)
 
-    async def _infer(
-        self, read: Callable[[], Any], write: Callable[[Any], bytes], *, size: int, context: Context
-    ) -> bytes:  # fmt: skip
+    async def _infer(self, data: bytes, context: Context, *, write: Callable[[Any], bytes]) -> bytes:
         metadata = dict(context.invocation_metadata())
         unknown = unknown_above(metadata, "the metadata")
-        with self._inference.gateway.telemetry.track("grpc", carrier=metadata) as tracked:
-            return await self._inference.infer(
-                lambda: read_message(read(), unknown), lambda response: write(message_of(response)), tracked=tracked,
-                size_bytes=size, timeout_s=context.time_remaining(),
-            )  # fmt: skip
+        with self._bodies.room() as take:
+            take(len(data))
+            with self._inference.gateway.telemetry.track("grpc", carrier=metadata) as tracked:
+                return await self._inference.infer(
+                    lambda: read_message(parse(pb.ModelInferRequest, data), unknown),
+                    lambda response: write(message_of(response)), tracked=tracked, size_bytes=len(data),
+                    timeout_s=context.time_remaining(),
+                )  # fmt: skip
 
 
-def service_handlers(calls: Calls, bodies: Bodies) -> grpc.GenericRpcHandler:
+def service_handlers(calls: Calls) -> grpc.GenericRpcHandler:
     """Return handlers of every call of the service.
 
     They take and give bytes: gRPC itself would answer a message that cannot be read with INTERNAL, and would read and
@@ -119,20 +119,8 @@ def service_handlers(calls: Calls, bodies: Bodies) -> grpc.GenericRpcHandler:
     handlers = {"ModelStreamInfer": grpc.stream_stream_rpc_method_handler(calls.stream)}
     for method in DESCRIPTOR.methods:
         handler = calls.infer if method.name == "ModelInfer" else calls.document(method)
-        handlers.setdefault(method.name, grpc.unary_unary_rpc_method_handler(named_errors(_counted(handler, bodies))))
+        handlers.setdefault(method.name, grpc.unary_unary_rpc_method_handler(named_errors(handler)))
     return grpc.method_handlers_generic_handler(SERVICE, handlers)
-
-
-def _counted(handler: Handler, bodies: Bodies) -> Handler:
-    """Return the same handler, whose message counts among the bodies."""
-
-    async def handle(data: bytes, context: Context) -> bytes:
-        with bodies.room() as take:
-            take(len(data))
-            answer: bytes = await handler(data, context)
-            return answer
-
-    return handle
 
 
 def parse(kind: Any, data: bytes) -> Any:
@@ -206,6 +194,8 @@ def _in_stream(message: Any) -> bytes:
     return _alone(pb.ModelStreamInferResponse(infer_response=message))
 
 
-def _failed_in_stream(request_id: str, sentence: str) -> bytes:
-    answer = pb.ModelInferResponse(id=request_id)
+def _failed_in_stream(data: bytes, sentence: str) -> bytes:
+    answer = pb.ModelInferResponse()
+    with suppress(BadOption):
+        answer.id = parse(pb.ModelInferRequest, data).id
     return _alone(pb.ModelStreamInferResponse(error_message=sentence, infer_response=answer))

@@ -63,31 +63,14 @@ def refusing(error: PenumbraError, telemetry: Telemetry) -> grpc.RpcMethodHandle
     return grpc.stream_stream_rpc_method_handler(named_errors(refuse))
 
 
-class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """Holds handlers that come later. Until then the server lives, and every other call is UNAVAILABLE."""
+class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Begins every call, and ends those that the caller's key is not for before their message is read.
 
-    def __init__(self, telemetry: Telemetry) -> None:
-        self.handlers: grpc.GenericRpcHandler | None = None
-        self._telemetry = telemetry
-
-    def service(self, call: Any) -> Any:
-        if self.handlers:
-            return self.handlers.service(call)
-        if not call.method.startswith(f"/{SERVICE}/"):
-            return None
-        if call.method not in WHILE_LOADING:
-            return refusing(NotReady(LOADING), self._telemetry)
-
-        async def answer(_: Any, context: Context) -> None:
-            await context.write(WHILE_LOADING[call.method])
-
-        return grpc.stream_stream_rpc_method_handler(named_errors(answer))  # answers calls of any kind
-
-
-class KeyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Begins every call, and ends those that the caller's key is not for before their message is read."""
+    handlers: come later; until then the server lives, and every other call of the service is UNAVAILABLE.
+    """
 
     def __init__(self, keys: Keys, telemetry: Telemetry) -> None:
+        self.handlers: grpc.GenericRpcHandler | None = None
         self._keys, self._telemetry = keys, telemetry
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], call: Any) -> Any:
@@ -96,9 +79,19 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         CURRENT.set(request)  # this task is the call's own
         try:
             request.key = self._keys.check_call(call.method, metadata.get("authorization", ""))
+            if not call.method.startswith(f"/{SERVICE}/"):
+                return await continuation(call)
+            if self.handlers:
+                return self.handlers.service(call)
+            if call.method not in WHILE_LOADING:
+                raise NotReady(LOADING)
         except PenumbraError as error:
             return refusing(error, self._telemetry)
-        return await continuation(call)
+
+        async def answer(_: Any, context: Context) -> None:
+            await context.write(WHILE_LOADING[call.method])
+
+        return grpc.stream_stream_rpc_method_handler(named_errors(answer))  # answers calls of any kind
 
 
 class GrpcServer:
@@ -106,16 +99,15 @@ class GrpcServer:
 
     def __init__(self, *, address: str, message_bytes: int, keys: Keys, telemetry: Telemetry) -> None:
         self._health = health.HealthServicer(experimental_non_blocking=True)
-        self._address, self._door = address, Door(telemetry)
+        self._address, self._door = address, Door(keys, telemetry)
         self._server = grpc.aio.server(
-            interceptors=[KeyInterceptor(keys, telemetry)],
+            interceptors=[self._door],
             options=[
                 ("grpc.so_reuseport", 0),  # two servers on one port would share its traffic in silence
                 ("grpc.max_receive_message_length", message_bytes),
                 ("grpc.max_send_message_length", -1),
             ],
         )
-        self._server.add_generic_rpc_handlers((self._door,))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 

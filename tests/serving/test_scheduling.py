@@ -21,7 +21,6 @@ from penumbra.serving.http.routes import answer_headers
 from penumbra.serving.oip.grpc import Calls
 from penumbra.serving.oip.protocol import Inference, response_of
 from penumbra.serving.oip.request import InferRequest
-from penumbra.serving.render.tables import facts
 from penumbra.serving.telemetry import Telemetry
 from tests.conftest import FIXED, picture
 from tests.serving.server import Server
@@ -53,7 +52,7 @@ def test_fewer_samples_are_told_by_every_surface(toy_store: Path) -> None:
         prediction = segmenter.segment(IMAGE, SegmentOptions("toy-latent", samples=3))
     early = replace(prediction, num_asked=64)
     told = {"samples": 3, "samples_asked": 64}
-    assert told.items() <= facts(early).items()
+    assert told.items() <= early.facts.items()
     assert told.items() <= response_of(early, InferRequest("toy-latent")).parameters.items()
     headers = answer_headers(early)
     assert (headers["X-Penumbra-Samples"], headers["X-Penumbra-Samples-Asked"]) == ("3", "64")

@@ -302,7 +302,7 @@ def test_grpc_tells_deadline_exceeded_and_cancelled_while_a_batch_runs(
         server = GrpcServer(address=address, message_bytes=2**20, keys=Keys(), telemetry=gateway.telemetry)
         await server.start()
         bodies = Bodies(2**30)
-        server.open(service_handlers(Calls(Inference(gateway), bodies), bodies))
+        server.open(service_handlers(Calls(Inference(gateway), bodies)))
         async with grpc.aio.insecure_channel(address) as channel:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
             with pytest.raises(grpc.aio.AioRpcError) as late:
