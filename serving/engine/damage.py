@@ -36,7 +36,7 @@ def check_png(data: bytes) -> None:
 
 
 def slim_png(data: bytes) -> bytes:
-    """The same picture without its colour profile and texts that nobody looks at, however long they are.
+    """Take a PNG's colour profile and texts out that nobody looks at, however long they are.
 
     What may say how it is turned stands before the pixels.
     """
@@ -50,7 +50,7 @@ def slim_png(data: bytes) -> bytes:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yields the kind of every chunk, where its body starts, and where it ends, which is at the file's end at most."""
+    """Yield every chunk's kind, where its body starts, and where it ends, which is at the file's end at most."""
     offset = 8
     while offset + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, offset)
@@ -61,7 +61,7 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def has_all_rows(png: bytes) -> bool:
-    """Whether the data of a PNG reach its last row, of which Pillow makes zeros else. An interlaced one is believed."""
+    """Find out whether a PNG's data reach its last row, or Pillow makes zeros of it. An interlaced one is believed."""
     width, height, depth, colour, _, _, is_interlaced = struct.unpack_from(">IIBBBBB", png, 16)
     missing = height * (1 + (width * depth * CHANNELS[colour] + 7) // 8)
     unpacker = zlib.decompressobj()
@@ -73,9 +73,9 @@ def has_all_rows(png: bytes) -> bool:
 
 
 def shorten_webp(data: bytes) -> bytes | None:
-    """The same picture without the last of its pixels' bytes; None where that is not what the file is made of.
+    """Take the last of a WebP's pixels' bytes off; None where that is not what the file is made of.
 
-    Such a one cannot be decoded, unless a decoder goes astray before: it has no other check.
+    The result cannot be decoded, unless a decoder goes astray before: it has no other check.
     """
     parts, offset, is_short = list[bytes](), 12, False
     while offset + 8 <= len(data):
@@ -90,9 +90,10 @@ def shorten_webp(data: bytes) -> bytes | None:
 
 
 def read_jpeg(data: bytes, colours: str) -> tuple[NDArray[np.uint8], tuple[str, ...]] | None:
-    """Pixels, and what was repaired; None where the channels' sizes are too unusual. colours: RGB, or CMYK as stored.
+    """Decode a JPEG: its pixels, and what was repaired; None where the channels' sizes are too unusual.
 
-    One that lacks only its end marker is whole. Raises BadImage where pixels are missing or cannot be guessed.
+    colours: RGB, or CMYK as stored. A JPEG that lacks only its end marker is whole. Raises BadImage where pixels are
+    missing or cannot be guessed.
     """
     try:
         return simplejpeg.decode_jpeg(data, colours, strict=True), ()
@@ -114,7 +115,7 @@ def read_jpeg(data: bytes, colours: str) -> tuple[NDArray[np.uint8], tuple[str, 
 
 
 def _has_all_scans(data: bytes) -> bool:
-    """Whether every coefficient of every component has come to its last bit, by the headers of frame and scans."""
+    """Find out by the headers whether every coefficient of every component has come to its last bit."""
     missing = set[tuple[int, int]]()
     for marker, body in _segments(data):
         if marker in FRAMES:
@@ -126,7 +127,7 @@ def _has_all_scans(data: bytes) -> bool:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yields marker and body of every segment, to the end marker if there is one."""
+    """Yield marker and body of every segment, to the end marker if there is one."""
     offset = 2
     while found := MARKER.search(data, offset):
         marker, start = found[1][0], found.end()

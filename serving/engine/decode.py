@@ -43,7 +43,7 @@ Admit = Callable[[int, int], object]
 
 
 def open_image(source: bytes | Path, limits: Limits, *, admit: Admit | None = None) -> Raster:
-    """An encoded picture: TIFF as a raster of which no pixel is read yet, all else decoded.
+    """Open an encoded picture: a TIFF as a raster of which no pixel is read yet, all else decoded.
 
     Raises BadImage, and TooLarge before decoding pixels over the limit.
     """
@@ -60,7 +60,7 @@ def open_image(source: bytes | Path, limits: Limits, *, admit: Admit | None = No
 
 
 def measure_image(source: bytes | Path, limits: Limits) -> tuple[int, int]:
-    """Height and width as a viewer shows it, by the header alone. Raises as `open_image`."""
+    """Read height and width, as a viewer shows them, from the header alone. Raises as `open_image`."""
     raster = open_raster(source)
     if raster:
         size = raster.shape[:2]
@@ -79,7 +79,7 @@ def _admit(size: tuple[int, int], limits: Limits, admit: Admit | None) -> None:
 
 @contextmanager
 def _header(source: bytes | Path, limits: Limits) -> Iterator[tuple[Image.Image, str, BinaryIO]]:
-    """A picture of which only the header is read so far, its format, and the file that it is read from."""
+    """Give a picture of which only the header is read so far, its format, and the file that it is read from."""
     with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as given:
         file: BinaryIO = given
         kind = _kind_of(file)
@@ -97,7 +97,7 @@ def _header(source: bytes | Path, limits: Limits) -> Iterator[tuple[Image.Image,
 
 
 def _kind_of(file: BinaryIO) -> str:
-    """The format, by a file's first bytes. Raises BadImage where it is none of those that are read."""
+    """Tell the format by a file's first bytes. Raises BadImage where it is none of those that are read."""
     head = file.read(12)
     if not head:
         raise BadImage(f"the image is empty (0 bytes); one of {', '.join(FORMATS)} is wanted")
@@ -112,7 +112,7 @@ def _kind_of(file: BinaryIO) -> str:
 
 
 def _fault(kind: str, file: BinaryIO) -> str:
-    """Why Pillow does not open a file: its own search for a format keeps that to itself."""
+    """Say why Pillow does not open a file: its own search for a format keeps that to itself."""
     file.seek(0)
     try:
         Image.OPEN[kind][0](file, "")
@@ -129,12 +129,12 @@ def _reason(error: Exception) -> str:
 
 
 def _size_as_shown(picture: Image.Image) -> tuple[int, int]:
-    """Height and width once the orientation is applied."""
+    """Give height and width once the orientation is applied."""
     return (picture.width, picture.height) if FLIPS[_orientation(picture)][0] else (picture.height, picture.width)
 
 
 def _orientation(picture: Image.Image) -> int:
-    """How to turn a picture (EXIF); one whose header cannot be read is upright."""
+    """Read how a picture lies (EXIF); one whose header cannot be read is upright."""
     try:  # of a PNG, its own `getexif` decodes the pixels, and tells of a fault in them this once only
         orientation: int = Image.Image.getexif(picture).get(ExifTags.Base.Orientation, 1)
     except PILLOW_FAULTS:
@@ -153,7 +153,7 @@ def _pixels_sentence(measured: str, limits: Limits) -> str:
 
 
 def check_array(image: Pixels, limits: Limits) -> Raster:
-    """The image if it is one: where it is an array, uint8 [H, W, 3], not empty. Raises BadImage or TooLarge."""
+    """Check an image, and make an array of uint8 [H, W, 3] a raster. Raises BadImage or TooLarge."""
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise BadImage(f"the image is {image.dtype} {list(image.shape)}; uint8 [height, width, 3] is wanted")
@@ -188,7 +188,7 @@ def _decode(picture: Image.Image, kind: str, file: BinaryIO) -> Raster:
 
 
 def _goes_astray(webp: bytes) -> bool:
-    """Whether the decoder ends before the data do."""
+    """Find out whether the decoder ends before the data do."""
     short = shorten_webp(webp)
     try:
         return short is not None and bool(Image.open(io.BytesIO(short), formats=["WEBP"]).load())
@@ -197,7 +197,7 @@ def _goes_astray(webp: bytes) -> bool:
 
 
 def _as_raster(pixels: NDArray[np.uint8], void_HW: NDArray[np.bool_] | None, warnings: tuple[str, ...]) -> Raster:
-    """The image, with a warning where it is nearly black or all void."""
+    """Make a raster of pixels, with a warning where they are nearly black or all void."""
     if void_HW is not None and not void_HW.any():
         void_HW = None
     step = max(1, PIECE_PIXELS // pixels.shape[1])

@@ -38,7 +38,7 @@ class Directory:
 
 
 def find_directory(file: BinaryIO) -> tuple[Directory, tuple[str, ...]] | None:
-    """The picture of a TIFF, and what the caller should know of the choice; None where the file is no TIFF.
+    """Find the picture of a TIFF, and what the caller should know of the choice; None where the file is no TIFF.
 
     It is the first directory, unless that says of itself that it is a reduced version of another one. Raises BadImage
     where its colours are of a kind that is not read.
@@ -70,7 +70,7 @@ def find_directory(file: BinaryIO) -> tuple[Directory, tuple[str, ...]] | None:
 
 
 def _walk(file: BinaryIO, header: bytes) -> Iterator[Directory]:
-    """The first directory, those beneath it, the second, ...: each once."""
+    """Read the first directory, those beneath it, the second, ...: each once."""
     offsets, seen, orientation = [ImageFileDirectory_v2(header).next], set[int](), 1
     while offsets and len(seen) < NUM_DIRECTORIES:
         offset = offsets.pop(0)

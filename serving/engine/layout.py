@@ -36,14 +36,14 @@ class Place:
 
 
 def make_upright(values: NDArray[Any], flips: Flips) -> NDArray[Any]:
-    """Stored values [bands, h, w] made upright."""
+    """Make stored values [bands, h, w] upright."""
     exchange, rows, columns = flips
     upright = values.swapaxes(1, 2) if exchange else values
     return upright[:, :: -1 if rows else 1, :: -1 if columns else 1]
 
 
 def choose_bands(dataset: Any) -> tuple[list[int], int, tuple[str, ...]]:
-    """The bands of grey, of red, green, blue, or of four inks; that of alpha or 0; and what the caller should know.
+    """Choose the bands of grey, of red, green, blue, or of four inks; that of alpha or 0; and say what to know of it.
 
     Names of bands are followed before colour interpretations, which writers set without being asked.
     """
@@ -75,7 +75,7 @@ def choose_bands(dataset: Any) -> tuple[list[int], int, tuple[str, ...]]:
 
 
 def _positions(wanted: tuple[str, ...], found: list[str]) -> list[int]:
-    """Where all of them are, counted from 1; nothing where one is missing."""
+    """Find where all of them are, counted from 1; nothing where one is missing."""
     return [found.index(name) + 1 for name in wanted] if set(wanted) <= set(found) else []
 
 
@@ -84,7 +84,7 @@ def _list(bands: list[int]) -> str:
 
 
 def palette_of(dataset: Any, band: int) -> NDArray[np.uint8] | None:
-    """Colours [values, 3] where a band's values are indices into a palette."""
+    """Read the colours [values, 3] where a band's values are indices into a palette."""
     if dataset.colorinterp[band - 1].name != "palette":
         return None
     colours = np.zeros((2**16 if dataset.dtypes[band - 1] == "uint16" else 2**8, 3), np.uint8)
@@ -94,7 +94,7 @@ def palette_of(dataset: Any, band: int) -> NDArray[np.uint8] | None:
 
 
 def place_of(dataset: Any, flips: Flips, path: Path | None) -> tuple[Place, tuple[str, ...]]:
-    """Where a file lies once it is upright, also by the world file beside it; and what the caller should know.
+    """Read where a file lies once it is upright, also by the world file beside it; and what the caller should know.
 
     path: of the file, where it is one.
     """
@@ -113,7 +113,7 @@ def place_of(dataset: Any, flips: Flips, path: Path | None) -> tuple[Place, tupl
 
 
 def _world_file(path: Path) -> Any:
-    """What the world file beside an image says (ESRI's a.tfw, a.tifw or a.wld); None where there is none."""
+    """Read the world file beside an image (ESRI's a.tfw, a.tifw or a.wld); None where there is none."""
     end = path.suffix[1:].lower()
     usual = (end[:1] + end[-1:] + "w", end + "w", "wld") if end else ()
     for suffix in (spelt for one in usual for spelt in (one, one.upper())):
@@ -126,7 +126,7 @@ def _world_file(path: Path) -> Any:
 
 
 def _flipped(place: Place, flips: Flips, height: int, width: int) -> Place:
-    """The place of a stored picture [height, width] once it is upright."""
+    """Move the place of a stored picture [height, width] to where it is once that is upright."""
     exchange, rows, columns = flips
     upright_height, upright_width = (width, height) if exchange else (height, width)
     stored = Affine(-1 if columns else 1, 0, upright_width * columns, 0, -1 if rows else 1, upright_height * rows)

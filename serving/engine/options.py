@@ -51,7 +51,7 @@ class Option:
 
 
 def _row(default: object, read: Callable[[str, str], Any], about: str, *, right: str = "", **schema: Any) -> Any:
-    """A field of an options class. schema: without the default."""
+    """Make a field of an options class. schema: without the default."""
     shown = ",".join(default) if isinstance(default, tuple) else default
     schema |= {} if shown in (None, "") else {"default": shown}
     return field(default=default, metadata={"option": Option(read, schema, about, right)})
@@ -94,7 +94,7 @@ def _truth(name: str, text: str) -> bool:
 
 
 def _boxes(name: str, text: str) -> tuple[Box, ...]:
-    """A JSON list of [x0, y0, x1, y1, class]; the class is a name or an id."""
+    """Read a JSON list of [x0, y0, x1, y1, class]; the class is a name or an id."""
     rows = _json_list(name, text) if text.strip() else []
     if len(rows) > MAX_BOXES:
         raise BadOption(f"{name} has {len(rows)} entries; up to {MAX_BOXES} are possible")
@@ -102,7 +102,7 @@ def _boxes(name: str, text: str) -> tuple[Box, ...]:
 
 
 def read_box(name: str, row: Any) -> Box:
-    """One box from parsed data. Raises BadOption."""
+    """Read one box from parsed data. Raises BadOption."""
     wanted = f"{name} has {str(row)[:60]!r}; [x0, y0, x1, y1, class] with four numbers and a class name or id is wanted"
     if not isinstance(row, list) or len(row) != 5 or type(row[4]) not in (int, str):
         raise BadOption(wanted)
@@ -113,7 +113,7 @@ def read_box(name: str, row: Any) -> Box:
 
 
 def _tags(name: str, text: str) -> tuple[str | int, ...]:
-    """Class names or ids: a JSON list, or a list with commas."""
+    """Read class names or ids: a JSON list, or a list with commas."""
     if not text.strip().startswith("["):
         return _names(name, text)
     tags = _json_list(name, text)
@@ -205,21 +205,21 @@ class SegmentOptions:
     )  # fmt: skip
 
     def num_samples(self, card: Card) -> int:
-        """The number of samples of the answer, unless `anytime` lets it have fewer."""
+        """Say how many samples the answer has, unless `anytime` lets it have fewer."""
         usual = card.sampling_with(prompt=bool(self.boxes or self.tags)).default_samples
         return usual if self.samples is None else self.samples
 
     def named(self, card: Card) -> tuple[str, ...]:
-        """The outputs by name, each once."""
+        """Name the outputs, each once."""
         usual = [name for name in card.maps(self.num_samples(card)) if name in DEFAULT_MAPS]
         return tuple(dict.fromkeys(name for asked in self.outputs for name in (usual if asked == DEFAULT else [asked])))
 
     def maps(self, card: Card) -> tuple[str, ...]:
-        """The outputs [H, W] by name."""
+        """Name the outputs that are [H, W]."""
         return tuple(name for name in self.named(card) if name != PROBABILITIES)
 
     def with_default_maps(self) -> "SegmentOptions":
-        """The same with the default maps beside those asked for: class tables have their means."""
+        """Add the default maps to those asked for: class tables have their means."""
         return self.with_maps((DEFAULT,))
 
     def with_maps(self, names: tuple[str, ...]) -> "SegmentOptions":
@@ -238,7 +238,7 @@ class Style:
 
     @property
     def maps(self) -> tuple[str, ...]:
-        """The maps that the picture needs."""
+        """Name the maps that the picture needs."""
         return () if self.picture in ("labels", "overlay") else (self.picture,)
 
 
@@ -311,7 +311,7 @@ def check_options(options: SegmentOptions, card: Card, limits: Limits) -> int:
 
 
 def abstain_above(card: Card, max_risk: float) -> float:
-    """Entropy in nats above which a pixel is abstained from: that of the largest calibrated risk within `max_risk`.
+    """Find the entropy in nats above which pixels are withheld: that of the largest calibrated risk within `max_risk`.
 
     Raises BadOption: no share, a card without calibration, or a risk below all that are calibrated.
     """

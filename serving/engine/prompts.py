@@ -29,7 +29,10 @@ class PromptSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Boxes:
-    """boxes_N5: x0, y0, x1, y1, class id. alpha: of the linear correction; None where the model has none."""
+    """A prompt of rectangles. boxes_N5: x0, y0, x1, y1, class id.
+
+    alpha: of the linear correction; None where the model has none.
+    """
 
     boxes_N5: NDArray[np.float64]
     num_classes: int
@@ -37,7 +40,7 @@ class Boxes:
     alpha: float | None
 
     def cut(self, window: Window, plan: WindowPlan) -> PromptArrays:
-        """The boxes of a window as masks [K, h, w], a channel per class; beyond the image as the picture is padded."""
+        """Draw a window's boxes as masks [K, h, w], a channel per class; beyond the image as the picture is padded."""
         rows, columns, beyond = place(window, plan)
         mask_Khw = np.zeros((self.num_classes, rows.stop - rows.start, columns.stop - columns.start), np.uint8)
         # Pixel i is inside [a, b) when a <= i + 0.5 < b: from ceil(a - 0.5) to before ceil(b - 0.5).
@@ -51,7 +54,7 @@ class Boxes:
 
 @dataclass(frozen=True, slots=True)
 class Tags:
-    """tags_K: 1 for a class that is in the picture, else 0; the same in every window."""
+    """A prompt of classes. tags_K: 1 for a class that is in the picture, else 0; the same in every window."""
 
     tags_K: NDArray[np.float32]
 
@@ -62,7 +65,7 @@ class Tags:
 def check_prompt(
     card: Card, height: int, width: int, *, boxes: tuple[Box, ...], tags: tuple[str | int, ...], alpha: float | None
 ) -> PromptSource | None:
-    """The request's prompt, or None where it brings none.
+    """Check the request's prompt; None where it brings none.
 
     Raises BadOption: a prompt the model does not take, an unknown class, a box that is inverted or leaves the image.
     """
@@ -109,7 +112,7 @@ def _check_box(card: Card, box: Box, height: int, width: int) -> tuple[float, fl
 
 
 def find_class(card: Card, name: str | int, option: str) -> int:
-    """A class by name or id. Raises BadOption naming the option and the classes there are."""
+    """Find a class by name or id. Raises BadOption naming the option and the classes there are."""
     names = [info.name for info in card.classes]
     if isinstance(name, str) and name in names:
         return names.index(name)

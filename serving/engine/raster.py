@@ -35,7 +35,7 @@ RASTER_FAULTS = (RasterioError, CPLE_BaseError, OSError, ValueError, TypeError, 
 
 @contextmanager
 def gdal() -> Iterator[None]:
-    """GDAL with a bounded cache, that looks at no file beside the one it is given."""
+    """Bound GDAL's cache, and keep it from files beside the one it is given."""
     for kind in (NotGeoreferencedWarning, NodataShadowWarning):  # a picture without a place, or with much to say
         warnings.simplefilter("ignore", kind)
     with rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES, GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_PAM_ENABLED="NO"):
@@ -63,7 +63,7 @@ class Raster:
         return self._warnings
 
     def __getitem__(self, part: tuple[slice, slice]) -> NDArray[np.uint8]:
-        """Pixels [h, w, 3]. Raises BadImage where the file is damaged."""
+        """Give pixels [h, w, 3]. Raises BadImage where the file is damaged."""
         assert self._pixels is not None
         return self._pixels[part]
 
@@ -72,7 +72,7 @@ class Raster:
         return self
 
     def void(self, rows: slice) -> NDArray[np.bool_] | None:
-        """Pixels of these rows that hold no measurement; None where the image does not speak of such."""
+        """Say which pixels of these rows hold no measurement; None where the image does not speak of such."""
         return None if self._void_HW is None else self._void_HW[rows]
 
 
@@ -150,7 +150,7 @@ class FileRaster(Raster):
         return void_hW
 
     def _find_white(self) -> int:
-        """The value that becomes white: one for the whole file, however it is read."""
+        """Find the value that becomes white: one for the whole file, however it is read."""
         with self._white_lock:
             if self._white is None and (self._palette is not None or self._num_bits):
                 self._white = 2**self._num_bits - 1  # as the file declares
@@ -161,7 +161,7 @@ class FileRaster(Raster):
             return self._white
 
     def _measurements(self) -> Iterator[NDArray[Any]]:
-        """All values that are measurements, piece by piece."""
+        """Read all values that are measurements, piece by piece."""
         width, height = self._dataset.width, self._dataset.height
         across = self._dataset.block_shapes[0][1]
         down = max(1, PIECE_PIXELS // across)
@@ -176,7 +176,7 @@ class FileRaster(Raster):
                 yield values
 
     def _read(self, rows: slice, columns: slice, bands: list[int], *, masks: bool = False) -> NDArray[Any]:
-        """Values, or masks, of upright pixels [bands, h, w]."""
+        """Read values, or masks, of upright pixels [bands, h, w]."""
         (y0, y1), (x0, x1) = rows.indices(self.shape[0])[:2], columns.indices(self.shape[1])[:2]
         exchange, reverse_rows, reverse_columns = self._flips
         if reverse_rows:
@@ -201,7 +201,7 @@ Pixels = NDArray[np.uint8] | Raster
 
 
 def open_raster(source: bytes | Path) -> FileRaster | None:
-    """The raster in a TIFF file or its bytes; None where it is no TIFF.
+    """Open the raster in a TIFF file or its bytes; None where it is no TIFF.
 
     No pixel is read. Raises BadImage where the header is broken, or of a kind that is not read.
     """
@@ -216,7 +216,7 @@ def open_raster(source: bytes | Path) -> FileRaster | None:
 def open_file(
     source: bytes | Path, kind: str, *, at: int = 0, orientation: int = 1, warnings: tuple[str, ...] = ()
 ) -> FileRaster:
-    """The raster that GDAL reads in a file of a kind (TIFF or PNG). at: offset of the TIFF's directory; 0 is the first.
+    """Open what GDAL reads in a file of a kind (TIFF or PNG). at: offset of the TIFF's directory; 0 is the first.
 
     Raises as `open_raster`.
     """
@@ -249,7 +249,7 @@ def _noting_repairs(repairs: set[str]) -> Iterator[None]:
 
 @cache
 def _listener() -> threading.local:
-    """Where each thread's repairs are noted: rasterio tells of GDAL's warnings in the log alone."""
+    """Note each thread's repairs: rasterio tells of GDAL's warnings in the log alone."""
     listener = threading.local()
 
     def listen(record: logging.LogRecord) -> bool:
@@ -270,6 +270,6 @@ def _reason(error: BaseException) -> str:
 
 
 def _plain(text: str) -> str:
-    """GDAL's first line without the name of the file, which is not the caller's."""
+    """Take GDAL's first line without the name of the file, which is not the caller's."""
     text = re.sub(r"['\"]?(GTIFF_DIR:\S*?)?/\S+\s*|^\S+(, band \d+)?: ?", "", text.partition("\n")[0])
     return text[:120]

@@ -55,7 +55,7 @@ def _has_signed(key: Ed25519PublicKey, card_bytes: bytes, signature: bytes) -> b
 
 
 def read_public_keys(path: Path) -> PublicKeys:
-    """The Ed25519 keys of a PEM file, at least one. Raises BadOption: unreadable, without keys, or with any other."""
+    """Read the Ed25519 keys of a PEM file. Raises BadOption: unreadable, without keys, or with any other."""
     blocks = _read(path).split(BEGIN)[1:]
     if not blocks:
         raise BadOption(f"{path} has no public keys; `openssl pkey -in signing.pem -pubout` writes one")
@@ -73,7 +73,7 @@ def _public_key(pem: bytes, what: str) -> Ed25519PublicKey:
 
 
 def read_private_key(path: Path) -> Ed25519PrivateKey:
-    """The key that signs, from a PEM file without a password. Raises BadOption, never with the key in it."""
+    """Read the key that signs from a PEM file without a password. Raises BadOption, never with the key in it."""
     try:
         key = load_pem_private_key(_read(path), password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm):

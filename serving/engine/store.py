@@ -42,7 +42,7 @@ class Golden:
 
 
 def golden_tensors(golden: Golden) -> "dict[str, Tensor]":
-    """As they are stored, and read by `read_golden`."""
+    """Name the tensors of recorded calls as they are stored."""
     tensors = {"image_B3hw": golden.image_B3hw}
     for prefix, answer in (("", golden.plain), ("prompted.", golden.prompted)):
         if answer:
@@ -61,7 +61,7 @@ class Artifact:
     card: Card
     golden: Golden
     card_bytes: bytes
-    """As the card was read; what is signed."""
+    """The card as it was read; what is signed."""
 
 
 def sha256_of(path: Path) -> str:
@@ -70,7 +70,7 @@ def sha256_of(path: Path) -> str:
 
 
 def artifact_card(directory: Path) -> Card:
-    """The card of an artifact, a directory store/<name>/<version>; its files are not looked at.
+    """Read the card of an artifact, a directory store/<name>/<version>; its files are not looked at.
 
     Raises BadArtifact: a card that does not read, belongs elsewhere, or names no exported files.
     """
@@ -139,7 +139,7 @@ def _answer(tensors: "dict[str, Tensor]", prefix: str) -> Recorded:
 
 
 def versions(store: Path) -> dict[str, list[int]]:
-    """Names in the store with their versions in ascending order. An absent store is empty."""
+    """List the names in the store with their versions in ascending order. An absent store is empty."""
     if not store.is_dir():
         return {}
     found: dict[str, list[int]] = {}
@@ -150,13 +150,13 @@ def versions(store: Path) -> dict[str, list[int]]:
 
 
 def next_version(store: Path, name: str) -> int:
-    """The number of a model's next artifact: above all that are there, also those that hold no card."""
+    """Number a model's next artifact: above all that are there, also those that hold no card."""
     taken = [int(path.name) for path in (store / name).glob("*") if re.fullmatch("[1-9][0-9]*", path.name)]
     return max(taken, default=0) + 1
 
 
 def find_artifact(store: Path, name: str, version: int | None = None) -> Path:
-    """Directory of a model, its newest version unless one is named. Raises UnknownModel naming what there is."""
+    """Find a model's directory, its newest version unless one is named. Raises UnknownModel naming what there is."""
     known = versions(store)
     if name not in known:
         raise UnknownModel(f"there is no model {name[:60]!r} in {store}; there are {', '.join(known) or 'none'}")

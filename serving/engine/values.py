@@ -55,7 +55,7 @@ class Shade:
 def find_white(
     blocks: Iterable[NDArray[np.generic]], dtype: np.dtype[np.generic], *, num_values: int
 ) -> tuple[int, tuple[str, ...]]:
-    """The value that becomes white, and what the caller should know of it.
+    """Find the value that becomes white, and what the caller should know of it.
 
     blocks: all measured values, of which no more are taken than the answer needs. num_values: in the whole image.
     Raises BadImage where no range holds them.
@@ -99,7 +99,7 @@ def _ranges(dtype: np.dtype[np.generic]) -> tuple[int, ...]:
 
 
 def _top(white: int) -> int:
-    """The largest value that a range holds: reflectances of snow and metal are above 1."""
+    """Give the largest value that a range holds: reflectances of snow and metal are above 1."""
     return 2 if white == 1 else white
 
 
@@ -115,7 +115,7 @@ def _warnings(dtype: np.dtype[np.generic], white: int, ranges: Sequence[int], sh
 
 
 def to_8_bits(values: NDArray[np.generic], white: int) -> NDArray[np.uint8]:
-    """Values between black and white; what is outside becomes the nearest of them, and no number (NaN) black.
+    """Make 8 bits of values: what is outside of black and white becomes the nearest of them, no number (NaN) black.
 
     Values of more than 8 bits keep their high bits, those of fewer are spread.
     """

@@ -43,7 +43,7 @@ WITH_PROBABILITIES = "application/x-npz"
 
 
 def parse_request(media: str, fields: Mapping[str, str]) -> tuple[SegmentOptions, Style]:
-    """What to compute and how to show it, for an answer in a media type. Raises BadOption."""
+    """Read what to compute and how to show it, for an answer in a media type. Raises BadOption."""
     style = parse_style(fields)
     options = parse_options(fields).with_maps(style.maps)
     if PROBABILITIES in options.outputs and media != WITH_PROBABILITIES:
@@ -52,19 +52,19 @@ def parse_request(media: str, fields: Mapping[str, str]) -> tuple[SegmentOptions
 
 
 def render(prediction: Prediction, media: str, style: Style) -> bytes:
-    """The answer's bytes in a media type of `WRITERS`."""
+    """Write an answer in a media type of `WRITERS`."""
     return render_with_notes(prediction, media, style)[0]
 
 
 def render_with_notes(prediction: Prediction, media: str, style: Style) -> tuple[bytes, tuple[str, ...]]:
-    """The same, and what there is to say beside the answer's warnings."""
+    """Write an answer, and say what there is to say beside its warnings."""
     buffer = io.BytesIO()
     note = WRITERS[media](prediction, style, buffer)
     return buffer.getvalue(), (note,) if note else ()
 
 
 def choose_format(accept: str) -> str:
-    """The offered media type with the highest quality in an Accept header (RFC 9110); ties go to our order.
+    """Choose the offered media type with the highest quality in an Accept header (RFC 9110); ties go to our order.
 
     Raises NotAcceptable naming what is on offer.
     """
@@ -85,7 +85,7 @@ def _media_range(text: str) -> tuple[str, float]:
 
 
 def _quality(media: str, ranges: list[tuple[str, float]]) -> float:
-    """Quality of the most specific range that matches."""
+    """Find the quality of the most specific range that matches."""
     for pattern in (media, media.partition("/")[0] + "/*", "*/*"):
         matching = [quality for name, quality in ranges if name == pattern]
         if matching:

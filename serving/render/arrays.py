@@ -21,7 +21,7 @@ TILE = 512
 
 
 def write_npz(prediction: Prediction, file: BinaryIO) -> None:
-    """`labels` uint8 and the maps float32 [H, W], uncompressed: noisy maps do not shrink, and this is fast.
+    """Write `labels` uint8 and the maps float32 [H, W], uncompressed: noisy maps do not shrink, and this is fast.
 
     And `probabilities` float32 [K, H, W] where they were asked for.
     """
@@ -39,7 +39,7 @@ def write_npz(prediction: Prediction, file: BinaryIO) -> None:
 
 
 def write_tiff(prediction: Prediction, file: BinaryIO, *, bands: Sequence[str]) -> None:
-    """Pictures (`labels` or `overlay`, alone) or maps in float32, one band each, as a Cloud-Optimized GeoTIFF.
+    """Write pictures (`labels` or `overlay`, alone) or maps in float32, a band each, as a Cloud-Optimized GeoTIFF.
 
     An answer to a GeoTIFF lies where its image does. Where that has no measurement, labels are IGNORE and maps are NaN;
     both are what the file declares as nodata. Files over 4 GB become BigTIFF. A file on disk has another one beside it
@@ -62,7 +62,7 @@ def write_tiff(prediction: Prediction, file: BinaryIO, *, bands: Sequence[str]) 
 
 @contextmanager
 def _paths(file: BinaryIO) -> Iterator[tuple[str, str]]:
-    """Two paths for GDAL, in memory or on the file's disk: one that is gone afterwards, and the file's content."""
+    """Give GDAL two paths, in memory or on the file's disk: one that is gone afterwards, and the file's content."""
     on_disk = hasattr(file, "name")
     with nullcontext(file) if on_disk else rasterio.MemoryFile(ext=".tif") as target:
         plain = f"{target.name}.rows"
@@ -110,7 +110,7 @@ def _annotate(target: Any, prediction: Prediction, bands: Sequence[str]) -> None
 
 
 def _values(prediction: Prediction, bands: Sequence[str], rows: slice) -> Iterator[NDArray[Any]]:
-    """One block [h, W] of each band in turn."""
+    """Give one block [h, W] of each band in turn."""
     if not _is_map(bands):
         yield from np.atleast_3d(shown(prediction, bands[0], rows)).transpose(2, 0, 1)
         return

@@ -63,7 +63,7 @@ class Ground:
         self._areas_yx = self._node_areas()
 
     def to_degrees(self, outlines: Sequence[Outline]) -> Iterator[Outline]:
-        """Polygons of pixels as polygons of degrees (RFC 7946), cut at the 180th meridian. Raises Unplaced."""
+        """Turn polygons of pixels into polygons of degrees (RFC 7946), cut at the 180th meridian. Raises Unplaced."""
         rings = [[np.array(ring, float) for ring in outline["coordinates"]] for outline in outlines]
         batch = np.cumsum([sum(map(len, polygon)) for polygon in rings]) // BATCH
         for first, end in pairwise([0, *(np.flatnonzero(np.diff(batch)) + 1), len(rings)] if rings else ()):
@@ -73,12 +73,12 @@ class Ground:
                 yield cut([next(placed) for _ in polygon], is_left=is_left)
 
     def areas(self, rows: slice) -> NDArray[np.float64]:
-        """Square metres of the pixels of some rows, [h, W]."""
+        """Measure the pixels of some rows in square metres, [h, W]."""
         near_hx = _interpolate(np.abs(self._areas_yx), self._height, np.arange(rows.start, rows.stop))
         return _interpolate(near_hx.T, self._width, np.arange(self._width)).T
 
     def _follow(self, rings: Sequence[Points]) -> list[Points]:
-        """Rings of pixels' corners in degrees, with points between the corners where borders are bent."""
+        """Turn rings of pixels' corners into degrees, with points between the corners where borders are bent."""
         points, number = np.concatenate(rings), np.repeat(np.arange(len(rings)), [len(ring) for ring in rings])
         at = self._at(points)
         edges = np.flatnonzero(number[1:] == number[:-1])
@@ -110,7 +110,7 @@ class Ground:
         return at
 
     def _node_areas(self) -> NDArray[np.float64]:
-        """Areas of pixels in m2 on a grid over the image; negative where its columns and rows are right-handed."""
+        """Measure pixels in m2 on a grid over the image; negative where its columns and rows are right-handed."""
         y, x = (np.linspace(0.5, size - 0.5, min(size, NODES)) for size in (self._height, self._width))
         centres = np.stack(np.meshgrid(x, y), -1).reshape(-1, 2)
         a, b, c, d = (_cartesian(self._at(centres + corner)) for corner in CORNERS)
@@ -120,7 +120,7 @@ class Ground:
 
 
 def _locator(place: Place) -> tuple[Locate, str]:
-    """The way from pixels to degrees in GDAL's order of preference, and what to know of it. Raises Unplaced."""
+    """Find the way from pixels to degrees, in GDAL's order of preference, and what to know of it. Raises Unplaced."""
     if place.transform != PIXELS:
         if not place.crs:
             raise Unplaced("the raster has a transform and no reference system")
@@ -154,7 +154,7 @@ def _by_transformer(make: Callable[[], Any], crs: Any, *, height_m: float = 0) -
 
 
 def _by_points(gcps: Sequence[GroundControlPoint], crs: Any) -> Locate:
-    """A transform where that meets all points, else a thin-plate spline through them. Raises Unplaced."""
+    """Locate by a transform where that meets all points, else by a thin-plate spline. Raises Unplaced."""
     x, y, columns, rows = np.array([(point.x, point.y, point.col, point.row) for point in gcps]).T
     if crs.is_geographic:
         x = x[0] + turned(x - x[0])  # points on both sides of the 180th meridian
@@ -170,7 +170,7 @@ def _by_points(gcps: Sequence[GroundControlPoint], crs: Any) -> Locate:
 
 
 def _bends(start: Points, middle: Points, end: Points) -> NDArray[np.float64]:
-    """How far the middles of edges lie beside the lines between their ends, as shares of their lengths."""
+    """Measure how far the middles of edges lie beside the lines between their ends, as shares of their lengths."""
     across = np.column_stack([np.cos(np.radians(middle[:, 1])), np.ones(len(middle))])
     step, half = end - start, middle - start
     step[:, 0], half[:, 0] = turned(step[:, 0]), turned(half[:, 0])
@@ -181,7 +181,7 @@ def _bends(start: Points, middle: Points, end: Points) -> NDArray[np.float64]:
 
 
 def _cartesian(at_N2: Points) -> Points:
-    """Longitude and latitude as geocentric metres [N, 3], on the ellipsoid."""
+    """Turn longitude and latitude into geocentric metres [N, 3], on the ellipsoid."""
     longitude, latitude = np.radians(at_N2).T
     eccentricity2 = FLATTENING * (2 - FLATTENING)
     normal = AXIS_M / np.sqrt(1 - eccentricity2 * np.sin(latitude) ** 2)
@@ -191,7 +191,7 @@ def _cartesian(at_N2: Points) -> Points:
 
 
 def _interpolate(nodes_nx: NDArray[np.float64], size: int, places: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Values between nodes that are spread evenly from the first to the last of `size` places, along axis 0."""
+    """Interpolate between nodes that are spread evenly from the first to the last of `size` places, along axis 0."""
     at = places * ((len(nodes_nx) - 1) / max(size - 1, 1))
     below = np.minimum(at.astype(int), max(len(nodes_nx) - 2, 0))
     share = (at - below)[:, None]

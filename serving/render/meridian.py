@@ -19,7 +19,7 @@ POLE_DEG = 90 - 1e-9
 
 
 def cut(rings: Sequence[Points], *, is_left: bool) -> dict[str, Any]:
-    """A GeoJSON geometry of an outer ring and its holes, whose longitudes may go on beyond 180 or jump there.
+    """Make a GeoJSON geometry of an outer ring and its holes, whose longitudes may go on beyond 180 or jump there.
 
     is_left: the outer ring has the region on its left, as seen from above; it tells which pole lies within.
     """
@@ -48,13 +48,13 @@ def cut(rings: Sequence[Points], *, is_left: bool) -> dict[str, Any]:
 
 
 def shoelace(ring: Points) -> float:
-    """The area within a ring, positive where it runs counterclockwise."""
+    """Measure the area within a ring, positive where it runs counterclockwise."""
     x, y = (ring - ring[0]).T
     return float(np.dot(x[:-1], y[1:]) - np.dot(x[1:], y[:-1])) / 2
 
 
 def turned(degrees: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Differences of longitudes the short way round: -180 to 180."""
+    """Take differences of longitudes the short way round: -180 to 180."""
     short: NDArray[np.float64] = degrees - 360 * np.rint(degrees / 360)
     return short
 
@@ -68,7 +68,7 @@ def _is_plain(ring: Points) -> bool:
 
 
 def _geometry(polygons: list[list[Points]]) -> dict[str, Any]:
-    """Outer rings counterclockwise, holes clockwise."""
+    """Wind outer rings counterclockwise and holes clockwise."""
     wound = [
         [(ring if (shoelace(ring) > 0) == (number == 0) else ring[::-1]).tolist() for number, ring in enumerate(rings)]
         for rings in polygons
@@ -78,7 +78,7 @@ def _geometry(polygons: list[list[Points]]) -> dict[str, Any]:
 
 
 def _without_pole(ring: Points) -> Points:
-    """A corner at a pole has any longitude: two take its place, at those of its neighbours."""
+    """Put two corners in the place of one at a pole, which has any longitude: at those of its neighbours."""
     corners = ring[:-1]
     polar = np.abs(corners[:, 1]) > POLE_DEG
     lone = np.flatnonzero(polar & ~np.roll(polar, 1) & ~np.roll(polar, -1))
@@ -90,19 +90,19 @@ def _without_pole(ring: Points) -> Points:
 
 
 def _unrolled(ring: Points) -> Points:
-    """The ring with longitudes that go on where they jump by a turn."""
+    """Let longitudes go on where they jump by a turn."""
     turns = -np.rint(np.diff(ring[:, 0]) / 360).cumsum()
     unrolled: Points = ring + np.column_stack([360 * np.append(0, turns), np.zeros(len(ring))])
     return unrolled
 
 
 def _strips(ring: Points) -> NDArray[np.float64]:
-    """Which turn of the globe each point is on."""
+    """Count which turn of the globe each point is on."""
     return np.floor((ring[:, 0] + 180) / 360)
 
 
 def _chains(ring: Points) -> Iterator[Points]:
-    """The pieces of an unrolled ring between its crossings of the meridian, on the map of -180 to 180 degrees."""
+    """Cut an unrolled ring at its crossings of the meridian, on the map of -180 to 180 degrees."""
     strips, count = _strips(ring), len(ring) - 1
     steps = np.diff(strips)
     crossings = np.flatnonzero(steps)
@@ -138,7 +138,7 @@ def _join(chains: Sequence[Points]) -> Iterator[Points]:
 
 
 def _is_inside(point: Points, ring: Points) -> bool:
-    """Whether a ray to the east crosses the ring an odd number of times."""
+    """Find out whether a ray to the east crosses the ring an odd number of times."""
     (x0, y0), (x1, y1) = ring[:-1].T, ring[1:].T
     crosses = (y0 > point[1]) != (y1 > point[1])
     x = x0[crosses] + (point[1] - y0[crosses]) / (y1 - y0)[crosses] * (x1 - x0)[crosses]

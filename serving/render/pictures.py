@@ -70,13 +70,13 @@ class PngWriter:
 
 
 def blocks(height: int) -> Iterator[slice]:
-    """Slices of up to BLOCK rows that cover a height."""
+    """Cover a height with slices of up to BLOCK rows."""
     return (slice(y, min(y + BLOCK, height)) for y in range(0, height, BLOCK))
 
 
 def write_png(prediction: Prediction, file: BinaryIO, picture: str, *, levels: int) -> None:
-    """`labels` as indices of the model's palette, transparent where there is no label, `overlay` in colour, or a map in
-    grey `levels`."""
+    """Write `labels` as indices of the model's palette, transparent where there is no label, `overlay` in colour, or a
+    map in grey `levels`."""
     height, width = prediction.labels_HW.shape
     top = 1.0 if picture in ("labels", "overlay") else top_of(prediction, picture)  # once: it may look at every row
     if picture == "labels":
@@ -98,7 +98,7 @@ def write_png(prediction: Prediction, file: BinaryIO, picture: str, *, levels: i
 def shown(
     prediction: Prediction, picture: str, rows: slice, *, top: float = 1.0, levels: int = 256
 ) -> NDArray[Any]:  # fmt: skip
-    """Rows of a picture: class ids, colours, or grey values up to `top_of` a map."""
+    """Draw rows of a picture: class ids, colours, or grey values up to `top_of` a map."""
     if picture == "labels":
         return prediction.labels_HW[rows]
     if picture == "overlay":
@@ -107,14 +107,14 @@ def shown(
 
 
 def quantised(values_HW: FloatArray, *, top: float, levels: int) -> NDArray[Any]:
-    """0 to `top` in evenly spaced grey levels from black to white: uint8, or uint16 above 256 levels."""
+    """Spread 0 to `top` evenly over grey levels from black to white: uint8, or uint16 above 256 levels."""
     steps = np.rint(np.clip(np.nan_to_num(values_HW) * np.float32((levels - 1) / top), 0, levels - 1))
     grey = steps.astype(np.uint16) if levels > 256 else np.rint(steps * (255 / (levels - 1))).astype(np.uint8)
     return cast(NDArray[Any], grey)
 
 
 def top_of(prediction: Prediction, name: str) -> float:
-    """The value of a map that is shown white: 1 for shares, ln K for nats, the largest for a model's own maps."""
+    """Find the value of a map that is shown white: 1 for shares, ln K for nats, the largest for a model's own maps."""
     if name in UNITLESS:
         return 1.0
     if name in KNOWN_MAPS:
@@ -125,7 +125,7 @@ def top_of(prediction: Prediction, name: str) -> float:
 
 
 def palette(card: Card) -> bytes:
-    """768 bytes: the classes' colours by id, black for other ids, and for IGNORE a colour that no class has: black
+    """Make 768 bytes: the classes' colours by id, black for other ids, and for IGNORE a colour that no class has: black
     too, or else a magenta."""
     colors = np.zeros((256, 3), np.uint8)
     colors[: card.num_classes] = [c.color for c in card.classes]
@@ -135,8 +135,8 @@ def palette(card: Card) -> bytes:
 
 
 def paint(labels_hW: NDArray[np.uint8], card: Card, *, y0: int = 0, stripe_px: int = STRIPE_PX) -> NDArray[np.uint8]:
-    """Rows of labels from row y0 on in the model's colours, [h, W, 3]; where there is no label, in stripes of black and
-    white, which no class can look like."""
+    """Paint rows of labels from row y0 on in the model's colours, [h, W, 3]; where there is none, in black and white
+    stripes, which no class can look like."""
     colors_hW3 = np.frombuffer(palette(card), np.uint8).reshape(256, 3)[labels_hW]
     y, x = np.nonzero(labels_hW == IGNORE)
     colors_hW3[y, x] = (255 * ((x + y + y0) // stripe_px % 2)).astype(np.uint8)[:, None]
@@ -144,7 +144,7 @@ def paint(labels_hW: NDArray[np.uint8], card: Card, *, y0: int = 0, stripe_px: i
 
 
 def overlay(prediction: Prediction, rows: slice = slice(None)) -> NDArray[np.uint8]:
-    """The labels' colours over the image, [h, W, 3]."""
+    """Lay the labels' colours over the image, [h, W, 3]."""
     assert prediction.image is not None
     height, width = prediction.labels_HW.shape
     stripe_px = max(STRIPE_PX, max(height, width) // STRIPES)
@@ -154,13 +154,13 @@ def overlay(prediction: Prediction, rows: slice = slice(None)) -> NDArray[np.uin
 
 
 def write_heat(values_HW: FloatArray, file: BinaryIO, *, top: float) -> None:
-    """A map as a PNG in colours from dark (0) to light (`top` and above)."""
+    """Write a map as a PNG in colours from dark (0) to light (`top` and above)."""
     about = PngInfo()
     about.add_text("Software", "Penumbra")
     heat_picture(values_HW, top=top).save(file, "PNG", pnginfo=about)
 
 
 def heat_picture(values_HW: FloatArray, *, top: float) -> Image.Image:
-    """The same as a picture; what is no number is dark."""
+    """Draw a map in colours from dark (0) to light (`top` and above); what is no number is dark."""
     grey = np.clip(np.nan_to_num(values_HW) * (255 / top), 0, 255).astype(np.uint8)
     return ImageOps.colorize(Image.fromarray(grey), black=COLD, mid=WARM, white=HOT)

@@ -25,7 +25,7 @@ MAX_EDGES = 8_000_000
 
 
 def write_geojson(prediction: Prediction, file: BinaryIO, *, min_pixels: int) -> str:
-    """A FeatureCollection of the regions of at least `min_pixels`; returns what to know of their place, or nothing.
+    """Write a FeatureCollection of the regions of at least `min_pixels`; returns what to know of their place, if any.
 
     Raises TooLarge for labels that are noise.
     """
@@ -71,7 +71,7 @@ def _check_edges(labels_HW: NDArray[np.uint8]) -> None:
 
 
 def _area(outline: dict[str, Any]) -> int:
-    """Pixels within an outline in pixel coordinates, its holes taken off (shoelace formula)."""
+    """Count the pixels within an outline in pixel coordinates, its holes taken off (shoelace formula)."""
     outer, *holes = (abs(shoelace(np.array(ring))) for ring in outline["coordinates"])
     return round(outer - sum(holes))
 
@@ -79,8 +79,8 @@ def _area(outline: dict[str, Any]) -> int:
 def _measure(
     prediction: Prediction, outlines: list[dict[str, Any]], ground: Ground | None
 ) -> Iterator[dict[str, float]]:
-    """Pixels, square metres where there is a ground, and the mean of every map, per outline: each block of rows is
-    painted with the outlines' numbers."""
+    """Measure per outline its pixels, square metres where there is a ground, and the mean of every map: each block of
+    rows is painted with the outlines' numbers."""
     height, width = prediction.labels_HW.shape
     count = len(outlines) + 1
     pixels = np.zeros(count, np.int64)

@@ -12,7 +12,7 @@ from penumbra.serving.render.pictures import blocks
 
 
 def class_table(prediction: Prediction) -> list[dict[str, Any]]:
-    """Per class that occurs: id, name, pixels, share of those that were measured, and each map's mean over them."""
+    """List for each class that occurs id, name, pixels, their share of those measured, and every map's mean there."""
     height, width = prediction.labels_HW.shape
     num_measured = height * width - prediction.num_void
     pixels = np.zeros(256, np.int64)
@@ -31,13 +31,13 @@ def class_table(prediction: Prediction) -> list[dict[str, Any]]:
 
 
 def run_length(mask_WH: NDArray[np.bool_]) -> dict[str, Any]:
-    """A mask in COCO's compressed run-length form, which goes by columns; size is [height, width]."""
+    """Encode a mask in COCO's compressed run-length form, which goes by columns; size is [height, width]."""
     encoded = coco.encode(mask_WH.view(np.uint8).T)
     return {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
 
 
 def write_json(prediction: Prediction, file: BinaryIO) -> None:
-    """Facts, and per class its row of the table and its mask."""
+    """Write the facts, and per class its row of the table and its mask."""
     height, width = prediction.labels_HW.shape
     labels_WH = np.empty((width, height), np.uint8)
     for rows in blocks(height):
