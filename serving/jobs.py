@@ -47,7 +47,7 @@ from penumbra.serving.engine.plan import check_long
 from penumbra.serving.engine.request import Cancellation
 from penumbra.serving.engine.store import find_artifact
 from penumbra.serving.gateway import Gateway
-from penumbra.serving.http.routes import answer_headers
+from penumbra.serving.http.segment import answer_headers
 from penumbra.serving.render import MAPLESS, WRITERS, Style, parse_request
 from penumbra.serving.settings import Settings
 from penumbra.serving.spool import LONG, Spool, disk, spool_bytes

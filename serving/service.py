@@ -26,7 +26,7 @@ from starlette.applications import Starlette
 
 from penumbra.models.errors import BadArtifact, BadImage, BadOption, PenumbraError
 from penumbra.serving.engine.signature import PublicKeys
-from penumbra.serving.http.admission import AccessLog, Bodies, Bounds, Guard, Routes, Timeout
+from penumbra.serving.http.admission import AccessLog, Bodies, Guard, Timeout, refusal
 from penumbra.serving.http.head import bound_heads
 from penumbra.serving.keys import warn_if_open
 from penumbra.serving.process import (
@@ -57,8 +57,11 @@ TELEMETRY = Telemetry()
 BODIES = Bodies(SETTINGS.limit_bodies_bytes)
 APP = Starlette()
 """Carries our routes; they are filled in when the worker has built the engine."""
-LOADED = threading.Event()
-"""Set from when on the routes answer."""
+APP.state.is_loaded = False
+
+
+TYPED = "The same as arrays in JSON, for bentoml.SyncHTTPClient."
+"""What the OpenAPI document says of the typed route."""
 
 
 class PredictInput(bentoml.IODescriptor):  # type: ignore[misc]
@@ -167,7 +170,7 @@ class Penumbra:
 
         self.gateway, self.jobs, self.watch = gateway, jobs, watch
         gateway.state = "ready"
-        LOADED.set()
+        APP.state.is_loaded = True
         jobs.start()
         watch.start()
         if self.grpc:
@@ -191,7 +194,7 @@ class Penumbra:
     ) -> PredictAnswer:
         """Labels and uncertainty of one image, uint8 [H, W, 3], as arrays."""
         from penumbra.serving.engine.options import SegmentOptions
-        from penumbra.serving.http.routes import disconnected, on_penumbra_error
+        from penumbra.serving.http.upload import disconnected
 
         assert self.gateway  # the guard lets nothing through before
         options = SegmentOptions(model=model or None, samples=samples, seed=seed)
@@ -202,7 +205,7 @@ class Penumbra:
                     _as_pixels(image), options, _as_lists, request=tracked, gone=lambda: disconnected(here)
                 )
         except PenumbraError as error:
-            return await on_penumbra_error(here, error)  # type: ignore[return-value]
+            return refusal(error)  # type: ignore[return-value]
         return answer
 
 
@@ -246,7 +249,7 @@ def load_all() -> tuple["Gateway", "Inference", "Jobs", "StoreWatch"]:
     )
     watch = StoreWatch(SETTINGS.store, before, every_s=SETTINGS.watch_store_s, inference=inference)
     jobs = Jobs(SETTINGS, gateway)
-    APP.router.routes[:] = [*oip_routes, *job_routes.routes(jobs, TELEMETRY), *routes(gateway, build)]
+    APP.router.routes[:] = [*oip_routes, *job_routes.routes(jobs, TELEMETRY), *routes(gateway, build, typed=TYPED)]
     APP.exception_handlers.update(ERROR_HANDLERS)
     return gateway, inference, jobs, watch
 
@@ -291,6 +294,5 @@ bentomls.TimeoutMiddleware = lambda app, timeout: AccessLog(Timeout(app, timeout
 set_up_logs(SETTINGS.log_format, framework="bentoml")
 bound_heads(SETTINGS.limit_head_bytes)
 Penumbra.add_asgi_middleware(  # type: ignore[attr-defined]
-    Guard, routes=Routes(APP, LOADED), telemetry=TELEMETRY, keys=KEYS, bodies=BODIES,
-    bounds=Bounds(SETTINGS.limit_head_bytes, SETTINGS.limit_body_bytes, SETTINGS.limit_json_bytes),
-)  # fmt: skip
+    Guard, routes=APP, telemetry=TELEMETRY, keys=KEYS, settings=SETTINGS, bodies=BODIES
+)

@@ -29,17 +29,6 @@ STATUSES: dict[type[errors.PenumbraError], tuple[int, str]] = {
 
 UNEXPECTED = "the server failed on this request; its log says why"
 LOADING = "the server is still loading its models; try again in a few seconds"
-LOADING_S = 2
-"""When to come again while models are loaded, or another replica takes over."""
-
-
-def headers_of(error: errors.PenumbraError) -> dict[str, str]:
-    """Headers that an HTTP answer with this error has."""
-    if isinstance(error, errors.Unauthenticated):
-        return {"WWW-Authenticate": "Bearer"}
-    if isinstance(error, errors.NotReady):
-        return {"Retry-After": str(LOADING_S)}
-    return {"Retry-After": str(error.retry_after_s)} if isinstance(error, errors.QueueFull) else {}
 
 
 def status_of(error: errors.PenumbraError) -> tuple[int, str]:

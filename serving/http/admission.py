@@ -1,11 +1,12 @@
-"""What stands before every route: keys, bounds on time, head and body, and on what BentoML's own routes may be sent."""
+"""What stands before every route: the log's line, keys, bounds on time, head and body, and on what BentoML's own routes
+may be sent."""
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 
+from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,15 +14,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from penumbra.models.errors import (
     BadOption,
     Cancelled,
+    DeadlineExceeded,
     HeadTooLarge,
     NotReady,
     PenumbraError,
     QueueFull,
     TooLarge,
+    Unauthenticated,
     UnsupportedMedia,
 )
 from penumbra.serving.keys import METRICS_PATH, Keys
-from penumbra.serving.statuses import LOADING, LOADING_S, headers_of, status_of
+from penumbra.serving.settings import Settings
+from penumbra.serving.statuses import LOADING, status_of
 from penumbra.serving.telemetry import CURRENT, ID, TRACE, Telemetry, begin, logged
 
 STREAMED = ("POST", "/jobs")
@@ -33,15 +37,20 @@ HEALTH_PATHS = ("/healthz", "/livez", "/readyz")
 LIVE_PATHS = ("/healthz", "/livez", "/v2/health/live")
 READY_PATHS = {"/readyz": {"ready": False, "state": "starting"}, "/v2/health/ready": {"ready": False}}
 """Path -> what it answers while models are loaded."""
+LOADING_S = 2
+"""When to come again while models are loaded, or another replica takes over."""
+LAST = {"Connection": "close"}
+"""Header of an answer to a request whose body may not have been read."""
 
 
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """Bytes of the line and headers, of a body, and of JSON, which takes up to forty times its size in memory."""
-
-    head: int
-    body: int
-    json: int
+def refusal(error: PenumbraError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """The answer that an error is told in: its status, its sentence, and when to come again or whom to send."""
+    own: dict[str, str] = {}
+    if isinstance(error, Unauthenticated):
+        own["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, NotReady | QueueFull):
+        own["Retry-After"] = str(LOADING_S if isinstance(error, NotReady) else error.retry_after_s)
+    return JSONResponse({"error": str(error)}, status_of(error)[0], own | dict(headers or {}))
 
 
 class Bodies:
@@ -136,16 +145,10 @@ class Timeout:
         except TimeoutError:
             if not clock.expired():
                 raise
-            sentence = f"the request was not answered within {self._timeout_s:g} s; send it faster, or a smaller image"
-            await JSONResponse({"error": sentence}, 504, {"Connection": "close"})(scope, receive, send)
-
-
-@dataclass(frozen=True, slots=True)
-class Routes:
-    """Our own routes. loaded: from when on they answer; until then the guard does."""
-
-    app: ASGIApp
-    loaded: threading.Event
+            late = DeadlineExceeded(
+                f"the request was not answered within {self._timeout_s:g} s; send it faster, or a smaller image"
+            )
+            await refusal(late, LAST)(scope, receive, send)
 
 
 class Guard:
@@ -155,49 +158,41 @@ class Guard:
     """
 
     def __init__(
-        self, app: ASGIApp, *, routes: Routes, telemetry: Telemetry, keys: Keys, bounds: Bounds, bodies: Bodies
+        self, app: ASGIApp, *, routes: Starlette, telemetry: Telemetry, keys: Keys, settings: Settings, bodies: Bodies
     ) -> None:  # fmt: skip
+        """routes: our own; `state.is_loaded` says from when on they answer, and until then the guard does."""
         self._app, self._routes, self._telemetry, self._keys = app, routes, telemetry, keys
-        self._bounds, self._bodies = bounds, bodies
+        self._settings, self._bodies = settings, bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         with self._bodies.room() as take:
-            await self._pass(scope, receive, send, take)
+            try:
+                answer = self._admit(scope)
+                receive = await self._read_body(scope, receive, take)
+            except PenumbraError as error:
+                with suppress(PenumbraError), self._telemetry.track("http"):
+                    raise
+                answer = refusal(error, LAST)
+            await answer(scope, receive, send)
 
-    async def _pass(self, scope: Scope, receive: Receive, send: Send, take: Callable[[int], None]) -> None:
-        path, method = scope["path"], scope["method"]
-        headers = dict(scope["headers"])
-        answer = self._routes.app if path in HEALTH_PATHS else self._app
-        try:
-            self._check_head(scope)
-            key = self._keys.check_path(path, headers.get(b"authorization", b"").decode("latin-1"))
-            if request := CURRENT.get():
-                request.key = key
-            if not self._routes.loaded.is_set():
-                answer = self._while_loading(method, path)
-            is_form = headers.get(b"content-type", b"").lower().startswith(b"multipart/")
-            has_body = method not in ("GET", "HEAD", "OPTIONS")
-            if has_body:
-                _check_encoding(path, headers.get(b"content-encoding", b""))
-            if has_body and ((method, path) != STREAMED or is_form):
-                is_bentos = BENTO_PATHS.get(path) == method
-                if is_bentos and scope["query_string"]:
-                    raise BadOption(f"{path} has a query; it takes its options in the JSON")
-                _check_media(path, headers.get(b"content-type", b""), json_only=is_bentos)
-                limit = min(self._bounds.json, self._bounds.body) if is_bentos else self._bounds.body
-                declared = headers.get(b"content-length", b"")
-                receive = _Replay(await _read(receive, take, declared=declared, limit=limit), receive)
-        except PenumbraError as error:
-            await self._refuse(error, scope, receive, send)
-            return
-        await answer(scope, receive, send)
-
-    def _while_loading(self, method: str, path: str) -> ASGIApp:
-        """What is answered until models are loaded. Raises NotReady."""
-        if method in ("GET", "HEAD"):
+    def _admit(self, scope: Scope) -> ASGIApp:
+        """What answers a request, by its line and headers. Raises PenumbraError."""
+        path, size = scope["path"], len(scope["raw_path"]) + len(scope["query_string"])
+        size += sum(len(name) + len(value) for name, value in scope["headers"])
+        if size > self._settings.limit_head_bytes:
+            raise HeadTooLarge(
+                f"the request's line and headers have {size:,} bytes and the limit is "
+                f"{self._settings.limit_head_bytes:,}; send long options as form fields"
+            )
+        key = self._keys.check_path(path, Headers(scope=scope).get("authorization", ""))
+        if request := CURRENT.get():
+            request.key = key
+        if self._routes.state.is_loaded:
+            return self._routes if path in HEALTH_PATHS else self._app
+        if scope["method"] in ("GET", "HEAD"):
             if path in LIVE_PATHS:
                 return JSONResponse({"live": True})
             if path in READY_PATHS:
@@ -207,41 +202,38 @@ class Guard:
                 return Response(page, media_type=content_type)
         raise NotReady(LOADING)
 
-    async def _refuse(self, error: PenumbraError, scope: Scope, receive: Receive, send: Send) -> None:
-        with suppress(PenumbraError), self._telemetry.track("http"):
-            raise error
-        headers = {"Connection": "close"} | headers_of(error)
-        await JSONResponse({"error": str(error)}, status_of(error)[0], headers)(scope, receive, send)
-
-    def _check_head(self, scope: Scope) -> None:
-        size = len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(n) + len(v) for n, v in scope["headers"])
-        if size > self._bounds.head:
-            raise HeadTooLarge(
-                f"the request's line and headers have {size:,} bytes and the limit is {self._bounds.head:,}; send long "
-                "options as form fields"
+    async def _read_body(self, scope: Scope, receive: Receive, take: Callable[[int], None]) -> Receive:
+        """The request's body, read ahead unless its handler streams it. Raises PenumbraError."""
+        path, method, headers = scope["path"], scope["method"], Headers(scope=scope)
+        if method in ("GET", "HEAD", "OPTIONS"):
+            return receive
+        encoding = ", ".join(headers.getlist("content-encoding")).strip().lower()
+        if encoding not in ("", "identity") and not (path.startswith("/v2/") and path.endswith("/infer")):
+            raise UnsupportedMedia(
+                f"the body's Content-Encoding is {encoding[:60]!r}; {path[:80]} takes bodies without one"
             )
+        media = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if (method, path) == STREAMED and not media.startswith("multipart/"):
+            return receive
+        limit = self._settings.limit_body_bytes
+        if BENTO_PATHS.get(path) == method:
+            limit = min(self._settings.limit_json_bytes, limit)
+            if scope["query_string"]:
+                raise BadOption(f"{path} has a query; it takes its options in the JSON")
+            if media != "application/json":
+                raise UnsupportedMedia(f"the body is {media[:60] or 'of no type'}; {path} takes application/json")
+        if "pickle" in media:
+            raise UnsupportedMedia(f"the body is {media[:60]}; pickles are read nowhere here")
+        declared = headers.get("content-length", "")
+        return _replayed(await _read(receive, take, declared=declared, limit=limit), receive)
 
 
-def _check_encoding(path: str, encoding: bytes) -> None:
-    named = encoding.strip().lower().decode("latin-1")
-    if named not in ("", "identity") and not (path.startswith("/v2/") and path.endswith("/infer")):
-        raise UnsupportedMedia(f"the body's Content-Encoding is {named[:60]!r}; {path[:80]} takes bodies without one")
-
-
-def _check_media(path: str, content_type: bytes, *, json_only: bool) -> None:
-    media = content_type.split(b";")[0].strip().lower().decode("latin-1")
-    if json_only and media != "application/json":
-        raise UnsupportedMedia(f"the body is {media[:60] or 'of no type'}; {path} takes application/json")
-    if "pickle" in media:
-        raise UnsupportedMedia(f"the body is {media[:60]}; pickles are read nowhere here")
-
-
-async def _read(receive: Receive, take: Callable[[int], None], *, declared: bytes, limit: int) -> bytes:
+async def _read(receive: Receive, take: Callable[[int], None], *, declared: str, limit: int) -> bytes:
     """The whole body. Raises TooLarge from its declared length, else as soon as more has arrived; Cancelled; QueueFull
     from `take`, which is told of every byte."""
     remedy = f"bytes and the limit is {limit:,}; send a smaller or better compressed image, or parts of it"
-    if declared.isdigit() and (len(declared) > 18 or int(declared) > limit):
-        raise TooLarge(f"the body has {declared[:18].decode()} {remedy}")
+    if declared.isdecimal() and (len(declared) > 18 or int(declared) > limit):
+        raise TooLarge(f"the body has {declared[:18]} {remedy}")
     chunks: list[bytes] = []
     size, more = 0, True
     while more:
@@ -256,15 +248,11 @@ async def _read(receive: Receive, take: Callable[[int], None], *, declared: byte
     return b"".join(chunks)
 
 
-class _Replay:
+def _replayed(body: bytes, receive: Receive) -> Receive:
     """A `receive` that gives a body that was read already, then whatever the connection says next."""
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
 
-    def __init__(self, body: bytes, receive: Receive) -> None:
-        self._body: bytes | None = body
-        self._receive = receive
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
 
-    async def __call__(self) -> Message:
-        if self._body is None:
-            return await self._receive()
-        body, self._body = self._body, None
-        return {"type": "http.request", "body": body, "more_body": False}
+    return replay

@@ -11,7 +11,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from penumbra.models.errors import Cancelled, TooLarge
-from penumbra.serving.http.routes import is_raw, read_query, read_upload, refuse_options
+from penumbra.serving.http.upload import is_raw, read_query, read_upload, refuse_options
 from penumbra.serving.jobs import Jobs
 from penumbra.serving.render import choose_format
 from penumbra.serving.spool import disk

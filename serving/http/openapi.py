@@ -15,8 +15,8 @@ REFUSALS = {
 ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
 
 
-def describe(build: Mapping[str, str]) -> dict[str, Any]:
-    """The whole document. build: version, and commit if it is known."""
+def describe(build: Mapping[str, str], *, typed: str) -> dict[str, Any]:
+    """The whole document. build: version, and commit if it is known. typed: what BentoML's typed route does."""
     return {
         "openapi": "3.0.3",
         "info": {
@@ -39,7 +39,7 @@ def describe(build: Mapping[str, str]) -> dict[str, Any]:
             "/metrics": {"get": _plain("Prometheus metrics.", media="text/plain")},
             "/version": {"get": _plain("Version of the server, and the commit that it was made from, where known.")},
             "/docs.json": {"get": _plain("This document.")},
-            "/predict": {"post": _predict()},
+            "/predict": {"post": _predict(typed)},
         } | oip_openapi.paths(),
         "components": {"schemas": {
             "Error": {"type": "object", "properties": {"error": {"type": "string"}}, "required": ["error"]},
@@ -93,7 +93,7 @@ def _result() -> dict[str, Any]:
     return operation
 
 
-def _predict() -> dict[str, Any]:
+def _predict(summary: str) -> dict[str, Any]:
     integer = {"type": "integer"}
     request = {"image": {"type": "array", "items": {"type": "array", "items": {"type": "array", "items": integer}}},
                "model": {"type": "string"}, "samples": integer | {"nullable": True}, "seed": integer}  # fmt: skip
@@ -101,7 +101,7 @@ def _predict() -> dict[str, Any]:
         "type": "object", "properties": request, "required": ["image"], "additionalProperties": False,
     }}  # fmt: skip
     return {
-        "summary": "The same as arrays in JSON, for bentoml.SyncHTTPClient.",
+        "summary": summary,
         "requestBody": {"required": True, "content": {"application/json": body}},
         "responses": {
             "200": {

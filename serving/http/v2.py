@@ -19,7 +19,8 @@ from starlette.routing import BaseRoute, Mount, Route, Router
 
 from penumbra.models.errors import BadOption, TooLarge, Unsupported
 from penumbra.serving.http.admission import Bodies
-from penumbra.serving.http.routes import disconnected, server_timing
+from penumbra.serving.http.segment import server_timing
+from penumbra.serving.http.upload import disconnected
 from penumbra.serving.oip.protocol import LARGE_BYTES, OWN_FIELDS, PARAMETERS, Inference, InferResponse, unknown_above
 from penumbra.serving.oip.request import InferRequest, member, read_request, unknown_names
 from penumbra.serving.oip.tensors import SHOWN, Output, Tensor, join_strings

@@ -17,7 +17,7 @@ from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.http.admission import Bodies
-from penumbra.serving.http.routes import answer_headers
+from penumbra.serving.http.segment import answer_headers
 from penumbra.serving.oip.grpc import Calls
 from penumbra.serving.oip.protocol import Inference, response_of
 from penumbra.serving.oip.request import InferRequest

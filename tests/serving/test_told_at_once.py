@@ -33,7 +33,7 @@ from penumbra.serving.keys import Keys
 from penumbra.serving.oip.grpc import Calls, service_handlers
 from penumbra.serving.oip.grpc_server import GrpcServer
 from penumbra.serving.oip.protocol import Inference
-from penumbra.serving.render import render
+from penumbra.serving.render import parse_request, render
 from penumbra.serving.telemetry import Request, Telemetry
 from tests.conftest import FIXED, picture, toy_card
 from tests.serving.server import free_port
@@ -81,7 +81,7 @@ def gateway(toy_store: Path, gate: Gate) -> Iterator[Gateway]:
 
 
 def png(image: np.ndarray) -> bytes:
-    return bytes(render(_prediction(image), "image/png", rest.parse_request("image/png", {})[1]))
+    return bytes(render(_prediction(image), "image/png", parse_request("image/png", {})[1]))
 
 
 def _prediction(image: np.ndarray) -> Prediction:

@@ -15,7 +15,8 @@ from penumbra.models.errors import BadArtifact, BadOption
 from penumbra.serving.engine.options import SegmentOptions, abstain_above, parse_options
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.serving.http.routes import answer_headers, summary
+from penumbra.serving.http.routes import summary
+from penumbra.serving.http.segment import answer_headers
 from penumbra.serving.oip.protocol import read_options, response_of
 from penumbra.serving.oip.request import InferRequest, RequestedOutput
 from penumbra.serving.render import Style, render

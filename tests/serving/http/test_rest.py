@@ -9,7 +9,8 @@ from starlette.formparsers import MultiPartException
 from starlette.responses import Response
 
 from penumbra.serving.engine.answer import Prediction
-from penumbra.serving.http.routes import answer_headers, parse_form
+from penumbra.serving.http.segment import answer_headers
+from penumbra.serving.http.upload import parse_form
 from tests.conftest import toy_card
 
 HEADERS = Headers({"Content-Type": "multipart/form-data; boundary=x"})

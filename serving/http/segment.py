@@ -1,0 +1,58 @@
+"""`POST /segment`: one picture in, and its answer in the format that the caller accepts."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from urllib.parse import quote
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from penumbra.serving.engine.answer import Prediction
+from penumbra.serving.gateway import Gateway
+from penumbra.serving.http.upload import disconnected, read_upload
+from penumbra.serving.render import choose_format, parse_request, render_with_notes
+
+PRINTABLE = bytes(range(0x20, 0x7F)).decode().replace("%", "")
+"""What text in a header is not percent-encoded: any other character, a line's end above all, would break the answer."""
+
+
+async def segment(gateway: Gateway, request: Request) -> Response:
+    """Answer one picture. Raises PenumbraError."""
+    with gateway.telemetry.track("http") as tracked:
+        media = choose_format(request.headers.get("accept", ""))
+        data, fields = await read_upload(request)
+        options, style = parse_request(media, fields)
+        prediction, (body, notes) = await gateway.answer(
+            data, options, lambda answer: render_with_notes(answer, media, style), request=tracked,
+            gone=lambda: disconnected(request),
+        )  # fmt: skip
+    prediction = replace(prediction, warnings=prediction.warnings + notes)
+    return Response(body, media_type=media, headers=answer_headers(prediction, tracked.timing_ms))
+
+
+def answer_headers(prediction: Prediction, timing_ms: Mapping[str, float] | None = None) -> dict[str, str]:
+    """Which model answered, with what seed and members, what to know, and how long each phase took.
+
+    Texts are percent-encoded as UTF-8 where they are not printable ASCII, and so are the commas in members' names.
+    """
+    optional = {
+        "X-Penumbra-Members": ",".join(_encoded(name).replace(",", "%2C") for name in prediction.members),
+        "X-Penumbra-Warning": _encoded("; ".join(prediction.warnings)),
+        "X-Penumbra-Samples-Asked": str(prediction.num_asked or ""),
+        "Age": "" if prediction.age_s is None else f"{prediction.age_s:.0f}",
+        "X-Penumbra-Abstained": "" if prediction.abstained is None else f"{prediction.abstained:.6f}",
+    }
+    return {name: text for name, text in optional.items() if text} | {
+        **{f"X-Penumbra-{name.title()}": str(fact) for name, fact in prediction.origin.items()},
+        "Server-Timing": server_timing(timing_ms or prediction.timing_ms),
+    }
+
+
+def _encoded(text: str) -> str:
+    """A text as a header can hold it."""
+    return quote(text, PRINTABLE, errors="replace")
+
+
+def server_timing(timing_ms: Mapping[str, float]) -> str:
+    """Milliseconds by phase, as the header of that name has them."""
+    return ", ".join(f"{phase};dur={ms:.2f}" for phase, ms in timing_ms.items())
