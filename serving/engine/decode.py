@@ -80,8 +80,8 @@ def _admit(size: tuple[int, int], limits: Limits, admit: Admit | None) -> None:
 @contextmanager
 def _header(source: bytes | Path, limits: Limits) -> Iterator[tuple[Image.Image, str, BinaryIO]]:
     """Give a picture of which only the header is read so far, its format, and the file that it is read from."""
-    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as given:
-        file: BinaryIO = given
+    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as opened:
+        file: BinaryIO = opened
         kind = _kind_of(file)
         if kind == "PNG":
             file = io.BytesIO(slim_png(file.read()))

@@ -74,9 +74,9 @@ def choose_bands(dataset: Any) -> tuple[list[int], int, tuple[str, ...]]:
     return chosen, alpha, tuple(warnings)
 
 
-def _positions(wanted: tuple[str, ...], found: list[str]) -> list[int]:
+def _positions(names: tuple[str, ...], found: list[str]) -> list[int]:
     """Find where all of them are, counted from 1; nothing where one is missing."""
-    return [found.index(name) + 1 for name in wanted] if set(wanted) <= set(found) else []
+    return [found.index(name) + 1 for name in names] if set(names) <= set(found) else []
 
 
 def _list(bands: list[int]) -> str:

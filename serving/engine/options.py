@@ -103,11 +103,11 @@ def _boxes(name: str, text: str) -> tuple[Box, ...]:
 
 def read_box(name: str, row: Any) -> Box:
     """Read one box from parsed data. Raises BadOption."""
-    wanted = f"{name} has {str(row)[:60]!r}; [x0, y0, x1, y1, class] with four numbers and a class name or id is wanted"
+    right = f"{name} has {str(row)[:60]!r}; [x0, y0, x1, y1, class] with four numbers and a class name or id is wanted"
     if not isinstance(row, list) or len(row) != 5 or type(row[4]) not in (int, str):
-        raise BadOption(wanted)
+        raise BadOption(right)
     if not all(type(value) in (int, float) and math.isfinite(value) for value in row[:4]):
-        raise BadOption(wanted)
+        raise BadOption(right)
     x0, y0, x1, y1 = map(float, row[:4])
     return x0, y0, x1, y1, row[4]
 
@@ -212,7 +212,7 @@ class SegmentOptions:
     def named(self, card: Card) -> tuple[str, ...]:
         """Name the outputs, each once."""
         usual = [name for name in card.maps(self.num_samples(card)) if name in DEFAULT_MAPS]
-        return tuple(dict.fromkeys(name for asked in self.outputs for name in (usual if asked == DEFAULT else [asked])))
+        return tuple(dict.fromkeys(name for one in self.outputs for name in (usual if one == DEFAULT else [one])))
 
     def maps(self, card: Card) -> tuple[str, ...]:
         """Name the outputs that are [H, W]."""

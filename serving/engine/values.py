@@ -5,7 +5,6 @@ smallest of the usual ranges that holds nearly all values of the whole file, and
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,31 +24,12 @@ NEARLY_BLACK = 15
 
 DARK = 4095
 """The largest value of 12 bits, which of 65535 is nearly black."""
-FEW = 0.05
-"""As many bright values for every dark one leave a picture nearly black."""
+DARK_PER_BRIGHT = 20
+"""More dark values for every bright one leave a picture nearly black."""
 NEARLY_BLACK_16 = (
     f"the image is nearly black: nearly all of its uint16 values are at most {DARK} of {USUAL[-1]}; if the largest "
     "stand for no measurement, declare them as nodata"
 )
-
-
-@dataclass(slots=True)
-class Shade:
-    """How many values of filled 16 bits are dark; the largest of all is not counted, since it often stands for none."""
-
-    dark: int = 0
-    bright: int = 0
-
-    def add(self, values: NDArray[np.generic]) -> None:
-        if values.dtype != np.uint16:
-            return
-        over = int(np.count_nonzero(values > DARK))  # type: ignore[operator]
-        self.dark += values.size - over
-        self.bright += over - int(np.count_nonzero(values == USUAL[-1]))
-
-    @property
-    def is_black(self) -> bool:
-        return self.dark * FEW > self.bright
 
 
 def find_white(
@@ -64,7 +44,7 @@ def find_white(
     read = [white for white in ranges if white != NEARLY_BLACK or dtype == np.uint8]
     is_filled = dtype in (np.uint8, np.uint16)  # the last range is the type's own and holds whatever comes
     above, below = np.zeros((2, len(ranges)), np.int64)
-    measured, lowest, highest, shade = 0, np.inf, -np.inf, Shade()
+    measured, lowest, highest, darkness = 0, np.inf, -np.inf, 0
     for values in blocks:
         if not values.size:
             continue
@@ -75,8 +55,8 @@ def find_white(
                 above[k] += np.count_nonzero(values > _top(white))  # type: ignore[operator]
             if least < -BELOW * white:
                 below[k] += np.count_nonzero(values < -BELOW * white)  # type: ignore[operator]
-        shade.add(values)
-        if (above[: -1 if is_filled else None] > OUTSIDE * num_values).all() and not shade.is_black:
+        darkness += _darkness(values)
+        if (above[: -1 if is_filled else None] > OUTSIDE * num_values).all() and darkness <= 0:
             break
     if not measured:
         return ranges[-1], ("no pixel of the image holds a measurement",)
@@ -88,7 +68,19 @@ def find_white(
             f"{', '.join(map(str, read))} is read, so scale it, or declare what is no measurement as nodata"
         )
     white = ranges[least_held] if is_held else ranges[-1]
-    return (255 if dtype == np.uint8 else white), _warnings(dtype, white, read, shade)
+    return (255 if dtype == np.uint8 else white), _warnings(dtype, white, read, darkness)
+
+
+def _darkness(values: NDArray[np.generic]) -> int:
+    """Count by how many dark values of 16 bits exceed what the bright ones bear; 0 for other types.
+
+    The largest of all is not counted, since it often stands for no measurement.
+    """
+    if values.dtype != np.uint16:
+        return 0
+    num_over = int(np.count_nonzero(values > DARK))  # type: ignore[operator]
+    num_bright = num_over - int(np.count_nonzero(values == USUAL[-1]))
+    return values.size - num_over - DARK_PER_BRIGHT * num_bright
 
 
 def _ranges(dtype: np.dtype[np.generic]) -> tuple[int, ...]:
@@ -103,9 +95,9 @@ def _top(white: int) -> int:
     return 2 if white == 1 else white
 
 
-def _warnings(dtype: np.dtype[np.generic], white: int, ranges: Sequence[int], shade: Shade) -> tuple[str, ...]:
+def _warnings(dtype: np.dtype[np.generic], white: int, ranges: Sequence[int], darkness: int) -> tuple[str, ...]:
     if white == ranges[-1] and dtype in (np.uint8, np.uint16):
-        return (NEARLY_BLACK_16,) if shade.is_black else ()
+        return (NEARLY_BLACK_16,) if darkness > 0 else ()
     if dtype == np.uint8:
         return (f"the image is nearly black: {HELD} of its values are at most {NEARLY_BLACK} of 255",)
     return (
