@@ -15,7 +15,7 @@ from penumbra.models.card import IGNORE, KNOWN_MAPS, UNITLESS
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.options import PROBABILITIES
 from penumbra.serving.engine.raster import gdal
-from penumbra.serving.render.pictures import blocks, palette, shown
+from penumbra.serving.render.pictures import blocks, overlay, palette
 
 TILE = 512
 
@@ -111,8 +111,11 @@ def _annotate(target: Any, prediction: Prediction, bands: Sequence[str]) -> None
 
 def _values(prediction: Prediction, bands: Sequence[str], rows: slice) -> Iterator[NDArray[Any]]:
     """Give one block [h, W] of each band in turn."""
-    if not _is_map(bands):
-        yield from np.atleast_3d(shown(prediction, bands[0], rows)).transpose(2, 0, 1)
+    if bands[0] == "labels":
+        yield prediction.labels_HW[rows]
+        return
+    if bands[0] == "overlay":
+        yield from overlay(prediction, rows).transpose(2, 0, 1)
         return
     void_hW = prediction.image.void(rows) if prediction.image else None
     for name in bands:

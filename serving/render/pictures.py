@@ -8,7 +8,8 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -78,37 +79,28 @@ def write_png(prediction: Prediction, file: BinaryIO, picture: str, *, levels: i
     """Write `labels` as indices of the model's palette, transparent where there is no label, `overlay` in colour, or a
     map in grey `levels`."""
     height, width = prediction.labels_HW.shape
-    top = 1.0 if picture in ("labels", "overlay") else top_of(prediction, picture)  # once: it may look at every row
+    draw: Callable[[slice], NDArray[Any]]
     if picture == "labels":
-        png = PngWriter(file, (height, width), color=PALETTE)
+        png, draw = PngWriter(file, (height, width), color=PALETTE), prediction.labels_HW.__getitem__
         png.chunk(b"PLTE", palette(prediction.card))
         png.chunk(b"tRNS", b"\xff" * IGNORE + b"\0")
     elif picture == "overlay":
-        png = PngWriter(file, (height, width), color=RGB)
+        png, draw = PngWriter(file, (height, width), color=RGB), partial(overlay, prediction)
     else:
+        top = top_of(prediction, picture)
         png = PngWriter(file, (height, width), color=GREY, depth=16 if levels > 256 else 8)
         unit = "" if picture in UNITLESS else "nats" if picture in KNOWN_MAPS else "the model's"
         scale = {"map": picture, "white": top, "black": 0, "unit": unit} | prediction.origin
         png.chunk(b"tEXt", b"Penumbra\0" + json.dumps(scale).encode())  # turns its grey into values again
+        draw = partial(quantised, prediction.maps[picture], top=top, levels=levels)
     for rows in blocks(height):
-        png.add(shown(prediction, picture, rows, top=top, levels=levels))
+        png.add(draw(rows))
     png.end()
 
 
-def shown(
-    prediction: Prediction, picture: str, rows: slice, *, top: float = 1.0, levels: int = 256
-) -> NDArray[Any]:  # fmt: skip
-    """Draw rows of a picture: class ids, colours, or grey values up to `top_of` a map."""
-    if picture == "labels":
-        return prediction.labels_HW[rows]
-    if picture == "overlay":
-        return overlay(prediction, rows)
-    return quantised(prediction.maps[picture][rows], top=top, levels=levels)
-
-
-def quantised(values_HW: FloatArray, *, top: float, levels: int) -> NDArray[Any]:
-    """Spread 0 to `top` evenly over grey levels from black to white: uint8, or uint16 above 256 levels."""
-    steps = np.rint(np.clip(np.nan_to_num(values_HW) * np.float32((levels - 1) / top), 0, levels - 1))
+def quantised(values_HW: FloatArray, rows: slice, *, top: float, levels: int) -> NDArray[Any]:
+    """Spread rows' 0 to `top` evenly over grey levels from black to white: uint8, or uint16 above 256 levels."""
+    steps = np.rint(np.clip(np.nan_to_num(values_HW[rows]) * np.float32((levels - 1) / top), 0, levels - 1))
     grey = steps.astype(np.uint16) if levels > 256 else np.rint(steps * (255 / (levels - 1))).astype(np.uint8)
     return cast(NDArray[Any], grey)
 
