@@ -18,7 +18,7 @@ from penumbra.serving.engine.backends import Backend
 from penumbra.serving.engine.moments import accumulate, empty_sums
 from penumbra.serving.engine.noise import SeededNoise
 from penumbra.serving.engine.uncertainty import read_out
-from penumbra.serving.engine.windows import cover, cut, place
+from penumbra.serving.engine.windows import clip, cover, cut
 
 Frame = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 """image_HW3 and label_HW, IGNORE where nothing is labelled."""
@@ -88,7 +88,7 @@ def measure_frames(network: Network, graphs: Backend, card: Card, frames: Iterab
             noise_SBL = torch.from_numpy(noise)[:, None]
             expected, exported = (half.decode(half.encode(image[None]), noise_SBL).cpu() for half in (network, graphs))
             figures.append(measure_parity(expected, exported, card, height=window.height, width=window.width))
-            rows, columns, beyond = place(window, plan)
+            rows, columns, beyond = clip(window, plan)
             truth = torch.from_numpy(np.pad(label_HW[rows, columns], beyond, constant_values=IGNORE))
             for counts_KK, logits_SBKhw in zip(confusion_2KK, (expected, exported), strict=True):
                 labels = read_maps(logits_SBKhw[:, 0], card, window.height, window.width)[0]

@@ -100,7 +100,7 @@ def predict(
     from penumbra.serving.engine.segmenter import Segmenter
     from penumbra.serving.engine.store import find_artifact
     from penumbra.serving.files.predict import predict_files
-    from penumbra.serving.files.report import describe_outcome, report
+    from penumbra.serving.files.report import outcome_facts, report
 
     if len({path.stem for path in images}) < len(images):
         raise BadOption("two pictures have the same name, and their files would too; predict them into two directories")
@@ -116,7 +116,7 @@ def predict(
                 why = sentence_of(outcome) if isinstance(outcome, OSError | DiskFull) else reason_of(outcome)
                 click.echo(f"penumbra: {path}: {why.removeprefix(f'{path}: ')}", err=True)
             elif as_json:
-                click.echo(json.dumps(describe_outcome(outcome)))
+                click.echo(json.dumps(outcome_facts(outcome)))
             else:
                 report(outcome)
     if failures:

@@ -203,9 +203,9 @@ class Jobs:
             self._uploads.discard(place)
             self._jobs[job.id] = job
             self._changed.notify_all()
-        return self.describe(job.id)
+        return self.status(job.id)
 
-    def describe(self, name: str) -> dict[str, Any]:
+    def status(self, name: str) -> dict[str, Any]:
         """How a job stands. Raises UnknownJob."""
         with self._changed:
             job = self._find(name)

@@ -240,7 +240,7 @@ def load_all() -> tuple["Gateway", "Inference", "Jobs", "StoreWatch"]:
     before = look(SETTINGS.store)
     gateway = build_gateway(SETTINGS, TELEMETRY, trusted_keys=TRUSTED_KEYS)
     segmenter, build = gateway.segmenter, build_facts(SETTINGS.revision)
-    TELEMETRY.describe(
+    TELEMETRY.add_facts(
         build, queued_windows=lambda: segmenter.scheduler.queued[0], refused_models=lambda: len(segmenter.refused)
     )
     inference = Inference(gateway, store=SETTINGS.store if SETTINGS.model_control else None)

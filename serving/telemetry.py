@@ -158,7 +158,7 @@ class Telemetry:
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
 
-    def describe(
+    def add_facts(
         self, build: Mapping[str, str], *, queued_windows: Callable[[], int], refused_models: Callable[[], int]
     ) -> None:  # fmt: skip
         """Facts that are known once the engine stands."""

@@ -93,7 +93,7 @@ def palette_of(dataset: Any, band: int) -> NDArray[np.uint8] | None:
     return colours
 
 
-def place_of(dataset: Any, flips: Flips, path: Path | None) -> tuple[Place, tuple[str, ...]]:
+def read_place(dataset: Any, flips: Flips, path: Path | None) -> tuple[Place, tuple[str, ...]]:
     """Read where a file lies once it is upright, also by the world file beside it; and what the caller should know.
 
     path: of the file, where it is one.

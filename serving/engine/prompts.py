@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from penumbra.models.card import Card
 from penumbra.models.errors import BadOption
 from penumbra.serving.engine.options import Box
-from penumbra.serving.engine.windows import Window, WindowPlan, place
+from penumbra.serving.engine.windows import Window, WindowPlan, clip
 
 PromptArrays = tuple[NDArray[Any], ...]
 """One window's prompt as `penumbra.models.contract.Prompt` has it, without the window axis."""
@@ -41,7 +41,7 @@ class Boxes:
 
     def cut(self, window: Window, plan: WindowPlan) -> PromptArrays:
         """Draw a window's boxes as masks [K, h, w], a channel per class; beyond the image as the picture is padded."""
-        rows, columns, beyond = place(window, plan)
+        rows, columns, beyond = clip(window, plan)
         mask_Khw = np.zeros((self.num_classes, rows.stop - rows.start, columns.stop - columns.start), np.uint8)
         # Pixel i is inside [a, b) when a <= i + 0.5 < b: from ceil(a - 0.5) to before ceil(b - 0.5).
         first_last = np.ceil(self.boxes_N5[:, :4] - 0.5).astype(int) - np.array([columns.start, rows.start] * 2)

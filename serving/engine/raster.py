@@ -20,7 +20,7 @@ from rasterio.windows import Window as Frame
 
 from penumbra.models.errors import BadImage
 from penumbra.serving.engine.directories import find_directory
-from penumbra.serving.engine.layout import FLIPS, INKS, Place, choose_bands, make_upright, palette_of, place_of
+from penumbra.serving.engine.layout import FLIPS, INKS, Place, choose_bands, make_upright, palette_of, read_place
 from penumbra.serving.engine.values import find_white, to_8_bits
 
 CACHE_BYTES = 192 * 2**20
@@ -101,7 +101,7 @@ class FileRaster(Raster):
         self._flips = FLIPS[orientation]
         self.shape = (*((dataset.width, dataset.height) if self._flips[0] else (dataset.height, dataset.width)), 3)
         self._nodata = dataset.nodata
-        self.place, of_place = place_of(dataset, self._flips, source if isinstance(source, Path) else None)
+        self.place, of_place = read_place(dataset, self._flips, source if isinstance(source, Path) else None)
         self._warnings, self._damage = warnings + of_bands + of_place, set[str]()
 
     @property

@@ -131,7 +131,7 @@ def _weights(length: int, window: int, starts: tuple[int, ...], blend: str) -> t
 
 def cut(image_HW3: Pixels, window: Window, plan: WindowPlan, *, spec: WindowSpec, norm: InputSpec) -> FloatArray:
     """One window as the network wants it: normalised float32 [h, w, 3], padded as the card says."""
-    rows, columns, beyond = place(window, plan)
+    rows, columns, beyond = clip(window, plan)
     pixels = normalise(image_HW3[rows, columns], norm)
     if not any(map(any, beyond)):
         return pixels
@@ -146,8 +146,8 @@ def cut(image_HW3: Pixels, window: Window, plan: WindowPlan, *, spec: WindowSpec
     return padded
 
 
-def place(window: Window, plan: WindowPlan) -> tuple[slice, slice, tuple[tuple[int, int], tuple[int, int]]]:
-    """The image's rows and columns that a window holds, and how much of it lies before and beyond them."""
+def clip(window: Window, plan: WindowPlan) -> tuple[slice, slice, tuple[tuple[int, int], tuple[int, int]]]:
+    """Clip a window to the image: the rows and columns it holds, and how much of it lies before and beyond them."""
     y0, x0 = max(window.y0, 0), max(window.x0, 0)
     y1, x1 = min(window.y0 + window.height, plan.height), min(window.x0 + window.width, plan.width)
     beyond = ((y0 - window.y0, window.y0 + window.height - y1), (x0 - window.x0, window.x0 + window.width - x1))

@@ -18,7 +18,7 @@ from penumbra.serving.engine.decode import open_image
 from penumbra.serving.engine.options import Limits, check_options
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import find_artifact, open_artifact
-from penumbra.serving.files.inputs import MANIFEST, find_images, place_of
+from penumbra.serving.files.inputs import MANIFEST, canonical, find_images
 from penumbra.serving.files.receipts import Receipts, files_of, write_whole
 from penumbra.serving.files.report import Result, progress_bar
 from penumbra.serving.render import parse_request, render_with_notes
@@ -67,9 +67,9 @@ def find_tasks(source: str, output: str, extension: str) -> tuple[list[Task], li
             what = f"{len(same)} images would be answered in {same[-1]}" + ", the batch's own" * (MANIFEST in same)
             raise BadOption(f"{what}; give them different names or folders")
     tasks = [Task(image, f"{output}/{name}") for image, name in zip(found.images, names, strict=True)]
-    places = {place_of(task.source): task.source for task in tasks}
+    places = {canonical(task.source): task.source for task in tasks}
     for task in tasks:
-        if there := places.get(place_of(task.target)):
+        if there := places.get(canonical(task.target)):
             raise BadOption(
                 f"the answer to {task.source} would take the place of the image {there}; name another OUTPUT"
             )

@@ -54,8 +54,8 @@ def url_of(files: Any, path: str) -> str:
     return path if isinstance(files, LocalFileSystem) else str(files.unstrip_protocol(path))
 
 
-def place_of(url: str) -> str:
-    """The same for all ways to name a file: through links, relative paths and URLs."""
+def canonical(url: str) -> str:
+    """Give the one name of a file that is named through links, relative paths or URLs."""
     files, path = files_of(url)
     return os.path.realpath(path) if isinstance(files, LocalFileSystem) else url_of(files, path)
 

@@ -56,7 +56,7 @@ def shown_progress(title: str) -> Iterator[Progress]:
         yield lambda num_done, num_windows: bar.update(task, completed=num_done, total=num_windows, visible=True)
 
 
-def describe_outcome(outcome: Outcome) -> dict[str, Any]:
+def outcome_facts(outcome: Outcome) -> dict[str, Any]:
     """An outcome's facts for `--json`."""
     return outcome.prediction.facts | {
         "classes": outcome.classes, "image": str(outcome.path), "files": outcome.files,

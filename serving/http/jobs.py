@@ -24,7 +24,7 @@ def routes(jobs: Jobs, telemetry: Telemetry) -> list[BaseRoute]:
     surface = JobSurface(jobs, telemetry)
     return [
         Route("/jobs", surface.create, methods=["POST"]),
-        Route("/jobs/{id}", surface.describe),
+        Route("/jobs/{id}", surface.status),
         Route("/jobs/{id}", surface.remove, methods=["DELETE"]),
         Route("/jobs/{id}/result", surface.result),
     ]
@@ -49,9 +49,9 @@ class JobSurface:
                 raise
         return JSONResponse(job, 202, headers={"Location": job["url"]})
 
-    async def describe(self, request: Request) -> Response:
+    async def status(self, request: Request) -> Response:
         refuse_options(request)
-        return JSONResponse(self._jobs.describe(request.path_params["id"]))
+        return JSONResponse(self._jobs.status(request.path_params["id"]))
 
     async def result(self, request: Request) -> Response:
         refuse_options(request)

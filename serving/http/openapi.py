@@ -15,7 +15,7 @@ REFUSALS = {
 ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
 
 
-def describe(build: Mapping[str, str], *, typed: str) -> dict[str, Any]:
+def document(build: Mapping[str, str], *, typed: str) -> dict[str, Any]:
     """The whole document. build: version, and commit if it is known. typed: what BentoML's typed route does."""
     return {
         "openapi": "3.0.3",

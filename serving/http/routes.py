@@ -17,7 +17,7 @@ from penumbra.models.errors import ModelFault, PenumbraError
 from penumbra.serving import playground
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.http.admission import BENTO_PATHS, refusal
-from penumbra.serving.http.openapi import describe
+from penumbra.serving.http.openapi import document
 from penumbra.serving.http.segment import segment
 from penumbra.serving.http.upload import refuse_options
 from penumbra.serving.statuses import UNEXPECTED
@@ -74,10 +74,10 @@ class Surface:
         return JSONResponse(self._build)
 
     async def openapi(self, _: Request) -> Response:
-        return JSONResponse(describe(self._build, typed=self._typed))
+        return JSONResponse(document(self._build, typed=self._typed))
 
     async def docs_page(self, _: Request) -> Response:
-        return HTMLResponse(_docs_html(describe(self._build, typed=self._typed)))
+        return HTMLResponse(_docs_html(document(self._build, typed=self._typed)))
 
 
 def summary(card: Card) -> dict[str, object]:

@@ -69,11 +69,11 @@ def _health(name: str, is_so: Callable[[], bool]) -> Handler:
     return answer
 
 
-def _document(describe: Callable[[str, str], Any]) -> Handler:
+def _document(find: Callable[[str, str], Any]) -> Handler:
     """Return a handler that answers with a document about the model and version in the path."""
 
     async def answer(request: Request) -> Response:
-        return JSONResponse(describe(*_model(request)))
+        return JSONResponse(find(*_model(request)))
 
     return answer
 

@@ -59,8 +59,8 @@ def left(directory: Path, job: Job, rng: np.random.Generator) -> Job:
 
 
 def ended(jobs: Jobs, name: str) -> dict[str, object]:
-    until(lambda: jobs.describe(name)["finished"])
-    return jobs.describe(name)
+    until(lambda: jobs.status(name)["finished"])
+    return jobs.status(name)
 
 
 def test_uploads_that_are_under_way_count_as_waiting(store: Path, tmp_path: Path, rng: np.random.Generator) -> None:
@@ -183,7 +183,7 @@ def test_a_job_that_cannot_be_read_has_failed_and_says_so(
         with opened(store, tmp_path) as (jobs, _):
             jobs.start()
             for name in ("bad", "other"):  # the other is another's job under its name
-                told = jobs.describe(name)
+                told = jobs.status(name)
                 assert told["state"] == "failed" and "send it again" in str(told["error"])
             assert ended(jobs, "good")["state"] == "done"
 
@@ -208,8 +208,8 @@ def test_a_result_whose_time_is_over_is_gone_also_while_a_job_runs(
     left(tmp_path, Job("waiting", NPZ, {"model": MODEL}, 1.0), rng)
     with opened(store, tmp_path, keep_s=10) as (jobs, _):
         with pytest.raises(UnknownJob, match="kept for 10 s"):
-            jobs.describe("old")
-        assert jobs.describe("waiting")["state"] == "queued"
+            jobs.status("old")
+        assert jobs.status("waiting")["state"] == "queued"
         jobs.begin()
         assert not (tmp_path / "old").exists() and (tmp_path / "waiting").exists()
 

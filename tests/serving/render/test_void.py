@@ -22,7 +22,7 @@ from penumbra.serving.engine.raster import Raster, open_raster
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.files.predict import predict_file
-from penumbra.serving.files.report import describe_outcome
+from penumbra.serving.files.report import outcome_facts
 from penumbra.serving.http.v2 import write_response
 from penumbra.serving.oip.protocol import response_of
 from penumbra.serving.oip.request import InferRequest, RequestedOutput
@@ -98,7 +98,7 @@ def test_a_picture_with_transparent_pixels_is_predicted_into_pictures(
     Image.fromarray(np.dstack([pixels, np.where(VOID, 0, 255).astype(np.uint8)])).save(tmp_path / "a.png")
     outcome = predict_file(segmenter, tmp_path / "a.png", ask(), tmp_path / "out")
     assert outcome.prediction.num_void == VOID.sum() and "white is nan" not in str(outcome.files)
-    assert describe_outcome(outcome)["void_pixels"] == VOID.sum()
+    assert outcome_facts(outcome)["void_pixels"] == VOID.sum()
     heat = np.asarray(Image.open(tmp_path / "out" / "a_entropy.png").convert("L"))
     assert heat[VOID].max() == heat.min() < heat[~VOID].max()
 
