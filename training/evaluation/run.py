@@ -130,8 +130,8 @@ def compare_samples(
             evaluations[count].add(answer)
             seconds[count] += answer.seconds
     rows: list[dict[str, float | None]] = []
-    for count in counts:
-        figures = evaluations[count].figures()
+    for count, evaluation in evaluations.items():
+        figures = evaluation.figures()
         compared = {name: figures.get(name) for name in COMPARED}
         rows.append({"samples": count, "time_ratio": seconds[count] / seconds[1], **compared})
     return rows
