@@ -24,7 +24,9 @@ def write(
 ) -> None:
     """Compile encode.pt2 and decode.pt2, and prompt.pt2 where the network takes one. Needs a C++ compiler."""
     for part in cut(network, card, golden, precision=precision, device=device):
-        part = dataclasses.replace(part, example=pytree.tree_map(_lay_out, part.example))
+        # code is compiled for two memory formats, and features may have any order of strides
+        example = pytree.tree_map(lambda x: x if _is_channels_last(x) else x.contiguous(), part.example)
+        part = dataclasses.replace(part, example=example)
         pairs = zip(*map(pytree.tree_leaves, (part.example, part.other)), strict=True)
         inputs = [_input_facts(example, other) for example, other in pairs]
         settings = {  # weights are constants of the code; threads are counted where it runs
@@ -38,11 +40,6 @@ def write(
                 build(part.program(), package_path=package, inductor_configs=settings)
         except torch._inductor.exc.InvalidCxxCompiler:
             raise BadOption("the backend aot needs a C++ compiler, and g++ is not found; install one") from None
-
-
-def _lay_out(tensor: Tensor) -> Tensor:
-    """Put a tensor in one of the two formats that code is compiled for; features may have any order of strides."""
-    return tensor if _is_channels_last(tensor) else tensor.contiguous()
 
 
 def _is_channels_last(tensor: Tensor) -> bool:

@@ -89,19 +89,15 @@ def read_torch_file(path: Path) -> Any:
             module, _, last = name.rpartition(".")
             if name.partition(".")[0] not in PACKAGES and last not in PLAIN.get(module, ()):
                 raise BadCheckpoint(f"refers to {name}, which no checkpoint needs; nothing of the file was run")
-        return _load(path, names)
+        stand_ins: list[Any] = [(InertMapping if n.rpartition(".")[2] in MAPPINGS else Inert, n) for n in names]
+        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old formats, which are the point here
+            return torch.load(path, map_location="cpu", weights_only=True)
     except BadCheckpoint as error:
         raise BadCheckpoint(f"{path} {error}") from None
     except Exception as error:  # a damaged stream of instructions can fail in any way
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise BadCheckpoint(f"{path} is damaged, or no file of torch.save ({reason})") from None
-
-
-def _load(path: Path, names: set[str]) -> Any:
-    stand_ins: list[Any] = [(InertMapping if name.rpartition(".")[2] in MAPPINGS else Inert, name) for name in names]
-    with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about old formats, which are the point here
-        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _names(path: Path) -> set[str]:
@@ -116,7 +112,11 @@ def _names(path: Path) -> set[str]:
         raise BadCheckpoint("is a safetensors file; files of torch.save are imported")
     if tarfile.is_tarfile(path):
         raise BadCheckpoint("has the tar format of torch 0.1; load it and save it again with a torch of 0.4 to 1.5")
-    return _names_in_sequence(path)
+    with path.open("rb") as file:
+        first = [value for code, value, _ in pickletools.genops(file) if code.name == "LONG1"]
+        if first != [MAGIC]:
+            raise BadCheckpoint("is a pickle, but not one of torch.save")
+        return {name for _ in range(LEGACY_PICKLES - 1) for name in _globals(file)}
 
 
 def _names_in_zip(path: Path) -> set[str]:
@@ -131,14 +131,6 @@ def _names_in_zip(path: Path) -> set[str]:
             raise BadCheckpoint("is a compressed zip archive; torch.save does not compress")
         with archive.open(programs[0]) as program:
             return set(_globals(program))
-
-
-def _names_in_sequence(path: Path) -> set[str]:
-    with path.open("rb") as file:
-        first = [value for code, value, _ in pickletools.genops(file) if code.name == "LONG1"]
-        if first != [MAGIC]:
-            raise BadCheckpoint("is a pickle, but not one of torch.save")
-        return {name for _ in range(LEGACY_PICKLES - 1) for name in _globals(file)}
 
 
 def _globals(program: IO[bytes]) -> Iterator[str]:

@@ -22,27 +22,20 @@ def print_imported(imported: Imported, output: Path) -> None:
     """Print what inference does not need, then what the checkpoint is and what to do with it."""
     card = imported.card
     table = Table(Column("not imported", overflow="fold"), "tensors")
-    for name, count in _grouped(imported.train_only).items():
+    many = len(imported.train_only) > FEW  # by the first two words of their names
+    for name, count in Counter(".".join(n.split(".")[:2]) if many else n for n in imported.train_only).items():
         table.add_row(name, str(count))
     for entry in imported.entries:
         table.add_row(f"{entry} (beside the tensors)", "")
     if table.row_count:
         Console(markup=False, emoji=False).print(table)
-    click.echo(f"{output}: {card.method}, {card.num_classes} classes, {_sample_axis(card)}")
+    sampling, prompt = card.sampling, card.prompt
+    names = f" ({', '.join(sampling.members)})" if sampling.members else ""
+    axis = f"{sampling.kind}{names}, {sampling.default_samples} samples"
+    if prompt.kind != "none":
+        axis += f"; with {prompt.kind}: {', '.join(prompt.members or sampling.members)}"
+    click.echo(f"{output}: {card.method}, {card.num_classes} classes, {axis}")
     click.echo(f"next: penumbra export {output}")
-
-
-def _grouped(tensors: tuple[str, ...]) -> Counter[str]:
-    """Count few tensors by name, many by the first two words of their names."""
-    return Counter(".".join(name.split(".")[:2]) if len(tensors) > FEW else name for name in tensors)
-
-
-def _sample_axis(card: Card) -> str:
-    names = f" ({', '.join(card.sampling.members)})" if card.sampling.members else ""
-    text = f"{card.sampling.kind}{names}, {card.sampling.default_samples} samples"
-    if card.prompt.kind == "none":
-        return text
-    return f"{text}; with {card.prompt.kind}: {', '.join(card.prompt.members or card.sampling.members)}"
 
 
 def print_parity(card: Card, directory: Path, *, as_json: bool, measured: Parity | None = None) -> None:

@@ -1,6 +1,7 @@
 """Show a training so that a person or a log file can follow it."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -17,11 +18,12 @@ def follow(
     """Train with a progress bar on a terminal and plain lines elsewhere; only the first of several devices reports."""
     recipe = dataclasses.replace(recipe, precision=precision or recipe.precision)
     fabric = start_devices(devices=devices, precision=recipe.precision)
+    run = partial(train, recipe, data, threads=threads, minutes=minutes, fabric=fabric)
     if not fabric.is_global_zero:
-        return train(recipe, data, threads=threads, minutes=minutes, fabric=fabric)
+        return run()
     console = Console()
-    if not console.is_terminal:
-        return train(recipe, data, threads=threads, minutes=minutes, fabric=fabric, report=print_line)
+    if not console.is_terminal:  # one line per report, at once, for log files
+        return run(report=lambda share, line: print(f"{100 * share:5.1f} %  {line}", flush=True))
     columns = (TextColumn(recipe.name), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("loading", total=1.0)
@@ -31,9 +33,4 @@ def follow(
             if share == 1:
                 console.print(line)  # the bar's own text is cut to the width of the terminal
 
-        return train(recipe, data, threads=threads, minutes=minutes, fabric=fabric, report=report)
-
-
-def print_line(share: float, line: str) -> None:
-    """Print one line per report, at once, for log files."""
-    print(f"{100 * share:5.1f} %  {line}", flush=True)
+        return run(report=report)

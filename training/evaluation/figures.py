@@ -52,8 +52,12 @@ class Evaluation:
 
     def figures(self) -> dict[str, float]:
         """Return all figures by name (docs/measure/evaluation.md); NaN where one is undefined."""
+        iou_K, hits_K = intersection_over_union(self.confusion_KK), self.confusion_KK.diag().double()
         return {
-            **self._segmentation(),
+            "seg/mIoU": float(iou_K.nanmean()),
+            "seg/mAcc": float((hits_K / self.confusion_KK.sum(1)).nanmean()),
+            "seg/pixAcc": float(hits_K.sum() / self.confusion_KK.sum()),
+            **{f"seg/IoU/{info.name}": iou for info, iou in zip(self.card.classes, iou_K.tolist(), strict=True)},
             "seg/NLL": self.reliability.nll(),
             "seg/Brier": self.reliability.brier(),
             "cal/ECE": self.reliability.ece(),
@@ -62,15 +66,6 @@ class Evaluation:
             # patches above the mean uncertainty of all patches are uncertain
             **{f"pavpu/{key}": float(patch_curve(r, np.array([r.mean])).pavpu[0]) for key, r in self._counted()},
             **(self._abstention.figures() if self._abstention else {}),
-        }
-
-    def _segmentation(self) -> dict[str, float]:
-        iou_K, hits_K = intersection_over_union(self.confusion_KK), self.confusion_KK.diag().double()
-        return {
-            "seg/mIoU": float(iou_K.nanmean()),
-            "seg/mAcc": float((hits_K / self.confusion_KK.sum(1)).nanmean()),
-            "seg/pixAcc": float(hits_K.sum() / self.confusion_KK.sum()),
-            **{f"seg/IoU/{info.name}": iou for info, iou in zip(self.card.classes, iou_K.tolist(), strict=True)},
         }
 
     def _selection(self) -> dict[str, float]:
