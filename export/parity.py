@@ -165,8 +165,8 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 def _ranks(values: np.ndarray) -> np.ndarray:
     """Return the rank of every value, less the mean rank; ties have the mean of theirs."""
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: np.ndarray = (np.cumsum(count) - (count + len(values)) / 2)[place]
+    _, index, count = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: np.ndarray = (np.cumsum(count) - (count + len(values)) / 2)[index]
     return ranks
 
 

@@ -42,13 +42,13 @@ class DataSet:
     load: Callable[[Path, str], FrameSet]
 
 
-def find_data(name: str, place: Path = Path()) -> DataSet:
-    """Find the data set called `name`; `folder` is what lies at `place`.
+def find_data(name: str, folder: Path = Path()) -> DataSet:
+    """Find the data set called `name`; that of the name `folder` is what lies in the folder.
 
     Raises BadOption naming the known ones, and BadData where a plain folder does not name its classes.
     """
     if name == FOLDER:
-        return DataSet(place.resolve().name, "unknown", read_folder_classes(place), load_folder)
+        return DataSet(folder.resolve().name, "unknown", read_folder_classes(folder), load_folder)
     if name not in DATA_SETS:
         raise BadOption(f"there is no data set {name!r}; known are {', '.join(sorted({*DATA_SETS, FOLDER}))}")
     return DATA_SETS[name]

@@ -39,9 +39,9 @@ def bins_of(score: Floats) -> Counts:
     return (ordered >> (32 - KEPT_BITS)).astype(np.int64) + NUM_BINS // 2
 
 
-def top_of(place: int) -> float:
+def top_of(bin_index: int) -> float:
     """Return the largest float32 in a bin: the scores up to it are those of this bin and the ones below."""
-    last = ((place - NUM_BINS // 2 + 1) << (32 - KEPT_BITS)) - 1
+    last = ((bin_index - NUM_BINS // 2 + 1) << (32 - KEPT_BITS)) - 1
     ordered = np.int32(last - (last == -1))  # which is -0.0, and that is in the bin of 0.0
     return float((ordered ^ ((ordered >> 31) & np.int32(0x7FFFFFFF))).view(np.float32))
 
@@ -55,8 +55,8 @@ class Ranking:
 
     def add(self, score: Floats, wrong: Mask) -> None:
         """Count pixels or patches; both arrays are of one shape."""
-        places = bins_of(score) + NUM_BINS * wrong.ravel()
-        self.counts_2N += np.bincount(places, minlength=2 * NUM_BINS).reshape(2, NUM_BINS)
+        bins = bins_of(score) + NUM_BINS * wrong.ravel()
+        self.counts_2N += np.bincount(bins, minlength=2 * NUM_BINS).reshape(2, NUM_BINS)
         self._sum += float(score.sum(dtype=np.float64))
 
     @property
@@ -66,9 +66,9 @@ class Ranking:
 
     def occupied(self) -> tuple[Counts, Doubles, Doubles]:
         """Return the bins that hold anything, in ascending order, and how many right and wrong ones."""
-        places = np.flatnonzero(self.counts_2N.sum(0))
-        right, wrong = self.counts_2N[:, places].astype(np.float64)
-        return places, right, wrong
+        bins = np.flatnonzero(self.counts_2N.sum(0))
+        right, wrong = self.counts_2N[:, bins].astype(np.float64)
+        return bins, right, wrong
 
     def auroc(self) -> Bounded:
         """Return the probability that a wrong one scores above a right one; NaN where there is only one kind."""
@@ -134,8 +134,8 @@ class Reliability:
     def add(self, confidence: Floats, truth: Floats, squares: Floats, right: Mask) -> None:
         """Count pixels. truth: probability of the true class. squares: sum over classes of p^2."""
         steps = np.minimum((confidence * CONFIDENCE_BINS).astype(np.int64), CONFIDENCE_BINS - 1)
-        places = bins_of(np.float32(1) - confidence)  # the fine end of the bins is where most pixels are
-        for counts, where in ((self.table_3B, steps), (self._fine_3N, places)):
+        bins = bins_of(np.float32(1) - confidence)  # the fine end of the bins is where most pixels are
+        for counts, where in ((self.table_3B, steps), (self._fine_3N, bins)):
             for row, weights in zip(counts, (None, confidence, right), strict=True):
                 row += np.bincount(where, weights, len(row))
         self._nll -= float(np.log(np.maximum(truth, LEAST_PROBABILITY)).sum(dtype=np.float64))
@@ -159,8 +159,8 @@ class Reliability:
 
     def adaptive_ece(self) -> float:
         """Return the error over steps of equal numbers of pixels (Nguyen & O'Connor 2015); ties are shared evenly."""
-        places = np.flatnonzero(self._fine_3N[0])
-        sums = np.pad(self._fine_3N[:, places].cumsum(1), ((0, 0), (1, 0)))
+        bins = np.flatnonzero(self._fine_3N[0])
+        sums = np.pad(self._fine_3N[:, bins].cumsum(1), ((0, 0), (1, 0)))
         edges = np.linspace(0, self.num, CONFIDENCE_BINS + 1)
         return self._gap(np.diff([np.interp(edges, sums[0], row) for row in sums], axis=1))
 

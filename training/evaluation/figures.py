@@ -112,8 +112,8 @@ def _patch_curve(ranking: Ranking) -> dict[str, list[float | None]]:
 
     DEVIATION: Mukhoti & Gal step evenly; ours are closer near the smallest, where most patches are.
     """
-    places, _, _ = ranking.occupied()
-    low, high = top_of(int(places[0])), top_of(int(places[-1]))
+    bins, _, _ = ranking.occupied()
+    low, high = top_of(int(bins[0])), top_of(int(bins[-1]))
     curve = patch_curve(ranking, low + STEPS**3 * (high - low))
     return {field: [None if np.isnan(x) else float(x) for x in values] for field, values in curve._asdict().items()}
 
