@@ -1,6 +1,6 @@
 """Where samples come from: counter-based noise, made outside the graph.
 
-A draw depends on (seed, sample, and for laws that need it the window) and on nothing else, so an answer does
+A draw depends on (seed, sample, and for distributions that need it the window) and on nothing else, so an answer does
 not depend on which other requests shared its batch, nor on how its samples were cut into calls.
 """
 
@@ -19,7 +19,7 @@ class NoiseSource(Protocol):
 
 
 class SeededNoise:
-    """Noise of one request by the card's law: standard normal latents, dropout masks, or nothing ([S, 0]).
+    """Noise of one request by the card's distribution: standard normal latents, dropout masks, or nothing ([S, 0]).
 
     Masks are 0 or 1 / keep, so that the expected activation is unchanged.
     """

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -114,7 +115,9 @@ class Runtime:
         sums = [empty_sums(self.card.num_classes, height, width) for _ in inputs]
         finite = [True] * len(inputs)
         spread = self._rows.map if torch.get_num_threads() > 1 else map
-        for chunk_SBL in torch.split(noise_SBL, self._chunk(inputs[0])):
+        sampling = self.card.sampling_with(prompt=inputs[0].prompt is not None)
+        chunk = len(noise_SBL) if sampling.kind == "members" else self.samples_per_call  # members come out together
+        for chunk_SBL in torch.split(noise_SBL, chunk):
             logits_SBKhw = self._backend.decode(features, chunk_SBL)
             for b, (summed_hKw, entropy_hw) in enumerate(sums):
                 logits_SKhw = logits_SBKhw[:, b]
@@ -137,11 +140,6 @@ class Runtime:
         extras_BEhw = resize(features[-1], (height, width), self.card.readout)
         extras_BhEw: FloatArray = np.ascontiguousarray(extras_BEhw.permute(0, 2, 1, 3).cpu().numpy())
         return extras_BhEw
-
-    def _chunk(self, window: WindowInput) -> int:
-        """Members come out of one call together; draws are cut into measured chunks."""
-        prompted = self.card.sampling_with(prompt=window.prompt is not None)
-        return len(window.noise_SL) if prompted.kind == "members" else self.samples_per_call
 
     def check_golden(self) -> None:
         """Run the golden window, without and with its prompt, and its own maps. Raises BadArtifact when this machine
@@ -176,7 +174,8 @@ class Runtime:
         assert self.card.export
         if got.shape != wanted.shape or not torch.isfinite(got).all():
             raise BadArtifact(f"{self.card.name} does not reproduce its golden window: wrong shape or not finite")
-        error, allowed = _relative_error(got, wanted), GOLDEN_TOLERANCE
+        error = float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
+        allowed = GOLDEN_TOLERANCE
         if self.card.export.precision != "fp32":
             allowed = max(allowed, 2 * measured)
         if not error <= allowed:
@@ -206,8 +205,12 @@ class Runtime:
         elif self.card.window.height and not is_slow:
             # Images that are seen whole differ in size: what pays for one may not fit another.
             share_s = tuning.budget_s * 2 / 3
-            sizes = [size for size in SIZES if size == 1 or size * self._window_bytes <= self._batch_bytes]
-            self._choose("windows_per_batch", sizes, lambda: self._run_full_batch(inputs), budget_s=share_s)
+            window, maps = self.card.window, self.card.num_classes + 1 + len(self.card.extra_maps)
+            window_bytes = 4 * window.height * window.width * maps
+            most = BATCH_BYTES.get(self._backend.device.type, BATCH_BYTES["cpu"]) // window_bytes
+            sizes = [size for size in SIZES if size == 1 or size <= most]
+            run = partial(self._run_batch, inputs)
+            self._choose("windows_per_batch", sizes, lambda: run(self.windows_per_batch), budget_s=share_s)
         if not is_slow:
             started = time.perf_counter()
             self.run(inputs[:1])
@@ -240,16 +243,6 @@ class Runtime:
                 usual_core_s = encode_core_s + usual * (_core_seconds(started) - encode_core_s)
             yield 1, _core_seconds(started) / num_pixels
         yield usual, usual_core_s / num_pixels
-
-    @property
-    def _window_bytes(self) -> int:
-        """The size of one window's moments."""
-        card = self.card
-        return 4 * card.window.height * card.window.width * (card.num_classes + 1 + len(card.extra_maps))
-
-    @property
-    def _batch_bytes(self) -> int:
-        return BATCH_BYTES.get(self._backend.device.type, BATCH_BYTES["cpu"])
 
     def _golden_inputs(self) -> list[WindowInput]:
         images = self._golden.image_B3hw.permute(0, 2, 3, 1).contiguous().numpy()
@@ -286,14 +279,13 @@ class Runtime:
         limit = min(best_s.values()) / WORTHWHILE
         setattr(self, setting, min(size for size, seconds in best_s.items() if seconds <= limit))
 
-    def _run_full_batch(self, inputs: list[WindowInput]) -> None:
-        self.run([inputs[i % len(inputs)] for i in range(self.windows_per_batch)])
+    def _run_batch(self, inputs: list[WindowInput], size: int) -> list[Moments | ModelFault]:
+        return self.run([inputs[i % len(inputs)] for i in range(size)])
 
     def _largest_identical_batch(self, inputs: list[WindowInput]) -> int:
         alone = [self.run([window])[0] for window in inputs]
         for size in range(2, self.windows_per_batch + 1):
-            together = self.run([inputs[i % len(inputs)] for i in range(size)])
-            for i, moments in enumerate(together):
+            for i, moments in enumerate(self._run_batch(inputs, size)):
                 if not _same_bytes(moments, alone[i % len(inputs)]):
                     return size - 1
         return self.windows_per_batch
@@ -305,10 +297,6 @@ class Runtime:
 def _core_seconds(started: float) -> float:
     """Time since then, times the cores of this lane."""
     return (time.perf_counter() - started) * torch.get_num_threads()
-
-
-def _relative_error(got: Tensor, wanted: Tensor) -> float:
-    return float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
 
 
 def _same_bytes(one: Moments | ModelFault, other: Moments | ModelFault) -> bool:

@@ -78,7 +78,7 @@ class ThroughputModel:
         self._cores, self._batch_s = cores, target_s / 2
         self._by_samples: WeakKeyDictionary[Runtime, SecondsBySize] = WeakKeyDictionary()
         self._by_windows: WeakKeyDictionary[Runtime, dict[int, SecondsBySize]] = WeakKeyDictionary()
-        """Of batches, by number of samples."""
+        """Those of batches by number of windows, for each number of samples."""
 
     def by_samples(self, runtime: Runtime) -> SecondsBySize:
         """A model's seconds by number of samples, per window and pixel, times cores."""

@@ -52,22 +52,22 @@ class Backend:
     ) -> None:  # fmt: skip
         self.device, self.dtype = device, dtype
         self._graphs = graphs
-        self._turn: AbstractContextManager[object] = threading.Lock() if one_at_a_time else nullcontext()
+        self._alone: AbstractContextManager[object] = threading.Lock() if one_at_a_time else nullcontext()
 
     @torch.inference_mode()
     def encode(self, image_B3hw: Tensor) -> Features:
-        with self._turn:
+        with self._alone:
             return tuple(self._graphs["encode"](self._pixels(image_B3hw)))
 
     @torch.inference_mode()
     def take_prompt(self, image_B3hw: Tensor, features: Features, prompt: Prompt) -> Features:
         prompt = tuple(tensor.to(self.device, torch.float32) for tensor in prompt)
-        with self._turn:
+        with self._alone:
             return tuple(self._graphs["prompt"](self._pixels(image_B3hw), features, prompt))
 
     @torch.inference_mode()
     def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
-        with self._turn:
+        with self._alone:
             logits_SBKhw = self._graphs["decode"](features, noise_SBL.to(self.device, torch.float32))
         return logits_SBKhw if isinstance(logits_SBKhw, Tensor) else logits_SBKhw[0]
 
@@ -78,6 +78,11 @@ class Backend:
 def flat(run: Callable[[Sequence[Tensor]], Sequence[Tensor]]) -> Graph:
     """A graph of a format that takes and gives plain lists of tensors, in the order of the contract's arguments."""
     return lambda *arguments: run(pytree.tree_leaves(arguments))
+
+
+def anywhere(_: torch.device) -> dict[str, str]:
+    """The target of formats whose graphs run anywhere."""
+    return {}
 
 
 def load_backend(card: Card, directory: Path, device: torch.device) -> Backend:

@@ -7,34 +7,25 @@ import openvino
 import torch
 from torch import Tensor
 
-from penumbra.serving.engine.backends import Graph, flat
+from penumbra.serving.engine.backends import Graph, anywhere, flat
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 """Set always: left alone, OpenVINO takes bf16 where the processor has it."""
-
-
-class OpenVinoGraph:
-    """One compiled graph, with as many threads as torch has in the thread that loads it."""
-
-    def __init__(self, path: Path, precision: str) -> None:
-        core = openvino.Core()
-        settings = {
-            "INFERENCE_PRECISION_HINT": HINTS[precision],
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        }
-        self._request = core.compile_model(core.read_model(path), "CPU", settings).create_infer_request()
-
-    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        arrays = [tensor.contiguous().numpy() for tensor in inputs]
-        outputs = self._request.infer(arrays, share_inputs=True)
-        return [torch.from_numpy(outputs[i]) for i in range(len(outputs))]
+target = anywhere
 
 
 def open_graph(path: Path, _: torch.device, precision: str) -> Graph:
-    return flat(OpenVinoGraph(path, precision))
+    """One compiled graph, with as many threads as torch has in the thread that loads it."""
+    core = openvino.Core()
+    settings = {
+        "INFERENCE_PRECISION_HINT": HINTS[precision],
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    request = core.compile_model(core.read_model(path), "CPU", settings).create_infer_request()
 
+    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+        outputs = request.infer([tensor.contiguous().numpy() for tensor in inputs], share_inputs=True)
+        return [torch.from_numpy(outputs[i]) for i in range(len(outputs))]
 
-def target(_: torch.device) -> dict[str, str]:
-    """It runs anywhere."""
-    return {}
+    return flat(run)

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import torch
 
-from penumbra.serving.engine.backends import Graph
+from penumbra.serving.engine.backends import Graph, anywhere
+
+target = anywhere
 
 
 def open_graph(path: Path, device: torch.device, _: str) -> Graph:
@@ -14,8 +16,3 @@ def open_graph(path: Path, device: torch.device, _: str) -> Graph:
         warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated", category=DeprecationWarning)
         graph: Graph = torch.jit.load(path, map_location=device)  # type: ignore[no-untyped-call]
     return graph
-
-
-def target(_: torch.device) -> dict[str, str]:
-    """It runs anywhere."""
-    return {}
