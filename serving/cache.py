@@ -26,14 +26,14 @@ Key = tuple[bytes, tuple[int, ...], SegmentOptions]
 
 
 def key_of(image: bytes | NDArray[np.uint8], card: Card, options: SegmentOptions) -> Key:
-    """Everything that changes an answer, and nothing that does not: when it is wanted is left out.
+    """Everything that changes an answer, and nothing that does not: its deadline and priority are left out.
 
     options: as `penumbra.serving.engine.plan.resolve` gives them.
     """
-    asked = replace(options, outputs=options.named(card), deadline_ms=None, anytime=False, priority=0)
+    compared = replace(options, outputs=options.named(card), deadline_ms=None, anytime=False, priority=0)
     shape = () if isinstance(image, bytes) else image.shape
     data = image if isinstance(image, bytes) else np.ascontiguousarray(image).data
-    return hashlib.sha256(data).digest(), shape, asked
+    return hashlib.sha256(data).digest(), shape, compared
 
 
 @dataclass(slots=True)
@@ -97,8 +97,8 @@ class AnswerCache:
             if key not in self._kept or self._kept[key][0].card is not card:
                 return None
             self._kept.move_to_end(key)
-            prediction, made, _ = self._kept[key]
-        return replace(prediction, age_s=time.monotonic() - made)
+            prediction, kept_s, _ = self._kept[key]
+        return replace(prediction, age_s=time.monotonic() - kept_s)
 
     def keep(self, key: Key, prediction: Prediction, *, image_bytes: int) -> None:
         """Keep a prediction if it is what the key asks for and has room. image_bytes: of the picture as it was sent."""

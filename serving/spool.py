@@ -108,8 +108,8 @@ class Spool:
 
         Raises any PenumbraError, DiskFull among them; what was done stays.
         """
-        done = min(self._labels.num_rows, self._labels.shape[0] - 1)  # labels are written last
-        request = self._segmenter.bands_from(done, self._image, self._options, limits=limits, cancelled=cancelled)
+        first_y = min(self._labels.num_rows, self._labels.shape[0] - 1)  # labels are written last
+        request = self._segmenter.bands_from(first_y, self._image, self._options, limits=limits, cancelled=cancelled)
         labels_HW, maps = cast(NDArray[np.uint8], self._labels), cast(dict[str, FloatArray], self._maps)
         with disk():
             return collect(request, labels_HW, maps, progress=progress)

@@ -79,11 +79,11 @@ def plan_request(
 
 def check_long(options: SegmentOptions) -> None:
     """Raises BadOption for what only images have that are answered at once."""
-    asked = {
+    requested = {
         PROBABILITIES: PROBABILITIES in options.outputs, "deadline_ms": options.deadline_ms is not None,
         "anytime": options.anytime,
     }  # fmt: skip
-    if names := [name for name, is_asked in asked.items() if is_asked]:
+    if names := [name for name, is_requested in requested.items() if is_requested]:
         raise BadOption(f"{' and '.join(names)} can be had only for images that are answered at once; leave it out")
 
 

@@ -247,9 +247,9 @@ class QueuedRequest:
         """The next window, at the cost of the request's virtual time and its class's."""
         self.started = self.started or time.perf_counter()
         self.priority_class.request_time = self.virtual_time
-        self.untaken, self.ahead, self.virtual_time = (
-            self.untaken - 1, self.ahead + 1, self.virtual_time + self.num_samples
-        )  # fmt: skip
+        self.untaken -= 1
+        self.ahead += 1
+        self.virtual_time += self.num_samples
         self.priority_class.virtual_time += self.num_samples * STRIDES[self.priority_class.priority]
         return next(self._windows)
 

@@ -155,11 +155,11 @@ class Runtime:
         if golden.prompted:
             self._check_answer(self._backend.take_prompt(golden.image_B3hw, features, golden.prompt), golden.prompted)
 
-    def _check_answer(self, features: Features, wanted: Recorded) -> None:
-        got = self._backend.decode(features, wanted.noise_SBL).float().cpu()
-        if got.shape[2] != self.card.num_classes:
+    def _check_answer(self, features: Features, recorded: Recorded) -> None:
+        found = self._backend.decode(features, recorded.noise_SBL).float().cpu()
+        if found.shape[2] != self.card.num_classes:
             raise BadArtifact(
-                f"{self.card.name} gives logits of {got.shape[2]} classes; its card names {self.card.num_classes}"
+                f"{self.card.name} gives logits of {found.shape[2]} classes; its card names {self.card.num_classes}"
             )
         if self.card.extra_maps and features[-1].shape[1] != len(self.card.extra_maps):
             raise BadArtifact(
@@ -167,14 +167,14 @@ class Runtime:
                 f"{len(self.card.extra_maps)}"
             )
         assert self.card.export
-        self._check_near(got, wanted.logits_SBKhw, self.card.export.parity.relative)
+        self._check_near(found, recorded.logits_SBKhw, self.card.export.parity.relative)
 
-    def _check_near(self, got: Tensor, wanted: Tensor, measured: float) -> None:
+    def _check_near(self, found: Tensor, recorded: Tensor, measured: float) -> None:
         """measured: the relative error at export, which half precisions may have twice."""
         assert self.card.export
-        if got.shape != wanted.shape or not torch.isfinite(got).all():
+        if found.shape != recorded.shape or not torch.isfinite(found).all():
             raise BadArtifact(f"{self.card.name} does not reproduce its golden window: wrong shape or not finite")
-        error = float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
+        error = float((found - recorded).abs().max() / recorded.abs().max().clamp(min=1e-6))
         allowed = GOLDEN_TOLERANCE
         if self.card.export.precision != "fp32":
             allowed = max(allowed, 2 * measured)
@@ -185,7 +185,7 @@ class Runtime:
             )
 
     def warm_up(self, tuning: Tuning) -> None:
-        """Set the chunk of samples and the batch of windows: as told, or what is fastest here, after a first run.
+        """Set the chunk of samples and the batch of windows: as tuned, or what is fastest here, after a first run.
 
         A network that is slow on a CPU keeps one of each: more gain nothing there, and its golden window was its run.
         """

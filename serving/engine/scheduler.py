@@ -37,7 +37,7 @@ Run = tuple[int, Callable[[], object]]
 
 
 class Observer(Protocol):
-    """Whoever is told what the engine does, from any lane; `penumbra.serving.telemetry` makes metrics of it."""
+    """A listener to what the engine does, called from any lane; `penumbra.serving.telemetry` makes metrics of it."""
 
     def batch_done(self, model: str, *, windows: int, capacity: int, samples: int) -> None:
         """A batch of `windows` out of `capacity` windows, with `samples` samples in all, was run."""

@@ -36,14 +36,14 @@ class AotGraph:
         """The inputs in the memory formats that were compiled. Raises ValueError for what cannot be computed."""
         if len(inputs) != len(self._inputs):
             raise ValueError(f"{self._name} is called with {len(inputs)} inputs; it takes {len(self._inputs)}")
-        for i, (tensor, wanted) in enumerate(zip(inputs, self._inputs, strict=True)):
-            fits = len(tensor.shape) == len(wanted["sizes"]) and all(
-                size == fixed for size, fixed in zip(tensor.shape, wanted["sizes"], strict=True) if fixed is not None
+        for i, (tensor, compiled) in enumerate(zip(inputs, self._inputs, strict=True)):
+            fits = len(tensor.shape) == len(compiled["sizes"]) and all(
+                size == fixed for size, fixed in zip(tensor.shape, compiled["sizes"], strict=True) if fixed is not None
             )
-            if not fits or str(tensor.dtype) != wanted["dtype"]:
+            if not fits or str(tensor.dtype) != compiled["dtype"]:
                 raise ValueError(
                     f"input {i} of {self._name} is {tensor.dtype} {list(tensor.shape)}; it was compiled for "
-                    f"{wanted['dtype']} {wanted['sizes']}, where None is any size"
+                    f"{compiled['dtype']} {compiled['sizes']}, where None is any size"
                 )
         formats = [
             torch.channels_last if w["format"] == "channels_last" else torch.contiguous_format for w in self._inputs
