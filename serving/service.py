@@ -58,8 +58,6 @@ BODIES = Bodies(SETTINGS.limit_bodies_bytes)
 APP = Starlette()
 """Carries our routes; they are filled in when the worker has built the engine."""
 APP.state.is_loaded = False
-
-
 TYPED = "The same as arrays in JSON, for bentoml.SyncHTTPClient."
 """What the OpenAPI document says of the typed route."""
 
@@ -265,13 +263,10 @@ def build_gateway(settings: Settings, telemetry: Telemetry, *, trusted_keys: Pub
 
     torch.set_num_threads(1)  # only the scheduler's lanes enter parallel regions; others would fight
     limits = Limits(
-        settings.limit_pixels, settings.limit_samples, settings.limit_queue_samples,
-        settings.limit_window_pixels,
-    )  # fmt: skip
-    tuning = Tuning(
-        settings.windows_per_batch, settings.samples_per_call, settings.deterministic,
-        target_s=settings.target_ms / 1e3,
-    )  # fmt: skip
+        settings.limit_pixels, settings.limit_samples, settings.limit_queue_samples, settings.limit_window_pixels
+    )
+    fixed = settings.model_dump(include={"windows_per_batch", "samples_per_call", "deterministic"})
+    tuning = Tuning(**fixed, target_s=settings.target_ms / 1e3)
     segmenter = Segmenter.open(
         settings.store, limits=limits, device=settings.device or None, threads=settings.threads or None,
         lanes=settings.lanes or None, tuning=tuning, observer=telemetry, trusted_keys=trusted_keys,

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from penumbra.models.errors import BadOption
-from penumbra.serving.engine.options import PILLOW_PIXELS
+from penumbra.serving.engine.options import PILLOW_PIXELS, Limits
 from penumbra.serving.engine.signature import PublicKeys, read_public_keys
 from penumbra.serving.keys import Keys, read_keys
 
@@ -34,6 +34,8 @@ def _fitting(pattern: str, expected: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+ENGINE = Limits()
+"""The engine's own limits, which are the defaults here."""
 LONGEST_S = 1e9
 """Thirty years; what waits for much longer, or for ever, is no number to the system."""
 MOST_THREADS = 1024
@@ -41,23 +43,11 @@ MOST_THREADS = 1024
 
 
 class Settings(BaseSettings):
-    """Each field is the environment variable PENUMBRA_<NAME>; the CLI's flags set the same fields.
+    """Each field is the environment variable PENUMBRA_<NAME>; docs/operate/settings.md says what it is for.
 
-    store: directory of artifacts. jobs: directory of jobs, this server's alone; job_keep_s: how long their results are
-    kept. grpc_address: host:port of gRPC, empty for none. model_control: whether callers may
-    load models of the store and unload them. watch_store_s: how often the store is looked at; 0 is never.
-    device: "cpu" or "cuda[:n]"; empty takes CUDA where there is one.
-    threads: of all inference; 0 takes one per usable core. lanes: batches at a time, which share the threads out; 0
-    takes one per thread on a CPU and one on a GPU.
-    deterministic: bytes of an answer never depend on what else is in its batch; costs the batch sizes that this
-    machine's kernels round differently. windows_per_batch, samples_per_call: 0 measures at start.
-    target_ms: of a request of one window, which bounds batches; 0 is none (docs/operate/scheduling.md). limit_*: see
-    docs/use/limits.md. cache_mb: memory for answers that are given again (docs/operate/scheduling.md); 0 keeps none.
-    log_level, log_format: docs/operate/metrics.md. revision: the commit of this server, which an image sets.
-    predrain_s: how long readiness is down before connections are closed on SIGTERM.
-    otlp_endpoint: collector of traces, empty for none.
-    api_keys, api_keys_file: `penumbra.serving.keys`; none lets everybody in. trusted_keys_file: public keys of which
-    one must have signed an artifact (`penumbra.serving.engine.signature`); none takes any artifact.
+    A 0 lets threads, lanes and the sizes of batches be found at the start, and switches watch_store_s, target_ms and
+    cache_mb off. Where a text is empty, there is no gRPC (grpc_address), CUDA is taken if there is one (device), no
+    trace is sent (otlp_endpoint), and everybody may ask (api_keys); without trusted_keys_file any artifact is taken.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
@@ -81,10 +71,10 @@ class Settings(BaseSettings):
     limit_bodies_bytes: int = Field(2**30, ge=1)
     limit_json_bytes: int = Field(8 * 2**20, ge=1)
     limit_head_bytes: int = Field(64 * 2**10, ge=1024)
-    limit_pixels: int = Field(64_000_000, ge=1, le=PILLOW_PIXELS)
-    limit_samples: int = Field(64, ge=1)
-    limit_queue_samples: int = Field(65_536, ge=1)
-    limit_window_pixels: int = Field(2**22, ge=1)
+    limit_pixels: int = Field(ENGINE.pixels, ge=1, le=PILLOW_PIXELS)
+    limit_samples: int = Field(ENGINE.samples, ge=1)
+    limit_queue_samples: int = Field(ENGINE.queue_samples, ge=1)
+    limit_window_pixels: int = Field(ENGINE.window_pixels, ge=1)
     limit_requests: int = Field(64, ge=1)
     limit_job_bytes: int = Field(4 * 2**30, ge=1)
     limit_job_pixels: int = Field(2_000_000_000, ge=1)

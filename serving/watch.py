@@ -1,8 +1,7 @@
-"""Looks at the store of a running server: newest versions that appear there are served, without a restart."""
+"""A running server's look at its store: newest versions that appear there are served, without a restart."""
 
 import logging
 import threading
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,30 +13,23 @@ if TYPE_CHECKING:  # what loads needs torch, and a sentence of the command line 
 
 log = logging.getLogger("penumbra")
 
-Files = frozenset[tuple[str, int, int]]
-"""Names, sizes and times of change."""
-Contents = dict[str, tuple[Path, Files]]
-"""Name of a model -> the directory of its newest version, and what is in it."""
+Contents = dict[str, tuple[Path, frozenset[tuple[str, int, int]]]]
+"""Name of a model -> the directory of its newest version; names, sizes and times of change of the files in it."""
 
 
 def look(store: Path) -> Contents:
     """What a store has now. Raises OSError where it cannot be read."""
-    found: Contents = {}
-    for name, numbers in versions(store).items():
-        directory = store / name / str(numbers[-1])
-        files: list[Path] = []
-        with suppress(OSError):  # one model's fault is that model's: whatever loads it says so
-            files = list(directory.iterdir())
-        found[name] = directory, frozenset(map(_state, files))
-    return found
+    newest = {name: store / name / str(numbers[-1]) for name, numbers in versions(store).items()}
+    return {name: (directory, _states(directory)) for name, directory in newest.items()}
 
 
-def _state(path: Path) -> tuple[str, int, int]:
+def _states(directory: Path) -> frozenset[tuple[str, int, int]]:
+    """Empty where a file cannot be read or is a link to nothing: whatever loads that one model says so."""
     try:
-        stat = path.stat()
-    except OSError:  # a link to nothing, or it is being taken away
-        return path.name, -1, -1
-    return path.name, stat.st_size, stat.st_mtime_ns
+        states = [(path.name, path.stat()) for path in directory.iterdir()]
+    except OSError:
+        return frozenset()
+    return frozenset((name, state.st_size, state.st_mtime_ns) for name, state in states)
 
 
 def how_to_serve(name: str) -> str:
@@ -49,7 +41,7 @@ def how_to_serve(name: str) -> str:
 
 
 class StoreWatch:
-    """Looks every few seconds, in a thread of its own.
+    """The thread that looks every few seconds.
 
     Nothing is taken away: a model that vanishes from the store is still served, and so is the version before one that
     is refused. One that a caller has unloaded comes back with its next version.
