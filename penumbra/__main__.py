@@ -96,7 +96,7 @@ def predict(
     """Segment picture files without a server; writes labels, overlay and uncertainty maps."""
     from penumbra.export.zoo import fill_store
     from penumbra.models.errors import BadOption, DiskFull, reason_of
-    from penumbra.serving.engine.options import check_options, parse_options
+    from penumbra.serving.engine.options import DEFAULT, check_options, parse_options
     from penumbra.serving.engine.segmenter import Segmenter
     from penumbra.serving.engine.store import find_artifact
     from penumbra.serving.files.predict import predict_files
@@ -106,7 +106,7 @@ def predict(
         raise BadOption("two pictures have the same name, and their files would too; predict them into two directories")
     fill_store(store)
     requested = parse_options(shared.given(options))
-    requested = dataclasses.replace(requested.with_default_maps(), model=the_model(store, model))
+    requested = dataclasses.replace(requested.with_maps((DEFAULT,)), model=the_model(store, model))
     failures = []
     with Segmenter() as segmenter:
         check_options(requested, segmenter.load(find_artifact(store, requested.model or "")), segmenter.limits)

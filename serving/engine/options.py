@@ -218,11 +218,8 @@ class SegmentOptions:
         """Name the outputs that are [H, W]."""
         return tuple(name for name in self.named(card) if name != PROBABILITIES)
 
-    def with_default_maps(self) -> "SegmentOptions":
-        """Add the default maps to those asked for: class tables have their means."""
-        return self.with_maps((DEFAULT,))
-
     def with_maps(self, names: tuple[str, ...]) -> "SegmentOptions":
+        """Put maps before those asked for, each once."""
         return replace(self, outputs=tuple(dict.fromkeys((*names, *self.outputs))))
 
 

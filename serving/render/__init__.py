@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from penumbra.models.errors import BadOption, NotAcceptable
 from penumbra.serving.engine.answer import Prediction
-from penumbra.serving.engine.options import PROBABILITIES, SegmentOptions, Style, parse_options, parse_style
+from penumbra.serving.engine.options import DEFAULT, PROBABILITIES, SegmentOptions, Style, parse_options, parse_style
 from penumbra.serving.render.arrays import write_npz, write_tiff
 from penumbra.serving.render.pictures import palette, write_png
 from penumbra.serving.render.regions import write_geojson
@@ -36,7 +36,7 @@ WRITERS: dict[str, Write] = {
 MAPLESS = ("image/png", "image/tiff")
 """Formats that show one picture, and need no map but its own."""
 WITH_MEANS = ("application/json", "application/geo+json")
-"""Formats that tell the mean of every map."""
+"""Formats that tell the mean of every map, of the default ones at least."""
 
 WITH_PROBABILITIES = "application/x-npz"
 """The format that holds arrays of any shape."""
@@ -48,7 +48,7 @@ def parse_request(media: str, fields: Mapping[str, str]) -> tuple[SegmentOptions
     options = parse_options(fields).with_maps(style.maps)
     if PROBABILITIES in options.outputs and media != WITH_PROBABILITIES:
         raise BadOption(f"outputs has {PROBABILITIES}, which {media} cannot hold; ask for {WITH_PROBABILITIES}")
-    return (options.with_default_maps() if media in WITH_MEANS else options), style
+    return (options.with_maps((DEFAULT,)) if media in WITH_MEANS else options), style
 
 
 def render(prediction: Prediction, media: str, style: Style) -> bytes:
