@@ -271,5 +271,5 @@ def _reason(error: BaseException) -> str:
 
 def _plain(text: str) -> str:
     """Take GDAL's first line without the name of the file, which is not the caller's."""
-    text = re.sub(r"['\"]?(GTIFF_DIR:\S*?)?/\S+\s*|^\S+(, band \d+)?: ?", "", text.partition("\n")[0])
+    text = re.sub(r"['\"]?(GTIFF_DIR:\S*?)?/\S+\s*|\S+, band \d+: ?|^\S+: ?", "", text.partition("\n")[0])
     return text[:120]

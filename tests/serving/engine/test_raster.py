@@ -528,8 +528,8 @@ def test_a_damaged_scan_of_jpeg_in_tiff_is_refused_or_warned_about(rng: np.rando
 
 
 def test_no_name_of_ours_is_in_a_refusal(rgb: np.ndarray) -> None:
-    data = tiff(rgb, compress="deflate")
-    for broken in (data[: len(data) // 2], data[:200] + bytes(300) + data[500:], data[:40]):
+    data, inks = tiff(rgb, compress="deflate"), pillows(Image.fromarray(rgb).convert("CMYK"))
+    for broken in (data[: len(data) // 2], data[:200] + bytes(300) + data[500:], data[:40], inks[: len(inks) // 2]):
         with pytest.raises(BadImage) as caught:
             opened(broken).load()
         assert "vsimem" not in str(caught.value) and ".tif" not in str(caught.value)
