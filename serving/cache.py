@@ -26,7 +26,7 @@ Key = tuple[bytes, tuple[int, ...], SegmentOptions]
 
 
 def key_of(image: bytes | NDArray[np.uint8], card: Card, options: SegmentOptions) -> Key:
-    """Everything that changes an answer, and nothing that does not: its deadline and priority are left out.
+    """Make a key of everything that changes an answer, and nothing that does not: deadline and priority are left out.
 
     options: as `penumbra.serving.engine.plan.resolve` gives them.
     """
@@ -38,13 +38,13 @@ def key_of(image: bytes | NDArray[np.uint8], card: Card, options: SegmentOptions
 
 @dataclass(slots=True)
 class Leader:
-    """The one of several equal requests that works, and what has become of it."""
+    """A leader is the one of several equal requests that works; outcome: what has become of it."""
 
     outcome: Literal["", "done", "given up"] = ""
 
 
 class AnswerCache:
-    """Predictions by key; safe from any thread. Arrays of those that are kept can only be read."""
+    """A cache keeps predictions by key, and is safe from any thread. Arrays of those that are kept can only be read."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes, self._bytes = limit_bytes, 0
@@ -78,7 +78,7 @@ class AnswerCache:
                 self._changed.notify_all()
 
     def _join(self, key: Key, cancelled: Cancellation, *, until: float) -> "Leader | None":
-        """The leader, for the one that is to work; None for one that has waited for another."""
+        """Return a leader for the one that is to work; None for one that has waited for another."""
         with self._changed:
             while leader := self._in_work.get(key):
                 while not leader.outcome and not cancelled.is_set() and (left_s := until - time.monotonic()) > 0:
@@ -92,7 +92,7 @@ class AnswerCache:
             self._changed.notify_all()
 
     def find(self, key: Key, card: Card) -> Prediction | None:
-        """A prediction of the very artifact that is loaded, with its age; None where there is none."""
+        """Find a prediction of the very artifact that is loaded, with its age; None where there is none."""
         with self._changed:
             if key not in self._kept or self._kept[key][0].card is not card:
                 return None

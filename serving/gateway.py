@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Task(Generic[T]):
-    """One request on its way through a request thread. deadline: a time of `time.perf_counter`."""
+    """A task is one request on its way through a request thread. deadline: a time of `time.perf_counter`."""
 
     image: bytes | NDArray[np.uint8]
     runtime: Runtime
@@ -47,7 +47,7 @@ class Task(Generic[T]):
     cancelled: Cancellation = field(default_factory=Cancellation)
 
     def check(self) -> None:
-        """Raises Cancelled or DeadlineExceeded where nobody waits for the answer any longer."""
+        """Raise Cancelled or DeadlineExceeded where nobody waits for the answer any longer."""
         if self.cancelled.is_set():
             raise Cancelled("the request was cancelled")
         if time.perf_counter() > self.deadline:
@@ -59,7 +59,7 @@ class Task(Generic[T]):
 
 
 class Gateway:
-    """Stands between protocols and engine. State: starting -> ready -> draining."""
+    """A gateway stands between protocols and engine. State: starting -> ready -> draining."""
 
     def __init__(
         self, segmenter: Segmenter, telemetry: Telemetry, *, limit_requests: int, timeout_s: float, cache_bytes: int = 0
@@ -83,7 +83,7 @@ class Gateway:
         return all(is_alive() for is_alive in self.vital)
 
     def check_admission(self) -> None:
-        """What is asked before a request costs anything. Raises NotReady and QueueFull."""
+        """Check what a request may be refused for before it costs anything. Raises NotReady and QueueFull."""
         if self.state == "starting":
             raise NotReady(LOADING)
         if self._inflight >= self._limit_requests:
@@ -121,7 +121,7 @@ class Gateway:
             self._inflight -= 1
 
     async def _run(self, task: "Task[T]", gone: Callable[[], Awaitable[None]] | None) -> tuple[Prediction, T]:
-        """The outcome of a thread's work, or why nobody waits for it any longer, whichever is first.
+        """Wait for the outcome of a thread's work, or for why nobody waits for it any longer, whichever is first.
 
         The thread then ends by itself, at once where it waits for windows; until then its successor may wait for it.
         """
@@ -141,7 +141,7 @@ class Gateway:
                 end.cancel()
 
     def _work(self, box: "list[Task[T]]") -> tuple[Prediction, T]:
-        """The whole way of one image, in a request thread."""
+        """Take one image the whole way, in a request thread."""
         task = box.pop()
         request, card = task.request, task.runtime.card
         array = None if isinstance(task.image, bytes) else check_array(task.image, self.segmenter.limits)
@@ -164,7 +164,7 @@ class Gateway:
         return prediction, body
 
     def _alone(self, key: Key | None, task: "Task[T]") -> AbstractContextManager[None]:
-        """Waits while an equal request is worked on, except where that could take the time of an early answer."""
+        """Wait while an equal request is worked on, except where that could take the time of an early answer."""
         has_no_time = task.options.anytime and task.options.deadline_ms is not None
         if not self._cache or not key or has_no_time:
             return nullcontext()
@@ -172,7 +172,7 @@ class Gateway:
         return self._cache.first(key, timeout_s=left_s, cancelled=task.cancelled)
 
     def _recall(self, key: Key, card: Card) -> Prediction | None:
-        """What is kept of an equal request."""
+        """Look for what is kept of an equal request."""
         assert self._cache
         kept = self._cache.find(key, card)
         self.telemetry.cache_asked(hit=kept is not None)

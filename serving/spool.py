@@ -39,7 +39,7 @@ SCRATCH = "writing.tif"
 
 
 class RowFile:
-    """An array [H, W] in a file, by slices of rows. Rows are written from the top and are on the disk afterwards."""
+    """A row file is an array [H, W] on disk, by slices of rows, which are written from the top and synced."""
 
     def __init__(self, path: Path, shape: tuple[int, int], dtype: type[np.generic]) -> None:
         self._path, self.shape, self.dtype = path, shape, np.dtype(dtype)
@@ -60,12 +60,12 @@ class RowFile:
 
     @property
     def num_rows(self) -> int:
-        """Whole rows that were written."""
+        """Count the whole rows that were written."""
         return self._path.stat().st_size // self._row_bytes if self._path.exists() else 0
 
 
 class Spool:
-    """The arrays of one answer in a directory. Used by one thread at a time.
+    """A spool has the arrays of one answer in a directory. It is used by one thread at a time.
 
     source: what the image is, in a word that changes when it does.
     """
@@ -73,7 +73,7 @@ class Spool:
     def __init__(
         self, directory: Path, segmenter: Segmenter, image: Raster, options: SegmentOptions, *, source: str
     ) -> None:
-        """Takes over what the directory holds of the same answer, and removes what it holds of another.
+        """Take over what the directory holds of the same answer, and remove what it holds of another.
 
         Raises BadOption where it holds something that no spool wrote.
         """
@@ -116,7 +116,7 @@ class Spool:
 
 
 def _own(directory: Path) -> tuple[str, set[str]]:
-    """What a directory is the spool of, and the names of the spool's files in it; empty where it is none yet."""
+    """Read what a directory is the spool of, and the names of the spool's files in it; empty where it is none yet."""
     try:
         names = {path.name for path in directory.iterdir()}
         facts = json.loads((directory / MARK).read_text())
@@ -126,7 +126,7 @@ def _own(directory: Path) -> tuple[str, set[str]]:
 
 
 def _key_in(directory: Path) -> str:
-    """What a directory is the spool of. Raises BadOption where it is, or holds, something else."""
+    """Read what a directory is the spool of. Raises BadOption where it is, or holds, something else."""
     try:
         key, own = _own(directory)
         others = {path.name for path in directory.iterdir()} - own
@@ -143,7 +143,7 @@ def _key_in(directory: Path) -> str:
 
 @contextmanager
 def disk() -> Iterator[None]:
-    """Names what the disk refuses: a DiskFull in place of an OSError, for want of room or of leave."""
+    """Name what the disk refuses: a DiskFull in place of an OSError, for want of room or of leave."""
     try:
         yield
     except OSError as error:
@@ -155,5 +155,5 @@ def disk() -> Iterator[None]:
 
 
 def spool_bytes(height: int, width: int, options: SegmentOptions, card: Card) -> int:
-    """Disk that an answer's arrays take."""
+    """Count the bytes of disk that an answer's arrays take."""
     return height * width * (1 + 4 * len(options.maps(card)))

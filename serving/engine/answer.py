@@ -16,7 +16,7 @@ from penumbra.serving.engine.request import Progress, QueuedRequest
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One image's answer at the image's size.
+    """A prediction is one image's answer at the image's size.
 
     labels_HW: uint8 class ids. maps: float32 [H, W] by name, uncertainties in nats
     (`penumbra.serving.engine.uncertainty`). timing_ms: milliseconds by phase. num_windows: windows that were run.
@@ -93,7 +93,7 @@ def collect(
 
 
 def _count_ignored(labels_HW: NDArray[np.uint8], request: QueuedRequest) -> tuple[int, float | None]:
-    """Pixels that hold no measurement, and the share of the others whose label was withheld, if any could be.
+    """Count pixels that hold no measurement, and the share of the others whose label was withheld, if any could be.
 
     By the image itself, where both can be: a label does not say why it is IGNORE, and a part of the answer may be
     another process's.
@@ -112,7 +112,7 @@ def _count_ignored(labels_HW: NDArray[np.uint8], request: QueuedRequest) -> tupl
 
 
 def _warnings(request: QueuedRequest) -> tuple[str, ...]:
-    """What a caller should know: of the image, and of windows, samples or a risk that are not the usual ones."""
+    """Say what a caller should know: of the image, and of windows, samples or a risk that are not the usual ones."""
     plan, card, options = request.plan, request.plan.card, request.plan.options
     warnings = request.image_HW3.warnings
     trained, run = card.window.trained, (plan.windows.window_height, plan.windows.window_width)

@@ -15,7 +15,7 @@ from penumbra.serving.engine.windows import Window, WindowPlan
 
 
 class Canvas:
-    """Accumulates windows and hands finished rows out. Used by one thread: the request's."""
+    """A canvas accumulates windows and hands finished rows out. It is used by one thread: the request's."""
 
     def __init__(self, plan: WindowPlan, num_classes: int, *, num_extras: int = 0, first_row: int = 0) -> None:
         """first_row: of windows, where the plan is not run from its beginning."""
@@ -54,7 +54,7 @@ class Canvas:
             blend(self._extras_hEW[rows, :, columns], moments.extras_hEw[inside_y, :, inside_x], share, column_weight)
 
     def _take(self, moments: Moments, rows: slice, columns: slice) -> None:
-        """The only window of a plan is the image; there is nothing to blend it with."""
+        """Take the only window of a plan as the image; there is nothing to blend it with."""
         mean = np.float32(1 / moments.num_samples)
         self._merged_hKW = np.ascontiguousarray(moments.summed_hKw[rows, :, columns])
         self._entropy_hW = np.ascontiguousarray(moments.entropy_hw[rows, columns])
@@ -64,7 +64,7 @@ class Canvas:
             self._extras_hEW = np.ascontiguousarray(moments.extras_hEw[rows, :, columns])
 
     def finished(self, window: Window) -> Iterator[tuple[int, FloatArray, FloatArray, FloatArray]]:
-        """After adding `window`: rows that no later window touches, as (y0, merged_hKW, expected_hW, extras_hEW).
+        """Yield rows that no window after `window` touches, as (y0, merged_hKW, expected_hW, extras_hEW).
 
         At most one band: nothing unless the window was the last of its row. merged is what samples and windows were
         averaged to, probabilities or logits, and a view that is valid until the iterator goes on.

@@ -6,7 +6,7 @@ from penumbra.models.errors import BadOption
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name, `cpu`, `cuda` or `cuda:n`; of no name a GPU, or the CPU where there is none.
+    """Find a device by name, `cpu`, `cuda` or `cuda:n`; without a name a GPU, or the CPU where there is none.
 
     Raises BadOption where this machine has no such device.
     """

@@ -66,7 +66,7 @@ def blend(canvas_hKw: FloatArray, piece_hKw: FloatArray, row_weight: FloatArray,
 def read_out(
     prob_hKw: FloatArray, expected_hw: FloatArray
 ) -> tuple[NDArray[np.uint8], FloatArray, FloatArray, FloatArray, FloatArray]:
-    """labels, confidence, margin, entropy and mutual information, each [h, w]."""
+    """Compute labels, confidence, margin, entropy and mutual information, each [h, w]."""
     assert COMPILED and prob_hKw.flags.c_contiguous and expected_hw.flags.c_contiguous
     rows, classes, columns = prob_hKw.shape
     assert expected_hw.shape == (rows, columns)

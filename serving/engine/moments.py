@@ -27,8 +27,11 @@ Spread = Callable[[Callable[[range], None], Iterable[range]], Iterable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Sums over `num_samples` samples of one window: of what the card averages (`Readout.average`), probabilities or
-    logits, as summed_hKw, and of H(p) in nats as entropy_hw. extras_hEw: a method's own maps, no sums."""
+    """Moments are sums over `num_samples` samples of one window.
+
+    summed_hKw: of what the card averages (`Readout.average`), probabilities or logits. entropy_hw: of H(p) in nats.
+    extras_hEw: a method's own maps, no sums.
+    """
 
     summed_hKw: FloatArray
     entropy_hw: FloatArray
@@ -37,7 +40,7 @@ class Moments:
 
 
 def empty_sums(num_classes: int, height: int, width: int) -> tuple[FloatArray, FloatArray]:
-    """Zeroed summed_hKw and entropy_hw to accumulate into."""
+    """Make zeroed summed_hKw and entropy_hw to accumulate into."""
     return np.zeros((height, num_classes, width), np.float32), np.zeros((height, width), np.float32)
 
 
@@ -75,7 +78,7 @@ def _accumulate_compiled(
 
 
 def accumulate_banded(logits_SKhw: Tensor, prob_hKw: FloatArray, entropy_hw: FloatArray, *, readout: Readout) -> None:
-    """The plain form: resize, softmax and entropy, one band of output rows after another, on any device.
+    """Accumulate in the plain form: resize, softmax and entropy, one band of output rows after another, on any device.
 
     Bands are summed where the logits are, and leave the device once.
     """
@@ -105,7 +108,7 @@ def _resize_columns(lines_SKhw: Tensor, width: int, *, align_corners: bool) -> T
 
 
 def _sources(length: int, size: int, *, align_corners: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """For every output position: the input positions around it, and how far it is from the first (as torch)."""
+    """Find the input positions around every output position, and how far it is from the first (as torch)."""
     at = torch.arange(size, dtype=torch.float32)
     if align_corners:
         at = at * (torch.tensor(length - 1.0) / max(size - 1, 1))
@@ -119,7 +122,7 @@ def _sources(length: int, size: int, *, align_corners: bool) -> tuple[Tensor, Te
 def _accumulate_features(
     logits_SKhw: Tensor, prob_hKw: FloatArray, entropy_hw: FloatArray, *, readout: Readout
 ) -> None:
-    """A published protocol's order: softmax at feature resolution, mean over samples, then the resize."""
+    """Follow a published protocol's order: softmax at feature resolution, mean over samples, then the resize."""
     log_p = torch.log_softmax(logits_SKhw.float() / readout.temperature, dim=1)
     p_SKhw = log_p.exp()
     entropy_hw_low = -(p_SKhw * log_p).sum((0, 1))
@@ -130,7 +133,7 @@ def _accumulate_features(
 
 
 def _accumulate_logits(logits_SKhw: Tensor, sum_hKw: FloatArray, entropy_hw: FloatArray, *, readout: Readout) -> None:
-    """A published protocol's average of logits: their sum in place of the probabilities'; entropies as ever."""
+    """Average logits as a published protocol does: their sum in place of the probabilities'; entropies as ever."""
     for logits_Khw in logits_SKhw.float() / readout.temperature:
         full = resize(logits_Khw[None], entropy_hw.shape, readout)[0]
         log_p = torch.log_softmax(full, dim=0)
@@ -139,5 +142,5 @@ def _accumulate_logits(logits_SKhw: Tensor, sum_hKw: FloatArray, entropy_hw: Flo
 
 
 def resize(x_NDhw: Tensor, size: tuple[int, ...], readout: Readout) -> Tensor:
-    """Bilinear resize by the card's rule."""
+    """Resize bilinearly by the card's rule."""
     return F.interpolate(x_NDhw.float(), size=size, mode="bilinear", align_corners=readout.align_corners)

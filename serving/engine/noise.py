@@ -13,13 +13,13 @@ from penumbra.serving.engine.kernels import FloatArray
 
 
 class NoiseSource(Protocol):
-    """Gives noise_SL of one window, for all samples of a request."""
+    """A noise source gives noise_SL of one window, for all samples of a request."""
 
     def draw(self, window_index: int) -> FloatArray: ...
 
 
 class SeededNoise:
-    """Noise of one request by the card's distribution: standard normal latents, dropout masks, or nothing ([S, 0]).
+    """Seeded noise follows the card's distribution: standard normal latents, dropout masks, or nothing ([S, 0]).
 
     Masks are 0 or 1 / keep, so that the expected activation is unchanged.
     """

@@ -16,7 +16,7 @@ NORMAL = 2
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RequestPlan:
-    """A request that can be answered: its model, its options with their defaults set, its windows and its prompt."""
+    """A request that can be answered has a model, options with their defaults set, windows, noise and a prompt."""
 
     runtime: Runtime
     options: SegmentOptions
@@ -42,7 +42,7 @@ class RequestPlan:
 
     @property
     def is_anytime(self) -> bool:
-        """Whether fewer samples, the same of every window, are better than a missed deadline."""
+        """Tell whether fewer samples, the same of every window, are better than a missed deadline."""
         return self.options.anytime and self.sampling.kind in ("latent", "dropout")
 
     @property
@@ -51,12 +51,12 @@ class RequestPlan:
 
     @property
     def abstain_above(self) -> float | None:
-        """Entropy in nats above which a label is withheld; None where no risk is bounded."""
+        """Give the entropy in nats above which a label is withheld; None where no risk is bounded."""
         return None if self.options.max_risk is None else abstain_above(self.card, self.options.max_risk)
 
 
 def resolve(options: SegmentOptions, card: Card, limits: Limits) -> SegmentOptions:
-    """The options with the model's name, version and number of samples. Raises BadOption for what no image mends."""
+    """Set the model's name, version and number of samples in options. Raises BadOption for what no image mends."""
     return replace(options, model=card.name, version=card.version, samples=check_options(options, card, limits))
 
 
@@ -78,7 +78,7 @@ def plan_request(
 
 
 def check_long(options: SegmentOptions) -> None:
-    """Raises BadOption for what only images have that are answered at once."""
+    """Raise BadOption for what only images have that are answered at once."""
     requested = {
         PROBABILITIES: PROBABILITIES in options.outputs, "deadline_ms": options.deadline_ms is not None,
         "anytime": options.anytime,

@@ -33,7 +33,7 @@ Finished = tuple[Window, Moments]
 
 
 class Cancellation(threading.Event):
-    """The word that nobody waits for an answer any longer; it wakes whoever waits for something else meanwhile."""
+    """A cancellation says that nobody waits for an answer any longer; it wakes whoever waits for something else."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Cancellation(threading.Event):
 
 @dataclass(slots=True, eq=False)
 class PriorityClass:
-    """The requests of one priority.
+    """The requests of one priority share a class.
 
     virtual_time: of the class among the classes. request_time: that of the request which it served last.
     """
@@ -69,7 +69,7 @@ class PriorityClass:
 
 
 class QueuedRequest:
-    """A request that runs while it is iterated. It enters the queue with the first band, and what has not run leaves
+    """A request runs while it is iterated. It enters the queue with the first band, and what has not run leaves
     it when the caller stops, so that nothing stays there that nobody waits for. Iterate once.
 
     Bands are the answer's rows as they become final. Where it is `anytime`, fewer samples can be found to be enough
@@ -102,7 +102,10 @@ class QueuedRequest:
         return self.bands()
 
     def bands(self, progress: Progress = lambda num_done, num_windows: None) -> Generator[Band]:
-        """Run it. progress: called at first and after every window. Raises any PenumbraError."""
+        """Run the request and yield its bands. progress: called at first and after every window.
+
+        Raises any PenumbraError.
+        """
         card, windows = self.plan.card, self.plan.windows
         with self._scheduler.submit(self):
             progress(self.first_window, windows.num_windows)
@@ -135,7 +138,7 @@ class QueuedRequest:
         return band
 
     def finished(self) -> Iterator[Finished]:
-        """Finished windows in the plan's order, once it is submitted.
+        """Yield finished windows in the plan's order, once the request is submitted.
 
         Where the moments have another number of samples than those before, windows come from the first one on again.
         """
@@ -155,7 +158,7 @@ class QueuedRequest:
                 due += 1
 
     def _wait(self) -> Finished:
-        """The next window that is ready. Raises what ends the request once it is known."""
+        """Wait for the next window that is ready. Raises what ends the request once it is known."""
         while True:
             left_s = min(max(self.deadline - time.perf_counter(), 0.0), threading.TIMEOUT_MAX)
             answer: Finished | PenumbraError | None = None
@@ -205,12 +208,12 @@ class QueuedRequest:
 
     @property
     def num_windows(self) -> int:
-        """Windows to run."""
+        """Count the windows to run."""
         return self.plan.windows.num_windows - self.first_window
 
     @property
     def first_window(self) -> int:
-        """Its index in the plan."""
+        """Give the first window's index in the plan."""
         return self._first_row * len(self.plan.windows.starts_x)
 
     @property
@@ -218,12 +221,12 @@ class QueuedRequest:
         return self.plan.windows.window_height * self.plan.windows.window_width
 
     def samples_within(self, most: int) -> int:
-        """The samples of a window that is still to come, where no more than `most` are taken if that can be chosen."""
+        """Count the samples of a coming window, if no more than `most` are taken where that can be chosen."""
         return min(most, self.plan.num_samples) if self.plan.is_anytime and not self.started else self.num_samples
 
     @property
     def reserved(self) -> int:
-        """What it counts in the queue: windows x samples without an answer."""
+        """Count what the request takes of the queue: windows x samples without an answer."""
         return 0 if self.in_background else self.unanswered * self.num_samples
 
     @property
@@ -235,16 +238,16 @@ class QueuedRequest:
 
     @property
     def has_room(self) -> bool:
-        """Windows for every lane and one batch more may be ahead of what was stitched."""
+        """Tell whether a window may run: those for every lane and one batch more may be ahead of what was stitched."""
         return self.untaken > 0 and self.ahead <= (self._lanes + 1) * self.plan.runtime.windows_per_batch
 
     @property
     def precedence(self) -> tuple[float, int, float]:
-        """The least of all is served next."""
+        """Rank the request; the least of all is served next."""
         return self.priority_class.virtual_time, self.priority_class.priority, self.virtual_time
 
     def take(self) -> Window:
-        """The next window, at the cost of the request's virtual time and its class's."""
+        """Take the next window, at the cost of the request's virtual time and its class's."""
         self.started = self.started or time.perf_counter()
         self.priority_class.request_time = self.virtual_time
         self.untaken -= 1
@@ -254,7 +257,7 @@ class QueuedRequest:
         return next(self._windows)
 
     def ending(self, now: float) -> PenumbraError | None:
-        """Why the request is over before it is answered, if it is."""
+        """Say why the request is over before it is answered, if it is."""
         if self.cancelled.is_set():
             return Cancelled("the request was cancelled")
         if now > self.deadline:

@@ -49,7 +49,7 @@ FEW = 3
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """How batch and chunk sizes are found.
+    """A tuning says how batch and chunk sizes are found.
 
     windows_per_batch, samples_per_call: fixed sizes; 0 chooses by measurement. budget_s: time for that, per model.
     deterministic: take only batch sizes up to which every window's result has the same bytes as alone.
@@ -65,7 +65,7 @@ class Tuning:
 
 @dataclass(frozen=True, slots=True)
 class WindowInput:
-    """One window's input: pixels normalised to float32 [h, w, 3], its noise_SL, and its prompt if there is one."""
+    """A window's input is pixels normalised to float32 [h, w, 3], its noise_SL, and its prompt if there is one."""
 
     image_hw3: FloatArray
     noise_SL: FloatArray
@@ -73,7 +73,7 @@ class WindowInput:
 
 
 class Runtime:
-    """Encodes each window once and decodes its samples in chunks, so memory is bounded by batch and chunk.
+    """A runtime encodes each window once and decodes its samples in chunks, so memory is bounded by batch and chunk.
 
     windows_per_batch, samples_per_call: chosen by `warm_up` from measurement.
     """
@@ -90,7 +90,7 @@ class Runtime:
         self._rows = ThreadPoolExecutor(threads, thread_name_prefix="rows")
 
     def run(self, inputs: Sequence[WindowInput]) -> list[Moments | ModelFault]:
-        """Moments of every window, in order. All inputs have one S, and all have a prompt or none has.
+        """Compute the moments of every window, in order. All inputs have one S, and all have a prompt or none has.
 
         A window whose logits or own maps are not finite is answered with a ModelFault; its neighbours are unharmed.
         """
@@ -134,7 +134,7 @@ class Runtime:
         ]
 
     def _extras(self, features: Features, height: int, width: int) -> FloatArray | None:
-        """The network's own maps at the windows' size, [B, h, E, w]; None where it has none."""
+        """Give the network's own maps at the windows' size, [B, h, E, w]; None where it has none."""
         if not self.card.extra_maps:
             return None
         extras_BEhw = resize(features[-1], (height, width), self.card.readout)
@@ -170,7 +170,7 @@ class Runtime:
         self._check_near(found, recorded.logits_SBKhw, self.card.export.parity.relative)
 
     def _check_near(self, found: Tensor, recorded: Tensor, measured: float) -> None:
-        """measured: the relative error at export, which half precisions may have twice."""
+        """Check a tensor. measured: the relative error at export, which half precisions may have twice."""
         assert self.card.export
         if found.shape != recorded.shape or not torch.isfinite(found).all():
             raise BadArtifact(f"{self.card.name} does not reproduce its golden window: wrong shape or not finite")
@@ -224,7 +224,7 @@ class Runtime:
         )  # fmt: skip
 
     def core_seconds_per_pixel(self) -> Iterator[tuple[int, float]]:
-        """A window's, with one sample where that is possible, as measured now, and with the usual number.
+        """Measure a window with one sample, where that is possible, and with the usual number of them.
 
         A slow network never ran with the usual number: what that takes is computed from its encoder and one sample.
         """
@@ -295,7 +295,7 @@ class Runtime:
 
 
 def _core_seconds(started: float) -> float:
-    """Time since then, times the cores of this lane."""
+    """Give the time since then, times the cores of this lane."""
     return (time.perf_counter() - started) * torch.get_num_threads()
 
 
@@ -309,5 +309,5 @@ def _same_bytes(one: Moments | ModelFault, other: Moments | ModelFault) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that a smaller batch may succeed, whichever backend on whichever device raises it."""
+    """Tell whether an exception means that a smaller batch may succeed, whichever backend or device raises it."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(SHORTAGE.search(str(error)))

@@ -37,7 +37,7 @@ Run = tuple[int, Callable[[], object]]
 
 
 class Observer(Protocol):
-    """A listener to what the engine does, called from any lane; `penumbra.serving.telemetry` makes metrics of it."""
+    """An observer hears what the engine does, from any lane; `penumbra.serving.telemetry` makes metrics of it."""
 
     def batch_done(self, model: str, *, windows: int, capacity: int, samples: int) -> None:
         """A batch of `windows` out of `capacity` windows, with `samples` samples in all, was run."""
@@ -51,7 +51,7 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Windows that are run together: of one model, with one number of samples each, on so many cores."""
+    """A batch is windows that are run together: of one model, with one number of samples each, on so many cores."""
 
     runtime: Runtime
     num_samples: int
@@ -60,7 +60,7 @@ class Batch:
 
 
 class Scheduler:
-    """Runs the windows of requests in its lanes, which are the only threads that enter a torch parallel region."""
+    """A scheduler runs windows in its lanes, which are the only threads that enter a torch parallel region."""
 
     def __init__(
         self, *, queue_samples: int, cores: Cores, observer: Observer | None = None, target_s: float = 0.0
@@ -119,7 +119,7 @@ class Scheduler:
 
     @property
     def queued(self) -> tuple[int, int]:
-        """Windows, and windows x samples, that were admitted and are not yet answered."""
+        """Count windows, and windows x samples, that were admitted and are not yet answered."""
         with self._condition:
             return sum(request.unanswered for request in self._requests), self._reserved
 
@@ -149,7 +149,7 @@ class Scheduler:
         return int(min(60, 1 + self._reserved / self._samples_per_s)) if self._samples_per_s else 1
 
     def consumed(self, request: QueuedRequest) -> None:
-        """A request's thread took a window's moments, so that it has room for another one."""
+        """Note that a request's thread took a window's moments, so that it has room for another one."""
         with self._condition:
             request.ahead -= 1
             self._condition.notify_all()
@@ -207,7 +207,7 @@ class Scheduler:
 
     @property
     def _has_place(self) -> bool:
-        """Whether one lane more may begin."""
+        """Tell whether one lane more may begin."""
         return self._free >= self._cores.least and self._working < self._most_working and not self._stepped_back
 
     def _take_call(self) -> Run:
@@ -215,7 +215,7 @@ class Scheduler:
         return self._free, partial(_resolve, future, function)
 
     def _take(self) -> Run | None:
-        """The next batch: the request that is served next, and others whose windows fit beside its own."""
+        """Make the next batch: of the request that is served next, and of others whose windows fit beside its own."""
         self._end_withdrawn()
         self._throughput.fit_samples(self._requests)
         ready = [request for request in self._requests if request.has_room]
@@ -321,7 +321,7 @@ class Scheduler:
         request.answers.put(error)
 
     def _abandon(self) -> None:
-        """A lane ends, and all with it: nobody may wait for them, whatever ended it."""
+        """End all lanes with one that ends: nobody may wait for them, whatever ended it."""
         with self._condition:
             self._draining = self._stopped = True
             for request in list(self._requests):
@@ -340,7 +340,7 @@ def _input_of(request: QueuedRequest, window: Window, num_samples: int) -> Windo
 
 
 def _fault_of(error: Exception, model: str) -> PenumbraError:
-    """What a request is told: the image's own fault, as a file that breaks off under the last rows, or the model's."""
+    """Choose whose fault ends a request: the image's, as a file that breaks off under the last rows, or the model's."""
     if isinstance(error, PenumbraError):
         return error
     log.error("%s failed on a batch of windows", model, exc_info=error)

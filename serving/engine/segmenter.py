@@ -41,7 +41,7 @@ memory; one that is loaded by its number stays until the next is loaded."""
 
 
 class Segmenter:
-    """Loaded models and the scheduler that runs them. Methods may be called from any thread."""
+    """A segmenter has the loaded models and the scheduler that runs them. Methods may be called from any thread."""
 
     def __init__(
         self, *, limits: Limits | None = None, device: str | None = None, threads: int | None = None,
@@ -71,7 +71,7 @@ class Segmenter:
 
     @classmethod
     def open(cls, store: Path, **options: object) -> "Segmenter":
-        """A segmenter with the newest version of every model in a store.
+        """Make a segmenter with the newest version of every model in a store.
 
         A broken artifact is logged, listed in `refused` with the reason, and does not keep the others away.
         """
@@ -140,11 +140,11 @@ class Segmenter:
             self._runtimes = {**others, name: rest} if rest else others
 
     def cards(self) -> list[Card]:
-        """Cards of all loaded models, by name and version."""
+        """List the cards of all loaded models, by name and version."""
         return [loaded[v].card for _, loaded in sorted(self._runtimes.items()) for v in sorted(loaded)]
 
     def find(self, name: str | None, version: int | None = None) -> Runtime:
-        """A loaded model; None stands for the only one, and for its newest version. Raises UnknownModel, BadOption."""
+        """Find a loaded model; None is the only one, and its newest version. Raises UnknownModel, BadOption."""
         runtimes = self._runtimes  # loading and unloading put another dictionary in its place
         known = ", ".join(sorted(runtimes)) or "none"
         if name is None:
@@ -161,7 +161,7 @@ class Segmenter:
     def plan(
         self, height: int, width: int, options: SegmentOptions, *, limits: Limits | None = None
     ) -> RequestPlan:  # fmt: skip
-        """What a request for an image of this size runs. Raises what can be refused before the pixels are looked at."""
+        """Plan a request for an image of this size. Raises all that can be refused before the pixels are looked at."""
         limits = limits or self.limits
         runtime = self.find(options.model, options.version)
         return plan_request(runtime, resolve(options, runtime.card, limits), height, width, limits=limits)
@@ -170,7 +170,7 @@ class Segmenter:
         self, image_HW3: Pixels, options: SegmentOptions, *, noise: NoiseSource | None = None,
         cancelled: threading.Event | None = None, deadline: float = float("inf"),
     ) -> QueuedRequest:  # fmt: skip
-        """The answer in bands of rows, for images that are not to be held in memory twice: uint8 RGB [H, W, 3].
+        """Answer in bands of rows, for images that are not to be held in memory twice: uint8 RGB [H, W, 3].
 
         noise: replaces the seeded noise, for protocols that prescribe their own. Raises any PenumbraError.
         """
@@ -183,10 +183,10 @@ class Segmenter:
     def bands_from(
         self, y: int, image_HW3: Pixels, options: SegmentOptions, *, limits: Limits, cancelled: threading.Event
     ) -> QueuedRequest:
-        """Long work that goes on where it ended: the band that holds row y, and those after it.
+        """Go on with long work where it ended: from the band that holds row y.
 
-        It is bounded by `limits` in place of the segmenter's own and takes no place in the queue, so the caller bounds
-        how many run at a time.
+        The work is bounded by `limits` in place of the segmenter's own and takes no place in the queue, so the caller
+        bounds how many run at a time.
         """
         check_long(options)
         image = check_array(image_HW3, limits)
@@ -198,7 +198,7 @@ class Segmenter:
         self, image_HW3: Pixels, options: SegmentOptions, *, noise: NoiseSource | None = None,
         cancelled: threading.Event | None = None, deadline: float = float("inf"),
     ) -> Prediction:  # fmt: skip
-        """Labels and uncertainty of one image: uint8 RGB [H, W, 3]. Raises any PenumbraError."""
+        """Give labels and uncertainty of one image: uint8 RGB [H, W, 3]. Raises any PenumbraError."""
         return collect(self.bands(image_HW3, options, noise=noise, cancelled=cancelled, deadline=deadline))
 
     def close(self) -> None:

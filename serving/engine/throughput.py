@@ -18,7 +18,7 @@ SPARE = 0.8
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """How processor cores are shared out to the batches that run at a time.
+    """Processor cores are shared out to the batches that run at a time.
 
     threads: all cores. lanes: batches at a time, at most. widen: whether a window has more cores while there are fewer
     windows than lanes; how many it has may change how its sums are rounded.
@@ -30,16 +30,16 @@ class Cores:
 
     @property
     def least(self) -> int:
-        """The cores that every batch has."""
+        """Count the cores that every batch has."""
         return self.threads // self.lanes
 
     def of_batch(self, num_windows: int) -> int:
-        """The cores of a batch while there are so many windows."""
+        """Count the cores of a batch while there are so many windows."""
         return max(self.least, self.threads // num_windows) if self.widen else self.least
 
 
 class SecondsBySize:
-    """Seconds by size (of samples, or of windows); straight lines between what was measured, from (0, 0) on.
+    """Seconds depend on a size (of samples, or of windows) by straight lines between measurements, from (0, 0) on.
 
     The first guess for a size below all that were measured leaves out what any size costs, so it is too small;
     measuring it once corrects it. Whatever slows one size down slows all.
@@ -57,7 +57,7 @@ class SecondsBySize:
         return size in self._known
 
     def seconds(self, size: int) -> float:
-        """0 while nothing is known."""
+        """Predict the seconds of a size; 0 while nothing is known."""
         points = sorted(self._known.items())
         if len(points) == 1:
             return 0.0
@@ -67,7 +67,7 @@ class SecondsBySize:
 
 
 class ThroughputModel:
-    """The seconds of every model that ran, per pixel, so that windows of any size tell of each other.
+    """A throughput model knows the seconds of every model that ran, per pixel, so that windows of any size count.
 
     Guarded by the scheduler's condition. Seconds of a batch count once for every core it had. target_s: a request of
     one window is to be answered within it; 0 is no target. It meets a batch at work and is in the next one, so a batch
@@ -78,10 +78,10 @@ class ThroughputModel:
         self._cores, self._batch_s = cores, target_s / 2
         self._by_samples: WeakKeyDictionary[Runtime, SecondsBySize] = WeakKeyDictionary()
         self._by_windows: WeakKeyDictionary[Runtime, dict[int, SecondsBySize]] = WeakKeyDictionary()
-        """Those of batches by number of windows, for each number of samples."""
+        """Seconds of batches by number of windows, for each number of samples."""
 
     def by_samples(self, runtime: Runtime) -> SecondsBySize:
-        """A model's seconds by number of samples, per window and pixel, times cores."""
+        """Find a model's seconds by number of samples, per window and pixel, times cores."""
         return self._by_samples.setdefault(runtime, SecondsBySize())
 
     def learn(
@@ -94,7 +94,7 @@ class ThroughputModel:
             self._batches(request.plan.runtime, num_samples).learn(num_windows, pixel_s)
 
     def batch_size(self, request: QueuedRequest) -> int:
-        """Windows of a batch that a request leads: the most that end in time.
+        """Choose how many windows a batch has that a request leads: the most that end in time.
 
         Sizes are tried one after another, so the first that is late was by one window, and it is not tried again until
         all have become faster.
@@ -114,7 +114,7 @@ class ThroughputModel:
         return self._by_windows.setdefault(runtime, {}).setdefault(num_samples, SecondsBySize())
 
     def core_s(self, request: QueuedRequest, num_samples: int, num_windows: int) -> float:
-        """What windows of a request take; 0 while nothing is known of its model."""
+        """Predict what windows of a request take, in seconds times cores; 0 while nothing is known of its model."""
         return num_windows * request.window_pixels * self.by_samples(request.plan.runtime).seconds(num_samples)
 
     def fit_samples(self, requests: Sequence[QueuedRequest]) -> None:
@@ -126,7 +126,7 @@ class ThroughputModel:
 
         @cache
         def queued_s(most: int) -> float:
-            """All that waits, where what can still have fewer samples has at most so many."""
+            """Sum all that waits, where what can still have fewer samples has at most so many."""
             return sum(self.core_s(one, one.samples_within(most), one.untaken) for one in requests)
 
         for request in requests:

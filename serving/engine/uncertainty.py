@@ -22,7 +22,7 @@ from penumbra.serving.engine.raster import Raster
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """Finished rows of an answer, from row y0 of the image: labels uint8 [h, W] and float32 maps [h, W].
+    """A band is finished rows of an answer, from row y0 of the image: labels uint8 [h, W] and float32 maps [h, W].
 
     merged_hKW: what samples and windows were averaged to, probabilities or logits (`Readout.average`). prob_hKW: the
     probabilities. Both are views that are valid until the next band.
@@ -36,7 +36,7 @@ class Band:
 
 
 def read_out(y0: int, merged_hKw: FloatArray, expected_hw: FloatArray, *, card: Card, num_samples: int) -> Band:
-    """Labels and all maps of finished rows but the model's own; ties between classes go to the lowest.
+    """Read labels and all maps but the model's own out of finished rows; ties between classes go to the lowest.
 
     merged: what the card averages, of so many samples.
     """
@@ -66,7 +66,7 @@ def withhold_void(band: Band, image: Raster) -> None:
 
 
 def softmax(logits_hKw: FloatArray) -> FloatArray:
-    """Over the classes."""
+    """Compute the softmax over the classes."""
     powers: FloatArray = np.exp(logits_hKw - logits_hKw.max(1, keepdims=True))
     return np.ascontiguousarray(powers / powers.sum(1, keepdims=True))
 
@@ -74,7 +74,7 @@ def softmax(logits_hKw: FloatArray) -> FloatArray:
 def read_out_plain(
     prob_hKw: FloatArray, expected_hw: FloatArray
 ) -> tuple[NDArray[np.uint8], FloatArray, FloatArray, FloatArray, FloatArray]:
-    """The plain form: labels, confidence, margin, entropy, and the entropy beyond the expected one."""
+    """Compute in the plain form labels, confidence, margin, entropy, and the entropy beyond the expected one."""
     labels = prob_hKw.argmax(1).astype(np.uint8)
     ranked = np.sort(prob_hKw, axis=1)
     confidence = ranked[:, -1].copy()

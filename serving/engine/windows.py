@@ -19,7 +19,7 @@ from penumbra.serving.engine.raster import Pixels
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """One piece of an image: its number in the plan, the place of its first pixel in the image, and its size.
+    """A window is a part of an image: its number in the plan, where its first pixel lies in the image, and its size.
 
     y0 and x0 are negative where a window centred on a smaller image begins before it.
     """
@@ -35,7 +35,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class WindowPlan:
-    """All windows of one image, in row-major order. clipped: they end at the border, and are smaller there.
+    """A plan has all windows of one image, in row-major order. clipped: they end at the border, and are smaller there.
 
     starts_y, starts_x: first pixel of every row and column of windows. weights_y[r], weights_x[c]: normalised
     blend weights [window height] and [window width]; over all windows they sum to 1 at every pixel.
@@ -56,18 +56,18 @@ class WindowPlan:
         return len(self.starts_y) * len(self.starts_x)
 
     def band_of(self, y: int) -> int:
-        """The image row at which the band that holds row y begins: bands begin where rows of windows do."""
+        """Find the image row at which the band that holds row y begins: bands begin where rows of windows do."""
         return max([0, *(y0 for y0 in self.starts_y if y0 <= y)])
 
     def row_before(self, y: int) -> int:
-        """The first row of windows that an answer from image row y on needs; windows before it end above y."""
+        """Find the first row of windows that an answer from image row y on needs; windows before it end above y."""
         return next(row for row, y0 in enumerate(self.starts_y) if y0 + self.window_height > y)
 
     def __iter__(self) -> Iterator[Window]:
         return self.windows(0)
 
     def windows(self, first_row: int) -> Iterator[Window]:
-        """From a row of windows on."""
+        """Yield the windows from a row of windows on."""
         for row, y0 in list(enumerate(self.starts_y))[first_row:]:
             for column, x0 in enumerate(self.starts_x):
                 height = min(self.window_height, self.height - y0) if self.clipped else self.window_height
@@ -76,7 +76,7 @@ class WindowPlan:
 
 
 def cover(height: int, width: int, spec: WindowSpec, overlap: float | None = None) -> WindowPlan:
-    """The windows of a height x width image. `overlap` in [0, 0.9] overrides the card's.
+    """Lay out the windows of a height x width image. `overlap` in [0, 0.9] overrides the card's.
 
     Every pixel is covered; the last row and column of windows end at the border, shifted inward or clipped.
     """
@@ -92,7 +92,7 @@ def cover(height: int, width: int, spec: WindowSpec, overlap: float | None = Non
 
 
 def count_windows(height: int, width: int, spec: WindowSpec, overlap: float | None = None) -> int:
-    """How many windows `cover` would give, without making the plan."""
+    """Count the windows that `cover` would give, without making the plan."""
     if spec.height == 0:
         return 1
     share = spec.overlap if overlap is None else overlap
@@ -130,7 +130,7 @@ def _weights(length: int, window: int, starts: tuple[int, ...], blend: str) -> t
 
 
 def cut(image_HW3: Pixels, window: Window, plan: WindowPlan, *, spec: WindowSpec, norm: InputSpec) -> FloatArray:
-    """One window as the network wants it: normalised float32 [h, w, 3], padded as the card says."""
+    """Cut one window as the network takes it: normalised float32 [h, w, 3], padded as the card says."""
     rows, columns, beyond = clip(window, plan)
     pixels = normalise(image_HW3[rows, columns], norm)
     if not any(map(any, beyond)):

@@ -42,7 +42,7 @@ Graph = Callable[..., Any]
 
 
 class Backend:
-    """The graphs of a network, on one device in one precision (see `penumbra.models.contract`).
+    """A backend has the graphs of a network, on one device in one precision (see `penumbra.models.contract`).
 
     They may be called from any thread. one_at_a_time: for those that bring threads of their own for all cores.
     """
@@ -76,17 +76,17 @@ class Backend:
 
 
 def flat(run: Callable[[Sequence[Tensor]], Sequence[Tensor]]) -> Graph:
-    """A graph of a format that takes and gives plain lists of tensors, in the order of the contract's arguments."""
+    """Make a graph of a function on plain lists of tensors, in the order of the contract's arguments."""
     return lambda *arguments: run(pytree.tree_leaves(arguments))
 
 
 def anywhere(_: torch.device) -> dict[str, str]:
-    """The target of formats whose graphs run anywhere."""
+    """Say that graphs of a format run anywhere."""
     return {}
 
 
 def load_backend(card: Card, directory: Path, device: torch.device) -> Backend:
-    """The artifact's graphs, ready to run. On CUDA, float32 is float32 from here on in this process: TF32 is off.
+    """Load an artifact's graphs, ready to run. On CUDA, float32 is float32 from here on in this process: TF32 is off.
 
     Raises BadArtifact: an unknown format, one whose library is not installed, or one that was built for elsewhere.
     """
@@ -108,7 +108,7 @@ def load_backend(card: Card, directory: Path, device: torch.device) -> Backend:
 
 
 def open_backend(card: Card, directory: Path, device: torch.device) -> Backend:
-    """The same, wherever it was built for. Raises BadArtifact for graphs that do not load."""
+    """Load graphs, whatever machine they were built for. Raises BadArtifact for graphs that do not load."""
     assert card.export
     name, precision = card.export.backend, card.export.precision
     module = find_format(__name__, name)
@@ -126,13 +126,13 @@ def open_backend(card: Card, directory: Path, device: torch.device) -> Backend:
 
 
 def first_words(error: Exception) -> str:
-    """What a library says is wrong, in one line: without the places in its own source that it names before."""
+    """Take what a library says is wrong into one line: without the places in its own source that it names before."""
     lines = [line.strip() for line in str(error).splitlines()]
     return next((line for line in lines if line and not line.startswith("Exception from ")), type(error).__name__)
 
 
 def find_format(package: str, name: str) -> ModuleType:
-    """The module of a format in `package`. Raises BadOption: an unknown format, or its library is not installed."""
+    """Find the module of a format in `package`. Raises BadOption: unknown, or its library is not installed."""
     if name not in BACKENDS:
         raise BadOption(f"there is no backend {name!r}; known are {', '.join(BACKENDS)}")
     try:

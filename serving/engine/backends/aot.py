@@ -19,7 +19,7 @@ FORMATS = ("contiguous", "channels_last")
 
 
 class AotGraph:
-    """One compiled package."""
+    """A graph is one compiled package."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
         index = -1 if device.type == "cpu" else device.index or 0
@@ -33,7 +33,7 @@ class AotGraph:
         return outputs
 
     def _checked(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The inputs in the memory formats that were compiled. Raises ValueError for what cannot be computed."""
+        """Put inputs into the memory formats that were compiled. Raises ValueError for what cannot be computed."""
         if len(inputs) != len(self._inputs):
             raise ValueError(f"{self._name} is called with {len(inputs)} inputs; it takes {len(self._inputs)}")
         for i, (tensor, compiled) in enumerate(zip(inputs, self._inputs, strict=True)):
@@ -56,7 +56,7 @@ def open_graph(path: Path, device: torch.device, _: str) -> Graph:
 
 
 def target(device: torch.device) -> dict[str, str]:
-    """The processor, or the GPU and its compute capability, and torch."""
+    """Name the processor, or the GPU and its compute capability, and torch."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         machine = {"gpu": torch.cuda.get_device_name(device), "compute capability": f"{major}.{minor}"}
@@ -66,7 +66,7 @@ def target(device: torch.device) -> dict[str, str]:
 
 
 def _processor() -> str:
-    """Its model's name: code is compiled for the instructions of exactly that (-march=native)."""
+    """Name the processor's model: code is compiled for the instructions of exactly that (-march=native)."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -13,7 +13,7 @@ target = anywhere
 
 
 def open_graph(path: Path, _: torch.device, __: str) -> Graph:
-    """One session, with as many threads as torch has in the thread that loads it."""
+    """Open one session, with as many threads as torch has in the thread that loads it."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3

@@ -15,7 +15,7 @@ target = anywhere
 
 
 def open_graph(path: Path, _: torch.device, precision: str) -> Graph:
-    """One compiled graph, with as many threads as torch has in the thread that loads it."""
+    """Compile one graph, with as many threads as torch has in the thread that loads it."""
     core = openvino.Core()
     settings = {
         "INFERENCE_PRECISION_HINT": HINTS[precision],

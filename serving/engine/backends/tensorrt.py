@@ -26,7 +26,7 @@ TORCH_DTYPES = {
 
 
 class Log(trt.ILogger):  # type: ignore[misc]
-    """Passes on what TensorRT says is wrong, and keeps the last of it: a call that fails returns no reason."""
+    """A log passes on what TensorRT says is wrong, and keeps the last of it: a call that fails returns no reason."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Log(trt.ILogger):  # type: ignore[misc]
 
 
 class Engine:
-    """One part of a network. Runs in the stream that is current; used by one thread at a time."""
+    """An engine runs one part of a network in the stream that is current. It is used by one thread at a time."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
         self._log = Log()
@@ -58,7 +58,7 @@ class Engine:
         self._context = engine.create_execution_context()
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Raises ValueError for sizes that the engine was not built for."""
+        """Run the engine. Raises ValueError for sizes that it was not built for."""
         given = {name: inputs[_position(name)].contiguous() for name in self._inputs}
         for name, tensor in given.items():
             if not self._context.set_input_shape(name, tuple(tensor.shape)):
@@ -78,7 +78,7 @@ class Engine:
 
 
 def _position(name: str) -> int:
-    """The place of a tensor among the inputs (`inputs_3`) or among the outputs (`output0`)."""
+    """Find a tensor's position among the inputs (`inputs_3`) or among the outputs (`output0`)."""
     return int(re.findall(r"\d+", name)[-1])
 
 
@@ -87,7 +87,7 @@ def open_graph(path: Path, device: torch.device, _: str) -> Graph:
 
 
 def target(device: torch.device) -> dict[str, str]:
-    """The GPU, its compute capability, TensorRT and the driver. Raises BadOption where there is no GPU."""
+    """Name the GPU, its compute capability, TensorRT and the driver. Raises BadOption where there is no GPU."""
     if device.type != "cuda" or not torch.cuda.is_available():
         raise BadOption(f"TensorRT engines are built for and run on a CUDA GPU, and the device is {device}")
     major, minor = torch.cuda.get_device_capability(device)
