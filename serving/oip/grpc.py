@@ -90,12 +90,14 @@ class Calls:
         with logged(request):
             try:
                 return await self._infer(data, context, write=_in_stream)
+            except PenumbraError as error:
+                request.fail(error)
+                sentence = str(error)
             except Exception as error:
                 request.fail(error)
-                sentence = str(error) if isinstance(error, PenumbraError) else UNEXPECTED
-                if sentence is UNEXPECTED:
-                    log.exception("request %s of a stream failed unexpectedly", request.id)
-                return await asyncio.to_thread(_failed_in_stream, data, sentence)
+                log.exception("request %s of a stream failed unexpectedly", request.id)
+                sentence = UNEXPECTED
+            return await asyncio.to_thread(_failed_in_stream, data, sentence)
 
     async def _infer(self, data: bytes, context: Context, *, write: Callable[[Any], bytes]) -> bytes:
         metadata = dict(context.invocation_metadata())

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 from penumbra.models.errors import BadOption
 from penumbra.serving.oip.tensors import SHOWN, Tensor, pack
 
-Raw = bytes | memoryview
+ReadRaw = Callable[[str, Mapping[str, Any]], bytes | memoryview | None]
+"""Gives the raw data of an input, by its name and parameters, where it has any; called for each input in turn."""
 KINDS: dict[type, str] = {
     list: "an array", dict: "an object", str: "a string", bool: "true or false", int: "a whole number from 0",
 }  # fmt: skip
@@ -46,13 +47,10 @@ class InferRequest:
     binary: bool = False
 
 
-def read_request(
-    head: Any, raw: Callable[[str, Mapping[str, Any]], Raw | None], *, model: str, version: str, unknown: Sequence[str]
-) -> InferRequest:  # fmt: skip
+def read_request(head: Any, raw: ReadRaw, *, model: str, version: str, unknown: Sequence[str]) -> InferRequest:
     """Read a request from its document. Raises BadOption.
 
-    raw: called for each input in turn, with its name and parameters; gives its raw data where it has any. unknown:
-    names that mean nothing where they stand, outside of the document.
+    unknown: names that mean nothing where they stand, outside of the document.
     """
     parameters = _parameters(head)
     names = unknown_names(head, REQUEST_MEMBERS, "the request")
@@ -60,8 +58,9 @@ def read_request(
     inputs: list[Tensor] = []
     outputs: dict[str, RequestedOutput] = {}
     for one in member(head, "inputs", list):
-        inputs.append(_read_input(one, raw))
-        names += unknown_names(one | _parameters(one), INPUT_MEMBERS, f"input {inputs[-1].name}")
+        own = _parameters(one)
+        inputs.append(_read_input(one, own, raw))
+        names += unknown_names(one | own, INPUT_MEMBERS, f"input {inputs[-1].name}")
     for one in member(head, "outputs", list, []):
         name, own = member(one, "name", str), _parameters(one)
         classes = member(own, "classification", int, 0)
@@ -74,10 +73,10 @@ def read_request(
     )  # fmt: skip
 
 
-def _read_input(one: Any, raw: Callable[[str, Mapping[str, Any]], Raw | None]) -> Tensor:
+def _read_input(one: Any, parameters: Mapping[str, Any], raw: ReadRaw) -> Tensor:
     name, datatype, sizes = member(one, "name", str), member(one, "datatype", str), member(one, "shape", list)
     shape = tuple(member({"shape": size}, "shape", int) for size in sizes)
-    data = raw(name, _parameters(one))
+    data = raw(name, parameters)
     if (data is None) == ("data" not in one):
         has = "no data" if data is None else "its data twice"
         raise BadOption(f"the input {name[:SHOWN]!r} has {has}; send only one of values and raw bytes")
