@@ -497,7 +497,7 @@ def _gauge(client: httpx.Client, name: str) -> float:
 
 
 WINDOWS = 'penumbra_windows_total{model="toy-latent"}'
-LONG = {"samples": 64, "overlap": 0.5}
+LONG = {"samples": 48, "overlap": 0.5}
 """With these a picture of 500 x 500 is thousands of samples: seconds of work for a toy."""
 
 
