@@ -104,6 +104,14 @@ def test_every_page_is_in_the_index() -> None:
     assert all(page.exists() for page in linked)
 
 
+def test_the_files_that_contributing_names_are_there() -> None:
+    named = re.findall(r"`([\w./-]+(?:\.py|\.c|\.toml|/))`", (ROOT / "CONTRIBUTING.md").read_text())
+    roots = [ROOT, *(ROOT / part for part in ("serving", "serving/engine", "models/np_semiseg", "tests"))]
+    found = {name for name in named for root in roots if (root / name).exists()}
+    assert {name for name in named if "NAME" not in name} <= found
+    assert len(found) > 60
+
+
 @pytest.mark.parametrize("name", Settings.model_fields)
 def test_every_setting_is_in_the_docs(name: str) -> None:
     assert any(f"`PENUMBRA_{name.upper()}" in page.read_text() for page in PAGES)
