@@ -1,6 +1,7 @@
 // The page: what was chosen, what came back, and how both are shown. One answer at a time.
 
 import { boxEditor } from "./boxes.js";
+import { $, clamp, make, pixelUnder } from "./elements.js";
 import { runJob } from "./jobs.js";
 import { paintLabels, paintMap, scale } from "./pictures.js";
 import { infer, refusal } from "./protocol.js";
@@ -10,12 +11,10 @@ const IN_NATS = ["entropy", "mutual_information", "expected_entropy", "seam"];
 const IN_SHARES = ["confidence", "margin"];
 const PROBABILITY_BYTES = 64e6; // above it the answer comes without them: a browser's tab has little memory
 const VIEWS = ["image", "labels", "uncertainty"];
-const $ = (id) => document.getElementById(id);
 
 let picture, bitmap, card, maps, answer, pixel, running;
-const boxes = boxEditor($, () => ({ bitmap, drawAgain: drawImage }));
+const boxes = boxEditor(() => ({ bitmap, drawAgain: drawImage }));
 
-// ---------------------------------------------------------------- what is asked
 
 function headers() {
   const key = $("key").value || sessionStorage.getItem("penumbra-key") || "";
@@ -24,9 +23,9 @@ function headers() {
 }
 
 async function ask(path, options = {}) {
-  const told = await fetch(path, { ...options, headers: { ...headers(), ...options.headers } });
-  if (!told.ok) throw await refusal(told);
-  return told;
+  const response = await fetch(path, { ...options, headers: { ...headers(), ...options.headers } });
+  if (!response.ok) throw await refusal(response);
+  return response;
 }
 
 async function loadModels() {
@@ -47,7 +46,7 @@ async function chooseModel() {
   $("boxes-row").hidden = prompt.kind !== "boxes";
   $("tags-row").hidden = prompt.kind !== "tags";
   boxes.begin(card.classes);
-  $("tags").replaceChildren(...card.classes.map(({ name }) => labelled(name)));
+  $("tags").replaceChildren(...card.classes.map(({ name }) => make("label", {}, make("input", { type: "checkbox", value: name }), ` ${name}`)));
   forget();
   listMaps(mapsOfAnswer());
 }
@@ -69,13 +68,6 @@ function listMaps(names) {
 function aboutSamples({ kind, members }) {
   if (members.length > 1) return `samples are ${members.join(", ")}`;
   return { latent: "each sample draws a latent", dropout: "each sample drops other channels" }[kind] ?? "one pass, no samples";
-}
-
-function labelled(name) {
-  const label = document.createElement("label"), box = document.createElement("input");
-  Object.assign(box, { type: "checkbox", value: name });
-  label.append(box, ` ${name}`);
-  return label;
 }
 
 function options() {
@@ -115,12 +107,12 @@ async function segment() {
   say("Segmenting …");
   $("job-row").hidden = true;
   try {
-    const came = await infer(card.name, picture, {
+    const response = await infer(card.name, picture, {
       parameters: options(), outputs, prompt: prompt(), headers: headers(), signal: mine.signal,
     });
-    answer = { ...came, ms: performance.now() - started };
+    answer = { ...response, ms: performance.now() - started };
     listMaps(names);
-    say(told());
+    say(outcome());
     show();
   } catch (error) {
     if (error.name === "AbortError") return;
@@ -135,7 +127,7 @@ function refused(error) {
   say(error.message, true);
 }
 
-function told() {
+function outcome() {
   const { samples, seed, members, warnings, abstained } = answer.parameters;
   const parts = [members ? `Done with ${members.replaceAll(",", ", ")}.` : `Done with ${samples} sample${samples > 1 ? "s" : ""}, seed ${seed}.`];
   if (abstained !== undefined) parts.push(`${(100 * abstained).toFixed(1)} % withheld.`);
@@ -147,7 +139,6 @@ function say(text, isWrong = false) {
   $("status").classList.toggle("wrong", isWrong);
 }
 
-// ---------------------------------------------------------------- what is shown
 
 function forget() {
   answer = undefined;
@@ -176,7 +167,7 @@ function showMap() {
   if (!answer) return;
   const name = $("map").value, { shape, values } = answer.tensors[name], most = top(name, values);
   paintMap($("uncertainty"), shape, values, most);
-  const ramp = Object.assign(document.createElement("span"), { className: "ramp" });
+  const ramp = make("span", { className: "ramp" });
   ramp.style.background = scale();
   const unit = IN_NATS.includes(name) ? " nats" : "";
   $("scale").replaceChildren("0 ", ramp, ` ${most.toPrecision(3)}${unit}`);
@@ -212,20 +203,15 @@ function showClasses() {
 
 /** A class's name beside its colour. */
 function className(label) {
-  const known = card.classes[label], name = document.createElement("span");
-  const swatch = Object.assign(document.createElement("span"), { className: known ? "swatch" : "swatch striped" });
+  const known = card.classes[label], swatch = make("span", { className: known ? "swatch" : "swatch striped" });
   if (known) swatch.style.background = `rgb(${known.color})`;
-  name.append(swatch, known?.name ?? "no label");
-  return name;
+  return make("span", {}, swatch, known?.name ?? "no label");
 }
 
 function row(...cells) {
-  const line = document.createElement("tr");
-  cells.forEach((content) => line.insertCell().append(content));
-  return line;
+  return make("tr", {}, ...cells.map((content) => make("td", {}, content)));
 }
 
-// ---------------------------------------------------------------- one pixel
 
 function inspect() {
   for (const cross of document.querySelectorAll(".cross")) {
@@ -236,35 +222,22 @@ function inspect() {
   }
   if (!pixel || !answer) return $("pixel").replaceChildren(quiet("Click a picture, or move over it with the arrow keys."));
   const { labels, probabilities } = answer.tensors, [height, width] = labels.shape;
-  const at = pixel.y * width + pixel.x, table = document.createElement("table");
-  const title = quiet(`x ${pixel.x}, y ${pixel.y}: `);
-  title.append(className(labels.values[at]));
-  for (const { value: name, text } of $("map").options) table.append(row(text, answer.tensors[name].values[at].toFixed(4)));
+  const at = pixel.y * width + pixel.x;
+  const rows = [...$("map").options].map(({ value: name, text }) => row(text, answer.tensors[name].values[at].toFixed(4)));
   if (probabilities) {
     const shares = card.classes.map((_, k) => probabilities.values[k * height * width + at]);
-    for (const k of [...shares.keys()].sort((a, b) => shares[b] - shares[a])) table.append(row(className(k), bar(shares[k])));
-  } else table.append(row("probabilities", "not for pictures of this size"));
-  $("pixel").replaceChildren(title, table);
+    const bar = (share) => make("span", {}, make("meter", { value: share }), ` ${share.toFixed(4)}`);
+    for (const k of [...shares.keys()].sort((a, b) => shares[b] - shares[a])) rows.push(row(className(k), bar(shares[k])));
+  } else rows.push(row("probabilities", "not for pictures of this size"));
+  $("pixel").replaceChildren(quiet(`x ${pixel.x}, y ${pixel.y}: `, className(labels.values[at])), make("table", {}, ...rows));
 }
 
-function bar(share) {
-  const cell = document.createElement("span"), meter = Object.assign(document.createElement("meter"), { value: share });
-  cell.append(meter, ` ${share.toFixed(4)}`);
-  return cell;
-}
-
-function quiet(text) {
-  return Object.assign(document.createElement("p"), { className: "quiet", textContent: text });
-}
-
-function point(canvas, { clientX, clientY }) {
-  const frame = canvas.getBoundingClientRect();
-  move(((clientX - frame.left) / frame.width) * bitmap.width, ((clientY - frame.top) / frame.height) * bitmap.height);
+function quiet(...content) {
+  return make("p", { className: "quiet" }, ...content);
 }
 
 function move(x, y) {
-  const within = (value, size) => Math.max(0, Math.min(size - 1, Math.floor(value)));
-  pixel = { x: within(x, bitmap.width), y: within(y, bitmap.height) };
+  pixel = { x: clamp(Math.floor(x), 0, bitmap.width - 1), y: clamp(Math.floor(y), 0, bitmap.height - 1) };
   inspect();
 }
 
@@ -276,7 +249,6 @@ function step(event) {
   move(from.x + far * dx, from.y + far * dy);
 }
 
-// ---------------------------------------------------------------- events
 
 function begin() {
   $("file").addEventListener("change", (event) => event.target.files[0] && take(event.target.files[0]));
@@ -302,9 +274,9 @@ function begin() {
     event.preventDefault();
     segment();
   });
-  $("job").addEventListener("click", () => runJob($, { picture, model: card.name, options: options(), prompt: prompt(), ask, say }).catch(refused));
+  $("job").addEventListener("click", () => runJob({ picture, model: card.name, options: options(), prompt: prompt(), ask, say }).catch(refused));
   for (const id of VIEWS) {
-    $(id).addEventListener("click", (event) => bitmap && point($(id), event));
+    $(id).addEventListener("click", (event) => bitmap && move(...pixelUnder($(id), event, bitmap)));
     $(id).addEventListener("keydown", step);
   }
   loadModels().catch(refused);

@@ -7,8 +7,8 @@ const READERS = { UINT8: Uint8Array, FP32: Float32Array };
 export async function infer(model, picture, { parameters, outputs, prompt, headers, signal }) {
   const bytes = new Uint8Array(await picture.arrayBuffer());
   const image = { name: "image", shape: [1], datatype: "BYTES", parameters: { binary_data_size: bytes.length + 4 } };
-  const wanted = outputs.map((name) => ({ name, parameters: { binary_data: true } }));
-  const head = new TextEncoder().encode(JSON.stringify({ inputs: [image, ...Object.entries(prompt).map(tensor)], outputs: wanted, parameters }));
+  const requested = outputs.map((name) => ({ name, parameters: { binary_data: true } }));
+  const head = new TextEncoder().encode(JSON.stringify({ inputs: [image, ...Object.entries(prompt).map(tensor)], outputs: requested, parameters }));
   const length = new Uint8Array(4);
   new DataView(length.buffer).setUint32(0, bytes.length, true);
   const answer = await fetch(`v2/models/${encodeURIComponent(model)}/infer`, {
@@ -28,8 +28,8 @@ function tensor([name, values]) {
 
 /** An Error with the server's sentence and its status. */
 export async function refusal(answer) {
-  const told = await answer.json().catch(() => ({}));
-  return Object.assign(new Error(told.error ?? `the server answered ${answer.status}`), { status: answer.status });
+  const { error } = await answer.json().catch(() => ({}));
+  return Object.assign(new Error(error ?? `the server answered ${answer.status}`), { status: answer.status });
 }
 
 function decode(headers, body) {
