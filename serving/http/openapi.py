@@ -7,12 +7,12 @@ from penumbra.serving.engine.options import OPTIONS
 from penumbra.serving.http import openapi_v2 as oip_openapi
 from penumbra.serving.render import WRITERS
 
-REFUSALS = {
+ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+REFUSALS = {status: {"description": text, "content": ERROR} for status, text in {
     "400": "An option or the image is wrong", "404": "Unknown model", "406": "No acceptable format",
     "413": "Over a limit", "415": "Body of an unknown kind", "429": "Queue full; see Retry-After",
     "500": "The model failed on this request", "503": "Loading or draining", "504": "Deadline passed",
-}  # fmt: skip
-ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+}.items()}  # fmt: skip
 
 
 def document(build: Mapping[str, str], *, typed: str) -> dict[str, Any]:
@@ -65,20 +65,18 @@ def _segment() -> dict[str, Any]:
             "200": {"description": "The answer", "content": {
                 media: {"schema": {"type": "object"}} if media.endswith("json") else picture for media in WRITERS
             }},
-        } | {status: {"description": text, "content": ERROR} for status, text in REFUSALS.items()},
+        } | REFUSALS,
     }  # fmt: skip
 
 
 def _jobs() -> dict[str, Any]:
-    segment = _segment()
-    refusals = segment["responses"].keys() - {"200", "500", "504"}
+    refusals = {status: REFUSALS[status] for status in REFUSALS if status not in ("500", "504")}
     created = {"description": "Accepted; Location says where to ask", "content": {
         "application/json": {"schema": {"type": "object", "required": ["id", "url", "state"]}},
     }}  # fmt: skip
-    return segment | {
+    return _segment() | {
         "summary": "The same for images of any size: an id at once, the answer later. Large bodies are raw images.",
-        "responses": {"202": created, "507": {"description": "No room on the disk", "content": ERROR}}
-        | {status: segment["responses"][status] for status in sorted(refusals)},
+        "responses": {"202": created, "507": {"description": "No room on the disk", "content": ERROR}} | refusals,
     }
 
 
@@ -97,19 +95,15 @@ def _predict(summary: str) -> dict[str, Any]:
     integer = {"type": "integer"}
     request = {"image": {"type": "array", "items": {"type": "array", "items": {"type": "array", "items": integer}}},
                "model": {"type": "string"}, "samples": integer | {"nullable": True}, "seed": integer}  # fmt: skip
-    body = {"schema": {
-        "type": "object", "properties": request, "required": ["image"], "additionalProperties": False,
-    }}  # fmt: skip
+    schema = {"type": "object", "properties": request, "required": ["image"], "additionalProperties": False}
+    answer = (
+        "labels, confidence, entropy, mutual_information (of several samples) as nested lists, "
+        "and warnings where there are any"
+    )
     return {
         "summary": summary,
-        "requestBody": {"required": True, "content": {"application/json": body}},
-        "responses": {
-            "200": {
-                "description": "labels, confidence, entropy, mutual_information (of several samples) as nested lists, "
-                "and warnings where there are any"
-            }
-        }
-        | {status: {"description": text, "content": ERROR} for status, text in REFUSALS.items()},
+        "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
+        "responses": {"200": {"description": answer}} | REFUSALS,
     }
 
 
