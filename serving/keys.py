@@ -29,7 +29,7 @@ ADMIN_CALLS = {f"/{SERVICE}/RepositoryModel{verb}" for verb in ("Load", "Unload"
 METRICS_PATH = "/metrics"
 SCOPES = ("infer", "admin", "metrics")
 SHORTEST = 16
-"""Characters; shorter keys can be guessed."""
+"""The fewest characters of a key; shorter ones can be guessed."""
 NAME = r"(@[A-Za-z0-9_.-]{1,64})?"
 """What may follow a scope; the log shows it as it is."""
 
@@ -44,7 +44,7 @@ class Entry:
 
 
 class Keys:
-    """The keys of a process, kept as digests. Truth: whether there are any."""
+    """The keys of a process, kept as digests. It is true where there are any."""
 
     def __init__(self, text: str = "") -> None:
         """text: entries `scope:key` or `scope@name:key` with white space between them. Raises BadOption, never with a
@@ -55,8 +55,8 @@ class Keys:
         return bool(self._entries)
 
     def check_path(self, path: str, authorization: str) -> str:
-        """Returns the name of the bearer of this header, empty for nobody's; raises Unauthenticated or Forbidden where
-        the HTTP path is not for them."""
+        """The name of the bearer of this header, empty for nobody's. Raises Unauthenticated or Forbidden where the HTTP
+        path is not for them."""
         is_admin = path.startswith(ADMIN_PATHS) and path.endswith(ADMIN_ENDINGS)
         scopes = {"admin"} if is_admin else {"admin", "infer"} | ({"metrics"} if path == METRICS_PATH else set())
         return self._check(path, authorization, scopes, is_open=path in OPEN_PATHS or path.startswith(PAGE))
@@ -82,7 +82,7 @@ class Keys:
         raise Forbidden(f"{what[:80]} is for keys of scope {needed}, and this one's is {own}")
 
     def _entries_of(self, key: str) -> list[Entry]:
-        """Looks at every key, and at digests of one length: time tells nothing of them."""
+        """The entries of a key. Every one is looked at, and digests have one length: time tells nothing of them."""
         given = _digest(key)
         return [entry for entry in self._entries if hmac.compare_digest(entry.digest, given)]
 

@@ -56,7 +56,7 @@ except BadOption as error:  # in the supervisor, which BentoML would let end in 
 TELEMETRY = Telemetry()
 BODIES = Bodies(SETTINGS.limit_bodies_bytes)
 APP = Starlette()
-"""Carries our routes; they are filled in when the worker has built the engine."""
+"""The application of our routes, which are filled in when the worker has built the engine."""
 APP.state.is_loaded = False
 TYPED = "The same as arrays in JSON, for bentoml.SyncHTTPClient."
 """What the OpenAPI document says of the typed route."""
@@ -75,7 +75,7 @@ class PredictInput(bentoml.IODescriptor):  # type: ignore[misc]
 
 
 class PredictAnswer(BaseModel):
-    """Answer of the typed route: nested lists [H][W]; uncertainties in nats. A map that it has not is absent.
+    """The answer of the typed route: nested lists [H][W]; uncertainties in nats. A map that it has not is absent.
 
     warnings: sentences about what the caller should know of it; absent where there is none.
     """
@@ -208,8 +208,8 @@ class Penumbra:
 
 
 def _as_pixels(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """JSON integers arrive as int64: pixel values become uint8. Raises BadImage for others; the rest is left to be
-    refused."""
+    """Pixel values as uint8; JSON's integers arrive as int64. Raises BadImage for others, and leaves what is no array
+    of integers to be refused."""
     if image.dtype.kind not in "iu" or not image.size:
         return image
     if image.min() < 0 or image.max() > 255:

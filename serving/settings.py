@@ -37,9 +37,9 @@ def _fitting(pattern: str, expected: str) -> AfterValidator:
 ENGINE = Limits()
 """The engine's own limits, which are the defaults here."""
 LONGEST_S = 1e9
-"""Thirty years; what waits for much longer, or for ever, is no number to the system."""
+"""The longest time, thirty years; what waits for much longer, or for ever, is no number to the system."""
 MOST_THREADS = 1024
-"""More than any one machine has cores for; every one is made at the start."""
+"""The most threads, more than any one machine has cores for; every one is made at the start."""
 
 
 class Settings(BaseSettings):

@@ -97,7 +97,7 @@ class Request:
 
 
 def begin(method: str, path: str, headers: Mapping[str, str]) -> Request:
-    """A request by its line and headers, or its call and metadata: an id or trace that is none is not taken over."""
+    """A request from its line and headers, or its call and metadata; an id or trace that is none is not taken over."""
     request = Request(method, re.sub(r"^/jobs/[^/]+", "/jobs/{id}", re.sub("[^!-~]", "?", path))[:LONGEST_PATH])
     if SAFE_ID.fullmatch(sent := headers.get(ID, "")):
         request.id = sent
@@ -161,7 +161,7 @@ class Telemetry:
     def add_facts(
         self, build: Mapping[str, str], *, queued_windows: Callable[[], int], refused_models: Callable[[], int]
     ) -> None:  # fmt: skip
-        """Facts that are known once the engine stands."""
+        """Add the facts that are known once the engine stands."""
         self._build.info({"commit": ""} | dict(build))
         self._queue_windows.set_function(queued_windows)
         self._refused.set_function(refused_models)
@@ -214,7 +214,7 @@ class Telemetry:
             self._rejected.labels(request.error).inc()
 
     def answered(self, prediction: "Prediction", timing_ms: Mapping[str, float]) -> None:
-        """Phases of an answer, and its own uncertainty: drift of the input shows there first."""
+        """Count the phases of an answer, and its own uncertainty: drift of the input shows there first."""
         for phase, milliseconds in timing_ms.items():
             if phase != "total":
                 self._phase_seconds.labels(phase).observe(milliseconds / 1e3)

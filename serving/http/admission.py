@@ -33,7 +33,7 @@ STREAMED = ("POST", "/jobs")
 BENTO_PATHS = {"/predict": "POST", "/schema.json": "GET"}
 """Path and method of what BentoML itself answers; everything else is ours (`penumbra.serving.http.routes`)."""
 HEALTH_PATHS = ("/healthz", "/livez", "/readyz")
-"""BentoML has these too, before ours and with other bodies; they go straight to ours."""
+"""Paths that BentoML has too, before ours and with other bodies; they go straight to ours."""
 LIVE_PATHS = ("/healthz", "/livez", "/v2/health/live")
 READY_PATHS = {"/readyz": {"ready": False, "state": "starting"}, "/v2/health/ready": {"ready": False}}
 """Path -> what it answers while models are loaded."""
@@ -65,7 +65,7 @@ class Bodies:
 
     @contextmanager
     def room(self) -> Iterator[Callable[[int], None]]:
-        """Yields what a request takes its bytes by, which are given back at its end. It raises QueueFull and
+        """Yield what a request takes its bytes by, which are given back at its end. It raises QueueFull and
         TooLarge."""
         taken, has_ended = 0, False
 
@@ -94,7 +94,7 @@ class Bodies:
 
 
 class AccessLog:
-    """Writes the line of every HTTP request, and gives its id and `traceparent` back."""
+    """A middleware that writes the line of every HTTP request, and gives its id and `traceparent` back."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -121,7 +121,7 @@ class AccessLog:
 
 
 class Timeout:
-    """Takes the place of BentoML's middleware, whose timers keep every request's objects until they are due.
+    """A middleware in the place of BentoML's, whose timers keep every request's objects until they are due.
 
     A request whose answer has not begun by then is cancelled, and told so.
     """
@@ -152,7 +152,7 @@ class Timeout:
 
 
 class Guard:
-    """Asks for a key, then reads the body up to a limit before anything parses it.
+    """A middleware that asks for a key, then reads the body up to a limit before anything parses it.
 
     BentoML's typed route takes JSON alone: its pickle, multipart and URL-fetching readers are closed off (415).
     """

@@ -15,9 +15,9 @@ from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEAD_S = 30.0
-"""Longer than any caller takes who means it; a proxy before the server may be stricter."""
+"""The time for a head, longer than any caller takes who means it; a proxy before the server may be stricter."""
 STALL_S = 60.0
-"""Without the caller taking a byte of its answer, which else is kept for ever for one that does not read."""
+"""The time that a caller may take no byte of its answer, which else is kept for ever for one that does not read."""
 
 
 def _refusal(status: bytes, sentence: bytes) -> bytes:

@@ -118,7 +118,7 @@ def _docs_html(document: dict[str, Any]) -> str:
 
 
 class Elsewhere(Route):
-    """Matches everything but what BentoML answers, also the wrong methods of known paths."""
+    """A route that matches everything but what BentoML answers, also the wrong methods of known paths."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         is_bentos = BENTO_PATHS.get(scope["path"], "") == scope.get("method")
@@ -126,7 +126,7 @@ class Elsewhere(Route):
 
 
 async def elsewhere(request: Request) -> Response:
-    """405 where the path takes another method, else 404."""
+    """Refuse with 405 where the path takes another method, else with 404."""
     path, method = request.url.path, request.method
     others = [r for r in request.app.routes if isinstance(r, Route) and r.matches(request.scope)[0] is Match.PARTIAL]
     allowed = sorted({m for route in others for m in route.methods or ()} | set(BENTO_PATHS.get(path, "").split()))

@@ -52,7 +52,7 @@ def read_query(request: Request) -> dict[str, str]:
 
 
 def refuse_options(request: Request) -> None:
-    """Raises BadOption for a query to a path that takes none: ?version=2 would be answered with the newest."""
+    """Refuse a query to a path that takes none: ?version=2 would be answered with the newest. Raises BadOption."""
     for name in request.query_params:
         raise BadOption(f"{request.url.path[:80]} takes no option {name[:40]!r}; leave the query out")
 
@@ -63,13 +63,13 @@ def is_raw(request: Request) -> bool:
 
 
 async def disconnected(request: Request) -> None:
-    """Returns when the caller has gone away. Takes what the connection says from here on."""
+    """Wait until the caller has gone away. It takes what the connection says from here on."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 class InMemoryParser(MultiPartParser):
-    """Keeps files in memory: the guard has bounded the body already, and a container may have no place for others."""
+    """A parser that keeps files in memory: the guard has bounded the body, and a container may have no other place."""
 
     spool_max_size = 2**63 - 1
     has_ended = False
