@@ -175,8 +175,7 @@ class Segmenter:
         noise: replaces the seeded noise, for protocols that prescribe their own. Raises any PenumbraError.
         """
         image = check_array(image_HW3, self.limits)
-        height, width = image.shape[:2]
-        plan = self.plan(height, width, options)
+        plan = self.plan(*image.shape[:2], options)
         plan = replace(plan, noise=noise or plan.noise)
         return QueuedRequest(self.scheduler, plan, image, cancelled=cancelled, deadline=deadline)
 
@@ -190,8 +189,7 @@ class Segmenter:
         """
         check_long(options)
         image = check_array(image_HW3, limits)
-        height, width = image.shape[:2]
-        plan = self.plan(height, width, options, limits=limits)
+        plan = self.plan(*image.shape[:2], options, limits=limits)
         return QueuedRequest(self.scheduler, plan, image, cancelled=cancelled, from_y=y)
 
     def segment(
