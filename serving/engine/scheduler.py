@@ -195,7 +195,7 @@ class Scheduler:
         """
         with self._condition:
             while not (self._stopped and not self._requests and not self._calls):
-                if lane == min(self._idle) and self._has_place:
+                if lane == min(self._idle) and self._may_begin:
                     next_run = self._take_call() if lane == 0 and self._calls else self._take()
                     if next_run:
                         self._idle.remove(lane)
@@ -206,7 +206,7 @@ class Scheduler:
         return None
 
     @property
-    def _has_place(self) -> bool:
+    def _may_begin(self) -> bool:
         """Tell whether one lane more may begin."""
         return self._free >= self._cores.least and self._working < self._most_working and not self._stepped_back
 
@@ -297,9 +297,9 @@ class Scheduler:
         """Run each request's windows by themselves, and put the answers back in the batch's order."""
         answers: dict[int, Outcome] = {}
         for one in dict.fromkeys(request for request, _ in batch.windows):
-            places = [i for i, (request, _) in enumerate(batch.windows) if request is one]
-            alone = replace(batch, windows=[batch.windows[i] for i in places])
-            answers |= dict(zip(places, self._answer(alone), strict=True))
+            positions = [i for i, (request, _) in enumerate(batch.windows) if request is one]
+            alone = replace(batch, windows=[batch.windows[i] for i in positions])
+            answers |= dict(zip(positions, self._answer(alone), strict=True))
         return [answers[i] for i in range(len(batch.windows))]
 
     def _deliver(self, request: QueuedRequest, window: Window, answer: Outcome) -> None:
