@@ -182,6 +182,7 @@ def test_the_published_evaluation_gives_the_recorded_maps_and_labels(case: Case)
         assert np.array_equal(labels.numpy(), case.arrays[f"ms_label{end}"])
 
 
+@pytest.mark.slow
 def test_the_server_gives_the_recorded_labels_of_a_tagged_photo(case: Case, tmp_path: Path) -> None:
     export_network(case.published, case.card, tmp_path)
     with Segmenter.open(tmp_path, device="cpu", threads=1, tuning=Tuning(1, 1)) as segmenter:

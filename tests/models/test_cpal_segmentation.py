@@ -96,6 +96,7 @@ def logits(network: Network, image: Tensor, *, base: bool) -> Tensor:
     return network(image, EMPTY)[0]
 
 
+@pytest.mark.slow
 def test_the_export_at_published_size_gives_the_label_of_the_largest_logit(case: Case, tmp_path: Path) -> None:
     export_network(case.network, case.card, tmp_path)
     picture = np.random.Generator(np.random.PCG64(1)).integers(0, 256, (97, 129, 3), dtype=np.uint8)

@@ -213,6 +213,7 @@ def test_the_card_tells_the_published_protocol(case: Case) -> None:
     assert card.window.trained == (TRAINED if card.config["head"] == "prototype" else None)
 
 
+@pytest.mark.slow
 def test_the_server_gives_the_recorded_labels_and_warns_of_the_geometry(case: Case, tmp_path: Path) -> None:
     export_network(case.network, case.card, tmp_path)
     with Segmenter.open(tmp_path, device="cpu", threads=1, tuning=Tuning(1, 1)) as segmenter:

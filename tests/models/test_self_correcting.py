@@ -157,6 +157,7 @@ def test_without_boxes_the_original_primary_answers(original: Original) -> None:
             original.check(name, resize(logits_SBKhw[0], size)[..., ::stride, ::stride])
 
 
+@pytest.mark.slow
 def test_the_export_at_published_size_is_served_with_and_without_boxes(original: Original, tmp_path: Path) -> None:
     card = replace(original.card, window=WindowSpec(96, 128))
     export_network(original.convolutional, card, tmp_path)
