@@ -8,7 +8,7 @@ import pytest
 
 from tests.serving.server import Server, serving
 
-BODY_BYTES, PIXELS, QUEUE_SAMPLES = 800_000, 260_000, 30_000
+BODY_BYTES, PIXELS, QUEUE_SAMPLES = 800_000, 260_000, 45_000
 
 
 @pytest.fixture(scope="session")

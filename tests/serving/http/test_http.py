@@ -619,8 +619,8 @@ def test_the_documentation_lists_every_route_and_every_listed_route_exists(clien
     assert page.headers["content-type"].startswith("text/html") and all(f" {path}<" in page.text for path in listed)
 
 
-LONG = {"model": "toy-latent", "samples": 64, "overlap": 0.8}
-"""Options that make a picture of 500x500 px the work of many seconds."""
+LONG = {"model": "toy-latent", "samples": 64, "overlap": 0.5}
+"""Options that make a picture of 500x500 px seconds of work, and nearly all that the queue holds."""
 
 
 def connected(server: Server) -> socket.socket:
@@ -645,7 +645,7 @@ def test_a_caller_who_goes_away_is_counted_and_frees_the_queue(
     server: Server, client: httpx.Client, rng: np.random.Generator
 ) -> None:
     before = metrics(client)
-    body = png(picture(rng, 400, 400) // 64)
+    body = png(picture(rng, 500, 500) // 64)
     query = "&".join(f"{name}={value}" for name, value in LONG.items())
     head = (
         f"POST /segment?{query} HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -653,7 +653,7 @@ def test_a_caller_who_goes_away_is_counted_and_frees_the_queue(
     with connected(server) as caller:
         caller.sendall(head.encode() + body)
         until(lambda: total(metrics(client), "queue_windows") > 0)
-        refusal = ask(client)
+        refusal = ask(client, body, **LONG)
         is_refused(refusal, 429, "try again in")
         assert int(refusal.headers["retry-after"]) >= 1
     until(lambda: total(metrics(client), "cancelled_total") == total(before, "cancelled_total") + 1)
