@@ -37,6 +37,7 @@ async def read_upload(request: Request) -> tuple[bytes, dict[str, str]]:
         raise BadImage("the multipart body cannot be read: its names are not in its charset; send UTF-8") from None
     upload = form.get("image")
     if upload is None or isinstance(upload, str):
+        await form.close()
         raise BadImage("the form has no file field image; add one that holds the picture")
     texts = [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
     with upload.file as file:
