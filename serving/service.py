@@ -24,20 +24,17 @@ from bentoml._internal.container import BentoMLContainer
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.applications import Starlette
 
-from penumbra.models.errors import BadArtifact, BadImage, BadOption, PenumbraError
-from penumbra.serving.engine.signature import PublicKeys
+from penumbra.models.errors import BadImage, BadOption, PenumbraError
 from penumbra.serving.http.admission import AccessLog, Bodies, Guard, Timeout, refusal
 from penumbra.serving.http.head import bound_heads
 from penumbra.serving.keys import warn_if_open
 from penumbra.serving.process import (
-    build_facts,
     end_with_parent,
     end_with_workers,
     give_up,
-    own_directory,
     set_up_logs,
 )
-from penumbra.serving.settings import Settings, check_settings
+from penumbra.serving.settings import check_settings
 from penumbra.serving.telemetry import Telemetry, export_traces, tracer_provider
 
 if TYPE_CHECKING:
@@ -150,7 +147,9 @@ class Penumbra:
     def _load(self, loop: asyncio.AbstractEventLoop) -> None:
         """Load everything, or end the server, in a thread of its own while the event loop says so."""
         try:
-            loaded = load_all()
+            from penumbra.serving.assembly import assemble
+
+            loaded = assemble(APP, SETTINGS, telemetry=TELEMETRY, bodies=BODIES, trusted_keys=TRUSTED_KEYS, typed=TYPED)
             gc.collect()
             gc.freeze()
             gc.enable()
@@ -220,64 +219,6 @@ def _as_pixels(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def _as_lists(prediction: Any) -> PredictAnswer:
     maps = {name: values.tolist() for name, values in prediction.maps.items()}
     return PredictAnswer(labels=prediction.labels_HW.tolist(), warnings=prediction.warnings, **maps)
-
-
-def load_all() -> tuple["Gateway", "Inference", "Jobs", "StoreWatch"]:
-    """Everything that answers, and its routes. Raises PenumbraError."""
-    import penumbra.serving.oip.grpc  # noqa: F401  (for the event loop)
-    from penumbra.serving.http import jobs as job_routes
-    from penumbra.serving.http import v2
-    from penumbra.serving.http.routes import ERROR_HANDLERS, routes
-    from penumbra.serving.jobs import Jobs, lock
-    from penumbra.serving.oip.protocol import Inference
-    from penumbra.serving.watch import StoreWatch, look
-
-    if "jobs" not in SETTINGS.model_fields_set:
-        own_directory(SETTINGS.jobs)  # it is where anybody may make one
-    lock(SETTINGS.jobs).close()  # a place that cannot be used is told before models are loaded
-    before = look(SETTINGS.store)
-    gateway = build_gateway(SETTINGS, TELEMETRY, trusted_keys=TRUSTED_KEYS)
-    segmenter, build = gateway.segmenter, build_facts(SETTINGS.revision)
-    TELEMETRY.add_facts(
-        build, queued_windows=lambda: segmenter.scheduler.queued[0], refused_models=lambda: len(segmenter.refused)
-    )
-    inference = Inference(gateway, store=SETTINGS.store if SETTINGS.model_control else None)
-    oip_routes = v2.routes(
-        inference, body_bytes=SETTINGS.limit_body_bytes, json_bytes=SETTINGS.limit_json_bytes, bodies=BODIES
-    )
-    watch = StoreWatch(SETTINGS.store, before, every_s=SETTINGS.watch_store_s, inference=inference)
-    jobs = Jobs(SETTINGS, gateway)
-    APP.router.routes[:] = [*oip_routes, *job_routes.routes(jobs, TELEMETRY), *routes(gateway, build, typed=TYPED)]
-    APP.exception_handlers.update(ERROR_HANDLERS)
-    return gateway, inference, jobs, watch
-
-
-def build_gateway(settings: Settings, telemetry: Telemetry, *, trusted_keys: PublicKeys | None) -> "Gateway":
-    """The engine over the store, and the gateway over the engine. A store without one good model is an error."""
-    import torch
-
-    from penumbra.serving.engine.options import Limits
-    from penumbra.serving.engine.runtime import Tuning
-    from penumbra.serving.engine.segmenter import Segmenter
-    from penumbra.serving.gateway import Gateway
-
-    torch.set_num_threads(1)  # only the scheduler's lanes enter parallel regions; others would fight
-    limits = Limits(
-        settings.limit_pixels, settings.limit_samples, settings.limit_queue_samples, settings.limit_window_pixels
-    )
-    fixed = settings.model_dump(include={"windows_per_batch", "samples_per_call", "deterministic"})
-    tuning = Tuning(**fixed, target_s=settings.target_ms / 1e3)
-    segmenter = Segmenter.open(
-        settings.store, limits=limits, device=settings.device or None, threads=settings.threads or None,
-        lanes=settings.lanes or None, tuning=tuning, observer=telemetry, trusted_keys=trusted_keys,
-    )  # fmt: skip
-    if not segmenter.cards():
-        reasons = "; ".join(segmenter.refused.values()) or "it is empty"
-        raise BadArtifact(f"the store {settings.store} has no model to serve: {reasons}")
-    return Gateway(
-        segmenter, telemetry, limit_requests=settings.limit_requests, timeout_s=settings.timeout_s,
-        cache_bytes=settings.cache_mb * 2**20,
-    )  # fmt: skip
 
 
 if SETTINGS.otlp_endpoint:

@@ -1,0 +1,71 @@
+"""Everything that answers, built from the settings: the engine over the store, and what the transports ask.
+
+`penumbra.serving.service` gives it a process; importing this module imports torch.
+"""
+
+import torch
+from starlette.applications import Starlette
+
+import penumbra.serving.oip.grpc  # noqa: F401  (for the event loop)
+from penumbra.models.errors import BadArtifact
+from penumbra.serving.engine.options import Limits
+from penumbra.serving.engine.runtime import Tuning
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.signature import PublicKeys
+from penumbra.serving.gateway import Gateway
+from penumbra.serving.http import jobs as job_routes
+from penumbra.serving.http import v2
+from penumbra.serving.http.admission import Bodies
+from penumbra.serving.http.routes import ERROR_HANDLERS, routes
+from penumbra.serving.jobs import Jobs, lock
+from penumbra.serving.oip.protocol import Inference
+from penumbra.serving.process import build_facts, own_directory
+from penumbra.serving.settings import Settings
+from penumbra.serving.telemetry import Telemetry
+from penumbra.serving.watch import StoreWatch, look
+
+
+def assemble(
+    app: Starlette, settings: Settings, *, telemetry: Telemetry, bodies: Bodies, trusted_keys: PublicKeys | None,
+    typed: str = "",
+) -> tuple[Gateway, Inference, Jobs, StoreWatch]:  # fmt: skip
+    """Load the store and give the app its routes. typed: what the document says of BentoML's. Raises PenumbraError."""
+    if "jobs" not in settings.model_fields_set:
+        own_directory(settings.jobs)  # it is where anybody may make one
+    lock(settings.jobs).close()  # a place that cannot be used is told before models are loaded
+    before = look(settings.store)
+    gateway = _gateway(settings, telemetry, trusted_keys=trusted_keys)
+    segmenter, build = gateway.segmenter, build_facts(settings.revision)
+    telemetry.add_facts(
+        build, queued_windows=lambda: segmenter.scheduler.queued[0], refused_models=lambda: len(segmenter.refused)
+    )
+    inference = Inference(gateway, store=settings.store if settings.model_control else None)
+    oip_routes = v2.routes(
+        inference, body_bytes=settings.limit_body_bytes, json_bytes=settings.limit_json_bytes, bodies=bodies
+    )
+    watch = StoreWatch(settings.store, before, every_s=settings.watch_store_s, inference=inference)
+    jobs = Jobs(settings, gateway)
+    app.router.routes[:] = [*oip_routes, *job_routes.routes(jobs, telemetry), *routes(gateway, build, typed=typed)]
+    app.exception_handlers.update(ERROR_HANDLERS)
+    return gateway, inference, jobs, watch
+
+
+def _gateway(settings: Settings, telemetry: Telemetry, *, trusted_keys: PublicKeys | None) -> Gateway:
+    """The engine over the store, and the gateway over the engine. A store without one good model is an error."""
+    torch.set_num_threads(1)  # only the scheduler's lanes enter parallel regions; others would fight
+    limits = Limits(
+        settings.limit_pixels, settings.limit_samples, settings.limit_queue_samples, settings.limit_window_pixels
+    )
+    fixed = settings.model_dump(include={"windows_per_batch", "samples_per_call", "deterministic"})
+    tuning = Tuning(**fixed, target_s=settings.target_ms / 1e3)
+    segmenter = Segmenter.open(
+        settings.store, limits=limits, device=settings.device or None, threads=settings.threads or None,
+        lanes=settings.lanes or None, tuning=tuning, observer=telemetry, trusted_keys=trusted_keys,
+    )  # fmt: skip
+    if not segmenter.cards():
+        reasons = "; ".join(segmenter.refused.values()) or "it is empty"
+        raise BadArtifact(f"the store {settings.store} has no model to serve: {reasons}")
+    return Gateway(
+        segmenter, telemetry, limit_requests=settings.limit_requests, timeout_s=settings.timeout_s,
+        cache_bytes=settings.cache_mb * 2**20,
+    )  # fmt: skip
