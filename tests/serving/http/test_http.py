@@ -461,14 +461,16 @@ def is_bentos_refusal(response: httpx.Response, status: int) -> None:
         ("text", 400),
     ],
 )
-def test_the_typed_route_refuses_with_the_same_body(client: httpx.Client, body: Any, status: int) -> None:
+def test_the_typed_route_refuses_with_the_same_body(
+    server: Server, client: httpx.Client, body: Any, status: int
+) -> None:
     response = client.post("/predict", json=body)
     is_bentos_refusal(response, status)
 
 
 @pytest.mark.parametrize("options", [{"sed": 77}, {"Seed": 77}, {"outputs": "entropy"}, {"overlap": 0.5}])
 def test_the_typed_route_refuses_an_option_that_it_does_not_know(
-    client: httpx.Client, options: dict[str, object]
+    server: Server, client: httpx.Client, options: dict[str, object]
 ) -> None:
     response = client.post("/predict", json={"image": IMAGE.tolist(), "model": "toy-latent"} | options)
     is_bentos_refusal(response, 400)
@@ -477,18 +479,20 @@ def test_the_typed_route_refuses_an_option_that_it_does_not_know(
 
 
 @pytest.mark.parametrize(("change", "says"), [(100, "from 100 to 329; 0 to 255"), (-1, "from -1 to 228; 0 to 255")])
-def test_the_typed_route_says_which_values_are_no_pixels(client: httpx.Client, change: int, says: str) -> None:
+def test_the_typed_route_says_which_values_are_no_pixels(
+    server: Server, client: httpx.Client, change: int, says: str
+) -> None:
     image = IMAGE.astype(int) + change
     assert (IMAGE.min(), IMAGE.max()) == (0, 229)
     is_refused(client.post("/predict", json={"image": image.tolist(), "model": "toy-latent"}), 400, says)
 
 
-def test_the_typed_route_refuses_options_in_the_query(client: httpx.Client) -> None:
+def test_the_typed_route_refuses_options_in_the_query(server: Server, client: httpx.Client) -> None:
     response = client.post("/predict?seed=77", json={"image": IMAGE.tolist(), "model": "toy-latent"})
     is_refused(response, 400, "query", "in the JSON")
 
 
-def test_the_typed_route_refuses_json_that_does_not_parse(client: httpx.Client) -> None:
+def test_the_typed_route_refuses_json_that_does_not_parse(server: Server, client: httpx.Client) -> None:
     response = client.post("/predict", content=b"{", headers={"Content-Type": "application/json"})
     is_bentos_refusal(response, 400)
 
@@ -497,7 +501,9 @@ def test_the_typed_route_refuses_json_that_does_not_parse(client: httpx.Client) 
     "content_type",
     ["application/vnd.bentoml+pickle", "application/x-pickle", "multipart/form-data; boundary=b", "", "text/plain"],
 )
-def test_the_typed_route_takes_json_alone_and_never_a_pickle(client: httpx.Client, content_type: str) -> None:
+def test_the_typed_route_takes_json_alone_and_never_a_pickle(
+    server: Server, client: httpx.Client, content_type: str
+) -> None:
     headers = {"Content-Type": content_type} if content_type else {}
     is_refused(client.post("/predict", content=b"\x80\x04.", headers=headers), 415, "application/json")
 
@@ -604,7 +610,9 @@ PAGES = {"/", "/playground/{name}", "/docs", "/{path:path}"}
 """For people."""
 
 
-def test_the_documentation_lists_every_route_and_every_listed_route_exists(client: httpx.Client) -> None:
+def test_the_documentation_lists_every_route_and_every_listed_route_exists(
+    server: Server, client: httpx.Client
+) -> None:
     listed = client.get("/docs.json").json()["paths"]
     all_routes = [*routes(None, "0"), *job_routes.routes(None, None)]  # type: ignore[arg-type]
     ours = {route.path for route in all_routes} - PAGES  # type: ignore[attr-defined]

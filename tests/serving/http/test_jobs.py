@@ -19,6 +19,7 @@ from PIL import Image
 from penumbra.serving.jobs import MAX_ATTEMPTS, Job
 from penumbra.serving.spool import RowFile
 from tests.conftest import picture
+from tests.serving.in_process import in_process
 from tests.serving.server import Server, serving, until
 
 NPZ, PICTURE, JSON = "application/x-npz", "image/png", "application/json"
@@ -27,18 +28,28 @@ LONG = {"model": "toy-latent", "samples": 64, "overlap": 0.8}
 """Options that make a picture of 500x500 px the work of many seconds."""
 
 
+LIMITS = {
+    "deterministic": True, "predrain_s": 0, "limit_pixels": 200_000, "limit_jobs": 3, "limit_job_pixels": 4_000_000,
+    "limit_body_bytes": 900_000, "limit_job_bytes": 2_000_000, "job_keep_s": KEEP_S,
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("jobs")
+def place(asked: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where what is asked has its directory of jobs."""
+    return tmp_path_factory.mktemp(asked)
 
 
 @pytest.fixture(scope="module")
 def server(toy_store: Path, place: Path) -> Iterator[Server]:
-    with serving(
-        toy_store, place, deterministic=True, predrain_s=0, jobs=place / "jobs", limit_pixels=200_000, limit_jobs=3,
-        limit_job_pixels=4_000_000, limit_body_bytes=900_000, limit_job_bytes=2_000_000, job_keep_s=KEEP_S,
-    ) as started:  # fmt: skip
+    with serving(toy_store, place, jobs=place / "jobs", **LIMITS) as started:
         yield started
+
+
+@pytest.fixture(scope="module")
+def surface(toy_store: Path, place: Path) -> Iterator[httpx.Client]:
+    with in_process(toy_store, place, **LIMITS) as opened:
+        yield opened
 
 
 def encoded(image_HW3: np.ndarray, kind: str = "PNG") -> bytes:
@@ -299,7 +310,7 @@ def test_a_job_that_ends_the_server_again_and_again_is_given_up(
         (jobs / name).mkdir(parents=True)
         (jobs / name / "image").write_bytes(encoded(picture(rng, 9, 9)))
         (jobs / name / "job.json").write_text(json.dumps(dataclasses.asdict(job)))
-    with serving(toy_store, tmp_path, predrain_s=0, jobs=jobs, job_keep_s=KEEP_S) as server, server.client() as client:
+    with in_process(toy_store, tmp_path, job_keep_s=KEEP_S) as client:
         assert f"{MAX_ATTEMPTS} times" in ended(client, "/jobs/deadly", "failed")["error"]
         assert "version 9" in ended(client, "/jobs/gone", "failed")["error"]
         until(lambda: client.get("/jobs/old").status_code == 404)
@@ -319,12 +330,12 @@ def test_a_disk_that_fills_up_while_a_job_runs_fails_it_with_a_sentence(
     (jobs / "full" / "image").write_bytes(encoded(picture(rng, 9, 9)))
     (jobs / "full" / "job.json").write_text(json.dumps(dataclasses.asdict(job)))
     (jobs / "full" / "writing").symlink_to("/dev/full")
-    with serving(toy_store, tmp_path, predrain_s=0, jobs=jobs) as server, server.client() as client:
+    with in_process(toy_store, tmp_path) as client:
         assert "the disk is full" in ended(client, "/jobs/full", "failed")["error"]
         assert post(client, encoded(picture(rng, 9, 9)), path="/segment").status_code == 200
 
 
-def test_two_servers_do_not_share_a_directory_of_jobs(server: Server, toy_store: Path, place: Path) -> None:
+def test_two_servers_do_not_share_a_directory_of_jobs(client: httpx.Client, place: Path) -> None:
     from penumbra.models.errors import BadArtifact
     from penumbra.serving.engine.segmenter import Segmenter
     from penumbra.serving.gateway import Gateway

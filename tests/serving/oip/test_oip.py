@@ -493,7 +493,7 @@ def test_the_api_document_lists_every_path_and_every_listed_path_exists(client: 
 
 def _gauge(client: httpx.Client, name: str) -> float:
     lines = client.get("/metrics").text.splitlines()
-    return float(next(line.split()[-1] for line in lines if line.startswith(name + " ")))
+    return float(next((line.split()[-1] for line in lines if line.startswith(name + " ")), 0))  # not counted yet
 
 
 WINDOWS = 'penumbra_windows_total{model="toy-latent"}'
