@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from penumbra.export.parity import Frame, check_parity, measure_frames, measure_parity, relative_error, worst_parity
-from penumbra.models.card import Card, ExportFacts, Parity, Sampling, check_facts, dump_card
+from penumbra.models.card import Card, ExportFacts, Parity, Sampling, dump_card, parse_card
 from penumbra.models.checkpoint import load_checkpoint
 from penumbra.models.contract import Features, Network, Prompt
 from penumbra.models.errors import BadArtifact, BadOption
@@ -71,7 +71,7 @@ def find_writer(backend: str, precision: str) -> ModuleType:
 
 
 def _export(network: Network, card: Card, store: Path, device: torch.device, frames: Sequence[Frame] = ()) -> Path:
-    check_facts(card)
+    parse_card(dump_card(card))
     card = dataclasses.replace(card, version=next_version(store, card.name))
     network = network.eval().requires_grad_(False)
     target = store / card.name / str(card.version)

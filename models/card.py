@@ -6,13 +6,17 @@ with `export` filled in. Reading is strict: an unknown, missing or mistyped fiel
 
 import dataclasses
 import json
-import math
 import re
-import types
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from penumbra.models.errors import BadArtifact
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 CARD_FORMAT = 1
 IGNORE = 255
@@ -29,9 +33,6 @@ KNOWN_MAPS = (*MAPS, "seam")
 """Maps whose name is taken, and whose meaning and unit are the same for every model."""
 UNITLESS = ("confidence", "margin")
 """Those that are probabilities; the others are in nats."""
-
-EXACT = 2**53
-"""Up to here every whole number is a float too."""
 
 T = TypeVar("T")
 
@@ -256,70 +257,53 @@ def parse_card(text: str) -> Card:
     if isinstance(data, dict) and data.get("format") != CARD_FORMAT:
         raise BadArtifact(f"the card has format {data.get('format')!r}; this Penumbra reads format {CARD_FORMAT}")
     card = read_strict(Card, data, where="card")
-    check_facts(card)
+    _check_facts(card)
     return card
 
 
 def read_strict(kind: type[T], data: Any, *, where: str) -> T:
-    """Build the dataclass `kind` from parsed JSON; `where` names the place in error messages.
+    """Build the dataclass `kind` from parsed JSON or YAML; `where` names the place in error messages.
 
-    Raises BadArtifact naming the first field that is unknown, missing or of the wrong type.
+    Raises BadArtifact naming a field that is unknown, missing, of the wrong type, NaN or infinite.
     """
-    if not isinstance(data, dict):
-        raise BadArtifact(f"{where} is {_kind_name(data)}; an object is wanted")
-    hints = get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    for name in data:
-        if name not in fields:
-            raise BadArtifact(f"{where} has an unknown field {name!r}; known are {', '.join(fields)}")
-    for name, f in fields.items():
-        no_default = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if name not in data and no_default:
-            raise BadArtifact(f"{where} lacks the field {name!r}")
-    return kind(**{k: _read(hints[k], v, where=f"{where}.{k}") for k, v in data.items()})
+    reader: TypeAdapter[list[T]] = _reader(kind)  # type: ignore[arg-type]  # a class is hashable
+    try:
+        return reader.validate_json(json.dumps([data]))[0]
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        raise BadArtifact(_sentence(kind, next(filter(_is_unknown, problems), problems[0]), where)) from None
+    except (TypeError, ValueError, RecursionError) as error:  # what YAML has and JSON has not: dates, circles
+        raise BadArtifact(f"{where} cannot be read: {error}") from None
 
 
-def _read(hint: Any, value: Any, *, where: str) -> Any:
-    origin, args = get_origin(hint), get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return read_strict(hint, value, where=where)  # type: ignore[arg-type]
-    if origin is Literal:
-        if value not in args:
-            raise BadArtifact(f"{where} is {value!r}; one of {', '.join(map(repr, args))} is wanted")
-        return value
-    if origin in (Union, types.UnionType):
-        return None if value is None else _read(args[0], value, where=where)
-    if origin is tuple:
-        return _read_tuple(args, value, where=where)
-    if origin is dict and isinstance(value, dict):
-        return {k: _read(args[1], v, where=f"{where}.{k}") for k, v in value.items()}
-    return _read_plain(origin or hint, value, where=where)
+@cache
+def _reader(kind: type[T]) -> TypeAdapter[list[T]]:
+    """Reads a list of one: a dataclass that stands alone takes no configuration, nor hands it on to its fields."""
+    return TypeAdapter(list[kind], config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))  # type: ignore[valid-type]
 
 
-def _read_tuple(args: tuple[Any, ...], value: Any, *, where: str) -> tuple[Any, ...]:
-    endless = len(args) == 2 and args[1] is Ellipsis
-    if not isinstance(value, (list, tuple)) or (not endless and len(value) != len(args)):
-        wanted = "a list" if endless else f"a list of {len(args)}"
-        raise BadArtifact(f"{where} is {value!r}; {wanted} is wanted")
-    hints = [args[0]] * len(value) if endless else list(args)
-    return tuple(_read(h, v, where=f"{where}[{i}]") for i, (h, v) in enumerate(zip(hints, value, strict=True)))
+def _is_unknown(problem: "ErrorDetails") -> bool:
+    return problem["type"] == "unexpected_keyword_argument"
 
 
-def _read_plain(kind: Any, value: Any, *, where: str) -> Any:
-    if kind is Any:
-        return value
-    if kind is float and type(value) is int and abs(value) <= EXACT:
-        return float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise BadArtifact(f"{where} is {_kind_name(value)}; {kind.__name__} is wanted")
-    return value
+def _sentence(kind: Any, problem: "ErrorDetails", where: str) -> str:
+    *parents, name = problem["loc"][1:] or ("",)
+    place = where + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in parents)
+    if _is_unknown(problem):
+        for field_name in (step for step in parents if isinstance(step, str)):
+            hint = get_type_hints(kind)[field_name]
+            kind = next(arg for arg in (hint, *get_args(hint)) if dataclasses.is_dataclass(arg))
+        return f"{place} has an unknown field {name!r}; known are {', '.join(f.name for f in dataclasses.fields(kind))}"
+    if problem["type"] == "missing":
+        return f"{place} lacks the field {name!r}"
+    place += f"[{name}]" if isinstance(name, int) else f".{name}" if name else ""
+    remedy = problem["msg"].replace("Input", "it").replace("Tuple", "it")
+    if problem["type"] == "literal_error":
+        remedy = f"one of {problem['ctx']['expected'].replace(' or ', ', ')} is wanted"
+    return f"{place} is {problem['input']!r:.200}; {remedy}"
 
 
-def _kind_name(value: Any) -> str:
-    return f"{value!r} ({type(value).__name__})"
-
-
-def check_facts(card: Card) -> None:
+def _check_facts(card: Card) -> None:
     """Raises BadArtifact naming the first fact that is impossible or contradicts another."""
     window, sampling, temperature = card.window, card.sampling, card.readout.temperature
     prompt, extra = card.prompt, [extra_map.name for extra_map in card.extra_maps]
@@ -332,12 +316,10 @@ def check_facts(card: Card) -> None:
         "has a class with a color outside 0 to 255": not all(0 <= value <= 255 for value in colors),
         f"has input.std {card.input.std} and input.scale {card.input.scale}; pixels are divided by both":
             0 in (*card.input.std, card.input.scale),
-        "has an input.mean, input.std or input.scale that is not finite":
-            not all(map(math.isfinite, (*card.input.mean, *card.input.std, card.input.scale))),
         f"window is {window.height}x{window.width}; both 0 or both positive":
             (window.height == 0) != (window.width == 0) or min(window.height, window.width) < 0,
         f"overlap is {window.overlap}; 0 to 0.9 is possible": not 0 <= window.overlap <= 0.9,
-        f"temperature is {temperature}; it must be positive": not 0 < temperature < math.inf,
+        f"temperature is {temperature}; it must be positive": temperature <= 0,
         f"noise_length is {sampling.noise_length}; 0 or more is possible": sampling.noise_length < 0,
         f"keep is {sampling.keep}; above 0 and up to 1 is possible": not 0 < sampling.keep <= 1,
         f"has {num_members} members and {sampling.default_samples} default_samples; members fix the number of samples":
@@ -347,13 +329,11 @@ def check_facts(card: Card) -> None:
         f"default_samples is {sampling.default_samples}; at least 1 is needed": sampling.default_samples < 1,
         f"window.trained is {window.trained}; two positive sizes are wanted": min(window.trained or (1,)) < 1,
         f"window.max_pixels is {window.max_pixels}; 0 or more is possible": window.max_pixels < 0,
-        f"prompt.alpha is {prompt.alpha}; 0 or more is possible": not 0 <= (prompt.alpha or 0.0) < math.inf,
+        f"prompt.alpha is {prompt.alpha}; 0 or more is possible": (prompt.alpha or 0) < 0,
         f"prompt.background is {prompt.background}; the classes are 0 to {card.num_classes - 1}":
             not 0 <= (prompt.background or 0) < card.num_classes,
         f"extra_maps are {', '.join(extra)}; plain names are wanted, each once and none of {', '.join(KNOWN_MAPS)}":
             len({*extra, *KNOWN_MAPS}) < len(extra) + len(KNOWN_MAPS) or not all(map(MAP_NAME.fullmatch, extra)),
-        f"export.parity is {card.export and card.export.parity}; numbers are wanted":
-            card.export is not None and not _is_finite(dataclasses.astuple(card.export.parity)),
         f"calibration is {card.calibration}; ascending risks between 0 and 1, each with a threshold, are wanted":
             card.calibration is not None and not _is_sound(card.calibration),
     }  # fmt: skip
@@ -361,20 +341,14 @@ def check_facts(card: Card) -> None:
         raise BadArtifact(f"the card of {card.name[:60]!r}: {sentence}")
 
 
-def _is_finite(figures: tuple[float | None, ...]) -> bool:
-    """Whether none of the figures that there are is NaN or infinite."""
-    return all(math.isfinite(figure) for figure in figures if figure is not None)
-
-
 def _is_sound(calibration: Calibration) -> bool:
     """Whether a larger risk never abstains from more, and every figure is possible."""
     risks, thresholds = calibration.risks, calibration.entropy_nats
     return (
         0 < len(risks) == len(thresholds)
-        and _is_finite((*risks, *thresholds))
         and list(risks) == sorted(set(risks))
         and 0 < risks[0] <= risks[-1] < 1
         and list(thresholds) == sorted(thresholds)
-        and 0 <= thresholds[0] <= thresholds[-1] < math.inf
+        and thresholds[0] >= 0
         and min(calibration.num_frames, calibration.num_samples) >= 1
     )

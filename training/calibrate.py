@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.optimize import minimize_scalar
 
-from penumbra.models.card import Calibration, Card, check_facts, dump_card
+from penumbra.models.card import Calibration, Card, dump_card, parse_card
 from penumbra.models.errors import BadData, BadOption
 from penumbra.models.files import drafted, writing
 from penumbra.serving.engine.segmenter import Segmenter
@@ -209,7 +209,7 @@ def find_thresholds(
 
 def write_version(source: Path, target: Path, card: Card) -> None:
     """Write an artifact beside another one: the same files, hard-linked where possible, under another card."""
-    check_facts(card)
+    parse_card(dump_card(card))
     assert card.export
     with drafted(target.parent) as draft, writing(target):
         for name in card.export.files:
