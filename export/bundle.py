@@ -171,7 +171,7 @@ def _measure_in(batch: int, card: Card, graphs: Backend, golden: Golden) -> Pari
 
 
 def _decode_apart(graphs: Backend, features: Features, noise_SBL: Tensor, sampling: Sampling) -> Tensor:
-    chunk = 1 if sampling.kind in ("latent", "dropout") else len(noise_SBL)
+    chunk = 1 if sampling.is_stochastic else len(noise_SBL)
     return torch.cat([graphs.decode(features, noise).cpu() for noise in torch.split(noise_SBL, chunk)])
 
 

@@ -56,7 +56,7 @@ def losses(checkpoints: Sequence[Path]) -> list[str]:
     sentences = []
     for path in checkpoints:
         card = read_card(path)
-        if card.sampling.kind in ("latent", "dropout"):
+        if card.sampling.is_stochastic:
             still = "with its latent at the mean" if card.sampling.kind == "latent" else "with nothing dropped"
             sentences.append(f"{path.stem} draws no samples in an ensemble, where it is one member {still}")
         if card.prompt.kind != "none":

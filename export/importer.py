@@ -66,7 +66,7 @@ def import_checkpoint(
     network = found.build(config).eval()
     unused = _fill(network, parts, run, where=where)
     card_sampling = network.sampling
-    if not sampling and card_sampling.kind in ("latent", "dropout"):
+    if not sampling and card_sampling.is_stochastic:
         card_sampling = dataclasses.replace(card_sampling, default_samples=run.default_samples, noise_per=run.noise_per)
     kinds = zip(files, parts, strict=True)
     origin = "; ".join(f"{path.name}, {part.layout.name}, sha256 {sha256_of(path)}" for path, part in kinds)

@@ -84,7 +84,7 @@ def cut(network: Network, card: Card, golden: Golden, *, precision: str, device:
         crop = tuple(length // size for length in golden.image_B3hw.shape[2:])
         image_B3hw = _crop(golden.image_B3hw, num_windows, crop).to(device, memory_format=torch.channels_last)
         features = encode(image_B3hw)
-        fewer = num_windows == 1 and card.sampling.kind in ("latent", "dropout")  # S is free
+        fewer = num_windows == 1 and card.sampling.is_stochastic  # S is free
         noise_SBL = golden.plain.noise_SBL[: 2 if fewer else None, :num_windows]
         calls.append({"encode": (image_B3hw,), "decode": (features, noise_SBL.to(device))})
         if golden.prompted:

@@ -65,10 +65,10 @@ class _Normalise(nn.Module):
 
     def __init__(self, spec: InputSpec) -> None:
         super().__init__()
-        std, mean = (torch.tensor(values, dtype=torch.float64) for values in (spec.std, spec.mean))
         self.bgr = spec.order == "BGR"
-        self.register_buffer("factor_3", (1 / (spec.scale * std)).float())
-        self.register_buffer("offset_3", (-mean / std).float())
+        factor_3, offset_3 = map(torch.tensor, spec.factor_offset)
+        self.register_buffer("factor_3", factor_3)
+        self.register_buffer("offset_3", offset_3)
 
     def forward(self, image_BHW3: Tensor) -> Tensor:
         pixels_BHW3 = image_BHW3.flip(3) if self.bgr else image_BHW3

@@ -54,6 +54,12 @@ class InputSpec:
     scale: float = 255.0
     order: Literal["RGB", "BGR"] = "RGB"
 
+    @property
+    def factor_offset(self) -> tuple[list[float], list[float]]:
+        """The same as one multiply-add: input = pixels * factor + offset, per channel in `order`."""
+        factor = [1 / (self.scale * std) for std in self.std]
+        return factor, [-mean / std for mean, std in zip(self.mean, self.std, strict=True)]
+
 
 @dataclass(frozen=True, slots=True)
 class WindowSpec:
@@ -97,6 +103,11 @@ class Sampling:
     keep: float = 1.0
     members: tuple[str, ...] = ()
     default_samples: int = 1
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether samples are drawn, so that a request may ask for any number of them."""
+        return self.kind in ("latent", "dropout")
 
 
 @dataclass(frozen=True, slots=True)

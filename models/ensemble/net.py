@@ -92,13 +92,12 @@ def _shape(member: MemberConfig) -> tuple[str, str, bool]:
     return member.method, repr(sorted(member.config.items())), member.readout.align_corners
 
 
-def renormalisation(given: InputSpec, wanted: InputSpec) -> tuple[Tensor, Tensor]:
-    """factor and offset [3, 1, 1] that turn one normalisation into another, in the wanted channel order."""
-    std, mean, wanted_std, wanted_mean = (
-        torch.tensor(values, dtype=torch.float64) for values in (given.std, given.mean, wanted.std, wanted.mean)
+def renormalisation(given: InputSpec, expected: InputSpec) -> tuple[Tensor, Tensor]:
+    """factor and offset [3, 1, 1] that turn one normalisation into another, in the expected channel order."""
+    (from_factor, from_offset), (to_factor, to_offset) = (
+        torch.tensor(spec.factor_offset, dtype=torch.float64)[..., None, None] for spec in (given, expected)
     )
-    if given.order != wanted.order:
-        std, mean = std.flip(0), mean.flip(0)
-    scale = given.scale / wanted.scale
-    factor, offset = std * scale / wanted_std, (mean * scale - wanted_mean) / wanted_std
-    return factor.float()[:, None, None], offset.float()[:, None, None]
+    if given.order != expected.order:
+        from_factor, from_offset = from_factor.flip(0), from_offset.flip(0)
+    factor = to_factor / from_factor
+    return factor.float(), (to_offset - from_offset * factor).float()

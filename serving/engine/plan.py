@@ -43,7 +43,7 @@ class RequestPlan:
     @property
     def is_anytime(self) -> bool:
         """Tell whether fewer samples, the same of every window, are better than a missed deadline."""
-        return self.options.anytime and self.sampling.kind in ("latent", "dropout")
+        return self.options.anytime and self.sampling.is_stochastic
 
     @property
     def least_samples(self) -> int:

@@ -195,7 +195,7 @@ class Runtime:
             self.run(inputs[:1])
         if tuning.samples_per_call:
             self.samples_per_call = tuning.samples_per_call
-        elif self.card.sampling.kind in ("latent", "dropout") and not is_slow:
+        elif self.card.sampling.is_stochastic and not is_slow:
             features = self._encode(inputs[:1])
             chunks = [size for size in SIZES if size <= len(inputs[0].noise_SL)]
             share_s = tuning.budget_s / 3
@@ -231,7 +231,7 @@ class Runtime:
         window = self._golden_inputs()[0]
         num_pixels, usual = window.image_hw3.shape[0] * window.image_hw3.shape[1], len(window.noise_SL)
         usual_core_s = self._window_core_s
-        if self.card.sampling.kind in ("latent", "dropout") and usual > 1:
+        if self.card.sampling.is_stochastic and usual > 1:
             alone = replace(window, noise_SL=window.noise_SL[:1])
             started = time.perf_counter()
             if self._window_samples == usual:

@@ -159,9 +159,7 @@ def normalise(pixels_hw3: NDArray[np.uint8], norm: InputSpec) -> FloatArray:
     height, width = pixels_hw3.shape[:2]
     if norm.order == "BGR":
         pixels_hw3 = pixels_hw3[:, :, ::-1]
-    std = np.asarray(norm.std, np.float64)
-    factor = np.tile((1 / (norm.scale * std)).astype(np.float32), width)
-    offset = np.tile((-np.asarray(norm.mean) / std).astype(np.float32), width)
+    factor, offset = (np.tile(np.asarray(values, np.float32), width) for values in norm.factor_offset)
     if kernels.COMPILED and pixels_hw3.strides[1:] == (3, 1):
         return kernels.normalise(pixels_hw3, factor, offset)
     normalised: FloatArray = pixels_hw3.reshape(height, 3 * width) * factor  # whole rows: five times as fast

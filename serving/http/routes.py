@@ -96,7 +96,7 @@ def summary(card: Card) -> dict[str, object]:
 def _maps_by_samples(card: Card) -> dict[str, list[str]]:
     """The maps that can be asked for of a `single` sample and of `several`, as far as the model takes them."""
     counts = {card.sampling_with(prompt=prompt).default_samples for prompt in (False, True)}
-    if card.sampling.kind in ("latent", "dropout"):
+    if card.sampling.is_stochastic:
         counts.add(1)
     return {"single" if count == 1 else "several": list(card.maps(count)) for count in sorted(counts)}
 

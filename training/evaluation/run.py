@@ -108,7 +108,7 @@ def evaluate(segmenter: Segmenter, question: Question, frames: FrameSet, *, comp
     if not evaluation.num_frames:
         raise BadData(f"no pixel of {question.data} {question.split} has a label; there is nothing to measure against")
     few = indices[:: -(-len(indices) // FEW_FRAMES)]
-    is_free = card.sampling.kind in ("latent", "dropout")
+    is_free = card.sampling.is_stochastic
     rows = compare_samples(segmenter, question, frames, few) if compare and is_free else []
     return Measured(question, card, evaluation, indices, accuracies, rows)
 
