@@ -1,130 +1,139 @@
-"""Everything that can go wrong by a user's doing, as one tree of exceptions.
+"""Everything that can go wrong by a user's doing, as one tree of exceptions, each with the statuses that it ends with.
 
-Messages are one sentence: what was wrong, the value, what would be right. No transport in here:
-`penumbra.serving.http.routes` and the CLI map these classes to statuses and exit codes.
+Messages are one sentence: what was wrong, the value, what would be right.
 
     PenumbraError
-    ├── BadOption            an option is unknown, malformed or out of range
-    ├── BadImage             the picture cannot be read
-    ├── UnknownModel         no such model, or no such version of it
-    ├── UnknownJob           no such job, or its time is over
-    ├── JobUnfinished        it has no result, or none yet
-    ├── NotAcceptable        no offered answer format is accepted
-    ├── UnsupportedMedia     the body is of a kind that is not read
-    ├── Unsupported          the protocol has it, and it is not offered here
-    ├── Restricted           it is switched off on this server
-    ├── Unauthenticated      no key, or none that is known
-    ├── Forbidden            the key's scope does not reach so far
-    ├── TooLarge             over a published limit; says the limit, the size and the remedy
-    ├── HeadTooLarge         the same, of a request's line and headers
-    ├── QueueFull            refused at the door; says when to come again
-    ├── DiskFull             there is no room for an answer's files
-    ├── NotReady             still loading, or draining
-    ├── Cancelled            the caller went away
-    ├── DeadlineExceeded     the caller's deadline passed
-    ├── ModelFault           the model failed or produced NaN for this request
-    └── Refused              offline: files that must not be used
-        ├── BadCheckpoint    not a checkpoint of ours, or not of this network
-        ├── BadArtifact      hashes, card, signature or golden window do not hold
-        ├── BadData          a data set is incomplete or inconsistent
-        └── ParityFailed     an export does not reproduce its checkpoint
+    ├── of a request   BadOption, BadImage, UnknownModel, UnknownJob, JobUnfinished, NotAcceptable, UnsupportedMedia,
+    │                  Unsupported
+    ├── of a caller    Restricted, Unauthenticated, Forbidden
+    ├── of a limit     TooLarge, HeadTooLarge, QueueFull, DiskFull
+    ├── of the moment  NotReady, Cancelled, DeadlineExceeded
+    ├── of the model   ModelFault
+    └── Refused        offline: BadCheckpoint, BadArtifact, BadData, ParityFailed
 """
 
 import logging
+from collections.abc import Mapping
 
 log = logging.getLogger("penumbra")
 
+UNEXPECTED = "the server failed on this request; its log says why"
+"""What a caller is told of an error that is no PenumbraError."""
+
 
 class PenumbraError(Exception):
-    """Any mistake or condition that the caller can be told about in one sentence."""
+    """Any mistake or condition that the caller can be told about in one sentence.
+
+    http_status, grpc_status: what it ends a request with; a subclass that names none has its parent's. headers: what
+    an HTTP answer has beside them.
+    """
+
+    http_status: int
+    grpc_status: str
+    headers: Mapping[str, str] = {}
+
+    def __init_subclass__(cls, *, http: int | None = None, grpc: str | None = None) -> None:
+        if http and grpc:
+            cls.http_status, cls.grpc_status = http, grpc
 
 
-class BadOption(PenumbraError):
+class BadOption(PenumbraError, http=400, grpc="INVALID_ARGUMENT"):
     """An option is unknown, malformed or out of range."""
 
 
-class BadImage(PenumbraError):
+class BadImage(PenumbraError, http=400, grpc="INVALID_ARGUMENT"):
     """The picture cannot be read."""
 
 
-class UnknownModel(PenumbraError):
-    """No such model, or no such version of it."""
+class UnknownModel(PenumbraError, http=404, grpc="NOT_FOUND"):
+    """There is no such model, or no such version of it."""
 
 
-class UnknownJob(PenumbraError):
-    """No such job, or one whose time is over."""
+class UnknownJob(PenumbraError, http=404, grpc="NOT_FOUND"):
+    """There is no such job, or its time is over."""
 
 
-class JobUnfinished(PenumbraError):
+class JobUnfinished(PenumbraError, http=409, grpc="FAILED_PRECONDITION"):
     """The job has no result, or none yet."""
 
 
-class NotAcceptable(PenumbraError):
+class NotAcceptable(PenumbraError, http=406, grpc="INVALID_ARGUMENT"):
     """None of the answer formats on offer is accepted by the caller."""
 
 
-class UnsupportedMedia(PenumbraError):
+class UnsupportedMedia(PenumbraError, http=415, grpc="INVALID_ARGUMENT"):
     """The body is of a kind that is not read."""
 
 
-class Unsupported(PenumbraError):
+class Unsupported(PenumbraError, http=501, grpc="UNIMPLEMENTED"):
     """A protocol has it, and it is not offered here."""
 
 
-class Restricted(PenumbraError):
-    """Switched off on this server."""
+class Restricted(PenumbraError, http=403, grpc="UNAVAILABLE"):
+    """It is switched off on this server."""
 
 
-class Unauthenticated(PenumbraError):
+class Unauthenticated(PenumbraError, http=401, grpc="UNAUTHENTICATED"):
     """There is no API key, or none that is known."""
 
+    headers: Mapping[str, str] = {"WWW-Authenticate": "Bearer"}
 
-class Forbidden(PenumbraError):
+
+class Forbidden(PenumbraError, http=403, grpc="PERMISSION_DENIED"):
     """The API key's scope does not reach so far."""
 
 
-class TooLarge(PenumbraError):
-    """Over a published limit."""
+class TooLarge(PenumbraError, http=413, grpc="RESOURCE_EXHAUSTED"):
+    """Something is over a published limit; the sentence says the limit, the size and the remedy."""
 
 
-class HeadTooLarge(PenumbraError):
+class HeadTooLarge(PenumbraError, http=431, grpc="RESOURCE_EXHAUSTED"):
     """A request's line and headers are over their limit."""
 
 
-class QueueFull(PenumbraError):
-    """Refused at the door; `retry_after_s` is an estimate from the measured service rate."""
+class QueueFull(PenumbraError, http=429, grpc="RESOURCE_EXHAUSTED"):
+    """A request is refused at the door; `retry_after_s` is an estimate from the measured service rate."""
 
     def __init__(self, message: str, *, retry_after_s: int) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.headers = {"Retry-After": str(retry_after_s)}
 
 
-class DiskFull(PenumbraError):
+class DiskFull(PenumbraError, http=507, grpc="RESOURCE_EXHAUSTED"):
     """There is no room for an answer's files."""
 
 
-class NotReady(PenumbraError):
-    """Still loading, or draining."""
+class NotReady(PenumbraError, http=503, grpc="UNAVAILABLE"):
+    """The server is still loading its models, or draining, and another replica takes over."""
+
+    headers: Mapping[str, str] = {"Retry-After": "2"}
+
+    def __init__(self, message: str = "the server is still loading its models; try again in a few seconds") -> None:
+        super().__init__(message)
 
 
-class Cancelled(PenumbraError):
+class Cancelled(PenumbraError, http=499, grpc="CANCELLED"):
     """The caller went away."""
 
 
-class DeadlineExceeded(PenumbraError):
+class DeadlineExceeded(PenumbraError, http=504, grpc="DEADLINE_EXCEEDED"):
     """The caller's deadline passed before the answer was ready."""
 
 
-class ModelFault(PenumbraError):
+class ModelFault(PenumbraError, http=500, grpc="INTERNAL"):
     """The model failed, or produced non-finite numbers, for this request."""
 
+    def __init__(self, message: str = UNEXPECTED) -> None:
+        super().__init__(message)
 
-class Refused(PenumbraError):
-    """Files that must not be used."""
+
+class Refused(PenumbraError, http=500, grpc="INTERNAL"):
+    """Files must not be used."""
 
 
 class BadCheckpoint(Refused):
-    """Not a checkpoint of ours, or not one of this network."""
+    """The file is no checkpoint of ours, or none of this network."""
 
 
 class BadArtifact(Refused):

@@ -27,7 +27,6 @@ from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.request import Cancellation, QueuedRequest
 from penumbra.serving.engine.runtime import Runtime
 from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.serving.statuses import LOADING, UNEXPECTED
 from penumbra.serving.telemetry import Request, Telemetry
 
 log = logging.getLogger("penumbra")
@@ -85,7 +84,7 @@ class Gateway:
     def check_admission(self) -> None:
         """Check what a request may be refused for before it costs anything. Raises NotReady and QueueFull."""
         if self.state == "starting":
-            raise NotReady(LOADING)
+            raise NotReady()
         if self._inflight >= self._limit_requests:
             raise QueueFull(
                 f"{self._inflight} requests are being worked on and the limit is {self._limit_requests}; "
@@ -116,7 +115,7 @@ class Gateway:
             raise
         except Exception:
             log.exception("request %s failed unexpectedly", request.id)
-            raise ModelFault(UNEXPECTED) from None
+            raise ModelFault() from None
         finally:
             self._inflight -= 1
 

@@ -28,7 +28,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.exposition import choose_encoder
 
 from penumbra.models.errors import PenumbraError
-from penumbra.serving.statuses import status_of
 
 if TYPE_CHECKING:
     from penumbra.serving.engine.answer import Prediction
@@ -80,7 +79,7 @@ class Request:
 
     def fail(self, error: Exception) -> None:
         """Note what the request ended with."""
-        self.status = status_of(error)[0] if isinstance(error, PenumbraError) else 500
+        self.status = error.http_status if isinstance(error, PenumbraError) else 500
         self.error = type(error).__name__
 
     def fields(self, milliseconds: float) -> dict[str, str | int | float]:

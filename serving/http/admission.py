@@ -20,12 +20,10 @@ from penumbra.models.errors import (
     PenumbraError,
     QueueFull,
     TooLarge,
-    Unauthenticated,
     UnsupportedMedia,
 )
 from penumbra.serving.keys import METRICS_PATH, Keys
 from penumbra.serving.settings import Settings
-from penumbra.serving.statuses import LOADING, status_of
 from penumbra.serving.telemetry import CURRENT, ID, TRACE, Telemetry, begin, logged
 
 STREAMED = ("POST", "/jobs")
@@ -37,20 +35,13 @@ HEALTH_PATHS = ("/healthz", "/livez", "/readyz")
 LIVE_PATHS = ("/healthz", "/livez", "/v2/health/live")
 READY_PATHS = {"/readyz": {"ready": False, "state": "starting"}, "/v2/health/ready": {"ready": False}}
 """Path -> what it answers while models are loaded."""
-LOADING_S = 2
-"""When to come again while models are loaded, or another replica takes over."""
 LAST = {"Connection": "close"}
 """Header of an answer to a request whose body may not have been read."""
 
 
 def refusal(error: PenumbraError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The answer that an error is told in: its status, its sentence, and when to come again or whom to send."""
-    own: dict[str, str] = {}
-    if isinstance(error, Unauthenticated):
-        own["WWW-Authenticate"] = "Bearer"
-    if isinstance(error, NotReady | QueueFull):
-        own["Retry-After"] = str(LOADING_S if isinstance(error, NotReady) else error.retry_after_s)
-    return JSONResponse({"error": str(error)}, status_of(error)[0], own | dict(headers or {}))
+    return JSONResponse({"error": str(error)}, error.http_status, {**error.headers, **(headers or {})})
 
 
 class Bodies:
@@ -196,11 +187,11 @@ class Guard:
             if path in LIVE_PATHS:
                 return JSONResponse({"live": True})
             if path in READY_PATHS:
-                return JSONResponse(READY_PATHS[path], 503, {"Retry-After": str(LOADING_S)})
+                return JSONResponse(READY_PATHS[path], 503, NotReady.headers)
             if path == METRICS_PATH:
                 page, content_type = self._telemetry.page("")
                 return Response(page, media_type=content_type)
-        raise NotReady(LOADING)
+        raise NotReady()
 
     async def _read_body(self, scope: Scope, receive: Receive, take: Callable[[int], None]) -> Receive:
         """The request's body, read ahead unless its handler streams it. Raises PenumbraError."""

@@ -20,7 +20,6 @@ from penumbra.serving.http.admission import BENTO_PATHS, refusal
 from penumbra.serving.http.openapi import document
 from penumbra.serving.http.segment import segment
 from penumbra.serving.http.upload import refuse_options
-from penumbra.serving.statuses import UNEXPECTED
 
 
 def routes(gateway: Gateway, build: Mapping[str, str], *, typed: str = "") -> list[BaseRoute]:
@@ -140,7 +139,7 @@ async def tell_error(_: Request, error: Exception) -> Response:
     """The answer for any error: what it says, or, where nobody foresaw it, no more than that."""
     if isinstance(error, HTTPException):
         return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
-    return refusal(error if isinstance(error, PenumbraError) else ModelFault(UNEXPECTED))
+    return refusal(error if isinstance(error, PenumbraError) else ModelFault())
 
 
 ERROR_HANDLERS = dict.fromkeys((PenumbraError, HTTPException, Exception), tell_error)

@@ -11,9 +11,8 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from penumbra.models.errors import BadOption, NotReady, PenumbraError
+from penumbra.models.errors import UNEXPECTED, BadOption, NotReady, PenumbraError
 from penumbra.serving.keys import SERVICE, Keys
-from penumbra.serving.statuses import LOADING, UNEXPECTED, status_of
 from penumbra.serving.telemetry import CURRENT, ID, Request, Telemetry, begin, logged
 
 log = logging.getLogger("penumbra")
@@ -44,7 +43,7 @@ def named_errors(handler: Handler) -> Handler:
                 return answer
             except PenumbraError as error:
                 request.fail(error)
-                await context.abort(grpc.StatusCode[status_of(error)[1]], str(error))
+                await context.abort(grpc.StatusCode[error.grpc_status], str(error))
             except Exception as error:
                 request.fail(error)
                 log.exception("call %s failed unexpectedly", request.id)
@@ -84,7 +83,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             if self.handlers:
                 return self.handlers.service(call)
             if call.method not in WHILE_LOADING:
-                raise NotReady(LOADING)
+                raise NotReady()
         except PenumbraError as error:
             return refusing(error, self._telemetry)
 

@@ -17,7 +17,6 @@ from penumbra.serving.oip import grpc as oip_grpc
 from penumbra.serving.oip.protocol import read_options
 from penumbra.serving.oip.request import InferRequest
 from penumbra.serving.oip.tensors import IMAGE, PROMPTS, check_inputs, read_boxes, read_image, read_tags
-from penumbra.serving.statuses import status_of
 from tests.serving.server import Server
 
 SPECS = (IMAGE, *PROMPTS["boxes"], *PROMPTS["tags"])
@@ -90,7 +89,7 @@ def _is_done_or_refused(work: Callable[[], object]) -> bool:
     try:
         work()
     except PenumbraError as error:
-        return status_of(error)[0] in (400, 404, 413, 501) and len(str(error)) < 2000
+        return error.http_status in (400, 404, 413, 501) and len(str(error)) < 2000
     return True
 
 

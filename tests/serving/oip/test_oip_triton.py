@@ -20,7 +20,6 @@ from penumbra.models.errors import PenumbraError
 from penumbra.serving.http import v2
 from penumbra.serving.oip import grpc as oip_grpc
 from penumbra.serving.oip.tensors import Tensor, TensorSpec, check_inputs
-from penumbra.serving.statuses import status_of
 from tests.models.golden import GOLDEN
 from tests.serving.server import Server
 
@@ -94,7 +93,7 @@ def test_a_body_is_taken_or_refused_as_triton_does(name: str) -> None:
     try:
         assert _read_http(case["request"])
     except PenumbraError as error:
-        status, said = status_of(error)[0], str(error)
+        status, said = error.http_status, str(error)
     wanted = 400 if recorded["status"] == 500 else recorded["status"]  # a body that does not parse is no server's fault
     assert status == ANSWERED_OTHERWISE.get(name, wanted), said
     assert status == 200 or said
@@ -107,7 +106,7 @@ def test_a_message_is_taken_or_refused_as_triton_does(name: str) -> None:
     try:
         assert _read_grpc(case["request"])
     except PenumbraError as error:
-        code, said = status_of(error)[1], str(error)
+        code, said = error.grpc_status, str(error)
     wanted = case["result"]["code"]
     assert code == ANSWERED_OTHERWISE.get(name, wanted), said
     assert code == "OK" or said
