@@ -1,7 +1,6 @@
 """A checkpoint becomes an artifact: graphs, golden window, parity gate, card. All or nothing."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +15,7 @@ from penumbra.models.card import Card, ExportFacts, Parity, Sampling, dump_card,
 from penumbra.models.checkpoint import load_checkpoint
 from penumbra.models.contract import Features, Network, Prompt
 from penumbra.models.errors import BadArtifact, BadOption
-from penumbra.models.files import drafted, writing
+from penumbra.models.files import whole_directory
 from penumbra.serving.engine.backends import Backend, find_format, load_backend
 from penumbra.serving.engine.device import find_device
 from penumbra.serving.engine.noise import SeededNoise
@@ -75,14 +74,13 @@ def _export(network: Network, card: Card, store: Path, device: torch.device, fra
     card = dataclasses.replace(card, version=next_version(store, card.name))
     network = network.eval().requires_grad_(False)
     target = store / card.name / str(card.version)
-    with drafted(target.parent) as draft, writing(target.parent):
+    with whole_directory(target) as draft:
         try:
             _write(network, card, draft, device, frames)
         except BadArtifact as error:
             raise BadArtifact(str(error).replace(str(draft), str(target))) from None
-        for path in (draft, *draft.iterdir()):
+        for path in draft.iterdir():
             path.chmod(0o755 if path.is_dir() else 0o644)  # temporary files are private; servers have other users
-        os.replace(draft, target)
     return target
 
 

@@ -3,6 +3,7 @@
 A file's bytes are made in memory: on a full disk the libraries' own writers name no file, and torch's ends the process.
 """
 
+import os
 import secrets
 import shutil
 import tempfile
@@ -35,6 +36,15 @@ def drafted(folder: Path) -> Iterator[Path]:
         for path in fresh:
             if not any(path.iterdir()):
                 path.rmdir()
+
+
+@contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """A new directory to be filled, which is put there as a whole and for everyone to read, or not at all."""
+    with drafted(path.parent) as draft, writing(path):
+        yield draft
+        draft.chmod(0o755)
+        os.replace(draft, path)
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -27,7 +27,7 @@ from scipy.optimize import minimize_scalar
 
 from penumbra.models.card import Calibration, Card, dump_card, parse_card
 from penumbra.models.errors import BadData, BadOption
-from penumbra.models.files import drafted, writing
+from penumbra.models.files import whole_directory
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import CARD, find_artifact, next_version
 from penumbra.serving.watch import how_to_serve
@@ -211,7 +211,7 @@ def write_version(source: Path, target: Path, card: Card) -> None:
     """Write an artifact beside another one: the same files, hard-linked where possible, under another card."""
     parse_card(dump_card(card))
     assert card.export
-    with drafted(target.parent) as draft, writing(target):
+    with whole_directory(target) as draft:
         for name in card.export.files:
             try:
                 os.link(source / name, draft / name)
@@ -219,8 +219,6 @@ def write_version(source: Path, target: Path, card: Card) -> None:
                 shutil.copy2(source / name, draft / name)
         (draft / CARD).write_text(dump_card(card), "utf-8")
         (draft / CARD).chmod(0o644)
-        draft.chmod(0o755)
-        os.replace(draft, target)
 
 
 def report(calibrated: Calibrated, target: Path) -> None:
