@@ -84,7 +84,8 @@ class CamNetwork(Network):
         score_BN = torch.stack([view.score_BN for view in views]).mean(0)
         maps = [self.draw_maps(view) for view in views]
         if len(maps) > 1:
-            maps = [_resize_maps(each, image_B3HW) for each in maps]
+            flat = [resize_like(each.flatten(0, 1), image_B3HW, align_corners=False) for each in maps]
+            maps = [each.unflatten(0, (-1, len(self.members))) for each in flat]
         return divide_by_maximum(torch.stack(maps).sum(0)), self.predict_tags(score_BN)
 
     def take_prompt(self, image_B3hw: Tensor, features: Features, prompt: Prompt) -> Features:
@@ -158,12 +159,6 @@ class CamNetwork(Network):
         prototypes_BKD = gather_prototypes(seeds_BKhw, view.hierarchical_BDhw)
         is_cam_BKhw = reactivate(view.hierarchical_BDhw, prototypes_BKD)
         return Localisation(view, cam_BKhw, overlap_BKhw, seeds_BKhw, prototypes_BKD, is_cam_BKhw)
-
-
-def _resize_maps(maps_BMKhw: Tensor, image_B3HW: Tensor) -> Tensor:
-    """Bilinear, to the size of the image."""
-    members = maps_BMKhw.shape[1]
-    return resize_like(maps_BMKhw.flatten(0, 1), image_B3HW, align_corners=False).unflatten(0, (-1, members))
 
 
 def normalise_cam(raw_BNhw: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ DeepLabV2-R101-MSC (Chen et al. 2017; the public code of kazuto1011), whose pass
 DeepLabV1 on WideResNet-38 (Wu et al. 2019; the public code of YudeWang), with a dropout site before its classifier.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,7 +39,9 @@ class DeepLabV2Network(Network):
         self.base = DeepLabV2(config)
 
     def encode(self, image_B3HW: Tensor) -> Features:
-        logits = [self.base(_scaled(image_B3HW, scale)) for scale in self.scales]
+        # Positions follow `scale` exactly, not the rounded size, as torch >= 1.6 reads a scale factor.
+        resize = partial(F.interpolate, image_B3HW, mode="bilinear", align_corners=False)
+        logits = [self.base(image_B3HW if scale == 1 else resize(scale_factor=scale)) for scale in self.scales]
         logits = [resize_like(each, logits[0], align_corners=False) for each in logits]
         answers = dict(zip(self.names, logits, strict=True))
         if "max" in self.members:
@@ -46,13 +50,6 @@ class DeepLabV2Network(Network):
 
     def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
         return torch.stack(features)
-
-
-def _scaled(image_B3HW: Tensor, scale: float) -> Tensor:
-    """Resized by exactly `scale` as torch >= 1.6 reads a scale factor: positions follow it, not the rounded size."""
-    if scale == 1:
-        return image_B3HW
-    return F.interpolate(image_B3HW, scale_factor=scale, mode="bilinear", align_corners=False)
 
 
 class DeepLabV2(nn.Module):

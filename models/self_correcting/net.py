@@ -59,7 +59,11 @@ class SelfCorrectingNetwork(Network):
             self.prompt = _prompt(config)
             self.ancillary = Ancillary(config)
             if config.correction == "convolutional":
-                self.correction = _correction(config)
+                self.correction = nn.Sequential(
+                    nn.Conv2d(2 * config.num_classes, config.correction_hidden, 3, padding=1),
+                    nn.ReLU(),
+                    nn.Conv2d(config.correction_hidden, config.num_classes, 3, padding=1),
+                )
 
     def encode(self, image_B3hw: Tensor) -> Features:
         return (self.primary(image_B3hw)[:, None],)
@@ -141,14 +145,6 @@ def correct_by_convolution(members_BMKhw: Tensor, image_B3hw: Tensor, correction
     joint_BDhw = resize_like(members_BMKhw.flatten(1, 2), image_B3hw, align_corners=False)
     num_classes = members_BMKhw.shape[2]
     return torch.cat((joint_BDhw, correction(joint_BDhw)), dim=1).unflatten(1, (3, num_classes))
-
-
-def _correction(config: SelfCorrectingConfig) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(2 * config.num_classes, config.correction_hidden, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(config.correction_hidden, config.num_classes, 3, padding=1),
-    )
 
 
 class Ancillary(nn.Module):

@@ -5,9 +5,6 @@ The authors released neither code nor weights. Tensors stand under `model_state_
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal, TypeVar
-
-from torch import Tensor
 
 from penumbra.models.card import InputSpec, Readout, WindowSpec
 from penumbra.models.errors import BadCheckpoint
@@ -48,52 +45,37 @@ WARNING = (
     "windows of 512x512 px of the picture as it is are used instead"
 )
 
-Number = TypeVar("Number", bound=int)
-
 
 def assemble(parts: Parts) -> Assembly:
     """The primary alone; with the ancillary the linear correction; with the correction network the convolutional one.
 
     Raises BadCheckpoint: a part is missing, or two parts differ in their classes or their depth.
     """
-    _check_complete(parts)
-    classifiers = {name: part[CLASSIFIERS[name]] for name, part in parts.items()}
-    num_classes = _same("classes", {name: weight.shape[0] for name, weight in classifiers.items()})
-    depth = _same("ResNet layers", {name: _depth(part) for name, part in parts.items() if name != CORRECTION})
-    config = SelfCorrectingConfig(
-        num_classes,
-        backbone=dataclasses.replace(BACKBONE, depth=depth),
-        ancillary=ANCILLARY in parts,
-        correction=_correction(parts),
-        correction_hidden=classifiers[CORRECTION].shape[1] if CORRECTION in parts else 128,
-    )
-    return Assembly(config, InputSpec(), published=PROTOCOL, ours=PROTOCOL, warnings=(WARNING,))
-
-
-def _check_complete(parts: Parts) -> None:
     given = " and the ".join(parts)
     if PRIMARY not in parts:
         raise BadCheckpoint(f"there is the {given} but no {PRIMARY}; it answers without boxes, and is needed")
     if CORRECTION in parts and ANCILLARY not in parts:
         raise BadCheckpoint(f"there is the {given} but no {ANCILLARY}; the correction joins both")
+    classifiers = {name: part[CLASSIFIERS[name]] for name, part in parts.items()}
+    num_classes = _same("classes", {name: weight.shape[0] for name, weight in classifiers.items()})
+    deeplabs = {name: part for name, part in parts.items() if name != CORRECTION}
+    is_deep = {name: any(".layer3.6." in key for key in part) for name, part in deeplabs.items()}  # 23 blocks, not 6
+    depth = _same("ResNet layers", {name: 101 if deep else 50 for name, deep in is_deep.items()})
+    config = SelfCorrectingConfig(
+        num_classes,
+        backbone=dataclasses.replace(BACKBONE, depth=depth),
+        ancillary=ANCILLARY in parts,
+        correction="convolutional" if CORRECTION in parts else "linear" if ANCILLARY in parts else "none",
+        correction_hidden=classifiers[CORRECTION].shape[1] if CORRECTION in parts else 128,
+    )
+    return Assembly(config, InputSpec(), published=PROTOCOL, ours=PROTOCOL, warnings=(WARNING,))
 
 
-def _same(what: str, numbers: Mapping[str, Number]) -> Number:
+def _same(what: str, numbers: Mapping[str, int]) -> int:
     if len(set(numbers.values())) > 1:
         listed = ", ".join(f"{number} in the {name}" for name, number in numbers.items())
         raise BadCheckpoint(f"the number of {what} differs: {listed}; files of one training are wanted")
     return numbers[PRIMARY]
-
-
-def _depth(part: Mapping[str, Tensor]) -> Literal[50, 101]:
-    """Which of the two ResNets of bottlenecks it is: 6 or 23 blocks in the third stage."""
-    return 101 if any(".layer3.6." in name for name in part) else 50
-
-
-def _correction(parts: Parts) -> Literal["none", "linear", "convolutional"]:
-    if CORRECTION in parts:
-        return "convolutional"
-    return "linear" if ANCILLARY in parts else "none"
 
 
 UPSTREAM = Upstream(
