@@ -16,14 +16,14 @@ if TYPE_CHECKING:  # the card and the errors are read without torch
 
 @cache
 def methods() -> dict[str, "Method"]:
-    """Every method found in this package, by name: a folder with a METHOD is a method."""
+    """Find every method in this package, by name: a folder with a METHOD is a method."""
     folders = [m.name for m in pkgutil.iter_modules(__path__) if m.ispkg]
     found = [getattr(importlib.import_module(f"penumbra.models.{name}"), "METHOD", None) for name in folders]
     return {method.name: method for method in found if method is not None}
 
 
 def find_method(name: str) -> "Method":
-    """The method called `name`. Raises BadOption naming the known ones."""
+    """Find the method called `name`. Raises BadOption naming the known ones."""
     if name not in methods():
         raise BadOption(f"there is no method {name!r}; known are {', '.join(sorted(methods()))}")
     return methods()[name]

@@ -238,11 +238,11 @@ class Card:
         return len(self.classes)
 
     def maps(self, num_samples: int) -> tuple[str, ...]:
-        """Names of the maps that an answer of so many samples has, the model's own last: all that is offered."""
+        """Return names of the maps that an answer of so many samples has, the model's own last: all that is offered."""
         return (*(MAPS_OF_ONE if num_samples == 1 else MAPS), *(extra.name for extra in self.extra_maps))
 
     def sampling_with(self, *, prompt: bool) -> Sampling:
-        """The sample axis of an answer, which a prompt may change to members of its own."""
+        """Return the sample axis of an answer, which a prompt may change to members of its own."""
         members = self.prompt.members
         if not prompt or not members:
             return self.sampling
@@ -250,7 +250,7 @@ class Card:
 
 
 def dump_card(card: Card) -> str:
-    """The card as JSON text that `parse_card` reads back to an equal value."""
+    """Write the card as JSON text that `parse_card` reads back to an equal value."""
     return json.dumps(dataclasses.asdict(card), indent=2, ensure_ascii=False) + "\n"
 
 
@@ -289,7 +289,7 @@ def read_strict(kind: type[T], data: Any, *, where: str) -> T:
 
 @cache
 def _reader(kind: type[T]) -> TypeAdapter[list[T]]:
-    """Reads a list of one: a dataclass that stands alone takes no configuration, nor hands it on to its fields."""
+    """Build a reader of a list of one: a dataclass that stands alone takes no configuration for its fields."""
     return TypeAdapter(list[kind], config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))  # type: ignore[valid-type]
 
 
@@ -315,7 +315,7 @@ def _sentence(kind: Any, problem: "ErrorDetails", where: str) -> str:
 
 
 def _check_facts(card: Card) -> None:
-    """Raises BadArtifact naming the first fact that is impossible or contradicts another."""
+    """Raise BadArtifact, naming the first fact that is impossible or contradicts another, if any does."""
     window, sampling, temperature = card.window, card.sampling, card.readout.temperature
     prompt, extra = card.prompt, [extra_map.name for extra_map in card.extra_maps]
     colors, num_members = [value for info in card.classes for value in info.color], len(sampling.members)

@@ -23,7 +23,7 @@ SHOWN = 4
 
 
 def check_replaceable(path: Path, *, made_by: str, sources: Sequence[Path] = ()) -> None:
-    """Raises BadOption where a new checkpoint would take the place of a source, or of what is not its maker's own.
+    """Raise BadOption where a new checkpoint would replace a source, or what is not its maker's own.
 
     made_by: how the recipe begins in the cards of the checkpoints that this maker may replace.
     """
@@ -52,7 +52,7 @@ def save_checkpoint(path: Path, card: Card, network: Network, *, half: bool = Fa
 
 
 def read_card(path: Path) -> Card:
-    """The card of a checkpoint, without its weights. Raises BadCheckpoint."""
+    """Read the card of a checkpoint, without its weights. Raises BadCheckpoint."""
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("card")
@@ -69,7 +69,7 @@ def read_card(path: Path) -> Card:
 
 
 def build_network(card: Card) -> Network:
-    """The card's network in eval mode with fresh weights.
+    """Build the card's network in eval mode with fresh weights.
 
     Raises BadOption (unknown method), and BadArtifact when config, classes or sampling do not fit the network.
     """
@@ -88,12 +88,12 @@ def build_network(card: Card) -> Network:
 
 
 def _law(sampling: Sampling) -> tuple[str, int, float, tuple[str, ...]]:
-    """What of a sampling is fixed by the network; the rest is the card's to choose."""
+    """Select what of a sampling is fixed by the network; the rest is the card's to choose."""
     return sampling.kind, sampling.noise_length, sampling.keep, sampling.members
 
 
 def load_checkpoint(path: Path) -> tuple[Card, Network]:
-    """Card and network (eval mode, fp32, CPU).
+    """Load card and network (eval mode, fp32, CPU).
 
     Raises BadCheckpoint: the card does not fit its network, or a tensor is missing, extra, of the wrong shape, or
     holds NaN or infinity.
@@ -141,7 +141,7 @@ def fill_network(
 
 
 def few(names: Sequence[str]) -> str:
-    """The first of the names, and how many they are, for a sentence."""
+    """Join the first of the names, and how many they are, for a sentence."""
     shown = ", ".join(names[:SHOWN])
     return shown if len(names) <= SHOWN else f"{shown}, ... ({len(names)} in all)"
 

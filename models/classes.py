@@ -10,13 +10,13 @@ from penumbra.models.errors import BadArtifact, BadOption
 
 
 def color_of(k: int) -> tuple[int, int, int]:
-    """Class k's colour in the palette of PASCAL VOC: bits 0, 3, 6, ... of k are red's bits from the highest down."""
+    """Return class k's colour in PASCAL VOC's palette: bits 0, 3, 6, ... of k are red's bits from the highest down."""
     red, green, blue = (sum((k >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8)) for channel in range(3))
     return red, green, blue
 
 
 def _table(text: str) -> tuple[ClassInfo, ...]:
-    """From entries of `name red green blue`, or of a name alone, which gets its colour of `color_of`."""
+    """Read entries of `name red green blue`, or of a name alone, which gets its colour of `color_of`."""
     classes = []
     for k, entry in enumerate(text.split(",")):
         name, *digits = re.split(r" (?=\d)", " ".join(entry.split()))
@@ -44,7 +44,7 @@ TABLES = {"voc": VOC, "cityscapes": CITYSCAPES, "camvid": CAMVID}
 
 
 def read_classes(wanted: str) -> tuple[ClassInfo, ...]:
-    """The table of that name, or the classes of a file: a name per line, or a JSON list of names or of objects
+    """Read the table of that name, or the classes of a file: a name per line, or a JSON list of names or of objects
     {"name", "color"}. Names without a colour get one of `color_of`.
 
     Raises BadOption: neither a table nor a file, fewer than 2 classes, or an entry that is neither name nor class.

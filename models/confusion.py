@@ -7,13 +7,13 @@ from penumbra.models.card import IGNORE
 
 
 def confusion(answered: Tensor, truth: Tensor, *, num_classes: int) -> Tensor:
-    """Counts_KK[truth, answer] of the pixels that have a label; both tensors hold class ids and are of one shape."""
+    """Return counts_KK[truth, answer] of the pixels that have a label; both tensors hold class ids, in one shape."""
     known = truth != IGNORE
     pairs = truth[known].long() * num_classes + answered[known].long()
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def intersection_over_union(confusion_KK: Tensor) -> Tensor:
-    """IoU_K, float64; NaN for a class that is neither in the truth nor in the answer."""
+    """Return IoU_K, float64; NaN for a class that is neither in the truth nor in the answer."""
     hits_K = confusion_KK.diag().double()
     return hits_K / (confusion_KK.sum(0) + confusion_KK.sum(1) - hits_K)

@@ -38,22 +38,22 @@ class Network(nn.Module):
     extra_maps: tuple[ExtraMap, ...] = ()
 
     def encode(self, image_B3hw: Tensor) -> Features:
-        """Everything that does not depend on the sample. image_B3hw: float32, normalised as the card says."""
+        """Compute everything that does not depend on the sample. image_B3hw: float32, normalised as the card says."""
         raise NotImplementedError
 
     def take_prompt(self, image_B3hw: Tensor, features: Features, prompt: Prompt) -> Features:
-        """The features with a prompt taken into account; only for networks whose `prompt` has a kind.
+        """Take a prompt into account in the features; only for networks whose `prompt` has a kind.
 
         What comes out is for the same `decode`, whose S is then the number of `prompt.members`, if it names any.
         """
         raise NotImplementedError
 
     def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
-        """logits_SBKhw for S samples. Members and single passes ignore the noise's values, not its S and B."""
+        """Return logits_SBKhw of S samples. Members and single passes ignore the noise's values, not its S and B."""
         raise NotImplementedError
 
     def forward(self, image_B3hw: Tensor, noise_SBL: Tensor) -> Tensor:
-        """decode(encode(image), noise)."""
+        """Return decode(encode(image), noise)."""
         return self.decode(self.encode(image_B3hw), noise_SBL)
 
 

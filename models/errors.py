@@ -149,7 +149,7 @@ class ParityFailed(Refused):
 
 
 def reason_of(error: Exception) -> str:
-    """What to say of an error that one picture's work ended with; a strange one's traceback is in the debug log."""
+    """Say what one picture's work ended with; a strange error's traceback is in the debug log."""
     if isinstance(error, PenumbraError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:

@@ -24,8 +24,10 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def drafted(folder: Path) -> Iterator[Path]:
-    """A new directory in a folder, to be filled and then renamed. What is not is removed, and so is a folder that was
-    made for it and is left empty."""
+    """Make a new directory in a folder, to be filled and then renamed.
+
+    One that is not renamed is removed, and so is a folder that was made for it and is left empty.
+    """
     fresh = [path for path in (folder, folder.parent) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder))
@@ -40,7 +42,7 @@ def drafted(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
-    """A new directory to be filled, which is put there as a whole and for everyone to read, or not at all."""
+    """Make a new directory to be filled, which is put there as a whole and for everyone to read, or not at all."""
     with drafted(path.parent) as draft, writing(path):
         yield draft
         draft.chmod(0o755)

@@ -88,19 +88,19 @@ class Upstream:
 
 
 def only_part(parts: Parts) -> tuple[str, Mapping[str, Tensor]]:
-    """Layout name and tensors of the one file that makes a network. Raises BadCheckpoint: there are several."""
+    """Return layout name and tensors of the one file that makes a network. Raises BadCheckpoint: there are several."""
     if len(parts) != 1:
         raise BadCheckpoint(f"files of {' and '.join(parts)} make no network together; one file is wanted")
     return next(iter(parts.items()))
 
 
 def count_items(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """Length of the list of modules whose tensors' names begin with `prefix`."""
+    """Count the items of the list of modules whose tensors' names begin with `prefix`."""
     return len({name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)})
 
 
 def read_depth(tensors: Mapping[str, Tensor], stage: str) -> Literal[50, 101]:
-    """Depth of a ResNet by its third stage, whose names begin with `stage`. Raises BadCheckpoint: another one."""
+    """Read a ResNet's depth off its third stage, whose names begin with `stage`. Raises BadCheckpoint: another one."""
     blocks = count_items(tensors, stage)
     if blocks not in DEPTHS:
         raise BadCheckpoint(f"the third stage of the ResNet has {blocks} blocks; 6 (R50) or 23 (R101) are known")

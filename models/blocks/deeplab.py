@@ -24,14 +24,14 @@ class Aspp(nn.Module):
 
 
 def atrous_branches(channels: int, out_channels: int, rates: tuple[int, ...]) -> nn.ModuleList:
-    """A 1x1 convolution, and a dilated 3x3 convolution of every rate."""
+    """Build a 1x1 convolution, and a dilated 3x3 convolution of every rate."""
     branches = [conv_norm_act(channels, out_channels, 1)]
     branches += [conv_norm_act(channels, out_channels, 3, dilation=rate) for rate in rates]
     return nn.ModuleList(branches)
 
 
 def pool_everywhere(layers: nn.Sequential, x_BDhw: Tensor) -> Tensor:
-    """What `conv_norm_act` makes of the mean over the map, at every pixel."""
+    """Return what `conv_norm_act` makes of the mean over the map, at every pixel."""
     conv, norm, activate = layers
     pooled = activate(norm(convolve_pooled(x_BDhw.mean((2, 3), keepdim=True), conv)))
     return pooled.expand(-1, -1, x_BDhw.shape[2], x_BDhw.shape[3])
@@ -69,15 +69,15 @@ class DeepLab(nn.Module):
         return self.decode(*self.encode(image_B3hw))
 
     def encode(self, image_B3hw: Tensor) -> tuple[Tensor, Tensor]:
-        """The first stage at stride 4, and what the pyramid makes of the last at the output stride."""
+        """Return the first stage at stride 4, and what the pyramid makes of the last at the output stride."""
         low_BDhw, high_BDhw = self.backbone(image_B3hw)
         return low_BDhw, self.aspp(high_BDhw)
 
     def decode(self, low_BDhw: Tensor, high_BDhw: Tensor) -> Tensor:
-        """logits_BKhw of the two."""
+        """Decode both features to logits_BKhw."""
         return self.classifier(self.fuse(torch.cat(self.align(low_BDhw, high_BDhw)[::-1], dim=1)))
 
     def align(self, low_BDhw: Tensor, high_BDhw: Tensor) -> tuple[Tensor, Tensor]:
-        """The two as they are joined: low with fewer channels, high at its size."""
+        """Bring both features to the form in which they are joined: low with fewer channels, high at its size."""
         low_BDhw = self.low(low_BDhw)
         return low_BDhw, resize_like(high_BDhw, low_BDhw, align_corners=self.align_corners)

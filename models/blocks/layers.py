@@ -10,7 +10,7 @@ from penumbra.models.card import Sampling
 def conv_norm_act(
     channels: int, out_channels: int, kernel: int, *, dilation: int = 1, bias: bool = False
 ) -> nn.Sequential:
-    """Convolution that keeps the size, BatchNorm, ReLU."""
+    """Build a convolution that keeps the size, BatchNorm, ReLU."""
     pad = dilation * (kernel // 2)
     return nn.Sequential(
         nn.Conv2d(channels, out_channels, kernel, padding=pad, dilation=dilation, bias=bias),
@@ -20,29 +20,29 @@ def conv_norm_act(
 
 
 def resize_like(x_BDhw: Tensor, target_BDhw: Tensor, *, align_corners: bool = True) -> Tensor:
-    """Bilinear resize to the height and width of `target`."""
+    """Resize bilinearly to the height and width of `target`."""
     return F.interpolate(x_BDhw, size=target_BDhw.shape[-2:], mode="bilinear", align_corners=align_corners)
 
 
 def drop_channels(x_BDhw: Tensor, mask_SBD: Tensor) -> Tensor:
-    """Dropout2d with its masks as an input (0 or 1 / keep): every sample's channels, [S*B, D, h, w], sample-major."""
+    """Drop channels as Dropout2d, with masks (0 or 1 / keep) as an input: [S*B, D, h, w], sample-major."""
     return (x_BDhw * mask_SBD[..., None, None]).flatten(0, 1)
 
 
 def draw_masks(shape: tuple[int, ...], keep: float, generator: torch.Generator) -> Tensor:
-    """Masks for `drop_channels`: 1 / keep with probability `keep`, else 0, each entry by itself; their mean is 1."""
+    """Draw masks for `drop_channels`: 1 / keep with probability `keep`, else 0, each entry by itself, with mean 1."""
     return (torch.rand(shape, generator=generator) < keep).float() / keep
 
 
 def draw_noise(sampling: Sampling, num_samples: int, num_images: int, generator: torch.Generator) -> Tensor:
-    """noise_SBL of the distribution that a network declares: dropout masks, or else standard normal."""
+    """Draw noise_SBL of the distribution that a network declares: dropout masks, or else standard normal."""
     shape = (num_samples, num_images, sampling.noise_length)
     is_dropout = sampling.kind == "dropout"
     return draw_masks(shape, sampling.keep, generator) if is_dropout else torch.randn(shape, generator=generator)
 
 
 def weighted_sums(x_D: Tensor, weight_OD: Tensor) -> Tensor:
-    """[..., D] times a matrix to [..., O], as multiply and sum: for small matrices on single vectors.
+    """Multiply [..., D] by a matrix to [..., O], as multiply and sum: for small matrices on single vectors.
 
     A matrix product rounds one row alone otherwise than the same row among others. These were the only operations
     of our networks that did, so without them a window's result has the same bytes in every batch on a CPU.
@@ -51,7 +51,7 @@ def weighted_sums(x_D: Tensor, weight_OD: Tensor) -> Tensor:
 
 
 def convolve_pooled(x_BD11: Tensor, conv: nn.Conv2d) -> Tensor:
-    """A bias-free 1x1 convolution of a pooled map."""
+    """Apply a bias-free 1x1 convolution to a pooled map."""
     return weighted_sums(x_BD11[:, :, 0, 0], conv.weight[:, :, 0, 0])[:, :, None, None]
 
 

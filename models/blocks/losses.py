@@ -9,35 +9,35 @@ from penumbra.models.contract import Views
 
 
 def at_size(logits_BKhw: Tensor, target: Tensor) -> Tensor:
-    """Logits in float32 at the height and width of `target`."""
+    """Resize logits to the height and width of `target`, in float32."""
     return F.interpolate(logits_BKhw.float(), size=target.shape[-2:], mode="bilinear", align_corners=True)
 
 
 def cross_entropy(logits_BKhw: Tensor, label_Bhw: Tensor) -> Tensor:
-    """Mean over the pixels that have a label, at the label's resolution; 0 if none has."""
+    """Return mean over the pixels that have a label, at the label's resolution; 0 if none has."""
     loss = F.cross_entropy(at_size(logits_BKhw, label_Bhw), label_Bhw, ignore_index=IGNORE, reduction="sum")
     return loss / (label_Bhw != IGNORE).sum().clamp(min=1)
 
 
 def soft_cross_entropy(logits_BKhw: Tensor, target_BKhw: Tensor, inside_Bhw: Tensor) -> Tensor:
-    """Mean over the pixels inside of -sum_k q_k log p_k, at the resolution of the target q; 0 if none is."""
+    """Return mean over the pixels inside of -sum_k q_k log p_k, at the resolution of the target q; 0 if none is."""
     log_prob_BKhw = at_size(logits_BKhw, target_BKhw).log_softmax(1)
     loss_Bhw = -(target_BKhw * log_prob_BKhw).sum(1)
     return (loss_Bhw * inside_Bhw).sum() / inside_Bhw.sum().clamp(min=1)
 
 
 def ramp(progress: float, start: float, full: float) -> float:
-    """0 until `start`, then linear to 1 at `full`."""
+    """Return 0 until `start`, then a linear rise to 1 at `full`."""
     return min(max((progress - start) / max(full - start, 1e-9), 0.0), 1.0)
 
 
 def mixed(x: Tensor, mix: Tensor) -> Tensor:
-    """Pictures, labels or probabilities of B frames; frame i shows frame i - 1 where `mix` says so (CutMix)."""
+    """Mix pictures, labels or probabilities of B frames; frame i shows frame i - 1 where `mix` says so (CutMix)."""
     return torch.where(mix, x.roll(1, 0), x)
 
 
 def confident_labels(prob_BKhw: Tensor, batch: Views, *, confidence: float) -> Tensor:
-    """label_Bhw of a teacher's probabilities, mixed as the strong views are; IGNORE if unsure or beyond the picture.
+    """Take a teacher's label_Bhw, mixed as the strong views are; IGNORE if unsure or beyond the picture.
 
     confidence: least probability of a label.
     """

@@ -72,7 +72,7 @@ class ResNet(nn.Module):
         return low, high
 
     def stages(self, image_B3hw: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The outputs of all four stages."""
+        """Return the outputs of all four stages."""
         x = F.relu(self.bn1(self.conv1(image_B3hw)))
         first = self.layer1(F.max_pool2d(x, 3, 2, 1, ceil_mode=self.ceil_pool))
         second = self.layer2(first)
@@ -93,7 +93,7 @@ def _deep_stem(width: int) -> nn.Sequential:
 
 
 def _dilations(config: ResNetConfig) -> list[list[int]]:
-    """Dilation of every block. Stride 8: stage 3 keeps its resolution with 1, 2, 2, ... instead."""
+    """List the dilation of every block. Stride 8: stage 3 keeps its resolution with 1, 2, 2, ... instead."""
     blocks = BLOCKS[config.depth]
     if config.dilation == "none":
         return [[1] * count for count in blocks]

@@ -15,7 +15,7 @@ NETWORKS: dict[str, type[CamNetwork] | type[DeepLabV2Network] | type[Wrn38Networ
 
 
 def build(config: CpalConfig) -> Network:
-    """The network that `config.net` names. Raises BadOption when members or sampling do not fit it."""
+    """Build the network that `config.net` names. Raises BadOption when members or sampling do not fit it."""
     return NETWORKS[config.net](config)
 
 

@@ -49,27 +49,27 @@ class CpalConfig:
 
 
 def sipe(num_classes: int) -> CpalConfig:
-    """The published localisation network with its evaluation: four scales with flips, IS-CAM alone."""
+    """Configure the published localisation network with its evaluation: four scales with flips, IS-CAM alone."""
     return CpalConfig(num_classes, scales=(1.0, 0.5, 1.5, 2.0), flip=True, members=("is_cam",))
 
 
 def cpal(num_classes: int, context: int = 10) -> CpalConfig:
-    """The pseudo-mask network with context prototypes: CAM and PACAM."""
+    """Configure the pseudo-mask network with context prototypes: CAM and PACAM."""
     return CpalConfig(num_classes, flip=True, members=("cam", "pacam"), context=context)
 
 
 def deeplabv2(num_classes: int) -> CpalConfig:
-    """DeepLabV2-R101-MSC as published: the maximum over its scales."""
+    """Configure DeepLabV2-R101-MSC as published: the maximum over its scales."""
     return CpalConfig(num_classes, net="deeplabv2", depth=101, scales=(1.0, 0.5, 0.75), members=("max",))
 
 
 def wrn38(num_classes: int) -> CpalConfig:
-    """DeepLabV1 on WideResNet-38."""
+    """Configure DeepLabV1 on WideResNet-38."""
     return CpalConfig(num_classes, net="wrn38", members=("logits",))
 
 
 def choose_sampling(config: CpalConfig, offered: tuple[str, ...]) -> Sampling:
-    """The sample axis that `config.members` asks for, of those that its network offers.
+    """Choose the sample axis that `config.members` asks for, of those that its network offers.
 
     Raises BadOption naming the first value that fits no network, or not this one.
     """

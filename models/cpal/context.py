@@ -42,7 +42,7 @@ class Context(nn.Module):
         self.shift = nn.Buffer(torch.zeros(num_foreground, length))
 
     def forward(self, feature_BDhw: Tensor, cam_BNhw: Tensor) -> Tensor:
-        """PACAM_BNhw of the foreground classes, from hierarchical features and their CAM."""
+        """Draw PACAM_BNhw of the foreground classes, from hierarchical features and their CAM."""
         projected_BDhw = self.project(feature_BDhw)
         instances_BND = gather_instances(projected_BDhw, cam_BNhw, self.threshold)
         weights_BNP = positiveness(instances_BND + self.shift, self.context_centres, self.scale)
@@ -50,7 +50,7 @@ class Context(nn.Module):
         return activate(projected_BDhw, self.context_centres, weights_BNP, self.shift)
 
     def instances(self, feature_BDhw: Tensor, cam_BNhw: Tensor) -> Tensor:
-        """instances_BND as a support bank takes them, not shifted."""
+        """Return instances_BND as a support bank takes them, not shifted."""
         return gather_instances(self.project(feature_BDhw), cam_BNhw, self.threshold)
 
     @torch.no_grad()
@@ -61,25 +61,25 @@ class Context(nn.Module):
 
 
 def gather_instances(projected_BDhw: Tensor, cam_BNhw: Tensor, threshold: float) -> Tensor:
-    """instances_BND: mean of the features where the class's CAM is above the threshold; zero where it never is."""
+    """Return instances_BND: mean feature where the class's CAM is above the threshold; zero where it never is."""
     inside_BNp = (cam_BNhw > threshold).to(projected_BDhw.dtype).flatten(2)
     sums_BND = inside_BNp @ projected_BDhw.flatten(2).transpose(1, 2)
     return sums_BND / inside_BNp.sum(2, keepdim=True).clamp_min(1)
 
 
 def positiveness(instances_BND: Tensor, centres_NPD: Tensor, scale: float) -> Tensor:
-    """w_BNP: how much each context prototype resembles its class's instance; sums to 1 over the candidates."""
+    """Return w_BNP: how much each context prototype resembles its class's instance; sums to 1 over the candidates."""
     return torch.softmax(scale * (instances_BND[:, :, None] * centres_NPD).sum(-1), dim=-1)
 
 
 def keep_neighbours(weights_BNP: Tensor, count: int) -> Tensor:
-    """The `count` largest weights (and those equal to the last of them), over their sum; the others are 0."""
+    """Keep the `count` largest weights (and those equal to the last of them), over their sum; the others are 0."""
     kept = weights_BNP * (weights_BNP >= weights_BNP.topk(count, dim=2).values[..., -1:])
     return kept / kept.sum(2, keepdim=True)
 
 
 def activate(projected_BDhw: Tensor, centres_NPD: Tensor, weights_BNP: Tensor, shift_ND: Tensor) -> Tensor:
-    """PACAM_BNhw. The weighted sum of cosines is linear in the unit prototypes, so they are summed first."""
+    """Draw PACAM_BNhw. The weighted sum of cosines is linear in the unit prototypes, so they are summed first."""
     mixed_BND = (weights_BNP[..., None] * F.normalize(centres_NPD, dim=2, eps=EPS)).sum(2)
     feature_BDp = projected_BDhw.flatten(2)
     dots_BNp = mixed_BND @ feature_BDp + (mixed_BND * shift_ND).sum(2, keepdim=True)
@@ -103,7 +103,7 @@ class SupportBank:
 
 
 def summarise(bank: SupportBank, num_prototypes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """context_centres_NPD and shift_ND of a bank; the generator is of the CPU.
+    """Summarise a bank as context_centres_NPD and shift_ND; the generator is of the CPU.
 
     delta_n = mean over i, q of (p_i - P_nq): from the mean instance to the mean context prototype.
     Raises BadData when a class has fewer instances than prototypes.
@@ -119,7 +119,7 @@ def summarise(bank: SupportBank, num_prototypes: int, generator: torch.Generator
 
 
 def cluster(rows_RD: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Centroids [count, D] of k-means (Lloyd) from k-means++ seeds; the same generator state gives the same bytes."""
+    """Find centroids [count, D] by k-means (Lloyd) from k-means++ seeds; equal generator states give equal bytes."""
     centres_PD = scatter_seeds(rows_RD, count, generator)
     nearest_R = torch.cdist(rows_RD, centres_PD).argmin(1)
     for _ in range(MAX_ROUNDS):
@@ -131,7 +131,7 @@ def cluster(rows_RD: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def scatter_seeds(rows_RD: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """k-means++: every next seed is drawn with a chance in proportion to its squared distance from those before."""
+    """Draw seeds by k-means++, every next one in proportion to its squared distance from those before."""
     chosen = [rows_RD[int(torch.randint(len(rows_RD), (1,), generator=generator))]]
     for _ in range(count - 1):
         distance_R = torch.cdist(rows_RD, torch.stack(chosen)).amin(1).square()
@@ -141,7 +141,7 @@ def scatter_seeds(rows_RD: Tensor, count: int, generator: torch.Generator) -> Te
 
 
 def _means(rows_RD: Tensor, nearest_R: Tensor, centres_PD: Tensor) -> Tensor:
-    """Mean of every cluster's rows; an empty cluster stays where it was."""
+    """Average every cluster's rows; an empty cluster stays where it was."""
     sums_PD = torch.zeros_like(centres_PD).index_add(0, nearest_R, rows_RD)
     counts_P1 = torch.bincount(nearest_R, minlength=len(centres_PD))[:, None]
     return torch.where(counts_P1 > 0, sums_PD / counts_P1.clamp_min(1), centres_PD)

@@ -79,7 +79,7 @@ class CamNetwork(Network):
         self.context = Context(config, sum(sides)) if config.context else None
 
     def encode(self, image_B3HW: Tensor) -> Features:
-        """maps_BMKhw of M members, and the predicted label_BK (0 or 1, background first)."""
+        """Return maps_BMKhw of M members, and the predicted label_BK (0 or 1, background first)."""
         views = [self.look(image) for image in self.pyramid(image_B3HW)]
         score_BN = torch.stack([view.score_BN for view in views]).mean(0)
         maps = [self.draw_maps(view) for view in views]
@@ -92,14 +92,14 @@ class CamNetwork(Network):
         return features[0], self.complete(prompt[0][:, -self.num_foreground :])
 
     def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
-        """log of the maps: softmax over the present classes gives each its share of their sum."""
+        """Return the log of the maps: softmax over the present classes gives each its share of their sum."""
         maps_BMKhw, label_BK = features
         present = label_BK[:, None, :, None, None] > 0
         logits_BMKhw = torch.where(present, maps_BMKhw.clamp_min(SMALLEST).log(), ABSENT)
         return logits_BMKhw.transpose(0, 1)
 
     def look(self, image_B3HW: Tensor) -> View:
-        """One scale. With `flip`, maps and features of image and mirror image are summed, scores are averaged."""
+        """Look at one scale. With `flip`, maps and features of image and mirror image are summed, scores averaged."""
         if not self.flip:
             return self.observe(image_B3HW)
         both = self.observe(torch.cat((image_B3HW, image_B3HW.flip(3))))
@@ -107,7 +107,7 @@ class CamNetwork(Network):
         return View(score_2BN.mean(0), *(here + mirrored.flip(3) for here, mirrored in pairs))
 
     def observe(self, image_B3HW: Tensor) -> View:
-        """The backbone's pass: scores, raw CAM, hierarchical and deepest features.
+        """Run the backbone: scores, raw CAM, hierarchical and deepest features.
 
         Hierarchical features join the unit-length side outputs of the four stages at the size of the third.
         """
@@ -118,7 +118,7 @@ class CamNetwork(Network):
         return View(raw_BNhw.mean((2, 3)), raw_BNhw, torch.cat(sides, dim=1), stages[3])
 
     def draw_maps(self, view: View) -> Tensor:
-        """maps_BMKhw of the configured members at one scale."""
+        """Draw maps_BMKhw of the configured members at one scale."""
         cam_BKhw = self.normalise(view.raw_BNhw)
         maps = {"cam": cam_BKhw}
         if set(self.members) & {"is_cam", "pacam"}:
@@ -130,26 +130,25 @@ class CamNetwork(Network):
         return torch.stack([maps[member] for member in self.members], dim=1)
 
     def draw_pacam(self, context: Context, view: View, cam_BKhw: Tensor, is_cam_BKhw: Tensor) -> Tensor:
-        """PACAM_BKhw. The public record has it for objects only; the background keeps SIPE's prototype (OURS)."""
+        """Draw PACAM_BKhw. The public record has it for objects only; the background keeps SIPE's prototype (OURS)."""
         pacam_BNhw = context(view.hierarchical_BDhw, cam_BKhw[:, -self.num_foreground :])
         return torch.cat((is_cam_BKhw[:, :1], pacam_BNhw), dim=1)[:, -self.num_classes :]
 
     def normalise(self, raw_BNhw: Tensor) -> Tensor:
-        """M_BKhw: the normalised CAM, the background's map first where there is one."""
+        """Return M_BKhw: the normalised CAM, the background's map first where there is one."""
         return normalise_cam(raw_BNhw)[:, -self.num_classes :]
 
     def complete(self, label_BN: Tensor) -> Tensor:
-        """label_BK: the background, where there is one, is in every image."""
+        """Return label_BK: the background, where there is one, is in every image."""
         return F.pad(label_BN, (1, 0), value=1.0)[:, -self.num_classes :]
 
     def predict_tags(self, score_BN: Tensor) -> Tensor:
-        """label_BK: the background, classes whose sigmoid(score) is above the threshold, and always the best one."""
+        """Predict label_BK: the background, classes whose sigmoid(score) exceeds the threshold, always the best one."""
         best_B1 = score_BN.amax(1, keepdim=True)
         return self.complete(((score_BN > self.tag_logit) | (score_BN == best_B1)).to(score_BN.dtype))
 
     def localise(self, view: View, mask_BKhw: Tensor) -> Localisation:
-        """What follows the backbone in SIPE's training pass: the CAM is masked, and seeds are found with the deepest
-        features.
+        """Run what follows the backbone in SIPE's training: the CAM is masked, the deepest features find the seeds.
 
         mask: the label, as [B, K, 1, 1], times 0 where the map shows padding, as [B, 1, h, w].
         """
@@ -162,18 +161,18 @@ class CamNetwork(Network):
 
 
 def normalise_cam(raw_BNhw: Tensor) -> Tensor:
-    """M_BKhw in [0, 1]: ReLU, each class over its maximum, and 1 - max over classes as the background."""
+    """Return M_BKhw in [0, 1]: ReLU, each class over its maximum, and 1 - max over classes as the background."""
     cam = divide_by_maximum(F.relu(raw_BNhw))
     return torch.cat((1 - cam.amax(1, keepdim=True), cam), dim=1)
 
 
 def divide_by_maximum(maps: Tensor) -> Tensor:
-    """Each map [..., h, w] over its own largest value."""
+    """Divide each map [..., h, w] by its own largest value."""
     return maps / (maps.amax((-2, -1), keepdim=True) + EPS)
 
 
 def overlap(cam_BKhw: Tensor, feature_BDhw: Tensor, first_weight: float = BACKGROUND_WEIGHT) -> Tensor:
-    """IoU_BKhw, times a weight for the first class, between every pixel's affinity map and every class's map.
+    """Return IoU_BKhw of every pixel's affinity map and every class's map, times a weight for the first class.
 
     A = ReLU(f^T f) of unit features; IoU_ki = sum_j A_ij M_kj / (sum_j A_ij + sum_j M_kj - sum_j A_ij M_kj). The sums
     of all classes are one matrix product: memory is (hw)^2, where the plain form takes K (hw)^2.
@@ -189,22 +188,22 @@ def overlap(cam_BKhw: Tensor, feature_BDhw: Tensor, first_weight: float = BACKGR
 
 
 def unit_length(feature_BDhw: Tensor) -> Tensor:
-    """Features of length 1 over the channels."""
+    """Scale features to length 1 over the channels."""
     return feature_BDhw / (feature_BDhw.norm(dim=1, keepdim=True) + EPS)
 
 
 def choose_seeds(iou_BKhw: Tensor) -> Tensor:
-    """seeds_BKhw, 1 at the class whose map overlaps most with a pixel's affinity."""
+    """Return seeds_BKhw, 1 at the class whose map overlaps most with a pixel's affinity."""
     return F.one_hot(iou_BKhw.argmax(1), iou_BKhw.shape[1]).movedim(-1, 1).to(iou_BKhw.dtype)
 
 
 def gather_prototypes(seeds_BKhw: Tensor, feature_BDhw: Tensor) -> Tensor:
-    """prototypes_BKD: mean over all pixels of seed times feature; zero for a class without a seed."""
+    """Return prototypes_BKD: mean over all pixels of seed times feature, zero for a class without a seed."""
     seeds_BKp, feature_BDp = seeds_BKhw.flatten(2), feature_BDhw.flatten(2)
     return seeds_BKp @ feature_BDp.transpose(1, 2) / seeds_BKp.shape[2]
 
 
 def reactivate(feature_BDhw: Tensor, prototypes_BKD: Tensor) -> Tensor:
-    """IS-CAM_BKhw = ReLU(cos(feature, prototype)); 0 for a zero prototype."""
+    """Return IS-CAM_BKhw = ReLU(cos(feature, prototype)); 0 for a zero prototype."""
     unit_BKD, unit_BDhw = F.normalize(prototypes_BKD, dim=2, eps=1e-8), F.normalize(feature_BDhw, dim=1, eps=1e-8)
     return F.relu(unit_BKD @ unit_BDhw.flatten(2)).unflatten(2, feature_BDhw.shape[2:])

@@ -44,7 +44,7 @@ from penumbra.models.errors import BadOption
 
 
 def build_objective(network: Network, average: Network, options: Mapping[str, Any]) -> nn.Module:
-    """The objective of the network's stage. Raises BadArtifact naming an unknown or mistyped option, BadOption."""
+    """Build the objective of the network's stage. Raises BadOption, or BadArtifact naming an option."""
     if isinstance(network, CamNetwork) and isinstance(average, CamNetwork):
         return CamObjective(network, average, read_cam_options(options))
     return MaskObjective(network, average, read_strict(MaskOptions, dict(options), where="recipe.objective"))
@@ -95,12 +95,12 @@ class CamObjective(nn.Module):
         return {"total": total, "classification": classification, "self_supervised": agreement, "context": context}
 
     def _mask(self, tags_BN: Tensor, inside_Bhw: Tensor, view: View) -> Tensor:
-        """mask_BKhw of SIPE: 1 for a tagged class where the map shows the picture."""
+        """Return SIPE's mask_BKhw: 1 for a tagged class where the map shows the picture."""
         inside_B1hw = F.interpolate(inside_Bhw[:, None].float(), view.raw_BNhw.shape[-2:], mode="nearest-exact")
         return self.network.complete(tags_BN)[..., None, None] * inside_B1hw
 
     def _second_map(self, found: Localisation) -> Tensor:
-        """What the CAM is compared with: PACAM_BKhw, or IS-CAM_BKhw as long as there is no context."""
+        """Return what the CAM is compared with: PACAM_BKhw, or IS-CAM_BKhw as long as there is no context."""
         context = self.network.context
         if context is None or not self.has_context:
             return found.is_cam_BKhw
@@ -130,7 +130,7 @@ class CamObjective(nn.Module):
             self.has_context.fill_(True)
 
     def get_extra_state(self) -> list[Tensor]:
-        """The bank's rows, class by class, for `state_dict`."""
+        """Return the bank's rows, class by class, for `state_dict`."""
         return list(self.bank.rows)
 
     def set_extra_state(self, state: list[Tensor]) -> None:
@@ -138,7 +138,7 @@ class CamObjective(nn.Module):
 
 
 def read_cam_options(options: Mapping[str, Any]) -> CamOptions:
-    """Raises BadArtifact naming an unknown or mistyped option, BadOption."""
+    """Read the options of stage 1. Raises BadArtifact naming an unknown or mistyped option, BadOption."""
     read = read_strict(CamOptions, dict(options), where="recipe.objective")
     if min(read.summarise_every, read.least_rows, read.bank_rows - read.least_rows + 1) < 1:
         raise BadOption(
@@ -149,14 +149,14 @@ def read_cam_options(options: Mapping[str, Any]) -> CamOptions:
 
 
 def read_tags(batch: Views) -> Tensor:
-    """tags_BK in float32, whatever the precision of the step. Raises BadOption where the recipe asks for none."""
+    """Return tags_BK in float32, whatever the precision of the step. Raises BadOption where the recipe has none."""
     if batch.tags_BK is None:
         raise BadOption("cpal learns from tags; the recipe wants weak_labels: tags")
     return batch.tags_BK.float()
 
 
 def self_supervision(cam_BKhw: Tensor, other_BKhw: Tensor) -> Tensor:
-    """L_self = mean |M - M'|, M' over its largest value in each class (SIPE's GSC loss; CPAL's with PACAM)."""
+    """Return mean |M - M'|, M' over its largest value in each class (SIPE's GSC loss; CPAL's with PACAM)."""
     return (cam_BKhw - divide_by_maximum(other_BKhw)).abs().mean()
 
 
@@ -183,7 +183,7 @@ class MaskObjective(nn.Module):
         self.teacher = teacher
 
     def train(self, mode: bool = True) -> "MaskObjective":
-        """As of every module, but the teacher's BatchNorm stays as it is."""
+        """Set the mode as every module does, but leave the teacher's BatchNorm as it is."""
         super().train(mode)
         self.teacher.eval()
         return self
@@ -196,7 +196,7 @@ class MaskObjective(nn.Module):
         return {"total": loss}
 
     def _noise(self, num: int, generator: torch.Generator) -> Tensor:
-        """One dropout mask per picture, or what the members do not look at."""
+        """Draw one dropout mask per picture, or what the members do not look at."""
         law = self.network.sampling
         if law.kind != "dropout":
             return torch.zeros(law.default_samples, num, 0)
@@ -205,7 +205,7 @@ class MaskObjective(nn.Module):
 
 @torch.no_grad()
 def draw_masks(teacher: CamNetwork, batch: Views) -> Tensor:
-    """pseudo_Bhw of the weak views, as the server would answer with these tags; IGNORE beyond the picture."""
+    """Draw pseudo_Bhw of the weak views, as the server would answer with these tags; IGNORE beyond the picture."""
     image_B3hw, tags_BK = batch.weak_B3hw.float(), read_tags(batch)
     if tags_BK.shape[1] != teacher.num_classes:
         raise BadOption(f"the maps are of {teacher.num_classes} classes, the data has {tags_BK.shape[1]}")

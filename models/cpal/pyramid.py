@@ -32,14 +32,14 @@ class Pyramid(nn.Module):
 
 
 def rescale(pixels_B3HW: Tensor, scale: float) -> Tensor:
-    """Whole pixel values at round(scale * size), halves to even; the columns first, as in Pillow."""
+    """Resize to whole pixel values at round(scale * size), halves to even; the columns first, as in Pillow."""
     across = bicubic_weights(pixels_B3HW[0, 0, 0], scale)
     down = bicubic_weights(pixels_B3HW[0, 0, :, 0], scale)
     return _whole(down @ _whole(pixels_B3HW @ across.T))
 
 
 def bicubic_weights(line: Tensor, scale: float) -> Tensor:
-    """Rows of weights [new, old length] of a resize of a line (Keys 1981, a = -0.5, widened when it shrinks)."""
+    """Return weights [new, old length] of a resize of a line (Keys 1981, a = -0.5, widened when it shrinks)."""
     one, length = line[:1] * 0 + 1, torch.as_tensor(line.shape[0]).double()
     size = torch.round(length * scale)
     step = length / size
@@ -52,7 +52,7 @@ def bicubic_weights(line: Tensor, scale: float) -> Tensor:
 
 
 def _middles(one: Tensor, count: Tensor) -> Tensor:
-    """0.5, 1.5, ...: of as many pixels, on the device of `one`; a traced `arange` would stay on the CPU."""
+    """Return 0.5, 1.5, ... of as many pixels, on the device of `one`; a traced `arange` would stay on the CPU."""
     return one.expand(count.long()).cumsum(0) - 0.5  # type: ignore[call-overload, no-any-return]
 
 

@@ -46,7 +46,7 @@ CAFFE = InputSpec(mean=(104.008, 116.669, 122.675), std=(1.0, 1.0, 1.0), scale=1
 
 
 def assemble(parts: Parts) -> Assembly:
-    """One network from one file."""
+    """Make one network of one file."""
     layout, tensors = only_part(parts)
     return {"sipe": _localisation, "deeplabv2": _deeplabv2, "wrn38": _wrn38}[layout](tensors)
 
@@ -58,7 +58,7 @@ def _localisation(tensors: Mapping[str, Tensor]) -> Assembly:
 
 
 def _whole(config: CpalConfig) -> Protocol:
-    """Whole images, of as many pixels as their largest scale's map at stride 16 may have positions."""
+    """See images whole, of as many pixels as their largest scale's map at stride 16 may have positions."""
     max_pixels = int(POSITIONS * (16 / max(config.scales)) ** 2)
     return Protocol(replace(WHOLE, max_pixels=max_pixels), Readout(align_corners=False))
 

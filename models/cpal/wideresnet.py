@@ -34,7 +34,7 @@ class WideResNet(nn.Module):
 
 
 def _plan() -> list[tuple[str, int, tuple[int, int], int, int]]:
-    """Name, stride, dilations of the two convolutions, channels in between and at the end, of every plain block."""
+    """List every plain block's name, stride, dilations of both convolutions, channels between them and at the end."""
     plan = []
     for stage, count, stride, middle, end in STAGES:
         dilation = 2 if stage == 5 else 1

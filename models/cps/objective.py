@@ -73,20 +73,20 @@ class SemiSupervised(nn.Module):
         return {"total": supervised + weight * unsupervised, "supervised": supervised, "unsupervised": unsupervised}
 
     def supervise(self, batch: Views) -> Tensor:
-        """L_s alone."""
+        """Compute L_s alone."""
         return supervision(self.network.encode(batch.image_B3hw), batch.label_Bhw)
 
     def losses(self, batch: Views) -> tuple[Tensor, Tensor]:
-        """L_s and L_u."""
+        """Compute L_s and L_u."""
         raise NotImplementedError
 
     def encode_with(self, batch: Views, others_B3hw: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """L_s, and per branch logits of the labelled pictures and the others, from one pass (one set of statistics)."""
+        """Return L_s, and per branch logits of the labelled pictures and the others, from one pass."""
         logits = self.network.encode(torch.cat((batch.image_B3hw, others_B3hw)))
         return supervision([x[: len(batch.image_B3hw)] for x in logits], batch.label_Bhw), list(logits)
 
     def encode_mixed(self, batch: Views) -> tuple[Tensor, list[Tensor]]:
-        """L_s, and per branch logits of the mixed strong pictures."""
+        """Return L_s, and per branch logits of the mixed strong pictures."""
         supervised, logits = self.encode_with(batch, mixed(batch.strong_B3hw, batch.mix_B1hw))
         return supervised, [x[len(batch.image_B3hw) :] for x in logits]
 
@@ -253,7 +253,7 @@ KINDS = {
 
 
 def build_objective(network: CpsNetwork, average: CpsNetwork, options: Mapping[str, Any]) -> nn.Module:
-    """The objective that `kind` names (else `cps`), with the recipe's other options.
+    """Build the objective that `kind` names (else `cps`), with the recipe's other options.
 
     Raises BadOption: an unknown kind, or branches that it cannot train; BadArtifact naming an unknown or mistyped
     option.
@@ -270,22 +270,22 @@ def build_objective(network: CpsNetwork, average: CpsNetwork, options: Mapping[s
 
 
 def supervision(logits: Sequence[Tensor], label_Bhw: Tensor) -> Tensor:
-    """Sum over the branches of the cross-entropy against ground truth."""
+    """Sum the cross-entropy against ground truth over the branches."""
     return torch.stack([cross_entropy(x, label_Bhw) for x in logits]).sum()
 
 
 def cross_supervision(logits: Sequence[Tensor], pseudo: Sequence[Tensor]) -> Tensor:
-    """Sum over the branches of the cross-entropy against the other branch's labels; a single one has its own."""
+    """Sum the cross-entropy against the other branch's labels over the branches; a single one has its own."""
     return torch.stack([cross_entropy(x, y) for x, y in zip(logits, reversed(pseudo), strict=True)]).sum()
 
 
 def mean_where(value_Bhw: Tensor, chosen_Bhw: Tensor) -> Tensor:
-    """Mean over the chosen pixels; 0 if none is."""
+    """Average over the chosen pixels; 0 if none is."""
     return (value_Bhw * chosen_Bhw).sum() / chosen_Bhw.sum().clamp(min=1)
 
 
 def known_pixels(batch: Views) -> Tensor:
-    """known_Bhw of the labelled and the unlabelled pictures: pixels that can be compared.
+    """Return known_Bhw of the labelled and the unlabelled pictures: pixels that can be compared.
 
     DEVIATION: void pixels of labelled pictures are left out, for they cannot be told from those beyond the picture.
     """
@@ -294,7 +294,7 @@ def known_pixels(batch: Views) -> Tensor:
 
 @torch.no_grad()
 def predict_weak(network: CpsNetwork, batch: Views) -> list[Tensor]:
-    """Per branch logits_BKhw of the weak views at their own size, without gradient (train-mode BatchNorm)."""
+    """Predict per branch logits_BKhw of the weak views at their own size, without gradient (train-mode BatchNorm)."""
     logits = [at_size(x, batch.inside_Bhw) for x in network.encode(batch.weak_B3hw)]
     # Autocast has kept weights that were cast without gradient; the training pass must cast them anew.
     torch.clear_autocast_cache()
@@ -302,29 +302,29 @@ def predict_weak(network: CpsNetwork, batch: Views) -> list[Tensor]:
 
 
 def pseudo_labels(network: CpsNetwork, batch: Views) -> list[Tensor]:
-    """Per branch: argmax on the weak pictures, mixed as the strong pictures are; IGNORE beyond the picture."""
+    """Take per branch the argmax on the weak pictures, mixed as the strong ones are; IGNORE beyond the picture."""
     labels = [x.argmax(1).masked_fill(~batch.inside_Bhw, IGNORE) for x in predict_weak(network, batch)]
     return [mixed(label_Bhw, batch.mix_B1hw[:, 0]) for label_Bhw in labels]
 
 
 def squared_distance(one_BKhw: Tensor, two_BKhw: Tensor) -> Tensor:
-    """|p1 - p2|^2 of two sets of logits, per pixel, [0, 2]."""
+    """Return |p1 - p2|^2 of two sets of logits, per pixel, [0, 2]."""
     return (one_BKhw.softmax(1) - two_BKhw.softmax(1)).square().sum(1)
 
 
 def symmetric_divergence(one_BKhw: Tensor, two_BKhw: Tensor) -> Tensor:
-    """KL(p1 || p2) + KL(p2 || p1) = sum_k (p1 - p2) (log p1 - log p2) of two sets of logits, per pixel, nats."""
+    """Return KL(p1 || p2) + KL(p2 || p1) = sum_k (p1 - p2) (log p1 - log p2) of two logits, per pixel, nats."""
     log_p1, log_p2 = one_BKhw.log_softmax(1), two_BKhw.log_softmax(1)
     return ((log_p1.exp() - log_p2.exp()) * (log_p1 - log_p2)).sum(1)
 
 
 @torch.no_grad()
 def follow(teacher: nn.Module, student: nn.Module, *, decay: float) -> None:
-    """teacher = decay * teacher + (1 - decay) * student, in place, parameters only."""
+    """Set teacher = decay * teacher + (1 - decay) * student, in place, parameters only."""
     for ours, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
         ours.lerp_(theirs, 1 - decay)
 
 
 def soft_labels(logits_BKhw: Tensor, *, share: float, temperature: float) -> Tensor:
-    """g * p + (1 - g) * sharpen(p, T); sharpening probabilities is dividing their logits by T."""
+    """Return g * p + (1 - g) * sharpen(p, T); sharpening probabilities is dividing their logits by T."""
     return share * logits_BKhw.softmax(1) + (1 - share) * (logits_BKhw / temperature).softmax(1)

@@ -11,7 +11,7 @@ from penumbra.models.layout import CITY_CLASSES, Assembly, Layout, Parts, Protoc
 
 
 def _branch(theirs: str, ours: str, classifier: str = "classifier.") -> dict[str, str]:
-    """Renames of one DeepLabv3+, for a prefix of theirs and one of ours."""
+    """List the renames of one DeepLabv3+, for a prefix of theirs and one of ours."""
     names = {
         "backbone.": "backbone.",
         "head.aspp.": "aspp.",
@@ -42,7 +42,7 @@ CCT = Layout(
 
 
 def assemble(parts: Parts) -> Assembly:
-    """The configuration from tensor counts and shapes. Raises BadCheckpoint: more than one file, an unknown depth."""
+    """Read the configuration from counts and shapes. Raises BadCheckpoint: more than one file, an unknown depth."""
     _, tensors = only_part(parts)
     num_classes = tensors["branch1.classifier.weight"].shape[0]
     backbone = ResNetConfig(depth=read_depth(tensors, "branch1.backbone.layer3."))
@@ -57,7 +57,7 @@ def assemble(parts: Parts) -> Assembly:
 
 
 def published(num_classes: int) -> Protocol:
-    """`Evaluator.sliding_eval`: branch1 alone, windows of 512 (VOC) or 800 px (Cityscapes) two thirds apart.
+    """Evaluate as `Evaluator.sliding_eval`: branch1, windows of 512 (VOC) or 800 px (Cityscapes) two thirds apart.
 
     DEVIATION: upstream adds up overlapping logits without dividing by their number; the labels are the same, but a
     softmax of sums is overconfident, so they are averaged here.

@@ -82,7 +82,7 @@ class Member(nn.Module):
         return full.reshape(logits_MBKhw.shape[:3] + size)
 
     def _still(self, image_B3hw: Tensor) -> Tensor:
-        """Noise under which nothing is random."""
+        """Return noise under which nothing is random."""
         sampling = self.network.sampling
         shape = (len(self.names), image_B3hw.shape[0], sampling.noise_length)
         return image_B3hw.new_ones(shape) if sampling.kind == "dropout" else image_B3hw.new_zeros(shape)
@@ -93,7 +93,7 @@ def _shape(member: MemberConfig) -> tuple[str, str, bool]:
 
 
 def renormalisation(given: InputSpec, expected: InputSpec) -> tuple[Tensor, Tensor]:
-    """factor and offset [3, 1, 1] that turn one normalisation into another, in the expected channel order."""
+    """Return factor and offset [3, 1, 1] from one normalisation to another, in the expected channel order."""
     (from_factor, from_offset), (to_factor, to_offset) = (
         torch.tensor(spec.factor_offset, dtype=torch.float64)[..., None, None] for spec in (given, expected)
     )

@@ -47,13 +47,13 @@ class LatentPath(nn.Module):
         return mean_BL, sigma_BL, attend(query_BLhw, self.context_centres)
 
     def distribution(self, aggregate_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """mean and sigma = 0.1 + 0.9 softplus(s) of the latent, from an aggregated vector."""
+        """Return mean and sigma = 0.1 + 0.9 softplus(s) of the latent, from an aggregated vector."""
         mean_BL, s_BL = self.statistics(aggregate_BL).chunk(2, dim=-1)
         return mean_BL, 0.1 + 0.9 * F.softplus(s_BL)
 
 
 def attend(query_BLhw: Tensor, centres_KL: Tensor) -> Tensor:
-    """Attention aggregator, averaged over pixels: [B, L].
+    """Aggregate by attention to the class centres, averaged over pixels: [B, L].
 
     Per pixel and per channel d: weights over classes = softmax_k(-(q_d - c_kd)^2), value = sum_k w_k c_kd.
     q_d^2 cancels in the softmax. Class by class in the query's memory format, this takes a seventh of the time
@@ -92,7 +92,7 @@ class FilmHead(nn.Module):
         self.classifier = nn.Conv2d(film_channels, num_classes, 1)
 
     def encode(self, x_BDhw: Tensor, latent: LatentStatistics | None = None) -> Features:
-        """latent: where it is known already; by default of x."""
+        """Compute what no sample repeats. latent: where it is known already; by default of x."""
         # As upstream, the aggregators see x detached: their gradients stay out of the host.
         return (self.shared(x_BDhw), *(latent or self.latent(x_BDhw.detach())))
 
@@ -124,7 +124,7 @@ class PublishedHead(nn.Module):
         self.classifier = nn.Conv2d(hidden, num_classes, 1)
 
     def encode(self, x_BDhw: Tensor, latent: LatentStatistics | None = None) -> Features:
-        """latent: where it is known already; by default of x."""
+        """Compute what no sample repeats. latent: where it is known already; by default of x."""
         mean_BL, sigma_BL, context_BL = latent or self.latent(x_BDhw.detach())
         _, weight_x, weight_c = self.conv1.weight.split((self.length, self.channels, self.length), dim=1)
         shared_BDhw = F.conv2d(x_BDhw, weight_x, self.conv1.bias, padding=1)
@@ -157,7 +157,7 @@ class PublishedHead(nn.Module):
         return self.classifier(y).unflatten(0, (num_samples, num_windows))
 
     def decode_plain(self, x_BDhw: Tensor, noise_SBL: Tensor) -> Tensor:
-        """The released form, one sample after another, nothing shared: the oracle for encode and decode."""
+        """Decode in the released form, sample by sample, nothing shared: the oracle for encode and decode."""
         mean_BL, sigma_BL, context_BL = self.latent(x_BDhw)
         size = (-1, -1, x_BDhw.shape[2], x_BDhw.shape[3])
         context = context_BL[:, :, None, None].expand(size)
@@ -171,14 +171,14 @@ class PublishedHead(nn.Module):
 
 
 def instance_norm(x_NDhw: Tensor) -> Tensor:
-    """InstanceNorm without affine, as one multiply-add that keeps the memory format (channels-last is fast)."""
+    """Normalise instances without affine, as one multiply-add that keeps the memory format (channels-last is fast)."""
     variance, mean = torch.var_mean(x_NDhw, (2, 3), correction=0, keepdim=True)
     scale = torch.rsqrt(variance + NORM_EPS)
     return torch.addcmul(-mean * scale, x_NDhw, scale)
 
 
 def region_constants(vector_NL: Tensor, weight_DL33: Tensor) -> Tensor:
-    """Zero-padded 3x3 convolution of a spatially constant map, at its 9 regions: [N, D, 3, 3].
+    """Convolve a spatially constant map, zero-padded, by 3x3 at its 9 regions: [N, D, 3, 3].
 
     Rows: first, inner, last row of the map; columns alike. Maps of at least 2x2 px.
     """
@@ -188,18 +188,18 @@ def region_constants(vector_NL: Tensor, weight_DL33: Tensor) -> Tensor:
 
 
 def region_sums(x_NDhw: Tensor) -> Tensor:
-    """Sum of x over each of the 9 regions: [N, D, 3, 3]."""
+    """Sum x over each of the 9 regions: [N, D, 3, 3]."""
     rows = torch.stack((x_NDhw[:, :, 0], x_NDhw[:, :, 1:-1].sum(2), x_NDhw[:, :, -1]), dim=2)
     return torch.stack((rows[..., 0], rows[..., 1:-1].sum(-1), rows[..., -1]), dim=-1)
 
 
 def region_areas(x_NDhw: Tensor) -> Tensor:
-    """Number of pixels of each region: [3, 3]."""
+    """Count the pixels of each region: [3, 3]."""
     return region_sums(torch.ones_like(x_NDhw[:1, :1]))[0, 0]
 
 
 def add_regions(x_NDhw: Tensor, constants_ND33: Tensor, *, edges_only: bool = False) -> Tensor:
-    """x plus a constant per region. With `edges_only` the inner constant is 0 and x is changed in place."""
+    """Add a constant per region to x. With `edges_only` the inner constant is 0 and x is changed in place."""
     if not edges_only:
         x_NDhw = x_NDhw + constants_ND33[:, :, 1:2, 1:2]
         constants_ND33 = constants_ND33 - constants_ND33[:, :, 1:2, 1:2]

@@ -44,7 +44,7 @@ class NpConfig:
 
 
 def u2pl(num_classes: int, depth: Literal[50, 101] = 50) -> NpConfig:
-    """The published net on its U2PL host: output stride 8, rates 12/24/36, 512 decoder channels."""
+    """Configure the published net on its U2PL host: output stride 8, rates 12/24/36, 512 decoder channels."""
     backbone = ResNetConfig(depth=depth, output_stride=8, ceil_pool=True)
     return NpConfig(
         num_classes, backbone, aspp_rates=(12, 24, 36), fuse_kernel=3, low_channels=256, head="published", dropout=0.1
@@ -52,7 +52,7 @@ def u2pl(num_classes: int, depth: Literal[50, 101] = 50) -> NpConfig:
 
 
 def augseg(num_classes: int, depth: Literal[50, 101] = 50) -> NpConfig:
-    """The published net on its AugSeg host: output stride 16, rates 6/12/18, 304 decoder channels."""
+    """Configure the published net on its AugSeg host: output stride 16, rates 6/12/18, 304 decoder channels."""
     backbone = ResNetConfig(depth=depth, output_stride=16, ceil_pool=True)
     return NpConfig(num_classes, backbone, head="published")
 
@@ -82,13 +82,13 @@ class NpNetwork(Network):
             )
 
     def host_features(self, image_B3hw: Tensor) -> tuple[Tensor, Tensor]:
-        """The low-level and the ASPP's channels of the host's decoder feature, both at stride 4."""
+        """Return the low-level and the ASPP's channels of the host's decoder feature, both at stride 4."""
         low, high = self.encoder(image_B3hw)
         low = self.low(low)
         return low, resize_like(self.fuse(self.aspp(high)), low)
 
     def host(self, image_B3hw: Tensor) -> Tensor:
-        """The host's decoder feature x_BDhw at stride 4: low-level channels first, then the ASPP's."""
+        """Return the host's decoder feature x_BDhw at stride 4: low-level channels first, then the ASPP's."""
         return torch.cat(self.host_features(image_B3hw), dim=1)
 
     def encode(self, image_B3hw: Tensor) -> Features:
@@ -103,7 +103,7 @@ class NpNetwork(Network):
         return self.head.decode(features, noise_SBL)
 
     def decode_dropped(self, features: Features, mask_SBD: Tensor) -> Tensor:
-        """logits_SBKhw of S masks; a mask of a channel commutes with the resize before it."""
+        """Return logits_SBKhw of S masks; a mask of a channel commutes with the resize before it."""
         low_BDhw, fused_BDhw, *latent = features
         num_samples, num_windows = mask_SBD.shape[0], mask_SBD.shape[1]
         x_NDhw = torch.cat((low_BDhw.repeat(num_samples, 1, 1, 1), drop_channels(fused_BDhw, mask_SBD)), dim=1)
@@ -114,7 +114,7 @@ class NpNetwork(Network):
 
 
 def sampling_of(config: NpConfig) -> Sampling:
-    """The sample axis of a configuration. Raises BadOption for dropout where the host has none."""
+    """Return the sample axis of a configuration. Raises BadOption for dropout where the host has none."""
     if config.sampling == "latent":
         return Sampling(kind="latent", noise_length=config.latent_length, default_samples=8)
     if not config.dropout:

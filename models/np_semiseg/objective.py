@@ -103,7 +103,7 @@ class DropoutObjective(nn.Module):
     def _learn(
         self, pictures: Pictures, num_labelled: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor | float, dict[str, Tensor]]:
-        """loss_B of every picture, what is added to their means, and figures to report."""
+        """Return loss_B of every picture, what is added to their means, and figures to report."""
         logits_1BKhw = self.network(pictures.image_B3hw, self._noise(1, pictures.image_B3hw, generator))
         return picture_loss(logits_1BKhw.float(), pictures, sharpness=1.0), 0.0, {}
 
@@ -134,7 +134,7 @@ class NpObjective(DropoutObjective):
         return loss_B, self.options.kl_weight * kl, {"kl": kl, "spread": sample_spread(logits_SBKhw.detach())}
 
     def _predict(self, x_BDhw: Tensor, query_BLhw: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """logits_SBKhw with z ~ q_target, and KL(q_target || q_context) per picture."""
+        """Return logits_SBKhw with z ~ q_target, and KL(q_target || q_context) per picture."""
         head, latent = self.network.head, self.network.head.latent
         mean_BL, sigma_BL = (x.float() for x in latent.distribution(attend(query_BLhw, latent.latent_centres)))
         context_BL = attend(query_BLhw, latent.context_centres)
@@ -166,7 +166,7 @@ KINDS = {"np": (NpObjective, NpOptions, "latent"), "dropout": (DropoutObjective,
 
 
 def build_objective(network: NpNetwork, average: NpNetwork, options: Mapping[str, Any]) -> DropoutObjective:
-    """The objective that `kind` names: `np` (if none is named) for a latent, `dropout` for the baseline.
+    """Build the objective that `kind` names: `np` (if none is named) for a latent, `dropout` for the baseline.
 
     Raises BadOption: an unknown kind, or one that the network does not sample for; BadArtifact naming an unknown or
     mistyped option.
@@ -183,7 +183,7 @@ def build_objective(network: NpNetwork, average: NpNetwork, options: Mapping[str
 
 @torch.no_grad()
 def pseudo_labelled(batch: Views, teacher: NpNetwork, noise_SBL: Tensor, *, confidence: float) -> Pictures:
-    """CutMix-ed strong views, and the teacher's labels of the weak ones mixed alike; IGNORE if unsure.
+    """Mix strong views (CutMix), and the teacher's labels of the weak ones alike; IGNORE if unsure.
 
     confidence: least mean probability over the samples. Rejected pixels count in the area, so that few confident
     pixels weigh little.
@@ -195,7 +195,7 @@ def pseudo_labelled(batch: Views, teacher: NpNetwork, noise_SBL: Tensor, *, conf
 
 
 def picture_loss(logits_SBKhw: Tensor, pictures: Pictures, *, sharpness: float) -> Tensor:
-    """`multi_sample_loss` per picture, on a grid of every other pixel: the map is four times coarser anyway."""
+    """Compute `multi_sample_loss` per picture, on a grid of every other pixel: the map is four times coarser anyway."""
     num_samples, height, width = len(logits_SBKhw), *(2 * n for n in logits_SBKhw.shape[-2:])
     logits_NKhw = F.interpolate(logits_SBKhw.flatten(0, 1), size=(height, width), mode="bilinear", align_corners=True)
     coarse_Bhw = at_grid(pictures.label_Bhw, height, width)
@@ -206,7 +206,7 @@ def picture_loss(logits_SBKhw: Tensor, pictures: Pictures, *, sharpness: float) 
 
 
 def multi_sample_loss(log_prob_SB: Tensor, sharpness: float) -> Tensor:
-    """-(1/b) log mean_s exp(b * mean log-likelihood of sample s), per picture: loss_B.
+    """Return -(1/b) log mean_s exp(b * mean log-likelihood of sample s), per picture: loss_B.
 
     b = number of pixels is the likelihood of the whole picture (Burda et al. 2016, eq. 8); b -> 0 is the mean
     over samples. In between, samples may specialise where the picture is ambiguous, and all still learn.
@@ -217,21 +217,21 @@ def multi_sample_loss(log_prob_SB: Tensor, sharpness: float) -> Tensor:
 
 
 def at_grid(label_Bhw: Tensor, height: int, width: int) -> Tensor:
-    """Labels at the pixels nearest to the points of an align_corners=True grid of height x width."""
+    """Take labels at the pixels nearest to the points of an align_corners=True grid of height x width."""
     rows = torch.linspace(0, label_Bhw.shape[1] - 1, height, device=label_Bhw.device).round().long()
     columns = torch.linspace(0, label_Bhw.shape[2] - 1, width, device=label_Bhw.device).round().long()
     return label_Bhw[:, rows[:, None], columns]
 
 
 def gaussian_kl(q: tuple[Tensor, ...], p: tuple[Tensor, ...]) -> Tensor:
-    """KL(q || p) of diagonal Gaussians given as (mean_BL, sigma_BL), summed over L: kl_B."""
+    """Return KL(q || p) of diagonal Gaussians given as (mean_BL, sigma_BL), summed over L: kl_B."""
     (mean_q, sigma_q), (mean_p, sigma_p) = q, p
     ratio = (sigma_q / sigma_p).square()
     return 0.5 * (ratio - 1 - ratio.log() + ((mean_q - mean_p) / sigma_p).square()).sum(-1)
 
 
 def sample_spread(logits_SBKhw: Tensor) -> Tensor:
-    """How much the latent matters: standard deviation of p over samples, mean of classes and some pixels."""
+    """Measure how much the latent matters: standard deviation of p over samples, mean of classes and some pixels."""
     return logits_SBKhw[..., ::4, ::4].softmax(2).std(0, correction=0).mean()
 
 

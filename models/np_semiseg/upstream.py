@@ -54,7 +54,7 @@ ZERO = (
 
 
 def assemble(parts: Parts) -> Assembly:
-    """Host, depth and class count from shapes. Raises BadCheckpoint: no network, an unknown host or depth."""
+    """Read host, depth and class count off shapes. Raises BadCheckpoint: no network, an unknown host or depth."""
     tensors = parts.get(NP.name)
     if tensors is None:
         raise BadCheckpoint("memories alone make no network; give the file with the weights too")
@@ -74,7 +74,7 @@ def assemble(parts: Parts) -> Assembly:
 
 
 def published_u2pl(num_classes: int) -> Protocol:
-    """`eval.py`: VOC as whole images, Cityscapes in windows of 769 px; T = 20, softmax at stride 4."""
+    """Evaluate as `eval.py`: VOC as whole images, Cityscapes in windows of 769 px; T = 20, softmax at stride 4."""
     window = WindowSpec(0, 0)
     if num_classes == CITY_CLASSES:
         window = WindowSpec(769, 769, overlap=256 / 769, blend="uniform", padding="mean", centred=True)
@@ -82,7 +82,7 @@ def published_u2pl(num_classes: int) -> Protocol:
 
 
 def published_augseg(num_classes: int) -> Protocol:
-    """The validation while training, T = 5: Cityscapes in windows of 800 px, 533 apart; VOC averages logits."""
+    """Validate as while training, T = 5: Cityscapes in windows of 800 px, 533 apart; VOC averages logits."""
     if num_classes == CITY_CLASSES:
         window = WindowSpec(800, 800, overlap=267 / 800, blend="uniform", padding="mean", last="clip")
         return Protocol(window, default_samples=5, noise_per="window")

@@ -53,12 +53,12 @@ class PrototypeHead(nn.Module):
         nn.init.trunc_normal_(self.prototypes_KMD, std=0.02)
 
     def embed(self, x_BDhw: Tensor) -> Tensor:
-        """Unit embeddings e_BDhw."""
+        """Return unit embeddings e_BDhw."""
         v_BDhw = F.normalize(self.project(x_BDhw), dim=self.axis)
         return F.normalize(self.feat_norm(v_BDhw), dim=1)
 
     def compare(self, e_BDhw: Tensor) -> Tensor:
-        """cosine_BKMhw to every prototype, as a 1x1 convolution.
+        """Return cosine_BKMhw to every prototype, as a 1x1 convolution.
 
         The released code normalises its parameter in place at every pass. A normalised copy is the same, and folded
         into a constant by an export, whether a file holds unit vectors, half floats of them, or an average of several.
@@ -74,7 +74,7 @@ class PrototypeHead(nn.Module):
         return self.mask_norm(cosine_BKhw)
 
     def extras(self, cosine_BKhw: Tensor) -> tuple[Tensor]:
-        """extras_BEhw of MAPS."""
+        """Return extras_BEhw of MAPS."""
         best_B2hw = cosine_BKhw.float().topk(2, dim=1).values
         nearest, second = best_B2hw[:, :1], best_B2hw[:, 1:]
         return (torch.cat((1 - nearest, nearest - second), dim=1),)

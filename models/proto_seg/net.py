@@ -85,7 +85,7 @@ class ProtoDropoutNetwork(ProtoNetwork):
 
 
 def build_network(config: ProtoConfig) -> ProtoNetwork:
-    """The network of a configuration. Raises BadOption: dropout of a trunk that is trained without."""
+    """Build the network of a configuration. Raises BadOption: dropout of a trunk that is trained without."""
     if config.sampling == "single":
         return ProtoNetwork(config)
     if config.trunk == "deeplab":

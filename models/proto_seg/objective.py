@@ -90,7 +90,7 @@ class ProtoObjective(nn.Module):
         return {"total": total, **parts}
 
     def _compare(self, image_B3hw: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Embeddings e_BDhw and cosine_BKMhw to every prototype; in float32, for kappa magnifies their errors."""
+        """Return embeddings e_BDhw and cosine_BKMhw to every prototype, in float32: kappa magnifies their errors."""
         x_BDhw, head = self.network.trunk(image_B3hw), prototype_head(self.network)
         keep = 1 - self.options.dropout
         mask_BD = draw_masks(x_BDhw.shape[:2], keep, generator)
@@ -101,7 +101,7 @@ class ProtoObjective(nn.Module):
     def _cluster(
         self, e_BDhw: Tensor, cosine_BKMhw: Tensor, logits_BKhw: Tensor, label_Bhw: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """PPC and PPD at the embeddings' resolution, with the prototypes as they were; then these move."""
+        """Return PPC and PPD at the embeddings' resolution, with the prototypes as they were; then these move."""
         o, prototypes_KMD = self.options, prototype_head(self.network).prototypes_KMD
         label_Bhw = F.interpolate(label_Bhw[:, None].float(), size=e_BDhw.shape[-2:])[:, 0].long()
         known_Bhw = label_Bhw != IGNORE
@@ -116,7 +116,7 @@ class ProtoObjective(nn.Module):
 
     @torch.no_grad()
     def _mixed(self, batch: Views) -> tuple[Tensor, Tensor]:
-        """CutMix-ed strong views, and the teacher's labels of the weak ones mixed alike; IGNORE if unsure."""
+        """Mix strong views (CutMix), and the teacher's labels of the weak ones alike; IGNORE if unsure."""
         head = prototype_head(self.average)
         logits_BKhw = head.logits(head.score(self.average.trunk(batch.weak_B3hw)))
         prob_BKhw = at_size(logits_BKhw, batch.inside_Bhw).softmax(1)
@@ -125,7 +125,7 @@ class ProtoObjective(nn.Module):
 
 
 def build_objective(network: ProtoNetwork, average: ProtoNetwork, options: Mapping[str, Any]) -> ProtoObjective:
-    """The objective from a recipe's options.
+    """Build the objective from a recipe's options.
 
     Raises BadArtifact naming an unknown or mistyped one, BadOption: the head has no prototypes.
     """
@@ -133,14 +133,14 @@ def build_objective(network: ProtoNetwork, average: ProtoNetwork, options: Mappi
 
 
 def prototype_head(network: ProtoNetwork) -> PrototypeHead:
-    """The network's head. Raises BadOption if it has no prototypes."""
+    """Return the network's head. Raises BadOption if it has no prototypes."""
     if not isinstance(network.head, PrototypeHead):
         raise BadOption("recipe.config.head is 'parametric'; ProtoSeg's objective trains the head 'prototype'")
     return network.head
 
 
 def prototype_losses(cosine_PQ: Tensor, place_P: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """PPC and PPD of pixels with cosines to all Q prototypes, of which `place` is theirs; 0 without pixels."""
+    """Return PPC and PPD of pixels with cosines to all Q prototypes, of which `place` is theirs; 0 without pixels."""
     num = max(len(place_P), 1)
     contrast = F.cross_entropy(cosine_PQ / temperature, place_P, reduction="sum") / num
     own_P = cosine_PQ.gather(1, place_P[:, None])[:, 0]
@@ -148,7 +148,7 @@ def prototype_losses(cosine_PQ: Tensor, place_P: Tensor, *, temperature: float) 
 
 
 def sinkhorn(cosine_NM: Tensor, *, kappa: float, iterations: int) -> Tensor:
-    """share_NM of one class's pixels: the solution, for many iterations, of the optimal transport
+    """Share one class's pixels out, share_NM: the solution, for many iterations, of the optimal transport
 
         max over Q of <Q, cosine> + kappa * H(Q),   every pixel hands out 1,   every prototype gets N / M
 
@@ -163,7 +163,7 @@ def sinkhorn(cosine_NM: Tensor, *, kappa: float, iterations: int) -> Tensor:
 
 @torch.no_grad()
 def assign(cosine_PKM: Tensor, label_P: Tensor, *, kappa: float, iterations: int) -> Tensor:
-    """place_P = label * M + the prototype of the pixel's own class that it has the largest share in."""
+    """Return place_P = label * M + the prototype of the pixel's own class that it has the largest share in."""
     place_P = torch.zeros_like(label_P)
     for k in range(cosine_PKM.shape[1]):
         mine_P = label_P == k

@@ -109,7 +109,7 @@ class Exchange(nn.Module):
 
 
 def _path(channels: Sequence[int], j: int, i: int) -> nn.Module:
-    """From branch j's channels to branch i's; the resizing up is left to the caller."""
+    """Lead from branch j's channels to branch i's; the resizing up is left to the caller."""
     if j == i:
         return nn.Identity()
     if j > i:
@@ -123,7 +123,7 @@ def _stage(modules: int, channels: Sequence[int], blocks: int) -> nn.Sequential:
 
 
 def _transition(channels: Sequence[int], wanted: Sequence[int]) -> nn.ModuleList:
-    """Per wanted branch: what keeps an old one, or makes a new one from the last of the old."""
+    """Keep an old branch, or make a new one from the last of the old, per expected branch."""
     kept = [
         nn.Identity() if have == want else _convolve(have, want, stride=1)
         for have, want in zip(channels, wanted, strict=False)
@@ -132,7 +132,7 @@ def _transition(channels: Sequence[int], wanted: Sequence[int]) -> nn.ModuleList
 
 
 def _extend(transition: nn.ModuleList, branches: list[Tensor]) -> list[Tensor]:
-    """The old branches and one more."""
+    """Return the old branches and one more."""
     return [module(x) for module, x in zip(transition, [*branches, branches[-1]], strict=True)]
 
 

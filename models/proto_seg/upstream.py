@@ -72,7 +72,7 @@ ROW_WARNING = (
 
 
 def assemble(parts: Parts) -> Assembly:
-    """Configuration and protocols of one file. Raises BadCheckpoint: a tensor that tells a size is odd."""
+    """Read configuration and protocols off one file. Raises BadCheckpoint: a tensor that tells a size is odd."""
     name, tensors = only_part(parts)
     return {PROTOTYPE.name: _prototype, BASELINE.name: _baseline, DEEPLAB.name: _deeplab}[name](tensors)
 
@@ -97,7 +97,7 @@ def _deeplab(tensors: Mapping[str, Tensor]) -> Assembly:
 
 
 def _parametric(config: ProtoConfig) -> Assembly:
-    """Ours: windows of the crops' height and width in training, 512x1024 px."""
+    """Run the baseline as published, or as ours in windows of the training crops' height and width, 512x1024 px."""
     published, ours = Protocol(WindowSpec(0, 0), READOUT), Protocol(WindowSpec(512, 1024), READOUT)
     return Assembly(config, INPUT, published, ours)
 
@@ -115,7 +115,7 @@ def _hrnet(tensors: Mapping[str, Tensor]) -> HrnetConfig:
 
 
 def _channels(tensors: Mapping[str, Tensor], name: str) -> int:
-    """Outputs of a convolution, by its weight."""
+    """Read the outputs of a convolution off its weight."""
     return _shape(tensors, name, axes=4)[0]
 
 

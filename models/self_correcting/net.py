@@ -69,7 +69,7 @@ class SelfCorrectingNetwork(Network):
         return (self.primary(image_B3hw)[:, None],)
 
     def take_prompt(self, image_B3hw: Tensor, features: Features, prompt: Prompt) -> Features:
-        """prompt: boxes_BKhw of the image's size; for the linear correction alpha_B too, or config.alpha counts."""
+        """Add the members of boxes_BKhw, of the image's size; the linear correction takes alpha_B, or config.alpha."""
         boxes_BKhw, *alpha_B = prompt
         ancillary_B1Khw = self.ancillary(image_B3hw, boxes_BKhw)[:, None]
         members_BMKhw = torch.cat((features[0], ancillary_B1Khw), dim=1)
@@ -98,7 +98,7 @@ class DropoutNetwork(SelfCorrectingNetwork):
         self.channels = (config.aspp_channels, config.low_channels)
 
     def encode(self, image_B3hw: Tensor) -> Features:
-        """What no sample repeats: the first decoding convolution of low's channels, and high at its size.
+        """Compute what no sample repeats: the first decoding convolution of low's channels, and high at its size.
 
         A resize keeps to its channel, so a mask of high's channels commutes with it.
         """
@@ -107,7 +107,7 @@ class DropoutNetwork(SelfCorrectingNetwork):
         return F.conv2d(low_BDhw, weight, padding=1), high_BDhw
 
     def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
-        """The rest of the DeepLabv3+, with high's channels times each mask."""
+        """Run the rest of the DeepLabv3+, with high's channels times each mask."""
         shared_BDhw, high_BDhw = features
         weight, _ = self.primary.fuse[0].weight.split(self.channels, dim=1)
         x_NDhw = F.conv2d(drop_channels(high_BDhw, noise_SBL), weight, padding=1)
@@ -117,7 +117,7 @@ class DropoutNetwork(SelfCorrectingNetwork):
 
 
 def build(config: SelfCorrectingConfig) -> SelfCorrectingNetwork:
-    """The network that `config.sampling` asks for."""
+    """Build the network that `config.sampling` asks for."""
     return DropoutNetwork(config) if config.sampling == "dropout" else SelfCorrectingNetwork(config)
 
 
@@ -130,7 +130,7 @@ def _prompt(config: SelfCorrectingConfig) -> PromptSpec:
 
 
 def correct_linearly(members_BMKhw: Tensor, alpha_B: Tensor) -> Tensor:
-    """q = argmin KL(q || p) + alpha KL(q || p_anc): the logits' mean (l + alpha l_anc) / (1 + alpha).
+    """Minimise KL(q || p) + alpha KL(q || p_anc): the logits' mean (l + alpha l_anc) / (1 + alpha).
 
     In probabilities that is the geometric mean with weights 1 and alpha. It is linear, so it may come before a resize.
     """
@@ -141,7 +141,7 @@ def correct_linearly(members_BMKhw: Tensor, alpha_B: Tensor) -> Tensor:
 
 
 def correct_by_convolution(members_BMKhw: Tensor, image_B3hw: Tensor, correction: nn.Module) -> Tensor:
-    """q = correction(l, l_anc) on logits of the image's size, joined by channel."""
+    """Return q = correction(l, l_anc) on logits of the image's size, joined by channel."""
     joint_BDhw = resize_like(members_BMKhw.flatten(1, 2), image_B3hw, align_corners=False)
     num_classes = members_BMKhw.shape[2]
     return torch.cat((joint_BDhw, correction(joint_BDhw)), dim=1).unflatten(1, (3, num_classes))
@@ -171,5 +171,5 @@ class BoxGate(nn.Module):
         self.conv = nn.Conv2d(num_classes, channels, 3, padding=1)
 
     def forward(self, boxes_BKhw: Tensor, feature_BDhw: Tensor) -> Tensor:
-        """Factors of the shape of `feature`."""
+        """Return factors of the shape of `feature`."""
         return torch.sigmoid(self.conv(F.interpolate(boxes_BKhw, size=feature_BDhw.shape[-2:], mode="nearest")))

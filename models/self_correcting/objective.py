@@ -99,23 +99,23 @@ class SelfCorrectingObjective(nn.Module):
         return {"total": total, **parts}
 
     def stage(self, progress: float) -> Stage:
-        """Which stage of the schedule `progress` is in."""
+        """Return the stage of the schedule that `progress` is in."""
         if progress < self.options.ancillary_share:
             return Stage.ANCILLARY
         return Stage.INITIAL if progress < self._last_stage() else Stage.ALL
 
     def weak_weight(self, progress: float) -> float:
-        """w(t)."""
+        """Return w(t)."""
         start = self._last_stage()
         return self.options.weak_weight * ramp(progress, start, start + self.options.ramp_share)
 
     def alpha(self, progress: float) -> float:
-        """The linear correction's weight of the ancillary, falling exponentially over the last stage."""
+        """Return the linear correction's weight of the ancillary, falling exponentially over the last stage."""
         o, done = self.options, ramp(progress, self._last_stage(), 1.0)
         return o.alpha_start * math.pow(o.alpha_end / o.alpha_start, done)
 
     def correct(self, image_B3hw: Tensor, logits_BKhw: Tensor, boxes_BKhw: Tensor, progress: float) -> Tensor:
-        """Logits of q. Only the correction's own weights have a gradient from it."""
+        """Return logits of q. Only the correction's own weights have a gradient from it."""
         with torch.no_grad():
             ancillary_BKhw: Tensor = self.network.ancillary.eval()(image_B3hw, boxes_BKhw)
         members_BMKhw = torch.stack((logits_BKhw.detach(), ancillary_BKhw), dim=1)
@@ -128,12 +128,12 @@ class SelfCorrectingObjective(nn.Module):
 
     @torch.no_grad()
     def _soft_labels(self, batch: Views, logits_BKhw: Tensor, boxes_BKhw: Tensor, progress: float) -> Tensor:
-        """q_BKhw of W, at the pictures' size."""
+        """Return q_BKhw of W, at the pictures' size."""
         corrected_BKhw = self.correct(batch.weak_B3hw, logits_BKhw, boxes_BKhw, progress)
         return at_size(corrected_BKhw, batch.inside_Bhw).softmax(1)
 
     def _teach_ancillary(self, batch: Views, boxes_BKhw: Tensor) -> Tensor:
-        """CE(p_anc, F), or over half of it. BatchNorm sees all, for the pooled branch has one value per picture."""
+        """Return CE(p_anc, F), or over half of it. BatchNorm sees all: the pooled branch has one value per picture."""
         num = len(batch.image_B3hw)
         half = (num + 1) // 2 if self.convolutional else num
         logits_BKhw = self.network.ancillary.train()(batch.image_B3hw, boxes_BKhw)
@@ -141,17 +141,17 @@ class SelfCorrectingObjective(nn.Module):
 
     @torch.no_grad()
     def _settle(self) -> None:
-        """Once, when its first stage is over: the ancillary becomes its running average."""
+        """Make the ancillary its running average, once, when its first stage is over."""
         if not self.settled:
             self.network.ancillary.load_state_dict(self.average.ancillary.state_dict())
             self.settled.fill_(True)
 
     def _last_stage(self) -> float:
-        """Progress at which the last stage begins."""
+        """Return the progress at which the last stage begins."""
         return self.options.ancillary_share + (self.options.initial_share if self.convolutional else 0.0)
 
     def _boxes(self, batch: Views) -> tuple[Tensor, Tensor]:
-        """Boxes of W and of F; none of the class that lies outside of every box, as in a request."""
+        """Return boxes of W and of F; none of the class that lies outside of every box, as in a request."""
         if batch.boxes_BKhw is None or batch.label_boxes_BKhw is None:
             raise BadOption(
                 "the batches have no boxes, which self_correcting learns from; weak_labels 'boxes' is wanted"
@@ -165,7 +165,7 @@ class SelfCorrectingObjective(nn.Module):
 def build_objective(
     network: SelfCorrectingNetwork, average: SelfCorrectingNetwork, options: Mapping[str, Any]
 ) -> SelfCorrectingObjective:
-    """The objective from a recipe's options.
+    """Build the objective from a recipe's options.
 
     Raises BadArtifact naming an unknown or mistyped one, BadOption: the network has no ancillary.
     """

@@ -47,7 +47,7 @@ WARNING = (
 
 
 def assemble(parts: Parts) -> Assembly:
-    """The primary alone; with the ancillary the linear correction; with the correction network the convolutional one.
+    """Make the primary; with the ancillary the linear correction, with the correction network the convolutional one.
 
     Raises BadCheckpoint: a part is missing, or two parts differ in their classes or their depth.
     """

@@ -10,7 +10,7 @@ CLASSES = (ClassInfo("red", (200, 0, 0)), ClassInfo("green", (0, 200, 0)), Class
 
 
 def toy_card(form: Any, *, name: str | None = None, window: WindowSpec | None = None) -> tuple[Card, ToyNetwork]:
-    """A network of a form of `penumbra.models.toy.net` and its card, to be exported; by default with tiny windows."""
+    """Make a network of a form of `penumbra.models.toy.net` and its card; by default with tiny windows."""
     network = ToyNetwork(ToyConfig(form=form))
     card = Card(
         name=name or f"toy-{form}", version=1, method="toy", config=dataclasses.asdict(network.config), classes=CLASSES,
