@@ -78,8 +78,10 @@ def build_network(card: Card) -> Network:
     if config.num_classes != card.num_classes:
         raise BadArtifact(f"card.config.num_classes is {config.num_classes}; the card names {card.num_classes} classes")
     network = method.build(config).eval()
-    if _law(network.sampling) != _law(card.sampling):
-        raise BadArtifact(f"card.sampling is {_law(card.sampling)}; the network has {_law(network.sampling)}")
+    if _fixed_facts(network.sampling) != _fixed_facts(card.sampling):
+        raise BadArtifact(
+            f"card.sampling is {_fixed_facts(card.sampling)}; the network has {_fixed_facts(network.sampling)}"
+        )
     if network.prompt != card.prompt:
         raise BadArtifact(f"card.prompt is {card.prompt}; the network has {network.prompt}")
     if network.extra_maps != card.extra_maps:
@@ -87,7 +89,7 @@ def build_network(card: Card) -> Network:
     return network
 
 
-def _law(sampling: Sampling) -> tuple[str, int, float, tuple[str, ...]]:
+def _fixed_facts(sampling: Sampling) -> tuple[str, int, float, tuple[str, ...]]:
     """Select what of a sampling is fixed by the network; the rest is the card's to choose."""
     return sampling.kind, sampling.noise_length, sampling.keep, sampling.members
 
@@ -115,26 +117,26 @@ def fill_network(
 
     Raises BadCheckpoint: a tensor is missing, extra, of the wrong shape, or holds NaN or infinity.
     """
-    wanted = {key: value for key, value in network.state_dict().items() if not key.endswith(COUNTER)}
+    expected = {key: value for key, value in network.state_dict().items() if not key.endswith(COUNTER)}
 
     def called(key: str) -> str:
         original = (theirs or {}).get(key, key)
         return key if original == key else f"{key} (there {original})"
 
-    missing = [called(key) for key in wanted if key not in tensors]
+    missing = [called(key) for key in expected if key not in tensors]
     if missing:
         raise BadCheckpoint(f"{where} lacks the tensor {few(missing)}")
-    extra = [called(key) for key in tensors if key not in wanted]
+    extra = [called(key) for key in tensors if key not in expected]
     if extra:
         raise BadCheckpoint(f"{where} has a tensor that the network lacks: {few(extra)}")
     misfits = [
         f"{called(key)} is {_describe(tensors[key])} and should be {_describe(parameter)}"
-        for key, parameter in wanted.items()
+        for key, parameter in expected.items()
         if tensors[key].shape != parameter.shape or tensors[key].is_floating_point() != parameter.is_floating_point()
     ]
     if misfits:
         raise BadCheckpoint(f"{where}: {few(misfits)}")
-    for key, parameter in wanted.items():
+    for key, parameter in expected.items():
         parameter.copy_(tensors[key])
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():
             raise BadCheckpoint(f"{where}: {called(key)} holds NaN or infinity")

@@ -43,39 +43,39 @@ TABLES = {"voc": VOC, "cityscapes": CITYSCAPES, "camvid": CAMVID}
 """By the name that `penumbra import --classes` takes. CamVid is the SegNet tutorial's 11 classes."""
 
 
-def read_classes(wanted: str) -> tuple[ClassInfo, ...]:
+def read_classes(source: str) -> tuple[ClassInfo, ...]:
     """Read the table of that name, or the classes of a file: a name per line, or a JSON list of names or of objects
     {"name", "color"}. Names without a colour get one of `color_of`.
 
     Raises BadOption: neither a table nor a file, fewer than 2 classes, or an entry that is neither name nor class.
     """
-    if wanted in TABLES:
-        return TABLES[wanted]
+    if source in TABLES:
+        return TABLES[source]
     try:
-        text = Path(wanted).read_text(encoding="utf-8-sig").strip()
+        text = Path(source).read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise BadOption(f"classes are {wanted!r}; {', '.join(TABLES)} or a text file is wanted ({reason})") from None
-    entries = _parse_json(text, wanted) if text.startswith("[") else [line.strip() for line in text.splitlines()]
+        raise BadOption(f"classes are {source!r}; {', '.join(TABLES)} or a text file is wanted ({reason})") from None
+    entries = _parse_json(text, source) if text.startswith("[") else [line.strip() for line in text.splitlines()]
     if not entries or "" in entries:
-        raise BadOption(f"{wanted} has an empty line or no classes; one name per line is wanted")
+        raise BadOption(f"{source} has an empty line or no classes; one name per line is wanted")
     if len(entries) == 1:
-        raise BadOption(f"{wanted} names 1 class, which every pixel would have; name the background too")
-    return tuple(_read_class(entry, k, wanted) for k, entry in enumerate(entries))
+        raise BadOption(f"{source} names 1 class, which every pixel would have; name the background too")
+    return tuple(_read_class(entry, k, source) for k, entry in enumerate(entries))
 
 
-def _parse_json(text: str, wanted: str) -> list[Any]:
+def _parse_json(text: str, source: str) -> list[Any]:
     try:
         entries: list[Any] = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadOption(f"{wanted} starts as a JSON list, but is none ({error})") from None
+        raise BadOption(f"{source} starts as a JSON list, but is none ({error})") from None
     return entries
 
 
-def _read_class(entry: Any, k: int, wanted: str) -> ClassInfo:
+def _read_class(entry: Any, k: int, source: str) -> ClassInfo:
     if isinstance(entry, str):
         return ClassInfo(entry, color_of(k))
     try:
-        return read_strict(ClassInfo, entry, where=f"{wanted}, class {k}")
+        return read_strict(ClassInfo, entry, where=f"{source}, class {k}")
     except BadArtifact as error:
         raise BadOption(str(error)) from None

@@ -197,10 +197,13 @@ class MaskObjective(nn.Module):
 
     def _noise(self, num: int, generator: torch.Generator) -> Tensor:
         """Draw one dropout mask per picture, or what the members do not look at."""
-        law = self.network.sampling
-        if law.kind != "dropout":
-            return torch.zeros(law.default_samples, num, 0)
-        return torch.bernoulli(torch.full((1, num, law.noise_length), law.keep), generator=generator) / law.keep
+        sampling = self.network.sampling
+        if sampling.kind != "dropout":
+            return torch.zeros(sampling.default_samples, num, 0)
+        return (
+            torch.bernoulli(torch.full((1, num, sampling.noise_length), sampling.keep), generator=generator)
+            / sampling.keep
+        )
 
 
 @torch.no_grad()

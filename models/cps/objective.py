@@ -264,8 +264,8 @@ def build_objective(network: CpsNetwork, average: CpsNetwork, options: Mapping[s
         raise BadOption(f"recipe.objective.kind is {name!r}; one of {', '.join(KINDS)} is wanted")
     kind = KINDS[name]
     if num_branches not in kind.branches:
-        wanted = " or ".join(map(str, kind.branches))
-        raise BadOption(f"recipe.config.branches is {num_branches}; the objective {name!r} trains {wanted}")
+        numbers = " or ".join(map(str, kind.branches))
+        raise BadOption(f"recipe.config.branches is {num_branches}; the objective {name!r} trains {numbers}")
     return kind.build(network, average, read_strict(kind.options, rest, where="recipe.objective"))
 
 

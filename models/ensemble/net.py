@@ -59,15 +59,15 @@ class Member(nn.Module):
     Logits are divided by the network's temperature, and resized to the window where the networks' shapes differ.
     """
 
-    def __init__(self, config: MemberConfig, given: InputSpec, *, resized: bool) -> None:
+    def __init__(self, config: MemberConfig, source: InputSpec, *, resized: bool) -> None:
         super().__init__()
         method = find_method(config.method)
         where = f"config of {config.name}"
         self.network: Network = method.build(read_strict(method.config, config.config, where=where))
         self.readout, self.resized = config.readout, resized
         self.names = [f"{config.name}.{name}" for name in self.network.sampling.members] or [config.name]
-        self.exchanged = given.order != config.input.order
-        factor_311, offset_311 = renormalisation(given, config.input)
+        self.exchanged = source.order != config.input.order
+        factor_311, offset_311 = renormalisation(source, config.input)
         self.factor_311 = nn.Buffer(factor_311, persistent=False)
         self.offset_311 = nn.Buffer(offset_311, persistent=False)
 
@@ -92,12 +92,12 @@ def _shape(member: MemberConfig) -> tuple[str, str, bool]:
     return member.method, repr(sorted(member.config.items())), member.readout.align_corners
 
 
-def renormalisation(given: InputSpec, expected: InputSpec) -> tuple[Tensor, Tensor]:
-    """Return factor and offset [3, 1, 1] from one normalisation to another, in the expected channel order."""
+def renormalisation(source: InputSpec, target: InputSpec) -> tuple[Tensor, Tensor]:
+    """Return factor and offset [3, 1, 1] from one normalisation to another, in the target's channel order."""
     (from_factor, from_offset), (to_factor, to_offset) = (
-        torch.tensor(spec.factor_offset, dtype=torch.float64)[..., None, None] for spec in (given, expected)
+        torch.tensor(spec.factor_offset, dtype=torch.float64)[..., None, None] for spec in (source, target)
     )
-    if given.order != expected.order:
+    if source.order != target.order:
         from_factor, from_offset = from_factor.flip(0), from_offset.flip(0)
     factor = to_factor / from_factor
     return factor.float(), (to_offset - from_offset * factor).float()

@@ -122,13 +122,13 @@ def _stage(modules: int, channels: Sequence[int], blocks: int) -> nn.Sequential:
     return nn.Sequential(*(Exchange(channels, blocks) for _ in range(modules)))
 
 
-def _transition(channels: Sequence[int], wanted: Sequence[int]) -> nn.ModuleList:
+def _transition(channels: Sequence[int], new_channels: Sequence[int]) -> nn.ModuleList:
     """Keep an old branch, or make a new one from the last of the old, per expected branch."""
     kept = [
         nn.Identity() if have == want else _convolve(have, want, stride=1)
-        for have, want in zip(channels, wanted, strict=False)
+        for have, want in zip(channels, new_channels, strict=False)
     ]
-    return nn.ModuleList([*kept, nn.Sequential(_convolve(channels[-1], wanted[-1], stride=2))])
+    return nn.ModuleList([*kept, nn.Sequential(_convolve(channels[-1], new_channels[-1], stride=2))])
 
 
 def _extend(transition: nn.ModuleList, branches: list[Tensor]) -> list[Tensor]:

@@ -111,8 +111,8 @@ class SelfCorrectingObjective(nn.Module):
 
     def alpha(self, progress: float) -> float:
         """Return the linear correction's weight of the ancillary, falling exponentially over the last stage."""
-        o, done = self.options, ramp(progress, self._last_stage(), 1.0)
-        return o.alpha_start * math.pow(o.alpha_end / o.alpha_start, done)
+        o, share = self.options, ramp(progress, self._last_stage(), 1.0)
+        return o.alpha_start * math.pow(o.alpha_end / o.alpha_start, share)
 
     def correct(self, image_B3hw: Tensor, logits_BKhw: Tensor, boxes_BKhw: Tensor, progress: float) -> Tensor:
         """Return logits of q. Only the correction's own weights have a gradient from it."""

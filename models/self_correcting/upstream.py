@@ -51,11 +51,11 @@ def assemble(parts: Parts) -> Assembly:
 
     Raises BadCheckpoint: a part is missing, or two parts differ in their classes or their depth.
     """
-    given = " and the ".join(parts)
+    names = " and the ".join(parts)
     if PRIMARY not in parts:
-        raise BadCheckpoint(f"there is the {given} but no {PRIMARY}; it answers without boxes, and is needed")
+        raise BadCheckpoint(f"there is the {names} but no {PRIMARY}; it answers without boxes, and is needed")
     if CORRECTION in parts and ANCILLARY not in parts:
-        raise BadCheckpoint(f"there is the {given} but no {ANCILLARY}; the correction joins both")
+        raise BadCheckpoint(f"there is the {names} but no {ANCILLARY}; the correction joins both")
     classifiers = {name: part[CLASSIFIERS[name]] for name, part in parts.items()}
     num_classes = _same("classes", {name: weight.shape[0] for name, weight in classifiers.items()})
     deeplabs = {name: part for name, part in parts.items() if name != CORRECTION}
