@@ -9,9 +9,9 @@ import json
 import re
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from penumbra.models.errors import BadArtifact
 
@@ -35,6 +35,9 @@ UNITLESS = ("confidence", "margin")
 """Those that are probabilities; the others are in nats."""
 
 T = TypeVar("T")
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Byte = Annotated[int, Field(ge=0, le=255)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,7 @@ class ClassInfo:
     """One class: its name and its colour in indexed PNGs and overlays (RGB, 0..255)."""
 
     name: str
-    color: tuple[int, int, int]
+    color: tuple[Byte, Byte, Byte]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +82,13 @@ class WindowSpec:
 
     height: int
     width: int
-    overlap: float = 0.25
+    overlap: Annotated[float, Field(ge=0, le=0.9)] = 0.25
     blend: Literal["gaussian", "uniform"] = "gaussian"
     padding: Literal["mirror", "mean", "black", "mean_or_black"] = "mirror"
     centred: bool = False
     last: Literal["shift", "clip"] = "shift"
-    trained: tuple[int, int] | None = None
-    max_pixels: int = 0
+    trained: tuple[Positive, Positive] | None = None
+    max_pixels: Count = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +101,11 @@ class Sampling:
     """
 
     kind: Literal["latent", "dropout", "members", "single"] = "single"
-    noise_length: int = 0
+    noise_length: Count = 0
     noise_per: Literal["image", "window"] = "image"
-    keep: float = 1.0
+    keep: Annotated[float, Field(gt=0, le=1)] = 1.0
     members: tuple[str, ...] = ()
-    default_samples: int = 1
+    default_samples: Positive = 1
 
     @property
     def is_stochastic(self) -> bool:
@@ -120,8 +123,8 @@ class PromptSpec:
 
     kind: Literal["none", "boxes", "tags"] = "none"
     members: tuple[str, ...] = ()
-    background: int | None = None
-    alpha: float | None = None
+    background: Count | None = None
+    alpha: Annotated[float, Field(ge=0)] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +149,7 @@ class Readout:
 
     softmax_at: Literal["window", "feature"] = "window"
     align_corners: bool = True
-    temperature: float = 1.0
+    temperature: Annotated[float, Field(gt=0)] = 1.0
     average: Literal["probabilities", "logits"] = "probabilities"
 
 
@@ -162,8 +165,8 @@ class Calibration:
 
     risks: tuple[float, ...]
     entropy_nats: tuple[float, ...]
-    num_frames: int
-    num_samples: int
+    num_frames: Positive
+    num_samples: Positive
     data: str
 
 
@@ -316,33 +319,23 @@ def _sentence(kind: Any, problem: "ErrorDetails", where: str) -> str:
 
 def _check_facts(card: Card) -> None:
     """Raise BadArtifact, naming the first fact that is impossible or contradicts another, if any does."""
-    window, sampling, temperature = card.window, card.sampling, card.readout.temperature
-    prompt, extra = card.prompt, [extra_map.name for extra_map in card.extra_maps]
-    colors, num_members = [value for info in card.classes for value in info.color], len(sampling.members)
+    window, sampling, prompt, num_members = card.window, card.sampling, card.prompt, len(card.sampling.members)
+    extra = [extra_map.name for extra_map in card.extra_maps]
     failures = {
         "name is no directory's; up to 100 letters, digits, '.', '_' and '-' are": not NAME.fullmatch(card.name),
         f"has 1 class, {''.join(info.name for info in card.classes)!r}, which every pixel would have with no doubt; 2 "
         f"to {IGNORE} can be served, and the background is one too": card.num_classes == 1,
         f"has {card.num_classes} classes; 2 to {IGNORE} can be served": not 1 <= card.num_classes <= IGNORE,
-        "has a class with a color outside 0 to 255": not all(0 <= value <= 255 for value in colors),
         f"has input.std {card.input.std} and input.scale {card.input.scale}; pixels are divided by both":
             0 in (*card.input.std, card.input.scale),
         f"window is {window.height}x{window.width}; both 0 or both positive":
             (window.height == 0) != (window.width == 0) or min(window.height, window.width) < 0,
-        f"overlap is {window.overlap}; 0 to 0.9 is possible": not 0 <= window.overlap <= 0.9,
-        f"temperature is {temperature}; it must be positive": temperature <= 0,
-        f"noise_length is {sampling.noise_length}; 0 or more is possible": sampling.noise_length < 0,
-        f"keep is {sampling.keep}; above 0 and up to 1 is possible": not 0 < sampling.keep <= 1,
         f"has {num_members} members and {sampling.default_samples} default_samples; members fix the number of samples":
             sampling.kind == "members" and sampling.default_samples != num_members,
         f"has the members {', '.join(sampling.members)} and takes {sampling.kind} samples":
             num_members > (1 if sampling.kind == "single" else 0) and sampling.kind != "members",
-        f"default_samples is {sampling.default_samples}; at least 1 is needed": sampling.default_samples < 1,
-        f"window.trained is {window.trained}; two positive sizes are wanted": min(window.trained or (1,)) < 1,
-        f"window.max_pixels is {window.max_pixels}; 0 or more is possible": window.max_pixels < 0,
-        f"prompt.alpha is {prompt.alpha}; 0 or more is possible": (prompt.alpha or 0) < 0,
         f"prompt.background is {prompt.background}; the classes are 0 to {card.num_classes - 1}":
-            not 0 <= (prompt.background or 0) < card.num_classes,
+            (prompt.background or 0) >= card.num_classes,
         f"extra_maps are {', '.join(extra)}; plain names are wanted, each once and none of {', '.join(KNOWN_MAPS)}":
             len({*extra, *KNOWN_MAPS}) < len(extra) + len(KNOWN_MAPS) or not all(map(MAP_NAME.fullmatch, extra)),
         f"calibration is {card.calibration}; ascending risks between 0 and 1, each with a threshold, are wanted":
@@ -361,5 +354,4 @@ def _is_sound(calibration: Calibration) -> bool:
         and 0 < risks[0] <= risks[-1] < 1
         and list(thresholds) == sorted(thresholds)
         and thresholds[0] >= 0
-        and min(calibration.num_frames, calibration.num_samples) >= 1
     )
