@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from penumbra.models import find_method
-from penumbra.models.card import Card, Sampling, dump_card, parse_card, read_strict
+from penumbra.models.card import Card, dump_card, parse_card, read_strict
 from penumbra.models.contract import Network
 from penumbra.models.errors import BadArtifact, BadCheckpoint, BadOption
 from penumbra.models.files import write_whole
@@ -78,20 +78,14 @@ def build_network(card: Card) -> Network:
     if config.num_classes != card.num_classes:
         raise BadArtifact(f"card.config.num_classes is {config.num_classes}; the card names {card.num_classes} classes")
     network = method.build(config).eval()
-    if _fixed_facts(network.sampling) != _fixed_facts(card.sampling):
-        raise BadArtifact(
-            f"card.sampling is {_fixed_facts(card.sampling)}; the network has {_fixed_facts(network.sampling)}"
-        )
+    own, chosen = ((s.kind, s.noise_length, s.keep, s.members) for s in (network.sampling, card.sampling))
+    if own != chosen:  # the rest is the card's to choose
+        raise BadArtifact(f"card.sampling is {chosen}; the network has {own}")
     if network.prompt != card.prompt:
         raise BadArtifact(f"card.prompt is {card.prompt}; the network has {network.prompt}")
     if network.extra_maps != card.extra_maps:
         raise BadArtifact(f"card.extra_maps are {card.extra_maps}; the network has {network.extra_maps}")
     return network
-
-
-def _fixed_facts(sampling: Sampling) -> tuple[str, int, float, tuple[str, ...]]:
-    """Select what of a sampling is fixed by the network; the rest is the card's to choose."""
-    return sampling.kind, sampling.noise_length, sampling.keep, sampling.members
 
 
 def load_checkpoint(path: Path) -> tuple[Card, Network]:
