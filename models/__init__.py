@@ -1,6 +1,7 @@
 """What a network is: the contract, the card, and one folder per method.
 
-No method's folder imports another's. Torch, safetensors and the standard library are all that is imported here.
+No method's folder imports another's. Torch, safetensors, pydantic, which reads cards, and the standard library are all
+that is imported here.
 """
 
 import importlib

@@ -41,7 +41,8 @@ class EnsembleNetwork(Network):
 
     def __init__(self, config: EnsembleConfig) -> None:
         super().__init__()
-        resized = len({_shape(member) for member in config.networks}) > 1
+        shapes = {(m.method, repr(sorted(m.config.items())), m.readout.align_corners) for m in config.networks}
+        resized = len(shapes) > 1
         self.members = nn.ModuleList(Member(member, config.input, resized=resized) for member in config.networks)
         names = tuple(name for member in self.members for name in member.names)  # type: ignore[union-attr]
         self.sampling = Sampling(kind="members", members=names, default_samples=len(names))
@@ -74,22 +75,16 @@ class Member(nn.Module):
     def forward(self, image_B3hw: Tensor) -> Tensor:
         channels_B3hw = image_B3hw.flip(1) if self.exchanged else image_B3hw
         own_B3hw = channels_B3hw * self.factor_311 + self.offset_311
-        logits_MBKhw: Tensor = self.network(own_B3hw, self._still(image_B3hw)) / self.readout.temperature
+        sampling = self.network.sampling
+        shape = (len(self.names), image_B3hw.shape[0], sampling.noise_length)
+        # Nothing is random under masks of 1, and at a latent's mean.
+        noise_MBL = image_B3hw.new_ones(shape) if sampling.kind == "dropout" else image_B3hw.new_zeros(shape)
+        logits_MBKhw: Tensor = self.network(own_B3hw, noise_MBL) / self.readout.temperature
         if not self.resized:
             return logits_MBKhw
         size, align = image_B3hw.shape[2:], self.readout.align_corners
         full = F.interpolate(logits_MBKhw.flatten(0, 1), size=size, mode="bilinear", align_corners=align)
         return full.reshape(logits_MBKhw.shape[:3] + size)
-
-    def _still(self, image_B3hw: Tensor) -> Tensor:
-        """Return noise under which nothing is random."""
-        sampling = self.network.sampling
-        shape = (len(self.names), image_B3hw.shape[0], sampling.noise_length)
-        return image_B3hw.new_ones(shape) if sampling.kind == "dropout" else image_B3hw.new_zeros(shape)
-
-
-def _shape(member: MemberConfig) -> tuple[str, str, bool]:
-    return member.method, repr(sorted(member.config.items())), member.readout.align_corners
 
 
 def renormalisation(source: InputSpec, target: InputSpec) -> tuple[Tensor, Tensor]:
