@@ -15,6 +15,8 @@ from penumbra.models.errors import BadImage
 TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 TURNING = (b"Raw profile type exif", b"XML:com.adobe.xmp")
 """Keywords of a PNG's texts that may say how it is turned."""
+TEXT_BYTES = 2**20
+"""Pillow opens no PNG with a packed text that is longer."""
 PIECE_BYTES = 2**20
 """As much of a PNG's pixels is unpacked at a time."""
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
@@ -38,15 +40,26 @@ def check_png(data: bytes) -> None:
 def slim_png(data: bytes) -> bytes:
     """Take a PNG's colour profile and texts out that nobody looks at, however long they are.
 
-    What may say how it is turned stands before the pixels.
+    What may say how it is turned stands before the pixels, unless it is longer than can be read.
     """
     head, kept = [data[:8]], list[bytes]()
     for kind, start, end in _chunks(data):
         is_text = kind in TEXTS
-        if kind == b"iCCP" or (is_text and data[start : start + 80].partition(b"\0")[0] not in TURNING):
+        if kind == b"iCCP" or (is_text and not _may_turn(kind, data[start:end])):
             continue
         (head if is_text or kind in (b"IHDR", b"eXIf") else kept).append(data[start - 8 : end + 4])
     return b"".join([*head, *kept])
+
+
+def _may_turn(kind: bytes, text: bytes) -> bool:
+    """Find out whether a text can say how a picture is turned; of a packed one no more is unpacked than is read."""
+    keyword, _, rest = text.partition(b"\0")
+    if keyword not in TURNING or kind == b"tEXt" or (kind == b"iTXt" and rest[:1] != b"\1"):
+        return keyword in TURNING
+    unpacker = zlib.decompressobj()
+    with suppress(zlib.error):
+        unpacker.decompress(rest[1:] if kind == b"zTXt" else rest[2:].split(b"\0", 2)[-1], TEXT_BYTES)
+    return not unpacker.unconsumed_tail
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:

@@ -127,6 +127,17 @@ def test_a_png_with_long_texts_and_a_large_profile_is_read(rng: np.random.Genera
         assert np.array_equal(decode_image(data, LIMITS), pixels)
 
 
+@pytest.mark.parametrize("name", ["XML:com.adobe.xmp", "Raw profile type exif"])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_png_with_a_long_text_that_might_say_how_it_is_turned_is_read(
+    name: str, is_packed: bool, rng: np.random.Generator
+) -> None:  # fmt: skip
+    pixels, about = picture(rng, 30, 40), PngInfo()
+    about.add_itxt(name, "x" * 3_000_000, zip=is_packed)
+    about.add_text(name, "x" * 3_000_000, zip=is_packed)
+    assert np.array_equal(decode_image(encode(Image.fromarray(pixels), "PNG", pnginfo=about), LIMITS), pixels)
+
+
 def test_a_png_keeps_its_orientation_beside_a_large_profile(rng: np.random.Generator) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
