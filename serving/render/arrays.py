@@ -35,7 +35,7 @@ def write_npz(prediction: Prediction, file: BinaryIO) -> None:
                 header = {"descr": values.dtype.str, "fortran_order": False, "shape": values.shape}
                 npy.write_array_header_1_0(entry, header)
                 for rows in blocks(values.shape[0]):
-                    entry.write(values[rows].tobytes())
+                    entry.write(np.ascontiguousarray(values[rows]).data)
 
 
 def write_tiff(prediction: Prediction, file: BinaryIO, *, bands: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import tracemalloc
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from penumbra.models.errors import BadOption, NotAcceptable, TooLarge
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.raster import Raster, open_raster
 from penumbra.serving.render import WRITERS, Style, choose_format, palette, parse_style, render
-from penumbra.serving.render.arrays import write_tiff
+from penumbra.serving.render.arrays import write_npz, write_tiff
 from penumbra.serving.render.pictures import heat_picture, overlay
 from penumbra.serving.render.tables import class_table
 from tests.conftest import toy_card
@@ -172,6 +173,21 @@ def test_rows_without_a_measurement_do_not_change_what_white_is() -> None:
     picture = opened(render(answer, "image/png", Style("distance", 256)))
     assert json.loads(picture.info["Penumbra"])["white"] == 4 and np.asarray(picture)[1050].tolist() == [255, 128]
     assert np.asarray(picture).sum() == 255 + 128
+
+
+def test_writing_an_npz_takes_no_second_copy_of_the_probabilities(tmp_path: Path) -> None:
+    prob_KHW = np.ones((16, 500, 500), np.float32)
+    answer = dataclasses.replace(prediction(np.zeros((500, 500))), prob_KHW=prob_KHW)
+    with (tmp_path / "answer.npz").open("wb") as file:
+        tracemalloc.start()
+        try:
+            write_npz(answer, file)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert peak < prob_KHW.nbytes / 4
+    with np.load(tmp_path / "answer.npz") as arrays:
+        assert np.array_equal(arrays["probabilities"], prob_KHW)
 
 
 def test_npz_holds_the_arrays_bit_by_bit(rng: np.random.Generator) -> None:
