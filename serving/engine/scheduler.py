@@ -180,6 +180,7 @@ class Scheduler:
                 cores, run = next_run
                 torch.set_num_threads(cores)
                 run()
+                del next_run, run  # an idle lane would keep the pictures of its last batch
                 with self._condition:
                     self._idle.add(lane)
                     self._free, self._working = self._free + cores, self._working - 1

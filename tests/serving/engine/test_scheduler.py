@@ -1,7 +1,9 @@
 """The scheduler's promises, each with a runtime that the test steps by events."""
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -100,6 +102,18 @@ def outcome(stream: QueuedRequest) -> int | PenumbraError:
 def in_threads(*streams: QueuedRequest) -> list[int | PenumbraError]:
     with ThreadPoolExecutor(len(streams)) as threads:
         return list(threads.map(outcome, streams, timeout=WAIT_S))
+
+
+def test_lanes_without_work_keep_no_picture_of_the_last_one(scheduler: Scheduler) -> None:
+    request = work(scheduler, runtime(), 3)
+    picture = weakref.ref(request.image_HW3)
+    assert len(consume(scheduler.submit(request))) == 3
+    del request
+    end = time.perf_counter() + WAIT_S
+    while picture() is not None and time.perf_counter() < end:
+        gc.collect()
+        time.sleep(0.001)
+    assert picture() is None
 
 
 # -- order and fairness --------------------------------------------------------------------------
