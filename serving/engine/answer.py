@@ -102,9 +102,9 @@ def _count_ignored(labels_HW: NDArray[np.uint8], request: QueuedRequest) -> tupl
     num_ignored, num_void = 0, 0
     for y in range(0, windows.height, windows.window_height):
         rows = slice(y, y + windows.window_height)
-        num_ignored += int((labels_HW[rows] == IGNORE).sum())
+        num_ignored += int(np.count_nonzero(labels_HW[rows] == IGNORE))
         void_hW = request.image_HW3.void(rows) if has_withheld else None
-        num_void += 0 if void_hW is None else int(void_hW.sum())
+        num_void += 0 if void_hW is None else int(np.count_nonzero(void_hW))
     if not has_withheld:
         return num_ignored, None
     num_measured = windows.height * windows.width - num_void
