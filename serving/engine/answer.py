@@ -99,6 +99,8 @@ def _count_ignored(labels_HW: NDArray[np.uint8], request: QueuedRequest) -> tupl
     another process's.
     """
     windows, has_withheld = request.plan.windows, request.plan.options.max_risk is not None
+    if not has_withheld and not request.image_HW3.can_be_void:
+        return 0, None
     num_ignored, num_void = 0, 0
     for y in range(0, windows.height, windows.window_height):
         rows = slice(y, y + windows.window_height)

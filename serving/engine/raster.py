@@ -71,6 +71,11 @@ class Raster:
         """Hold all pixels in memory from now on: for images that are small, and before threads share it."""
         return self
 
+    @property
+    def can_be_void(self) -> bool:
+        """Whether the image speaks of pixels that hold no measurement."""
+        return self._void_HW is not None
+
     def void(self, rows: slice) -> NDArray[np.bool_] | None:
         """Say which pixels of these rows hold no measurement; None where the image does not speak of such."""
         return None if self._void_HW is None else self._void_HW[rows]
@@ -136,9 +141,13 @@ class FileRaster(Raster):
         self._pixels = pixels
         return self
 
+    @property
+    def can_be_void(self) -> bool:
+        return self._is_masked or bool(self._alpha) or self._nodata is not None or self._dtype.kind == "f"
+
     def void(self, rows: slice) -> NDArray[np.bool_] | None:
         """A pixel is void by mask, by alpha (0), by nodata in all bands, or by what is no number (NaN) in one."""
-        if not self._is_masked and not self._alpha and self._nodata is None and self._dtype.kind != "f":
+        if not self.can_be_void:
             return None
         columns = slice(None)
         values = self._read(rows, columns, self._bands)
