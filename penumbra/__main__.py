@@ -39,8 +39,8 @@ def main() -> None:
 @main.command()
 @shared.STORE
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind; 0.0.0.0 for all.")
-@click.option("--port", type=click.IntRange(1, 65535), default=3000, show_default=True, help="Of HTTP.")
-@click.option("--grpc-port", type=click.IntRange(0, 65535), default=3001, show_default=True, help="Of gRPC; 0: none.")
+@click.option("--port", type=click.IntRange(1, 65535), default=3000, show_default=True, help="For HTTP.")
+@click.option("--grpc-port", type=click.IntRange(0, 65535), default=3001, show_default=True, help="For gRPC; 0: none.")
 def serve(store: Path, host: str, port: int, grpc_port: int) -> None:
     """Serve a store over HTTP and gRPC; an empty one is filled with the demo models first."""
     from penumbra.export.zoo import fill_store

@@ -60,7 +60,11 @@ def of_answers(verb: Any) -> Any:
 def of_frames(verb: Any) -> Any:
     """The options of a verb that asks about labelled frames (`penumbra.training.evaluation.run.Question`)."""
     seed = click.option(
-        "--seed", type=int, default=0, show_default=True, help="Of the first frame, and of random splits."
+        "--seed",
+        type=int,
+        default=0,
+        show_default=True,
+        help="For the first frame's noise, and random splits.",
     )
     samples = click.option(
         "--samples", type=click.IntRange(min=1), help="How many samples to draw; the card's by default."

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from penumbra.models.errors import Cancelled, DeadlineExceeded, PenumbraError
 from penumbra.serving.engine.canvas import Canvas
@@ -20,9 +20,6 @@ from penumbra.serving.engine.plan import NORMAL, RequestPlan
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.uncertainty import Band, abstain, read_out, withhold_void
 from penumbra.serving.engine.windows import Window
-
-if TYPE_CHECKING:
-    from penumbra.serving.engine.scheduler import Scheduler
 
 STRIDES = {1: 1, NORMAL: 4, 3: 16}
 """Priority -> how far a sample moves its virtual time: while all have work, they get 16, 4 and 1 of 21 samples."""
@@ -68,6 +65,18 @@ class PriorityClass:
     request_time: float = 0.0
 
 
+class Queue(Protocol):
+    """What a request asks of the scheduler that runs its windows."""
+
+    def submit(self, request: "QueuedRequest") -> "QueuedRequest": ...
+
+    def consumed(self, request: "QueuedRequest") -> None: ...
+
+    def withdraw(self, request: "QueuedRequest") -> None: ...
+
+    def cancel(self, request: "QueuedRequest") -> None: ...
+
+
 class QueuedRequest:
     """A request runs while it is iterated. It enters the queue with the first band, and what has not run leaves
     it when the caller stops, so that nothing stays there that nobody waits for. Iterate once.
@@ -81,7 +90,7 @@ class QueuedRequest:
     """
 
     def __init__(
-        self, scheduler: "Scheduler", plan: RequestPlan, image_HW3: Raster, *,
+        self, scheduler: Queue, plan: RequestPlan, image_HW3: Raster, *,
         cancelled: threading.Event | None = None, deadline: float = float("inf"), from_y: int | None = None,
     ) -> None:  # fmt: skip
         """cancelled: set it to withdraw; where it is a `Cancellation`, at once, and else with the batch at work.
@@ -119,9 +128,7 @@ class QueuedRequest:
                     canvas.add(window, moments)
                 for y0, *merged in canvas.finished(window):
                     if y0 >= self._first_y:
-                        with self.clock("read_out"):
-                            band = self._read_out(y0, *merged, num_samples=moments.num_samples)
-                        yield band
+                        yield self._read_out(y0, *merged, num_samples=moments.num_samples)
         assert self.started
         self.timing_ms["queue"] = 1e3 * (self.started - self.submitted)
         self.timing_ms["run"] = 1e3 * self.run_s
@@ -130,11 +137,12 @@ class QueuedRequest:
         self, y0: int, merged_hKW: FloatArray, expected_hW: FloatArray, extras_hEW: FloatArray, *, num_samples: int
     ) -> Band:
         card, above_nats = self.plan.card, self.plan.abstain_above
-        band = read_out(y0, merged_hKW, expected_hW, card=card, num_samples=num_samples)
-        band.maps.update(zip((extra.name for extra in card.extra_maps), extras_hEW.transpose(1, 0, 2), strict=True))
-        if above_nats is not None:
-            abstain(band, above_nats=above_nats)
-        withhold_void(band, self.image_HW3)
+        with self.clock("read_out"):
+            band = read_out(y0, merged_hKW, expected_hW, card=card, num_samples=num_samples)
+            band.maps.update(zip((extra.name for extra in card.extra_maps), extras_hEW.transpose(1, 0, 2), strict=True))
+            if above_nats is not None:
+                abstain(band, above_nats=above_nats)
+            withhold_void(band, self.image_HW3)
         return band
 
     def finished(self) -> Iterator[Finished]:
