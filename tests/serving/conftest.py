@@ -19,9 +19,9 @@ SETTINGS = {
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A client asks the surface in this process, and in `make test-all` a server too; a test that has the server itself
     asks that one alone."""
-    if "asked" in metafunc.fixturenames:
+    if "reached" in metafunc.fixturenames:
         both = ["here", pytest.param("server", marks=pytest.mark.slow)]
-        metafunc.parametrize("asked", ["server"] if "server" in metafunc.fixturenames else both, scope="session")
+        metafunc.parametrize("reached", ["server"] if "server" in metafunc.fixturenames else both, scope="session")
 
 
 @pytest.fixture(scope="session")
@@ -37,8 +37,8 @@ def surface(toy_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.fixture
-def client(asked: str, request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
-    if asked == "here":
+def client(reached: str, request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
+    if reached == "here":
         yield request.getfixturevalue("surface")
         return
     with request.getfixturevalue("server").client() as opened:

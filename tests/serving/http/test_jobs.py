@@ -35,9 +35,9 @@ LIMITS = {
 
 
 @pytest.fixture(scope="module")
-def place(asked: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(reached: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where what is asked has its directory of jobs."""
-    return tmp_path_factory.mktemp(asked)
+    return tmp_path_factory.mktemp(reached)
 
 
 @pytest.fixture(scope="module")
