@@ -18,7 +18,7 @@ from tritonclient.utils import InferenceServerException
 
 from penumbra.serving.process import JsonLines, is_ours
 from penumbra.serving.telemetry import Request, Telemetry, begin, logged
-from tests.serving.http.test_http import PNG
+from tests.serving.http.asking import PNG
 from tests.serving.server import Server, serving, until
 
 KEY, SECRET = "infer-key-0123456789", "confidential"

@@ -22,7 +22,7 @@ from penumbra.models.errors import BadOption, Forbidden, PenumbraError, Unauthen
 from penumbra.serving import keys
 from penumbra.serving.keys import OPEN_CALLS, OPEN_PATHS, Keys, read_keys
 from tests.conftest import picture
-from tests.serving.http.test_http import PNG
+from tests.serving.http.asking import PNG
 from tests.serving.server import ROOT, Server, serving
 
 INFER, ADMIN, OTHER = "infer-key-0123456789", "admin-key-0123456789", "wrong-key-0123456789"

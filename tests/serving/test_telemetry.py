@@ -21,7 +21,7 @@ from tritonclient.utils import InferenceServerException
 
 from penumbra.serving.telemetry import Telemetry, phase_intervals
 from tests.conftest import picture
-from tests.serving.http.test_http import PNG, ask, metrics, total
+from tests.serving.http.asking import PNG, ask, metrics, total
 from tests.serving.server import ROOT, Server, serving, until
 
 NUM_WINDOWS = 4

@@ -19,7 +19,7 @@ from penumbra.serving.oip.protocol import Inference
 from penumbra.serving.telemetry import Telemetry
 from penumbra.serving.watch import StoreWatch, look
 from tests.conftest import FIXED
-from tests.serving.http.test_http import PNG
+from tests.serving.http.asking import PNG
 from tests.serving.server import serving, until
 
 MODEL = "toy-latent"

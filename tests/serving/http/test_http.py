@@ -1,22 +1,13 @@
-"""The HTTP surface of a real server over toys: exact answers, and every mistake a status and one sentence."""
+"""The HTTP surface over toys: exact answers, and the rest of what it tells."""
 
 import io
-import json
 import math
-import socket
-import struct
-import subprocess
-import sys
-import zlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from prometheus_client.parser import text_string_to_metric_families
 from pycocotools import mask as coco
 
 from penumbra.serving import VERSION
@@ -24,55 +15,25 @@ from penumbra.serving.http import jobs as job_routes
 from penumbra.serving.http.routes import routes
 from penumbra.serving.process import build_facts
 from tests.conftest import CLASSES, GAIN, picture
-from tests.serving.conftest import BODY_BYTES, PIXELS
-from tests.serving.server import ROOT, Server, until
+from tests.serving.http.asking import (
+    CLEAR,
+    IMAGE,
+    JSON,
+    LABELS,
+    NPZ,
+    PICTURE,
+    PNG,
+    arrays_of,
+    ask,
+    is_refused,
+    labels_of,
+    metrics,
+    png,
+    total,
+)
+from tests.serving.server import Server
 
-
-def png(image_HW3: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image_HW3).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-IMAGE = picture(np.random.Generator(np.random.PCG64(5)), 45, 70)
-PNG = png(IMAGE)
-LABELS = IMAGE.argmax(-1)
-CLEAR = np.diff(np.sort(IMAGE.astype(int), axis=-1))[:, :, -1] > 0
-"""Where one channel is the brightest: elsewhere rounding decides."""
-
-
-def ask(client: httpx.Client, data: bytes = PNG, *, accept: str = "*/*", **options: object) -> httpx.Response:
-    headers = {"Content-Type": "image/png", "Accept": accept}
-    return client.post("/segment", content=data, headers=headers, params={"model": "toy-pointwise"} | options)  # type: ignore[arg-type]
-
-
-def is_refused(response: httpx.Response, status: int, *words: str) -> str:
-    """The refusal's sentence, once its status and form are right."""
-    assert response.status_code == status, response.text
-    body = response.json()
-    assert list(body) == ["error"]
-    sentence = str(body["error"])
-    assert "Traceback" not in sentence and "\n" not in sentence and 10 < len(sentence) < 400
-    for word in words:
-        assert word in sentence
-    return sentence
-
-
-@pytest.fixture(autouse=True)
-def _still_answers(client: httpx.Client) -> Iterator[None]:
-    """After whatever a test did, a good request is answered right."""
-    yield
-    assert (labels_of(ask(client, accept="image/png")) == LABELS)[CLEAR].all()
-
-
-def labels_of(response: httpx.Response) -> np.ndarray:
-    assert response.status_code == 200, response.text
-    return np.asarray(Image.open(io.BytesIO(response.content)))
-
-
-def arrays_of(response: httpx.Response) -> dict[str, np.ndarray]:
-    assert response.status_code == 200, response.text
-    return dict(np.load(io.BytesIO(response.content)))
+pytestmark = pytest.mark.usefixtures("still_answers")
 
 
 # -- answers -------------------------------------------------------------------------------------
@@ -173,9 +134,6 @@ def test_headers_say_who_answered_and_how_long_each_phase_took(client: httpx.Cli
     assert "run;dur=" in headers["server-timing"]
 
 
-JSON, PICTURE, NPZ = "application/json", "image/png", "application/x-npz"
-
-
 @pytest.mark.parametrize(
     ("accept", "media"),
     [
@@ -237,277 +195,6 @@ def test_sixteen_mixed_requests_at_once_are_answered_as_alone(client: httpx.Clie
             assert values.tobytes() == alone[name].tobytes()
 
 
-# -- mistakes ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "status", "words"),
-    [
-        ({"samples": "0"}, 400, ("samples is 0",)),
-        ({"samples": "1000000000", "model": "toy-latent"}, 400, ("samples is 1000000000", "1 to 64")),
-        ({"samples": "x"}, 400, ("samples is 'x'", "whole number")),
-        ({"samples": "--5"}, 400, ("samples is '--5'", "whole number")),
-        ({"samples": "3", "model": "toy-opposed"}, 400, ("samples is 3", "2 members")),
-        ({"overlap": "1.5"}, 400, ("overlap is 1.5", "0 to 0.9")),
-        ({"overlap": "nan"}, 400, ("overlap is nan", "0 to 0.9")),
-        ({"overlap": "much"}, 400, ("overlap is 'much'",)),
-        ({"seed": "-1"}, 400, ("seed is -1",)),
-        ({"seed": str(2**63)}, 400, ("seed is",)),
-        ({"outputs": "variance"}, 400, ("'variance'", "entropy")),
-        ({"colour": "red"}, 400, ("'colour'", "known are")),
-        ({"model": "unheard"}, 404, ("'unheard'", "toy-latent")),
-        ({"model": ""}, 404, ("toy-latent",)),
-        ({"version": "9"}, 404, ("version 9", "loaded are 1")),
-        ({"model": "<script>" * 50}, 404, ("toy-latent",)),
-    ],
-)
-def test_a_bad_option_is_refused_by_name_and_value(
-    client: httpx.Client, options: dict[str, str], status: int, words: tuple[str, ...]
-) -> None:
-    is_refused(ask(client, accept=NPZ, **options), status, *words)
-
-
-def test_a_model_must_be_named_where_several_are_served(client: httpx.Client) -> None:
-    response = client.post("/segment", content=PNG, headers={"Content-Type": "image/png"})
-    is_refused(response, 400, "model", "toy-latent")
-
-
-@pytest.mark.parametrize("path", ["/segment", "/jobs"])
-def test_an_option_in_a_header_of_answers_is_refused(client: httpx.Client, path: str) -> None:
-    headers = {"Content-Type": "image/png", "X-Penumbra-Seed": "77"}
-    is_refused(client.post(f"{path}?model=toy-latent", content=PNG, headers=headers), 400, "x-penumbra-seed", "query")
-
-
-def test_an_option_given_twice_is_refused(client: httpx.Client) -> None:
-    files = {"image": ("a.png", PNG, "image/png")}
-    url = "/segment?model=toy-latent"
-    is_refused(client.post(f"{url}&seed=1&seed=1", files=files), 400, "'seed'", "twice")
-    is_refused(client.post(f"{url}&seed=1", files=files, data={"seed": "2"}), 400, "'seed'", "twice")
-    is_refused(client.post(url, files=files, data={"seed": ["1", "2"]}), 400, "'seed'", "twice")
-
-
-def bomb(side: int) -> bytes:
-    """A PNG whose header promises side x side pixels, and none of them."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
-
-
-@pytest.mark.parametrize(
-    ("data", "status", "words"),
-    [
-        (b"", 400, ("empty",)),
-        (b"this is text", 400, ("12 bytes", "none of PNG")),
-        (PNG[: len(PNG) // 2], 400, ("PNG", "truncated")),
-        (b"GIF89a" + bytes(20), 400, ("none of PNG",)),
-        (bomb(600), 413, ("600x600 = 360,000", f"{PIXELS:,}", "send a smaller image")),
-        (bomb(2**31 - 1), 413, (f"{PIXELS:,}", "send a smaller image")),
-    ],
-)
-def test_a_bad_picture_is_refused(client: httpx.Client, data: bytes, status: int, words: tuple[str, ...]) -> None:
-    is_refused(ask(client, data), status, *words)
-    is_refused(client.post("/segment?model=toy-latent", files={"image": ("x.png", data, "image/png")}), status, *words)
-
-
-@pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_over_the_limit_is_refused(client: httpx.Client, chunked: bool) -> None:
-    body = bytes(BODY_BYTES + 1)
-    content = iter([body[:1000], body[1000:]]) if chunked else body
-    response = client.post("/segment?model=toy-latent", content=content, headers={"Content-Type": "image/png"})
-    is_refused(response, 413, f"{BODY_BYTES:,}", "send a smaller")
-
-
-def test_a_chunked_body_within_the_limit_is_read(client: httpx.Client) -> None:
-    parts = iter([PNG[:100], PNG[100:101], PNG[101:]])
-    headers = {"Content-Type": "image/png", "Accept": "image/png"}
-    response = client.post("/segment?model=toy-pointwise", content=parts, headers=headers)
-    assert (labels_of(response) == LABELS)[CLEAR].all()
-
-
-MULTIPART = "multipart/form-data; boundary=b"
-TEXT_PART = b'--b\r\nContent-Disposition: form-data; name="image"\r\n\r\nhttp://127.0.0.1:1/x.png\r\n--b--\r\n'
-PART = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'
-SEED_PART = b'--b\r\nContent-Disposition: form-data; name="seed"\r\n\r\n77'
-
-
-@pytest.mark.parametrize(
-    ("content_type", "body", "status", "words"),
-    [
-        ("multipart/form-data", PART + PNG + b"\r\n--b--\r\n", 400, ("boundary",)),
-        ("multipart/form-data; boundary=", PART + PNG + b"\r\n--b--\r\n", 400, ("multipart",)),
-        ("multipart/form-data; boundary=other", PART + PNG + b"\r\n--b--\r\n", 400, ()),
-        (MULTIPART, b"", 400, ("no file field image",)),
-        (MULTIPART, b"\x00\x01 garbage", 400, ()),
-        (MULTIPART, PART + PNG[:100], 400, ()),
-        (MULTIPART, PART + PNG + b"\r\n" + SEED_PART, 400, ("ends before its closing boundary",)),
-        (MULTIPART, PART + PNG + b"\r\n--b\r\n", 400, ("ends before its closing boundary",)),
-        (MULTIPART + "; charset=undefined", PART + PNG + b"\r\n--b--\r\n", 400, ("charset",)),
-        (MULTIPART, b"--b--\r\n", 400, ("no file field image",)),
-        (MULTIPART, b"--b\r\nContent-Type: image/png\r\n\r\nx\r\n--b--\r\n", 400, ("multipart",)),
-        (MULTIPART, PART.replace(b'"image"', b'"file"') + PNG + b"\r\n--b--\r\n", 400, ("no file field image",)),
-        (MULTIPART, PART + PNG + b"\r\n" + PART + PNG + b"\r\n--b--\r\n", 400, ("multipart",)),
-        (MULTIPART, TEXT_PART, 400, ("no file field image",)),
-        ("application/json", b'{"image": "http://127.0.0.1:1/x.png"}', 415, ("application/json", "multipart")),
-        ("application/x-www-form-urlencoded", b"image=http://127.0.0.1:1/x.png", 415, ("multipart",)),
-        ("text/plain", b"x", 415, ("'text/plain'",)),
-        ("", b"x", 415, ("of no type",)),
-        ("application/vnd.bentoml+pickle", b"\x80\x04.", 415, ("pickle",)),
-    ],
-)  # fmt: skip
-def test_a_body_that_is_not_a_picture_or_a_form_with_one_is_refused(
-    client: httpx.Client, content_type: str, body: bytes, status: int, words: tuple[str, ...]
-) -> None:
-    headers = {"Content-Type": content_type} if content_type else {}
-    is_refused(client.post("/segment?model=toy-latent", content=body, headers=headers), status, *words)
-    is_refused(client.post("/jobs?model=toy-latent", content=body, headers=headers), status, *words)
-
-
-@pytest.mark.parametrize(
-    "path", ["/nowhere", "/segment/", "/models/toy-latent/1", "/v9", "/static_content/x", "//predict", "/predict/"]
-)
-@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
-def test_an_unknown_path_is_404_and_points_to_the_documentation(client: httpx.Client, method: str, path: str) -> None:
-    response = client.request(
-        method, httpx.URL(f"{client.base_url}".rstrip("/") + path), content=b"" if method == "GET" else b"x"
-    )
-    is_refused(response, 404, "/docs.json")
-
-
-@pytest.mark.parametrize(
-    ("method", "path"),
-    [
-        ("GET", "/segment"), ("PUT", "/segment"), ("DELETE", "/segment"), ("POST", "/models"), ("DELETE", "/models/x"),
-        ("POST", "/metrics"), ("POST", "/readyz"), ("PUT", "/docs.json"), ("GET", "/predict"), ("PATCH", "/"),
-        ("OPTIONS", "/segment"), ("OPTIONS", "/predict"), ("PUT", "/predict"), ("POST", "/schema.json"),
-    ],
-)  # fmt: skip
-def test_a_wrong_method_is_405(client: httpx.Client, method: str, path: str) -> None:
-    response = client.request(method, path)
-    is_refused(response, 405)
-    assert response.headers["allow"]
-
-
-def test_a_model_that_breaks_on_a_picture_is_500_without_internals_and_fails_no_other(client: httpx.Client) -> None:
-    broken = IMAGE.copy()
-    broken[20, 30] = 255
-
-    def request(data: bytes) -> httpx.Response:
-        return ask(client, data, accept="image/png", model="toy-nan")
-
-    with ThreadPoolExecutor(9) as threads:
-        responses = list(threads.map(request, [png(broken), *[PNG] * 8]))
-    is_refused(responses[0], 500, "toy-nan", "not finite")
-    for response in responses[1:]:
-        assert (labels_of(response) == LABELS)[CLEAR].all()
-
-
-# -- BentoML's own client ------------------------------------------------------------------------
-
-
-# BentoML 1.4 and what it imports warn of their own deprecations.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::PendingDeprecationWarning")
-def test_bentomls_client_gets_the_same_labels(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BENTOML_DO_NOT_TRACK", "True")
-    import bentoml
-
-    with bentoml.SyncHTTPClient(server.url, timeout=60) as opened:
-        answer = opened.predict(image=IMAGE, model="toy-pointwise")
-        several = opened.predict(image=IMAGE, model="toy-opposed")
-        with pytest.raises(bentoml.exceptions.BentoMLException, match="unheard"):
-            opened.predict(image=IMAGE, model="unheard")
-        opened._temp_dir.cleanup()  # which it would leave to the garbage collector
-    assert set(answer) == {"labels", "confidence", "entropy"}
-    assert set(several) == {"labels", "confidence", "entropy", "mutual_information"}
-    assert (np.array(answer["labels"]) == LABELS)[CLEAR].all()
-
-
-def test_the_typed_answer_says_what_to_know_of_it_where_there_is_something() -> None:
-    code = (
-        "from types import SimpleNamespace as Some; import numpy as np; from serving.service import _as_lists\n"
-        "for said in ((), ('a sentence',)):\n"
-        "    print(_as_lists(Some(labels_HW=np.zeros((1, 1), int), warnings=said, "
-        "maps=dict.fromkeys(('confidence', 'entropy'), np.zeros((1, 1))))).model_dump_json())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    silent, warned = map(json.loads, done.stdout.splitlines())
-    assert "warnings" not in silent and warned["warnings"] == ["a sentence"]
-
-
-def is_bentos_refusal(response: httpx.Response, status: int) -> None:
-    """BentoML's own refusals of a body that does not fit the types have `detail` beside `error`."""
-    assert response.status_code == status, response.text
-    assert isinstance(response.json()["error"], str) and set(response.json()) <= {"error", "detail"}
-    assert "Traceback" not in response.text
-
-
-@pytest.mark.parametrize(
-    ("body", "status"),
-    [
-        ({"image": IMAGE.tolist(), "model": "unheard"}, 404),
-        ({"image": IMAGE.tolist(), "model": "toy-latent", "samples": 0}, 400),
-        ({"image": IMAGE.tolist(), "model": "toy-latent", "seed": -1}, 400),
-        ({"image": [[1, 2], [3, 4]], "model": "toy-latent"}, 400),
-        ({"image": (IMAGE.astype(int) + 100).tolist(), "model": "toy-latent"}, 400),
-        ({"image": [], "model": "toy-latent"}, 400),
-        ({"image": "http://127.0.0.1:1/x.png", "model": "toy-latent"}, 400),
-        ({"image": [[1], [2, 3]], "model": "toy-latent"}, 400),
-        ({"image": {"a": 1}, "model": "toy-latent"}, 400),
-        ({"model": "toy-latent"}, 400),
-        ({"image": IMAGE.tolist(), "model": "toy-latent", "samples": "many"}, 400),
-        ([], 400),
-        ("text", 400),
-    ],
-)
-def test_the_typed_route_refuses_with_the_same_body(
-    server: Server, client: httpx.Client, body: Any, status: int
-) -> None:
-    response = client.post("/predict", json=body)
-    is_bentos_refusal(response, status)
-
-
-@pytest.mark.parametrize("options", [{"sed": 77}, {"Seed": 77}, {"outputs": "entropy"}, {"overlap": 0.5}])
-def test_the_typed_route_refuses_an_option_that_it_does_not_know(
-    server: Server, client: httpx.Client, options: dict[str, object]
-) -> None:
-    response = client.post("/predict", json={"image": IMAGE.tolist(), "model": "toy-latent"} | options)
-    is_bentos_refusal(response, 400)
-    assert "takes image, model, samples and seed" in response.json()["error"]
-    assert [one["loc"] for one in response.json()["detail"]] == [[name] for name in options]
-
-
-@pytest.mark.parametrize(("change", "says"), [(100, "from 100 to 329; 0 to 255"), (-1, "from -1 to 228; 0 to 255")])
-def test_the_typed_route_says_which_values_are_no_pixels(
-    server: Server, client: httpx.Client, change: int, says: str
-) -> None:
-    image = IMAGE.astype(int) + change
-    assert (IMAGE.min(), IMAGE.max()) == (0, 229)
-    is_refused(client.post("/predict", json={"image": image.tolist(), "model": "toy-latent"}), 400, says)
-
-
-def test_the_typed_route_refuses_options_in_the_query(server: Server, client: httpx.Client) -> None:
-    response = client.post("/predict?seed=77", json={"image": IMAGE.tolist(), "model": "toy-latent"})
-    is_refused(response, 400, "query", "in the JSON")
-
-
-def test_the_typed_route_refuses_json_that_does_not_parse(server: Server, client: httpx.Client) -> None:
-    response = client.post("/predict", content=b"{", headers={"Content-Type": "application/json"})
-    is_bentos_refusal(response, 400)
-
-
-@pytest.mark.parametrize(
-    "content_type",
-    ["application/vnd.bentoml+pickle", "application/x-pickle", "multipart/form-data; boundary=b", "", "text/plain"],
-)
-def test_the_typed_route_takes_json_alone_and_never_a_pickle(
-    server: Server, client: httpx.Client, content_type: str
-) -> None:
-    headers = {"Content-Type": content_type} if content_type else {}
-    is_refused(client.post("/predict", content=b"\x80\x04.", headers=headers), 415, "application/json")
-
-
 # -- the rest of the surface ---------------------------------------------------------------------
 
 
@@ -552,17 +239,6 @@ def test_health_says_live_and_ready(client: httpx.Client) -> None:
     assert client.get("/healthz").json() == client.get("/livez").json() == {"live": True}
     assert client.get("/readyz").json() == {"ready": True, "state": "ready"}
     assert client.head("/readyz").status_code == 200
-
-
-def metrics(client: httpx.Client) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    families = text_string_to_metric_families(client.get("/metrics").text)
-    return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
-
-
-def total(samples: dict[Any, float], name: str, **labels: str) -> float:
-    return sum(
-        v for (n, have), v in samples.items() if n == f"penumbra_{name}" and labels.items() <= dict(have).items()
-    )
 
 
 def test_counters_equal_the_requests_that_were_sent(client: httpx.Client) -> None:
@@ -625,58 +301,3 @@ def test_the_documentation_lists_every_route_and_every_listed_route_exists(
             assert not unknown and response.status_code != 405, (method, path)
     page = client.get("/docs")
     assert page.headers["content-type"].startswith("text/html") and all(f" {path}<" in page.text for path in listed)
-
-
-LONG = {"model": "toy-latent", "samples": 64, "overlap": 0.5}
-"""Options that make a picture of 500x500 px seconds of work, and nearly all that the queue holds."""
-
-
-def connected(server: Server) -> socket.socket:
-    host, port = server.url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=30)
-
-
-def test_a_caller_who_goes_away_while_sending_is_cancelled_and_not_a_bad_picture(
-    server: Server, client: httpx.Client
-) -> None:
-    before = metrics(client)
-    head = (
-        "POST /segment?model=toy-latent HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 999\r\n\r\n"
-    )
-    with connected(server) as caller:
-        caller.sendall(head.encode() + PNG[:200])
-    until(lambda: total(metrics(client), "cancelled_total") == total(before, "cancelled_total") + 1)
-    assert total(metrics(client), "rejected_total") == total(before, "rejected_total")
-
-
-def test_a_caller_who_goes_away_is_counted_and_frees_the_queue(
-    server: Server, client: httpx.Client, rng: np.random.Generator
-) -> None:
-    before = metrics(client)
-    body = png(picture(rng, 500, 500) // 64)
-    query = "&".join(f"{name}={value}" for name, value in LONG.items())
-    head = (
-        f"POST /segment?{query} HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    with connected(server) as caller:
-        caller.sendall(head.encode() + body)
-        until(lambda: total(metrics(client), "queue_windows") > 0)
-        refusal = ask(client, body, **LONG)
-        is_refused(refusal, 429, "try again in")
-        assert int(refusal.headers["retry-after"]) >= 1
-    until(lambda: total(metrics(client), "cancelled_total") == total(before, "cancelled_total") + 1)
-    assert total(metrics(client), "queue_windows") == 0
-
-
-def test_a_caller_of_bentomls_route_who_goes_away_is_counted_and_frees_the_queue(
-    server: Server, client: httpx.Client, rng: np.random.Generator
-) -> None:
-    before = metrics(client)
-    wish = {"image": (picture(rng, 300, 300) // 64).tolist(), "model": "toy-latent", "samples": 64}
-    body = json.dumps(wish, separators=(",", ":")).encode()
-    head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    with connected(server) as caller:
-        caller.sendall(head.encode() + body)
-        until(lambda: total(metrics(client), "queue_windows") > 0)
-    until(lambda: total(metrics(client), "cancelled_total") == total(before, "cancelled_total") + 1, bound_s=60)
-    assert total(metrics(client), "queue_windows") == 0

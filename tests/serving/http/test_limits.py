@@ -22,7 +22,7 @@ from tritonclient.grpc import service_pb2_grpc
 
 from penumbra.models.errors import Cancelled, QueueFull, TooLarge
 from penumbra.serving.http.admission import Bodies
-from tests.serving.http.test_http import PNG, ask, bomb, is_refused
+from tests.serving.http.asking import PNG, ask, bomb, is_refused
 from tests.serving.server import MEASURED, Server, serving, until
 
 MIB = 2**20
