@@ -99,7 +99,6 @@ REFUSED: dict[str, tuple[str, dict[str, str], Callable[[], object], int, str]] =
     "a form as it comes": (SEGMENT, FORM, lambda: repeat(FIELD * 10_000, 200), 413, f"{BODY:,}"),
     "pixels by the header": (SEGMENT, PICTURE, lambda: bomb(30_000), 413, f"{PIXELS:,}"),
     "pixels of a real picture": (SEGMENT, PICTURE, lambda: picture_bytes(6000, 6000), 413, f"{PIXELS:,}"),
-    "text that inflates in a picture": (SEGMENT, PICTURE, lambda: deep_text(128 * MIB), 400, ""),
     "windows": (SEGMENT + "&overlap=0.9", PICTURE, lambda: picture_bytes(900, 900), 413, f"is {QUEUED}; lower"),
     "samples": (SEGMENT + "&samples=999999999", PICTURE, lambda: PNG, 400, "1 to 64"),
     "json of /predict": ("/predict", JSON_HEADERS, lambda: LISTS[: JSON + 1], 413, f"{JSON:,}"),
@@ -134,6 +133,15 @@ def test_what_is_over_a_limit_is_refused_and_takes_no_memory(limited: tuple[Serv
             is_refused(response, status, word)
         assert memory.peak_mib < ROOM_MIB
         assert ask(client).status_code == 200
+
+
+def test_text_that_inflates_in_a_picture_is_dropped_as_it_is(limited: tuple[Server, Memory]) -> None:
+    server, memory = limited
+    memory.forget_peak()
+    with server.client() as client:
+        answer = client.post(SEGMENT, headers=PICTURE, content=deep_text(128 * MIB))
+    assert answer.status_code == 200, answer.text
+    assert memory.peak_mib < ROOM_MIB
 
 
 def test_depth_and_size_of_json_are_bounded_in_the_typed_route_too(limited: tuple[Server, Memory]) -> None:
