@@ -136,8 +136,9 @@ class Gateway:
         finally:  # also when this coroutine is cancelled: no thread works for nobody, and their queue keeps no picture
             task.cancelled.set()
             box.clear()
-            for end in ends:
-                end.cancel()
+            while ends:
+                ends.pop().cancel()
+            del work  # its exception knows this frame: a circle, which would keep the picture until it is collected
 
     def _work(self, box: "list[Task[T]]") -> tuple[Prediction, T]:
         """Take one image the whole way, in a request thread."""

@@ -174,7 +174,10 @@ class QueuedRequest:
                 answer = self.answers.get(timeout=left_s)
             answer = answer or self.ending(time.perf_counter())
             if isinstance(answer, PenumbraError):
-                raise answer
+                try:
+                    raise answer
+                finally:
+                    del answer  # it knows this frame: a circle, which would keep the picture until it is collected
             if answer:
                 return answer
 

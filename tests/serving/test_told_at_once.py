@@ -17,7 +17,7 @@ from starlette.applications import Starlette
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
-from penumbra.models.errors import BadOption, Cancelled, DeadlineExceeded, PenumbraError
+from penumbra.models.errors import BadOption, Cancelled, DeadlineExceeded, PenumbraError, TooLarge
 from penumbra.serving import gateway as gateways
 from penumbra.serving.cache import AnswerCache, key_of
 from penumbra.serving.engine.answer import Prediction
@@ -36,7 +36,7 @@ from penumbra.serving.oip.protocol import Inference
 from penumbra.serving.render import parse_request, render
 from penumbra.serving.telemetry import Request, Telemetry
 from tests.conftest import FIXED, picture, toy_card
-from tests.serving.server import free_port
+from tests.serving.server import free_port, until
 
 WAIT_S = 30
 """Bound of every wait: reached only when something hangs."""
@@ -169,6 +169,31 @@ def test_a_request_that_waits_for_a_thread_is_told_at_once_and_its_picture_is_le
     asyncio.run(scenario())
     gc.collect()
     assert alive() is None and not gate.open.is_set()
+
+
+@pytest.mark.parametrize(("error", "options"), [
+    (TooLarge, {"overlap": 0.9, "samples": 64}), (DeadlineExceeded, {"deadline_ms": SOON_MS}),
+])  # fmt: skip
+def test_the_picture_of_a_request_that_fails_is_let_go_without_a_collection(
+    gateway: Gateway, error: type[Exception], options: dict[str, Any]
+) -> None:
+    images = [np.zeros((1500, 1500, 3), np.uint8)]
+    alive = weakref.ref(images[0])
+
+    async def scenario() -> None:
+        try:
+            await gateway.answer(images.pop(), SegmentOptions("toy-latent", **options), np.shape, request=Request())
+        except error:
+            return
+        raise AssertionError("it did not fail")
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(scenario())
+        until(lambda: alive() is None, bound_s=WAIT_S)
+    finally:
+        gc.enable()
 
 
 def test_an_option_that_is_wrong_is_refused_before_it_is_late(gateway: Gateway) -> None:
