@@ -23,7 +23,7 @@ from penumbra.serving.engine.scheduler import Scheduler
 from penumbra.serving.engine.throughput import Cores
 from tests.reliability.load import HEADERS
 from tests.reliability.test_crash import worker_of
-from tests.serving.engine.test_scheduler import runtime, work
+from tests.serving.engine.stepped import runtime, work
 from tests.serving.server import MEASURED, serving, until
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,7 @@ from penumbra.serving.engine.runtime import WindowInput
 from penumbra.serving.engine.scheduler import Observer, Scheduler
 from penumbra.serving.engine.throughput import Cores
 from tests.conftest import toy_card
-from tests.serving.engine.test_scheduler import SPEC, WAIT_S, consume, in_threads, runtime, work
+from tests.serving.engine.stepped import SPEC, WAIT_S, consume, in_threads, runtime, work
 
 THREADS = 4
 

@@ -29,7 +29,7 @@ from penumbra.serving.engine.scheduler import Scheduler
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.throughput import SPARE, Cores, SecondsBySize
 from tests.conftest import picture, toy_card
-from tests.serving.engine.test_scheduler import SPEC, WAIT_S, in_threads, work
+from tests.serving.engine.stepped import SPEC, WAIT_S, in_threads, work
 
 ENCODE_S, SAMPLE_S, MOMENTS_S = 3.0, 1.0, 2.0
 """Of one window; the last two for each sample."""

@@ -14,7 +14,7 @@ from penumbra.serving.gateway import Gateway
 from penumbra.serving.oip.protocol import Inference
 from penumbra.serving.telemetry import Telemetry
 from tests.conftest import FIXED
-from tests.serving.engine.test_scheduler import WAIT_S
+from tests.serving.engine.stepped import WAIT_S
 
 MODELS = ("toy-latent", "toy-opposed", "toy-pointwise")
 
