@@ -99,7 +99,7 @@ def predict(
     from penumbra.serving.engine.options import DEFAULT, check_options, parse_options
     from penumbra.serving.engine.segmenter import Segmenter
     from penumbra.serving.engine.store import find_artifact
-    from penumbra.serving.files.predict import predict_files
+    from penumbra.serving.files.predict import IN_MEMORY, predict_files
     from penumbra.serving.files.report import outcome_facts, report
 
     if len({path.stem for path in images}) < len(images):
@@ -108,7 +108,7 @@ def predict(
     requested = parse_options(shared.given(options))
     requested = dataclasses.replace(requested.with_maps((DEFAULT,)), model=the_model(store, model))
     failures = []
-    with Segmenter() as segmenter:
+    with Segmenter(limits=IN_MEMORY) as segmenter:
         check_options(requested, segmenter.load(find_artifact(store, requested.model or "")), segmenter.limits)
         for path, outcome in predict_files(segmenter, images, requested, output):
             if isinstance(outcome, Exception):

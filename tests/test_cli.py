@@ -106,6 +106,14 @@ def test_models_of_an_absent_store_are_none(tmp_path: Path) -> None:
 # -- predict -------------------------------------------------------------------------------------
 
 
+def test_predict_takes_what_is_larger_than_the_queue_of_a_server(toy_store: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (200, 200)).save(tmp_path / "wide.png")
+    options = ("--model", "toy-latent", "--samples", "64", "--overlap", "0.9", "--store", toy_store, "--json")
+    result = run("predict", tmp_path / "wide.png", "-o", tmp_path / "out", *options)
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["windows"] * 64 > Limits().queue_samples
+
+
 def test_predict_gives_a_models_own_map_its_own_unit(toy_store: Path, tmp_path: Path, photo: Path) -> None:
     options = ("--outputs", "brightness", "-o", tmp_path / "out", "--store", toy_store, "--json")
     result = run("predict", photo, "-m", "toy-bright", *options)

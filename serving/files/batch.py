@@ -15,10 +15,11 @@ from typing import Any
 
 from penumbra.models.errors import BadOption, reason_of
 from penumbra.serving.engine.decode import open_image
-from penumbra.serving.engine.options import Limits, check_options
+from penumbra.serving.engine.options import check_options
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import find_artifact, open_artifact
 from penumbra.serving.files.inputs import MANIFEST, canonical, find_images
+from penumbra.serving.files.predict import IN_MEMORY
 from penumbra.serving.files.receipts import Receipts, files_of, write_whole
 from penumbra.serving.files.report import Result, progress_bar
 from penumbra.serving.render import parse_request, render_with_notes
@@ -29,8 +30,6 @@ FORMATS = {
 }  # fmt: skip
 AT_ONCE = 4
 """Images that are read and written while others are computed; their windows share batches."""
-IN_MEMORY = Limits(queue_samples=2**40)
-"""Limits of images that are answered whole, AT_ONCE of them."""
 
 
 @dataclass(frozen=True, slots=True)

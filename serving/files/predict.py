@@ -14,7 +14,7 @@ from penumbra.models.card import UNITLESS
 from penumbra.models.errors import BadImage
 from penumbra.models.files import write_whole
 from penumbra.serving.engine.decode import open_image
-from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.options import Limits, SegmentOptions
 from penumbra.serving.engine.raster import Raster, open_raster
 from penumbra.serving.engine.request import Progress
 from penumbra.serving.engine.segmenter import Segmenter
@@ -26,6 +26,8 @@ from penumbra.serving.render.pictures import write_heat
 from penumbra.serving.render.tables import class_table
 from penumbra.serving.spool import LONG, SCRATCH, Spool, disk
 
+IN_MEMORY = Limits(queue_samples=2**40)
+"""Limits of images that are answered whole where nobody else waits: few at a time, however many windows they have."""
 BRIGHTEST_PERCENTILE = 99.5
 """What of a map is drawn white; the few pixels above would leave the rest dark."""
 
