@@ -1,6 +1,6 @@
 """A published checkpoint becomes one of ours: recognised by its layout, renamed strictly, nothing left unsaid.
 
-read_torch_file -> read_part, per file -> the method's `assemble` -> network, compared name by name -> card -> file.
+read_torch_file, read_published of each file -> the method's `assemble` -> network, compared by name -> card -> file.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from penumbra.export.layouts import Part, published_name, read_part
+from penumbra.export.layouts import PublishedFile, published_name, read_published
 from penumbra.export.pickles import read_torch_file
 from penumbra.models import find_method
 from penumbra.models.card import NAME, Card, ClassInfo, Provenance, dump_card, parse_card, read_strict
@@ -59,17 +59,17 @@ def import_checkpoint(
     check_replaceable(output, made_by=IMPORTED, sources=files)
     found = find_method(method)
     where = ", ".join(map(str, files))
-    parts = _read_parts(found, files, where=where)
-    assembly = _assemble(found, parts, where=where)
+    contents = _read_files(found, files, where=where)
+    assembly = _assemble(found, contents, where=where)
     config, run = _choose(assembly, protocol, sampling, method=method)
     class_infos = _classes(classes, config.num_classes)
     network = found.build(config).eval()
-    unused = _fill(network, parts, run, where=where)
+    unused = _fill(network, contents, run, where=where)
     card_sampling = network.sampling
     if not sampling and card_sampling.is_stochastic:
         card_sampling = dataclasses.replace(card_sampling, default_samples=run.default_samples, noise_per=run.noise_per)
-    kinds = zip(files, parts, strict=True)
-    origin = "; ".join(f"{path.name}, {part.layout.name}, sha256 {sha256_of(path)}" for path, part in kinds)
+    kinds = zip(files, contents, strict=True)
+    origin = "; ".join(f"{path.name}, {content.layout.name}, sha256 {sha256_of(path)}" for path, content in kinds)
     card = Card(
         name=output.stem, version=1, method=method, config=dataclasses.asdict(config), classes=class_infos,
         input=assembly.input, window=run.window, sampling=card_sampling, readout=run.readout, prompt=network.prompt,
@@ -78,30 +78,30 @@ def import_checkpoint(
     )  # fmt: skip
     card = parse_card(dump_card(card))  # checked, and equal to what will be read back
     save_checkpoint(output, card, network)
-    train_only = [name for part in parts for name in part.train_only] + unused
+    train_only = [name for content in contents for name in content.train_only] + unused
     warnings = assembly.warnings + _losses(found, assembly, card, unused=unused, published=protocol == "published")
-    return Imported(card, tuple(train_only), warnings, tuple(e for part in parts for e in part.entries))
+    return Imported(card, tuple(train_only), warnings, tuple(e for content in contents for e in content.entries))
 
 
-def _read_parts(method: Method, files: Sequence[Path], *, where: str) -> list[Part]:
+def _read_files(method: Method, files: Sequence[Path], *, where: str) -> list[PublishedFile]:
     if method.upstream is None:
         raise BadOption(f"nothing is published for the method {method.name!r}, so nothing can be imported")
     if not files:
         raise BadOption("no file is named; one or more of the published files are wanted")
-    parts = [read_part(read_torch_file(path), method, where=str(path)) for path in files]
-    kinds = [part.layout.name for part in parts]
+    contents = [read_published(read_torch_file(path), method, where=str(path)) for path in files]
+    kinds = [content.layout.name for content in contents]
     if len(set(kinds)) < len(kinds):
         raise BadOption(f"{where} are of the kinds {'; '.join(kinds)}; one file of a kind makes a network")
-    return parts
+    return contents
 
 
-def _assemble(method: Method, parts: Sequence[Part], *, where: str) -> Assembly:
-    """Let the method put the parts together. A tensor that it asks for in vain is missing in the files."""
+def _assemble(method: Method, contents: Sequence[PublishedFile], *, where: str) -> Assembly:
+    """Let the method put the contents together. A tensor that it asks for in vain is missing in the files."""
     assert method.upstream
     try:
-        return method.upstream.assemble({part.layout.name: part.beside | part.tensors for part in parts})
+        return method.upstream.assemble({content.layout.name: content.beside | content.tensors for content in contents})
     except KeyError as error:
-        theirs = published_name(str(error.args[0]), [part.layout for part in parts])
+        theirs = published_name(str(error.args[0]), [content.layout for content in contents])
         raise BadCheckpoint(f"{where} lacks the tensor {theirs}") from None
     except IndexError:
         raise BadCheckpoint(f"{where}: a tensor has fewer axes than its layout says") from None
@@ -129,15 +129,15 @@ def _choose(assembly: Assembly, protocol: str, sampling: str | None, *, method: 
         raise BadOption(str(error)) from None
 
 
-def _fill(network: Network, parts: Sequence[Part], run: Protocol, *, where: str) -> list[str]:
-    """Copy the parts' tensors into the network; returns the files' names of those that this run does without.
+def _fill(network: Network, contents: Sequence[PublishedFile], run: Protocol, *, where: str) -> list[str]:
+    """Copy the contents' tensors into the network; returns the files' names of those that this run does without.
 
     A file's own tensors go before what stands beside another's. What may stand beside and does not is zero.
     """
-    state, layouts = network.state_dict(), [part.layout for part in parts]
+    state, layouts = network.state_dict(), [content.layout for content in contents]
     beside = [target for layout in layouts for target in layout.beside.values() if target in state]
     tensors: dict[str, Tensor] = {target: torch.zeros_like(state[target]) for target in beside}
-    for group in [part.beside for part in parts] + [part.tensors for part in parts]:
+    for group in [content.beside for content in contents] + [content.tensors for content in contents]:
         tensors |= group
     theirs = {name: published_name(name, layouts) for name in (*state, *tensors)}
     unused = [name for name in tensors if name.startswith(run.unused)]

@@ -20,7 +20,7 @@ State = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PublishedFile:
     """One file's tensors under our names.
 
     beside: those that stood outside the state dict. train_only: names in the file. entries: what else was at the top
@@ -34,7 +34,7 @@ class Part:
     entries: tuple[str, ...]
 
 
-def read_part(content: Any, method: Method, *, where: str) -> Part:
+def read_published(content: Any, method: Method, *, where: str) -> PublishedFile:
     """Recognise the layout of a file's content, and rename strictly.
 
     Raises BadCheckpoint: no layout or several, a name that has no place in it, copies that differ, or an entry that is
@@ -52,7 +52,7 @@ def read_part(content: Any, method: Method, *, where: str) -> Part:
         if action == "copy" and not torch.equal(plain[name], plain[target]):
             raise BadCheckpoint(f"{where}: {name} and {target} are one tensor in this layout, but differ")
     outside = {} if container is None else content
-    return Part(
+    return PublishedFile(
         layout=layout,
         tensors={target: plain[name] for name, (action, target) in actions.items() if action == "rename"},
         beside={

@@ -194,8 +194,8 @@ class Jobs:
             raise DiskFull(
                 f"the job needs {needed:,} bytes of disk and {free:,} are free; ask for fewer maps, or delete old jobs"
             )
-        asked = dict(fields) | {"model": card.name, "version": str(card.version)}
-        job = Job(place.name, media, asked, created=time.time())
+        fields = dict(fields) | {"model": card.name, "version": str(card.version)}
+        job = Job(place.name, media, fields, created=time.time())
         save_job(self._directory / job.id, job)
         with self._changed:
             if place not in self._uploads:

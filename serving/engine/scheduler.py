@@ -30,7 +30,7 @@ from penumbra.serving.engine.windows import Window, cut
 
 log = logging.getLogger("penumbra")
 T = TypeVar("T")
-Outcome = Moments | PenumbraError
+WindowResult = Moments | PenumbraError
 """What becomes of a window."""
 Run = tuple[int, Callable[[], object]]
 """What a lane runs next, and on how many cores."""
@@ -260,7 +260,7 @@ class Scheduler:
                 samples=num_windows * batch.num_samples,
             )  # fmt: skip
 
-    def _answer(self, batch: Batch, *, is_alone: bool = False) -> list[Outcome]:
+    def _answer(self, batch: Batch, *, is_alone: bool = False) -> list[WindowResult]:
         """Run a batch; on failure, in parts: halves when memory is short, at last alone; else request by request."""
         runtime, windows = batch.runtime, batch.windows
         try:
@@ -283,7 +283,7 @@ class Scheduler:
         parts = (replace(batch, windows=part) for part in (windows[:half], windows[half:]))
         return [answer for part in parts for answer in self._answer(part)]
 
-    def _answer_alone(self, batch: Batch) -> list[Outcome]:
+    def _answer_alone(self, batch: Batch) -> list[WindowResult]:
         """Run one window again with no lane beside it, and one lane less at a time from now on."""
         with self._condition:
             self._most_working = max(1, self._most_working - 1)
@@ -294,16 +294,16 @@ class Scheduler:
             self._working, self._stepped_back = self._working + 1, self._stepped_back - 1
         return self._answer(batch, is_alone=True)
 
-    def _answer_apart(self, batch: Batch) -> list[Outcome]:
+    def _answer_apart(self, batch: Batch) -> list[WindowResult]:
         """Run each request's windows by themselves, and put the answers back in the batch's order."""
-        answers: dict[int, Outcome] = {}
+        answers: dict[int, WindowResult] = {}
         for one in dict.fromkeys(request for request, _ in batch.windows):
             positions = [i for i, (request, _) in enumerate(batch.windows) if request is one]
             alone = replace(batch, windows=[batch.windows[i] for i in positions])
             answers |= dict(zip(positions, self._answer(alone), strict=True))
         return [answers[i] for i in range(len(batch.windows))]
 
-    def _deliver(self, request: QueuedRequest, window: Window, answer: Outcome) -> None:
+    def _deliver(self, request: QueuedRequest, window: Window, answer: WindowResult) -> None:
         if request not in self._requests:
             return
         if isinstance(answer, PenumbraError):

@@ -44,14 +44,14 @@ class BatchRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class BatchItem:
     """One image and where its answer goes, as URLs or paths."""
 
     source: str
     target: str
 
 
-def find_tasks(source: str, output: str, extension: str) -> tuple[list[Task], list[Result]]:
+def find_items(source: str, output: str, extension: str) -> tuple[list[BatchItem], list[Result]]:
     """The images of a folder (with those below it), a pattern or a file, and what is skipped there.
 
     Raises BadOption: no images, two whose answers have one name, or an answer in the place of an image.
@@ -65,14 +65,14 @@ def find_tasks(source: str, output: str, extension: str) -> tuple[list[Task], li
         if len(same) > 1 or MANIFEST in same:
             what = f"{len(same)} images would be answered in {same[-1]}" + ", the batch's own" * (MANIFEST in same)
             raise BadOption(f"{what}; give them different names or folders")
-    tasks = [Task(image, f"{output}/{name}") for image, name in zip(found.images, names, strict=True)]
-    places = {canonical(task.source): task.source for task in tasks}
-    for task in tasks:
-        if there := places.get(canonical(task.target)):
+    items = [BatchItem(image, f"{output}/{name}") for image, name in zip(found.images, names, strict=True)]
+    places = {canonical(item.source): item.source for item in items}
+    for item in items:
+        if there := places.get(canonical(item.target)):
             raise BadOption(
-                f"the answer to {task.source} would take the place of the image {there}; name another OUTPUT"
+                f"the answer to {item.source} would take the place of the image {there}; name another OUTPUT"
             )
-    return tasks, [Result(url, "", "skipped", reason) for url, reason in found.skipped.items()]
+    return items, [Result(url, "", "skipped", reason) for url, reason in found.skipped.items()]
 
 
 def claim(output: str, request: BatchRequest) -> None:
@@ -95,59 +95,59 @@ class Answerer:
         self._segmenter = Segmenter(limits=IN_MEMORY, threads=threads)
         self._segmenter.load(find_artifact(Path(request.store), request.model, request.version))
 
-    def answer(self, task: Task) -> Result:
+    def answer(self, item: BatchItem) -> Result:
         """Answer one image, unless it is answered. Whatever goes wrong is that image's alone, and said."""
         try:
-            return self._answer(task)
+            return self._answer(item)
         except Exception as error:
-            return Result(task.source, task.target, "failed", reason_of(error))
+            return Result(item.source, item.target, "failed", reason_of(error))
 
-    def _answer(self, task: Task) -> Result:
-        name = task.target.removeprefix(f"{self._output}/")
-        files, path = files_of(task.target)
+    def _answer(self, item: BatchItem) -> Result:
+        name = item.target.removeprefix(f"{self._output}/")
+        files, path = files_of(item.target)
         if files.lexists(path):
-            self._receipts.check(name, task.source)
-            return Result(task.source, task.target, "kept")
-        files, path = files_of(task.source)
+            self._receipts.check(name, item.source)
+            return Result(item.source, item.target, "kept")
+        files, path = files_of(item.source)
         data = files.cat_file(path)
         image = open_image(data, IN_MEMORY)
         prediction = self._segmenter.segment(image.load(), self._options)
         answer, notes = render_with_notes(prediction, self._media, self._style)
         self._receipts.add(name, data, answer)
-        write_whole(task.target, answer)
-        return Result(task.source, task.target, "made", warnings="\n".join(prediction.warnings + notes))
+        write_whole(item.target, answer)
+        return Result(item.source, item.target, "made", warnings="\n".join(prediction.warnings + notes))
 
     def close(self) -> None:
         self._segmenter.close()
 
 
-def run_here(request: BatchRequest, output: str, tasks: Sequence[Task]) -> Iterator[Result]:
-    """Do tasks in this process; yields them in their order."""
+def run_here(request: BatchRequest, output: str, items: Sequence[BatchItem]) -> Iterator[Result]:
+    """Do items in this process; yields them in their order."""
     answerer = Answerer(request, output)
     try:
         with ThreadPoolExecutor(AT_ONCE) as threads:
-            yield from threads.map(answerer.answer, tasks)
+            yield from threads.map(answerer.answer, items)
     finally:
         answerer.close()
 
 
 class RayAnswerer:
-    """An actor of Ray Data: blocks of tasks in, what became of them out."""
+    """An actor of Ray Data: blocks of items in, what became of them out."""
 
     def __init__(self, request: BatchRequest, output: str, threads: int) -> None:
         self._answerer = Answerer(request, output, threads=threads)
         self._threads = ThreadPoolExecutor(AT_ONCE)
 
     def __call__(self, block: Mapping[str, Any]) -> dict[str, list[str]]:
-        tasks = [
-            Task(str(source), str(target)) for source, target in zip(block["source"], block["target"], strict=True)
+        items = [
+            BatchItem(str(source), str(target)) for source, target in zip(block["source"], block["target"], strict=True)
         ]
-        result = [asdict(one) for one in self._threads.map(self._answerer.answer, tasks)]
+        result = [asdict(one) for one in self._threads.map(self._answerer.answer, items)]
         return {name: [one[name] for one in result] for name in Result.__dataclass_fields__}
 
 
-def run_on_ray(request: BatchRequest, output: str, tasks: Sequence[Task], *, cpus: int = 1) -> Iterator[Result]:
-    """Do tasks on the cluster that RAY_ADDRESS names, or one of this machine; `cpus` of it per engine.
+def run_on_ray(request: BatchRequest, output: str, items: Sequence[BatchItem], *, cpus: int = 1) -> Iterator[Result]:
+    """Do items on the cluster that RAY_ADDRESS names, or one of this machine; `cpus` of it per engine.
 
     Nodes read the same store, images and output. What a node had not finished when it was lost is done by another; what
     it had is kept, so nothing is done twice. Raises BadOption where Ray is not installed.
@@ -161,8 +161,8 @@ def run_on_ray(request: BatchRequest, output: str, tasks: Sequence[Task], *, cpu
         ) from None
     ray.init(ignore_reinit_error=True)
     engines = max(1, int(ray.cluster_resources().get("CPU", 1)) // (cpus + 1))  # one more for Ray's own tasks
-    blocks = min(len(tasks), 4 * engines)
-    answers = ray.data.from_items([asdict(task) for task in tasks], override_num_blocks=blocks).map_batches(
+    blocks = min(len(items), 4 * engines)
+    answers = ray.data.from_items([asdict(item) for item in items], override_num_blocks=blocks).map_batches(
         RayAnswerer, fn_constructor_args=(request, output, cpus), batch_size=2 * AT_ONCE, num_cpus=cpus,
         concurrency=(1, engines), max_restarts=-1, max_task_retries=-1,
     )  # fmt: skip
@@ -184,14 +184,14 @@ def parse_batch(store: Path, model: str, kind: str, fields: Mapping[str, str]) -
 
 
 def run_batch(request: BatchRequest, source: str, output: str, *, engine: str) -> tuple[dict[str, int], list[Result]]:
-    """Do all tasks with a progress bar; returns how many went how, and those of which there is something to say."""
+    """Do all items with a progress bar; returns how many went how, and those of which there is something to say."""
     output = output.rstrip("/") if "://" in output else str(Path(output).resolve())
-    tasks, reported = find_tasks(source, output, request.format)
+    items, reported = find_items(source, output, request.format)
     claim(output, request)
     counts = {"made": 0, "kept": 0, "failed": 0, "skipped": len(reported)}
     with progress_bar() as bar:
-        work = ENGINES[engine](request, output, tasks)
-        for result in bar.track(work, total=len(tasks), description=request.model):
+        work = ENGINES[engine](request, output, items)
+        for result in bar.track(work, total=len(items), description=request.model):
             counts[result.outcome] += 1
             if result.error or result.warnings:
                 reported.append(result)

@@ -97,10 +97,10 @@ class Receipts:
         with self._lock:
             if (image, answer) not in self._known.get(name, ()):
                 self._known |= read_receipts(self._output)  # another process may have made it
-            made = self._known.get(name, set())
-        if (image, answer) not in made:
+            known = self._known.get(name, set())
+        if (image, answer) not in known:
             whose = (
-                "the answer to another image" if answer in {answer for _, answer in made} else "no answer of a batch"
+                "the answer to another image" if answer in {answer for _, answer in known} else "no answer of a batch"
             )
             raise BadOption(f"{self._output}/{name} is there and {whose}; move it away, or name another OUTPUT")
 

@@ -31,9 +31,9 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of a task: `made`, `kept` from an earlier run, or `failed` with the sentence why.
+    """What became of a picture of a batch: `made`, `kept` from an earlier run, or `failed` with the sentence why.
 
-    A file that is no task is `skipped`, with the reason. warnings: of an answer that was made, one a line.
+    A file that is no picture is `skipped`, with the reason. warnings: of an answer that was made, one a line.
     """
 
     source: str

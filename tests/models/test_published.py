@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from penumbra.export.importer import Imported, import_checkpoint
-from penumbra.export.layouts import read_part
+from penumbra.export.layouts import read_published
 from penumbra.models import find_method
 from penumbra.models.card import ClassInfo, Readout, WindowSpec
 from penumbra.models.checkpoint import load_checkpoint
@@ -208,7 +208,7 @@ def test_gct_files_are_two_branches_and_their_flaw_detector_is_left_out() -> Non
     theirs = _siblings({"branch1": "l_model.", "branch2": "r_model."})
     train_only = ("fd_model.conv.weight", "flawmap_handler.blur.op.1.weight", "fdgt_generator.blur.op.1.weight")
     content = {"model": theirs | dict.fromkeys(train_only, torch.zeros(1))}
-    part = read_part(content, find_method("cps"), where="a.pth")
+    part = read_published(content, find_method("cps"), where="a.pth")
     assert part.tensors.keys() == _names("cps", CpsConfig(21)) and part.train_only == train_only
     assert part.tensors["branch1.classifier.weight"] is theirs["l_model.classifier.weight"]
 
@@ -216,7 +216,9 @@ def test_gct_files_are_two_branches_and_their_flaw_detector_is_left_out() -> Non
 def test_cct_files_are_one_branch_and_their_auxiliary_decoders_are_left_out() -> None:
     train_only = tuple(f"aux_decoders.{i}.upsample.classifier.weight" for i in range(12))
     theirs = _siblings({"branch1": ""}, "main_decoder.upsample.classifier.")
-    part = read_part({"model": theirs | dict.fromkeys(train_only, torch.zeros(1))}, find_method("cps"), where="a.pth")
+    part = read_published(
+        {"model": theirs | dict.fromkeys(train_only, torch.zeros(1))}, find_method("cps"), where="a.pth"
+    )
     assert part.tensors.keys() == _names("cps", CpsConfig(21, branches=1)) and part.train_only == train_only
     assert part.tensors["branch1.aspp.red_conv.weight"] is theirs["head.aspp.red_conv.weight"]
 
@@ -258,7 +260,7 @@ def test_memories_are_swapped_beside_the_weights_among_them_and_alone() -> None:
     marked = dict.fromkeys(np_upstream.NP.markers, torch.zeros(1))
     memories = {"latent_memory": torch.full((21, 32), 1.0), "deterministic_memory": torch.full((21, 32), 2.0)}
     for content in ({"model_state": marked, **memories}, marked | memories, memories):
-        part = read_part(content, find_method("np_semiseg"), where="a.pth")
+        part = read_published(content, find_method("np_semiseg"), where="a.pth")
         held = part.beside | part.tensors
         assert held["head.latent.context_centres"].unique() == 1 and held["head.latent.latent_centres"].unique() == 2
 

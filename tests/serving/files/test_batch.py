@@ -20,7 +20,7 @@ from penumbra.models.errors import BadOption
 from penumbra.serving.engine.decode import open_image
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.serving.files.batch import FORMATS, find_tasks, parse_batch, run_batch
+from penumbra.serving.files.batch import FORMATS, find_items, parse_batch, run_batch
 from penumbra.serving.files.inputs import MANIFEST
 from penumbra.serving.files.receipts import FOLDER
 from tests.conftest import FIXED, picture
@@ -44,7 +44,7 @@ def images(tmp_path: Path, rng: np.random.Generator) -> Path:
 
 
 def targets(source: str, extension: str) -> list[str]:
-    return [task.target for task in find_tasks(source, "o", extension)[0]]
+    return [task.target for task in find_items(source, "o", extension)[0]]
 
 
 def photo(path: Path, rng: np.random.Generator) -> Path:
@@ -150,12 +150,12 @@ def test_a_pattern_a_file_and_nothing_are_told_apart(images: Path) -> None:
     assert targets(f"{images}/b.jpg", "json") == ["o/b.json"]
     for nothing in (f"{images}/absent", f"{images}/*.gif", f"{images}/notes.txt"):
         with pytest.raises(BadOption, match="no images"):
-            find_tasks(nothing, "o", "png")
+            find_items(nothing, "o", "png")
     (images / "a.jpg").write_bytes(b"")
     with pytest.raises(BadOption, match=r"2 images would be answered in a\.png"):
-        find_tasks(str(images), "o", "png")
+        find_items(str(images), "o", "png")
     with pytest.raises(BadOption, match="cannot be reached"):
-        find_tasks("unheard://bucket/images", "o", "png")
+        find_items("unheard://bucket/images", "o", "png")
 
 
 # -- files that are not the batch's own ----------------------------------------------------------
@@ -318,7 +318,7 @@ def test_images_whose_answers_have_one_name_are_refused(tmp_path: Path, rng: np.
     photo(tmp_path / "a.jpg", rng)
     photo(tmp_path / "A.png", rng)
     with pytest.raises(BadOption, match="2 images would be answered in"):
-        find_tasks(str(tmp_path), "o", "json")
+        find_items(str(tmp_path), "o", "json")
 
 
 @pytest.fixture
