@@ -147,10 +147,21 @@ def test_a_card_keeps_its_calibration_in_json() -> None:
     "wrong",
     [
         {"risks": (0.1, 0.05)}, {"risks": (0.0, 0.1)}, {"risks": (0.1, 1.0)}, {"risks": (0.1,)},
-        {"entropy_nats": (0.5, 0.25)}, {"entropy_nats": (-1.0, 0.5)}, {"entropy_nats": (0.1, float("inf"))},
-        {"num_frames": 0}, {"risks": (), "entropy_nats": ()},
+        {"entropy_nats": (0.5, 0.25)}, {"entropy_nats": (-1.0, 0.5)}, {"risks": (), "entropy_nats": ()},
     ],
 )  # fmt: skip
 def test_a_calibration_that_contradicts_itself_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(BadArtifact, match="ascending risks between 0 and 1"):
+        parse_card(dump_card(calibrated("pointwise", dataclasses.replace(CALIBRATION, **wrong))))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"entropy_nats": (0.1, float("inf"))}, "calibration.entropy_nats.1. is inf; it should be a finite number"),
+        ({"num_frames": 0}, "calibration.num_frames is 0; it should be greater than or equal to 1"),
+    ],
+)
+def test_a_calibration_out_of_range_is_refused_by_its_field(wrong: dict[str, object], sentence: str) -> None:
+    with pytest.raises(BadArtifact, match=sentence):
         parse_card(dump_card(calibrated("pointwise", dataclasses.replace(CALIBRATION, **wrong))))  # type: ignore[arg-type]
