@@ -96,7 +96,7 @@ def _read_files(method: Method, files: Sequence[Path], *, where: str) -> list[Pu
 
 
 def _assemble(method: Method, contents: Sequence[PublishedFile], *, where: str) -> Assembly:
-    """Let the method put the contents together. A tensor that it asks for in vain is missing in the files."""
+    """Let the method put the files' contents together. A tensor that it asks for in vain is missing in the files."""
     assert method.upstream
     try:
         return method.upstream.assemble({content.layout.name: content.beside | content.tensors for content in contents})
@@ -130,7 +130,7 @@ def _choose(assembly: Assembly, protocol: str, sampling: str | None, *, method: 
 
 
 def _fill(network: Network, contents: Sequence[PublishedFile], run: Protocol, *, where: str) -> list[str]:
-    """Copy the contents' tensors into the network; returns the files' names of those that this run does without.
+    """Copy the files' tensors into the network; returns the files' names of those that this run does without.
 
     A file's own tensors go before what stands beside another's. What may stand beside and does not is zero.
     """

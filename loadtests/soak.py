@@ -39,7 +39,7 @@ SETTLE_S = 30
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Of one process. at_s: since the start of the load."""
+    """What one process holds at a moment. at_s: since the start of the load."""
 
     process: str
     at_s: float
@@ -79,7 +79,7 @@ def watching(pid: int) -> Iterator[list[Reading]]:
 
 
 def slope_mb_per_minute(readings: Sequence[Reading]) -> float:
-    """Of the memory after the warm-up."""
+    """Fit the slope of the memory after the warm-up."""
     end_s = readings[-1].at_s
     late = [reading for reading in readings if reading.at_s >= WARM_UP * end_s]
     return float(60 * np.polyfit([r.at_s for r in late], [r.rss_mb for r in late], 1)[0])

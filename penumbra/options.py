@@ -46,7 +46,7 @@ def from_table(name: str) -> Callable[[Any], Any]:
 
 
 def given(options: Mapping[str, Any]) -> dict[str, str]:
-    """The options that were said or have a default, as text."""
+    """Give those options as text that were said or have a default."""
     return {name: str(value) for name, value in options.items() if value is not None}
 
 

@@ -46,7 +46,7 @@ def run(whole: Callable[[], np.ndarray], bare: dict[str, Callable[[], object]], 
 
 
 def _memory(name: str) -> int:
-    """Of this process, in bytes. Not of getrusage, whose peak is inherited from the process that started this one."""
+    """Read this process's memory in bytes; the peak of getrusage is inherited from the process that started it."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(name)))
 

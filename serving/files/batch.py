@@ -122,7 +122,7 @@ class Answerer:
 
 
 def run_here(request: BatchRequest, output: str, items: Sequence[BatchItem]) -> Iterator[Result]:
-    """Do items in this process; yields them in their order."""
+    """Answer images in this process; yields what became of them in their order."""
     answerer = Answerer(request, output)
     try:
         with ThreadPoolExecutor(AT_ONCE) as threads:
@@ -132,7 +132,7 @@ def run_here(request: BatchRequest, output: str, items: Sequence[BatchItem]) -> 
 
 
 class RayAnswerer:
-    """An actor of Ray Data: blocks of items in, what became of them out."""
+    """An actor of Ray Data takes blocks of items, and gives what became of them."""
 
     def __init__(self, request: BatchRequest, output: str, threads: int) -> None:
         self._answerer = Answerer(request, output, threads=threads)
@@ -147,7 +147,7 @@ class RayAnswerer:
 
 
 def run_on_ray(request: BatchRequest, output: str, items: Sequence[BatchItem], *, cpus: int = 1) -> Iterator[Result]:
-    """Do items on the cluster that RAY_ADDRESS names, or one of this machine; `cpus` of it per engine.
+    """Answer images on the cluster that RAY_ADDRESS names, or one of this machine; `cpus` of it per engine.
 
     Nodes read the same store, images and output. What a node had not finished when it was lost is done by another; what
     it had is kept, so nothing is done twice. Raises BadOption where Ray is not installed.
@@ -184,7 +184,7 @@ def parse_batch(store: Path, model: str, kind: str, fields: Mapping[str, str]) -
 
 
 def run_batch(request: BatchRequest, source: str, output: str, *, engine: str) -> tuple[dict[str, int], list[Result]]:
-    """Do all items with a progress bar; returns how many went how, and those of which there is something to say."""
+    """Answer all images with a progress bar; returns how many went how, and those with something to say."""
     output = output.rstrip("/") if "://" in output else str(Path(output).resolve())
     items, reported = find_items(source, output, request.format)
     claim(output, request)
