@@ -1,0 +1,125 @@
+"""Four torch operators on batches of windows: each is one call, and in Triton one launch, whatever the batch holds.
+
+Triton runs them on CUDA, and on the CPU where TRITON_INTERPRET=1; otherwise the forms of `plain` do. Nothing waits for
+the device. The operators are registered with torch.library itself: `custom_op` takes nine times as long per call.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from penumbra.serving.engine.gpu import plain
+
+WINDOW_INTS, PIECE_INTS = 6, 11
+"""Numbers per window in the geometry of `cut` and of `blend`."""
+SEGMENT_INTS = 10
+"""Numbers per segment of `read_out`, beside one for every extra map."""
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A norm is how pixels become what the network sees: pixel * factor + offset, both float32 [C] on the device.
+
+    pad_C: what lies beyond the image, normalised already, unless `mirror`. reversed_channels: channel c is read from
+    the picture's channel C - 1 - c.
+    """
+
+    factor_C: Tensor
+    offset_C: Tensor
+    pad_C: Tensor
+    mirror: bool = False
+    reversed_channels: bool = False
+
+
+def cut(pictures: Sequence[Tensor], windows: Sequence[int], size: tuple[int, int], norm: Norm) -> Tensor:
+    """Cut windows out of pictures and normalise them: float32 [B, C, h, w], channels_last.
+
+    pictures: uint8 or uint16 [rows, W, C], contiguous strips of images. windows, six numbers each: picture, image row
+    of the strip's first row, y0 and x0 of the window in the image, maybe negative, height and width of the image. The
+    strip has all rows that the window reads. Beyond the image lies norm.pad_C or its mirror (numpy's "symmetric").
+    """
+    for picture, top, y0, _, height, _ in zip(*[iter(windows)] * WINDOW_INTS, strict=True):
+        strip = pictures[picture]
+        assert strip.is_contiguous() and top <= max(y0, 0) and min(y0 + size[0], height) <= top + len(strip)
+    image_Bchw: Tensor = torch.ops.penumbra.cut.default(
+        pictures, windows, size, norm.factor_C, norm.offset_C, norm.pad_C, norm.mirror, norm.reversed_channels
+    )
+    return image_Bchw
+
+
+def accumulate(
+    logits_SBKhw: Tensor, stats_BhCw: Tensor, *, first: bool, align_corners: bool, temperature: float,
+    average_logits: bool,
+) -> None:  # fmt: skip
+    """Add to stats, per pixel, the sum over S of the softmax of resized logits / temperature, and of its entropy.
+
+    logits: any float dtype and strides, 1 to 255 classes. stats: float32, contiguous; channels [0, K) take
+    probabilities (logits / temperature where average_logits), channel K nats, the others are left alone. first: store
+    instead of adding. Samples are added in order: chunks of S give the bytes of one call.
+    """
+    assert stats_BhCw.is_contiguous() and stats_BhCw.dtype == torch.float32
+    assert stats_BhCw.shape[2] > logits_SBKhw.shape[2] and len(stats_BhCw) == logits_SBKhw.shape[1]
+    torch.ops.penumbra.accumulate.default(logits_SBKhw, stats_BhCw, first, align_corners, temperature, average_logits)
+
+
+def blend(
+    stats_BhCw: Tensor, canvases: Sequence[Tensor], weights: Sequence[Tensor], windows: Sequence[int], *,
+    num_sums: int, scale: float,
+) -> None:  # fmt: skip
+    """Add windows to canvases: canvas = (0 where fresh, else canvas) + stats * weight, in the order of windows.
+
+    canvases: float32 [R, C, W], contiguous rings of rows: image row y lies at y % R. windows, eleven numbers each:
+    canvas, y0 and x0 of the window in the image, maybe negative, first and end row, first and end column of its part
+    in the image (window coordinates), where its weights per row and per column begin in the canvas' weights, and
+    fresh_y, fresh_x: pixels at or beyond both are fresh, and what lies there is never read. Windows of one canvas come
+    in the plan's order, and rows of one batch fit its ring. weight = (row * scale) * column in the first num_sums
+    channels, row * column in the others.
+    """
+    assert len(windows) == PIECE_INTS * len(stats_BhCw) and stats_BhCw.is_contiguous()
+    assert all(canvas.shape[1] == stats_BhCw.shape[2] and canvas.is_contiguous() for canvas in canvases)
+    torch.ops.penumbra.blend.default(stats_BhCw, canvases, weights, windows, num_sums, scale)
+
+
+def read_out(
+    canvases: Sequence[Tensor], out: Tensor, segments: Sequence[int], thresholds: Sequence[float], *,
+    num_classes: int, softmax: bool,
+) -> None:  # fmt: skip
+    """Read labels and maps out of finished rows of canvases [R, C, W], into planes of `out` (uint8 [bytes]).
+
+    segments, one after another: canvas, first image row, number of rows, then where in `out` its planes begin: labels
+    (uint8 [rows, W]), confidence, margin, entropy, expected_entropy, disagreement (float32 [rows, W], at multiples of
+    four), probabilities (float32 [rows, K, W]) and the extra maps (channels K + 1 on); -1: not requested. Labels of
+    pixels with an entropy above the segment's threshold are 255. softmax: the channels hold logits.
+    """
+    extras = canvases[0].shape[1] - num_classes - 1
+    assert len(segments) == (SEGMENT_INTS + extras) * len(thresholds) and out.dtype == torch.uint8
+    torch.ops.penumbra.read_out.default(canvases, out, segments, thresholds, num_classes, softmax)
+
+
+def _shape_of_cut(pictures: list[Tensor], windows: list[int], size: list[int], *_norm: object) -> Tensor:
+    shape = (len(windows) // WINDOW_INTS, pictures[0].shape[2], *size)
+    return torch.empty(shape, device=pictures[0].device, memory_format=torch.channels_last)
+
+
+_SCHEMAS = {
+    "cut": "(Tensor[] pictures, int[] windows, int[] size, Tensor factor, Tensor offset, Tensor pad, bool mirror, "
+    "bool reversed_channels) -> Tensor",
+    "accumulate": "(Tensor logits, Tensor(a!) stats, bool first, bool align_corners, float temperature, "
+    "bool average_logits) -> ()",
+    "blend": "(Tensor stats, Tensor(a!)[] canvases, Tensor[] weights, int[] windows, int num_sums, float scale) -> ()",
+    "read_out": "(Tensor[] canvases, Tensor(a!) out, int[] segments, float[] thresholds, int num_classes, "
+    "bool softmax) -> ()",
+}
+
+
+def _register() -> None:
+    for name, schema in _SCHEMAS.items():
+        operator = f"penumbra::{name}"
+        torch.library.define(operator, schema)
+        torch.library.impl(operator, ("cpu", "cuda"), getattr(plain, name))
+        torch.library.register_fake(operator, _shape_of_cut if name == "cut" else lambda *_arguments: None)
+
+
+_register()

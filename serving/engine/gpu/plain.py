@@ -1,0 +1,94 @@
+"""The plain forms of the operators, in torch on any device: where there is no Triton, and as what Triton is held to.
+
+They loop over windows, samples and segments, and wait for nothing.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def cut(
+    pictures: list[Tensor], windows: list[int], size: list[int], factor: Tensor, offset: Tensor, pad: Tensor,
+    mirror: bool, reversed_channels: bool,
+) -> Tensor:  # fmt: skip
+    """Cut and normalise window by window; see `operators.cut`."""
+    geometries = list(zip(*[iter(windows)] * 6, strict=True))
+    shape = (len(geometries), len(factor), *size)
+    image_Bchw = torch.empty(shape, device=factor.device, memory_format=torch.channels_last)
+    for image_chw, (picture, top, y0, x0, height, width) in zip(image_Bchw, geometries, strict=True):
+        ys, inside_y = _within(y0, size[0], height, device=factor.device)
+        xs, inside_x = _within(x0, size[1], width, device=factor.device)
+        rows = (ys - top).clamp(0, len(pictures[picture]) - 1)
+        pixels_hwC = pictures[picture][rows[:, None], xs].float()
+        values = (pixels_hwC.flip(2) if reversed_channels else pixels_hwC) * factor + offset
+        if not mirror:
+            values = torch.where((inside_y[:, None] & inside_x)[:, :, None], values, pad)
+        image_chw.copy_(values.permute(2, 0, 1))
+    return image_Bchw
+
+
+def _within(start: int, size: int, length: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Find where an image of `length` has the pixels of a window, mirrored into it, and which lie in it anyhow."""
+    at = torch.arange(start, start + size, device=device)
+    turned = at % (2 * length)
+    return torch.minimum(turned, 2 * length - 1 - turned), (at >= 0) & (at < length)
+
+
+def accumulate(
+    logits: Tensor, stats: Tensor, first: bool, align_corners: bool, temperature: float, average_logits: bool
+) -> None:
+    """Accumulate sample by sample; see `operators.accumulate`."""
+    num_classes, size = logits.shape[2], (stats.shape[1], stats.shape[3])
+    sums, nats = stats[:, :, :num_classes], stats[:, :, num_classes]
+    if first:
+        stats[:, :, : num_classes + 1] = 0
+    for logits_BKhw in logits:
+        wide = F.interpolate(logits_BKhw.float(), size=size, mode="bilinear", align_corners=align_corners)
+        wide = wide / temperature
+        log_p = torch.log_softmax(wide, dim=1)
+        p = log_p.exp()
+        sums += (wide if average_logits else p).transpose(1, 2)
+        nats -= (p * log_p).sum(1)
+
+
+def blend(
+    stats: Tensor, canvases: list[Tensor], weights: list[Tensor], windows: list[int], num_sums: int, scale: float
+) -> None:
+    """Blend window by window; see `operators.blend`."""
+    geometries = zip(*[iter(windows)] * 11, strict=True)
+    for stats_hCw, (index, y0, x0, y1, y2, x1, x2, at_y, at_x, fresh_y, fresh_x) in zip(stats, geometries, strict=True):
+        canvas, weight = canvases[index], weights[index]
+        row = weight[at_y + y1 : at_y + y2, None, None]
+        column = weight[at_x + x1 : at_x + x2]
+        piece = stats_hCw[y1:y2, :, x1:x2]
+        piece = torch.cat((piece[:, :num_sums] * (row * scale * column), piece[:, num_sums:] * (row * column)), dim=1)
+        ys = torch.arange(y0 + y1, y0 + y2, device=canvas.device)
+        xs = torch.arange(x0 + x1, x0 + x2, device=canvas.device)
+        fresh_hw = (ys >= fresh_y)[:, None] & (xs >= fresh_x)
+        here = canvas[:, :, x0 + x1 : x0 + x2]
+        before = here[ys % len(canvas)].masked_fill(fresh_hw[:, None], 0)
+        here[ys % len(canvas)] = before + piece
+
+
+def read_out(
+    canvases: list[Tensor], out: Tensor, segments: list[int], thresholds: list[float], num_classes: int, softmax: bool
+) -> None:
+    """Read out segment by segment; see `operators.read_out`."""
+    per_segment = len(segments) // len(thresholds)
+    for (index, y, num_rows, *offsets), threshold in zip(
+        zip(*[iter(segments)] * per_segment, strict=True), thresholds, strict=True
+    ):
+        canvas = canvases[index]
+        rows = canvas[torch.arange(y, y + num_rows, device=canvas.device) % len(canvas)]
+        merged, expected, extras = rows[:, :num_classes], rows[:, num_classes], rows[:, num_classes + 1 :]
+        prob = torch.softmax(merged, dim=1) if softmax else merged
+        confidence, labels = prob.max(1)
+        entropy = -torch.where(prob > 1e-37, prob * prob.log(), 0).sum(1)
+        second = prob.topk(2, dim=1).values[:, 1] if num_classes > 1 else 0
+        labels = labels.to(torch.uint8).masked_fill(entropy > threshold, 255)
+        floats = (confidence, confidence - second, entropy, expected, (entropy - expected).clamp(min=0), prob)
+        for plane, offset in zip((labels, *floats, *extras.unbind(1)), offsets, strict=True):
+            if offset >= 0:
+                begin, flat = int(offset), plane.contiguous().view(-1)
+                out[begin : begin + flat.nbytes].copy_(flat.view(torch.uint8))
