@@ -28,10 +28,12 @@ from PIL import Image
 from benchmarks.lanes import in_lanes
 from benchmarks.rounds import save
 from penumbra.serving.engine.noise import SeededNoise
-from penumbra.serving.engine.runtime import Tuning, WindowInput
+from penumbra.serving.engine.raster import Raster
+from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.steps import WindowInput
 from penumbra.serving.engine.store import find_artifact
-from penumbra.serving.engine.windows import cover, cut
+from penumbra.serving.engine.windows import cover
 
 SIZES = ((240, 320), (360, 480), (360, 640), (480, 640), (720, 960))
 CLIENTS, REQUESTS, ROUNDS = 16, 48, 7
@@ -52,7 +54,7 @@ def pictures() -> list[tuple[np.ndarray, bytes]]:
 
 
 def bare_loop(segmenter: Segmenter, name: str, images: list[np.ndarray]) -> float:
-    """Windows per second through the runtime alone."""
+    """Windows per second through the runtime alone, which cuts them."""
     runtime = segmenter.find(name)
     card = runtime.card
     noise = SeededNoise(card.sampling, seed=0, num_samples=card.sampling.default_samples).draw(0)
@@ -60,7 +62,7 @@ def bare_loop(segmenter: Segmenter, name: str, images: list[np.ndarray]) -> floa
     for i in range(REQUESTS):
         image = images[i % len(images)]
         plan = cover(*image.shape[:2], card.window)
-        inputs += [WindowInput(cut(image, w, plan, spec=card.window, norm=card.input), noise) for w in plan]
+        inputs += [WindowInput(Raster(image), window, plan, noise) for window in plan]
 
     size = runtime.windows_per_batch
     batches = [inputs[i : i + size] for i in range(0, len(inputs), size)]

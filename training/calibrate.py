@@ -31,7 +31,7 @@ from penumbra.models.files import whole_directory
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import CARD, find_artifact, next_version
 from penumbra.serving.watch import how_to_serve
-from penumbra.training.evaluation.answers import Answer
+from penumbra.training.evaluation.answers import LIMITS, Answer
 from penumbra.training.evaluation.figures import Evaluation
 from penumbra.training.evaluation.run import Question, defined, load_frames, segment_frames
 from penumbra.training.frames import FrameSet
@@ -93,7 +93,7 @@ class AbstentionLoss:
 def calibrate_artifact(question: Question, store: Path, *, risks: Sequence[float] = RISKS) -> tuple[Calibrated, Path]:
     """Calibrate a stored model and write its next version. Raises any PenumbraError."""
     directory = find_artifact(store, question.name, question.version)
-    with Segmenter() as segmenter:
+    with Segmenter(limits=LIMITS) as segmenter:
         card = segmenter.load(directory)
         calibrated = calibrate(segmenter, question, load_frames(question, card), risks=risks)
     target = store / card.name / str(next_version(store, card.name))

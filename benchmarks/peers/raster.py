@@ -56,17 +56,20 @@ def of_penumbra(artifact: Path, side: int, batch: int, labels: Path) -> dict[str
     from benchmarks.lanes import in_lanes
     from benchmarks.peers.network import THREADS
     from penumbra.serving.engine.options import SegmentOptions
-    from penumbra.serving.engine.runtime import Tuning, WindowInput
+    from penumbra.serving.engine.raster import Raster
+    from penumbra.serving.engine.runtime import Tuning
     from penumbra.serving.engine.segmenter import Segmenter
-    from penumbra.serving.engine.windows import cover, normalise
+    from penumbra.serving.engine.steps import WindowInput
+    from penumbra.serving.engine.windows import cover, cut
 
     image = picture(side)
     with Segmenter(threads=THREADS, tuning=Tuning(windows_per_batch=batch)) as segmenter:
         card = segmenter.load(artifact)
         runtime, window = segmenter.find(card.name), card.window
-        num_batches = -(-cover(*image.shape[:2], window).num_windows // runtime.windows_per_batch)
-        pixels = normalise(image[: window.height, : window.width], card.input)
-        inputs = [WindowInput(pixels, np.zeros((1, 0), np.float32))] * runtime.windows_per_batch
+        plan = cover(*image.shape[:2], window)
+        num_batches, first = -(-plan.num_windows // runtime.windows_per_batch), next(iter(plan))
+        pixels = cut(image, first, plan, spec=window, norm=card.input)
+        inputs = [WindowInput(Raster(image), first, plan, np.zeros((1, 0), np.float32))] * runtime.windows_per_batch
         image_B3hw = torch.from_numpy(np.stack([pixels] * len(inputs))).permute(0, 3, 1, 2)
         noise_SBL, graphs = torch.zeros(1, len(inputs), 0), runtime._backend
 

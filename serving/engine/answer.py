@@ -80,7 +80,7 @@ def collect(
             rows = slice(band.y0, band.y0 + len(band.labels))
             for name in maps.keys() & band.maps.keys():  # `anytime` may come down to one sample, which has fewer maps
                 maps[name][rows] = band.maps[name]
-            if prob_KHW is not None:
+            if prob_KHW is not None and band.prob_hKW is not None:
                 prob_KHW[:, rows] = band.prob_hKW.swapaxes(0, 1)
             labels_HW[rows] = band.labels  # last: whoever goes on after a stop counts these
     num_void, abstained = _count_ignored(labels_HW, request)

@@ -18,3 +18,8 @@ def find_device(name: str) -> torch.device:
         why = "" if gpus or torch.version.cuda else ", and its torch is built without CUDA"
         raise BadOption(f"the device is {name[:40]!r}; this machine has {', '.join(known)}{why}")
     return torch.device(name)
+
+
+def stays_on(device: torch.device) -> bool:
+    """Tell whether windows stay on a device from the picture to the rows of the answer: on GPUs."""
+    return device.type == "cuda"

@@ -1,9 +1,11 @@
 """What a request asks of a model, checked and laid out: made once, before its pixels are looked at."""
 
 from dataclasses import dataclass, replace
+from math import inf
 
 from penumbra.models.card import Card, Sampling
 from penumbra.models.errors import BadOption, TooLarge
+from penumbra.serving.engine.gpu.surface import Wanted
 from penumbra.serving.engine.noise import NoiseSource, SeededNoise
 from penumbra.serving.engine.options import PROBABILITIES, Limits, SegmentOptions, abstain_above, check_options
 from penumbra.serving.engine.prompts import PromptSource, check_prompt
@@ -50,9 +52,10 @@ class RequestPlan:
         return 2 if "mutual_information" in self.options.outputs else 1
 
     @property
-    def abstain_above(self) -> float | None:
-        """Give the entropy in nats above which a label is withheld; None where no risk is bounded."""
-        return None if self.options.max_risk is None else abstain_above(self.card, self.options.max_risk)
+    def wanted(self) -> Wanted:
+        """Say what of the answer leaves a GPU, and above which entropy in nats a label is withheld."""
+        max_risk = self.options.max_risk
+        return Wanted(self.options.named(self.card), inf if max_risk is None else abstain_above(self.card, max_risk))
 
 
 def resolve(options: SegmentOptions, card: Card, limits: Limits) -> SegmentOptions:

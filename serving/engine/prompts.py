@@ -43,13 +43,23 @@ class Boxes:
         """Draw a window's boxes as masks [K, h, w], a channel per class; beyond the image as the picture is padded."""
         rows, columns, beyond = clip(window, plan)
         mask_Khw = np.zeros((self.num_classes, rows.stop - rows.start, columns.stop - columns.start), np.uint8)
-        # Pixel i is inside [a, b) when a <= i + 0.5 < b: from ceil(a - 0.5) to before ceil(b - 0.5).
-        first_last = np.ceil(self.boxes_N5[:, :4] - 0.5).astype(int) - np.array([columns.start, rows.start] * 2)
-        for (x0, y0, x1, y1), k in zip(first_last.clip(min=0), self.boxes_N5[:, 4].astype(int), strict=True):
+        corner = np.array([columns.start, rows.start] * 2 + [0])
+        for x0, y0, x1, y1, k in (self.pixels_within(window) - corner).clip(min=0):
             mask_Khw[k, y0:y1, x0:x1] = 1
         if any(map(any, beyond)):
             mask_Khw = np.pad(mask_Khw, ((0, 0), *beyond), mode="symmetric" if self.mirrored else "constant")
         return (mask_Khw,) if self.alpha is None else (mask_Khw, np.array(self.alpha, np.float32))
+
+    def pixels_within(self, window: Window) -> NDArray[np.int64]:
+        """Give the boxes that a window meets as whole pixels of the image: first x and y, those after the last, class.
+
+        Pixel i is inside [a, b) when a <= i + 0.5 < b: from ceil(a - 0.5) to before ceil(b - 0.5).
+        """
+        pixels_N5: NDArray[np.int64] = np.ceil(self.boxes_N5 - [0.5, 0.5, 0.5, 0.5, 0]).astype(np.int64)
+        first, end = pixels_N5[:, :2], pixels_N5[:, 2:4]
+        origin, size = np.array([window.x0, window.y0]), np.array([window.width, window.height])
+        met: NDArray[np.int64] = pixels_N5[((first < origin + size) & (end > origin)).all(1)]
+        return met
 
 
 @dataclass(frozen=True, slots=True)

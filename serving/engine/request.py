@@ -14,10 +14,11 @@ from typing import Protocol
 
 from penumbra.models.errors import Cancelled, DeadlineExceeded, PenumbraError
 from penumbra.serving.engine.canvas import Canvas
-from penumbra.serving.engine.kernels import FloatArray
+from penumbra.serving.engine.gpu.surface import Landing, Surface
 from penumbra.serving.engine.moments import Moments
 from penumbra.serving.engine.plan import NORMAL, RequestPlan
 from penumbra.serving.engine.raster import Raster
+from penumbra.serving.engine.steps import WindowInput
 from penumbra.serving.engine.uncertainty import Band, abstain, read_out, withhold_void
 from penumbra.serving.engine.windows import Window
 
@@ -26,7 +27,7 @@ STRIDES = {1: 1, NORMAL: 4, 3: 16}
 
 Progress = Callable[[int, int], object]
 """Takes how many windows are done, and how many there are."""
-Finished = tuple[Window, Moments]
+Finished = tuple[Window, Moments | Landing]
 
 
 class Cancellation(threading.Event):
@@ -115,35 +116,38 @@ class QueuedRequest:
 
         Raises any PenumbraError.
         """
-        card, windows = self.plan.card, self.plan.windows
         with self._scheduler.submit(self):
-            progress(self.first_window, windows.num_windows)
-            for window, moments in self.finished():
-                if window.index == self.first_window:
-                    canvas = Canvas(
-                        windows, card.num_classes, num_extras=len(card.extra_maps), first_row=self._first_row
-                    )
-                progress(window.index + 1, windows.num_windows)
-                with self.clock("stitch"):
-                    canvas.add(window, moments)
-                for y0, *merged in canvas.finished(window):
-                    if y0 >= self._first_y:
-                        yield self._read_out(y0, *merged, num_samples=moments.num_samples)
+            progress(self.first_window, self.plan.windows.num_windows)
+            for window, answer in self.finished():
+                progress(window.index + 1, self.plan.windows.num_windows)
+                for band in self._stitch(window, answer):
+                    if band.y0 >= self._first_y:
+                        withhold_void(band, self.image_HW3)
+                        yield band
         assert self.started
         self.timing_ms["queue"] = 1e3 * (self.started - self.submitted)
         self.timing_ms["run"] = 1e3 * self.run_s
 
-    def _read_out(
-        self, y0: int, merged_hKW: FloatArray, expected_hW: FloatArray, extras_hEW: FloatArray, *, num_samples: int
-    ) -> Band:
-        card, above_nats = self.plan.card, self.plan.abstain_above
-        with self.clock("read_out"):
-            band = read_out(y0, merged_hKW, expected_hW, card=card, num_samples=num_samples)
-            band.maps.update(zip((extra.name for extra in card.extra_maps), extras_hEW.transpose(1, 0, 2), strict=True))
-            if above_nats is not None:
-                abstain(band, above_nats=above_nats)
-            withhold_void(band, self.image_HW3)
-        return band
+    def _stitch(self, window: Window, answer: Moments | Landing) -> Iterator[Band]:
+        """Yield the band that a window finishes, if any. What a GPU answers with was stitched there."""
+        if isinstance(answer, Landing):
+            yield from answer.bands()
+            return
+        card = self.plan.card
+        if window.index == self.first_window:
+            self._canvas = Canvas(
+                self.plan.windows, card.num_classes, num_extras=len(card.extra_maps), first_row=self._first_row
+            )
+        with self.clock("stitch"):
+            self._canvas.add(window, answer)
+        for y0, merged_hKW, expected_hW, extras_hEW in self._canvas.finished(window):
+            with self.clock("read_out"):
+                band = read_out(y0, merged_hKW, expected_hW, card=card, num_samples=answer.num_samples)
+                extras_EhW = extras_hEW.transpose(1, 0, 2)
+                band.maps.update(zip((extra.name for extra in card.extra_maps), extras_EhW, strict=True))
+                if self.plan.options.max_risk is not None:
+                    abstain(band, above_nats=self.plan.wanted.above_nats)
+            yield band
 
     def finished(self) -> Iterator[Finished]:
         """Yield finished windows in the plan's order, once the request is submitted.
@@ -214,6 +218,8 @@ class QueuedRequest:
     def restart(self, num_samples: int) -> None:
         """Take the windows from the first one on, each with this many samples."""
         self.num_samples = num_samples
+        self.surface: Surface | None = None
+        """What the request has on a GPU; the lane makes it with the first window."""
         self._windows = self.plan.windows.windows(self._first_row)
         self.untaken = self.unanswered = self.num_windows
 
@@ -256,6 +262,14 @@ class QueuedRequest:
     def precedence(self) -> tuple[float, int, float]:
         """Rank the request; the least of all is served next."""
         return self.priority_class.virtual_time, self.priority_class.priority, self.virtual_time
+
+    def input_of(self, window: Window, num_samples: int) -> WindowInput:
+        """Give what a lane runs for a window. Called in the plan's order."""
+        plan = self.plan
+        if window.index == self.first_window:
+            self.surface = plan.runtime.surface(self.image_HW3, plan.windows, plan.wanted, first_row=self._first_row)
+        noise_SL = plan.noise.draw(window.index)[:num_samples]
+        return WindowInput(self.image_HW3, window, plan.windows, noise_SL, plan.prompt, self.surface)
 
     def take(self) -> Window:
         """Take the next window, at the cost of the request's virtual time and its class's."""

@@ -4,7 +4,7 @@ import itertools
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,12 +15,16 @@ from torch import Tensor
 
 from penumbra.models.card import Card
 from penumbra.models.contract import Features
-from penumbra.models.errors import BadArtifact, ModelFault
+from penumbra.models.errors import BadArtifact, PenumbraError
 from penumbra.serving.engine.backends import Backend, load_backend
-from penumbra.serving.engine.kernels import FloatArray
-from penumbra.serving.engine.moments import Moments, accumulate, empty_sums, resize
-from penumbra.serving.engine.prompts import PromptArrays
+from penumbra.serving.engine.device import stays_on
+from penumbra.serving.engine.gpu.pipeline import DeviceSteps
+from penumbra.serving.engine.gpu.surface import Landing, Surface, Wanted
+from penumbra.serving.engine.moments import Moments
+from penumbra.serving.engine.raster import Raster
+from penumbra.serving.engine.steps import Answer, HostSteps, WindowInput
 from penumbra.serving.engine.store import Artifact, Recorded
+from penumbra.serving.engine.windows import WindowPlan, cover
 
 log = logging.getLogger("penumbra")
 
@@ -63,15 +67,6 @@ class Tuning:
     target_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class WindowInput:
-    """A window's input is pixels normalised to float32 [h, w, 3], its noise_SL, and its prompt if there is one."""
-
-    image_hw3: FloatArray
-    noise_SL: FloatArray
-    prompt: PromptArrays | None = None
-
-
 class Runtime:
     """A runtime encodes each window once and decodes its samples in chunks, so memory is bounded by batch and chunk.
 
@@ -88,58 +83,50 @@ class Runtime:
         self._golden = artifact.golden
         self._backend: Backend = load_backend(artifact.card, artifact.directory, device)
         self._rows = ThreadPoolExecutor(threads, thread_name_prefix="rows")
+        self._steps: HostSteps | DeviceSteps
+        if stays_on(self._backend.device):
+            self._steps = DeviceSteps(self.card, self._backend.device)
+        else:
+            self._steps = HostSteps(self.card, self._spread)
 
-    def run(self, inputs: Sequence[WindowInput]) -> list[Moments | ModelFault]:
-        """Compute the moments of every window, in order. All inputs have one S, and all have a prompt or none has.
+    def _spread(self, add: Callable[[range], None], rows: Iterable[range]) -> Iterable[None]:
+        return (self._rows.map if torch.get_num_threads() > 1 else map)(add, rows)
 
-        A window whose logits or own maps are not finite is answered with a ModelFault; its neighbours are unharmed.
+    def surface(
+        self, image_HW3: Raster, plan: WindowPlan, wanted: Wanted, *, first_row: int = 0
+    ) -> Surface | None:  # fmt: skip
+        """Make what a request has on a GPU; None on a CPU. first_row: of windows, the first that is run."""
+        if isinstance(self._steps, HostSteps):
+            return None
+        return self._steps.surface(image_HW3, plan, wanted, first_row=first_row, most=self.windows_per_batch)
+
+    def run(self, inputs: Sequence[WindowInput]) -> list[Answer]:
+        """Answer every window, in order. All inputs have one S, and all have a prompt or none has.
+
+        A window whose logits or own maps are not finite is answered with a ModelFault; its neighbours are unharmed. On
+        a GPU what is given is on its way when this returns, and so is that fault (`Landing`).
         """
-        answers: list[Moments | ModelFault] = []
-        for _, alike in itertools.groupby(inputs, lambda window: window.image_hw3.shape):  # clipped windows are smaller
+        answers: list[Answer] = []
+        sizes = itertools.groupby(inputs, lambda one: (one.window.height, one.window.width))
+        for _, alike in sizes:  # clipped windows are smaller
             group = list(alike)
             answers += self._sample(self._encode(group), group)
         return answers
 
     def _encode(self, inputs: Sequence[WindowInput]) -> Features:
-        image_B3hw = torch.from_numpy(np.stack([window.image_hw3 for window in inputs])).permute(0, 3, 1, 2)
+        image_B3hw = self._steps.cut(inputs)
         features = self._backend.encode(image_B3hw)
-        prompts = [window.prompt for window in inputs if window.prompt is not None]
-        if not prompts:
-            return features
-        stacked = tuple(torch.from_numpy(np.stack(arrays)) for arrays in zip(*prompts, strict=True))
-        return self._backend.take_prompt(image_B3hw, features, stacked)
+        prompts = self._steps.prompts(inputs)
+        return self._backend.take_prompt(image_B3hw, features, prompts) if prompts else features
 
-    def _sample(self, features: Features, inputs: Sequence[WindowInput]) -> list[Moments | ModelFault]:
-        height, width = inputs[0].image_hw3.shape[:2]
-        noise_SBL = torch.from_numpy(np.stack([window.noise_SL for window in inputs], axis=1))
-        sums = [empty_sums(self.card.num_classes, height, width) for _ in inputs]
-        finite = [True] * len(inputs)
-        spread = self._rows.map if torch.get_num_threads() > 1 else map
+    def _sample(self, features: Features, inputs: Sequence[WindowInput]) -> Sequence[Answer]:
+        noise_SBL = self._steps.noise(inputs)
         sampling = self.card.sampling_with(prompt=inputs[0].prompt is not None)
         chunk = len(noise_SBL) if sampling.kind == "members" else self.samples_per_call  # members come out together
+        statistics = self._steps.statistics(inputs)
         for chunk_SBL in torch.split(noise_SBL, chunk):
-            logits_SBKhw = self._backend.decode(features, chunk_SBL)
-            for b, (summed_hKw, entropy_hw) in enumerate(sums):
-                logits_SKhw = logits_SBKhw[:, b]
-                finite[b] = finite[b] and bool(torch.isfinite(logits_SKhw).all())
-                if finite[b]:
-                    accumulate(logits_SKhw, summed_hKw, entropy_hw, readout=self.card.readout, spread=spread)
-        fault = ModelFault(f"{self.card.name} produced values that are not finite for this image")
-        extras_BhEw = self._extras(features, height, width)
-        if extras_BhEw is None:
-            return [Moments(*sums[b], len(noise_SBL)) if finite[b] else fault for b in range(len(inputs))]
-        return [
-            Moments(*sums[b], len(noise_SBL), extras_hEw) if finite[b] and np.isfinite(extras_hEw).all() else fault
-            for b, extras_hEw in enumerate(extras_BhEw)
-        ]
-
-    def _extras(self, features: Features, height: int, width: int) -> FloatArray | None:
-        """Give the network's own maps at the windows' size, [B, h, E, w]; None where it has none."""
-        if not self.card.extra_maps:
-            return None
-        extras_BEhw = resize(features[-1], (height, width), self.card.readout)
-        extras_BhEw: FloatArray = np.ascontiguousarray(extras_BEhw.permute(0, 2, 1, 3).cpu().numpy())
-        return extras_BhEw
+            statistics.add(self._backend.decode(features, chunk_SBL))
+        return statistics.answers(features[-1] if self.card.extra_maps else None)
 
     def check_golden(self) -> None:
         """Run the golden window, without and with its prompt, and its own maps. Raises BadArtifact when this machine
@@ -192,7 +179,7 @@ class Runtime:
         inputs = self._golden_inputs()
         is_slow = self._backend.device.type == "cpu" and self._window_core_s > SLOW * tuning.budget_s
         if not is_slow:
-            self.run(inputs[:1])
+            settle(self.run(inputs[:1]))
         if tuning.samples_per_call:
             self.samples_per_call = tuning.samples_per_call
         elif self.card.sampling.is_stochastic and not is_slow:
@@ -213,7 +200,7 @@ class Runtime:
             self._choose("windows_per_batch", sizes, lambda: run(self.windows_per_batch), budget_s=share_s)
         if not is_slow:
             started = time.perf_counter()
-            self.run(inputs[:1])
+            settle(self.run(inputs[:1]))
             self._window_core_s, self._window_samples = _core_seconds(started), len(inputs[0].noise_SL)
         if tuning.deterministic:
             self.windows_per_batch = self._largest_identical_batch(inputs)
@@ -229,29 +216,39 @@ class Runtime:
         A slow network never ran with the usual number: what that takes is computed from its encoder and one sample.
         """
         window = self._golden_inputs()[0]
-        num_pixels, usual = window.image_hw3.shape[0] * window.image_hw3.shape[1], len(window.noise_SL)
+        num_pixels, usual = window.window.height * window.window.width, len(window.noise_SL)
         usual_core_s = self._window_core_s
         if self.card.sampling.is_stochastic and usual > 1:
             alone = replace(window, noise_SL=window.noise_SL[:1])
             started = time.perf_counter()
             if self._window_samples == usual:
-                self.run([alone])
+                settle(self.run([alone]))
             else:
                 features = self._encode([alone])
                 encode_core_s = _core_seconds(started)
-                self._sample(features, [alone])
+                settle(self._sample(features, [alone]))
                 usual_core_s = encode_core_s + usual * (_core_seconds(started) - encode_core_s)
             yield 1, _core_seconds(started) / num_pixels
         yield usual, usual_core_s / num_pixels
 
     def _golden_inputs(self) -> list[WindowInput]:
-        images = self._golden.image_B3hw.permute(0, 2, 3, 1).contiguous().numpy()
-        noise_SBL = self._golden.plain.noise_SBL
-        repeats = -(-self.card.sampling.default_samples // len(noise_SBL))
-        noise = noise_SBL.repeat(repeats, 1, 1)[: self.card.sampling.default_samples].numpy()
-        return [WindowInput(images[i], np.ascontiguousarray(noise[:, i])) for i in range(len(images))]
+        """Make pictures of the golden windows again, each a request of one window with the usual number of samples."""
+        factor, offset = (np.array(values, np.float32) for values in self.card.input.factor_offset)
+        images = (self._golden.image_B3hw.permute(0, 2, 3, 1).numpy() - offset) / factor
+        noise_SBL, num_samples = self._golden.plain.noise_SBL.numpy(), self.card.sampling.default_samples
+        noise_SBL = np.tile(noise_SBL, (-(-num_samples // len(noise_SBL)), 1, 1))[:num_samples]
+        height, width = images.shape[1:3]
+        plan = cover(height, width, replace(self.card.window, height=height, width=width))
+        wanted, inputs = Wanted(self.card.maps(num_samples)), []
+        for b, pixels in enumerate(images.round().clip(0, 255).astype(np.uint8)):
+            image, noise_SL = Raster(np.ascontiguousarray(pixels)), np.ascontiguousarray(noise_SBL[:, b])
+            (window,) = plan
+            inputs.append(WindowInput(image, window, plan, noise_SL, surface=self.surface(image, plan, wanted)))
+        return inputs
 
-    def _choose(self, setting: str, sizes: Sequence[int], work: Callable[[], object], *, budget_s: float) -> None:
+    def _choose(
+        self, setting: str, sizes: Sequence[int], work: Callable[[], Sequence[Answer]], *, budget_s: float
+    ) -> None:
         """Set `setting` to the smallest size within 5 % of the fastest; `work` runs one full unit of that size."""
         end = time.perf_counter() + budget_s
         best_s: dict[int, float] = {}
@@ -259,7 +256,7 @@ class Runtime:
         def measure(size: int) -> float:
             setattr(self, setting, size)
             started = time.perf_counter()
-            work()
+            settle(work())
             return (time.perf_counter() - started) / (size if setting == "windows_per_batch" else 1)
 
         for size in sizes:  # the first few, then up as long as it pays
@@ -279,14 +276,14 @@ class Runtime:
         limit = min(best_s.values()) / WORTHWHILE
         setattr(self, setting, min(size for size, seconds in best_s.items() if seconds <= limit))
 
-    def _run_batch(self, inputs: list[WindowInput], size: int) -> list[Moments | ModelFault]:
+    def _run_batch(self, inputs: list[WindowInput], size: int) -> list[Answer]:
         return self.run([inputs[i % len(inputs)] for i in range(size)])
 
     def _largest_identical_batch(self, inputs: list[WindowInput]) -> int:
-        alone = [self.run([window])[0] for window in inputs]
+        alone = [_bytes_of(self.run([window])[0]) for window in inputs]
         for size in range(2, self.windows_per_batch + 1):
-            for i, moments in enumerate(self._run_batch(inputs, size)):
-                if not _same_bytes(moments, alone[i % len(inputs)]):
+            for i, answer in enumerate(self._run_batch(inputs, size)):
+                if _bytes_of(answer) != alone[i % len(inputs)]:
                     return size - 1
         return self.windows_per_batch
 
@@ -299,13 +296,18 @@ def _core_seconds(started: float) -> float:
     return (time.perf_counter() - started) * torch.get_num_threads()
 
 
-def _same_bytes(one: Moments | ModelFault, other: Moments | ModelFault) -> bool:
-    return (
-        isinstance(one, Moments)
-        and isinstance(other, Moments)
-        and one.summed_hKw.tobytes() == other.summed_hKw.tobytes()
-        and one.entropy_hw.tobytes() == other.entropy_hw.tobytes()
-    )
+def settle(answers: Sequence[Answer | PenumbraError]) -> None:
+    """Wait until a device has computed answers."""
+    for answer in answers:
+        if isinstance(answer, Landing):
+            answer.copied.wait()
+
+
+def _bytes_of(answer: Answer) -> list[bytes]:
+    if isinstance(answer, Moments):
+        return [answer.summed_hKw.tobytes(), answer.entropy_hw.tobytes()]
+    bands = list(answer.bands()) if isinstance(answer, Landing) else []
+    return [band.labels.tobytes() + b"".join(map(np.ndarray.tobytes, band.maps.values())) for band in bands]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -13,7 +13,7 @@ runs, and its windows leave the queue.
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,16 +21,19 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from penumbra.models.card import Card
 from penumbra.models.errors import Cancelled, ModelFault, NotReady, PenumbraError, QueueFull
+from penumbra.serving.engine.gpu.surface import Landing
 from penumbra.serving.engine.moments import Moments
 from penumbra.serving.engine.request import STRIDES, PriorityClass, QueuedRequest
-from penumbra.serving.engine.runtime import Runtime, WindowInput, is_out_of_memory
+from penumbra.serving.engine.runtime import Runtime, is_out_of_memory, settle
+from penumbra.serving.engine.steps import Answer, not_finite
 from penumbra.serving.engine.throughput import Cores, ThroughputModel
-from penumbra.serving.engine.windows import Window, cut
+from penumbra.serving.engine.windows import Window
 
 log = logging.getLogger("penumbra")
 T = TypeVar("T")
-WindowResult = Moments | PenumbraError
+WindowResult = Moments | Landing | PenumbraError
 """What becomes of a window."""
 Run = tuple[int, Callable[[], object]]
 """What a lane runs next, and on how many cores."""
@@ -63,9 +66,11 @@ class Scheduler:
     """A scheduler runs windows in its lanes, which are the only threads that enter a torch parallel region."""
 
     def __init__(
-        self, *, queue_samples: int, cores: Cores, observer: Observer | None = None, target_s: float = 0.0
+        self, *, queue_samples: int, cores: Cores, observer: Observer | None = None, target_s: float = 0.0,
+        in_order: bool = False,
     ) -> None:  # fmt: skip
-        """target_s: of `ThroughputModel`."""
+        """target_s: of `ThroughputModel`. in_order: batches are begun one after another, as they were taken: of a GPU,
+        on which one runs while a lane has the next one queued behind it."""
         self._queue_samples, self._cores, self._observer = queue_samples, cores, observer
         self._condition = threading.Condition()
         self._requests: list[QueuedRequest] = []
@@ -74,6 +79,8 @@ class Scheduler:
         """Lanes without work, and cores that no lane uses."""
         self._working, self._stepped_back, self._most_working = 0, 0, cores.lanes
         """Lanes that run something, and that wait to do so with nobody beside them; how many may run at a time."""
+        self._in_order, self._beginning = in_order, False
+        """Whether batches begin one after another, and whether one is beginning."""
         self._throughput = ThroughputModel(cores, target_s)
         self._classes = {priority: PriorityClass(priority) for priority in STRIDES}
         self._virtual_time = 0.0
@@ -209,7 +216,8 @@ class Scheduler:
     @property
     def _may_begin(self) -> bool:
         """Tell whether one lane more may begin."""
-        return self._free >= self._cores.least and self._working < self._most_working and not self._stepped_back
+        is_free = self._free >= self._cores.least and self._working < self._most_working
+        return is_free and not self._stepped_back and not self._beginning
 
     def _take_call(self) -> Run:
         function, future = self._calls.pop(0)
@@ -231,6 +239,7 @@ class Scheduler:
             request = min(ready, key=lambda request: request.precedence)
             windows.append((request, request.take()))
             ready = [request for request in ready if request.has_room]
+        self._beginning = self._in_order
         cores = min(self._free, self._cores.of_batch(sum(request.num_windows for request in self._requests)))
         return cores, partial(self._run, Batch(lead.plan.runtime, lead.num_samples, windows, cores))
 
@@ -243,7 +252,8 @@ class Scheduler:
 
     def _run(self, batch: Batch) -> None:
         started = time.perf_counter()
-        answers = self._answer(batch)
+        answers = self._begin(batch)
+        answers = _settled(answers, batch.runtime.card)
         seconds = time.perf_counter() - started
         num_windows, model = len(batch.windows), batch.runtime.card.name
         rate = num_windows * batch.num_samples * self._cores.threads / (seconds * batch.cores)
@@ -260,11 +270,20 @@ class Scheduler:
                 samples=num_windows * batch.num_samples,
             )  # fmt: skip
 
+    def _begin(self, batch: Batch) -> list[WindowResult]:
+        """Run a batch, or have it queued on a GPU; then another one may begin."""
+        try:
+            return self._answer(batch)
+        finally:
+            with self._condition:
+                self._beginning = False
+                self._condition.notify_all()
+
     def _answer(self, batch: Batch, *, is_alone: bool = False) -> list[WindowResult]:
         """Run a batch; on failure, in parts: halves when memory is short, at last alone; else request by request."""
         runtime, windows = batch.runtime, batch.windows
         try:
-            return list(runtime.run([_input_of(request, window, batch.num_samples) for request, window in windows]))
+            return list(runtime.run([request.input_of(window, batch.num_samples) for request, window in windows]))
         except Exception as error:
             others = 0 if is_alone else self._working + self._stepped_back - 1
             short = is_out_of_memory(error) and (len(windows) > 1 or others > 0)
@@ -333,11 +352,13 @@ class Scheduler:
             self._condition.notify_all()
 
 
-def _input_of(request: QueuedRequest, window: Window, num_samples: int) -> WindowInput:
-    plan, card = request.plan, request.plan.card
-    pixels = cut(request.image_HW3, window, plan.windows, spec=card.window, norm=card.input)
-    prompt = plan.prompt.cut(window, plan.windows) if plan.prompt else None
-    return WindowInput(pixels, plan.noise.draw(window.index)[:num_samples], prompt)
+def _settled(answers: Sequence[Answer | PenumbraError], card: Card) -> list[WindowResult]:
+    """Wait for what is on its way from a GPU: a fault where a window's values are not finite, or where it failed."""
+    try:
+        settle(answers)
+    except Exception as error:
+        return [_fault_of(error, card.name)] * len(answers)
+    return [not_finite(card) if isinstance(one, Landing) and not one.is_finite else one for one in answers]
 
 
 def _fault_of(error: Exception, model: str) -> PenumbraError:

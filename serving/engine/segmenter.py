@@ -21,7 +21,7 @@ from penumbra.models.errors import BadArtifact, BadOption, PenumbraError, Unknow
 from penumbra.serving.engine.allocator import keep_freed_memory
 from penumbra.serving.engine.answer import Prediction, collect
 from penumbra.serving.engine.decode import check_array
-from penumbra.serving.engine.device import find_device
+from penumbra.serving.engine.device import find_device, stays_on
 from penumbra.serving.engine.noise import NoiseSource
 from penumbra.serving.engine.options import Limits, SegmentOptions
 from penumbra.serving.engine.plan import RequestPlan, check_long, plan_request, resolve
@@ -49,7 +49,8 @@ class Segmenter:
         trusted_keys: PublicKeys | None = None,
     ) -> None:  # fmt: skip
         """device: "cpu" or "cuda[:n]", by default CUDA where there is one. threads: of all inference, by default one
-        per core this process may use. lanes: batches at a time, by default one per thread on a CPU and one on a GPU.
+        per core this process may use. lanes: batches at a time, by default one per thread on a CPU and two on a GPU, of
+        which one runs while the next is queued.
         trusted_keys: artifacts that none of them has signed are refused; None takes any."""
         keep_freed_memory()
         self.limits = limits or Limits()
@@ -57,7 +58,7 @@ class Segmenter:
         self._tuning = tuning or Tuning()
         self._trusted_keys = trusted_keys
         threads = threads or len(os.sched_getaffinity(0))
-        lanes = min(lanes or (threads if self._device.type == "cpu" else 1), threads)
+        lanes = min(lanes or (2 if stays_on(self._device) else threads), threads)
         self.cores = Cores(threads, lanes, widen=not self._tuning.deterministic)
         self._observer = observer
         self._tables = threading.Lock()
@@ -66,7 +67,7 @@ class Segmenter:
         self.refused: Mapping[str, str] = {}
         self.scheduler = Scheduler(
             queue_samples=self.limits.queue_samples, cores=self.cores, observer=self._observer,
-            target_s=self._tuning.target_s,
+            target_s=self._tuning.target_s, in_order=stays_on(self._device),
         )  # fmt: skip
 
     @classmethod

@@ -25,14 +25,15 @@ class Band:
     """A band is finished rows of an answer, from row y0 of the image: labels uint8 [h, W] and float32 maps [h, W].
 
     merged_hKW: what samples and windows were averaged to, probabilities or logits (`Readout.average`). prob_hKW: the
-    probabilities. Both are views that are valid until the next band.
+    probabilities. Both are views that are valid until the next band; a GPU keeps the first, and the second unless it
+    is an output.
     """
 
     y0: int
     labels: NDArray[np.uint8]
     maps: dict[str, FloatArray]
-    merged_hKW: FloatArray
-    prob_hKW: FloatArray
+    merged_hKW: FloatArray | None
+    prob_hKW: FloatArray | None
 
 
 def read_out(y0: int, merged_hKw: FloatArray, expected_hw: FloatArray, *, card: Card, num_samples: int) -> Band:
@@ -62,7 +63,8 @@ def withhold_void(band: Band, image: Raster) -> None:
     band.labels[void_hW] = IGNORE
     for values_hW in band.maps.values():
         values_hW[void_hW] = np.nan
-    band.prob_hKW.transpose(0, 2, 1)[void_hW] = np.nan
+    if band.prob_hKW is not None:
+        band.prob_hKW.transpose(0, 2, 1)[void_hW] = np.nan
 
 
 def softmax(logits_hKw: FloatArray) -> FloatArray:

@@ -1,7 +1,7 @@
 """Send one labelled frame through the serving engine, and keep band by band what figures are made of."""
 
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,11 +9,13 @@ from torch import Tensor
 
 from penumbra.models.card import IGNORE, Card, ClassInfo
 from penumbra.models.errors import BadData
-from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.options import PROBABILITIES, Limits, SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.training.metrics import Floats, Mask
 
 Labels = NDArray[np.uint8]
+LIMITS = Limits(probability_bytes=2**40)
+"""Probabilities are read band by band."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +56,17 @@ def segment_frame(segmenter: Segmenter, frame: tuple[Tensor, Tensor], options: S
     Raises any PenumbraError.
     """
     image_HW3, truth_HW = np.ascontiguousarray(frame[0].permute(1, 2, 0).numpy()), frame[1].numpy()
-    request = segmenter.bands(image_HW3, options)
-    card = request.plan.card
-    labels_HW = np.empty_like(truth_HW)
+    card = segmenter.find(options.model, options.version).card
     names = (*options.maps(card), *(extra.name for extra in card.extra_maps))
+    request = segmenter.bands(image_HW3, replace(options, outputs=(*names, PROBABILITIES)))
+    labels_HW = np.empty_like(truth_HW)
     maps = {name: np.empty(truth_HW.shape, np.float32) for name in names}
     prob_HW, squares_HW = np.empty((2, *truth_HW.shape), np.float32)
     with request.clock("total"), closing(request.bands()) as bands:
         for band in bands:
             rows = slice(band.y0, band.y0 + len(band.labels))
             labels_HW[rows] = band.labels
+            assert band.prob_hKW is not None
             known_hW = truth_HW[rows] != IGNORE
             class_h1W = np.where(known_hW, truth_HW[rows], 0)[:, None].astype(np.int64)
             prob_HW[rows] = known_hW * np.take_along_axis(band.prob_hKW, class_h1W, 1)[:, 0]

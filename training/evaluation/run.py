@@ -19,7 +19,7 @@ from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import find_artifact
 from penumbra.serving.files.receipts import check_replaceable
 from penumbra.training.data import find_data
-from penumbra.training.evaluation.answers import Answer, check_classes, segment_frame
+from penumbra.training.evaluation.answers import LIMITS, Answer, check_classes, segment_frame
 from penumbra.training.evaluation.figures import Evaluation
 from penumbra.training.frames import FrameSet
 
@@ -156,7 +156,7 @@ def evaluate_artifact(question: Question, store: Path, *, plots: Path | None = N
         raise BadOption(f"every is {question.every}; 1 or more is possible")
     if plots:
         check_replaceable([plots / f"{name}.png" for name in PLOTS])
-    with Segmenter() as segmenter:
+    with Segmenter(limits=LIMITS) as segmenter:
         card = segmenter.load(find_artifact(store, question.name, question.version))
         frames = load_frames(question, card)
         measured = evaluate(segmenter, question, frames, compare=plots is not None)

@@ -13,8 +13,8 @@ import torch
 from penumbra.models.card import Card
 from penumbra.models.errors import ModelFault
 from penumbra.serving.engine.moments import Moments
-from penumbra.serving.engine.runtime import WindowInput
 from penumbra.serving.engine.scheduler import Observer, Scheduler
+from penumbra.serving.engine.steps import WindowInput
 from penumbra.serving.engine.throughput import Cores
 from tests.conftest import toy_card
 from tests.serving.engine.stepped import SPEC, WAIT_S, consume, in_threads, runtime, work
@@ -29,6 +29,9 @@ class MetRuntime:
     meet: Callable[[int, int], None]
     windows_per_batch: int = 1
     card: Card = field(default_factory=lambda: toy_card("latent", window=SPEC)[0])
+
+    def surface(self, *_: object, **__: object) -> None:
+        """There is no GPU."""
 
     def run(self, inputs: list[WindowInput]) -> list[Moments | ModelFault]:
         samples = [len(window.noise_SL) for window in inputs]

@@ -20,13 +20,14 @@ from penumbra.export.bundle import export_network
 from penumbra.models.card import Card
 from penumbra.models.contract import Features
 from penumbra.models.errors import BadOption, DeadlineExceeded, ModelFault
-from penumbra.serving.engine import runtime as runtimes
+from penumbra.serving.engine import steps
 from penumbra.serving.engine.backends import Backend
 from penumbra.serving.engine.moments import Moments
 from penumbra.serving.engine.options import Limits, SegmentOptions
-from penumbra.serving.engine.runtime import Runtime, Tuning, WindowInput
+from penumbra.serving.engine.runtime import Runtime, Tuning
 from penumbra.serving.engine.scheduler import Scheduler
 from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.steps import WindowInput
 from penumbra.serving.engine.throughput import SPARE, Cores, SecondsBySize
 from tests.conftest import picture, toy_card
 from tests.serving.engine.stepped import SPEC, WAIT_S, in_threads, work
@@ -61,6 +62,9 @@ class TimedRuntime:
     batches: list[int] = field(default_factory=list)
     go: threading.Event = field(default_factory=threading.Event)
     entered: threading.Event = field(default_factory=threading.Event)
+
+    def surface(self, *_: object, **__: object) -> None:
+        """There is no GPU."""
 
     def run(self, inputs: list[WindowInput]) -> list[Moments | ModelFault]:
         self.entered.set()
@@ -274,7 +278,7 @@ def test_an_answer_comes_down_to_one_sample_only_where_nobody_named_the_mutual_i
 @pytest.fixture
 def slow(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Segmenter]:
     """A network that takes ENCODE_S + S x (SAMPLE_S + MOMENTS_S) of every window, and 32 samples unless told."""
-    encode, decode, accumulate = Backend.encode, Backend.decode, runtimes.accumulate
+    encode, decode, accumulate = Backend.encode, Backend.decode, steps.accumulate
 
     def timed_encode(backend: Backend, image_B3hw: Tensor) -> Features:
         clock.now += ENCODE_S * len(image_B3hw)
@@ -290,7 +294,7 @@ def slow(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
     monkeypatch.setattr(Backend, "encode", timed_encode)
     monkeypatch.setattr(Backend, "decode", timed_decode)
-    monkeypatch.setattr(runtimes, "accumulate", timed_accumulate)
+    monkeypatch.setattr(steps, "accumulate", timed_accumulate)
     card, network = toy_card("latent")
     card = replace(card, sampling=replace(card.sampling, default_samples=32))
     directory = export_network(network, card, tmp_path / "store")

@@ -13,8 +13,9 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from penumbra.models.errors import BadArtifact
-from penumbra.serving.engine.runtime import Runtime, Tuning, WindowInput, is_out_of_memory
+from penumbra.serving.engine.runtime import Runtime, Tuning, is_out_of_memory
 from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.steps import WindowInput
 from tests.conftest import FIXED
 
 TOO_MANY = 2**24

@@ -1,0 +1,207 @@
+"""What a request has on a GPU, its picture and its canvas, and what comes down from there: finished rows.
+
+A picture's rows go up once, as they came, a strip at a time. The canvas is a ring of rows, image row y at y modulo its
+height, as high as what a batch of windows touches; nothing in it is ever cleared, since the plan knows which pixels no
+window before has touched.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from penumbra.models.card import Card
+from penumbra.serving.engine.options import PROBABILITIES
+from penumbra.serving.engine.raster import Raster
+from penumbra.serving.engine.uncertainty import Band
+from penumbra.serving.engine.windows import Window, WindowPlan, clip
+
+STRIP_BYTES = 2**26
+"""Of a picture's rows that go up together, where the windows at hand need no more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What of an answer leaves the device beside the labels: outputs by name. above_nats: the entropy above which a
+    label is withheld; infinite where no risk is bounded."""
+
+    outputs: tuple[str, ...]
+    above_nats: float = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """Bytes that are copied to the host. done: says when; None where there is nothing to wait for."""
+
+    host: Tensor
+    done: torch.cuda.Event | None
+
+    def wait(self) -> NDArray[np.uint8]:
+        """Wait for the copy. What failed on the device before it is raised here."""
+        if self.done:
+            self.done.synchronize()
+        copied: NDArray[np.uint8] = self.host.numpy()
+        return copied
+
+
+class Transfers:
+    """Copies between the host and a device that hold up neither: through pinned memory, downward on a stream of their
+    own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def up(self, array: NDArray[np.generic]) -> Tensor:
+        """Copy an array to the device, ahead of all that is queued there later."""
+        kind = torch.from_numpy(np.empty(0, array.dtype))
+        host = kind.new_empty(array.shape, pin_memory=self._stream is not None)
+        host.numpy()[...] = array
+        return host.to(self.device, non_blocking=True)
+
+    def room(self, num_bytes: int) -> tuple[Tensor, Tensor]:
+        """Make room for bytes on the device and on the host."""
+        there = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+        return there, torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True) if self._stream else there
+
+    def down(self, there: Tensor, host: Tensor) -> Copied:
+        """Copy bytes to the host once all that is queued now is done, while what is queued later runs."""
+        if not self._stream:
+            return Copied(host, None)
+        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            host.copy_(there, non_blocking=True)
+            done.record()
+        there.record_stream(self._stream)
+        return Copied(host, done)
+
+
+class Surface:
+    """A request's picture, blend weights and canvas on a device. It is used by one lane at a time, in the plan's order.
+
+    canvas_RCW: a ring of rows; weights: those of all rows of windows, and then of all columns.
+    """
+
+    def __init__(
+        self, image_HW3: Raster, plan: WindowPlan, wanted: Wanted, *, transfers: Transfers, channels: int,
+        first_row: int = 0, most: int,
+    ) -> None:  # fmt: skip
+        """first_row: of windows, where the plan is not run from its beginning. most: windows of a batch."""
+        self.plan, self.wanted = plan, wanted
+        self._image_HW3, self._transfers, self._first_row = image_HW3, transfers, first_row
+        self._top = self._end = max(plan.starts_y[first_row], 0)
+        self._strip_hWC: Tensor | None = None
+        self.weights = transfers.up(np.concatenate((*plan.weights_y, *plan.weights_x)))
+        size = ring_height(plan, most), channels, plan.width
+        self.canvas_RCW = torch.empty(size, device=transfers.device)
+
+    def strip(self, y0: int, y1: int) -> tuple[Tensor, int]:
+        """Give a strip of the picture with its rows [y0, y1), and its first row; rows before y0 are forgotten."""
+        if y1 > self._end or self._strip_hWC is None:
+            height, width = self._image_HW3.shape[:2]
+            end = min(height, max(y1, self._end + STRIP_BYTES // (3 * width)))
+            fresh_hWC = self._transfers.up(self._image_HW3[self._end : end, :])
+            kept = [] if self._strip_hWC is None else [self._strip_hWC[y0 - self._top :]]
+            self._strip_hWC = torch.cat((*kept, fresh_hWC)) if kept and len(kept[0]) else fresh_hWC
+            self._top, self._end = y0 if kept else self._top, end
+        return self._strip_hWC, self._top
+
+    def place(self, window: Window) -> list[int]:
+        """Say where the canvas takes a window: its origin, the part of it that lies in the image, the places of its
+        row's and its column's weights, and the row and column from which on no window has been before."""
+        plan = self.plan
+        ((above, below), (left, right)) = clip(window, plan)[2]
+        place_y = window.row * plan.window_height
+        place_x = len(plan.starts_y) * plan.window_height + window.column * plan.window_width
+        fresh_y = 0 if window.row == self._first_row else plan.starts_y[window.row - 1] + plan.window_height
+        fresh_x = 0 if window.column == 0 else plan.starts_x[window.column - 1] + plan.window_width
+        inside = above, window.height - below, left, window.width - right
+        return [window.y0, window.x0, *inside, place_y, place_x, fresh_y, fresh_x]
+
+    def finished(self, window: Window) -> range:
+        """Give the rows that no window after this one touches; none unless it is the last of its row of windows."""
+        plan = self.plan
+        if window.column + 1 < len(plan.starts_x):
+            return range(0)
+        last = window.row + 1 == len(plan.starts_y)
+        return range(max(plan.starts_y[window.row], 0), plan.height if last else plan.starts_y[window.row + 1])
+
+
+def ring_height(plan: WindowPlan, most: int) -> int:
+    """Count the rows from the first that a batch may leave unfinished before it begins, to the last that it touches."""
+    further = (most + len(plan.starts_x) - 2) // len(plan.starts_x)
+    ends = [min(y0 + plan.window_height, plan.height) for y0 in plan.starts_y]
+    ends = ends[further:] or ends[-1:]
+    return max(end - max(y0, 0) for y0, end in zip(plan.starts_y, ends + ends[-1:] * further, strict=False))
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Finished rows, and where their outputs lie in the bytes that come down, by name; labels under `labels`."""
+
+    rows: range
+    width: int
+    num_classes: int
+    places: dict[str, int]
+
+    def band(self, copied: NDArray[np.uint8]) -> Band:
+        """Read the rows of an answer from the bytes."""
+        size = len(self.rows), self.width
+        arrays = {}
+        for name, place in self.places.items():
+            shape = (size[0], self.num_classes, size[1]) if name == PROBABILITIES else size
+            kind = np.dtype(np.uint8 if name == "labels" else np.float32)
+            arrays[name] = np.ndarray(shape, kind, copied, offset=place)
+        labels, prob_hKW = arrays.pop("labels"), arrays.pop(PROBABILITIES, None)
+        return Band(self.rows.start, labels, arrays, None, prob_hKW)
+
+
+def lay_out(surface: Surface, rows: range, card: Card, num_samples: int, start: int) -> tuple[Segment, int]:
+    """Lay out what is wanted of finished rows in the bytes from `start` on, and say where the next may begin."""
+    width, places = surface.plan.width, {}
+    names = {*card.maps(num_samples), PROBABILITIES} & {*surface.wanted.outputs}
+    for name in sorted(names):
+        places[name] = start
+        start += 4 * len(rows) * width * (card.num_classes if name == PROBABILITIES else 1)
+    places["labels"] = start
+    return Segment(rows, width, card.num_classes, places), start + -(-len(rows) * width // 4) * 4
+
+
+@dataclass(frozen=True, slots=True)
+class Landing:
+    """What a window on a device is answered with: the rows of the answer that it finished, on their way to the host.
+
+    flags: where in the bytes its flag lies, a float32 that is 0 where all its values are finite.
+    """
+
+    num_samples: int
+    copied: Copied
+    flag: int
+    segment: Segment | None
+
+    @property
+    def is_finite(self) -> bool:
+        """Tell whether all values of the window are finite, once they are there."""
+        return bool(self.copied.wait()[self.flag :][:4].view(np.float32)[0] == 0)
+
+    def bands(self) -> Iterator[Band]:
+        """Yield the finished rows, at most one band."""
+        if self.segment:
+            yield self.segment.band(self.copied.wait())
+
+
+def segments_of(
+    inputs: Sequence[tuple[Surface, Window]], card: Card, num_samples: int
+) -> tuple[list[Segment | None], int]:
+    """Lay out the finished rows of a batch's windows; the windows' flags come first."""
+    end, segments = 4 * len(inputs), list[Segment | None]()
+    for surface, window in inputs:
+        rows, segment = surface.finished(window), None
+        if rows:
+            segment, end = lay_out(surface, rows, card, num_samples, end)
+        segments.append(segment)
+    return segments, end

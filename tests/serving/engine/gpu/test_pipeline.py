@@ -1,0 +1,69 @@
+"""The way that windows go on a GPU gives what their way on a CPU gives: here in torch's plain operators."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from penumbra.models.card import Card, WindowSpec
+from penumbra.serving.engine.answer import Prediction
+from penumbra.serving.engine.options import PROBABILITIES, SegmentOptions
+from tests.conftest import picture, toy_card
+from tests.models.small import SMALL, card_of, seeded
+from tests.serving.engine.gpu.eager import Models, opened
+
+SHIFTS = [
+    WindowSpec(32, 40, overlap=0.25),
+    WindowSpec(32, 40, overlap=0.9, blend="uniform"),
+    WindowSpec(32, 40, overlap=0.0, padding="mirror", centred=True),
+    WindowSpec(32, 40, padding="mean_or_black", last="clip"),
+    WindowSpec(32, 40, padding="black", centred=True),
+    WindowSpec(0, 0),
+]
+
+
+def asked(card: Card, *, prompted: bool = False, **options: object) -> SegmentOptions:
+    boxes = ((3.0, 3.0, 60.2, 40.5, 1), (0, 0, 7, 9, 2)) if prompted and card.prompt.kind == "boxes" else ()
+    tags = (1,) if prompted and card.prompt.kind == "tags" else ()
+    samples = card.sampling_with(prompt=bool(boxes or tags)).default_samples
+    outputs = (*card.maps(samples), PROBABILITIES)
+    return SegmentOptions(card.name, outputs=outputs, boxes=boxes, tags=tags, seed=3, **options)  # type: ignore[arg-type]
+
+
+def assert_alike(here: Prediction, there: Prediction) -> None:
+    assert there.maps.keys() == here.maps.keys()
+    assert np.mean(here.labels_HW != there.labels_HW) <= 1e-3
+    for name, values in here.maps.items():
+        np.testing.assert_allclose(there.maps[name], values, atol=2e-5, err_msg=name)
+    assert here.prob_KHW is not None and there.prob_KHW is not None
+    np.testing.assert_allclose(there.prob_KHW, here.prob_KHW, atol=1e-5)
+
+
+def both(models: Models, image: np.ndarray, *options: SegmentOptions) -> None:
+    answers: list[list[Prediction]] = []
+    for staying in (False, True):
+        with opened(models, staying=staying) as segmenter:
+            answers.append([segmenter.segment(image, one) for one in options])
+    for here, there in zip(*answers, strict=True):
+        assert_alike(here, there)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_network_answers_alike_on_both_ways(name: str, rng: np.random.Generator) -> None:
+    card = card_of(name)
+    both({"small": (card, seeded(name))}, picture(rng, 100, 130), asked(card), asked(card, prompted=True))
+
+
+@pytest.mark.parametrize("spec", SHIFTS)
+@pytest.mark.parametrize("size", [(75, 100), (20, 100), (20, 30), (200, 41), (1, 1)])
+@pytest.mark.parametrize("form", ["latent", "boxed", "bright"])
+def test_windows_lie_alike_on_both_ways(
+    form: str, size: tuple[int, int], spec: WindowSpec, rng: np.random.Generator
+) -> None:
+    card, network = toy_card(form, window=spec, name="toy")  # type: ignore[arg-type]
+    prompted = form == "boxed" and min(size) > 1
+    options = asked(card)
+    if prompted:
+        boxes = ((0.4, 0, size[1] / 2, size[0] - 0.5, 1), (size[1] / 3, 2.5, size[1], size[0], 2))
+        options = replace(options, boxes=boxes, outputs=(*card.maps(3), PROBABILITIES))
+    both({"toy": (card, network)}, picture(rng, *size), options)
