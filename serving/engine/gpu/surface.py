@@ -20,7 +20,7 @@ from penumbra.serving.engine.uncertainty import Band
 from penumbra.serving.engine.windows import Window, WindowPlan, clip
 
 STRIP_BYTES = 2**26
-"""Of a picture's rows that go up together, where the windows at hand need no more."""
+"""Rows of a picture go up in strips of so many bytes, unless the windows at hand need more."""
 
 
 @dataclass(frozen=True, slots=True)
