@@ -42,8 +42,7 @@ test-all: test .venv/peers  # the same, and after it what is slow (CONTRIBUTING.
 		tensorrt-cu13-bindings==11.0.0.114 dllist==2.0.0 \
 		litserve==0.2.19 fastapi==0.165.0 annotated-doc==0.0.7 monai==1.6.1
 
-test-gpu:  # needs a CUDA GPU, and uses the torch that is there; without a GPU everything skips and says so
-	$(PYTHON) -m pytest tests/gpu -W default -rs
+test-gpu:  # ten minutes on a CUDA GPU, with the torch that is there (docs/measure/gpu.md); without a GPU it says so
 	$(PYTHON) -m benchmarks.gpu
 
 check: setup

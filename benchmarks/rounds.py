@@ -31,18 +31,22 @@ def measure(variants: dict[str, Callable[[], object]], *, rounds: int) -> dict[s
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def machine() -> dict[str, Any]:
+    """Say what figures are measured on."""
+    return {
+        "machine": platform.machine(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(),
+        "torch": torch.__version__, "load_average": os.getloadavg()[0],
+    }  # fmt: skip
+
+
 def save(name: str, results: dict[str, Any], *, keep: bool = False) -> None:
     """Print results, and write them with what they were measured on to benchmarks/results/<name>.json.
 
     keep: beside what the file holds of other runs already.
     """
-    machine = {
-        "machine": platform.machine(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(),
-        "torch": torch.__version__, "load_average": os.getloadavg()[0],
-    }  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     kept = json.loads(path.read_text()) if keep and path.exists() else {}
-    path.write_text(json.dumps(kept | {"on": machine, **results}, indent=2) + "\n")
+    path.write_text(json.dumps(kept | {"on": machine(), **results}, indent=2) + "\n")
     for key, value in results.items():
         print(f"{key:58} {value:.4g}" if isinstance(value, float) else f"{key:58} {value}")

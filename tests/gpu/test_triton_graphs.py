@@ -11,7 +11,8 @@ pytest.importorskip("httpx", reason="needs httpx")
 from penumbra.export.triton import write_repository
 from penumbra.models.card import MAPS
 from tests.export.test_triton import VARIANTS, ask, follow, made
-from tests.gpu.test_gpu import ROUNDING, needs_gpu
+from tests.gpu.test_formats import needs_gpu
+from tests.gpu.test_pipeline import ROUNDING
 
 
 @needs_gpu

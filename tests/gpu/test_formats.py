@@ -1,7 +1,4 @@
-"""What only a GPU can show: every network, format and precision there, against the CPU. `make test-gpu` runs these.
-
-The same code runs on the CPU for the closed form, so that it is known to run before a GPU is at hand.
-"""
+"""Every format and precision on a GPU, of trained networks: too much for `make test-gpu`, for pytest alone."""
 
 from dataclasses import replace
 from importlib.util import find_spec
@@ -20,6 +17,7 @@ from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import open_artifact
+from tests.gpu.test_pipeline import ROUNDING, picture
 from tests.models.small import SMALL, card_of, seeded
 
 ZOO = sorted((Path(models.__file__).parent / "zoo").glob("*.safetensors"))
@@ -30,35 +28,12 @@ FORMATS = [
     *(pytest.param("aot", precision) for precision in ("fp32", "bf16", "fp16")),
     *(pytest.param("tensorrt", p, marks=needs_tensorrt) for p in ("fp32", "tf32", "fp16", "bf16")),
 ]
-ROUNDING = 1e-3
-"""Of probabilities and nats between processors, in float32; loading an artifact switches TF32 off."""
-
-
-def picture() -> np.ndarray:
-    return np.random.Generator(np.random.PCG64(3)).integers(0, 256, (100, 120, 3), dtype=np.uint8)
 
 
 def segment(store: Path, device: str, name: str = "small") -> Prediction:
     tuning = Tuning(windows_per_batch=2, samples_per_call=2)
     with Segmenter.open(store, device=device, tuning=tuning) as segmenter:
         return segmenter.segment(picture(), SegmentOptions(model=name, seed=5))
-
-
-def test_the_closed_form_is_served_by_the_code_below(tmp_path: Path) -> None:
-    export_network(seeded("toy latent"), card_of("toy latent"), tmp_path, device="cpu")
-    one, again = (segment(tmp_path, "cpu") for _ in range(2))
-    assert np.array_equal(one.labels_HW, again.labels_HW)
-
-
-@needs_gpu
-@pytest.mark.parametrize("name", SMALL)
-def test_every_network_answers_on_the_gpu_as_on_the_cpu(name: str, tmp_path: Path) -> None:
-    for device in ("cpu", "cuda"):
-        export_network(seeded(name), card_of(name), tmp_path / device, device=device)
-    here, there = (segment(tmp_path / device, device) for device in ("cpu", "cuda"))
-    assert np.mean(here.labels_HW != there.labels_HW) <= ROUNDING
-    for key, values in here.maps.items():
-        np.testing.assert_allclose(there.maps[key], values, atol=ROUNDING, err_msg=key)
 
 
 @needs_gpu
@@ -78,13 +53,6 @@ def test_trained_networks_keep_their_answers_in_every_format(
     print(backend, precision, checkpoint.stem, verify_artifact(directory, "cuda"))
     prediction = segment(tmp_path, "cuda", checkpoint.stem)
     assert all(np.isfinite(values).all() for values in prediction.maps.values())
-
-
-@needs_gpu
-def test_the_same_seed_gives_the_same_bytes_on_the_gpu(tmp_path: Path) -> None:
-    export_network(seeded("np_semiseg published"), card_of("np_semiseg published"), tmp_path, device="cuda")
-    one, again = (segment(tmp_path, "cuda") for _ in range(2))
-    assert all(np.array_equal(values, again.maps[key]) for key, values in one.maps.items())
 
 
 @needs_gpu

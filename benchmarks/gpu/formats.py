@@ -1,0 +1,94 @@
+"""Formats side by side on the device, bf16 or what is nearest to it: windows of five samples, one and sixteen a batch.
+
+Each format's export is measured by its own gate, and its graphs are recorded as CUDA graphs as well, where that works.
+What is slow to build comes last.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.network import Subject, seconds
+from benchmarks.gpu.sheet import NotHere, Sheet
+from penumbra.export.bundle import find_writer
+from penumbra.serving.engine.backends import load_backend
+from penumbra.serving.engine.store import open_artifact
+
+FORMATS = ("torchscript", "onnx", "tensorrt", "aot")
+PRECISIONS = ("bf16", "fp16", "fp32")
+"""The first that a format has."""
+BATCHES, NUM_SAMPLES = (1, 16), 5
+Call = Callable[[], Tensor]
+
+
+def run(sheet: Sheet) -> None:
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        subjects = {"bf16": Subject(sheet, "bf16")}
+        eager_ms = {}
+        for num_windows in BATCHES[: 1 if sheet.quick else None]:
+            inputs = subjects["bf16"].image(num_windows), subjects["bf16"].noise(NUM_SAMPLES, num_windows)
+
+            def eager(image: Tensor = inputs[0], noise: Tensor = inputs[1]) -> Tensor:
+                return subjects["bf16"].decode(subjects["bf16"].encode(image), noise)
+
+            eager_ms[num_windows] = timed(sheet, "eager bf16", eager, num_windows)
+        for name in FORMATS[: 1 if sheet.quick else None]:
+            with sheet.spared(name):
+                precision = next(known for known in PRECISIONS if known in find_writer(name, "fp32").PRECISIONS)
+                if precision not in subjects:
+                    subjects[precision] = Subject(sheet, precision)
+                compare(sheet, subjects[precision], name, Path(folder) / name, eager_ms)
+
+
+def compare(sheet: Sheet, subject: Subject, name: str, store: Path, eager_ms: dict[int, float]) -> None:
+    """Export one format, and note how near and how fast it is."""
+    started = time.perf_counter()
+    directory = subject.export(store, backend=name)
+    what = f"{name} {subject.precision}"
+    sheet.put(f"{what}: export, s", time.perf_counter() - started)
+    card = open_artifact(directory).card
+    assert card.export
+    sheet.put(f"{what}: labels that flip, %", card.export.parity.label_flips_percent)
+    graphs = load_backend(card, directory, sheet.device)
+    if graphs.device.type != sheet.device.type:
+        raise NotHere(f"{name} runs on the {graphs.device.type} here")
+    for num_windows, before_ms in eager_ms.items():
+        inputs = subject.image(num_windows), subject.noise(NUM_SAMPLES, num_windows)
+
+        def call(image: Tensor = inputs[0], noise: Tensor = inputs[1]) -> Tensor:
+            return graphs.decode(graphs.encode(image), noise)
+
+        sheet.put(f"{what} B={num_windows}: times eager", before_ms / timed(sheet, what, call, num_windows))
+        with sheet.spared(f"{what} B={num_windows}, CUDA graph"):
+            recorded, answer = record(sheet, call)
+            taken_ms = timed(sheet, f"{what}, CUDA graph", recorded, num_windows)
+            sheet.put(f"{what} B={num_windows}, CUDA graph: times eager", before_ms / taken_ms)
+            sheet.put(f"{what} B={num_windows}, CUDA graph: difference", float((answer - call()).abs().max()))
+
+
+def timed(sheet: Sheet, what: str, call: Call, num_windows: int) -> float:
+    """Note windows per second; the milliseconds of a batch."""
+    once_s = seconds(sheet, {what: call})[what]
+    sheet.put(f"{what} B={num_windows}: windows/s", num_windows / once_s)
+    return 1e3 * once_s
+
+
+def record(sheet: Sheet, call: Call) -> tuple[Callable[[], object], Tensor]:
+    """Record a call as a CUDA graph: what replays it, and where its answer is."""
+    if sheet.device.type != "cuda":
+        raise NotHere("CUDA graphs need CUDA")
+    side = torch.cuda.Stream(sheet.device)
+    side.wait_stream(torch.cuda.current_stream(sheet.device))
+    with torch.cuda.stream(side):  # libraries choose and allocate before the recording
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream(sheet.device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        answer = call()
+    graph.replay()
+    return graph.replay, answer
