@@ -56,7 +56,7 @@ def _gateway(settings: Settings, telemetry: Telemetry, *, trusted_keys: PublicKe
     limits = Limits(
         settings.limit_pixels, settings.limit_samples, settings.limit_queue_samples, settings.limit_window_pixels
     )
-    fixed = settings.model_dump(include={"windows_per_batch", "samples_per_call", "deterministic"})
+    fixed = settings.model_dump(include={"windows_per_batch", "samples_per_call", "deterministic", "cuda_graphs"})
     tuning = Tuning(**fixed, target_s=settings.target_ms / 1e3)
     segmenter = Segmenter.open(
         settings.store, limits=limits, device=settings.device or None, threads=settings.threads or None,

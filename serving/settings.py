@@ -63,6 +63,7 @@ class Settings(BaseSettings):
     deterministic: bool = False
     windows_per_batch: int = Field(0, ge=0)
     samples_per_call: int = Field(0, ge=0)
+    cuda_graphs: bool = False
     target_ms: float = Field(0.0, ge=0, le=1e3 * LONGEST_S)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["text", "json"] = "text"

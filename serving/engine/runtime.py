@@ -58,6 +58,7 @@ class Tuning:
     windows_per_batch, samples_per_call: fixed sizes; 0 chooses by measurement. budget_s: time for that, per model.
     deterministic: take only batch sizes up to which every window's result has the same bytes as alone.
     target_s: time that a request of one window may take, which bounds batches while they run; 0 bounds none.
+    cuda_graphs: capture the calls of the sizes that were found, and of single windows.
     """
 
     windows_per_batch: int = 0
@@ -65,6 +66,7 @@ class Tuning:
     deterministic: bool = False
     budget_s: float = 0.4
     target_s: float = 0.0
+    cuda_graphs: bool = False
 
 
 class Runtime:
@@ -204,6 +206,8 @@ class Runtime:
             self._window_core_s, self._window_samples = _core_seconds(started), len(inputs[0].noise_SL)
         if tuning.deterministic:
             self.windows_per_batch = self._largest_identical_batch(inputs)
+        if tuning.cuda_graphs and self.card.window.height:
+            self._backend.capture(self._run_batch(inputs, size) for size in (self.windows_per_batch, 1))
         log.info(
             "%s: %d windows per batch and %d samples per call on %s%s",
             self.card.name, self.windows_per_batch, self.samples_per_call, self._backend.device,

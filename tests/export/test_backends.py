@@ -1,9 +1,11 @@
 """Every format gives the checkpoint's answers, is bound to what it must be bound to, and says what it lacks."""
 
 import dataclasses
+import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import pytest
@@ -15,7 +17,8 @@ from penumbra.models.card import Card
 from penumbra.models.contract import Features
 from penumbra.models.errors import BadArtifact, BadOption, ParityFailed
 from penumbra.models.toy.net import ToyNetwork
-from penumbra.serving.engine.backends import Backend, load_backend
+from penumbra.serving.engine.backends import Backend, load_backend, open_backend
+from penumbra.serving.engine.backends import onnx as onnx_backend
 from penumbra.serving.engine.backends.aot import AotGraph
 from penumbra.serving.engine.store import open_artifact
 from tests.conftest import toy_card
@@ -168,6 +171,65 @@ print([name for name in sys.modules if f"{{name}}.".startswith((
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+# -- where a format runs ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_what_has_nothing_for_a_gpu_runs_on_the_cpu_and_says_so_once(
+    backend: str, onnx_toy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    card = open_artifact(onnx_toy).card
+    assert card.export
+    card = dataclasses.replace(card, export=dataclasses.replace(card.export, backend=backend))
+    with caplog.at_level(logging.INFO):
+        assert open_backend(card, onnx_toy, torch.device("cuda")).device == CPU
+        assert open_backend(card, onnx_toy, CPU).device == CPU
+    assert caplog.messages == [f"{card.name} runs on the CPU: as installed here, {backend} has nothing for cuda"]
+
+
+@pytest.mark.parametrize(("address", "stream"), [(0, "1"), (94_000_000, "94000000")])
+def test_onnxruntime_on_a_gpu_queues_on_torchs_stream_and_keeps_float32(
+    address: int, stream: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=address))
+    name, options = onnx_backend.provider_of(torch.device("cuda:2"))
+    assert name == "CUDAExecutionProvider" and options["use_tf32"] == "0"
+    assert (options["device_id"], options["user_compute_stream"]) == ("2", stream)
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider'")
+def test_onnxruntime_that_cannot_load_its_library_for_the_gpu_is_told_and_not_run_slowly(
+    onnx_toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(onnx_backend, "DEVICES", ("cpu", "cuda"))
+    with pytest.raises(
+        BadArtifact, match=r"onnxruntime lacks a library that its CUDAExecutionProvider needs for .*encode"
+    ):
+        open_backend(open_artifact(onnx_toy).card, onnx_toy, torch.device("cuda"))
+
+
+@torch.inference_mode()
+def test_onnxruntime_reads_what_torch_has_and_gives_what_torch_reads_without_copies(
+    onnx_toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = []
+
+    class Watched(onnx_backend.onnxruntime.OrtValue):
+        @classmethod
+        def from_dlpack(cls, data: object, /) -> object:
+            value = super().from_dlpack(data)
+            shared.append(value.data_ptr())
+            return value
+
+    monkeypatch.setattr(onnx_backend.onnxruntime, "OrtValue", Watched)
+    encode = onnx_backend.open_graph(onnx_toy / "encode.onnx", CPU, "fp32")
+    pixels = image(2, (32, 48))
+    assert all(feature.is_contiguous() for feature in encode(pixels))
+    encode(pixels.to(memory_format=torch.channels_last))
+    assert shared[0] == pixels.data_ptr() != shared[1]
 
 
 # -- precision -----------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import open_artifact
 from tests.gpu.test_pipeline import ROUNDING, picture
-from tests.models.small import SMALL, card_of, seeded
+from tests.models.small import SMALL, card_of, close, image, noise, seeded
 
 ZOO = sorted((Path(models.__file__).parent / "zoo").glob("*.safetensors"))
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -66,20 +66,49 @@ def test_machine_code_of_another_gpu_is_refused(backend: str, tmp_path: Path) ->
 
 
 @needs_gpu
-def test_a_recorded_cuda_graph_gives_the_networks_bits(tmp_path: Path) -> None:
-    export_network(seeded("np_semiseg published"), card_of("np_semiseg published"), tmp_path, device="cuda")
+@pytest.mark.parametrize("backend", ["torchscript", "aot"])
+@pytest.mark.parametrize("name", ["np_semiseg published", "cps"])
+def test_captured_calls_give_the_networks_bits_at_every_size(name: str, backend: str, tmp_path: Path) -> None:
+    export_network(seeded(name), card_of(name), tmp_path, backend=backend, device="cuda")
     artifact = open_artifact(tmp_path / "small/1")
-    backend = load_backend(artifact.card, artifact.directory, torch.device("cuda"))
-    image, noise = artifact.golden.image_B3hw.cuda(), artifact.golden.plain.noise_SBL.cuda()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries choose and allocate before the recording
-        for _ in range(3):
-            wanted = backend.decode(backend.encode(image), noise)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        recorded = backend.decode(backend.encode(image), noise)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(recorded, wanted)
+    plain, graphs = (load_backend(artifact.card, artifact.directory, torch.device("cuda")) for _ in range(2))
+    calls = [(image(size), noise(name, samples, size)) for size in (4, 1) for samples in (3, 2)]
+    answers = [plain.decode(plain.encode(pixels), draws) for pixels, draws in calls * 4][-len(calls) :]
+    graphs.capture(graphs.decode(graphs.encode(pixels), draws) for pixels, draws in calls)
+    for _ in range(2):
+        for (pixels, draws), expected in zip(calls, answers, strict=True):
+            assert torch.equal(graphs.decode(graphs.encode(pixels), draws), expected)
+    pixels, draws = image(3), noise(name, 3, 3)  # not captured
+    assert torch.equal(graphs.decode(graphs.encode(pixels), draws), plain.decode(plain.encode(pixels), draws))
+
+
+@needs_gpu
+@pytest.mark.parametrize("backend", ["torchscript", "aot"])
+def test_a_server_with_cuda_graphs_gives_the_bytes_of_one_without(
+    backend: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = "np_semiseg published"
+    export_network(seeded(name), card_of(name), tmp_path, backend=backend, device="cuda")
+    tuning = Tuning(windows_per_batch=2, samples_per_call=3)
+    answers = []
+    for each in (tuning, replace(tuning, cuda_graphs=True)):
+        with caplog.at_level("INFO"), Segmenter.open(tmp_path, device="cuda", tuning=each) as segmenter:
+            answers.append(segmenter.segment(picture(), SegmentOptions(seed=5)))
+    assert "6 calls are CUDA graphs" in caplog.text and "run without" not in caplog.text
+    assert all(np.array_equal(values, answers[1].maps[key]) for key, values in answers[0].maps.items())
+
+
+@needs_gpu
+@pytest.mark.skipif(find_spec("onnxruntime") is None, reason="needs onnxruntime")
+def test_onnxruntime_answers_on_the_gpu_as_torch_does(tmp_path: Path) -> None:
+    from penumbra.serving.engine.backends import onnx
+
+    if "cuda" not in onnx.DEVICES:
+        pytest.skip("needs onnxruntime-gpu")
+    name = "np_semiseg published"
+    export_network(seeded(name), card_of(name), tmp_path, backend="onnx", device="cuda")
+    artifact = open_artifact(tmp_path / "small/1")
+    graphs = load_backend(artifact.card, artifact.directory, torch.device("cuda"))
+    pixels, draws = image(3), noise(name, 4, 3)
+    found = graphs.decode(graphs.encode(pixels), draws)
+    assert found.device.type == "cuda" and close(found.cpu(), seeded(name)(pixels, draws), ROUNDING)

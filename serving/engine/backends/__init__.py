@@ -4,14 +4,16 @@ Each module has
 
     open_graph(path, device, precision) -> Graph    one part of a network, ready to run
     target(device) -> dict[str, str]                what its artifacts are bound to; {} where they run anywhere
+    DEVICES: tuple[str, ...]                        if it has not all of torch's: it is on the CPU instead of others
 
 `target` is recorded at export (`card.export.built_for`), and an artifact is refused where it is another. All graphs
 take and give float32 whatever they compute in; features are between encode and decode alone, and may be anything.
 """
 
 import importlib
+import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -24,12 +26,13 @@ from torch.utils import _pytree as pytree
 from penumbra.models.card import Card
 from penumbra.models.contract import Features, Prompt
 from penumbra.models.errors import BadArtifact, BadOption
+from penumbra.serving.engine.backends.graphs import Recorder
+
+log = logging.getLogger("penumbra")
 
 SUFFIXES = {"torchscript": ".ts", "onnx": ".onnx", "openvino": ".onnx", "aot": ".pt2", "tensorrt": ".engine"}
 """Formats, and how their files end."""
 BACKENDS = tuple(SUFFIXES)
-ON_CPU = ("onnx", "openvino")
-"""Formats that run on the CPU, whatever the device."""
 EXTRAS = {
     "onnxruntime": "onnx", "onnx": "onnx", "onnxscript": "onnx", "openvino": "openvino",
     "tensorrt": "tensorrt", "torch_tensorrt": "tensorrt",
@@ -45,12 +48,14 @@ class Backend:
     """A backend has the graphs of a network, on one device in one precision (see `penumbra.models.contract`).
 
     They may be called from any thread. one_at_a_time: for those that bring threads of their own for all cores.
+    can_capture: whether `capture` can make CUDA graphs of them.
     """
 
     def __init__(
-        self, graphs: Mapping[str, Graph], *, device: torch.device, dtype: torch.dtype, one_at_a_time: bool
+        self, graphs: Mapping[str, Graph], *, device: torch.device, dtype: torch.dtype, one_at_a_time: bool,
+        can_capture: bool = False,
     ) -> None:  # fmt: skip
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self._can_capture = device, dtype, can_capture
         self._graphs = graphs
         self._alone: AbstractContextManager[object] = threading.Lock() if one_at_a_time else nullcontext()
 
@@ -70,6 +75,25 @@ class Backend:
         with self._alone:
             logits_SBKhw = self._graphs["decode"](features, noise_SBL.to(self.device, torch.float32))
         return logits_SBKhw if isinstance(logits_SBKhw, Tensor) else logits_SBKhw[0]
+
+    def capture(self, calls: Iterable[object]) -> None:
+        """Make CUDA graphs of the calls that iterating makes, if they can be made; other sizes go on as they are.
+
+        From then on a call's outputs are overwritten by the next one of its sizes: a batch's calls, and what reads
+        their outputs, have to be queued on one stream before the next batch's.
+        """
+        if not self._can_capture:
+            return
+        recorder, before_bytes = Recorder(self.device), torch.cuda.memory_reserved(self.device)
+        self._graphs = {part: recorder.captured(graph) for part, graph in self._graphs.items()}
+        try:
+            for _ in calls:
+                pass
+        except RuntimeError as error:
+            log.warning("not every call is a CUDA graph, and the others run without: %s", first_words(error))
+        recorder.is_on = False
+        more_mb = (torch.cuda.memory_reserved(self.device) - before_bytes) / 2**20
+        log.info("%d calls are CUDA graphs, for which torch holds %.0f MiB more", recorder.num_captures, more_mb)
 
     def _pixels(self, image_B3hw: Tensor) -> Tensor:
         return image_B3hw.to(self.device, torch.float32, memory_format=torch.channels_last)
@@ -112,7 +136,9 @@ def open_backend(card: Card, directory: Path, device: torch.device) -> Backend:
     assert card.export
     name, precision = card.export.backend, card.export.precision
     module = find_format(__name__, name)
-    device = torch.device("cpu") if name in ON_CPU else device
+    if device.type not in getattr(module, "DEVICES", (device.type,)):
+        log.info("%s runs on the CPU: as installed here, %s has nothing for %s", card.name, name, device)
+        device = torch.device("cpu")
     parts = ("encode", "decode", "prompt") if card.prompt.kind != "none" else ("encode", "decode")
     try:
         graphs = {part: module.open_graph(directory / f"{part}{SUFFIXES[name]}", device, precision) for part in parts}
@@ -122,7 +148,8 @@ def open_backend(card: Card, directory: Path, device: torch.device) -> Backend:
         raise BadArtifact(
             f"{directory} holds {name} graphs that this machine cannot load: {first_words(error)}"
         ) from None
-    return Backend(graphs, device=device, dtype=DTYPES[precision], one_at_a_time=name != "torchscript")
+    alone, can_capture = name != "torchscript", device.type == "cuda" and name in ("torchscript", "aot")
+    return Backend(graphs, device=device, dtype=DTYPES[precision], one_at_a_time=alone, can_capture=can_capture)
 
 
 def first_words(error: Exception) -> str:

@@ -23,8 +23,8 @@ class AotGraph:
 
     def __init__(self, path: Path, device: torch.device) -> None:
         index = -1 if device.type == "cpu" else device.index or 0
-        # `torch._inductor.aoti_load_package` is this and an import of two seconds.
-        self._package = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, index)
+        # `aoti_load_package` is this and an import of two seconds. True: for one thread, and asking no event.
+        self._package = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, index)
         self._inputs = json.loads(self._package.get_metadata()[INPUTS])
         self._name = path.stem
 

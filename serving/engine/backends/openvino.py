@@ -11,7 +11,7 @@ from penumbra.serving.engine.backends import Graph, anywhere, flat
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 """Set always: left alone, OpenVINO takes bf16 where the processor has it."""
-target = anywhere
+target, DEVICES = anywhere, ("cpu",)
 
 
 def open_graph(path: Path, _: torch.device, precision: str) -> Graph:
