@@ -17,7 +17,7 @@ class Reporter:
     def __init__(self, sheet: Sheet) -> None:
         self.sheet = sheet
         self.counts = {"passed": 0, "failed": 0, "skipped": 0}
-        self.largest: dict[str, float] = {}
+        self.recorded: dict[str, float | str] = {}
         self.reasons: set[str] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -31,8 +31,8 @@ class Reporter:
         if report.skipped and isinstance(report.longrepr, tuple):
             self.reasons.add(report.longrepr[2].removeprefix("Skipped: "))
         for name, value in report.user_properties:
-            self.largest[name] = max(float(str(value)), self.largest.get(name, 0.0))
-        self.sheet.note(self.counts | self.largest)
+            self.recorded[name] = value if isinstance(value, str) else max(value, self.recorded.get(name, value))
+        self.sheet.note(self.counts | self.recorded)
 
 
 def run(sheet: Sheet, tests: tuple[str, ...], few: str) -> None:
@@ -44,12 +44,14 @@ def run(sheet: Sheet, tests: tuple[str, ...], few: str) -> None:
     reporter = Reporter(sheet)
     chosen = ["-k", few] if sheet.quick else []
     code = pytest.main(["-W", "default", "--tb=short", "--rootdir", str(ROOT), *chosen, *paths], plugins=[reporter])
-    for name, value in (reporter.counts | reporter.largest).items():
+    for name, value in (reporter.counts | reporter.recorded).items():
         sheet.put(name, value)
     if code == pytest.ExitCode.INTERRUPTED:
         raise OutOfTime
     if not reporter.counts["passed"] and not reporter.counts["failed"]:
         raise NotHere("; ".join(sorted(reporter.reasons)) or f"pytest ran no test and ended with {code!r}")
+    for reason in sorted(reporter.reasons):
+        sheet.put("some are skipped", reason)
     num_failed = reporter.counts["failed"]
     sheet.bar("tests that fail", num_failed, at_most=0)
     if num_failed:

@@ -17,7 +17,6 @@ import torch
 from benchmarks.gpu.sheet import (
     DONE,
     FAILED,
-    FINAL,
     NOT_HERE,
     OUT_OF_TIME,
     RUNNING,
@@ -62,9 +61,9 @@ def run_all(
 
 
 def has_result(results: Results, step: Step, key: Results) -> bool:
-    """Tell whether a step has a result that running it again would only repeat."""
+    """Tell whether a step is done for these sources and this card; one that failed is tried again."""
     entry = results["steps"].get(step.name, {})
-    return entry.get("state") in FINAL and entry.get("key") == key
+    return entry.get("state") == DONE and entry.get("key") == key
 
 
 def run_apart(step: Step, sheet: Sheet, key: Results, *, limit_s: float) -> None:

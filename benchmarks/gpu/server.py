@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 
 import numpy as np
 
@@ -164,19 +165,20 @@ def watching(sheet: Sheet) -> Iterator[list[float]]:
         "nvidia-smi", f"--id={sheet.device.index or 0}", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits",
         "--loop-ms=250",
     ]  # fmt: skip
-    try:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    except OSError:
+    if not which(command[0]):
         yield found
         return
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        reader = threading.Thread(target=lambda: found.extend(shares(process)))
+        reader.start()
+        try:
+            yield found
+        finally:
+            process.kill()
+            reader.join()
 
-    def read() -> None:
-        assert process.stdout
-        found.extend(int(line) / 100 for line in process.stdout if line.strip().isdigit())
 
-    threading.Thread(target=read, daemon=True).start()
-    try:
-        yield found
-    finally:
-        process.kill()
-        process.wait()
+def shares(process: subprocess.Popen[str]) -> Iterator[float]:
+    """Read what nvidia-smi says, line by line, until it ends; a card that does not say it gives none."""
+    assert process.stdout
+    return (int(line) / 100 for line in process.stdout if line.strip().isdigit())

@@ -17,8 +17,6 @@ from penumbra.serving.engine.runtime import is_out_of_memory
 
 Results = dict[str, Any]
 DONE, FAILED, NOT_HERE, OUT_OF_TIME, RUNNING = "done", "failed", "not possible here", "ran out of time", "running"
-FINAL = (DONE, FAILED)
-"""States that another run on the same sources and card would only repeat."""
 
 
 class NotHere(Exception):

@@ -14,8 +14,10 @@ import torch
 
 from benchmarks.gpu import runner
 from benchmarks.gpu.page import NOT_RUN, render
+from benchmarks.gpu.server import Calls, watching
 from benchmarks.gpu.sheet import DONE, FAILED, NOT_HERE, OUT_OF_TIME, NotHere, Sheet, read, write
 from benchmarks.gpu.steps import ROOT, STEPS, Step
+from tests.serving.server import until
 
 STEP = Step("speed", "something", 60)
 
@@ -104,7 +106,7 @@ def run_all(path: Path, monkeypatch: pytest.MonkeyPatch, *, budget_s: float = 10
     def run_apart(step: Step, sheet: Sheet, key: dict[str, Any], *, limit_s: float) -> None:
         given.append(limit_s)
         sheet.state("running", key=key)
-        sheet.state(FAILED if step.name == "server" else DONE)
+        sheet.state(DONE)
 
     monkeypatch.setattr(runner, "run_apart", run_apart)
     steps = [replace(STEP, budget_s=30), Step("server", "something", 50)]
@@ -112,13 +114,15 @@ def run_all(path: Path, monkeypatch: pytest.MonkeyPatch, *, budget_s: float = 10
     return given
 
 
-def test_a_result_is_kept_for_the_same_sources_and_card(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_is_kept_for_the_same_sources_and_card_and_a_failure_tried_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert len(run_all(path, monkeypatch)) == 2
     assert run_all(path, monkeypatch) == []
     assert len(run_all(path, monkeypatch, again=True)) == 2
     results = read(path)
     results["steps"]["speed"]["key"]["sources"] = "other sources"
-    results["steps"]["server"]["state"] = OUT_OF_TIME
+    results["steps"]["server"]["state"] = FAILED
     write(path, results)
     assert len(run_all(path, monkeypatch)) == 2
 
@@ -142,6 +146,27 @@ def test_a_process_that_hangs_is_ended_and_what_it_wrote_is_kept(path: Path, mon
     sheet = Sheet(path, STEP.name, torch.device("cpu"))
     runner.run_apart(STEP, sheet, {}, limit_s=0.5)
     assert read(path)["steps"][STEP.name]["state"] == OUT_OF_TIME
+
+
+def test_the_driver_is_asked_for_the_share_of_time_while_the_server_is_under_load(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = path.with_name("nvidia-smi")
+    driver.write_text("#!/bin/sh\necho 97; echo [N/A]; echo 93; exec sleep 60\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
+    with watching(Sheet(path, "server", torch.device("cpu"))) as use:
+        until(lambda: len(use) == 2)
+    assert use == [0.97, 0.93]
+
+
+def test_callers_ask_in_a_closed_loop_and_what_one_meets_is_raised() -> None:
+    turns: list[int] = []
+    calls = Calls([lambda turn: turns.append(turn) or 2] * 3)
+    took, counted = calls.during(0.05)
+    assert took >= 0.05 and counted == 2 * len(turns) == 2 * len(calls.latencies_s)
+    with pytest.raises(ZeroDivisionError):
+        Calls([lambda turn: turn // 0]).during(60)
 
 
 def test_the_page_says_of_every_bar_whether_it_is_held(path: Path) -> None:

@@ -62,7 +62,9 @@ def pair(request: pytest.FixtureRequest, device: str, tmp_path_factory: pytest.T
 def difference(one: Prediction, other: Prediction) -> float:
     """The largest difference of any map; a value that is not finite on one side alone is infinitely far."""
     worst = 0.0
-    named = {**one.maps, PROBABILITIES: one.prob_KHW}, {**other.maps, PROBABILITIES: other.prob_KHW}
+    named = [
+        side.maps | ({} if side.prob_KHW is None else {PROBABILITIES: side.prob_KHW}) for side in (one, other)
+    ]  # fmt: skip
     assert named[0].keys() == named[1].keys()
     for key, values in named[0].items():
         assert values.shape == named[1][key].shape, key
