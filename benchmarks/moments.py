@@ -1,4 +1,4 @@
-"""Moments and stitching: the compiled kernel, the banded plain form, and everything at once.
+"""Moments and stitching: the compiled kernel, the plain form, and everything at once.
 
     python -m benchmarks.moments
 
@@ -16,7 +16,7 @@ from benchmarks.rounds import measure, save
 from penumbra.models.card import Readout
 from penumbra.serving.engine.allocator import keep_freed_memory
 from penumbra.serving.engine.canvas import blend
-from penumbra.serving.engine.moments import accumulate, accumulate_banded, empty_sums
+from penumbra.serving.engine.moments import accumulate, accumulate_plain, empty_sums
 
 SAMPLES, CLASSES, HEIGHT, WIDTH, WINDOW, ROUNDS = 5, 19, 1024, 2048, 512, 5
 
@@ -61,7 +61,7 @@ def main() -> None:
         seconds = measure(
             {
                 "all at once": lambda: all_at_once(logits),
-                "banded": lambda: accumulate_banded(logits, *sums, readout=Readout()),
+                "plain": lambda: accumulate_plain(logits, *sums, readout=Readout()),
                 "accumulate": lambda: accumulate(logits, *sums, readout=Readout(), spread=pool.map),
             },
             rounds=ROUNDS,
@@ -70,7 +70,7 @@ def main() -> None:
     save("moments", {
         **{f"ms/{name}": 1e3 * value for name, value in (seconds | stitch).items()},
         "kernel over all at once": seconds["accumulate"] / seconds["all at once"],
-        "kernel over banded": seconds["accumulate"] / seconds["banded"],
+        "kernel over plain": seconds["accumulate"] / seconds["plain"],
     })  # fmt: skip
 
 

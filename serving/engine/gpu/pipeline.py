@@ -14,7 +14,7 @@ from torch import Tensor
 from penumbra.models.card import Card
 from penumbra.serving.engine.gpu import operators
 from penumbra.serving.engine.gpu.surface import Landing, Surface, Transfers, Wanted, segments_of
-from penumbra.serving.engine.moments import resize
+from penumbra.serving.engine.moments import resize, sums_at_features
 from penumbra.serving.engine.options import PROBABILITIES
 from penumbra.serving.engine.prompts import Boxes, Tags
 from penumbra.serving.engine.raster import Raster
@@ -132,7 +132,7 @@ class DeviceStatistics:
     def add(self, logits_SBKhw: Tensor) -> None:
         """Add samples."""
         readout, stats_BhCw, is_first = self._card.readout, self._stats_BhCw, self._num_samples == 0
-        if readout.softmax_at == "feature" and readout.average == "probabilities":
+        if sums_at_features(readout):
             if self._features_BhCw is None:
                 size = len(self._inputs), logits_SBKhw.shape[3], self._num_sums, logits_SBKhw.shape[4]
                 self._features_BhCw = stats_BhCw.new_empty(size)

@@ -43,8 +43,10 @@ def accumulate(
     sums, nats = stats[:, :, :num_classes], stats[:, :, num_classes]
     if first:
         stats[:, :, : num_classes + 1] = 0
-    for logits_BKhw in logits:
-        wide = F.interpolate(logits_BKhw.float(), size=size, mode="bilinear", align_corners=align_corners)
+    for logits_BKhw in logits.float():
+        if not average_logits:  # an offset that all have in common would only cost digits
+            logits_BKhw = logits_BKhw - logits_BKhw.amax((1, 2, 3), keepdim=True)
+        wide = F.interpolate(logits_BKhw, size=size, mode="bilinear", align_corners=align_corners)
         wide = wide / temperature
         log_p = torch.log_softmax(wide, dim=1)
         p = log_p.exp()

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from penumbra.models.card import Readout
 from penumbra.serving.engine import kernels
-from penumbra.serving.engine.moments import accumulate, accumulate_banded, empty_sums
+from penumbra.serving.engine.moments import accumulate, accumulate_plain, empty_sums
 
 needs_kernels = pytest.mark.skipif(kernels.COMPILED is None, reason="the C kernels are not built on this machine")
-FORMS = [pytest.param("compiled", marks=needs_kernels), "banded"]
+FORMS = [pytest.param("compiled", marks=needs_kernels), "plain"]
 SHAPES = [((5, 7), (17, 23)), ((9, 9), (9, 9)), ((1, 1), (6, 5)), ((8, 3), (8, 33)), ((33, 65), (129, 257))]
 
 
@@ -24,7 +24,7 @@ def moments(form: str, logits_SKhw: Tensor, size: tuple[int, int], readout: Read
     if form == "compiled":
         accumulate(logits_SKhw, prob, entropy, readout=readout, spread=map)
     else:
-        accumulate_banded(logits_SKhw, prob, entropy, readout=readout)
+        accumulate_plain(logits_SKhw, prob, entropy, readout=readout)
     return prob.transpose(1, 0, 2), entropy
 
 
@@ -72,7 +72,7 @@ def test_the_compiled_form_equals_the_plain_one_for_any_shape(
     counts: tuple[int, int], feature: tuple[int, int], window: tuple[int, int], align_corners: bool, scale: float
 ) -> None:
     readout, logits = Readout(align_corners=align_corners), random_logits(*counts, feature, scale)
-    compiled, plain = (moments(form, logits, window, readout) for form in ("compiled", "banded"))
+    compiled, plain = (moments(form, logits, window, readout) for form in ("compiled", "plain"))
     for ours, theirs in zip(compiled, plain, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
@@ -95,7 +95,7 @@ def test_sums_are_added_to_what_is_there(form: str) -> None:
         if form == "compiled":
             accumulate(chunk, prob, entropy, readout=readout, spread=map)
         else:
-            accumulate_banded(chunk, prob, entropy, readout=readout)
+            accumulate_plain(chunk, prob, entropy, readout=readout)
     whole = moments(form, logits, (20, 20), readout)
     np.testing.assert_allclose(prob.transpose(1, 0, 2), whole[0], atol=1e-5)
     np.testing.assert_allclose(entropy, whole[1], atol=1e-5)

@@ -146,8 +146,8 @@ def same_moments(stats_BhCw: Tensor, logits_SBKhw: Tensor, readout: Readout) -> 
     """The mean over samples is that of the CPU's plain form, and of its compiled one, to 1e-6."""
     num_samples, _, num_classes, *_ = logits_SBKhw.shape
     for stats_hCw, logits_SKhw in zip(stats_BhCw, logits_SBKhw.transpose(0, 1), strict=True):
-        for form in (moments.accumulate, moments.accumulate_banded):
-            if readout.average == "logits" and form is moments.accumulate_banded:
+        for form in (moments.accumulate, moments.accumulate_plain):
+            if readout.average == "logits" and form is moments.accumulate_plain:
                 continue
             summed, entropy = moments.empty_sums(num_classes, stats_hCw.shape[0], stats_hCw.shape[2])
             spread = {"spread": map} if form is moments.accumulate else {}
