@@ -4,18 +4,17 @@ Triton runs them on CUDA, and on the CPU where TRITON_INTERPRET=1; otherwise the
 the device. The operators are registered with torch.library itself: `custom_op` takes nine times as long per call.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from penumbra.serving.engine.gpu import plain
-
-WINDOW_INTS, PIECE_INTS = 6, 11
-"""Numbers per window in the geometry of `cut` and of `blend`."""
-SEGMENT_INTS = 10
-"""Numbers per segment of `read_out`, beside one for every extra map."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,7 @@ def cut(pictures: Sequence[Tensor], windows: Sequence[int], size: tuple[int, int
     of the strip's first row, y0 and x0 of the window in the image, maybe negative, height and width of the image. The
     strip has all rows that the window reads. Beyond the image lies norm.pad_C or its mirror (numpy's "symmetric").
     """
-    for picture, top, y0, _, height, _ in zip(*[iter(windows)] * WINDOW_INTS, strict=True):
+    for picture, top, y0, _, height, _ in zip(*[iter(windows)] * 6, strict=True):
         strip = pictures[picture]
         assert strip.is_contiguous() and top <= max(y0, 0) and min(y0 + size[0], height) <= top + len(strip)
     image_Bchw: Tensor = torch.ops.penumbra.cut.default(
@@ -77,7 +76,7 @@ def blend(
     in the plan's order, and rows of one batch fit its ring. weight = (row * scale) * column in the first num_sums
     channels, row * column in the others.
     """
-    assert len(windows) == PIECE_INTS * len(stats_BhCw) and stats_BhCw.is_contiguous()
+    assert len(windows) == 11 * len(stats_BhCw) and stats_BhCw.is_contiguous()
     assert all(canvas.shape[1] == stats_BhCw.shape[2] and canvas.is_contiguous() for canvas in canvases)
     torch.ops.penumbra.blend.default(stats_BhCw, canvases, weights, windows, num_sums, scale)
 
@@ -93,33 +92,30 @@ def read_out(
     four), probabilities (float32 [rows, K, W]) and the extra maps (channels K + 1 on); -1: not requested. Labels of
     pixels with an entropy above the segment's threshold are 255. softmax: the channels hold logits.
     """
-    extras = canvases[0].shape[1] - num_classes - 1
-    assert len(segments) == (SEGMENT_INTS + extras) * len(thresholds) and out.dtype == torch.uint8
+    num_planes = 7 + canvases[0].shape[1] - num_classes - 1
+    assert len(segments) == (3 + num_planes) * len(thresholds) and out.dtype == torch.uint8
+    assert all(canvas.is_contiguous() and canvas.shape[1] == canvases[0].shape[1] for canvas in canvases)
     torch.ops.penumbra.read_out.default(canvases, out, segments, thresholds, num_classes, softmax)
 
 
 def _shape_of_cut(pictures: list[Tensor], windows: list[int], size: list[int], *_norm: object) -> Tensor:
-    shape = (len(windows) // WINDOW_INTS, pictures[0].shape[2], *size)
+    shape = (len(windows) // 6, pictures[0].shape[2], *size)
     return torch.empty(shape, device=pictures[0].device, memory_format=torch.channels_last)
 
 
-_SCHEMAS = {
-    "cut": "(Tensor[] pictures, int[] windows, int[] size, Tensor factor, Tensor offset, Tensor pad, bool mirror, "
-    "bool reversed_channels) -> Tensor",
-    "accumulate": "(Tensor logits, Tensor(a!) stats, bool first, bool align_corners, float temperature, "
-    "bool average_logits) -> ()",
-    "blend": "(Tensor stats, Tensor(a!)[] canvases, Tensor[] weights, int[] windows, int num_sums, float scale) -> ()",
-    "read_out": "(Tensor[] canvases, Tensor(a!) out, int[] segments, float[] thresholds, int num_classes, "
-    "bool softmax) -> ()",
-}
+def _in_triton(name: str) -> Callable[..., Any]:
+    """Import Triton, which takes its time, with the first batch."""
+    return lambda *arguments: getattr(import_module("penumbra.serving.engine.gpu.kernels"), name)(*arguments)
 
 
-def _register() -> None:
-    for name, schema in _SCHEMAS.items():
-        operator = f"penumbra::{name}"
-        torch.library.define(operator, schema)
-        torch.library.impl(operator, ("cpu", "cuda"), getattr(plain, name))
-        torch.library.register_fake(operator, _shape_of_cut if name == "cut" else lambda *_arguments: None)
+def _register(name: str, changed: tuple[str, ...]) -> None:
+    operator, form = f"penumbra::{name}", getattr(plain, name)
+    schema = torch.library.infer_schema(form, mutates_args=changed)
+    torch.library.define(operator, schema.replace("SymInt", "int"))  # a SymInt takes three times as long per call
+    for device, preferred in (("cpu", os.environ.get("TRITON_INTERPRET") == "1"), ("cuda", True)):
+        torch.library.impl(operator, device, _in_triton(name) if preferred and find_spec("triton") else form)
+    torch.library.register_fake(operator, _shape_of_cut if name == "cut" else lambda *_arguments: None)
 
 
-_register()
+for _name, _changed in (("cut", ()), ("accumulate", ("stats",)), ("blend", ("canvases",)), ("read_out", ("out",))):
+    _register(_name, _changed)

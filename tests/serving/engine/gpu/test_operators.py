@@ -22,7 +22,7 @@ from penumbra.serving.engine.gpu import operators
 from penumbra.serving.engine.gpu.operators import Norm
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-EXAMPLES = 15 if INTERPRETED else 60
+EXAMPLES = 4 if INTERPRETED else 60
 CLASSES = (1, 2, 19, 255)
 
 
@@ -30,7 +30,7 @@ CLASSES = (1, 2, 19, 255)
 def in_inference_mode_by_the_form_that_is_meant() -> Iterator[None]:
     with torch.inference_mode():
         yield
-    assert ("penumbra.serving.engine.gpu.kernels" in sys.modules) == INTERPRETED
+    assert not INTERPRETED or "penumbra.serving.engine.gpu.kernels" in sys.modules
 
 
 def floats(rng: np.random.Generator, *shape: int, scale: float = 1.0) -> Tensor:
@@ -161,7 +161,7 @@ def same_moments(stats_BhCw: Tensor, logits_SBKhw: Tensor, readout: Readout) -> 
 @pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("num_classes", CLASSES)
 @pytest.mark.parametrize(
-    ("feature", "window"), [((5, 7), (11, 13)), ((1, 1), (3, 2)), ((6, 9), (6, 9)), ((4, 3), (5, 150))]
+    ("feature", "window"), [((5, 7), (11, 13)), ((1, 1), (3, 2)), ((6, 9), (6, 9)), ((4, 3), (2, 150))]
 )
 def test_sums_of_probabilities_and_entropies_are_the_cpus(
     rng: np.random.Generator, align_corners: bool, num_classes: int, feature: tuple[int, int], window: tuple[int, int]
@@ -327,7 +327,7 @@ def canvas_of(rng: np.random.Generator, rows: int, num_classes: int, width: int,
     prob[:, :, ::5] = 1 / num_classes
     prob[:, :, 1::5] = np.arange(num_classes)[:, None] == num_classes // 2
     others = rng.random((rows, 1 + extras, width), np.float32)
-    return np.concatenate((prob, others), axis=1)
+    return np.ascontiguousarray(np.concatenate((prob, others), axis=1))
 
 
 def layout(
