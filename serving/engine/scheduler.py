@@ -365,6 +365,8 @@ def _fault_of(error: Exception, model: str) -> PenumbraError:
     """Choose whose fault ends a request: the image's, as a file that breaks off under the last rows, or the model's."""
     if isinstance(error, PenumbraError):
         return error
+    if isinstance(error, torch.AcceleratorError):
+        torch.cuda.synchronize()  # raises where nothing runs any more: then the lanes end, and the server is not live
     log.error("%s failed on a batch of windows", model, exc_info=error)
     return ModelFault(f"{model} failed on this image")
 

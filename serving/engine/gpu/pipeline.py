@@ -57,6 +57,7 @@ class DeviceSteps:
         strips, table = list[Tensor](), list[int]()
         for surface, alike in groupby(placed(inputs), key=lambda pair: pair[0]):
             windows = [window for _, window in alike]
+            assert len(windows) <= surface.most, "the ring is as high as what a batch of so many windows touches"
             top, end = windows[0].y0, min(windows[-1].y0 + windows[-1].height, surface.plan.height)
             strip_hWC, strip_top = surface.strip(max(top, 0), end)
             size = surface.plan.height, surface.plan.width

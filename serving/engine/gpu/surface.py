@@ -19,7 +19,7 @@ from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.uncertainty import Band
 from penumbra.serving.engine.windows import Window, WindowPlan, clip
 
-STRIP_BYTES = 2**26
+STRIP_BYTES = 2**24
 """Rows of a picture go up in strips of so many bytes, unless the windows at hand need more."""
 
 
@@ -91,7 +91,7 @@ class Surface:
         first_row: int = 0, most: int,
     ) -> None:  # fmt: skip
         """first_row: of windows, where the plan is not run from its beginning. most: windows of a batch."""
-        self.plan, self.wanted = plan, wanted
+        self.plan, self.wanted, self.most = plan, wanted, most
         self._image_HW3, self._transfers, self._first_row = image_HW3, transfers, first_row
         self._top = self._end = max(plan.starts_y[first_row], 0)
         self._strip_hWC: Tensor | None = None

@@ -197,6 +197,26 @@ def test_one_window_that_never_fits_is_a_fault_and_not_a_loop(scheduler: Schedul
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_gpu_that_can_run_nothing_any_more_ends_the_lanes_and_another_failure_of_it_does_not(
+    monkeypatch: pytest.MonkeyPatch, is_lost: bool
+) -> None:
+    def fail(values: list[int] | None = None) -> None:
+        if values != [2]:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fail if is_lost else lambda: None)
+    scheduler = Scheduler(queue_samples=10_000, cores=Cores(1), in_order=True)
+    engine = runtime(going=False, before=fail)
+    streams = [scheduler.submit(work(scheduler, engine, 1, value=value)) for value in (1, 2)]
+    engine.go.set()
+    ended = in_threads(*streams)
+    assert isinstance(ended[0], ModelFault) and isinstance(ended[1], ModelFault) == is_lost
+    assert scheduler.is_alive != is_lost
+    scheduler.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_when_the_inference_thread_dies_nobody_waits_for_it() -> None:
     class Deadly(Observer):
         def batch_done(self, model: str, *, windows: int, capacity: int, samples: int) -> None:
