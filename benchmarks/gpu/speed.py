@@ -5,11 +5,16 @@ as far as the time goes.
 """
 
 import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.network import Rates, Subject, rates, seconds, wait
 from benchmarks.gpu.sheet import Sheet
@@ -24,7 +29,7 @@ WINDOWS, SAMPLES, MOST = (16, 1, 4, 64, 8, 32, 2), (5, 20, 1, 50, 10, 2), 800
 """The table, most telling first; products of windows and samples above MOST are left out."""
 ENCODE_BAR, SAMPLES_BAR, REST_BAR = 0.6, 1.3, 0.1
 PICTURE, MANY = (1024, 2048), 20
-BATCHES = 12
+FLYING, BATCHES, MOST_KERNELS = 4, 12, 12
 
 
 def run(sheet: Sheet) -> None:
@@ -102,7 +107,10 @@ def samples(sheet: Sheet, folder: Path) -> None:
 
 
 def whole(sheet: Sheet, subject: Subject, graphs: Backend, directory: Path) -> None:
-    """Hold a picture's whole way against the network alone on as many windows, in the same batches."""
+    """Hold a picture's whole way against the network alone on as many windows, in the same batches.
+
+    That is one caller's, who waits. Of several pictures at a time the steps of one go beside the network of another.
+    """
     pixels = picture(sheet)
     size, num_samples = 2 if sheet.quick else WINDOWS[0], subject.card.sampling.default_samples
     with Segmenter(device=str(sheet.device), tuning=Tuning(size, num_samples)) as segmenter:
@@ -116,14 +124,43 @@ def whole(sheet: Sheet, subject: Subject, graphs: Backend, directory: Path) -> N
                 graphs.decode(graphs.encode(image), noise)
             wait(sheet.device)  # a caller waits for its answer as well
 
-        taken = seconds(sheet, {
-            "whole": lambda: segmenter.segment(pixels, SegmentOptions()), "network": network,
-        }, rounds=15)  # fmt: skip
+        def one(_: int = 0) -> None:
+            segmenter.segment(pixels, SegmentOptions())
+
+        with ThreadPoolExecutor(FLYING) as callers:
+            variants = {"whole": one, "network": network, "flying": lambda: list(callers.map(one, range(2 * FLYING)))}
+            taken = seconds(sheet, variants, rounds=15)
+        timing_ms = segmenter.segment(pixels, SegmentOptions()).timing_ms
+        with sheet.spared("kernels"):
+            kernels(sheet, one)
     height, width = pixels.shape[:2]
     sheet.put(f"a picture of {width}x{height}, {num_windows} windows, {num_samples} samples, ms", 1e3 * taken["whole"])
     sheet.put("of it the network, ms", 1e3 * taken["network"])
     sheet.bar(f"what is not the network, of a picture of {width}x{height}", 1 - taken["network"] / taken["whole"],
               at_most=REST_BAR)  # fmt: skip
+    sheet.put(f"the same of {FLYING} pictures at a time", 1 - 2 * FLYING * taken["network"] / taken["flying"])
+    for phase, ms in timing_ms.items():
+        sheet.put(f"a picture of {width}x{height}, {phase}, ms", float(ms))
+
+
+def kernels(sheet: Sheet, work: Callable[[], object]) -> None:
+    """Note what the device runs of a piece of work, longest first, and how much of the time it runs anything."""
+    is_gpu = sheet.device.type == "cuda"
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_gpu else [])]
+    with profile(activities=kinds) as profiled:
+        started = time.perf_counter()
+        work()
+        wait(sheet.device)
+        took_us = 1e6 * (time.perf_counter() - started)
+    kind = DeviceType.CUDA if is_gpu else DeviceType.CPU
+    ran = [
+        (event.self_device_time_total if is_gpu else event.self_cpu_time_total, event.count, event.key)
+        for event in profiled.key_averages() if event.device_type == kind
+    ]  # fmt: skip
+    sheet.put("launches and copies of a whole picture", sum(count for _, count, _ in ran))
+    sheet.put("share of its time in which they run, under the profiler", sum(us for us, *_ in ran) / took_us)
+    for us, count, name in sorted(ran, reverse=True)[:MOST_KERNELS]:
+        sheet.put(f"kernel {name[:56]}", f"{us / 1e3:.3f} ms, {count} times")
 
 
 def picture(sheet: Sheet) -> np.ndarray:
