@@ -34,7 +34,7 @@ def write(
         }  # fmt: skip
         package = str(directory / f"{part.name}.pt2")
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), torch.no_grad():  # with gradients, nothing is frozen
                 warnings.simplefilter("ignore", FutureWarning)  # torch warns of its own compiler's use of its own names
                 build = torch._inductor.aoti_compile_and_package
                 build(part.program(), package_path=package, inductor_configs=settings)

@@ -92,6 +92,7 @@ def test_compiled_graphs_agree_at_other_batches_refuse_other_inputs_and_are_serv
     with pytest.raises(ValueError, match=r"input 0 of encode is torch.float32 \[1, 3, 63, 80\]; it was compiled for"):
         graphs.encode(image(1, (63, 80)))
     encode = AotGraph(directory / "encode.pt2", CPU)
+    assert not any("running_mean" in name for name in encode._package.get_constant_fqns())  # frozen: it is in weights
     with pytest.raises(ValueError, match=r"is torch\.float16"):
         encode([image(1, WINDOW).half()])
     with pytest.raises(ValueError, match="called with 2 inputs; it takes 1"):
