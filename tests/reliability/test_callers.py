@@ -97,6 +97,7 @@ def proxied(servers: list[Server], place: Path) -> Iterator[tuple[int, int]]:
         line = f"server {known} max_fails=1 fail_timeout=10s;"
         assert line in text
         text = text.replace(line, "\n".join(line.replace(known, address) for address in addresses))
+    text = text.replace("server 127.0.0.1:3000;", f"server {servers[0].url.removeprefix('http://')};")  # of jobs
     text = re.sub(r"(client_header_timeout|client_body_timeout|send_timeout) \d\ds", rf"\1 {PROXY_S}s", text)
     (place / "nginx.conf").write_text(text)
     command = ["nginx", "-p", str(place), "-c", str(place / "nginx.conf"), "-e", "errors.log", "-g", "daemon off;"]
