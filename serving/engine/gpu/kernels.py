@@ -195,7 +195,7 @@ def _read_out(
 
 
 def tile(num_classes: int) -> dict[str, int]:
-    """Choose the tile of a program of four warps, so that nothing spills.
+    """Choose the tile of a program of four warps, so that at most a few registers spill.
 
     Up to 24 classes of a column lie in one thread, which does no work for what rounds them up; of more, it has 16.
     """
