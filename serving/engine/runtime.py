@@ -103,17 +103,12 @@ class Runtime:
         return self._steps.surface(image_HW3, plan, wanted, first_row=first_row, most=self.windows_per_batch)
 
     def run(self, inputs: Sequence[WindowInput]) -> list[Answer]:
-        """Answer every window, in order. All inputs have one S, and all have a prompt or none has.
+        """Answer every window, in order. All inputs have one size and one S, and all have a prompt or none has.
 
         A window whose logits or own maps are not finite is answered with a ModelFault; its neighbours are unharmed. On
         a GPU what is given is on its way when this returns, and so is that fault (`Landing`).
         """
-        answers: list[Answer] = []
-        sizes = itertools.groupby(inputs, lambda one: (one.window.height, one.window.width))
-        for _, alike in sizes:  # clipped windows are smaller
-            group = list(alike)
-            answers += self._sample(self._encode(group), group)
-        return answers
+        return list(self._sample(self._encode(inputs), inputs))
 
     def _encode(self, inputs: Sequence[WindowInput]) -> Features:
         image_B3hw = self._steps.cut(inputs)

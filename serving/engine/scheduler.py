@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Protocol, TypeVar
 
 import torch
@@ -271,9 +272,14 @@ class Scheduler:
             )  # fmt: skip
 
     def _begin(self, batch: Batch) -> list[WindowResult]:
-        """Run a batch, or have it queued on a GPU; then another one may begin."""
+        """Run a batch, or have it queued on a GPU; then another one may begin.
+
+        Clipped windows are smaller, and run by themselves: what a part that fails runs again is that part.
+        """
+        sizes = groupby(batch.windows, lambda pair: (pair[1].height, pair[1].width))
+        parts = [replace(batch, windows=list(alike)) for _, alike in sizes]
         try:
-            return self._answer(batch)
+            return [answer for part in parts for answer in self._answer(part)]
         finally:
             with self._condition:
                 self._beginning = False

@@ -5,7 +5,6 @@ How many kernels a batch needs does not depend on how many windows, samples or r
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -44,8 +43,10 @@ class DeviceSteps:
 
     def cut(self, inputs: Sequence[WindowInput]) -> Tensor:
         """Cut the windows as the network takes them, image_B3hw in channels-last."""
-        parts = [self._cut(list(alike), is_black) for is_black, alike in groupby(inputs, key=self._is_black)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        is_black = [self._is_black(one) for one in inputs]
+        order = np.argsort(is_black, kind="stable")
+        parts = [self._cut([inputs[i] for i in order if is_black[i] == kind], kind) for kind in sorted({*is_black})]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)[self.transfers.up(np.argsort(order))]
 
     def _is_black(self, one: WindowInput) -> bool:
         """Tell whether black stands beyond a window's image, rather than zeros (`WindowSpec.padding`)."""
@@ -54,18 +55,19 @@ class DeviceSteps:
         return padding == "black" or (padding == "mean_or_black" and not fits)
 
     def _cut(self, inputs: Sequence[WindowInput], is_black: bool) -> Tensor:
-        strips, table = list[Tensor](), list[int]()
-        for surface, alike in groupby(placed(inputs), key=lambda pair: pair[0]):
-            windows = [window for _, window in alike]
-            assert len(windows) <= surface.most, "the ring is as high as what a batch of so many windows touches"
-            top, end = windows[0].y0, min(windows[-1].y0 + windows[-1].height, surface.plan.height)
-            strip_hWC, strip_top = surface.strip(max(top, 0), end)
-            size = surface.plan.height, surface.plan.width
-            for window in windows:
-                table += [len(strips), strip_top, window.y0, window.x0, *size]
-            strips.append(strip_hWC)
+        pairs, table = placed(inputs), list[int]()
+        strips = dict[Surface, tuple[Tensor, int]]()
+        for surface in dict.fromkeys(surface for surface, _ in pairs):
+            windows = [window for its, window in pairs if its is surface]
+            assert len({*windows}) <= surface.most, "the ring is as high as what a batch of so many windows touches"
+            end = min(windows[-1].y0 + windows[-1].height, surface.plan.height)
+            strips[surface] = surface.strip(max(windows[0].y0, 0), end)
+        for surface, w in pairs:
+            plan = surface.plan
+            table += [list(strips).index(surface), strips[surface][1], w.y0, w.x0, plan.height, plan.width]
         norm = replace(self._norm, pad_C=self._norm.offset_C) if is_black else self._norm
-        return operators.cut(strips, table, (inputs[0].window.height, inputs[0].window.width), norm)
+        size = inputs[0].window.height, inputs[0].window.width
+        return operators.cut([strip_hWC for strip_hWC, _ in strips.values()], table, size, norm)
 
     def noise(self, inputs: Sequence[WindowInput]) -> Tensor:
         """Stack the noise of all windows, noise_SBL."""
@@ -146,7 +148,7 @@ class DeviceStatistics:
         self._num_samples += len(logits_SBKhw)
 
     def _flag(self, values: Tensor) -> None:
-        flags_B = values.mul(0).flatten(1).sum(1, dtype=torch.float32)
+        flags_B = values.mul(0).sum(tuple(range(1, values.dim())), dtype=torch.float32)
         self._flags_B = flags_B if self._flags_B is None else self._flags_B + flags_B
 
     def _set(self, first: int, maps_BChw: Tensor) -> None:
@@ -173,6 +175,8 @@ class DeviceStatistics:
             self._stats_BhCw, canvases, [surface.weights for surface in surfaces], windows,
             num_sums=self._num_sums, scale=1 / self._num_samples,
         )  # fmt: skip
+        for surface, window in pairs:
+            surface.blended = window.index
         assert self._flags_B is not None
         there[: 4 * len(pairs)].view(torch.float32).copy_(self._flags_B)
         finished = [

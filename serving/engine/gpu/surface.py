@@ -83,7 +83,8 @@ class Transfers:
 class Surface:
     """A request's picture, blend weights and canvas on a device. It is used by one lane at a time, in the plan's order.
 
-    canvas_RCW: a ring of rows; weights: those of all rows of windows, and then of all columns.
+    canvas_RCW: a ring of rows; weights: those of all rows of windows, and then of all columns. blended: the index of
+    the last window that is in the canvas.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Surface:
         first_row: int = 0, most: int,
     ) -> None:  # fmt: skip
         """first_row: of windows, where the plan is not run from its beginning. most: windows of a batch."""
-        self.plan, self.wanted, self.most = plan, wanted, most
+        self.plan, self.wanted, self.most, self.blended = plan, wanted, most, -1
         self._image_HW3, self._transfers, self._first_row = image_HW3, transfers, first_row
         self._top = self._end = max(plan.starts_y[first_row], 0)
         self._strip_hWC: Tensor | None = None
@@ -112,8 +113,12 @@ class Surface:
 
     def place(self, window: Window) -> list[int]:
         """Say where the canvas takes a window: its origin, the part of it that lies in the image, the places of its
-        row's and its column's weights, and the row and column from which on no window has been before."""
+        row's and its column's weights, and the row and column from which on no window has been before.
+
+        Raises RuntimeError for a window that is in the canvas already, as after a batch that failed too late."""
         plan = self.plan
+        if window.index <= self.blended and (window.row, window.column) != (self._first_row, 0):
+            raise RuntimeError(f"window {window.index} is in the canvas already, and cannot be added again")
         ((above, below), (left, right)) = clip(window, plan)[2]
         place_y = window.row * plan.window_height
         place_x = len(plan.starts_y) * plan.window_height + window.column * plan.window_width
