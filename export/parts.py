@@ -13,7 +13,14 @@ from penumbra.models.card import Card
 from penumbra.models.contract import Features, Network, Prompt
 from penumbra.models.errors import BadOption
 from penumbra.serving.engine.backends import DTYPES
+from penumbra.serving.engine.runtime import SIZES
 from penumbra.serving.engine.store import Golden
+
+BEST_WINDOWS, BEST_SAMPLES = 8, 8
+"""What an engine is tuned for, where B and S are free."""
+WHOLE_WINDOWS, WHOLE_SIZES, CLIPPED_SIZES = 4, (1 / 4, 4, 16), (1 / 8, 1, 1)
+"""Most images seen whole (a tensor of TensorRT has fewer than 2^31 values), and least, best and most sides over the
+example's, of those and of windows that are clipped at the border."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +43,31 @@ class Part:
             return torch.export.export(self.module, self.example, dynamic_shapes=free)
         except (ValueError, torch._dynamo.exc.UserError) as error:
             raise BadOption(f"{self.name} cannot be exported for every size: {str(error).splitlines()[0]}") from None
+
+    def ranges(self, position: int, card: Card) -> list[tuple[int, int, int]]:
+        """Give least, best and most of every axis of an input: what an engine is built for.
+
+        B is the first axis, of noise_SBL the second. Of the others S, height and width are free, and members.
+        """
+        example, other = (pytree.tree_leaves(call)[position] for call in (self.example, self.other))
+        is_noise = self.name == "decode" and position == len(pytree.tree_leaves(self.example)) - 1
+        is_clipped = card.window.height > 0
+        max_windows, sizes = (max(SIZES), CLIPPED_SIZES) if is_clipped else (WHOLE_WINDOWS, WHOLE_SIZES)
+        samples, found = card.sampling.default_samples, []
+        for axis, pair in enumerate(zip(example.shape, other.shape, strict=True)):
+            least, most = min(pair), max(pair)
+            if least == most:
+                found.append((least, least, least))
+            elif axis == int(is_noise):
+                found.append((1, min(BEST_WINDOWS, max_windows), max_windows))
+            elif is_noise:
+                found.append((1, samples, max(samples, BEST_SAMPLES)))
+            elif is_open(card) and axis >= example.ndim - 2:
+                least, best, most = (max(1, int(most * times)) for times in sizes)
+                found.append((least, best, most))
+            else:
+                found.append((least, most, most))
+        return found
 
 
 def _free_axes(example: Tensor, other: Tensor) -> tuple[Any, ...]:

@@ -22,12 +22,9 @@ from penumbra.export.parts import Part, cut, is_open
 from penumbra.models.card import Card
 from penumbra.models.contract import Network
 from penumbra.models.errors import BadOption
-from penumbra.serving.engine.runtime import SIZES
 from penumbra.serving.engine.store import Golden
 
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
-BEST_WINDOWS, BEST_SAMPLES = 8, 8
-"""What the engines are tuned for, where B and S are free."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +85,7 @@ def build(part: Part, card: Card) -> Build:
     calls = [({str(i): leaves[i] for i in used},) for leaves in (example, other)]
     program = _unguarded(Part(part.name, _Used(part, used), *calls).program())
     program = _unguarded(program.run_decompositions(RULES))
-    noise = len(example) - 1 if part.name == "decode" else None
-    inputs = {str(i): _profile(example[i], other[i], card, noise=i == noise) for i in used}
-    return Build(part.name, program, inputs)
+    return Build(part.name, program, {str(i): _profile(part, i, card) for i in used})
 
 
 def _select_scatter(x: Tensor, source: Tensor, dim: int, index: int) -> Tensor:
@@ -155,18 +150,7 @@ def _unguarded(program: ExportedProgram) -> ExportedProgram:
     return program
 
 
-def _profile(example: Tensor, other: Tensor, card: Card, *, noise: bool) -> torch_tensorrt.Input:
-    """Set least, best and most of every axis: B is the first, of noise_SBL the second; other free ones are members."""
-    samples = card.sampling.default_samples
-    limits = []
-    for axis, (size, size_too) in enumerate(zip(example.shape, other.shape, strict=True)):
-        if size == size_too:
-            limits.append((size, size, size))
-        elif axis == int(noise):
-            limits.append((1, BEST_WINDOWS, max(SIZES)))
-        elif noise:
-            limits.append((1, samples, max(samples, BEST_SAMPLES)))
-        else:
-            limits.append((min(size, size_too), max(size, size_too), max(size, size_too)))
-    least, best, most = zip(*limits, strict=True)
-    return torch_tensorrt.Input(min_shape=least, opt_shape=best, max_shape=most, dtype=example.dtype)
+def _profile(part: Part, position: int, card: Card) -> torch_tensorrt.Input:
+    least, best, most = zip(*part.ranges(position, card), strict=True)
+    dtype = pytree.tree_leaves(part.example)[position].dtype
+    return torch_tensorrt.Input(min_shape=least, opt_shape=best, max_shape=most, dtype=dtype)
