@@ -23,7 +23,7 @@ setup: .venv/ready
 
 # Beside it, what tests, checks, training, formats and benchmarks need.
 .venv/ready: .venv/server
-	$(INSTALL) --editable '.[dev,training,onnx,openvino,ray]'
+	$(INSTALL) --editable '.[dev,training,onnx,openvino,tensorrt-rtx,ray]'
 	@touch $@
 
 serve: .venv/server

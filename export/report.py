@@ -55,4 +55,6 @@ def print_parity(card: Card, directory: Path, *, as_json: bool, measured: Parity
     for name, value in dataclasses.asdict(figures).items():
         click.echo(f"  {name:26} {'none' if value is None else f'{value:.6g}':12} {limits.get(name, '')}".rstrip())
     if measured is None:
+        if card.export.measured == "graph":
+            click.echo("  measured on the graph that the engines were built from; a GPU that loads them measures them")
         click.echo(how_to_serve(card.name), err=True)

@@ -205,6 +205,8 @@ class ExportFacts:
 
     checkpoint: sha256 of the file it was exported from; empty for a network that was in memory.
     built_for: facts of the machine that graphs in machine code are bound to, by name; empty where they run anywhere.
+    measured: what the figures are of, the artifact's own files, or the graph that its engines were built from, where no
+    machine at hand could run them.
     """
 
     backend: str
@@ -214,6 +216,7 @@ class ExportFacts:
     parity: Parity
     checkpoint: str = ""
     built_for: dict[str, str] = field(default_factory=dict)
+    measured: Literal["files", "graph"] = "files"
 
 
 @dataclass(frozen=True, slots=True)

@@ -248,7 +248,8 @@ def ensemble(checkpoints: tuple[Path, ...], output: Path) -> None:
 @click.option("--target", type=click.Choice(["store", "triton"]), default="store", show_default=True,
               help="Where to: the store, or a Triton model repository, also of a NAME that the store has.")  # fmt: skip
 @click.option("--output", "-o", type=shared.ANY_FOLDER, help="The Triton repository.")
-@click.option("--backend", default="torchscript", show_default=True, help="Or onnx, openvino, aot, tensorrt.")
+@click.option("--backend", default="torchscript", show_default=True,
+              help="Or onnx, openvino, aot, tensorrt, tensorrt_rtx.")  # fmt: skip
 @click.option("--precision", default="fp32", show_default=True, help="Or bf16, fp16, as far as the backend has it.")
 @click.option("--device", default="cpu", show_default=True, help="Where the graphs are to run: cpu or cuda.")
 @click.option("--data", type=shared.FOLDER,

@@ -18,7 +18,7 @@ from penumbra.export.bundle import find_writer
 from penumbra.serving.engine.backends import load_backend
 from penumbra.serving.engine.store import open_artifact
 
-FORMATS = ("torchscript", "onnx", "tensorrt", "aot")
+FORMATS = ("torchscript", "onnx", "tensorrt", "tensorrt_rtx", "aot")
 PRECISIONS = ("bf16", "fp16", "fp32")
 """The first that a format has."""
 BATCHES, NUM_SAMPLES = (1, 16), 5

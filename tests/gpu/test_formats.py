@@ -23,10 +23,15 @@ from tests.models.small import SMALL, card_of, close, image, noise, seeded
 ZOO = sorted((Path(models.__file__).parent / "zoo").glob("*.safetensors"))
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 needs_tensorrt = pytest.mark.skipif(find_spec("torch_tensorrt") is None, reason="needs torch-tensorrt")
+HERE = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+needs_rtx = pytest.mark.skipif(
+    find_spec("tensorrt_rtx") is None or HERE[0] not in (8, 12), reason="needs TensorRT-RTX and a GPU of its kind"
+)
 FORMATS = [
     *(pytest.param("torchscript", precision) for precision in ("fp32", "bf16", "fp16")),
     *(pytest.param("aot", precision) for precision in ("fp32", "bf16", "fp16")),
     *(pytest.param("tensorrt", p, marks=needs_tensorrt) for p in ("fp32", "tf32", "fp16", "bf16")),
+    *(pytest.param("tensorrt_rtx", p, marks=needs_rtx) for p in ("fp32", "tf32", "fp16", "bf16")),
 ]
 
 
@@ -41,6 +46,15 @@ def segment(store: Path, device: str, name: str = "small") -> Prediction:
 def test_graphs_exported_on_the_cpu_run_on_the_gpu(name: str, tmp_path: Path) -> None:
     export_network(seeded(name), card_of(name), tmp_path, device="cpu")
     assert verify_artifact(tmp_path / "small/1", "cuda").relative <= ROUNDING
+
+
+@needs_gpu
+@needs_rtx
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("checkpoint", ZOO, ids=lambda path: path.stem)
+def test_engines_built_on_the_cpu_run_on_the_gpu(checkpoint: Path, precision: str, tmp_path: Path) -> None:
+    directory = export_checkpoint(checkpoint, tmp_path, backend="tensorrt_rtx", precision=precision, device="cpu")
+    print(precision, checkpoint.stem, verify_artifact(directory, "cuda"))
 
 
 @needs_gpu

@@ -30,12 +30,15 @@ from penumbra.serving.engine.backends.graphs import Recorder
 
 log = logging.getLogger("penumbra")
 
-SUFFIXES = {"torchscript": ".ts", "onnx": ".onnx", "openvino": ".onnx", "aot": ".pt2", "tensorrt": ".engine"}
+SUFFIXES = {
+    "torchscript": ".ts", "onnx": ".onnx", "openvino": ".onnx", "aot": ".pt2", "tensorrt": ".engine",
+    "tensorrt_rtx": ".engine",
+}  # fmt: skip
 """Formats, and how their files end."""
 BACKENDS = tuple(SUFFIXES)
 EXTRAS = {
     "onnxruntime": "onnx", "onnx": "onnx", "onnxscript": "onnx", "openvino": "openvino",
-    "tensorrt": "tensorrt", "torch_tensorrt": "tensorrt",
+    "tensorrt": "tensorrt", "torch_tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx",
 }  # fmt: skip
 """The optional install that brings a library."""
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -116,10 +119,10 @@ def load_backend(card: Card, directory: Path, device: torch.device) -> Backend:
     """
     assert card.export
     try:
-        module = find_format(__name__, card.export.backend)
+        here = find_format(__name__, card.export.backend).target(device)
     except BadOption as error:
         raise BadArtifact(f"{directory} cannot be loaded: {error}") from None
-    here, there = module.target(device), card.export.built_for
+    there = card.export.built_for
     for fact in sorted({*here, *there}):
         if here.get(fact) != there.get(fact):
             raise BadArtifact(
@@ -148,7 +151,7 @@ def open_backend(card: Card, directory: Path, device: torch.device) -> Backend:
         raise BadArtifact(
             f"{directory} holds {name} graphs that this machine cannot load: {first_words(error)}"
         ) from None
-    alone, can_capture = name != "torchscript", device.type == "cuda" and name in ("torchscript", "aot")
+    alone, can_capture = name != "torchscript", device.type == "cuda" and name != "onnx"
     return Backend(graphs, device=device, dtype=DTYPES[precision], one_at_a_time=alone, can_capture=can_capture)
 
 
