@@ -17,6 +17,7 @@ BLOCK = 1024
 """Values of a program of `cut`."""
 CHANNELS, COLUMNS = 16, 128
 """The tile of a program of `blend`."""
+IS_OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 
 
 def _kernel(function: Callable[..., None]) -> Any:
@@ -198,9 +199,11 @@ def tile(num_classes: int) -> dict[str, int]:
     """Choose the tile of a program of four warps, so that at most a few registers spill.
 
     Up to 24 classes of a column lie in one thread, which does no work for what rounds them up; of more, it has 16.
+    Triton 3.6 lays tiles over threads otherwise, and spills kilobytes of a thread that has more than eight values.
     """
     classes = triton.next_power_of_2(num_classes)
-    return {"CLASSES": classes, "COLUMNS": 128 if num_classes <= 24 else 2048 // classes}
+    values = 1024 if IS_OLD else 4096 if num_classes <= 24 else 2048
+    return {"CLASSES": classes, "COLUMNS": min(128, values // classes)}
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:
