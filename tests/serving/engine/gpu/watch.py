@@ -83,8 +83,7 @@ class Watch(TorchDispatchMode):
         self._borrowed: set[tuple[int, Stream]] = set()
 
     def clear(self) -> None:
-        """Count from zero again. table_bytes: of the lists that operators are given, a
-        tensor being four numbers."""
+        """Count from zero again. table_bytes: of the lists that operators are given, a tensor being four numbers."""
         self.launches: Counter[str] = Counter()
         self.names: Counter[tuple[str, str]] = Counter()
         self.up_bytes: Counter[torch.dtype] = Counter()
