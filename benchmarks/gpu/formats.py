@@ -15,10 +15,10 @@ from torch import Tensor
 from benchmarks.gpu.network import Subject, seconds
 from benchmarks.gpu.sheet import NotHere, Sheet
 from penumbra.export.bundle import find_writer
-from penumbra.serving.engine.backends import load_backend
+from penumbra.serving.engine.backends import Backend, load_backend
 from penumbra.serving.engine.store import open_artifact
 
-FORMATS = ("torchscript", "onnx", "tensorrt", "tensorrt_rtx", "aot")
+FORMATS, CAPTURED = ("torchscript", "onnx", "tensorrt", "tensorrt_rtx", "aot"), ("torchscript", "aot")
 PRECISIONS = ("bf16", "fp16", "fp32")
 """The first that a format has."""
 BATCHES, NUM_SAMPLES = (1, 16), 5
@@ -30,12 +30,8 @@ def run(sheet: Sheet) -> None:
         subjects = {"bf16": Subject(sheet, "bf16")}
         eager_ms = {}
         for num_windows in BATCHES[: 1 if sheet.quick else None]:
-            inputs = subjects["bf16"].image(num_windows), subjects["bf16"].noise(NUM_SAMPLES, num_windows)
-
-            def eager(image: Tensor = inputs[0], noise: Tensor = inputs[1]) -> Tensor:
-                return subjects["bf16"].decode(subjects["bf16"].encode(image), noise)
-
-            eager_ms[num_windows] = timed(sheet, "eager bf16", eager, num_windows)
+            call = call_of(subjects["bf16"], subjects["bf16"], num_windows)
+            eager_ms[num_windows] = timed(sheet, "eager bf16", call, num_windows)
         for name in FORMATS[: 1 if sheet.quick else None]:
             with sheet.spared(name):
                 precision = next(known for known in PRECISIONS if known in find_writer(name, "fp32").PRECISIONS)
@@ -56,18 +52,23 @@ def compare(sheet: Sheet, subject: Subject, name: str, store: Path, eager_ms: di
     graphs = load_backend(card, directory, sheet.device)
     if graphs.device.type != sheet.device.type:
         raise NotHere(f"{name} runs on the {graphs.device.type} here")
-    for num_windows, before_ms in eager_ms.items():
-        inputs = subject.image(num_windows), subject.noise(NUM_SAMPLES, num_windows)
+    calls = {num: call_of(graphs, subject, num) for num in eager_ms}
+    for num_windows, call in calls.items():
+        sheet.put(f"{what} B={num_windows}: times eager", eager_ms[num_windows] / timed(sheet, what, call, num_windows))
+    if sheet.device.type != "cuda" or name not in CAPTURED:
+        return
+    answers = {num: call().clone() for num, call in calls.items()}
+    graphs.capture(call() for call in calls.values())
+    what += ", CUDA graph"
+    for num_windows, call in calls.items():
+        sheet.put(f"{what} B={num_windows}: times eager", eager_ms[num_windows] / timed(sheet, what, call, num_windows))
+        sheet.put(f"{what} B={num_windows}: difference", float((answers[num_windows] - call()).abs().max()))
 
-        def call(image: Tensor = inputs[0], noise: Tensor = inputs[1]) -> Tensor:
-            return graphs.decode(graphs.encode(image), noise)
 
-        sheet.put(f"{what} B={num_windows}: times eager", before_ms / timed(sheet, what, call, num_windows))
-        with sheet.spared(f"{what} B={num_windows}, CUDA graph"):
-            recorded, answer = record(sheet, call)
-            taken_ms = timed(sheet, f"{what}, CUDA graph", recorded, num_windows)
-            sheet.put(f"{what} B={num_windows}, CUDA graph: times eager", before_ms / taken_ms)
-            sheet.put(f"{what} B={num_windows}, CUDA graph: difference", float((answer - call()).abs().max()))
+def call_of(graphs: Backend | Subject, subject: Subject, num_windows: int) -> Call:
+    """A batch of windows on its way through the network."""
+    image, noise = subject.image(num_windows), subject.noise(NUM_SAMPLES, num_windows)
+    return lambda: graphs.decode(graphs.encode(image), noise)
 
 
 def timed(sheet: Sheet, what: str, call: Call, num_windows: int) -> float:
@@ -75,20 +76,3 @@ def timed(sheet: Sheet, what: str, call: Call, num_windows: int) -> float:
     once_s = seconds(sheet, {what: call})[what]
     sheet.put(f"{what} B={num_windows}: windows/s", num_windows / once_s)
     return 1e3 * once_s
-
-
-def record(sheet: Sheet, call: Call) -> tuple[Callable[[], object], Tensor]:
-    """Record a call as a CUDA graph: what replays it, and where its answer is."""
-    if sheet.device.type != "cuda":
-        raise NotHere("CUDA graphs need CUDA")
-    side = torch.cuda.Stream(sheet.device)
-    side.wait_stream(torch.cuda.current_stream(sheet.device))
-    with torch.cuda.stream(side):  # libraries choose and allocate before the recording
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream(sheet.device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        answer = call()
-    graph.replay()
-    return graph.replay, answer

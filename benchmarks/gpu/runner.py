@@ -3,6 +3,7 @@
 The process itself ends when its time is up, and notes why; one that does not is ended from here.
 """
 
+import logging
 import os
 import signal
 import subprocess
@@ -105,6 +106,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 def run_here(step: Step, sheet: Sheet, *, until: float) -> None:
     """Run a step in this process, until the clock says `until`, and note how it ended."""
     limit_s = until - time.time()
+    logging.basicConfig(level=logging.INFO, format="  %(message)s")
     if sheet.quick:
         torch.set_num_threads(1)
     signal.signal(signal.SIGALRM, time_is_up)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.rounds import machine
+from penumbra.models.errors import BadOption
 from penumbra.serving.engine.runtime import is_out_of_memory
 
 Results = dict[str, Any]
@@ -73,7 +74,7 @@ class Sheet:
         """Let one failure not end the step: it is noted, and memory is freed."""
         try:
             yield
-        except NotHere as error:
+        except (NotHere, BadOption) as error:  # a format's sentence about a library or a card that it lacks
             self.put(f"{what}: not here", str(error))
         except Exception as error:
             self.put(f"{what}: failed", "out of memory" if is_out_of_memory(error) else first_line(error))

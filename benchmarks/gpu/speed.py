@@ -133,9 +133,13 @@ def whole(sheet: Sheet, subject: Subject, graphs: Backend, directory: Path) -> N
         timing_ms = segmenter.segment(pixels, SegmentOptions()).timing_ms
         with sheet.spared("kernels"):
             kernels(sheet, one)
+    with Segmenter(device=str(sheet.device), tuning=Tuning(size, num_samples, cuda_graphs=True)) as segmenter:
+        segmenter.load(directory)
+        captured_s = seconds(sheet, {"": lambda: segmenter.segment(pixels, SegmentOptions())}, rounds=15)[""]
     height, width = pixels.shape[:2]
     sheet.put(f"a picture of {width}x{height}, {num_windows} windows, {num_samples} samples, ms", 1e3 * taken["whole"])
     sheet.put("of it the network, ms", 1e3 * taken["network"])
+    sheet.put("the same picture with CUDA graphs, ms", 1e3 * captured_s)
     sheet.bar(f"what is not the network, of a picture of {width}x{height}", 1 - taken["network"] / taken["whole"],
               at_most=REST_BAR)  # fmt: skip
     sheet.put(f"the same of {FLYING} pictures at a time", 1 - 2 * FLYING * taken["network"] / taken["flying"])

@@ -50,7 +50,10 @@ STEPS = (
     Step("server", "the share of time that the GPU works under load", 70),
     Step("formats", "formats side by side", 110),
     Step("shortage", "a batch that does not fit is halved", 20, ("tests/gpu/test_shortage.py",), few="shortage"),
-    Step("tensorrt", "engines of TensorRT, or why there are none", 60, ("tests/gpu/test_tensorrt.py",), few="tensorrt"),
+    Step(
+        "tensorrt", "engines of TensorRT, or why there are none", 60, ("tests/gpu/test_tensorrt.py",),
+        few="published and fp16",
+    ),
 )  # fmt: skip
 
 

@@ -9,13 +9,12 @@ import torch
 
 from penumbra.export.bundle import export_network, verify_artifact
 from penumbra.models.errors import BadArtifact
-from penumbra.serving.engine.backends import BACKENDS
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from tests.gpu.test_pipeline import picture
 from tests.models.small import card_of, seeded
 
-NAMES = ("np_semiseg published", "proto_seg prototype", "cps")
+NAMES = ("np_semiseg published", "cps")
 NO_KERNELS = ("has no kernels for", "runs on an NVIDIA RTX GPU")
 """What TensorRT-RTX's refusals of a GPU and of a CPU say."""
 
@@ -33,7 +32,6 @@ def answers(directory: Path, device: str) -> None:
         assert segmenter.segment(picture(), SegmentOptions()).num_windows > 1
 
 
-@pytest.mark.skipif("tensorrt_rtx" not in BACKENDS, reason="there is no backend tensorrt_rtx yet")
 @pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("name", NAMES)
