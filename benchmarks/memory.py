@@ -9,34 +9,42 @@ image is stitched and every finished band is read out. MONAI's canvas holds heig
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
+import torch
 
 from benchmarks.rounds import save
-from penumbra.models.card import WindowSpec
+from penumbra.models.card import ClassInfo, WindowSpec
 from penumbra.models.toy.cards import toy_card
-from penumbra.serving.engine.canvas import Canvas
-from penumbra.serving.engine.moments import Moments
-from penumbra.serving.engine.uncertainty import read_out
+from penumbra.serving.engine.gpu.surface import Surface, Transfers, Wanted, read_out, segments_of
+from penumbra.serving.engine.gpu.surface import stitch as blend
+from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.windows import cover
 
-CARD = toy_card("pointwise")[0]
 WIDTH, CLASSES, HEIGHTS = 8192, 11, (1024, 2048, 4096, 8192)
+CARD = replace(toy_card("pointwise")[0], classes=tuple(ClassInfo(str(k), (k, k, k)) for k in range(CLASSES)))
 
 
 def stitch(height: int) -> tuple[int, int, int]:
     """Stitch and read out a whole image; returns windows, the canvas' bytes and the peak growth in KiB."""
-    spec = WindowSpec(512, 512, overlap=0.25)
-    moments = Moments(np.full((512, CLASSES, 512), 1 / CLASSES, np.float32), np.ones((512, 512), np.float32), 1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    plan = cover(height, WIDTH, spec)
-    canvas = Canvas(plan, CLASSES)
+    plan = cover(height, WIDTH, WindowSpec(512, 512, overlap=0.25))
+    stats_BhCw = torch.full((1, 512, CLASSES + 1, 512), 1 / CLASSES)
+    surface = Surface(
+        Raster(np.zeros((1, 1, 3), np.uint8)), plan, Wanted(CARD.maps(1)), transfers=Transfers(torch.device("cpu")),
+        channels=CLASSES + 1, most=1,
+    )  # fmt: skip
     for window in plan:
-        canvas.add(window, moments)
-        for y0, merged_hKW, expected_hW, _ in canvas.finished(window):
-            band = read_out(y0, merged_hKW, expected_hW, card=CARD, num_samples=1)
-            assert abs(float(band.maps["confidence"].max()) - 1 / CLASSES) < 1e-4
-    return plan.num_windows, canvas.nbytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        pairs = [(surface, window)]
+        blend(stats_BhCw, pairs, CARD, 1)
+        (segment,), num_bytes = segments_of(pairs, CARD, 1)
+        if segment:
+            out = torch.empty(num_bytes, dtype=torch.uint8)
+            read_out([(surface.canvas_RCW, segment, float("inf"))], out, CARD)
+            assert abs(float(segment.band(out.numpy()).maps["confidence"].max()) - 1 / CLASSES) < 1e-4
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return plan.num_windows, surface.canvas_RCW.nbytes, peak - before
 
 
 def main() -> None:

@@ -6,17 +6,12 @@
 into a canvas in each memory order, as the network's channels-last output and as the moments' rows.
 """
 
-from concurrent.futures import ThreadPoolExecutor
-
-import numpy as np
 import torch
 from torch.nn import functional as F
 
 from benchmarks.rounds import measure, save
-from penumbra.models.card import Readout
 from penumbra.serving.engine.allocator import keep_freed_memory
-from penumbra.serving.engine.canvas import blend
-from penumbra.serving.engine.moments import accumulate, accumulate_plain, empty_sums
+from penumbra.serving.engine.gpu import operators, plain
 
 SAMPLES, CLASSES, HEIGHT, WIDTH, WINDOW, ROUNDS = 5, 19, 1024, 2048, 512, 5
 
@@ -34,18 +29,17 @@ def stitching() -> dict[str, float]:
     last = torch.rand(1, CLASSES, WINDOW, WINDOW).contiguous(memory_format=torch.channels_last)[0]
     first_canvas = torch.zeros(CLASSES, WINDOW, 4 * WINDOW)
     last_canvas = torch.zeros(WINDOW, 4 * WINDOW, CLASSES)
-    rows, rows_canvas = (
-        np.zeros((WINDOW, CLASSES, WINDOW), np.float32),
-        np.zeros((WINDOW, CLASSES, 4 * WINDOW), np.float32),
-    )
-    one = np.ones(WINDOW, np.float32)
+    rows, rows_canvas = torch.zeros(WINDOW, CLASSES, WINDOW), torch.zeros(WINDOW, CLASSES, 4 * WINDOW)
+    one, place = torch.ones(WINDOW), [0, 0, 0, 0, WINDOW, 0, WINDOW, 0, 0, WINDOW, WINDOW]
     return measure(
         {
             "channels-last window into channels-first canvas": lambda: first_canvas[:, :, :WINDOW].add_(last * weight),
             "channels-last window into channels-last canvas": lambda: last_canvas[:, :WINDOW].add_(
                 last.permute(1, 2, 0) * weight[..., None]
             ),
-            "rows into rows (ours)": lambda: blend(rows_canvas[:, :, :WINDOW], rows, one, one),
+            "rows into rows (ours)": lambda: operators.blend(
+                rows[None], [rows_canvas], [one], place, num_sums=CLASSES, scale=1.0
+            ),
         },
         rounds=4 * ROUNDS,
     )
@@ -56,16 +50,16 @@ def main() -> None:
     keep_freed_memory()
     torch.manual_seed(0)
     logits = 3 * torch.randn(SAMPLES, CLASSES, HEIGHT // 4, WIDTH // 4)
-    sums = empty_sums(CLASSES, HEIGHT, WIDTH)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        seconds = measure(
-            {
-                "all at once": lambda: all_at_once(logits),
-                "plain": lambda: accumulate_plain(logits, *sums, readout=Readout()),
-                "accumulate": lambda: accumulate(logits, *sums, readout=Readout(), spread=pool.map),
-            },
-            rounds=ROUNDS,
-        )
+    stats = torch.zeros(1, HEIGHT, CLASSES + 1, WIDTH)
+    rule = {"first": False, "align_corners": True, "temperature": 1.0, "average_logits": False}
+    seconds = measure(
+        {
+            "all at once": lambda: all_at_once(logits),
+            "plain": lambda: plain.accumulate(logits[:, None], stats, *rule.values()),
+            "accumulate": lambda: operators.accumulate(logits[:, None], stats, **rule),
+        },
+        rounds=ROUNDS,
+    )
     stitch = stitching()
     save("moments", {
         **{f"ms/{name}": 1e3 * value for name, value in (seconds | stitch).items()},

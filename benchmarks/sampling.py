@@ -22,7 +22,7 @@ from penumbra.models.card import Card, ClassInfo, InputSpec, Readout, WindowSpec
 from penumbra.models.np_semiseg.heads import PublishedHead
 from penumbra.models.np_semiseg.net import NpConfig, NpNetwork, u2pl
 from penumbra.serving.engine.allocator import keep_freed_memory
-from penumbra.serving.engine.moments import accumulate, empty_sums
+from penumbra.serving.engine.gpu import operators
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
@@ -38,11 +38,13 @@ def build(config: NpConfig) -> NpNetwork:
 def decode_all(network: NpNetwork, image: torch.Tensor, noise: torch.Tensor, *, moments: bool = False) -> None:
     """Encode once, decode sample by sample as the runtime does on a CPU, optionally with the moments."""
     features = network.encode(image)
-    sums = empty_sums(CLASSES, SIZE, SIZE)
-    for noise_1BL in noise.split(1):
+    stats_BhCw = torch.empty(1, SIZE, CLASSES + 1, SIZE)
+    for s, noise_1BL in enumerate(noise.split(1)):
         logits = network.decode(features, noise_1BL)
         if moments:
-            accumulate(logits[:, 0], *sums, readout=Readout(), spread=map)
+            operators.accumulate(
+                logits, stats_BhCw, first=s == 0, align_corners=True, temperature=1.0, average_logits=False
+            )
 
 
 def decode_plainly(network: NpNetwork, image: torch.Tensor, noise: torch.Tensor) -> None:

@@ -15,9 +15,10 @@ from penumbra.models.confusion import confusion, intersection_over_union
 from penumbra.models.contract import Network
 from penumbra.models.errors import BadOption, ParityFailed
 from penumbra.serving.engine.backends import Backend
-from penumbra.serving.engine.moments import accumulate, empty_sums
+from penumbra.serving.engine.gpu.surface import Wanted, lay_out, read_out
+from penumbra.serving.engine.moments import Statistics
 from penumbra.serving.engine.noise import SeededNoise
-from penumbra.serving.engine.uncertainty import read_out
+from penumbra.serving.engine.uncertainty import Band
 from penumbra.serving.engine.windows import clip, cover, cut
 
 Frame = tuple[NDArray[np.uint8], NDArray[np.uint8]]
@@ -170,12 +171,20 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return ranks
 
 
+def read_window(logits_SKhw: Tensor, card: Card, height: int, width: int, outputs: tuple[str, ...]) -> Band:
+    """Read out one window as the card says: labels, and these maps."""
+    statistics, num_samples = Statistics(card, 1, (height, width), torch.device("cpu")), len(logits_SKhw)
+    statistics.add(logits_SKhw[:, None])
+    statistics.finish()
+    segment, num_bytes = lay_out(Wanted(outputs), range(height), width, card, num_samples)
+    out = torch.empty(num_bytes, dtype=torch.uint8)
+    read_out([(statistics.stats_BhCw[0] / num_samples, segment, math.inf)], out, card)
+    return segment.band(out.numpy())
+
+
 def read_maps(logits_SKhw: Tensor, card: Card, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Read out labels and entropy of one window as the card says."""
-    summed_hKw, entropy_hw = empty_sums(card.num_classes, height, width)
-    accumulate(logits_SKhw, summed_hKw, entropy_hw, readout=card.readout, spread=map)
-    num = len(logits_SKhw)
-    band = read_out(0, summed_hKw / np.float32(num), entropy_hw / np.float32(num), card=card, num_samples=num)
+    band = read_window(logits_SKhw, card, height, width, ("entropy",))
     return band.labels, band.maps["entropy"]
 
 

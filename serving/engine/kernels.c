@@ -1,7 +1,7 @@
-/* The per-pixel arithmetic, fused. Every function has a plain form in Python beside its caller, which is its
- * oracle in the tests and takes its place where this file was not compiled.
+/* The per-pixel arithmetic, fused. Every function has a plain form in Python, which is its oracle in the tests and takes its
+ * place where this file was not compiled.
  *
- * Layout: probabilities are [rows][classes][columns], so that every inner loop runs along a row and the
+ * Layout: statistics are [rows][channels][columns], so that every inner loop runs along a row and the
  * compiler vectorises it. Compiled without -ffast-math: the rounding trick in exp_nonpositive needs it so.
  */
 #include <stdint.h>
@@ -79,14 +79,14 @@ FOR_EACH_CPU void penumbra_normalise(
             out[y * length + i] = (float)pixels[y * stride + i] * factor[i] + offset[i];
 }
 
-/* Adds, for output rows [y0, y1), the softmax of every resized sample to prob[h][K][w] and its entropy (nats)
- * to entropy[h][w]. logits: [S][K][fh][fw]. Returns 0, or 1 when out of memory.
+/* Adds, for output rows [y0, y1), the softmax of every resized sample to the first K channels of stats[h][C][w], and its
+ * entropy (nats) to the next; `first` sets them. logits: [S][K][fh][fw]. Returns 0, or 1 when out of memory.
  *
  * A row of logits is widened once and used by every output row that lies beside it: `wide` holds two of them for each
  * sample, row j in place j % 2, and `held` which they are. */
 FOR_EACH_CPU int penumbra_accumulate(
-    const float *restrict logits, long S, long K, long fh, long fw, float *restrict prob, float *restrict entropy,
-    long h, long w, long y0, long y1, int align_corners, float inverse_temperature) {
+    const float *restrict logits, long S, long K, long fh, long fw, float *restrict stats, long C, long h, long w,
+    long y0, long y1, int first, int align_corners, float inverse_temperature) {
     int32_t *restrict at = malloc(w * sizeof *at);
     long *restrict held = malloc(2 * S * sizeof *held);
     float *restrict scratch = malloc((5 * w + K * w + fw + 1 + 2 * S * K * w) * sizeof *scratch);
@@ -105,7 +105,8 @@ FOR_EACH_CPU int penumbra_accumulate(
         float fy;
         source(y, fh, h, align_corners, &row, &fy);
         long next = row + 1 < fh ? row + 1 : row;
-        float *restrict out = prob + y * K * w, *restrict nats = entropy + y * w;
+        float *restrict out = stats + y * C * w, *restrict nats = out + K * w;
+        if (first) memset(out, 0, (K + 1) * w * sizeof *out);
         for (long s = 0; s < S; s++) {
             for (long j = row; j <= next; j++) {
                 if (held[2 * s + j % 2] == j) continue;
@@ -151,33 +152,45 @@ FOR_EACH_CPU int penumbra_accumulate(
     return 0;
 }
 
-/* canvas[row][k][x] += piece[row][k][x] * row_weight[row] * column_weight[x]; strides in floats. */
+/* Adds a window's piece[rows][C][w] to the canvas, a ring of R rows [C][W]: row i and column j of it to row y + i, modulo
+ * R, and column x + j, for i in [i0, i1) and j in [j0, j1). Where y + i >= fresh_y and x + j >= fresh_x the canvas is set.
+ * The weight is row[i] * column[j], of the first `sums` channels times `scale`. */
 FOR_EACH_CPU void penumbra_blend(
-    float *canvas, long canvas_row, long canvas_class, const float *piece, long piece_row, long piece_class,
-    long rows, long K, long columns, const float *row_weight, const float *column_weight) {
-    for (long y = 0; y < rows; y++)
-        for (long k = 0; k < K; k++) {
-            float *restrict to = canvas + y * canvas_row + k * canvas_class;
-            const float *restrict from = piece + y * piece_row + k * piece_class;
-            float weight = row_weight[y];
-            for (long x = 0; x < columns; x++) to[x] += from[x] * (weight * column_weight[x]);
+    float *canvas, long R, long C, long W, const float *piece, long w, long y, long x, long i0, long i1, long j0, long j1,
+    const float *row, const float *column, long fresh_y, long fresh_x, long sums, float scale) {
+    for (long i = i0; i < i1; i++) {
+        long fresh = y + i < fresh_y || fresh_x - x > j1 ? j1 : fresh_x - x < j0 ? j0 : fresh_x - x;
+        for (long c = 0; c < C; c++) {
+            float *restrict to = canvas + ((y + i) % R * C + c) * W + x;
+            const float *restrict from = piece + (i * C + c) * w;
+            float weight = c < sums ? row[i] * scale : row[i];
+            for (long j = j0; j < fresh; j++) to[j] += from[j] * (weight * column[j]);
+            for (long j = fresh; j < j1; j++) to[j] = from[j] * (weight * column[j]);
         }
+    }
 }
 
-/* From mean probabilities [rows][K][W] and mean sample entropies [rows][W]: the maps, each [rows][W].
- * Ties go to the lowest class. Zero probabilities add no entropy; mutual information is clamped at 0. */
+/* Reads rows y to y + rows of a canvas, a ring of R rows [C][W] of mean probabilities, mean sample entropies and extra
+ * maps, into planes of `out`, which begin at these bytes and are not wanted where that is negative: labels, confidence,
+ * margin, entropy, expected entropy, entropy beyond it, probabilities [rows][K][W], and the extra maps. Ties go to the
+ * lowest class; labels are 255 above `threshold`; zero probabilities add no entropy. */
 FOR_EACH_CPU void penumbra_read_out(
-    const float *restrict prob, const float *restrict expected, long rows, long K, long W, uint8_t *restrict labels,
-    float *restrict confidence, float *restrict margin, float *restrict entropy, float *restrict information) {
+    const float *restrict canvas, long R, long C, long K, long W, long y, long rows, float threshold,
+    uint8_t *restrict out, const int64_t *restrict planes) {
+    float c[256], second[256], nats[256];
     int32_t best[256];
-    float second[256];
-    for (long y = 0; y < rows; y++)
+    for (long row = 0; row < rows; row++) {
+        const float *restrict prob = canvas + (y + row) % R * C * W, *restrict expected = prob + K * W;
+        for (long i = 4; i < 7 + C - K - 1; i++) { /* what is only copied */
+            if (planes[i] < 0 || i == 5) continue;
+            long width = (i == 6 ? K : 1) * W, first = i == 6 ? 0 : i == 4 ? K : K + i - 6;
+            memcpy(out + planes[i] + row * width * 4, prob + first * W, width * 4);
+        }
         for (long x0 = 0; x0 < W; x0 += 256) {
-            long n = W - x0 < 256 ? W - x0 : 256;
-            float *restrict c = confidence + y * W + x0, *restrict nats = entropy + y * W + x0;
+            long n = W - x0 < 256 ? W - x0 : 256, at = row * W + x0;
             for (long x = 0; x < n; x++) { best[x] = 0; second[x] = 0; c[x] = -1; nats[x] = 0; }
             for (long k = 0; k < K; k++) {
-                const float *restrict p = prob + (y * K + k) * W + x0;
+                const float *restrict p = prob + k * W + x0;
                 for (long x = 0; x < n; x++) {
                     float v = p[x], safe = v > 1e-37f ? v : 1.0f, was = c[x];
                     nats[x] -= safe == 1.0f ? 0.0f : v * log_positive(safe);
@@ -188,11 +201,18 @@ FOR_EACH_CPU void penumbra_read_out(
                 }
             }
             for (long x = 0; x < n; x++) {
-                long i = y * W + x0 + x;
-                float difference = nats[x] - expected[i];
-                labels[i] = (uint8_t)best[x];
-                margin[i] = c[x] - second[x];
-                information[i] = difference > 0 ? difference : 0;
+                out[planes[0] + at + x] = nats[x] > threshold ? 255 : (uint8_t)best[x];
+                second[x] = c[x] - second[x];
             }
+            if (planes[1] >= 0) memcpy(out + planes[1] + at * 4, c, n * 4);
+            if (planes[2] >= 0) memcpy(out + planes[2] + at * 4, second, n * 4);
+            if (planes[3] >= 0) memcpy(out + planes[3] + at * 4, nats, n * 4);
+            if (planes[5] < 0) continue;
+            for (long x = 0; x < n; x++) {
+                float beyond = nats[x] - expected[x0 + x];
+                c[x] = beyond > 0 ? beyond : 0;
+            }
+            memcpy(out + planes[5] + at * 4, c, n * 4);
         }
+    }
 }

@@ -1,13 +1,19 @@
-"""Binding of kernels.c: functions on numpy arrays that release the GIL while they run.
+"""Binding of kernels.c: functions that release the GIL while they run, on arrays and tensors of the CPU.
 
-`COMPILED` is None where the extension was not built; callers then use their plain forms.
+`COMPILED` is None where the extension was not built; callers then use their plain forms. `accumulate`, `blend` and
+`read_out` are forms of the operators (`penumbra.serving.engine.gpu.operators`).
 """
 
 import ctypes
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 FloatArray = NDArray[np.float32]
 
@@ -36,51 +42,73 @@ def normalise(pixels_hw3: NDArray[np.uint8], factor: FloatArray, offset: FloatAr
     return out
 
 
+@cache
+def _rows() -> ThreadPoolExecutor:
+    """Make the threads of a batch that has several cores."""
+    return ThreadPoolExecutor(thread_name_prefix="rows")
+
+
 def accumulate(
-    logits_SKhw: FloatArray, prob_hKw: FloatArray, entropy_hw: FloatArray, rows: range, *,
-    align_corners: bool, temperature: float,
-) -> None:  # fmt: skip
-    """Add, for output rows `rows`, softmax and entropy of every resized sample. Changes prob and entropy."""
-    assert COMPILED and logits_SKhw.flags.c_contiguous and prob_hKw.flags.c_contiguous
-    samples, classes, height, width = logits_SKhw.shape
-    assert prob_hKw.shape == (len(entropy_hw), classes, entropy_hw.shape[1]) and rows.stop <= len(entropy_hw)
-    failed = COMPILED.penumbra_accumulate(
-        _pointer(logits_SKhw), *_longs(samples, classes, height, width), _pointer(prob_hKw), _pointer(entropy_hw),
-        *_longs(*entropy_hw.shape, rows.start, rows.stop), int(align_corners), ctypes.c_float(1 / temperature),
-    )  # fmt: skip
-    if failed:
-        raise MemoryError("no memory for the scratch rows of the moments kernel")
+    logits: Tensor, stats: Tensor, first: bool, align_corners: bool, temperature: float, average_logits: bool
+) -> None:
+    """Accumulate window by window, bands of rows in as many threads as torch has in this one."""
+    assert COMPILED and not average_logits
+    num_bands, (_, height, channels, width) = torch.get_num_threads(), stats.shape
+    edges = [height * band // num_bands for band in range(num_bands + 1)]
+    for b, stats_hCw in enumerate(stats):
+        logits_SKhw = logits[:, b].float().contiguous()
+        arguments = (
+            _address(logits_SKhw), *_longs(*logits_SKhw.shape), _address(stats_hCw), *_longs(channels, height, width)
+        )  # fmt: skip
+
+        def add(
+            begin: int, end: int, arguments: tuple[object, ...] = arguments, scale: float = 1 / temperature
+        ) -> None:  # fmt: skip
+            assert COMPILED
+            if COMPILED.penumbra_accumulate(
+                *arguments, *_longs(begin, end), int(first), int(align_corners), ctypes.c_float(scale)
+            ):
+                raise MemoryError("no memory for the scratch rows of the moments kernel")
+
+        deque((_rows().map if num_bands > 1 else map)(add, edges, edges[1:]), maxlen=0)
 
 
-def blend(canvas_hKw: FloatArray, piece_hKw: FloatArray, row_weight: FloatArray, column_weight: FloatArray) -> None:
-    """canvas += piece * row_weight * column_weight. Views with unit stride along w are fine. Changes canvas."""
-    assert COMPILED and canvas_hKw.shape == piece_hKw.shape == (len(row_weight), piece_hKw.shape[1], len(column_weight))
-    rows, classes, columns = piece_hKw.shape
-    COMPILED.penumbra_blend(
-        _pointer(canvas_hKw), *_longs(canvas_hKw.strides[0] // 4, canvas_hKw.strides[1] // 4),
-        _pointer(piece_hKw), *_longs(piece_hKw.strides[0] // 4, piece_hKw.strides[1] // 4),
-        *_longs(rows, classes, columns), _pointer(row_weight), _pointer(column_weight),
-    )  # fmt: skip
+def blend(
+    stats: Tensor, canvases: list[Tensor], weights: list[Tensor], windows: list[int], num_sums: int, scale: float
+) -> None:
+    """Blend window by window."""
+    assert COMPILED
+    geometries = zip(*[iter(windows)] * 11, strict=True)
+    for stats_hCw, (index, y, x, i0, i1, j0, j1, row, column, fresh_y, fresh_x) in zip(stats, geometries, strict=True):
+        COMPILED.penumbra_blend(
+            _address(canvases[index]), *_longs(*canvases[index].shape), _address(stats_hCw),
+            *_longs(stats_hCw.shape[2], y, x, i0, i1, j0, j1), _address(weights[index], row),
+            _address(weights[index], column), *_longs(fresh_y, fresh_x, num_sums), ctypes.c_float(scale),
+        )  # fmt: skip
 
 
 def read_out(
-    prob_hKw: FloatArray, expected_hw: FloatArray
-) -> tuple[NDArray[np.uint8], FloatArray, FloatArray, FloatArray, FloatArray]:
-    """Compute labels, confidence, margin, entropy and mutual information, each [h, w]."""
-    assert COMPILED and prob_hKw.flags.c_contiguous and expected_hw.flags.c_contiguous
-    rows, classes, columns = prob_hKw.shape
-    assert expected_hw.shape == (rows, columns)
-    labels = np.empty((rows, columns), np.uint8)
-    maps = [np.empty((rows, columns), np.float32) for _ in range(4)]
-    COMPILED.penumbra_read_out(
-        _pointer(prob_hKw), _pointer(expected_hw), *_longs(rows, classes, columns), _pointer(labels),
-        *map(_pointer, maps),
-    )  # fmt: skip
-    return labels, maps[0], maps[1], maps[2], maps[3]
+    canvases: list[Tensor], out: Tensor, segments: list[int], thresholds: list[float], num_classes: int, softmax: bool
+) -> None:
+    """Read out segment by segment."""
+    assert COMPILED and not softmax
+    per_segment = len(segments) // len(thresholds)
+    for (index, y, num_rows, *planes), threshold in zip(
+        zip(*[iter(segments)] * per_segment, strict=True), thresholds, strict=True
+    ):
+        height, channels, width = canvases[index].shape
+        COMPILED.penumbra_read_out(
+            _address(canvases[index]), *_longs(height, channels, num_classes, width, y, num_rows),
+            ctypes.c_float(threshold), _address(out), (ctypes.c_int64 * len(planes))(*planes),
+        )  # fmt: skip
 
 
 def _pointer(array: NDArray[np.float32] | NDArray[np.uint8]) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
+
+
+def _address(tensor: Tensor, first: int = 0) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr() + first * tensor.element_size())
 
 
 def _longs(*values: int) -> tuple[ctypes.c_long, ...]:

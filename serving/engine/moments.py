@@ -5,91 +5,80 @@ not grow with S. The softmax is taken at window resolution: softmax at feature r
 the mutual information wrong by several times its own mean.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from penumbra.models.card import Readout
-from penumbra.serving.engine import kernels
-from penumbra.serving.engine.gpu import plain
-from penumbra.serving.engine.kernels import FloatArray
-
-Spread = Callable[[Callable[[range], None], Iterable[range]], Iterable[None]]
-"""Runs a function on every range: `map`, or that of a thread pool."""
+from penumbra.models.card import Card, Readout
+from penumbra.models.errors import ModelFault
+from penumbra.serving.engine.gpu import operators
 
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Moments are sums over `num_samples` samples of one window.
+    """Moments are sums over `num_samples` samples of one window: stats_hCw, as `Statistics` has them."""
 
-    summed_hKw: of what the card averages (`Readout.average`), probabilities or logits. entropy_hw: of H(p) in nats.
-    extras_hEw: a method's own maps, no sums.
-    """
-
-    summed_hKw: FloatArray
-    entropy_hw: FloatArray
+    stats_hCw: Tensor
     num_samples: int
-    extras_hEw: FloatArray | None = None
 
 
-def empty_sums(num_classes: int, height: int, width: int) -> tuple[FloatArray, FloatArray]:
-    """Make zeroed summed_hKw and entropy_hw to accumulate into."""
-    return np.zeros((height, num_classes, width), np.float32), np.zeros((height, width), np.float32)
+class Statistics:
+    """Statistics of a batch of windows of one size, while samples are added.
 
-
-def accumulate(
-    logits_SKhw: Tensor, summed_hKw: FloatArray, entropy_hw: FloatArray, *, readout: Readout, spread: Spread
-) -> None:
-    """Add what the card averages of the samples, and their entropy, at the size of the sums. Changes both sums.
-
-    logits: any float dtype; `spread` shares bands of rows out to threads (compiled form only).
+    stats_BhCw: of C the first K are sums of what the card averages (`Readout.average`), probabilities or logits, the
+    next is the sum of H(p) in nats, and the others are the network's own maps, no sums. flags_B: 0 for a window whose
+    values are all finite, else NaN.
     """
-    is_usual = readout.average == "probabilities" and readout.softmax_at == "window"
-    if is_usual and kernels.COMPILED:
-        _accumulate_compiled(logits_SKhw, summed_hKw, entropy_hw, readout=readout, spread=spread)
-    else:
-        accumulate_plain(logits_SKhw, summed_hKw, entropy_hw, readout=readout)
 
+    def __init__(self, card: Card, num_windows: int, size: tuple[int, int], device: torch.device) -> None:
+        self.card, self.size, self.num_samples = card, size, 0
+        self.stats_BhCw = torch.empty((num_windows, size[0], channels(card), size[1]), device=device)
+        self.flags_B: Tensor | None = None
+        self._features_BhCw: Tensor | None = None
+        """The sums at the features' size, where a published protocol takes the softmax there."""
 
-def _accumulate_compiled(
-    logits_SKhw: Tensor, prob_hKw: FloatArray, entropy_hw: FloatArray, *, readout: Readout, spread: Spread
-) -> None:
-    logits = logits_SKhw.float().contiguous().numpy()
-
-    def add(rows: range) -> None:
-        kernels.accumulate(
-            logits, prob_hKw, entropy_hw, rows,
-            align_corners=readout.align_corners, temperature=readout.temperature,
+    def add(self, logits_SBKhw: Tensor) -> None:
+        """Add samples of all windows, of any float type."""
+        readout, stats_BhCw = self.card.readout, self.stats_BhCw
+        if readout.softmax_at == "feature" and readout.average == "probabilities":
+            if self._features_BhCw is None:
+                size = len(stats_BhCw), logits_SBKhw.shape[3], self.card.num_classes + 1, logits_SBKhw.shape[4]
+                self._features_BhCw = stats_BhCw.new_empty(size)
+            stats_BhCw = self._features_BhCw
+        operators.accumulate(
+            logits_SBKhw, stats_BhCw, first=self.num_samples == 0, align_corners=readout.align_corners,
+            temperature=readout.temperature, average_logits=readout.average == "logits",
         )  # fmt: skip
+        self._flag(logits_SBKhw.transpose(0, 1))
+        self.num_samples += len(logits_SBKhw)
 
-    height, num_bands = len(prob_hKw), torch.get_num_threads()
-    edges = [height * band // num_bands for band in range(num_bands + 1)]
-    deque(spread(add, map(range, edges, edges[1:])), maxlen=0)
+    def finish(self, extras_BEhw: Tensor | None = None) -> None:
+        """Set what is at the window's size only now: the network's own maps, and sums at the features' size."""
+        if self._features_BhCw is not None:
+            self._set(0, self._features_BhCw.transpose(1, 2))
+        if extras_BEhw is not None:
+            self._set(self.card.num_classes + 1, extras_BEhw)
+            self._flag(extras_BEhw)
+
+    def _flag(self, values: Tensor) -> None:
+        flags_B = values.mul(0).sum(tuple(range(1, values.dim())), dtype=torch.float32)
+        self.flags_B = flags_B if self.flags_B is None else self.flags_B + flags_B
+
+    def _set(self, first: int, maps_BDhw: Tensor) -> None:
+        resized_BDhw = resize(maps_BDhw, self.size, self.card.readout)
+        self.stats_BhCw[:, :, first : first + maps_BDhw.shape[1]] = resized_BDhw.transpose(1, 2)
 
 
-def accumulate_plain(logits_SKhw: Tensor, summed_hKw: FloatArray, entropy_hw: FloatArray, *, readout: Readout) -> None:
-    """Accumulate in the plain form, and as published protocols do: the softmax at feature resolution and then the
-    resize, or the sum of logits in place of that of probabilities."""
-    num_classes, at_features = logits_SKhw.shape[1], sums_at_features(readout)
-    height, width = logits_SKhw.shape[2:] if at_features else entropy_hw.shape
-    stats_BhCw = torch.empty(1, height, num_classes + 1, width)
-    plain.accumulate(
-        logits_SKhw[:, None], stats_BhCw, True, readout.align_corners, readout.temperature, readout.average == "logits"
-    )  # fmt: skip
-    if at_features:
-        stats_BhCw = resize(stats_BhCw.transpose(1, 2), entropy_hw.shape, readout).transpose(1, 2)
-    summed_hKw += stats_BhCw[0, :, :num_classes].numpy()
-    entropy_hw += stats_BhCw[0, :, num_classes].numpy()
+def channels(card: Card) -> int:
+    """Count the channels of a model's statistics."""
+    return card.num_classes + 1 + len(card.extra_maps)
 
 
-def sums_at_features(readout: Readout) -> bool:
-    """Tell whether probabilities are summed up at the features' size, and the sums resized."""
-    return readout.softmax_at == "feature" and readout.average == "probabilities"
+def not_finite(card: Card) -> ModelFault:
+    """Say that a network gave infinities or NaN."""
+    return ModelFault(f"{card.name} produced values that are not finite for this image")
 
 
 def resize(x_NDhw: Tensor, size: tuple[int, ...], readout: Readout) -> Tensor:

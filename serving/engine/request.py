@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+import torch
+
 from penumbra.models.errors import Cancelled, DeadlineExceeded, PenumbraError
-from penumbra.serving.engine.canvas import Canvas
-from penumbra.serving.engine.gpu.surface import Landing, Surface
+from penumbra.serving.engine.gpu.surface import Landing, Surface, read_out, segments_of, stitch
 from penumbra.serving.engine.moments import Moments
 from penumbra.serving.engine.plan import NORMAL, RequestPlan
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.steps import WindowInput
-from penumbra.serving.engine.uncertainty import Band, abstain, read_out, withhold_void
+from penumbra.serving.engine.uncertainty import Band, withhold_void
 from penumbra.serving.engine.windows import Window
 
 STRIDES = {1: 1, NORMAL: 4, 3: 16}
@@ -106,6 +107,8 @@ class QueuedRequest:
         self._first_y = plan.windows.band_of(from_y or 0)
         self._first_row = plan.windows.row_before(self._first_y)
         self._scheduler, self._listening = scheduler, ExitStack()
+        self.surface: Surface | None = None
+        """Its canvas, made with the first window: by its own thread, or on a GPU by the lane, which stitches there."""
         self.restart(plan.num_samples)
 
     def __iter__(self) -> Iterator[Band]:
@@ -133,20 +136,21 @@ class QueuedRequest:
         if isinstance(answer, Landing):
             yield from answer.bands()
             return
-        card = self.plan.card
+        card, wanted = self.plan.card, self.plan.wanted
         if window.index == self.first_window:
-            self._canvas = Canvas(
-                self.plan.windows, card.num_classes, num_extras=len(card.extra_maps), first_row=self._first_row
+            self.surface = self.plan.runtime.surface(
+                self.image_HW3, self.plan.windows, wanted, first_row=self._first_row
             )
+        assert self.surface
+        pairs = [(self.surface, window)]
         with self.clock("stitch"):
-            self._canvas.add(window, answer)
-        for y0, merged_hKW, expected_hW, extras_hEW in self._canvas.finished(window):
+            stitch(answer.stats_hCw[None], pairs, card, answer.num_samples)
+        (segment,), num_bytes = segments_of(pairs, card, answer.num_samples)
+        if segment:
             with self.clock("read_out"):
-                band = read_out(y0, merged_hKW, expected_hW, card=card, num_samples=answer.num_samples)
-                extras_EhW = extras_hEW.transpose(1, 0, 2)
-                band.maps.update(zip((extra.name for extra in card.extra_maps), extras_EhW, strict=True))
-                if self.plan.options.max_risk is not None:
-                    abstain(band, above_nats=self.plan.wanted.above_nats)
+                out = torch.empty(num_bytes, dtype=torch.uint8)
+                read_out([(self.surface.canvas_RCW, segment, wanted.above_nats)], out, card)
+                band = segment.band(out.numpy())
             yield band
 
     def finished(self) -> Iterator[Finished]:
@@ -218,8 +222,6 @@ class QueuedRequest:
     def restart(self, num_samples: int) -> None:
         """Take the windows from the first one on, each with this many samples."""
         self.num_samples = num_samples
-        self.surface: Surface | None = None
-        """What the request has on a GPU; the lane makes it with the first window."""
         self._windows = self.plan.windows.windows(self._first_row)
         self.untaken = self.unanswered = self.num_windows
 
@@ -266,7 +268,7 @@ class QueuedRequest:
     def input_of(self, window: Window, num_samples: int) -> WindowInput:
         """Give what a lane runs for a window. Called in the plan's order."""
         plan = self.plan
-        if window.index == self.first_window:
+        if window.index == self.first_window and plan.runtime.stays_on_device:
             self.surface = plan.runtime.surface(self.image_HW3, plan.windows, plan.wanted, first_row=self._first_row)
         noise_SL = plan.noise.draw(window.index)[:num_samples]
         return WindowInput(self.image_HW3, window, plan.windows, noise_SL, plan.prompt, self.surface)

@@ -4,8 +4,7 @@ import itertools
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -20,7 +19,7 @@ from penumbra.serving.engine.backends import Backend, load_backend
 from penumbra.serving.engine.device import stays_on
 from penumbra.serving.engine.gpu.pipeline import DeviceSteps
 from penumbra.serving.engine.gpu.surface import Landing, Surface, Wanted
-from penumbra.serving.engine.moments import Moments
+from penumbra.serving.engine.moments import Moments, Statistics
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.steps import Answer, HostSteps, WindowInput
 from penumbra.serving.engine.store import Artifact, Recorded
@@ -75,8 +74,7 @@ class Runtime:
     windows_per_batch, samples_per_call: chosen by `warm_up` from measurement.
     """
 
-    def __init__(self, artifact: Artifact, *, device: torch.device, threads: int) -> None:
-        """threads: for the moments of a batch that has several cores."""
+    def __init__(self, artifact: Artifact, *, device: torch.device) -> None:
         self.card: Card = artifact.card
         self.windows_per_batch = 1
         self.samples_per_call = 1
@@ -84,23 +82,15 @@ class Runtime:
         """Seconds times cores of one window with so many samples, as measured while getting ready."""
         self._golden = artifact.golden
         self._backend: Backend = load_backend(artifact.card, artifact.directory, device)
-        self._rows = ThreadPoolExecutor(threads, thread_name_prefix="rows")
-        self._steps: HostSteps | DeviceSteps
-        if stays_on(self._backend.device):
-            self._steps = DeviceSteps(self.card, self._backend.device)
-        else:
-            self._steps = HostSteps(self.card, self._spread)
+        self.stays_on_device = stays_on(self._backend.device)
+        """Whether `run` stitches, rather than the requests' threads."""
+        kind = DeviceSteps if self.stays_on_device else HostSteps
+        self._steps: DeviceSteps | HostSteps = kind(self.card, self._backend.device)
 
-    def _spread(self, add: Callable[[range], None], rows: Iterable[range]) -> Iterable[None]:
-        return (self._rows.map if torch.get_num_threads() > 1 else map)(add, rows)
-
-    def surface(
-        self, image_HW3: Raster, plan: WindowPlan, wanted: Wanted, *, first_row: int = 0
-    ) -> Surface | None:  # fmt: skip
-        """Make what a request has on a GPU; None on a CPU. first_row: of windows, the first that is run."""
-        if isinstance(self._steps, HostSteps):
-            return None
-        return self._steps.surface(image_HW3, plan, wanted, first_row=first_row, most=self.windows_per_batch)
+    def surface(self, image_HW3: Raster, plan: WindowPlan, wanted: Wanted, *, first_row: int = 0) -> Surface:
+        """Make a request's canvas. first_row: of windows, the first that is run."""
+        most = self.windows_per_batch if self.stays_on_device else 1  # a request's thread stitches one by one
+        return self._steps.surface(image_HW3, plan, wanted, first_row=first_row, most=most)
 
     def run(self, inputs: Sequence[WindowInput]) -> list[Answer]:
         """Answer every window, in order. All inputs have one size and one S, and all have a prompt or none has.
@@ -120,10 +110,12 @@ class Runtime:
         noise_SBL = self._steps.noise(inputs)
         sampling = self.card.sampling_with(prompt=inputs[0].prompt is not None)
         chunk = len(noise_SBL) if sampling.kind == "members" else self.samples_per_call  # members come out together
-        statistics = self._steps.statistics(inputs)
+        size = inputs[0].window.height, inputs[0].window.width
+        statistics = Statistics(self.card, len(inputs), size, self._backend.device)
         for chunk_SBL in torch.split(noise_SBL, chunk):
             statistics.add(self._backend.decode(features, chunk_SBL))
-        return statistics.answers(features[-1] if self.card.extra_maps else None)
+        statistics.finish(features[-1] if self.card.extra_maps else None)
+        return self._steps.answers(statistics, inputs)
 
     def check_golden(self) -> None:
         """Run the golden window, without and with its prompt, and its own maps. Raises BadArtifact when this machine
@@ -286,9 +278,6 @@ class Runtime:
                     return size - 1
         return self.windows_per_batch
 
-    def close(self) -> None:
-        self._rows.shutdown()
-
 
 def _core_seconds(started: float) -> float:
     """Give the time since then, times the cores of this lane."""
@@ -304,7 +293,7 @@ def settle(answers: Sequence[Answer | PenumbraError]) -> None:
 
 def _bytes_of(answer: Answer) -> list[bytes]:
     if isinstance(answer, Moments):
-        return [answer.summed_hKw.tobytes(), answer.entropy_hw.tobytes()]
+        return [answer.stats_hCw.numpy().tobytes()]
     bands = list(answer.bands()) if isinstance(answer, Landing) else []
     return [band.labels.tobytes() + b"".join(map(np.ndarray.tobytes, band.maps.values())) for band in bands]
 

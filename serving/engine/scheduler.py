@@ -25,10 +25,10 @@ import torch
 from penumbra.models.card import Card
 from penumbra.models.errors import Cancelled, ModelFault, NotReady, PenumbraError, QueueFull
 from penumbra.serving.engine.gpu.surface import Landing
-from penumbra.serving.engine.moments import Moments
+from penumbra.serving.engine.moments import Moments, not_finite
 from penumbra.serving.engine.request import STRIDES, PriorityClass, QueuedRequest
 from penumbra.serving.engine.runtime import Runtime, is_out_of_memory, settle
-from penumbra.serving.engine.steps import Answer, not_finite
+from penumbra.serving.engine.steps import Answer
 from penumbra.serving.engine.throughput import Cores, ThroughputModel
 from penumbra.serving.engine.windows import Window
 

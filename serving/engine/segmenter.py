@@ -106,7 +106,7 @@ class Segmenter:
 
         def make_ready() -> Runtime:
             torch.set_num_threads(self.cores.threads)  # of those backends that bring their own, too
-            runtime = Runtime(artifact, device=self._device, threads=self.cores.threads)
+            runtime = Runtime(artifact, device=self._device)
             runtime.check_golden()
             torch.set_num_threads(self.cores.least)  # sizes are chosen for a server that has much to do
             runtime.warm_up(self._tuning)
@@ -201,10 +201,8 @@ class Segmenter:
         return collect(self.bands(image_HW3, options, noise=noise, cancelled=cancelled, deadline=deadline))
 
     def close(self) -> None:
-        """Finish accepted work and release the models."""
+        """Finish accepted work."""
         self.scheduler.close()
-        for runtime in [r for loaded in self._runtimes.values() for r in loaded.values()]:
-            runtime.close()
 
     def __enter__(self) -> "Segmenter":
         return self

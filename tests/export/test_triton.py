@@ -22,14 +22,14 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from penumbra.__main__ import main
 from penumbra.export.bundle import export_network
+from penumbra.export.parity import read_window
 from penumbra.export.triton import MAX_BATCH, export_repository, write_repository
 from penumbra.models.card import MAPS, Card, ClassInfo, InputSpec, Readout, WindowSpec
 from penumbra.models.checkpoint import save_checkpoint
 from penumbra.models.errors import BadOption, UnknownModel
 from penumbra.serving.engine.backends import load_backend
-from penumbra.serving.engine.moments import accumulate, empty_sums, resize
+from penumbra.serving.engine.moments import resize
 from penumbra.serving.engine.store import Artifact, open_artifact
-from penumbra.serving.engine.uncertainty import read_out
 from penumbra.serving.engine.windows import normalise
 from tests.models.small import card_of, seeded
 from tests.serving.server import END_S, free_ports, until
@@ -112,12 +112,9 @@ def follow(repository: Path, ensemble: str, inputs: dict[str, Tensor], device: s
 
 def assert_maps(artifact: Artifact, answer: dict[str, Tensor]) -> None:
     """The maps are those that the engine reads out of the same logits."""
-    readout, names = artifact.card.readout, [name for name in MAPS if name in answer]
+    names, (height, width) = [name for name in MAPS if name in answer], answer["labels"].shape[1:]
     for b, logits_SKhw in enumerate(answer["logits"]):
-        summed_hKw, entropy_hw = empty_sums(artifact.card.num_classes, *answer["labels"].shape[1:])
-        accumulate(logits_SKhw, summed_hKw, entropy_hw, readout=readout, spread=map)
-        samples = np.float32(len(logits_SKhw))
-        band = read_out(0, summed_hKw / samples, entropy_hw / samples, card=artifact.card, num_samples=2)
+        band = read_window(logits_SKhw, artifact.card, height, width, MAPS)
         for name in names:
             np.testing.assert_allclose(answer[name][b], band.maps[name], atol=ROUNDING, err_msg=name)
         sure = band.maps["margin"] > ROUNDING

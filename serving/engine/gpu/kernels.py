@@ -4,6 +4,7 @@ What a batch holds goes up as one table of int64: its geometry, and four numbers
 length, width and bytes per value. Only types and constexprs make Triton compile anew, not the sizes of a batch.
 """
 
+import os
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -193,6 +194,12 @@ def _read_out(
         _store(out, planes + 6, (row * K + k) * W + x[None], p, known & real[None])
         for extra in range(1, C - K):
             _store(out, planes + 6 + extra, at, tl.load(here + (K + extra) * W, mask=real, other=0.0), real)
+
+
+def make_ready() -> None:
+    """Let Triton compile what it needs of itself. Raises whatever it raises, as where there is no C compiler."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        triton.runtime.driver.active.get_current_target()
 
 
 def tile(num_classes: int) -> dict[str, int]:

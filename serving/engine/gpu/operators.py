@@ -1,20 +1,27 @@
 """Four torch operators on batches of windows: each is one call, and in Triton one launch, whatever the batch holds.
 
-Triton runs them on CUDA, and on the CPU where TRITON_INTERPRET=1; otherwise the forms of `plain` do. Nothing waits for
-the device. The operators are registered with torch.library itself: `custom_op` takes nine times as long per call.
+Triton runs them on CUDA (and on the CPU where TRITON_INTERPRET=1) and compiled C on the CPU; where there is neither,
+the forms of `plain` do. Nothing waits for the device. They are registered by torch.library itself: `custom_op` takes
+nine times as long per call.
 """
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from penumbra.serving.engine import kernels
 from penumbra.serving.engine.gpu import plain
+
+log = logging.getLogger("penumbra")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,17 +110,39 @@ def _shape_of_cut(pictures: list[Tensor], windows: list[int], size: list[int], *
     return torch.empty(shape, device=pictures[0].device, memory_format=torch.channels_last)
 
 
+@cache
+def _triton() -> ModuleType:
+    """Import Triton's kernels, which takes its time, with the first batch; the plain forms where it does not run."""
+    module = import_module("penumbra.serving.engine.gpu.kernels")
+    try:
+        module.make_ready()
+    except Exception as error:  # of subprocesses, linkers and drivers
+        log.warning("Triton does not run here, and what is round networks on the GPU is slow without it: %s", error)
+        return plain
+    return module
+
+
 def _in_triton(name: str) -> Callable[..., Any]:
-    """Import Triton, which takes its time, with the first batch."""
-    return lambda *arguments: getattr(import_module("penumbra.serving.engine.gpu.kernels"), name)(*arguments)
+    return lambda *arguments: getattr(_triton(), name)(*arguments)
+
+
+def _in_c(name: str) -> Callable[..., Any]:
+    """Take the plain form where C is not compiled, and for what is rare: logits that are averaged."""
+
+    def run(*arguments: Any) -> None:
+        form = plain if kernels.COMPILED is None or arguments[5] is True else kernels
+        getattr(form, name)(*arguments)
+
+    return run
 
 
 def _register(name: str, changed: tuple[str, ...]) -> None:
     operator, form = f"penumbra::{name}", getattr(plain, name)
     schema = torch.library.infer_schema(form, mutates_args=changed)
     torch.library.define(operator, schema.replace("SymInt", "int"))  # a SymInt takes three times as long per call
-    for device, preferred in (("cpu", os.environ.get("TRITON_INTERPRET") == "1"), ("cuda", True)):
-        torch.library.impl(operator, device, _in_triton(name) if preferred and find_spec("triton") else form)
+    here = form if name == "cut" else _in_c(name)
+    for device, other, preferred in (("cpu", here, os.environ.get("TRITON_INTERPRET") == "1"), ("cuda", form, True)):
+        torch.library.impl(operator, device, _in_triton(name) if preferred and find_spec("triton") else other)
     torch.library.register_fake(operator, _shape_of_cut if name == "cut" else lambda *_arguments: None)
 
 

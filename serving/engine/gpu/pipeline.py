@@ -12,33 +12,22 @@ from torch import Tensor
 
 from penumbra.models.card import Card
 from penumbra.serving.engine.gpu import operators
-from penumbra.serving.engine.gpu.surface import Landing, Surface, Transfers, Wanted, segments_of
-from penumbra.serving.engine.moments import resize, sums_at_features
-from penumbra.serving.engine.options import PROBABILITIES
+from penumbra.serving.engine.gpu.surface import Landing, Surface, read_out, segments_of, stitch
+from penumbra.serving.engine.moments import Statistics
 from penumbra.serving.engine.prompts import Boxes, Tags
-from penumbra.serving.engine.raster import Raster
-from penumbra.serving.engine.steps import WindowInput
-from penumbra.serving.engine.windows import Window, WindowPlan
+from penumbra.serving.engine.steps import Steps, WindowInput
+from penumbra.serving.engine.windows import Window
 
 
-class DeviceSteps:
-    """The steps on a GPU, in place of `penumbra.serving.engine.steps.HostSteps`. Every input has its surface."""
+class DeviceSteps(Steps):
+    """The steps on a GPU. Every input has its surface."""
 
     def __init__(self, card: Card, device: torch.device) -> None:
-        self.card, self.transfers = card, Transfers(device)
+        super().__init__(card, device)
         factor, offset = (self.transfers.up(np.array(values, np.float32)) for values in card.input.factor_offset)
         self._norm = operators.Norm(
             factor, offset, torch.zeros_like(offset), mirror=card.window.padding == "mirror",
             reversed_channels=card.input.order == "BGR",
-        )  # fmt: skip
-
-    def surface(
-        self, image_HW3: Raster, plan: WindowPlan, wanted: Wanted, *, most: int, first_row: int = 0
-    ) -> Surface:  # fmt: skip
-        """Make what a request has on the device. most: windows of a batch; first_row: the first that is run."""
-        channels = self.card.num_classes + 1 + len(self.card.extra_maps)
-        return Surface(
-            image_HW3, plan, wanted, transfers=self.transfers, channels=channels, first_row=first_row, most=most
         )  # fmt: skip
 
     def cut(self, inputs: Sequence[WindowInput]) -> Tensor:
@@ -68,10 +57,6 @@ class DeviceSteps:
         norm = replace(self._norm, pad_C=self._norm.offset_C) if is_black else self._norm
         size = inputs[0].window.height, inputs[0].window.width
         return operators.cut([strip_hWC for strip_hWC, _ in strips.values()], table, size, norm)
-
-    def noise(self, inputs: Sequence[WindowInput]) -> Tensor:
-        """Stack the noise of all windows, noise_SBL."""
-        return self.transfers.up(np.stack([one.noise_SL for one in inputs], axis=1))
 
     def prompts(self, inputs: Sequence[WindowInput]) -> tuple[Tensor, ...]:
         """Stack the prompts, as `penumbra.models.contract.Prompt` has them; nothing where there are none."""
@@ -109,91 +94,25 @@ class DeviceSteps:
         x_BNw, y_BNh = (one.float() for one in inside)
         return torch.einsum("bnk,bnh,bnw->bkhw", class_BNK.float(), y_BNh, x_BNw).clamp(max=1)
 
-    def statistics(self, inputs: Sequence[WindowInput]) -> "DeviceStatistics":
-        """Begin to sum up the samples of these windows, which are of one size."""
-        return DeviceStatistics(self, inputs)
-
-
-class DeviceStatistics:
-    """The statistics of a batch of windows, while samples are added: stats_BhCw, of which C are the classes' sums, the
-    sum of entropies, and the network's own maps."""
-
-    def __init__(self, steps: DeviceSteps, inputs: Sequence[WindowInput]) -> None:
-        self._steps, self._card, self._inputs = steps, steps.card, inputs
-        self._size = inputs[0].window.height, inputs[0].window.width
-        self._num_sums = self._card.num_classes + 1
-        channels = self._num_sums + len(self._card.extra_maps)
-        self._stats_BhCw = torch.empty(
-            (len(inputs), self._size[0], channels, self._size[1]), device=steps.transfers.device
-        )  # fmt: skip
-        self._features_BhCw: Tensor | None = None
-        """The sums at the features' size, where the card takes the softmax there."""
-        self._flags_B: Tensor | None = None
-        """0 for a window whose values are all finite, else NaN."""
-        self._num_samples = 0
-
-    def add(self, logits_SBKhw: Tensor) -> None:
-        """Add samples."""
-        readout, stats_BhCw, is_first = self._card.readout, self._stats_BhCw, self._num_samples == 0
-        if sums_at_features(readout):
-            if self._features_BhCw is None:
-                size = len(self._inputs), logits_SBKhw.shape[3], self._num_sums, logits_SBKhw.shape[4]
-                self._features_BhCw = stats_BhCw.new_empty(size)
-            stats_BhCw = self._features_BhCw
-        operators.accumulate(
-            logits_SBKhw, stats_BhCw, first=is_first, align_corners=readout.align_corners,
-            temperature=readout.temperature, average_logits=readout.average == "logits",
-        )  # fmt: skip
-        self._flag(logits_SBKhw.transpose(0, 1))
-        self._num_samples += len(logits_SBKhw)
-
-    def _flag(self, values: Tensor) -> None:
-        flags_B = values.mul(0).sum(tuple(range(1, values.dim())), dtype=torch.float32)
-        self._flags_B = flags_B if self._flags_B is None else self._flags_B + flags_B
-
-    def _set(self, first: int, maps_BChw: Tensor) -> None:
-        resized_BChw = resize(maps_BChw, self._size, self._card.readout)
-        self._stats_BhCw[:, :, first : first + maps_BChw.shape[1]] = resized_BChw.transpose(1, 2)
-
-    def answers(self, extras_BEhw: Tensor | None) -> list[Landing]:
+    def answers(self, statistics: Statistics, inputs: Sequence[WindowInput]) -> list[Landing]:
         """Stitch the windows into their requests' canvases, and send the rows that they finish on their way down.
 
         All memory is asked for before a canvas changes, so that a batch that does not fit can be run again in halves.
         """
-        if self._features_BhCw is not None:
-            self._set(0, self._features_BhCw.transpose(1, 2))
-        if extras_BEhw is not None:
-            self._set(self._num_sums, extras_BEhw)
-            self._flag(extras_BEhw)
-        pairs = placed(self._inputs)
-        segments, num_bytes = segments_of(pairs, self._card, self._num_samples)
-        there, host = self._steps.transfers.room(num_bytes)
-        surfaces = list(dict.fromkeys(surface for surface, _ in pairs))
-        canvases = [surface.canvas_RCW for surface in surfaces]
-        windows = [number for surface, w in pairs for number in (surfaces.index(surface), *surface.place(w))]
-        operators.blend(
-            self._stats_BhCw, canvases, [surface.weights for surface in surfaces], windows,
-            num_sums=self._num_sums, scale=1 / self._num_samples,
-        )  # fmt: skip
-        for surface, window in pairs:
-            surface.blended = window.index
-        assert self._flags_B is not None
-        there[: 4 * len(pairs)].view(torch.float32).copy_(self._flags_B)
+        card, num_samples, pairs = statistics.card, statistics.num_samples, placed(inputs)
+        segments, num_bytes = segments_of(pairs, card, num_samples)
+        there, host = self.transfers.room(num_bytes)
+        stitch(statistics.stats_BhCw, pairs, card, num_samples)
+        assert statistics.flags_B is not None
+        there[: 4 * len(pairs)].view(torch.float32).copy_(statistics.flags_B)
         finished = [
-            (surfaces.index(pair[0]), segment) for pair, segment in zip(pairs, segments, strict=True) if segment
-        ]
+            (surface.canvas_RCW, segment, surface.wanted.above_nats)
+            for (surface, _), segment in zip(pairs, segments, strict=True) if segment
+        ]  # fmt: skip
         if finished:
-            maps = self._card.maps(self._num_samples)
-            names = ("labels", *maps[:5], PROBABILITIES, *maps[5:])
-            table = [
-                n for i, s in finished for n in (i, s.rows.start, len(s.rows), *(s.places.get(m, -1) for m in names))
-            ]
-            operators.read_out(
-                canvases, there, table, [surfaces[i].wanted.above_nats for i, _ in finished],
-                num_classes=self._card.num_classes, softmax=self._card.readout.average == "logits",
-            )  # fmt: skip
-        copied = self._steps.transfers.down(there, host)
-        return [Landing(self._num_samples, copied, 4 * b, segment) for b, segment in enumerate(segments)]
+            read_out(finished, there, card)
+        copied = self.transfers.down(there, host)
+        return [Landing(num_samples, copied, b, segment) for b, segment in enumerate(segments)]
 
 
 def placed(inputs: Sequence[WindowInput]) -> list[tuple[Surface, Window]]:

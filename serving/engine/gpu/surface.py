@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from penumbra.models.card import Card
+from penumbra.serving.engine.gpu import operators
 from penumbra.serving.engine.options import PROBABILITIES
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.uncertainty import Band
@@ -150,8 +151,15 @@ class Segment:
 
     rows: range
     width: int
+    num_samples: int
     num_classes: int
     places: dict[str, int]
+
+    def table(self, card: Card) -> list[int]:
+        """Give the rows and the places as `operators.read_out` takes them."""
+        maps = card.maps(self.num_samples)
+        names = ("labels", *maps[:5], PROBABILITIES, *maps[5:])
+        return [self.rows.start, len(self.rows), *(self.places.get(name, -1) for name in names)]
 
     def band(self, copied: NDArray[np.uint8]) -> Band:
         """Read the rows of an answer from the bytes."""
@@ -162,36 +170,38 @@ class Segment:
             kind = np.dtype(np.uint8 if name == "labels" else np.float32)
             arrays[name] = np.ndarray(shape, kind, copied, offset=place)
         labels, prob_hKW = arrays.pop("labels"), arrays.pop(PROBABILITIES, None)
-        return Band(self.rows.start, labels, arrays, None, prob_hKW)
+        return Band(self.rows.start, labels, arrays, prob_hKW)
 
 
-def lay_out(surface: Surface, rows: range, card: Card, num_samples: int, start: int) -> tuple[Segment, int]:
+def lay_out(
+    wanted: Wanted, rows: range, width: int, card: Card, num_samples: int, start: int = 0
+) -> tuple[Segment, int]:  # fmt: skip
     """Lay out what is wanted of finished rows in the bytes from `start` on, and say where the next may begin."""
-    width, places = surface.plan.width, {}
-    names = {*card.maps(num_samples), PROBABILITIES} & {*surface.wanted.outputs}
+    places = {}
+    names = {*card.maps(num_samples), PROBABILITIES} & {*wanted.outputs}
     for name in sorted(names):
         places[name] = start
         start += 4 * len(rows) * width * (card.num_classes if name == PROBABILITIES else 1)
     places["labels"] = start
-    return Segment(rows, width, card.num_classes, places), start + -(-len(rows) * width // 4) * 4
+    return Segment(rows, width, num_samples, card.num_classes, places), start + -(-len(rows) * width // 4) * 4
 
 
 @dataclass(frozen=True, slots=True)
 class Landing:
     """What a window on a device is answered with: the rows of the answer that it finished, on their way to the host.
 
-    flags: where in the bytes its flag lies, a float32 that is 0 where all its values are finite.
+    index: of the window in its batch, and of the float32 that is 0 where all its values are finite.
     """
 
     num_samples: int
     copied: Copied
-    flag: int
+    index: int
     segment: Segment | None
 
     @property
     def is_finite(self) -> bool:
         """Tell whether all values of the window are finite, once they are there."""
-        return bool(self.copied.wait()[self.flag :][:4].view(np.float32)[0] == 0)
+        return bool(self.copied.wait()[4 * self.index :][:4].view(np.float32)[0] == 0)
 
     def bands(self) -> Iterator[Band]:
         """Yield the finished rows, at most one band."""
@@ -200,13 +210,37 @@ class Landing:
 
 
 def segments_of(
-    inputs: Sequence[tuple[Surface, Window]], card: Card, num_samples: int
+    pairs: Sequence[tuple[Surface, Window]], card: Card, num_samples: int
 ) -> tuple[list[Segment | None], int]:
-    """Lay out the finished rows of a batch's windows; the windows' flags come first."""
-    end, segments = 4 * len(inputs), list[Segment | None]()
-    for surface, window in inputs:
+    """Lay out the rows that a batch's windows finish; the windows' flags come first, a float32 each."""
+    end, segments = 4 * len(pairs), list[Segment | None]()
+    for surface, window in pairs:
         rows, segment = surface.finished(window), None
         if rows:
-            segment, end = lay_out(surface, rows, card, num_samples, end)
+            segment, end = lay_out(surface.wanted, rows, surface.plan.width, card, num_samples, end)
         segments.append(segment)
     return segments, end
+
+
+def stitch(stats_BhCw: Tensor, pairs: Sequence[tuple[Surface, Window]], card: Card, num_samples: int) -> None:
+    """Blend windows into their canvases."""
+    surfaces = list(dict.fromkeys(surface for surface, _ in pairs))
+    windows = [number for surface, window in pairs for number in (surfaces.index(surface), *surface.place(window))]
+    operators.blend(
+        stats_BhCw, [surface.canvas_RCW for surface in surfaces], [surface.weights for surface in surfaces], windows,
+        num_sums=card.num_classes + 1, scale=1 / num_samples,
+    )  # fmt: skip
+    for surface, window in pairs:
+        surface.blended = window.index
+
+
+def read_out(finished: Sequence[tuple[Tensor, Segment, float]], out: Tensor, card: Card) -> None:
+    """Read finished rows out of canvases into `out`: each with its segment, and the entropy above which labels are
+    withheld."""
+    kept = list({id(canvas): canvas for canvas, _, _ in finished}.values())
+    places = {id(canvas): i for i, canvas in enumerate(kept)}
+    table = [number for canvas, one, _ in finished for number in (places[id(canvas)], *one.table(card))]
+    operators.read_out(
+        kept, out, table, [above for _, _, above in finished], num_classes=card.num_classes,
+        softmax=card.readout.average == "logits",
+    )  # fmt: skip

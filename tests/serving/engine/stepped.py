@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from penumbra.models.card import Card, WindowSpec
 from penumbra.models.errors import ModelFault, PenumbraError
@@ -33,14 +34,12 @@ class SteppedRuntime:
     """
 
     windows_per_batch: int = 1
+    stays_on_device: bool = False
     before: Callable[[list[int]], None] = lambda values: None
     card: Card = field(default_factory=lambda: toy_card("latent", window=SPEC)[0])
     batches: list[list[int]] = field(default_factory=list)
     go: threading.Event = field(default_factory=threading.Event)
     entered: threading.Event = field(default_factory=threading.Event)
-
-    def surface(self, *_: object, **__: object) -> None:
-        """There is no GPU."""
 
     def run(self, inputs: list[WindowInput]) -> list[Moments | ModelFault]:
         values = [int(one.image_HW3[one.window.y0 :, :][0, 0, 0]) for one in inputs]
@@ -50,7 +49,7 @@ class SteppedRuntime:
         self.batches.append(values)
         return [
             ModelFault("not finite") if value == 255
-            else Moments(np.full((4, 3, 4), value, np.float32), np.zeros((4, 4), np.float32), len(window.noise_SL))
+            else Moments(torch.full((4, 4, 4), float(value)), len(window.noise_SL))
             for value, window in zip(values, inputs, strict=True)
         ]  # fmt: skip
 
@@ -76,7 +75,7 @@ def work(
 
 def consume(stream: QueuedRequest) -> list[tuple[Window, float]]:
     with stream:
-        return [(window, float(moments.summed_hKw[0, 0, 0])) for window, moments in stream.finished()]
+        return [(window, float(moments.stats_hCw[0, 0, 0])) for window, moments in stream.finished()]
 
 
 def outcome(stream: QueuedRequest) -> int | PenumbraError:

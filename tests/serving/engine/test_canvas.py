@@ -2,32 +2,64 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penumbra.models.card import InputSpec, WindowSpec
 from penumbra.serving.engine import kernels
-from penumbra.serving.engine.canvas import Canvas
-from penumbra.serving.engine.moments import Moments
-from penumbra.serving.engine.windows import cover, cut
-from tests.conftest import picture
+from penumbra.serving.engine.gpu.surface import (
+    Surface,
+    Transfers,
+    Wanted,
+    read_out,
+    ring_height,
+    segments_of,
+    stitch,
+)
+from penumbra.serving.engine.options import PROBABILITIES
+from penumbra.serving.engine.raster import Raster
+from penumbra.serving.engine.uncertainty import Band
+from penumbra.serving.engine.windows import Window, WindowPlan, cover, cut
+from tests.conftest import picture, toy_card
 
 needs_kernels = pytest.mark.skipif(kernels.COMPILED is None, reason="the C kernels are not built on this machine")
 PLAIN = InputSpec(mean=(0, 0, 0), std=(1, 1, 1))
 
 
-def stitch(image_HW3: np.ndarray, spec: WindowSpec, overlap: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+CARD = toy_card("latent")[0]
+
+
+def canvas_of(plan: WindowPlan) -> Surface:
+    image = Raster(np.zeros((plan.height, plan.width, 3), np.uint8))
+    wanted, transfers = Wanted((PROBABILITIES, "expected_entropy")), Transfers(torch.device("cpu"))
+    return Surface(image, plan, wanted, transfers=transfers, channels=4, most=1)
+
+
+def add(canvas: Surface, window: Window, stats_hCw: np.ndarray) -> Band | None:
+    """Blend one window of two samples in, and read out the band that it finishes."""
+    stitch(torch.from_numpy(np.ascontiguousarray(stats_hCw))[None], [(canvas, window)], CARD, 2)
+    (segment,), num_bytes = segments_of([(canvas, window)], CARD, 2)
+    if not segment:
+        return None
+    out = torch.empty(num_bytes, dtype=torch.uint8)
+    read_out([(canvas.canvas_RCW, segment, np.inf)], out, CARD)
+    return segment.band(out.numpy())
+
+
+def stitched(image_HW3: np.ndarray, spec: WindowSpec, overlap: float | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Every window's pixels as the probabilities of 2 samples, stitched; their sum over channels as the entropy."""
     plan = cover(image_HW3.shape[0], image_HW3.shape[1], spec, overlap)
-    canvas, bands = Canvas(plan, 3), []
+    canvas, bands = canvas_of(plan), list[Band]()
     for window in plan:
         values_hw3 = cut(image_HW3, window, plan, spec=spec, norm=PLAIN)
-        summed_hKw = np.ascontiguousarray(2 * values_hw3.transpose(0, 2, 1))
-        canvas.add(window, Moments(summed_hKw, summed_hKw.sum(1), 2))
-        bands += [(y0, prob.copy(), entropy) for y0, prob, entropy, _ in canvas.finished(window)]
-    tops = [0, *np.cumsum([len(prob) for _, prob, _ in bands])]
-    assert [y0 for y0, _, _ in bands] == tops[:-1] and tops[-1] == len(image_HW3)
-    return tuple(np.concatenate([band[i] for band in bands]) for i in (1, 2))  # type: ignore[return-value]
+        sums_hKw = 2 * values_hw3.transpose(0, 2, 1)
+        band = add(canvas, window, np.concatenate((sums_hKw, sums_hKw.sum(1, keepdims=True)), axis=1))
+        bands += [band] if band else []
+    tops = [0, *np.cumsum([len(band.labels) for band in bands])]
+    assert [band.y0 for band in bands] == tops[:-1] and tops[-1] == len(image_HW3)
+    maps = [band.maps["expected_entropy"] for band in bands]
+    return np.concatenate([band.prob_hKW for band in bands if band.prob_hKW is not None]), np.concatenate(maps)
 
 
 @given(
@@ -43,7 +75,7 @@ def test_pointwise_windows_stitch_to_the_pointwise_image(
     size: tuple[int, int], window: tuple[int, int], overlap: float, blend: str, centred: bool, seed: int
 ) -> None:
     image = picture(np.random.Generator(np.random.PCG64(seed)), *size)
-    prob, entropy = stitch(image, WindowSpec(*window, overlap, blend, centred=centred))  # type: ignore[arg-type]
+    prob, entropy = stitched(image, WindowSpec(*window, overlap, blend, centred=centred))  # type: ignore[arg-type]
     wanted = image.transpose(0, 2, 1) / 255
     np.testing.assert_allclose(prob, wanted, atol=1e-5)
     np.testing.assert_allclose(entropy, wanted.sum(1), atol=3e-5)
@@ -54,24 +86,42 @@ def test_the_plain_form_stitches_alike(
     monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator, size: tuple[int, int]
 ) -> None:
     image, spec = picture(rng, *size), WindowSpec(32, 48)
-    compiled = stitch(image, spec)
+    compiled = stitched(image, spec)
     monkeypatch.setattr(kernels, "COMPILED", None)
-    for ours, theirs in zip(compiled, stitch(image, spec), strict=True):
+    for ours, theirs in zip(compiled, stitched(image, spec), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
 def test_the_memory_of_a_canvas_depends_on_the_width_and_not_on_the_height() -> None:
     spec = WindowSpec(32, 48)
-    low, high, wide = (Canvas(cover(*size, spec), 3).nbytes for size in ((64, 500), (64_000, 500), (64, 1000)))
+    low, high, wide = (
+        canvas_of(cover(*size, spec)).canvas_RCW.nbytes for size in ((64, 500), (64_000, 500), (64, 1000))
+    )
     assert low == high == 4 * 32 * 500 * (3 + 1)
     assert wide == 2 * low
 
 
 def test_rows_are_handed_out_as_soon_as_no_coming_window_touches_them() -> None:
     plan = cover(100, 48, WindowSpec(32, 48, overlap=0.5))
-    canvas = Canvas(plan, 3)
-    handed = []
-    for window in plan:
-        canvas.add(window, Moments(np.zeros((32, 3, 48), np.float32), np.zeros((32, 48), np.float32), 1))
-        handed.append(sum(len(prob) for _, prob, _, _ in canvas.finished(window)))
-    assert np.cumsum(handed).tolist() == [*plan.starts_y[1:], 100]
+    canvas = canvas_of(plan)
+    bands = [add(canvas, window, np.zeros((32, 4, 48), np.float32)) for window in plan]
+    assert np.cumsum([len(band.labels) if band else 0 for band in bands]).tolist() == [*plan.starts_y[1:], 100]
+
+
+@given(
+    st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    st.floats(0, 0.9),
+    st.integers(1, 40),
+    st.sampled_from(("shift", "clip")),
+)
+def test_a_ring_holds_all_rows_that_a_batch_touches_and_no_more(
+    size: tuple[int, int], window: tuple[int, int], overlap: float, most: int, last: str
+) -> None:
+    plan = cover(*size, WindowSpec(*window, overlap, last=last))  # type: ignore[arg-type]
+    windows, touched = list(plan), 0
+    for first in range(len(windows)):
+        batch = windows[first : first + most]
+        end = max(min(one.y0 + one.height, plan.height) for one in batch)
+        touched = max(touched, end - plan.starts_y[batch[0].row])
+    assert ring_height(plan, most) == touched

@@ -201,8 +201,7 @@ def test_warming_up_captures_the_sizes_that_it_found(
     after = runtime.run(runtime._golden_inputs())
     assert cuda.replays == replays
     for one, other in zip(before, after, strict=True):
-        np.testing.assert_allclose(one.summed_hKw, other.summed_hKw, rtol=1e-6)  # in chunks of another size
-    runtime.close()
+        np.testing.assert_allclose(one.stats_hCw, other.stats_hCw, rtol=1e-6)  # in chunks of another size
 
 
 def test_images_that_are_seen_whole_are_not_captured_nor_anything_unless_it_is_set(
@@ -214,11 +213,10 @@ def test_images_that_are_seen_whole_are_not_captured_nor_anything_unless_it_is_s
     runtime.card = replace(runtime.card, window=window)
     runtime.warm_up(Tuning(2, 2, cuda_graphs=True))
     assert cuda.did == []
-    runtime.close()
 
 
 def _runtime(store: Path, name: str) -> Runtime:
     artifact = open_artifact(export_network(seeded(name), card_of(name), store))
-    runtime = Runtime(artifact, device=CPU, threads=1)
+    runtime = Runtime(artifact, device=CPU)
     runtime._backend._can_capture = True
     return runtime

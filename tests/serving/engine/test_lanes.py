@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-import numpy as np
 import pytest
 import torch
 
@@ -28,15 +27,13 @@ class MetRuntime:
 
     meet: Callable[[int, int], None]
     windows_per_batch: int = 1
+    stays_on_device: bool = False
     card: Card = field(default_factory=lambda: toy_card("latent", window=SPEC)[0])
-
-    def surface(self, *_: object, **__: object) -> None:
-        """There is no GPU."""
 
     def run(self, inputs: list[WindowInput]) -> list[Moments | ModelFault]:
         samples = [len(window.noise_SL) for window in inputs]
         self.meet(samples[0], torch.get_num_threads())
-        return [Moments(np.zeros((4, 3, 4), np.float32), np.zeros((4, 4), np.float32), S) for S in samples]
+        return [Moments(torch.zeros(4, 4, 4), S) for S in samples]
 
 
 @pytest.fixture(params=[Cores(THREADS, lanes=2), Cores(THREADS, lanes=THREADS)], ids=["two lanes", "four"])

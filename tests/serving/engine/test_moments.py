@@ -1,6 +1,7 @@
 """Moments: the compiled and the plain form agree with a float64 oracle made of torch's own resize."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,22 +11,31 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from penumbra.models.card import Readout
+from penumbra.models.card import Card, ClassInfo, Readout
 from penumbra.serving.engine import kernels
-from penumbra.serving.engine.moments import accumulate, accumulate_plain, empty_sums
+from penumbra.serving.engine.moments import Statistics
+from tests.conftest import toy_card
 
 needs_kernels = pytest.mark.skipif(kernels.COMPILED is None, reason="the C kernels are not built on this machine")
 FORMS = [pytest.param("compiled", marks=needs_kernels), "plain"]
 SHAPES = [((5, 7), (17, 23)), ((9, 9), (9, 9)), ((1, 1), (6, 5)), ((8, 3), (8, 33)), ((33, 65), (129, 257))]
 
 
+def added(form: str, card: Card, size: tuple[int, int], *chunks: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    statistics = Statistics(card, 1, size, torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        if form == "plain":
+            patch.setattr(kernels, "COMPILED", None)
+        for logits_SKhw in chunks:
+            statistics.add(logits_SKhw[:, None])
+        statistics.finish()
+    stats_hCw = statistics.stats_BhCw[0].numpy()
+    return stats_hCw[:, :-1].transpose(1, 0, 2), stats_hCw[:, -1]
+
+
 def moments(form: str, logits_SKhw: Tensor, size: tuple[int, int], readout: Readout) -> tuple[np.ndarray, np.ndarray]:
-    prob, entropy = empty_sums(logits_SKhw.shape[1], *size)
-    if form == "compiled":
-        accumulate(logits_SKhw, prob, entropy, readout=readout, spread=map)
-    else:
-        accumulate_plain(logits_SKhw, prob, entropy, readout=readout)
-    return prob.transpose(1, 0, 2), entropy
+    classes = tuple(ClassInfo(str(k), (k, k, k)) for k in range(logits_SKhw.shape[1]))
+    return added(form, replace(toy_card("latent")[0], classes=classes, readout=readout), size, logits_SKhw)
 
 
 def oracle(logits_SKhw: Tensor, size: tuple[int, int], readout: Readout) -> tuple[np.ndarray, np.ndarray]:
@@ -89,17 +99,11 @@ def test_softmax_at_feature_resolution_is_resized_afterwards(align_corners: bool
 
 @pytest.mark.parametrize("form", FORMS)
 def test_sums_are_added_to_what_is_there(form: str) -> None:
-    logits, readout = random_logits(4, 3, (6, 6)), Readout()
-    prob, entropy = empty_sums(3, 20, 20)
-    for chunk in torch.split(logits, (1, 3)):
-        if form == "compiled":
-            accumulate(chunk, prob, entropy, readout=readout, spread=map)
-        else:
-            accumulate_plain(chunk, prob, entropy, readout=readout)
-    whole = moments(form, logits, (20, 20), readout)
-    np.testing.assert_allclose(prob.transpose(1, 0, 2), whole[0], atol=1e-5)
-    np.testing.assert_allclose(entropy, whole[1], atol=1e-5)
-    np.testing.assert_allclose(prob.sum(1), 4, atol=1e-5)
+    logits = random_logits(4, 3, (6, 6))
+    prob, entropy = added(form, toy_card("latent")[0], (20, 20), *torch.split(logits, (1, 3)))
+    whole = moments(form, logits, (20, 20), toy_card("latent")[0].readout)
+    assert np.array_equal(prob, whole[0]) and np.array_equal(entropy, whole[1])
+    np.testing.assert_allclose(prob.sum(0), 4, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -134,6 +138,5 @@ def test_half_precision_and_strided_logits_are_taken() -> None:
 
 @needs_kernels
 def test_logits_of_another_number_of_classes_never_write_beyond_the_sums() -> None:
-    prob, entropy = empty_sums(3, 8, 8)
     with pytest.raises(AssertionError):
-        accumulate(random_logits(1, 5, (4, 4)), prob, entropy, readout=Readout(), spread=map)
+        added("compiled", toy_card("latent")[0], (8, 8), random_logits(1, 5, (4, 4)))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,7 +21,7 @@ from penumbra.export.bundle import export_network
 from penumbra.models.card import Card
 from penumbra.models.contract import Features
 from penumbra.models.errors import BadOption, DeadlineExceeded, ModelFault
-from penumbra.serving.engine import steps
+from penumbra.serving.engine import moments
 from penumbra.serving.engine.backends import Backend
 from penumbra.serving.engine.moments import Moments
 from penumbra.serving.engine.options import Limits, SegmentOptions
@@ -57,14 +58,12 @@ class TimedRuntime:
     slower: float = 1.0
     start_s: float = 0.0
     windows_per_batch: int = 1
+    stays_on_device: bool = False
     card: Card = field(default_factory=lambda: toy_card("latent", window=SPEC)[0])
     rounds: list[int] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)
     go: threading.Event = field(default_factory=threading.Event)
     entered: threading.Event = field(default_factory=threading.Event)
-
-    def surface(self, *_: object, **__: object) -> None:
-        """There is no GPU."""
 
     def run(self, inputs: list[WindowInput]) -> list[Moments | ModelFault]:
         self.entered.set()
@@ -73,7 +72,7 @@ class TimedRuntime:
         self.clock.now += self.slower * (self.start_s + sum(ENCODE_S + S * SAMPLE_S for S in samples))
         self.batches.append(len(samples))
         self.rounds += samples
-        return [Moments(np.zeros((4, 3, 4), np.float32), np.zeros((4, 4), np.float32), S) for S in samples]
+        return [Moments(torch.zeros(4, 4, 4), S) for S in samples]
 
 
 @pytest.fixture
@@ -278,7 +277,7 @@ def test_an_answer_comes_down_to_one_sample_only_where_nobody_named_the_mutual_i
 @pytest.fixture
 def slow(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Segmenter]:
     """A network that takes ENCODE_S + S x (SAMPLE_S + MOMENTS_S) of every window, and 32 samples unless told."""
-    encode, decode, accumulate = Backend.encode, Backend.decode, steps.accumulate
+    encode, decode, accumulate = Backend.encode, Backend.decode, moments.operators.accumulate
 
     def timed_encode(backend: Backend, image_B3hw: Tensor) -> Features:
         clock.now += ENCODE_S * len(image_B3hw)
@@ -288,13 +287,13 @@ def slow(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         clock.now += SAMPLE_S * noise_SBL.shape[0] * noise_SBL.shape[1]
         return decode(backend, features, noise_SBL)
 
-    def timed_accumulate(logits_SKhw: Tensor, *sums: Any, **options: Any) -> None:
-        clock.now += MOMENTS_S * len(logits_SKhw)
-        accumulate(logits_SKhw, *sums, **options)
+    def timed_accumulate(logits_SBKhw: Tensor, *sums: Any, **options: Any) -> None:
+        clock.now += MOMENTS_S * logits_SBKhw.shape[0] * logits_SBKhw.shape[1]
+        accumulate(logits_SBKhw, *sums, **options)
 
     monkeypatch.setattr(Backend, "encode", timed_encode)
     monkeypatch.setattr(Backend, "decode", timed_decode)
-    monkeypatch.setattr(steps, "accumulate", timed_accumulate)
+    monkeypatch.setattr(moments.operators, "accumulate", timed_accumulate)
     card, network = toy_card("latent")
     card = replace(card, sampling=replace(card.sampling, default_samples=32))
     directory = export_network(network, card, tmp_path / "store")

@@ -19,11 +19,12 @@ from penumbra.models.card import Card, ClassInfo, Readout, WindowSpec
 from penumbra.models.checkpoint import load_checkpoint
 from penumbra.models.contract import Network
 from penumbra.models.np_semiseg.upstream import published_u2pl
-from penumbra.serving.engine.moments import accumulate, empty_sums
+from penumbra.serving.engine.moments import Statistics
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.windows import WindowPlan, cover
+from tests.conftest import toy_card
 from tests.models import golden
 
 pytestmark = pytest.mark.slow
@@ -64,7 +65,11 @@ def served(card: Card, network: Network, window: WindowSpec, store: Path) -> Ite
 
 def merged(segmenter: Segmenter, image: np.ndarray, noise: "Stream | None" = None) -> tuple[np.ndarray, np.ndarray]:
     """What samples and windows were averaged to, [K, H, W], and the labels."""
-    bands = [(band.merged_hKW.copy(), band.labels) for band in segmenter.bands(image, SegmentOptions(), noise=noise)]
+    request, bands = segmenter.bands(image, SegmentOptions(), noise=noise), []
+    for band in request:
+        assert request.surface
+        ring = request.surface.canvas_RCW.numpy()[:, : request.plan.card.num_classes]
+        bands.append((ring[np.arange(band.y0, band.y0 + len(band.labels)) % len(ring)], band.labels))
     scores_HKW, labels_HW = (np.concatenate(parts) for parts in zip(*bands, strict=True))
     return scores_HKW.transpose(1, 0, 2), labels_HW
 
@@ -144,9 +149,12 @@ def moments(network: Network, noise: np.ndarray, height: int, width: int, readou
     """Mean probabilities [K, H, W] of the recorded input."""
     with torch.inference_mode():
         logits_SKhw = network(golden.image(height, width), torch.from_numpy(noise))[:, 0]
-    summed_hKw, entropy_hw = empty_sums(logits_SKhw.shape[1], height, width)
-    accumulate(logits_SKhw, summed_hKw, entropy_hw, readout=readout, spread=map)
-    return summed_hKw.transpose(1, 0, 2) / len(noise)
+    classes = tuple(ClassInfo(str(k), (k, k, k)) for k in range(logits_SKhw.shape[1]))
+    card = dataclasses.replace(toy_card("latent")[0], classes=classes, readout=readout)
+    statistics = Statistics(card, 1, (height, width), torch.device("cpu"))
+    statistics.add(logits_SKhw[:, None])
+    statistics.finish()
+    return statistics.stats_BhCw[0, :, :-1].numpy().transpose(1, 0, 2) / len(noise)
 
 
 @recorded("np-*_tame")

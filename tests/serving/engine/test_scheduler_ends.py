@@ -212,6 +212,8 @@ def test_a_gpu_that_can_run_nothing_any_more_ends_the_lanes_and_another_failure_
     engine.go.set()
     ended = in_threads(*streams)
     assert isinstance(ended[0], ModelFault) and isinstance(ended[1], ModelFault) == is_lost
+    if is_lost:
+        scheduler._threads[0].join(WAIT_S)
     assert scheduler.is_alive != is_lost
     scheduler.close()
 

@@ -2,20 +2,34 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penumbra.models.card import MAPS, MAPS_OF_ONE
+from penumbra.models.card import MAPS, MAPS_OF_ONE, ClassInfo
 from penumbra.serving.engine import kernels
-from penumbra.serving.engine.uncertainty import read_out, read_out_plain
+from penumbra.serving.engine.gpu.surface import Wanted, lay_out, read_out
+from penumbra.serving.engine.uncertainty import Band
 from tests.conftest import toy_card
+from tests.serving.engine import oracles
 
 needs_kernels = pytest.mark.skipif(kernels.COMPILED is None, reason="the C kernels are not built on this machine")
 Form = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, ...]]
-every_form = pytest.mark.parametrize("form", [pytest.param(kernels.read_out, marks=needs_kernels), read_out_plain])
+
+
+def in_plain_torch(prob_hKw: np.ndarray, expected_hw: np.ndarray) -> oracles.Maps:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "COMPILED", None)
+        return oracles.read_out_here(prob_hKw, expected_hw)
+
+
+every_form = pytest.mark.parametrize(
+    "form", [pytest.param(oracles.read_out_here, marks=needs_kernels), in_plain_torch, oracles.read_out]
+)
 
 
 def pixels(*distributions: list[float]) -> np.ndarray:
@@ -99,17 +113,28 @@ def random_means(seed: int, num_classes: int, shape: tuple[int, int]) -> tuple[n
 def test_all_maps_equal_their_formulas_in_float64(seed: int, num_classes: int, height: int, width: int) -> None:
     mean, expected = random_means(seed, num_classes, (height, width))
     prob, card = np.ascontiguousarray(mean, np.float32), toy_card("latent")[0]
-    band = read_out(5, prob, expected.astype(np.float32), card=card, num_samples=3)
+    card = replace(card, classes=tuple(ClassInfo(str(k), (k, k, k)) for k in range(num_classes)))
+    canvas = torch.from_numpy(np.concatenate((prob, expected.astype(np.float32)[:, None]), axis=1))
+
+    def read(num_samples: int) -> Band:
+        """Rows 5 on, which a ring of this height has further round."""
+        wanted, rows = Wanted(card.maps(num_samples)), range(5, 5 + height)
+        segment, num_bytes = lay_out(wanted, rows, width, card, num_samples)
+        out = torch.empty(num_bytes, dtype=torch.uint8)
+        read_out([(canvas.roll(5, 0).contiguous(), segment, math.inf)], out, card)
+        return segment.band(out.numpy())
+
+    band = read(3)
     ranked = np.sort(mean, axis=1)
     entropy = -(mean * np.log(np.maximum(mean, 1e-300))).sum(1)
-    assert band.y0 == 5 and tuple(band.maps) == MAPS
+    assert band.y0 == 5 and set(band.maps) == {*MAPS}
     assert (band.labels == mean.astype(np.float32).argmax(1)).all()
     wanted = (ranked[:, -1], ranked[:, -1] - ranked[:, -2], entropy, expected, np.maximum(entropy - expected, 0))
-    for values, right in zip(band.maps.values(), wanted, strict=True):
-        np.testing.assert_allclose(values, right, atol=2e-6)
+    for name, right in zip(MAPS, wanted, strict=True):
+        np.testing.assert_allclose(band.maps[name], right, atol=2e-6)
     assert (band.maps["mutual_information"] >= 0).all()
-    single = read_out(5, prob, expected.astype(np.float32), card=card, num_samples=1)
-    assert tuple(single.maps) == MAPS_OF_ONE
+    single = read(1)
+    assert set(single.maps) == {*MAPS_OF_ONE}
     assert np.array_equal(single.maps["seam"], band.maps["mutual_information"])
 
 
@@ -119,7 +144,7 @@ def test_all_maps_equal_their_formulas_in_float64(seed: int, num_classes: int, h
 def test_the_compiled_form_equals_the_plain_one(seed: int, num_classes: int, height: int, width: int) -> None:
     mean, expected = random_means(seed, num_classes, (height, width))
     prob, expected = np.ascontiguousarray(mean, np.float32), expected.astype(np.float32)
-    compiled, plain = kernels.read_out(prob, expected), read_out_plain(prob, expected)
+    compiled, plain = oracles.read_out_here(prob, expected), oracles.read_out(prob, expected)
     assert np.array_equal(compiled[0], plain[0])
     for ours, theirs in zip(compiled[1:], plain[1:], strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-6)

@@ -58,7 +58,7 @@ def runtime_of(name: str, precision: str) -> tuple[Runtime, Watch]:
     graphs = {part: graph(part) for part in PARTS}
     backend = Backend(graphs, device=CUDA, dtype=dtype, one_at_a_time=False)
     with watch.on(), patch.object(runtimes, "load_backend", lambda *_: backend):
-        return Runtime(Artifact(Path(name), card, None, b""), device=CUDA, threads=1), watch  # type: ignore[arg-type]
+        return Runtime(Artifact(Path(name), card, None, b""), device=CUDA), watch  # type: ignore[arg-type]
 
 
 def move(network: Network, dtype: torch.dtype) -> Network:

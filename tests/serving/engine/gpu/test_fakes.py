@@ -1,10 +1,11 @@
 """Each operator is one call of torch's dispatcher, also on CUDA tensors that are fake, and no other call is made."""
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from penumbra.serving.engine.gpu import operators
+from penumbra.serving.engine.gpu import operators, plain
 from penumbra.serving.engine.gpu.operators import Norm
 
 
@@ -40,3 +41,10 @@ def test_all_four_are_one_call_each_on_fake_cuda_tensors() -> None:
         assert calls.names == [f"penumbra.{name}.default" for name in ("cut", "accumulate", "blend", "read_out")]
         assert image.shape == (3, 3, 16, 17) and image.device.type == "cuda" and image.dtype == torch.float32
         assert image.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs here")
+def test_where_triton_does_not_run_the_plain_forms_do_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("triton")
+    assert operators._triton.__wrapped__() is plain
+    assert "Triton does not run here" in caplog.text

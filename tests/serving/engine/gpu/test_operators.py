@@ -16,19 +16,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from penumbra.models.card import InputSpec, Readout, WindowSpec
-from penumbra.serving.engine import kernels, moments, uncertainty, windows
-from penumbra.serving.engine.canvas import Canvas
-from penumbra.serving.engine.gpu import operators
+from penumbra.serving.engine import kernels, windows
+from penumbra.serving.engine.gpu import operators, plain
 from penumbra.serving.engine.gpu.operators import Norm
+from tests.serving.engine import oracles
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EXAMPLES = 4 if INTERPRETED else 60
 CLASSES = (1, 2, 19, 255)
 
 
-@pytest.fixture(autouse=True)
-def in_inference_mode_by_the_form_that_is_meant() -> Iterator[None]:
-    with torch.inference_mode():
+@pytest.fixture(autouse=True, params=["triton"] if INTERPRETED else ["c", "plain"])
+def in_inference_mode_by_the_form_that_is_meant(request: pytest.FixtureRequest) -> Iterator[None]:
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+        if request.param == "plain":
+            patch.setattr(kernels, "COMPILED", None)
+        elif request.param == "c" and kernels.COMPILED is None:
+            pytest.skip("the C kernels are not built on this machine")
         yield
     assert not INTERPRETED or "penumbra.serving.engine.gpu.kernels" in sys.modules
 
@@ -143,19 +147,14 @@ def add(logits_SBKhw: Tensor, stats_BhCw: Tensor, readout: Readout, *, first: bo
 
 
 def same_moments(stats_BhCw: Tensor, logits_SBKhw: Tensor, readout: Readout) -> None:
-    """The mean over samples is that of the CPU's plain form, and of its compiled one, to 1e-6."""
+    """The mean over samples is that of the plain form to 1e-6."""
     num_samples, _, num_classes, *_ = logits_SBKhw.shape
-    for stats_hCw, logits_SKhw in zip(stats_BhCw, logits_SBKhw.transpose(0, 1), strict=True):
-        for form in (moments.accumulate, moments.accumulate_plain):
-            if readout.average == "logits" and form is moments.accumulate_plain:
-                continue
-            summed, entropy = moments.empty_sums(num_classes, stats_hCw.shape[0], stats_hCw.shape[2])
-            spread = {"spread": map} if form is moments.accumulate else {}
-            form(logits_SKhw, summed, entropy, readout=readout, **spread)  # type: ignore[operator]
-            means = [x / num_samples for x in (stats_hCw[:, :num_classes].numpy(), summed)]
-            np.testing.assert_allclose(*means, rtol=1e-6, atol=1e-6)
-            means = [x / num_samples for x in (stats_hCw[:, num_classes].numpy(), entropy)]
-            np.testing.assert_allclose(*means, rtol=1e-6, atol=1e-6)
+    expected, channels = torch.empty_like(stats_BhCw), slice(num_classes + 1)
+    plain.accumulate(
+        logits_SBKhw, expected, True, readout.align_corners, readout.temperature, readout.average == "logits"
+    )  # fmt: skip
+    means = [(x[:, :, channels] / num_samples).numpy() for x in (stats_BhCw, expected)]
+    np.testing.assert_allclose(*means, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("align_corners", [True, False])
@@ -280,15 +279,9 @@ def test_a_picture_in_batches_on_a_ring_is_the_cpus_canvas(
     if plan.num_windows in (1, *range(40, 10**6)):
         return
     stats = rng.random((plan.num_windows, window[0], 5, window[1]), np.float32)
-    canvas, expected = Canvas(plan, 3, num_extras=1), []
-    for piece, place in zip(stats, plan, strict=True):
-        part = piece[: place.height, :, : place.width]
-        canvas.add(place, moments.Moments(part[:, :3], part[:, 3], 2, part[:, 4:]))
-        for _, merged, entropy, extras in canvas.finished(place):
-            expected.append(np.concatenate((merged, entropy[:, None], extras), axis=1))
     with torch.inference_mode():
         rows = blended_on_a_ring(plan, torch.from_numpy(stats), batch)
-    np.testing.assert_allclose(rows.numpy(), np.concatenate(expected), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(rows.numpy(), oracles.stitched(stats, plan, 4, 0.5), rtol=1e-6, atol=1e-6)
 
 
 def blended_on_a_ring(plan: windows.WindowPlan, stats_BhCw: Tensor, batch: int) -> Tensor:
@@ -354,8 +347,8 @@ def read_by_the_cpu(rows_hCw: np.ndarray, num_classes: int, *, softmax: bool, th
     """All planes, in float64: float32 sums over 255 classes differ in the sixth digit."""
     rows_hCw = rows_hCw.astype(np.float64)
     merged, expected = rows_hCw[:, :num_classes], rows_hCw[:, num_classes]
-    prob = uncertainty.softmax(merged) if softmax else merged
-    labels, confidence, margin, entropy, disagreement = uncertainty.read_out_plain(prob, expected)
+    prob = oracles.softmax(merged) if softmax else merged
+    labels, confidence, margin, entropy, disagreement = oracles.read_out(prob, expected)
     labels[entropy > threshold] = 255
     extras = rows_hCw[:, num_classes + 1 :].transpose(1, 0, 2)
     return [labels, confidence, margin, entropy, expected, disagreement, prob, *extras]
@@ -382,17 +375,6 @@ def test_every_plane_of_several_segments_is_the_cpus(rng: np.random.Generator, n
         for ours, theirs in zip(planes(out, offsets, rows, ring.shape[2], num_classes), expected, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
     assert (out[start:] == 77).all()
-
-
-@pytest.mark.skipif(kernels.COMPILED is None, reason="the C kernels are not built on this machine")
-def test_maps_are_those_of_the_compiled_read_out(rng: np.random.Generator) -> None:
-    ring = canvas_of(rng, 6, 19, 70)
-    offsets, out = layout(6, 70, 19, 0, start=0), torch.zeros(80_000, dtype=torch.uint8)
-    operators.read_out([torch.from_numpy(ring)], out, [0, 0, 6, *offsets], [math.inf], num_classes=19, softmax=False)
-    labels, confidence, margin, entropy, _, disagreement, _ = planes(out, offsets, 6, 70, 19)
-    expected = kernels.read_out(np.ascontiguousarray(ring[:, :19]), np.ascontiguousarray(ring[:, 19]))
-    for ours, theirs in zip((labels, confidence, margin, entropy, disagreement), expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
 def test_planes_that_are_not_requested_are_not_written(rng: np.random.Generator) -> None:
