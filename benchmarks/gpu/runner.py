@@ -106,7 +106,8 @@ def end(process: subprocess.Popen[bytes]) -> None:
 def run_here(step: Step, sheet: Sheet, *, until: float) -> None:
     """Run a step in this process, until the clock says `until`, and note how it ended."""
     limit_s = until - time.time()
-    logging.basicConfig(level=logging.INFO, format="  %(message)s")
+    logging.basicConfig(format="  %(message)s")
+    logging.getLogger("penumbra").setLevel(logging.INFO)
     if sheet.quick:
         torch.set_num_threads(1)
     signal.signal(signal.SIGALRM, time_is_up)
