@@ -288,6 +288,10 @@ class Scheduler:
     def _answer(self, batch: Batch, *, is_alone: bool = False) -> list[WindowResult]:
         """Run a batch; on failure, in parts: halves when memory is short, at last alone; else request by request."""
         runtime, windows = batch.runtime, batch.windows
+        most = runtime.windows_per_batch
+        if len(windows) > most:  # as memory was found too short for, by a part of this batch or in another lane
+            parts = [replace(batch, windows=windows[i : i + most]) for i in range(0, len(windows), most)]
+            return [answer for part in parts for answer in self._answer(part)]
         try:
             return list(runtime.run([request.input_of(window, batch.num_samples) for request, window in windows]))
         except Exception as error:
@@ -302,11 +306,9 @@ class Scheduler:
             self._observer.out_of_memory(runtime.card.name)
         if len(windows) == 1:
             return self._answer_alone(batch)
-        half = len(windows) // 2
         with self._condition:
-            runtime.windows_per_batch = min(runtime.windows_per_batch, half)  # another lane may have found it shorter
-        parts = (replace(batch, windows=part) for part in (windows[:half], windows[half:]))
-        return [answer for part in parts for answer in self._answer(part)]
+            runtime.windows_per_batch = min(runtime.windows_per_batch, len(windows) // 2)
+        return self._answer(batch)
 
     def _answer_alone(self, batch: Batch) -> list[WindowResult]:
         """Run one window again with no lane beside it, and one lane less at a time from now on."""

@@ -194,6 +194,29 @@ def test_where_memory_is_short_a_batch_is_halved_and_answers_stay_right(
                     assert_same(found, expected)
 
 
+@pytest.mark.parametrize("most", [1, 2, 3])
+@pytest.mark.parametrize("spec", [SPEC, WindowSpec(32, 40, overlap=0.5, last="clip")], ids=["shifted", "clipped"])
+def test_a_batch_whose_halves_do_not_fit_either_is_run_in_smaller_parts(
+    spec: WindowSpec, most: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = Backend.encode
+
+    def short(backend: Backend, image_B3hw: Tensor) -> Features:
+        if len(image_B3hw) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(backend, image_B3hw)
+
+    with opened(models(spec), staying=True, tuning=TUNING) as segmenter:
+        works = [(picture(rng, *size), asked(segmenter, "latent")) for size in ((75, 100), (60, 90), (300, 40))]
+        alone = [segmenter.segment(*work) for work in works]
+        monkeypatch.setattr(Backend, "encode", short)
+        for chosen in (works[:1], works[2:], works):
+            segmenter.find("latent").windows_per_batch = 8
+            expected = [alone[[id(one) for one in works].index(id(work))] for work in chosen]
+            for found, whole in zip(together(segmenter, *chosen), expected, strict=True):
+                assert_same(found, whole)
+
+
 def test_fewer_samples_in_the_middle_begin_again_and_give_their_own_answer(
     staying: Segmenter, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
