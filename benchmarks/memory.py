@@ -17,8 +17,8 @@ import torch
 from benchmarks.rounds import save
 from penumbra.models.card import ClassInfo, WindowSpec
 from penumbra.models.toy.cards import toy_card
-from penumbra.serving.engine.gpu.surface import Surface, Transfers, Wanted, read_out, segments_of
-from penumbra.serving.engine.gpu.surface import stitch as blend
+from penumbra.serving.engine.canvas import Surface, Transfers, Wanted, read_out, segments_of
+from penumbra.serving.engine.canvas import stitch as blend
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.windows import cover
 

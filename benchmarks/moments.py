@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.rounds import measure, save
+from penumbra.serving.engine import operators, plain
 from penumbra.serving.engine.allocator import keep_freed_memory
-from penumbra.serving.engine.gpu import operators, plain
 
 SAMPLES, CLASSES, HEIGHT, WIDTH, WINDOW, ROUNDS = 5, 19, 1024, 2048, 512, 5
 

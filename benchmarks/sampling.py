@@ -21,8 +21,8 @@ from penumbra.export.bundle import export_network
 from penumbra.models.card import Card, ClassInfo, InputSpec, Readout, WindowSpec
 from penumbra.models.np_semiseg.heads import PublishedHead
 from penumbra.models.np_semiseg.net import NpConfig, NpNetwork, u2pl
+from penumbra.serving.engine import operators
 from penumbra.serving.engine.allocator import keep_freed_memory
-from penumbra.serving.engine.gpu import operators
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter

@@ -15,7 +15,7 @@ from penumbra.models.confusion import confusion, intersection_over_union
 from penumbra.models.contract import Network
 from penumbra.models.errors import BadOption, ParityFailed
 from penumbra.serving.engine.backends import Backend
-from penumbra.serving.engine.gpu.surface import Wanted, lay_out, read_out
+from penumbra.serving.engine.canvas import Wanted, lay_out, read_out
 from penumbra.serving.engine.moments import Statistics
 from penumbra.serving.engine.noise import SeededNoise
 from penumbra.serving.engine.uncertainty import Band

@@ -1,7 +1,7 @@
 """Binding of kernels.c: functions that release the GIL while they run, on arrays and tensors of the CPU.
 
 `COMPILED` is None where the extension was not built; callers then use their plain forms. `accumulate`, `blend` and
-`read_out` are forms of the operators (`penumbra.serving.engine.gpu.operators`).
+`read_out` are forms of the operators (`penumbra.serving.engine.operators`).
 """
 
 import ctypes

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from penumbra.models.card import Card, Readout
 from penumbra.models.errors import ModelFault
-from penumbra.serving.engine.gpu import operators
+from penumbra.serving.engine import operators
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from math import inf
 
 from penumbra.models.card import Card, Sampling
 from penumbra.models.errors import BadOption, TooLarge
-from penumbra.serving.engine.gpu.surface import Wanted
+from penumbra.serving.engine.canvas import Wanted
 from penumbra.serving.engine.noise import NoiseSource, SeededNoise
 from penumbra.serving.engine.options import PROBABILITIES, Limits, SegmentOptions, abstain_above, check_options
 from penumbra.serving.engine.prompts import PromptSource, check_prompt

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from penumbra.models.errors import Cancelled, DeadlineExceeded, PenumbraError
-from penumbra.serving.engine.gpu.surface import Landing, Surface, read_out, segments_of, stitch
+from penumbra.serving.engine.canvas import Landing, Surface, read_out, segments_of, stitch
 from penumbra.serving.engine.moments import Moments
 from penumbra.serving.engine.plan import NORMAL, RequestPlan
 from penumbra.serving.engine.raster import Raster

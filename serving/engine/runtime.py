@@ -16,9 +16,9 @@ from penumbra.models.card import Card
 from penumbra.models.contract import Features
 from penumbra.models.errors import BadArtifact, PenumbraError
 from penumbra.serving.engine.backends import Backend, load_backend
+from penumbra.serving.engine.canvas import Landing, Surface, Wanted
 from penumbra.serving.engine.device import stays_on
 from penumbra.serving.engine.gpu.pipeline import DeviceSteps
-from penumbra.serving.engine.gpu.surface import Landing, Surface, Wanted
 from penumbra.serving.engine.moments import Moments, Statistics
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.steps import Answer, HostSteps, WindowInput

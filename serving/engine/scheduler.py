@@ -24,7 +24,7 @@ import torch
 
 from penumbra.models.card import Card
 from penumbra.models.errors import Cancelled, ModelFault, NotReady, PenumbraError, QueueFull
-from penumbra.serving.engine.gpu.surface import Landing
+from penumbra.serving.engine.canvas import Landing
 from penumbra.serving.engine.moments import Moments, not_finite
 from penumbra.serving.engine.request import STRIDES, PriorityClass, QueuedRequest
 from penumbra.serving.engine.runtime import Runtime, is_out_of_memory, settle

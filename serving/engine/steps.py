@@ -13,7 +13,7 @@ from torch import Tensor
 
 from penumbra.models.card import Card
 from penumbra.models.errors import ModelFault
-from penumbra.serving.engine.gpu.surface import Landing, Surface, Transfers, Wanted
+from penumbra.serving.engine.canvas import Landing, Surface, Transfers, Wanted
 from penumbra.serving.engine.kernels import FloatArray
 from penumbra.serving.engine.moments import Moments, Statistics, channels, not_finite
 from penumbra.serving.engine.prompts import PromptSource

@@ -1,4 +1,1 @@
-"""The steps of a window on a device: cut, accumulate, blend and read out, each one operator for a whole batch.
-
-`operators` defines and documents them, `kernels` has them in Triton and `plain` in torch, where there is no Triton.
-"""
+"""What only a GPU takes: the steps round a network's calls that stay on the device, and the operators in Triton."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from penumbra.models.card import Card
-from penumbra.serving.engine.gpu import operators
-from penumbra.serving.engine.gpu.surface import Landing, Surface, read_out, segments_of, stitch
+from penumbra.serving.engine import operators
+from penumbra.serving.engine.canvas import Landing, Surface, read_out, segments_of, stitch
 from penumbra.serving.engine.moments import Statistics
 from penumbra.serving.engine.prompts import Boxes, Tags
 from penumbra.serving.engine.steps import Steps, WindowInput

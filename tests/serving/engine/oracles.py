@@ -4,8 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from penumbra.serving.engine import windows
-from penumbra.serving.engine.gpu import operators
+from penumbra.serving.engine import operators, windows
 
 Maps = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 

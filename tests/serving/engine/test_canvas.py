@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from penumbra.models.card import InputSpec, WindowSpec
 from penumbra.serving.engine import kernels
-from penumbra.serving.engine.gpu.surface import (
+from penumbra.serving.engine.canvas import (
     Surface,
     Transfers,
     Wanted,

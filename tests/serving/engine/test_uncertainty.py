@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from penumbra.models.card import MAPS, MAPS_OF_ONE, ClassInfo
 from penumbra.serving.engine import kernels
-from penumbra.serving.engine.gpu.surface import Wanted, lay_out, read_out
+from penumbra.serving.engine.canvas import Wanted, lay_out, read_out
 from penumbra.serving.engine.uncertainty import Band
 from tests.conftest import toy_card
 from tests.serving.engine import oracles

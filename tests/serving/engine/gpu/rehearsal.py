@@ -15,7 +15,7 @@ from penumbra.export.parts import _Decode, _Encode, _TakePrompt
 from penumbra.models.contract import Network
 from penumbra.serving.engine import runtime as runtimes
 from penumbra.serving.engine.backends import DTYPES, Backend
-from penumbra.serving.engine.gpu.surface import Landing
+from penumbra.serving.engine.canvas import Landing
 from penumbra.serving.engine.options import Limits, SegmentOptions
 from penumbra.serving.engine.plan import plan_request, resolve
 from penumbra.serving.engine.raster import Raster

@@ -5,8 +5,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from penumbra.serving.engine.gpu import operators, plain
-from penumbra.serving.engine.gpu.operators import Norm
+from penumbra.serving.engine import operators, plain
+from penumbra.serving.engine.operators import Norm
 
 
 class Calls(TorchDispatchMode):

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from penumbra.models.card import InputSpec, Readout, WindowSpec
-from penumbra.serving.engine import kernels, windows
-from penumbra.serving.engine.gpu import operators, plain
-from penumbra.serving.engine.gpu.operators import Norm
+from penumbra.serving.engine import kernels, operators, plain, windows
+from penumbra.serving.engine.operators import Norm
 from tests.serving.engine import oracles
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -16,11 +16,11 @@ from penumbra.models.card import IGNORE, Calibration, Card, WindowSpec
 from penumbra.models.contract import Features
 from penumbra.models.errors import Cancelled, ModelFault, PenumbraError
 from penumbra.models.toy.net import ToyConfig, ToyNetwork
+from penumbra.serving.engine import canvas as surfaces
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.backends import Backend
-from penumbra.serving.engine.gpu import surface as surfaces
+from penumbra.serving.engine.canvas import Copied, Surface, Transfers
 from penumbra.serving.engine.gpu.pipeline import DeviceSteps
-from penumbra.serving.engine.gpu.surface import Copied, Surface, Transfers
 from penumbra.serving.engine.options import PROBABILITIES, Limits, SegmentOptions
 from penumbra.serving.engine.raster import Pixels, Raster
 from penumbra.serving.engine.request import Cancellation, QueuedRequest

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from penumbra.serving.engine.gpu import surface as surfaces
-from penumbra.serving.engine.gpu.surface import Transfers
+from penumbra.serving.engine import canvas as surfaces
+from penumbra.serving.engine.canvas import Transfers
 from penumbra.serving.engine.options import PROBABILITIES
 from penumbra.serving.engine.request import QueuedRequest
 from tests.models.small import SMALL

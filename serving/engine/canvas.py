@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from penumbra.models.card import Card
-from penumbra.serving.engine.gpu import operators
+from penumbra.serving.engine import operators
 from penumbra.serving.engine.options import PROBABILITIES
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.uncertainty import Band

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penumbra.serving.engine import kernels
-from penumbra.serving.engine.gpu import plain
+from penumbra.serving.engine import kernels, plain
 
 log = logging.getLogger("penumbra")
 
