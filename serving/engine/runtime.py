@@ -82,10 +82,11 @@ class Runtime:
         """Seconds times cores of one window with so many samples, as measured while getting ready."""
         self._golden = artifact.golden
         self._backend: Backend = load_backend(artifact.card, artifact.directory, device)
-        self.stays_on_device = stays_on(self._backend.device)
+        self.device = self._backend.device
+        self.stays_on_device = stays_on(self.device)
         """Whether `run` stitches, rather than the requests' threads."""
         kind = DeviceSteps if self.stays_on_device else HostSteps
-        self._steps: DeviceSteps | HostSteps = kind(self.card, self._backend.device)
+        self._steps: DeviceSteps | HostSteps = kind(self.card, self.device)
 
     def surface(self, image_HW3: Raster, plan: WindowPlan, wanted: Wanted, *, first_row: int = 0) -> Surface:
         """Make a request's canvas. first_row: of windows, the first that is run."""

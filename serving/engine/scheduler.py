@@ -22,7 +22,6 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from penumbra.models.card import Card
 from penumbra.models.errors import Cancelled, ModelFault, NotReady, PenumbraError, QueueFull
 from penumbra.serving.engine.canvas import Landing
 from penumbra.serving.engine.moments import Moments, not_finite
@@ -254,7 +253,7 @@ class Scheduler:
     def _run(self, batch: Batch) -> None:
         started = time.perf_counter()
         answers = self._begin(batch)
-        answers = _settled(answers, batch.runtime.card)
+        answers = _settled(answers, batch.runtime)
         seconds = time.perf_counter() - started
         num_windows, model = len(batch.windows), batch.runtime.card.name
         rate = num_windows * batch.num_samples * self._cores.threads / (seconds * batch.cores)
@@ -298,7 +297,7 @@ class Scheduler:
             others = 0 if is_alone else self._working + self._stepped_back - 1
             short = is_out_of_memory(error) and (len(windows) > 1 or others > 0)
             if not short and len({request for request, _ in windows}) == 1:
-                return [_fault_of(error, runtime.card.name)] * len(windows)
+                return [_fault_of(error, runtime)] * len(windows)
         # Here and not above, where the exception still holds the arrays of the batch that was too large.
         if not short:
             return self._answer_apart(batch)
@@ -360,21 +359,25 @@ class Scheduler:
             self._condition.notify_all()
 
 
-def _settled(answers: Sequence[Answer | PenumbraError], card: Card) -> list[WindowResult]:
+def _settled(answers: Sequence[Answer | PenumbraError], runtime: Runtime) -> list[WindowResult]:
     """Wait for what is on its way from a GPU: a fault where a window's values are not finite, or where it failed."""
     try:
         settle(answers)
     except Exception as error:
-        return [_fault_of(error, card.name)] * len(answers)
-    return [not_finite(card) if isinstance(one, Landing) and not one.is_finite else one for one in answers]
+        return [_fault_of(error, runtime)] * len(answers)
+    fault = not_finite(runtime.card)
+    return [fault if isinstance(one, Landing) and not one.is_finite else one for one in answers]
 
 
-def _fault_of(error: Exception, model: str) -> PenumbraError:
+def _fault_of(error: Exception, runtime: Runtime) -> PenumbraError:
     """Choose whose fault ends a request: the image's, as a file that breaks off under the last rows, or the model's."""
     if isinstance(error, PenumbraError):
         return error
     if isinstance(error, torch.AcceleratorError):
-        torch.cuda.synchronize()  # raises where nothing runs any more: then the lanes end, and the server is not live
+        torch.cuda.synchronize(
+            runtime.device
+        )  # raises where nothing runs any more: then the lanes end, and the server is not live
+    model = runtime.card.name
     log.error("%s failed on a batch of windows", model, exc_info=error)
     return ModelFault(f"{model} failed on this image")
 

@@ -59,7 +59,8 @@ class Segmenter:
         self._trusted_keys = trusted_keys
         threads = threads or len(os.sched_getaffinity(0))
         lanes = min(lanes or (2 if stays_on(self._device) else threads), threads)
-        self.cores = Cores(threads, lanes, widen=not self._tuning.deterministic)
+        is_shared = self._tuning.deterministic or stays_on(self._device)  # all of a GPU is every batch's
+        self.cores = Cores(threads, lanes, widen=not is_shared)
         self._observer = observer
         self._tables = threading.Lock()
         """Held by whoever puts other tables in the place of these two, which are never changed: readers need none."""

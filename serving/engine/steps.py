@@ -77,7 +77,9 @@ class HostSteps(Steps):
         """Give every window's moments, or the fault that ends it; each request's own thread stitches them."""
         fault, num_samples = not_finite(statistics.card), statistics.num_samples
         assert statistics.flags_B is not None
+        is_shared = any(one.image_HW3 is not inputs[0].image_HW3 for one in inputs)
         return [
-            Moments(stats_hCw, num_samples) if flag == 0 else fault
+            # Else a caller who reads slowly would keep the windows of all others in these batches.
+            Moments(stats_hCw.clone() if is_shared else stats_hCw, num_samples) if flag == 0 else fault
             for stats_hCw, flag in zip(statistics.stats_BhCw, statistics.flags_B.tolist(), strict=True)
         ]

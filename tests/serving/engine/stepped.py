@@ -35,6 +35,7 @@ class SteppedRuntime:
 
     windows_per_batch: int = 1
     stays_on_device: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cuda:1"))
     before: Callable[[list[int]], None] = lambda values: None
     card: Card = field(default_factory=lambda: toy_card("latent", window=SPEC)[0])
     batches: list[list[int]] = field(default_factory=list)

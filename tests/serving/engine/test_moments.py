@@ -13,7 +13,10 @@ from torch.nn import functional as F
 
 from penumbra.models.card import Card, ClassInfo, Readout
 from penumbra.serving.engine import kernels
-from penumbra.serving.engine.moments import Statistics
+from penumbra.serving.engine.moments import Moments, Statistics
+from penumbra.serving.engine.raster import Raster
+from penumbra.serving.engine.steps import HostSteps, WindowInput
+from penumbra.serving.engine.windows import cover
 from tests.conftest import toy_card
 
 needs_kernels = pytest.mark.skipif(kernels.COMPILED is None, reason="the C kernels are not built on this machine")
@@ -140,3 +143,20 @@ def test_half_precision_and_strided_logits_are_taken() -> None:
 def test_logits_of_another_number_of_classes_never_write_beyond_the_sums() -> None:
     with pytest.raises(AssertionError):
         added("compiled", toy_card("latent")[0], (8, 8), random_logits(1, 5, (4, 4)))
+
+
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_moments_keep_no_windows_of_other_requests(num_images: int) -> None:
+    card, device = toy_card("latent")[0], torch.device("cpu")
+    statistics = Statistics(card, 2, (8, 9), device)
+    logits_SBKhw = torch.stack([random_logits(2, card.num_classes, (4, 4)) for _ in range(2)], dim=1)
+    statistics.add(logits_SBKhw)
+    images = [Raster(np.zeros((8, 9, 3), np.uint8)) for _ in range(num_images)] * (2 // num_images)
+    plan = cover(8, 9, replace(card.window, height=8, width=9))
+    noise_SL = np.zeros((2, 4), np.float32)
+    inputs = [WindowInput(image, window, plan, noise_SL) for image in images for window in plan]
+    answers = HostSteps(card, device).answers(statistics, inputs)
+    for moments, stats_hCw in zip(answers, statistics.stats_BhCw, strict=True):
+        assert isinstance(moments, Moments) and moments.stats_hCw.equal(stats_hCw)
+        kept = moments.stats_hCw.untyped_storage().nbytes() // stats_hCw.nbytes
+        assert kept == (2 if num_images == 1 else 1)

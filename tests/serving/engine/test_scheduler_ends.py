@@ -201,11 +201,15 @@ def test_one_window_that_never_fits_is_a_fault_and_not_a_loop(scheduler: Schedul
 def test_a_gpu_that_can_run_nothing_any_more_ends_the_lanes_and_another_failure_of_it_does_not(
     monkeypatch: pytest.MonkeyPatch, is_lost: bool
 ) -> None:
-    def fail(values: list[int] | None = None) -> None:
+    def fail(values: list[int]) -> None:
         if values != [2]:
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(torch.cuda, "synchronize", fail if is_lost else lambda: None)
+    def synchronize(device: torch.device | None = None) -> None:
+        if is_lost and device == torch.device("cuda:1"):
+            fail([1])
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     scheduler = Scheduler(queue_samples=10_000, cores=Cores(1), in_order=True)
     engine = runtime(going=False, before=fail)
     streams = [scheduler.submit(work(scheduler, engine, 1, value=value)) for value in (1, 2)]

@@ -324,3 +324,31 @@ def test_a_failure_after_a_canvas_changed_is_a_fault_and_never_a_wrong_answer(
             for found, whole in zip(together(staying, *works), expected, strict=True):
                 if not isinstance(found, ModelFault):
                     assert_same(found, whole)
+
+
+def test_a_request_of_one_window_is_queued_behind_another_and_not_after_it(
+    staying: Segmenter, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, options = picture(rng, 32, 40), asked(staying, "latent")
+    encode, wait = Backend.encode, Copied.wait
+    begun, second = threading.Semaphore(0), threading.Event()
+
+    def encoded(backend: Backend, image_B3hw: Tensor) -> Features:
+        begun.release()
+        return encode(backend, image_B3hw)
+
+    def held_up(copied: Copied) -> object:
+        assert second.wait(WAIT_S)
+        return wait(copied)
+
+    monkeypatch.setattr(Backend, "encode", encoded)
+    monkeypatch.setattr(Copied, "wait", held_up)
+    with ThreadPoolExecutor(2) as threads:
+        works = []
+        for _ in range(2):
+            works.append(threads.submit(staying.segment, image, options))
+            has_begun = begun.acquire(timeout=WAIT_S / 4)
+        second.set()
+        assert has_begun, "it waited until the batch before it was answered"
+        for work in works:
+            work.result(WAIT_S)
