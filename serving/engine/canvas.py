@@ -1,4 +1,4 @@
-"""What a request has on a GPU, its picture and its canvas, and what comes down from there: finished rows.
+"""What a request has on a device, its picture and its canvas, and what comes down from there: finished rows.
 
 A picture's rows go up once, as they came, a strip at a time. The canvas is a ring of rows, image row y at y modulo its
 height, as high as what a batch of windows touches; nothing in it is ever cleared, since the plan knows which pixels no

@@ -53,7 +53,7 @@ class RequestPlan:
 
     @property
     def wanted(self) -> Wanted:
-        """Say what of the answer leaves a GPU, and above which entropy in nats a label is withheld."""
+        """Say what of the answer is read out, and above which entropy in nats a label is withheld."""
         max_risk = self.options.max_risk
         return Wanted(self.options.named(self.card), inf if max_risk is None else abstain_above(self.card, max_risk))
 

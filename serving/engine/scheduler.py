@@ -1,13 +1,13 @@
 """What a device runs next: windows of all requests and models, in fair order and shared batches.
 
-Batches run in lanes, threads that share the cores out: on a GPU there is one, on a CPU one per core, since two windows
-on a core each take less time than one after the other on both, and nobody waits for the slower half of every layer. The
-batch element is a window, never a request. Requests of one priority take turns by work done (windows x samples),
-so a huge image cannot starve a small one; priorities share the device by `STRIDES`, so none starves another; a request
-is only ever a few windows ahead of what its thread has stitched, so memory does not depend on its size. Promises: every
-window of a request is answered exactly once, with its moments or with the error that ends the request; a failing batch
-fails only the requests whose own windows fail; a cancelled or expired request is told at once, also while its batch
-runs, and its windows leave the queue.
+Batches run in lanes, threads that share the cores out: on a CPU one per core, since two windows on a core each take
+less time than one after the other on both, and nobody waits for the slower half of every layer; on a GPU two, since one
+batch is queued there while another runs. The batch element is a window, never a request. Requests of one priority take
+turns by work done (windows x samples), so a huge image cannot starve a small one; priorities share the device by
+`STRIDES`, so none starves another; a request is only ever a few windows ahead of what its thread has stitched, so
+memory does not depend on its size. Promises: every window of a request is answered exactly once, with its moments, its
+rows or the error that ends the request; a failing batch fails only the requests whose own windows fail; a cancelled or
+expired request is told at once, also while its batch runs, and its windows leave the queue.
 """
 
 import logging
