@@ -1,8 +1,9 @@
-"""What a request has on a device, its picture and its canvas, and what comes down from there: finished rows.
+"""A request's canvas, where windows become rows of the answer, and on a GPU its picture and the way down.
 
-A picture's rows go up once, as they came, a strip at a time. The canvas is a ring of rows, image row y at y modulo its
-height, as high as what a batch of windows touches; nothing in it is ever cleared, since the plan knows which pixels no
-window before has touched.
+The canvas is a ring of rows, image row y at y modulo its height, as high as what a batch of windows touches: its size
+depends on the image's width and not on its height. Nothing in it is ever cleared, since the plan knows which pixels no
+window before has touched. A CPU blends window by window, in the request's thread. A GPU blends whole batches, in its
+lane, from a picture whose rows went up once, as they came, and finished rows come down.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from penumbra.models.card import Card
+from penumbra.models.errors import BadImage
 from penumbra.serving.engine import operators
 from penumbra.serving.engine.options import PROBABILITIES
 from penumbra.serving.engine.raster import Raster
@@ -106,7 +108,12 @@ class Surface:
         if y1 > self._end or self._strip_hWC is None:
             height, width = self._image_HW3.shape[:2]
             end = min(height, max(y1, self._end + STRIP_BYTES // (3 * width)))
-            fresh_hWC = self._transfers.up(self._image_HW3[self._end : end, :])
+            try:
+                rows_hWC = self._image_HW3[self._end : end, :]
+            except BadImage:  # what is sound before the damage is answered first, as on a CPU
+                end = y1
+                rows_hWC = self._image_HW3[self._end : end, :]
+            fresh_hWC = self._transfers.up(rows_hWC)
             kept = [] if self._strip_hWC is None else [self._strip_hWC[y0 - self._top :]]
             self._strip_hWC = torch.cat((*kept, fresh_hWC)) if kept and len(kept[0]) else fresh_hWC
             self._top, self._end = y0 if kept else self._top, end

@@ -91,14 +91,20 @@ def read_out(
     canvases: list[Tensor], out: Tensor, segments: list[int], thresholds: list[float], num_classes: int, softmax: bool
 ) -> None:
     """Read out segment by segment."""
-    assert COMPILED and not softmax
+    assert COMPILED
     per_segment = len(segments) // len(thresholds)
     for (index, y, num_rows, *planes), threshold in zip(
         zip(*[iter(segments)] * per_segment, strict=True), thresholds, strict=True
     ):
-        height, channels, width = canvases[index].shape
+        canvas = canvases[index]
+        if softmax:  # not in torch, whose threads are for networks
+            ring = canvas.numpy()[np.arange(y, y + num_rows) % len(canvas)]
+            powers = np.exp(ring[:, :num_classes] - ring[:, :num_classes].max(1, keepdims=True))
+            ring[:, :num_classes] = powers / powers.sum(1, keepdims=True)
+            canvas, y = torch.from_numpy(ring), 0
+        height, channels, width = canvas.shape
         COMPILED.penumbra_read_out(
-            _address(canvases[index]), *_longs(height, channels, num_classes, width, y, num_rows),
+            _address(canvas), *_longs(height, channels, num_classes, width, y, num_rows),
             ctypes.c_float(threshold), _address(out), (ctypes.c_int64 * len(planes))(*planes),
         )  # fmt: skip
 

@@ -126,10 +126,10 @@ def _in_triton(name: str) -> Callable[..., Any]:
 
 
 def _in_c(name: str) -> Callable[..., Any]:
-    """Take the plain form where C is not compiled, and for what is rare: logits that are averaged."""
+    """Take the plain form where C is not compiled, and for what is rare: sums of logits."""
 
     def run(*arguments: Any) -> None:
-        form = plain if kernels.COMPILED is None or arguments[5] is True else kernels
+        form = plain if kernels.COMPILED is None or (name == "accumulate" and arguments[-1]) else kernels
         getattr(form, name)(*arguments)
 
     return run

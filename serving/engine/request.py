@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from penumbra.models.errors import Cancelled, DeadlineExceeded, PenumbraError
@@ -144,7 +145,12 @@ class QueuedRequest:
         assert self.surface
         pairs = [(self.surface, window)]
         with self.clock("stitch"):
-            stitch(answer.stats_hCw[None], pairs, card, answer.num_samples)
+            if (window.height, window.width) == self.image_HW3.shape[:2]:  # there is nothing to blend it with
+                self.surface.canvas_RCW = answer.stats_hCw
+                if answer.num_samples > 1:
+                    answer.stats_hCw.numpy()[:, : card.num_classes + 1] *= np.float32(1 / answer.num_samples)
+            else:
+                stitch(answer.stats_hCw[None], pairs, card, answer.num_samples)
         (segment,), num_bytes = segments_of(pairs, card, answer.num_samples)
         if segment:
             with self.clock("read_out"):

@@ -18,6 +18,9 @@ from penumbra.serving.engine.prompts import Boxes, Tags
 from penumbra.serving.engine.steps import Steps, WindowInput
 from penumbra.serving.engine.windows import Window
 
+BOXES = 64
+"""Boxes that are drawn together; each takes a row of every class in every window while they are."""
+
 
 class DeviceSteps(Steps):
     """The steps on a GPU. Every input has its surface."""
@@ -92,7 +95,9 @@ class DeviceSteps(Steps):
             inside.append((first_BN1 <= at_Bl[:, None]) & (at_Bl[:, None] < end_BN1) & is_in_image_Bl[:, None])
         class_BNK = boxes_BN5[..., 4:] == torch.arange(self.card.num_classes, device=table_BN5.device)
         x_BNw, y_BNh = (one.float() for one in inside)
-        return torch.einsum("bnk,bnh,bnw->bkhw", class_BNK.float(), y_BNh, x_BNw).clamp(max=1)
+        parts = [torch.split(one, BOXES, dim=1) for one in (class_BNK.float(), y_BNh, x_BNw)]
+        masks = [torch.einsum("bnk,bnh,bnw->bkhw", *part) for part in zip(*parts, strict=True)]
+        return torch.stack(masks).sum(0).clamp(max=1) if len(masks) > 1 else masks[0].clamp(max=1)
 
     def answers(self, statistics: Statistics, inputs: Sequence[WindowInput]) -> list[Landing]:
         """Stitch the windows into their requests' canvases, and send the rows that they finish on their way down.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from penumbra.models.card import IGNORE, Calibration, Card, WindowSpec
 from penumbra.models.contract import Features
-from penumbra.models.errors import Cancelled, ModelFault, PenumbraError
+from penumbra.models.errors import BadImage, Cancelled, ModelFault, PenumbraError
 from penumbra.models.toy.net import ToyConfig, ToyNetwork
 from penumbra.serving.engine import canvas as surfaces
 from penumbra.serving.engine.answer import Prediction
@@ -78,8 +78,11 @@ def held(segmenter: Segmenter) -> Iterator[None]:
         begun.set()
         assert go.wait(WAIT_S)
 
+    scheduler = segmenter.scheduler
+    with scheduler._condition:  # or a lane that has answered, and is not done yet, would be free afterwards
+        assert scheduler._condition.wait_for(lambda: not scheduler._working, WAIT_S)
     with ThreadPoolExecutor(1) as threads:
-        holding = threads.submit(segmenter.scheduler.call, hold)
+        holding = threads.submit(scheduler.call, hold)
         assert begun.wait(WAIT_S)
         try:
             yield
@@ -251,6 +254,37 @@ def test_a_request_that_leaves_in_the_middle_harms_no_other(staying: Segmenter, 
     assert staying.scheduler.queued == (0, 0)
 
 
+class Damaged(Raster):
+    """Breaks off at row 900, which is far below the rows that the first windows need."""
+
+    def __getitem__(self, part: tuple[slice, slice]) -> np.ndarray:
+        if part[0].stop is None or part[0].stop > 900:
+            raise BadImage("the image is damaged from row 900 on")
+        return super().__getitem__(part)
+
+
+@pytest.mark.parametrize("is_staying", [False, True])
+def test_rows_above_the_damage_of_a_picture_are_answered_before_it_is_told(is_staying: bool) -> None:
+    image, bands = Damaged(np.zeros((1000, 40, 3), np.uint8)), list[Band]()
+    with opened(models(), staying=is_staying, tuning=TUNING) as segmenter:
+        plan = segmenter.plan(1000, 40, asked(segmenter, "latent"))
+        with pytest.raises(BadImage, match="row 900"):
+            bands.extend(QueuedRequest(segmenter.scheduler, plan, image))
+    assert 200 < sum(len(band.labels) for band in bands) < 900  # the damage is told at once, ahead of other lanes
+
+
+@pytest.mark.parametrize("count", [1, 64, 65, 200])
+def test_many_boxes_are_drawn_as_the_cpu_draws_them(count: int, rng: np.random.Generator) -> None:
+    image = picture(rng, 75, 100)
+    corners = np.sort(rng.uniform(0, 74, (count, 2, 2)), axis=1)
+    boxes = tuple((*low, *(high + 0.1), k % 3) for k, (low, high) in enumerate(corners))
+    answers = []
+    for is_staying in (False, True):
+        with opened(models(), staying=is_staying, tuning=TUNING) as segmenter:
+            answers.append(segmenter.segment(image, replace(asked(segmenter, "boxed"), boxes=boxes)))
+    assert_alike(*answers)
+
+
 @pytest.mark.parametrize("y", [0, 16, 31, 32, 64, 99])
 def test_long_work_goes_on_with_the_bytes_of_the_whole(y: int, staying: Segmenter, rng: np.random.Generator) -> None:
     image, options = picture(rng, 100, 130), replace(asked(staying, "bright"), outputs=("entropy", "brightness"))
@@ -327,8 +361,13 @@ def test_a_failure_after_a_canvas_changed_is_a_fault_and_never_a_wrong_answer(
 
 
 def test_a_request_of_one_window_is_queued_behind_another_and_not_after_it(
-    staying: Segmenter, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with opened(models(), staying=True, tuning=TUNING) as staying:  # where no lane was ever given up
+        _queue_two(staying, rng, monkeypatch)
+
+
+def _queue_two(staying: Segmenter, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     image, options = picture(rng, 32, 40), asked(staying, "latent")
     encode, wait = Backend.encode, Copied.wait
     begun, second = threading.Semaphore(0), threading.Event()
