@@ -47,21 +47,25 @@ from tests.models.small import calibrate, card_of, seeded
 CPU = torch.device("cpu")
 NAMES = {"fp32": "Float", "fp16": "Half", "bf16": "BFloat16"}
 """What TensorRT calls a precision."""
-RELATIVE = {"fp32": 1e-5, "fp16": 0.02, "bf16": 0.1}
+RELATIVE = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1}
 """Bounds of the largest difference over the largest logit, of networks with random weights: labels of theirs are near
 ties, which the gate counts."""
 REFUSED = {("cpal-camvid", "bf16"): "of labels flip, 0.5 % allowed"}
 """What the gate does not let pass, of the zoo."""
-BYTES_PER_PIXEL = {"encode": 700, "prompt": 700, "decode": 250}
-"""Bounds of the memory that a window's pixel (in decode: of a sample) takes at the largest sizes, in fp32. In half
-precision it is at most four fifths of fp32's."""
+BYTES_PER_PIXEL = {"encode": 500, "prompt": 900, "decode": 400}
+"""Bounds of the memory that a window's pixel (in decode: of a sample) takes at the largest sizes. The most were, in
+fp32, SIPE's encoder (443), the ResNet-101's prompt (835) and HRNet-W48's decoder with MC dropout (362)."""
 
 PUBLISHED = {
-    "np_semiseg U2PL R50": "fp32",
-    "np_semiseg U2PL R50, MC dropout": "fp16",
-    "np_semiseg AugSeg R50": "bf16",
+    "np_semiseg U2PL R50": "bf16",
+    "cps R50, branch1": "fp16",
+    "proto_seg HRNet-W48 parametric": "fp16",
+    "self_correcting R101, with boxes": "fp32",
+    "cpal SIPE R50, one scale": "fp32",
+    "cpal PACAM R50": "bf16",
+    "cpal DeepLabV2-R101-MSC": "fp16",
 }
-"""Networks of published size, each in one of the precisions: all of them in each take an hour."""
+"""Networks of published size, each in one of the precisions: all of them in each would take an hour."""
 
 
 @pytest.fixture

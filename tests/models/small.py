@@ -126,7 +126,7 @@ def calibrate(network: Network) -> None:
     features = network.encode(image_B3hw)
     network.decode(features, torch.ones(max(len(sampling.members), 1), 4, sampling.noise_length))
     if network.prompt.kind == "boxes":
-        network.take_prompt(image_B3hw, features, (torch.ones(4, 3, 96, 96), torch.ones(4)))
+        network.take_prompt(image_B3hw, features, (torch.ones(4, network.config.num_classes, 96, 96), torch.ones(4)))
     for name, buffer in network.named_buffers():
         if name.endswith("num_batches_tracked"):
             buffer.zero_()  # checkpoints do not store it
