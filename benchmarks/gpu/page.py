@@ -9,7 +9,7 @@ PAGE = ROOT / "docs/measure/gpu.md"
 HEADING = "## Results\n"
 NOT_RUN = """**Not run on a GPU.** No figure of this repository is from one. Proven instead, on CPUs:
 
-* the whole way of a picture, in torch's plain operators, gives what the CPU's way gives, for every network
+* the whole way of a picture, run on a CPU, gives what the CPU's own way gives, for every network
   (`tests/serving/engine/gpu/test_pipeline.py`);
 * on CUDA tensors that are fake it stays on the device, waits for nothing, sends down finished rows alone, and launches
   no more for more windows, samples or bands (`tests/serving/engine/gpu/test_rehearsal.py`);

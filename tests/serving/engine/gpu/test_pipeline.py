@@ -1,4 +1,4 @@
-"""The way that windows go on a GPU gives what their way on a CPU gives: here in torch's plain operators."""
+"""The way that windows go on a GPU gives what their way on a CPU gives: here on a CPU, by the CPU's operators."""
 
 from dataclasses import replace
 
