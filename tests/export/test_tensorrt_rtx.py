@@ -64,7 +64,6 @@ PUBLISHED = {
     "self_correcting R101, with boxes": "fp32",
     "cpal SIPE R50, one scale": "fp32",
     "cpal PACAM R50": "bf16",
-    "cpal DeepLabV2-R101-MSC": "fp16",
 }
 """Networks of published size, each in one of the precisions: all of them in each would take an hour."""
 
