@@ -63,7 +63,11 @@ class Statistics:
             self._flag(extras_BEhw)
 
     def _flag(self, values: Tensor) -> None:
-        flags_B = values.mul(0).sum(tuple(range(1, values.dim())), dtype=torch.float32)
+        others = tuple(range(1, values.dim()))
+        if values.is_cuda:
+            flags_B = values.mul(0).sum(others, dtype=torch.float32)
+        else:  # more operators, but none that takes as much memory as the values
+            flags_B = (values.amin(others) * 0 + values.amax(others) * 0).float()
         self.flags_B = flags_B if self.flags_B is None else self.flags_B + flags_B
 
     def _set(self, first: int, maps_BDhw: Tensor) -> None:
