@@ -374,9 +374,7 @@ def _fault_of(error: Exception, runtime: Runtime) -> PenumbraError:
     if isinstance(error, PenumbraError):
         return error
     if isinstance(error, torch.AcceleratorError):
-        torch.cuda.synchronize(
-            runtime.device
-        )  # raises where nothing runs any more: then the lanes end, and the server is not live
+        torch.cuda.synchronize(runtime.device)  # raises where nothing runs there: the lanes end, the server is not live
     model = runtime.card.name
     log.error("%s failed on a batch of windows", model, exc_info=error)
     return ModelFault(f"{model} failed on this image")
