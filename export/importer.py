@@ -15,12 +15,13 @@ from torch import Tensor
 from penumbra.export.layouts import PublishedFile, published_name, read_published
 from penumbra.export.pickles import read_torch_file
 from penumbra.models import find_method
-from penumbra.models.card import NAME, Card, ClassInfo, Provenance, dump_card, parse_card, read_strict
+from penumbra.models.card import NAME, Card, ClassInfo, Provenance, dump_card, parse_card
 from penumbra.models.checkpoint import check_replaceable, fill_network, save_checkpoint
 from penumbra.models.classes import TABLES
 from penumbra.models.contract import Method, Network
 from penumbra.models.errors import BadArtifact, BadCheckpoint, BadOption
 from penumbra.models.layout import Assembly, Protocol
+from penumbra.models.strict import read_strict
 from penumbra.serving.engine.store import sha256_of
 
 SUFFIX = ".safetensors"

@@ -8,15 +8,12 @@ import dataclasses
 import json
 import re
 from dataclasses import dataclass, field
-from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field
 
 from penumbra.models.errors import BadArtifact
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
+from penumbra.models.strict import read_strict
 
 CARD_FORMAT = 1
 IGNORE = 255
@@ -24,6 +21,9 @@ IGNORE = 255
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """A model's name is a directory, a label of metrics and a part of URLs."""
 MAP_NAME = re.compile(r"(?!labels$|probabilities$|default$|image$)[a-z][a-z0-9_]{0,39}")
+
+MOST_MEANS = 1_001
+"""A novelty is told to a thousandth at the finest, so its reference needs no more quantiles."""
 
 MAPS = ("confidence", "margin", "entropy", "expected_entropy", "mutual_information")
 """The maps of every answer of several samples, defined in `penumbra.serving.engine.uncertainty`."""
@@ -34,7 +34,6 @@ KNOWN_MAPS = (*MAPS, "seam")
 UNITLESS = ("confidence", "margin")
 """Those that are probabilities; the others are in nats."""
 
-T = TypeVar("T")
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Byte = Annotated[int, Field(ge=0, le=255)]
@@ -171,6 +170,24 @@ class Calibration:
 
 
 @dataclass(frozen=True, slots=True)
+class Novelty:
+    """What the score `novelty` of an answer is measured against: pictures like those the model is meant for.
+
+    map: the map whose mean over a picture says how strange it is: `density` where the model has one, else `entropy`.
+    means: ascending, that mean of the reference pictures, at most 1,001 quantiles of it. warn_above: the novelty above
+    which an answer carries a warning. num_pictures: how many the quantiles are of. num_samples: S then. data: which
+    pictures they were.
+    """
+
+    map: str
+    means: tuple[float, ...]
+    num_pictures: Positive
+    num_samples: Positive
+    data: str
+    warn_above: Annotated[float, Field(gt=0, le=1)] = 0.99
+
+
+@dataclass(frozen=True, slots=True)
 class Provenance:
     """Where the weights come from. metrics: measured figures, named, on the split that the key names."""
 
@@ -235,6 +252,7 @@ class Card:
     prompt: PromptSpec = PromptSpec()
     extra_maps: tuple[ExtraMap, ...] = ()
     calibration: Calibration | None = None
+    novelty: Novelty | None = None
     provenance: Provenance = field(default_factory=Provenance)
     export: ExportFacts | None = None
     format: int = CARD_FORMAT
@@ -278,48 +296,6 @@ def parse_card(text: str) -> Card:
     return card
 
 
-def read_strict(kind: type[T], data: Any, *, where: str) -> T:
-    """Build the dataclass `kind` from parsed JSON or YAML; `where` names the place in error messages.
-
-    Raises BadArtifact naming a field that is unknown, missing, of the wrong type, NaN or infinite.
-    """
-    reader: TypeAdapter[list[T]] = _reader(kind)  # type: ignore[arg-type]  # a class is hashable
-    try:
-        return reader.validate_json(json.dumps([data]))[0]
-    except ValidationError as error:
-        problems = error.errors(include_url=False)
-        raise BadArtifact(_sentence(kind, next(filter(_is_unknown, problems), problems[0]), where)) from None
-    except (TypeError, ValueError, RecursionError) as error:  # what YAML has and JSON has not: dates, circles
-        raise BadArtifact(f"{where} cannot be read: {error}") from None
-
-
-@cache
-def _reader(kind: type[T]) -> TypeAdapter[list[T]]:
-    """Build a reader of a list of one: a dataclass that stands alone takes no configuration for its fields."""
-    return TypeAdapter(list[kind], config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))  # type: ignore[valid-type]
-
-
-def _is_unknown(problem: "ErrorDetails") -> bool:
-    return problem["type"] == "unexpected_keyword_argument"
-
-
-def _sentence(kind: Any, problem: "ErrorDetails", where: str) -> str:
-    *parents, name = problem["loc"][1:] or ("",)
-    place = where + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in parents)
-    if _is_unknown(problem):
-        for field_name in (step for step in parents if isinstance(step, str)):
-            hint = get_type_hints(kind)[field_name]
-            kind = next(arg for arg in (hint, *get_args(hint)) if dataclasses.is_dataclass(arg))
-        return f"{place} has an unknown field {name!r}; known are {', '.join(f.name for f in dataclasses.fields(kind))}"
-    if problem["type"] == "missing":
-        return f"{place} lacks the field {name!r}"
-    place += f"[{name}]" if isinstance(name, int) else f".{name}" if name else ""
-    remedy = problem["msg"].replace("Input", "it").replace("Tuple", "it")
-    if problem["type"] == "literal_error":
-        remedy = f"one of {problem['ctx']['expected'].replace(' or ', ', ')} is wanted"
-    return f"{place} is {problem['input']!r:.200}; {remedy}"
-
-
 def _check_facts(card: Card) -> None:
     """Raise BadArtifact, naming the first fact that is impossible or contradicts another, if any does."""
     window, sampling, prompt, num_members = card.window, card.sampling, card.prompt, len(card.sampling.members)
@@ -341,11 +317,26 @@ def _check_facts(card: Card) -> None:
             (prompt.background or 0) >= card.num_classes,
         f"extra_maps are {', '.join(extra)}; plain names are wanted, each once and none of {', '.join(KNOWN_MAPS)}":
             len({*extra, *KNOWN_MAPS}) < len(extra) + len(KNOWN_MAPS) or not all(map(MAP_NAME.fullmatch, extra)),
-        f"calibration is {card.calibration}; ascending risks between 0 and 1, each with a threshold, are wanted":
-            card.calibration is not None and not _is_sound(card.calibration),
-    }  # fmt: skip
+    } | _failures_of_references(card, ("entropy", *extra))  # fmt: skip
     for sentence in (sentence for sentence, failed in failures.items() if failed):
         raise BadArtifact(f"the card of {card.name[:60]!r}: {sentence}")
+
+
+def _failures_of_references(card: Card, maps: tuple[str, ...]) -> dict[str, bool]:
+    """Tell which sentences hold of what answers are measured against. maps: those that novelty may go by."""
+    calibration, novelty = card.calibration, card.novelty
+    return {
+        f"calibration is {calibration}; ascending risks between 0 and 1, each with a threshold, are wanted":
+            calibration is not None and not _is_sound(calibration),
+        f"novelty.map is {novelty and novelty.map}; it can be {' or '.join(maps)}":
+            novelty is not None and novelty.map not in maps,
+        f"has {len(novelty.means) if novelty else 0} novelty.means; 1 to {MOST_MEANS:,} are wanted, ascending":
+            novelty is not None and not _is_ascending(novelty.means),
+    }  # fmt: skip
+
+
+def _is_ascending(means: tuple[float, ...]) -> bool:
+    return 0 < len(means) <= MOST_MEANS and list(means) == sorted(means)
 
 
 def _is_sound(calibration: Calibration) -> bool:

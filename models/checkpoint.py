@@ -11,10 +11,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from penumbra.models import find_method
-from penumbra.models.card import Card, dump_card, parse_card, read_strict
+from penumbra.models.card import Card, dump_card, parse_card
 from penumbra.models.contract import Network
 from penumbra.models.errors import BadArtifact, BadCheckpoint, BadOption
 from penumbra.models.files import write_whole
+from penumbra.models.strict import read_strict
 
 COUNTER = "num_batches_tracked"
 """A counter of BatchNorm: never needed, sometimes missing, sometimes a float."""

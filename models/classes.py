@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from penumbra.models.card import ClassInfo, read_strict
+from penumbra.models.card import ClassInfo
 from penumbra.models.errors import BadArtifact, BadOption
+from penumbra.models.strict import read_strict
 
 
 def color_of(k: int) -> tuple[int, int, int]:

@@ -15,11 +15,12 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from penumbra.models import find_method
-from penumbra.models.card import Card, InputSpec, Provenance, Readout, read_strict
+from penumbra.models.card import Card, InputSpec, Provenance, Readout
 from penumbra.models.checkpoint import check_replaceable, load_checkpoint, save_checkpoint
 from penumbra.models.contract import Network
 from penumbra.models.errors import BadArtifact, BadOption
 from penumbra.models.files import write_whole
+from penumbra.models.strict import read_strict
 from penumbra.serving.engine.allocator import keep_freed_memory
 from penumbra.serving.process import build_facts
 from penumbra.training.batches import Batches, choose_split

@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 import yaml
 
-from penumbra.models.card import WindowSpec, read_strict
+from penumbra.models.card import WindowSpec
 from penumbra.models.errors import BadArtifact, BadOption
+from penumbra.models.strict import read_strict
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 

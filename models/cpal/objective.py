@@ -35,12 +35,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from penumbra.models.blocks.losses import at_size, cross_entropy, ramp
-from penumbra.models.card import IGNORE, read_strict
+from penumbra.models.card import IGNORE
 from penumbra.models.checkpoint import load_checkpoint
 from penumbra.models.contract import Network, Views
 from penumbra.models.cpal.context import BANK_SIZE, SupportBank, summarise
 from penumbra.models.cpal.net import CamNetwork, Localisation, View, divide_by_maximum
 from penumbra.models.errors import BadOption
+from penumbra.models.strict import read_strict
 
 
 def build_objective(network: Network, average: Network, options: Mapping[str, Any]) -> nn.Module:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from penumbra.models.blocks.losses import at_size, cross_entropy, mixed, ramp, soft_cross_entropy
-from penumbra.models.card import IGNORE, read_strict
+from penumbra.models.card import IGNORE
 from penumbra.models.contract import Views
 from penumbra.models.cps.net import CpsNetwork
 from penumbra.models.errors import BadOption
+from penumbra.models.strict import read_strict
 
 
 @dataclass(frozen=True, slots=True)

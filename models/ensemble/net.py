@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from penumbra.models import find_method
-from penumbra.models.card import InputSpec, Readout, Sampling, read_strict
+from penumbra.models.card import InputSpec, Readout, Sampling
 from penumbra.models.contract import Features, Network
+from penumbra.models.strict import read_strict
 
 
 @dataclass(frozen=True, slots=True)

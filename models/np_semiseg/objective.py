@@ -25,11 +25,12 @@ from torch.nn import functional as F
 
 from penumbra.models.blocks.layers import draw_noise
 from penumbra.models.blocks.losses import confident_labels, mixed, ramp
-from penumbra.models.card import IGNORE, read_strict
+from penumbra.models.card import IGNORE
 from penumbra.models.contract import Views
 from penumbra.models.errors import BadOption
 from penumbra.models.np_semiseg.heads import attend
 from penumbra.models.np_semiseg.net import NpNetwork
+from penumbra.models.strict import read_strict
 
 CONTEXT, TARGET = 0, 1
 

@@ -27,11 +27,12 @@ from torch.nn import functional as F
 
 from penumbra.models.blocks.layers import draw_masks, drop_channels
 from penumbra.models.blocks.losses import at_size, confident_labels, cross_entropy, mixed, ramp
-from penumbra.models.card import IGNORE, read_strict
+from penumbra.models.card import IGNORE
 from penumbra.models.contract import Views
 from penumbra.models.errors import BadOption
 from penumbra.models.proto_seg.heads import PrototypeHead
 from penumbra.models.proto_seg.net import ProtoNetwork
+from penumbra.models.strict import read_strict
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from penumbra.models.blocks.losses import at_size, cross_entropy, ramp, soft_cross_entropy
-from penumbra.models.card import read_strict
 from penumbra.models.contract import Views
 from penumbra.models.errors import BadOption
 from penumbra.models.self_correcting.net import SelfCorrectingNetwork, correct_by_convolution, correct_linearly
+from penumbra.models.strict import read_strict
 
 
 class Stage(IntEnum):

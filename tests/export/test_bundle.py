@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from penumbra.export.bundle import export_checkpoint, export_network, verify_artifact
+from penumbra.models.card import Calibration, Novelty
 from penumbra.models.checkpoint import save_checkpoint
 from penumbra.models.contract import Features
 from penumbra.models.errors import BadArtifact, BadCheckpoint, BadOption, ParityFailed
@@ -29,6 +30,16 @@ def test_the_artifacts_card_says_where_it_comes_from_and_how_near_it_is(tmp_path
     assert facts.backend == "torchscript" and facts.precision == "fp32" and facts.torch == torch.__version__
     assert facts.files == {path.name: sha256_of(path) for path in directory.iterdir() if path.name != "card.json"}
     assert facts.parity.label_flips_percent == 0 and facts.parity.variance_ratio == pytest.approx(1)
+
+
+def test_what_answers_are_measured_against_survives_the_export(tmp_path: Path) -> None:
+    card, network = toy_card("latent")
+    calibration = Calibration((0.1,), (0.3,), num_frames=9, num_samples=2, data="made up")
+    novelty = Novelty("entropy", (0.1, 0.4), num_pictures=2, num_samples=2, data="made up")
+    card = dataclasses.replace(card, calibration=calibration, novelty=novelty)
+    save_checkpoint(tmp_path / "toy.safetensors", card, network)
+    exported = open_artifact(export_checkpoint(tmp_path / "toy.safetensors", tmp_path / "store")).card
+    assert (exported.calibration, exported.novelty) == (calibration, novelty)
 
 
 def test_every_export_is_the_next_version_and_leaves_the_former_alone(tmp_path: Path) -> None:

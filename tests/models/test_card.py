@@ -10,15 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penumbra.models.card import Card, ExportFacts, Parity, Provenance, dump_card, parse_card
+from penumbra.models.card import Card, ExportFacts, Novelty, Parity, Provenance, dump_card, parse_card
 from penumbra.models.errors import BadArtifact
 from tests.conftest import toy_card
+
+NOVELTY = Novelty("entropy", (0.1, 0.1, 0.4), num_pictures=3, num_samples=2, data="made up")
 
 
 def full_card() -> Card:
     card, _ = toy_card("opposed")
     facts = ExportFacts("torchscript", "fp32", "2.13", {"encode.ts": "ab"}, Parity(0, 1e-7, 0, 1, 1), "cd")
-    return dataclasses.replace(card, export=facts, provenance=Provenance("CamVid", "CC", metrics={"miou": 0.5}))
+    provenance = Provenance("CamVid", "CC", metrics={"miou": 0.5})
+    return dataclasses.replace(card, export=facts, provenance=provenance, novelty=NOVELTY)
 
 
 def changed(path: str, value: Any) -> str:
@@ -49,7 +52,9 @@ def test_a_whole_number_is_read_where_a_float_is_wanted() -> None:
     assert temperature == 2.0 and isinstance(temperature, float)
 
 
-@pytest.mark.parametrize("place", ["", "input.", "window.", "sampling.", "readout.", "export.", "export.parity."])
+@pytest.mark.parametrize(
+    "place", ["", "input.", "window.", "sampling.", "readout.", "novelty.", "export.", "export.parity."]
+)
 def test_an_unknown_field_is_named(place: str) -> None:
     with pytest.raises(BadArtifact, match="unknown field 'colour'"):
         parse_card(changed(f"{place}colour", 1))
@@ -168,6 +173,16 @@ ONE_CLASS = {"name": "x", "color": [0, 0, 0]}
         ("export.parity.relative", float("nan"), "export.parity"),
         ("export.parity.relative", float("inf"), "export.parity"),
         ("export.parity.miou_change", float("nan"), "export.parity"),
+        ("novelty.map", "confidence", "novelty.map is confidence; it can be entropy"),
+        ("novelty.map", "density", "novelty.map is density"),
+        ("novelty.means", [], "has 0 novelty.means; 1 to 1,001 are wanted, ascending"),
+        ("novelty.means", [0.2, 0.1], "has 2 novelty.means"),
+        ("novelty.means", [0.1] * 1002, "has 1002 novelty.means"),
+        ("novelty.means.1", float("nan"), "novelty.means"),
+        ("novelty.warn_above", 0, "novelty.warn_above is 0"),
+        ("novelty.warn_above", 1.5, "novelty.warn_above is 1.5"),
+        ("novelty.num_pictures", 0, "novelty.num_pictures is 0"),
+        ("novelty.num_samples", 0, "novelty.num_samples is 0"),
         *[
             (
                 "calibration",
@@ -192,7 +207,8 @@ PATHS = [
     "input.mean.0", "input.std.1", "input.order", "window.height", "window.overlap", "window.padding", "sampling",
     "sampling.kind", "sampling.members", "sampling.keep", "readout.temperature", "provenance.metrics", "export",
     "export.files", "export.parity.max_abs", "format", "prompt", "prompt.alpha", "prompt.background", "prompt.members",
-    "extra_maps", "window.trained", "window.max_pixels", "window.last", "readout.average",
+    "extra_maps", "window.trained", "window.max_pixels", "window.last", "readout.average", "novelty",
+    "novelty.map", "novelty.means", "novelty.means.0", "novelty.warn_above",
 ]  # fmt: skip
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=5),
@@ -205,6 +221,12 @@ def test_anything_in_any_field_is_read_back_equal_or_refused(path: str, value: A
     with suppress(BadArtifact):
         card = parse_card(changed(path, value))
         assert dump_card(parse_card(dump_card(card))) == dump_card(card)
+
+
+def test_a_map_of_the_model_s_own_may_be_what_tells_strangeness() -> None:
+    card = toy_card("bright")[0]
+    novelty = dataclasses.replace(NOVELTY, map="brightness", num_samples=1)
+    assert parse_card(dump_card(dataclasses.replace(card, novelty=novelty))).novelty == novelty
 
 
 def test_255_classes_can_be_served() -> None:

@@ -15,11 +15,11 @@ from penumbra.export.bundle import export_network, golden_prompt
 from penumbra.export.parity import FULL
 from penumbra.models import find_method, methods
 from penumbra.models.blocks.resnet import ResNet, ResNetConfig
-from penumbra.models.card import read_strict
 from penumbra.models.contract import Method, Network
 from penumbra.models.cps.net import CpsNetwork
 from penumbra.models.errors import BadOption
 from penumbra.models.np_semiseg.net import NpConfig, NpNetwork
+from penumbra.models.strict import read_strict
 from penumbra.serving.engine.backends import load_backend
 from penumbra.serving.engine.store import open_artifact
 from tests.models.small import SIZE, SMALL, card_of, close, fresh, image, is_served, noise, seeded
