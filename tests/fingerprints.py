@@ -208,7 +208,7 @@ def losses(folder: Path) -> Iterator[tuple[str, str]]:
             Image.fromarray(image).save(folder / split / "images" / f"{i}.png")
             Image.fromarray(label).save(folder / split / "masks" / f"{i}.png")
     data = find_data("camvid")
-    for path in sorted((ROOT / "training" / "recipes").glob("*.yaml")):
+    for path in sorted((ROOT / "training" / "recipes").glob("*-camvid.yaml")):
         recipe = read_recipe(path)
         objective = recipe.objective | EARLY.get(path.stem.removesuffix("-camvid"), {})
         window = replace(recipe.window, height=96, width=128)

@@ -1,6 +1,6 @@
 """Data sets by the name that a recipe gives them: classes, licence, and where pictures and masks lie in a folder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,8 +15,10 @@ from penumbra.training.frames import (
     Frames,
     FrameSet,
     LabelIds,
+    choose,
     count_ids,
     find_listed,
+    hide_classes,
     hold,
     name_ids,
     pair_files,
@@ -52,6 +54,45 @@ def find_data(name: str, folder: Path = Path()) -> DataSet:
     if name not in DATA_SETS:
         raise BadOption(f"there is no data set {name!r}; known are {', '.join(sorted({*DATA_SETS, FOLDER}))}")
     return DATA_SETS[name]
+
+
+def load_split(data: DataSet, folder: Path, split: str) -> FrameSet:
+    """Load a split, or the part `split/prefix` of it whose frames' names begin so: a drive, a city.
+
+    Raises BadData, also where no name begins so.
+    """
+    split, _, prefix = split.partition("/")
+    frames = data.load(folder, split)
+    return choose(frames, _begin(frames, prefix)) if prefix else frames
+
+
+def load_training(
+    data: DataSet, folder: Path, *, leave_out: Sequence[str] = (), void_classes: Sequence[str] = ()
+) -> tuple[FrameSet, FrameSet]:
+    """Load what a training sees, train and val: without the training frames whose names begin with one of `leave_out`,
+    and without labels of `void_classes` in either.
+
+    Raises BadData: no frame's name begins so, or all do. Raises BadOption: there is no such class.
+    """
+    train, val = data.load(folder, "train"), data.load(folder, "val")
+    left_out = {row for prefix in leave_out for row in _begin(train, prefix)}
+    if len(left_out) == len(train):
+        raise BadData(f"leave_out is {', '.join(leave_out)}; that leaves none of {len(train)} frames to train on")
+    if left_out:
+        train = choose(train, [row for row in range(len(train)) if row not in left_out])
+    names = [info.name for info in data.classes]
+    if unknown := [name for name in void_classes if name not in names]:
+        raise BadOption(f"void_classes has {unknown[0]!r}; the classes are {', '.join(names)}")
+    hidden = [names.index(name) for name in void_classes]
+    return (hide_classes(train, hidden), hide_classes(val, hidden)) if hidden else (train, val)
+
+
+def _begin(frames: FrameSet, prefix: str) -> list[int]:
+    """Find the frames whose names begin with `prefix`. Raises BadData: there are none."""
+    rows = [row for row, name in enumerate(frames.names) if name.startswith(prefix)]
+    if not rows:
+        raise BadData(f"no frame's name begins with {prefix!r}; {frames.names[0]} is one of {len(frames)}")
+    return rows
 
 
 def load_camvid(folder: Path, split: str) -> Frames:
@@ -92,7 +133,7 @@ def load_voc(folder: Path, split: str) -> FrameFiles:
     return pair_files(names, pictures, masks, count_ids(len(VOC)))
 
 
-def load_folder(folder: Path, split: str) -> FrameFiles:
+def load_folder(folder: Path, split: str) -> FrameSet:
     """List a plain folder: images/ in the formats that the server reads, masks/ of the same names, and classes.txt.
 
     A mask is a PNG of class indices, 255 where there is no label. The two splits are train/ and val/ with an images/
@@ -104,8 +145,7 @@ def load_folder(folder: Path, split: str) -> FrameFiles:
         return find_pairs(folder / split, ids)
     frames, listed = find_pairs(folder, ids), folder / f"{split}.txt"
     if listed.is_file():
-        rows = find_listed(listed, frames.names)
-        return pair_files(*([column[i] for i in rows] for column in (frames.names, frames.pictures, frames.masks)), ids)
+        return choose(frames, find_listed(listed, frames.names))
     if split == "train":
         raise BadData(f"{folder} has neither train/ nor train.txt; its training frames are wanted")
     return frames

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -114,6 +114,26 @@ def hold(files: FrameFiles) -> Frames:
             raise BadData(f"{path} is {_size(here)}; the pictures before it are {_size(first)}")
     images, labels = zip(*frames, strict=True)
     return Frames(files.names, torch.stack(images), torch.stack(labels))
+
+
+def choose(frames: FrameSet, rows: Sequence[int]) -> FrameSet:
+    """Keep some of the frames, in the order of `rows`."""
+    names = tuple(frames.names[i] for i in rows)
+    if isinstance(frames, Frames):
+        return Frames(names, frames.image_N3HW[rows], frames.label_NHW[rows])
+    pictures, masks = (tuple(paths[i] for i in rows) for paths in (frames.pictures, frames.masks))
+    return FrameFiles(names, pictures, masks, frames.ids)
+
+
+def hide_classes(frames: FrameSet, classes: Sequence[int]) -> FrameSet:
+    """Make some classes void: their pixels have no label."""
+    if isinstance(frames, Frames):
+        return replace(frames, label_NHW=_hide(frames.label_NHW, classes))
+    return replace(frames, ids=replace(frames.ids, class_256=_hide(frames.ids.class_256, classes)))
+
+
+def _hide(labels: Tensor, classes: Sequence[int]) -> Tensor:
+    return labels.masked_fill(torch.isin(labels, torch.tensor(classes, dtype=labels.dtype)), IGNORE)
 
 
 def read_picture(path: Path) -> tuple[Tensor, Tensor | None]:

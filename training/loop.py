@@ -24,7 +24,7 @@ from penumbra.models.strict import read_strict
 from penumbra.serving.engine.allocator import keep_freed_memory
 from penumbra.serving.process import build_facts
 from penumbra.training.batches import Batches, choose_split
-from penumbra.training.data import DataSet, find_data
+from penumbra.training.data import DataSet, find_data, load_training
 from penumbra.training.devices import follow_first, gather, share_of, start_devices
 from penumbra.training.evaluate import measure
 from penumbra.training.frames import FrameSet, write_split
@@ -122,10 +122,10 @@ class Training:
         """Go on where `save` was called. Raises BadOption if the file is of another recipe."""
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            begun_with = state["recipe"]
+            begun_with = Recipe(**state["recipe"])  # fields that are younger than the state have their defaults
         except (UnpicklingError, EOFError, RuntimeError, KeyError, TypeError, IndexError):
             raise BadOption(f"{path} is in the way, and is no state of a training; move it away") from None
-        if begun_with != dataclasses.asdict(self.recipe):
+        if dataclasses.asdict(begun_with) != dataclasses.asdict(self.recipe):
             raise BadOption(f"{path} was begun with another recipe; remove it to start anew")
         if (begun_on := len(state["processes"])) != self.fabric.world_size:
             raise BadOption(f"{path} was begun on {begun_on} devices, not {self.fabric.world_size}; go on with as many")
@@ -155,7 +155,7 @@ def train(
     if threads is not None:
         torch.set_num_threads(threads)
     data = find_data(recipe.data, data_dir)
-    frames, val = data.load(data_dir, "train"), data.load(data_dir, "val")
+    frames, val = load_training(data, data_dir, leave_out=recipe.leave_out, void_classes=recipe.void_classes)
     run_dir, path = runs_dir / recipe.name, Path(recipe.checkpoint)
     for folder in (run_dir, path.parent):
         folder.mkdir(parents=True, exist_ok=True)
@@ -228,7 +228,9 @@ def card_of(recipe: Recipe, data: DataSet, *, num_frames: int, num_labelled: int
     config: Any = read_strict(method.config, {"num_classes": len(data.classes), **recipe.config}, where="recipe.config")
     drawn = recipe.labelled_list or f"{recipe.labelled_fraction:g}, seed {recipe.seed}"
     rest = {"none": "unlabelled", "tags": "with tags of their crops", "boxes": "with boxes"}[recipe.weak_labels]
-    sentence = f"{data.title} train, {num_labelled} of {num_frames} frames labelled ({drawn}), the rest {rest}"
+    without = " and ".join((*recipe.leave_out, *recipe.void_classes))
+    part = f"train without {without}" if without else "train"
+    sentence = f"{data.title} {part}, {num_labelled} of {num_frames} frames labelled ({drawn}), the rest {rest}"
     return Card(
         name=recipe.name, version=1, method=recipe.method, config=dataclasses.asdict(config), classes=data.classes,
         input=InputSpec(), window=recipe.window, sampling=network.sampling, readout=Readout(align_corners=True),

@@ -21,6 +21,8 @@ class Recipe:
     labelled_fraction: of the training frames, drawn by `seed`; the others are used without their masks.
     With 0 there are only others; labelled_batch is 0 then, and `weak_labels` are all that is learnt from.
     labelled_list: a file that names the labelled frames instead, one per line.
+    leave_out: beginnings of the names of training frames that are not used at all: a drive, a city.
+    void_classes: names of classes whose pixels count as unlabelled, in training and validation.
     weak_labels: what is taken from the masks of those others: `tags` of a view's classes, `boxes`, or nothing.
     labelled_batch, unlabelled_batch: views of a step, over all devices.
     crop: height and width of the views in px. scale: range of their magnification.
@@ -39,6 +41,8 @@ class Recipe:
     steps: int
     labelled_fraction: float = 0.25
     labelled_list: str = ""
+    leave_out: tuple[str, ...] = ()
+    void_classes: tuple[str, ...] = ()
     weak_labels: Literal["none", "tags", "boxes"] = "none"
     seed: int = 0
     scale: tuple[float, float] = (0.5, 1.5)
@@ -56,14 +60,23 @@ class Recipe:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Read a recipe. Raises BadOption: no such file, not YAML, or a field that is unknown, missing or mistyped."""
+    """Read a recipe. One whose `base` names another file beside it has that one's fields where it has none of its own.
+
+    Raises BadOption: no such file, not YAML, or a field that is unknown, missing or mistyped.
+    """
+    fields = _read_yaml(path)
+    if isinstance(fields, dict) and isinstance(base := fields.pop("base", None), str):
+        fields = {**_read_yaml(path.parent / base), **fields}
     try:
-        data = yaml.safe_load(path.read_bytes())
+        return read_strict(Recipe, fields, where="recipe")
+    except BadArtifact as error:
+        raise BadOption(f"{path}: {error}") from None
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_bytes())
     except OSError as error:
         raise BadOption(f"the recipe {path} cannot be read ({error.strerror})") from None
     except yaml.YAMLError as error:
         raise BadOption(f"the recipe {path} is not valid YAML ({' '.join(str(error).split())})") from None
-    try:
-        return read_strict(Recipe, data, where="recipe")
-    except BadArtifact as error:
-        raise BadOption(f"{path}: {error}") from None

@@ -16,7 +16,16 @@ from penumbra.models.card import IGNORE
 from penumbra.models.errors import BadData, BadOption
 from penumbra.serving.engine.options import Limits
 from penumbra.training.batches import Batches, choose_split
-from penumbra.training.data import CAMVID, CAMVID_VOID, find_data, find_pairs, load_camvid, load_folder
+from penumbra.training.data import (
+    CAMVID,
+    CAMVID_VOID,
+    find_data,
+    find_pairs,
+    load_camvid,
+    load_folder,
+    load_split,
+    load_training,
+)
 from penumbra.training.frames import count_ids, read_mask, read_picture, write_split
 from tests.conftest import decode_image
 from tests.training import tiny
@@ -85,6 +94,39 @@ def test_an_empty_folder_says_what_is_wanted(tmp_path: Path) -> None:
 def test_an_unknown_data_set_is_answered_with_the_known_ones() -> None:
     with pytest.raises(BadOption, match="no data set 'moon'; known are camvid, cityscapes, folder, shapes, voc"):
         find_data("moon")
+
+
+def test_one_drive_of_a_split_can_be_asked_for(tmp_path: Path) -> None:
+    for name in ("0001TP_1", "0006R0_1", "0001TP_2"):
+        _write_pair(tmp_path, name)
+    drive = load_split(find_data("camvid"), tmp_path, "train/0001TP")
+    assert drive.names == ("0001TP_1", "0001TP_2") and drive[1][0].shape == (3, 4, 6)
+    assert len(load_split(find_data("camvid"), tmp_path, "train")) == 3
+    with pytest.raises(BadData, match=r"no frame's name begins with '0016'; 0001TP_1 is one of 3"):
+        load_split(find_data("camvid"), tmp_path, "train/0016")
+
+
+@pytest.mark.parametrize("name", ["camvid", "folder"])
+def test_a_training_can_leave_frames_out_and_classes_void(name: str, tmp_path: Path) -> None:
+    for label, frame in enumerate(("0001TP_1", "0006R0_1", "0016E5_1"), start=1):
+        _write_pair(tmp_path, frame, label=label)
+    (tmp_path / "val").symlink_to("train")
+    classes = [info.name for info in CAMVID]
+    (tmp_path / "classes.txt").write_text("\n".join(classes))
+    data = find_data(name, tmp_path)
+    train, val = load_training(data, tmp_path, leave_out=("0006R0",), void_classes=(classes[3],))
+    assert train.names == ("0001TP_1", "0016E5_1") and len(val) == 3
+    assert [int(label_HW[0, 0]) for _, label_HW in (*train, *val)] == [1, IGNORE, 1, 2, IGNORE]
+    assert [int(label_HW[0, 0]) for _, label_HW in load_training(data, tmp_path)[0]] == [1, 2, 3]
+
+
+def test_what_a_training_cannot_leave_out_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BadData, match="no frame's name begins with 'moon'"):
+        load_training(find_data("shapes"), tmp_path, leave_out=("moon",))
+    with pytest.raises(BadData, match="leave_out is train; that leaves none of 16 frames to train on"):
+        load_training(find_data("shapes"), tmp_path, leave_out=("train",))
+    with pytest.raises(BadOption, match="void_classes has 'cone'; the classes are ground, disc, box"):
+        load_training(find_data("shapes"), tmp_path, void_classes=("cone",))
 
 
 def test_the_same_seed_splits_alike_and_another_does_not(tmp_path: Path) -> None:

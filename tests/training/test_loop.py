@@ -1,5 +1,6 @@
 """A run can be killed at any step, learns something, and writes a checkpoint that says what it is."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from click.testing import CliRunner
 
 from penumbra.__main__ import main
 from penumbra.models.card import IGNORE, ClassInfo
-from penumbra.models.checkpoint import load_checkpoint
+from penumbra.models.checkpoint import load_checkpoint, read_card
 from penumbra.models.confusion import confusion, intersection_over_union
 from penumbra.models.errors import BadOption
 from penumbra.training.data import find_data
@@ -63,7 +64,12 @@ def test_a_run_writes_a_checkpoint_whose_card_states_data_and_figures(method: st
 
 
 def test_a_state_of_another_recipe_is_refused_with_a_sentence(tmp_path: Path) -> None:
-    _training("cps", tmp_path).save(tmp_path / "state.ckpt")
+    training = _training("cps", tmp_path)
+    training.save(tmp_path / "state.ckpt")
+    state = torch.load(tmp_path / "state.ckpt")
+    del state["recipe"]["leave_out"]  # a field younger than the state is no other recipe
+    torch.save(state, tmp_path / "state.ckpt")
+    training.resume(tmp_path / "state.ckpt")
     with pytest.raises(BadOption, match=r"state\.ckpt was begun with another recipe"):
         _training("np_semiseg", tmp_path).resume(tmp_path / "state.ckpt")
 
@@ -79,6 +85,23 @@ def test_the_rate_rises_then_falls_to_zero() -> None:
 def test_every_recipe_is_valid_and_named_after_its_file(path: Path) -> None:
     recipe = read_recipe(path)
     assert recipe.name == path.stem and find_data(recipe.data)
+
+
+def test_a_recipe_takes_from_its_base_what_it_does_not_say() -> None:
+    base, own = (read_recipe(RECIPES / f"supervised-camvid{end}.yaml") for end in ("", "-no_0001TP"))
+    assert own.leave_out == ("0001TP",) and own.name != base.name and own.checkpoint != base.checkpoint
+    assert dataclasses.replace(own, leave_out=(), name=base.name, checkpoint=base.checkpoint) == base
+
+
+def test_the_card_says_what_a_training_has_not_seen(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(
+        tiny.recipe("cps", tmp_path, steps=1), leave_out=("train00", "train07"), void_classes=("disc",)
+    )
+    card = read_card(train(recipe, tmp_path, runs_dir=tmp_path / "runs"))
+    assert card.provenance.data.startswith(
+        "procedural shapes train without train00 and train07 and disc, 4 of 14 frames"
+    )
+    assert card.provenance.metrics.get("val/seg/IoU/disc", 0) == 0, "where it is answered, it is wrong"
 
 
 def test_a_misspelt_recipe_field_is_named(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import find_artifact
 from penumbra.serving.files.receipts import check_replaceable
-from penumbra.training.data import find_data
+from penumbra.training.data import find_data, load_split
 from penumbra.training.evaluation.answers import LIMITS, Answer, check_classes, segment_frame
 from penumbra.training.evaluation.figures import Evaluation
 from penumbra.training.frames import FrameSet
@@ -86,7 +86,7 @@ def load_frames(question: Question, card: Card) -> FrameSet:
     data = find_data(question.data_set, question.data)
     if warning := check_classes(card, data.classes, data=question.data_set):
         Console(stderr=True, markup=False, emoji=False).print(f"warning: {warning}", style="yellow")
-    return data.load(question.data, question.split)
+    return load_split(data, question.data, question.split)
 
 
 def segment_frames(
