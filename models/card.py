@@ -95,13 +95,15 @@ class Sampling:
     """What the sample axis S is: draws of a latent, dropout masks, named members, or a single pass.
 
     members: their names; a single pass has one where it is one of several networks. noise_length: L of noise_SBL.
-    noise_per: whether windows of one image share a draw or have their own. keep: probability that a channel survives
-    (dropout only). default_samples: S when a request names none.
+    noise_per: whether windows of one image share a draw or have their own. law: of a latent's draws; `antithetic` ones
+    come in pairs, sample 2k + 1 is minus sample 2k, so with an even S what is linear in them cancels in the mean.
+    keep: probability that a channel survives (dropout only). default_samples: S when a request names none.
     """
 
     kind: Literal["latent", "dropout", "members", "single"] = "single"
     noise_length: Count = 0
     noise_per: Literal["image", "window"] = "image"
+    law: Literal["independent", "antithetic"] = "independent"
     keep: Annotated[float, Field(gt=0, le=1)] = 1.0
     members: tuple[str, ...] = ()
     default_samples: Positive = 1
@@ -313,6 +315,8 @@ def _check_facts(card: Card) -> None:
             sampling.kind == "members" and sampling.default_samples != num_members,
         f"has the members {', '.join(sampling.members)} and takes {sampling.kind} samples":
             num_members > (1 if sampling.kind == "single" else 0) and sampling.kind != "members",
+        f"sampling.law is {sampling.law!r} and sampling.kind {sampling.kind!r}; only a latent's draws have a law":
+            sampling.law != "independent" and sampling.kind != "latent",
         f"prompt.background is {prompt.background}; the classes are 0 to {card.num_classes - 1}":
             (prompt.background or 0) >= card.num_classes,
         f"extra_maps are {', '.join(extra)}; plain names are wanted, each once and none of {', '.join(KNOWN_MAPS)}":

@@ -35,10 +35,14 @@ def draw_masks(shape: tuple[int, ...], keep: float, generator: torch.Generator) 
 
 
 def draw_noise(sampling: Sampling, num_samples: int, num_images: int, generator: torch.Generator) -> Tensor:
-    """Draw noise_SBL of the distribution that a network declares: dropout masks, or else standard normal."""
+    """Draw noise_SBL of the distribution that a network declares: dropout masks, or standard normal by its law."""
     shape = (num_samples, num_images, sampling.noise_length)
-    is_dropout = sampling.kind == "dropout"
-    return draw_masks(shape, sampling.keep, generator) if is_dropout else torch.randn(shape, generator=generator)
+    if sampling.kind == "dropout":
+        return draw_masks(shape, sampling.keep, generator)
+    if sampling.law == "independent":
+        return torch.randn(shape, generator=generator)
+    half_SBL = torch.randn((num_samples + 1) // 2, *shape[1:], generator=generator)
+    return torch.stack((half_SBL, -half_SBL), dim=1).flatten(0, 1)[:num_samples]
 
 
 def weighted_sums(x_D: Tensor, weight_OD: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ class NoiseSource(Protocol):
 class SeededNoise:
     """Seeded noise follows the card's distribution: standard normal latents, dropout masks, or nothing ([S, 0]).
 
-    Masks are 0 or 1 / keep, so that the expected activation is unchanged.
+    Masks are 0 or 1 / keep, so that the expected activation is unchanged. By the law `antithetic` an odd sample is the
+    one before it, negated; the even ones are those of independent draws.
     """
 
     def __init__(self, sampling: Sampling, *, seed: int, num_samples: int) -> None:
@@ -41,6 +42,8 @@ class SeededNoise:
         return np.stack([self._draw_one(sample, stream) for sample in range(self._num_samples)])
 
     def _draw_one(self, sample: int, stream: int) -> FloatArray:
+        if self._sampling.law == "antithetic" and sample % 2:
+            return -self._draw_one(sample - 1, stream)
         rng = np.random.Generator(np.random.Philox(key=self._seed, counter=[0, 0, stream, sample]))
         length, keep = self._sampling.noise_length, self._sampling.keep
         if self._sampling.kind == "dropout":

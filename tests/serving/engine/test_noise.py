@@ -4,15 +4,18 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from penumbra.models.blocks.layers import draw_noise
 from penumbra.models.card import Sampling
 from penumbra.serving.engine.noise import SeededNoise
 
 LATENT = Sampling(kind="latent", noise_length=16)
+PAIRS = dataclasses.replace(LATENT, law="antithetic")
 MASKS = Sampling(kind="dropout", noise_length=16, keep=0.8)
-LAWS = [LATENT, MASKS, dataclasses.replace(LATENT, noise_per="window"), dataclasses.replace(MASKS, noise_per="window")]
+LAWS = [LATENT, PAIRS, MASKS, *(dataclasses.replace(law, noise_per="window") for law in (LATENT, PAIRS, MASKS))]
 seeds = st.integers(0, 2**63 - 1)
 
 
@@ -63,3 +66,19 @@ def test_masks_keep_or_drop_and_leave_the_mean_at_one() -> None:
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(kind="members", members=("a", "b"), default_samples=2)])
 def test_members_and_single_passes_have_noise_of_length_zero(sampling: Sampling) -> None:
     assert draw(sampling, num_samples=2).shape == (2, 0)
+
+
+@given(seeds, st.integers(1, 12), st.sampled_from(["image", "window"]), st.integers(0, 50))
+def test_an_odd_antithetic_sample_is_minus_the_one_before_it(seed: int, num: int, per: str, window: int) -> None:
+    pairs, free = (dataclasses.replace(law, noise_per=per) for law in (PAIRS, LATENT))  # type: ignore[arg-type]
+    values = draw(pairs, seed=seed, num_samples=num, window=window)
+    assert np.array_equal(values[::2], draw(free, seed=seed, num_samples=num, window=window)[::2])
+    assert np.array_equal(values[1::2], -values[::2][: num // 2])
+
+
+@given(st.integers(1, 9), st.integers(1, 3))
+def test_the_noise_of_training_keeps_the_law_too(num: int, num_images: int) -> None:
+    values = draw_noise(PAIRS, num, num_images, torch.Generator().manual_seed(0))
+    assert values.shape == (num, num_images, 16)
+    assert torch.equal(values[1::2], -values[::2][: num // 2])
+    assert len({row.numpy().tobytes() for row in values.flatten(0, 1)}) == num * num_images
