@@ -1,7 +1,8 @@
 """The NP-SemiSeg network: a DeepLabv3+ host, whose classifier is a neural process.
 
 Published layout (hosts U2PL and AugSeg, Wang et al. 2023): `head="published"`. Our own layout, in which the
-latent enters late and cannot be normalised away: `head="film"` (see `penumbra.models.np_semiseg.heads`).
+latent enters late and cannot be normalised away: `head="film"` (see `penumbra.models.np_semiseg.heads`), and one
+whose samples are linear in the latent: `head="linear"` (`penumbra.models.np_semiseg.linear`).
 """
 
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from penumbra.models.card import Sampling
 from penumbra.models.contract import Features, Network
 from penumbra.models.errors import BadOption
 from penumbra.models.np_semiseg.heads import FilmHead, PublishedHead
+from penumbra.models.np_semiseg.linear import DENSITY, LinearConfig, LinearHead
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +26,9 @@ class NpConfig:
     """Shape of host and head. `u2pl` and `augseg` give the published hosts.
 
     fuse_kernel: of the convolution behind the joined ASPP branches. hidden: channels of the head's
-    convolutions. film_channels: channels in which the film head's latent acts. dropout: share of the joined ASPP
-    channels dropped in training; only the U2PL host has it. sampling: draws of the latent, or as a baseline MC dropout
-    at that site with the latent at its mean.
+    convolutions. film_channels: channels in which the film head's latent acts. linear: of the linear head, which is a
+    film head besides. dropout: share of the joined ASPP channels dropped in training; only the U2PL host has it.
+    sampling: draws of the latent, or as a baseline MC dropout at that site with the latent at its mean.
     """
 
     num_classes: int
@@ -35,10 +37,11 @@ class NpConfig:
     aspp_rates: tuple[int, int, int] = (6, 12, 18)
     fuse_kernel: Literal[1, 3] = 1
     low_channels: int = 48
-    head: Literal["published", "film"] = "film"
+    head: Literal["published", "film", "linear"] = "film"
     latent_length: int = 32
     hidden: int = 256
     film_channels: int = 64
+    linear: LinearConfig = field(default_factory=LinearConfig)
     dropout: float = 0.0
     sampling: Literal["latent", "dropout"] = "latent"
 
@@ -60,9 +63,9 @@ def augseg(num_classes: int, depth: Literal[50, 101] = 50) -> NpConfig:
 class NpNetwork(Network):
     """encode runs host, aggregators and the sample-independent part of the head; decode draws from the latent.
 
-    noise_SBL is standard normal, L = latent_length: one draw per sample and image. With MC dropout it is a mask of
-    the joined ASPP channels (Gal & Ghahramani 2016), encode ends at the host's two features and the latent of what is
-    not dropped, whose mean every sample takes on its way through the head.
+    noise_SBL is standard normal, L = latent_length, or the linear head's rank: one draw per sample and image. With MC
+    dropout it is a mask of the joined ASPP channels (Gal & Ghahramani 2016), encode ends at the host's two features and
+    the latent of what is not dropped, whose mean every sample takes on its way through the head.
     """
 
     def __init__(self, config: NpConfig) -> None:
@@ -73,13 +76,18 @@ class NpNetwork(Network):
         joined = config.aspp_channels * (len(config.aspp_rates) + 2)
         self.fuse = conv_norm_act(joined, config.aspp_channels, config.fuse_kernel)
         self.low = conv_norm_act(config.backbone.low_channels, config.low_channels, 1, bias=True)
-        channels, length = config.low_channels + config.aspp_channels, config.latent_length
+        channels = config.low_channels + config.aspp_channels
+        shape = {"length": config.latent_length, "hidden": config.hidden}
+        self.head: PublishedHead | FilmHead
         if config.head == "published":
-            self.head = PublishedHead(config.num_classes, channels, length=length, hidden=config.hidden)
+            self.head = PublishedHead(config.num_classes, channels, **shape)
+        elif config.head == "film":
+            self.head = FilmHead(config.num_classes, channels, film_channels=config.film_channels, **shape)
         else:
-            self.head = FilmHead(
-                config.num_classes, channels, length=length, hidden=config.hidden, film_channels=config.film_channels
+            self.head = LinearHead(
+                config.num_classes, channels, config.linear, film_channels=config.film_channels, **shape
             )
+            self.extra_maps = (DENSITY,)
 
     def host_features(self, image_B3hw: Tensor) -> tuple[Tensor, Tensor]:
         """Return the low-level and the ASPP's channels of the host's decoder feature, both at stride 4."""
@@ -114,7 +122,14 @@ class NpNetwork(Network):
 
 
 def sampling_of(config: NpConfig) -> Sampling:
-    """Return the sample axis of a configuration. Raises BadOption for dropout where the host has none."""
+    """Return the sample axis of a configuration.
+
+    Raises BadOption for dropout where the host has none, and with the linear head, which has its own samples.
+    """
+    if config.head == "linear":
+        if config.sampling != "latent":
+            raise BadOption(f"sampling is {config.sampling!r}; the linear head of np_semiseg has only 'latent'")
+        return Sampling(kind="latent", noise_length=config.linear.rank, law="antithetic", default_samples=8)
     if config.sampling == "latent":
         return Sampling(kind="latent", noise_length=config.latent_length, default_samples=8)
     if not config.dropout:

@@ -36,6 +36,7 @@ SLOW = (
     "proto_seg channel",
     "cpal cam",
     "np_semiseg published",
+    "np_semiseg linear",
     "self_correcting linear",
     "self_correcting dropout",
     "cpal wrn38-dropout",

@@ -27,9 +27,9 @@ SYMBOLS = (
 )  # fmt: skip
 """What the Python binding of TensorRT 11 wants of its native libraries."""
 VARIANTS = (
-    "cps", "np_semiseg film", "np_semiseg published", "np_semiseg dropout", "self_correcting convolutional",
-    "self_correcting dropout", "proto_seg prototype", "proto_seg channel", "proto_seg deeplab", "cpal context",
-    "cpal deeplabv2", "cpal wrn38",
+    "cps", "np_semiseg film", "np_semiseg linear", "np_semiseg published", "np_semiseg dropout",
+    "self_correcting convolutional", "self_correcting dropout", "proto_seg prototype", "proto_seg channel",
+    "proto_seg deeplab", "cpal context", "cpal deeplabv2", "cpal wrn38",
 )  # fmt: skip
 ROUNDING = 1e-4
 """Relative: the graphs are decomposed into other operators, in float32."""

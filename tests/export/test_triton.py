@@ -43,7 +43,7 @@ STAND_IN = Path(__file__).with_name("triton_stand_in.py")
 ROUNDING = 1e-5
 VARIANTS = (
     "toy latent", "toy boxed", "toy tagged", "toy bright", "cps", "np_semiseg published", "np_semiseg dropout",
-    "self_correcting linear", "self_correcting dropout", "proto_seg prototype", "cpal context",
+    "np_semiseg linear", "self_correcting linear", "self_correcting dropout", "proto_seg prototype", "cpal context",
 )  # fmt: skip
 READOUTS = {
     "hot": Readout(temperature=2.5),

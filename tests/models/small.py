@@ -18,6 +18,7 @@ from penumbra.models.contract import Network, Prompt
 from penumbra.models.cpal.config import CpalConfig
 from penumbra.models.cps.net import CpsConfig
 from penumbra.models.ensemble.net import EnsembleConfig, MemberConfig
+from penumbra.models.np_semiseg.linear import LinearConfig
 from penumbra.models.np_semiseg.net import NpConfig
 from penumbra.models.proto_seg.net import ProtoConfig
 from penumbra.models.proto_seg.trunks import DeepLabConfig, HrnetConfig
@@ -35,6 +36,7 @@ SELF_CORRECTING = SelfCorrectingConfig(
 )  # fmt: skip
 HRNET = HrnetConfig(width=2, stem=4, bottlenecks=1, modules=(1, 1, 1), blocks=1)
 PUBLISHED = NpConfig(3, BACKBONE, aspp_channels=16, low_channels=8, latent_length=8, hidden=16, head="published")
+FILM = NpConfig(3, BACKBONE, aspp_channels=16, low_channels=8, latent_length=8, hidden=16, film_channels=16)
 SMALL_CPS = CpsConfig(3, backbone=BACKBONE, aspp_channels=16, low_channels=8, decoder_channels=16)
 SMALL: dict[str, Any] = {
     "toy": ToyConfig(),
@@ -46,9 +48,9 @@ SMALL: dict[str, Any] = {
     "toy bright": ToyConfig(form="bright"),
     "cps": SMALL_CPS,
     "cps single": replace(SMALL_CPS, branches=1),
-    "np_semiseg film": NpConfig(
-        3, BACKBONE, aspp_channels=16, low_channels=8, latent_length=8, hidden=16, film_channels=16
-    ),
+    "np_semiseg film": FILM,
+    "np_semiseg linear": replace(FILM, head="linear", linear=LinearConfig(rank=4, hidden=8)),
+    "np_semiseg linear-kept": replace(FILM, head="linear", linear=LinearConfig(rank=4, hidden=8, keep_answer=True)),
     "np_semiseg published": PUBLISHED,
     "np_semiseg dropout": replace(PUBLISHED, dropout=0.1, sampling="dropout"),
     "ensemble": EnsembleConfig(

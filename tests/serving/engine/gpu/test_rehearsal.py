@@ -30,7 +30,7 @@ CASES = [(name, precision) for name in SMALL for precision in PRECISIONS]
 QUICK = [
     ("toy latent", "fp32", False), ("toy boxed", "fp32", True), ("toy tagged", "fp16", True),
     ("np_semiseg film", "bf16", False), ("self_correcting linear", "fp16", True), ("proto_seg dropout", "bf16", False),
-    ("cpal cam", "fp32", True), ("cps single", "fp16", False),
+    ("cpal cam", "fp32", True), ("cps single", "fp16", False), ("np_semiseg linear", "fp16", False),
 ]  # fmt: skip
 
 

@@ -1,0 +1,143 @@
+"""The linear head: a low-rank Gaussian of logits round a frozen film head's answer, and a density of its features.
+
+    logits_s = base + D + P z_s / sqrt(L),   z_s ~ N(0, I), one z of length L per image and sample
+
+`base` is the film head's answer at its latent's mean. The correction D [K] and the matrix P [K, L] are a pointwise
+network's answer to the standardised features [x, g] of the host and the film head. It is a stochastic segmentation
+network's low-rank part (Monteiro et al. 2020), or an epinet that is linear in z (Osband et al. 2023). A sample is one
+matrix product, and no later normalisation can take z away.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from penumbra.models.card import ExtraMap
+from penumbra.models.contract import Features
+from penumbra.models.np_semiseg.heads import FilmHead, LatentStatistics
+
+SPREAD = 0.3
+"""Scale of the first P: large enough that samples differ from the first step on."""
+DENSITY = ExtraMap("density", "-log density of the pixel's features among the labelled training frames'", "nats")
+
+
+@dataclass(frozen=True, slots=True)
+class LinearConfig:
+    """rank: L. hidden: channels of the pointwise network. keep_answer: D = 0: the answer at z = 0 stays the host's."""
+
+    rank: int = 16
+    hidden: int = 96
+    keep_answer: bool = False
+
+
+class LinearHead(FilmHead):
+    """A film head, whose weights keep their names, and what says how it may be wrong.
+
+    encode gives base + D, P / sqrt(L) and the density; `standardise` holds the mean and variance of [x, g].
+    """
+
+    def __init__(
+        self, num_classes: int, channels: int, config: LinearConfig, *, length: int, hidden: int, film_channels: int
+    ) -> None:
+        super().__init__(num_classes, channels, length=length, hidden=hidden, film_channels=film_channels)
+        self.config, joined = config, channels + film_channels
+        num_corrections = 0 if config.keep_answer else num_classes
+        self.split = (num_corrections, num_classes * config.rank)
+        self.standardise = nn.BatchNorm2d(joined, affine=False)
+        last = nn.Conv2d(config.hidden, sum(self.split), 1)
+        self.pointwise = nn.Sequential(
+            nn.Conv2d(joined, config.hidden, 1), nn.ReLU(), nn.Conv2d(config.hidden, config.hidden, 1), nn.ReLU(), last
+        )  # fmt: skip
+        self.density = ClassGaussians(num_classes, film_channels)
+        with torch.no_grad():
+            assert last.bias is not None
+            last.weight[:num_corrections] = last.bias[:num_corrections] = 0
+            last.weight[num_corrections:] *= SPREAD
+            last.bias[num_corrections:].normal_(0, SPREAD)
+
+    def encode(self, x_BDhw: Tensor, latent: LatentStatistics | None = None) -> Features:
+        base_BKhw, g_BMhw = self.answer(x_BDhw, latent)
+        return (*self.spread(x_BDhw, g_BMhw, base_BKhw), self.density(g_BMhw))
+
+    def answer(self, x_BDhw: Tensor, latent: LatentStatistics | None = None) -> tuple[Tensor, Tensor]:
+        """Return the film head's logits base_BKhw at its latent's mean, and its features g_BMhw."""
+        film = super().encode(x_BDhw, latent)
+        return super().decode(film, torch.zeros_like(film[1])[None])[0], film[0]
+
+    def spread(self, x_BDhw: Tensor, g_BMhw: Tensor, base_BKhw: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean base + D and the matrix P_BLKhw / sqrt(L)."""
+        found = self.pointwise(self.standardise(torch.cat((x_BDhw, g_BMhw), dim=1)))
+        correction, matrix = found.split(self.split, dim=1)
+        mean_BKhw = base_BKhw if self.config.keep_answer else base_BKhw + correction
+        matrix_BLKhw = matrix.unflatten(1, (self.config.rank, -1)) / math.sqrt(self.config.rank)
+        return mean_BKhw.contiguous(), matrix_BLKhw.contiguous()
+
+    def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
+        mean_BKhw, matrix_BLKhw = features[:2]
+        shift_BSN = noise_SBL.transpose(0, 1) @ matrix_BLKhw.flatten(2)
+        return mean_BKhw + shift_BSN.transpose(0, 1).unflatten(2, mean_BKhw.shape[1:])
+
+
+class ClassGaussians(nn.Module):
+    """-log sum_k share_k N(g; mean_k, covariance_k): how unlike all classes' training pixels the features g are.
+
+    whiten_KMM: inverses of the covariances' Cholesky factors, so that |whiten (g - mean)|^2 is Mahalanobis' distance.
+    Until `fit`, every class is a standard normal.
+    """
+
+    def __init__(self, num_classes: int, channels: int) -> None:
+        super().__init__()
+        self.share_K = nn.Buffer(torch.full((num_classes,), 1 / num_classes))
+        self.mean_KM = nn.Buffer(torch.zeros(num_classes, channels))
+        self.whiten_KMM = nn.Buffer(torch.eye(channels).repeat(num_classes, 1, 1))
+
+    def forward(self, g_BMhw: Tensor) -> Tensor:
+        """Return the map [B, 1, h, w] in nats. It is computed in float32 whatever the network's precision."""
+        whiten_KMM, mean_KM, share_K = self.whiten_KMM.float(), self.mean_KM.float(), self.share_K.float()
+        shift_KM = -(whiten_KMM * mean_KM[:, None]).sum(2)
+        white = F.conv2d(g_BMhw.float(), whiten_KMM.flatten(0, 1)[:, :, None, None], shift_KM.flatten())
+        distance_BKhw = white.unflatten(1, shift_KM.shape).square().sum(2)
+        scale_K = whiten_KMM.diagonal(dim1=1, dim2=2).log().sum(1) - shift_KM.shape[1] / 2 * math.log(2 * math.pi)
+        log_p_BKhw = (share_K.log() + scale_K)[:, None, None] - distance_BKhw / 2
+        highest = log_p_BKhw.amax(1, keepdim=True)  # taken out, or far from every class exp underflows
+        return -(highest + (log_p_BKhw - highest).exp().sum(1, keepdim=True).log())
+
+    @torch.no_grad()
+    def fit(self, features: "FeatureSums", *, shrinkage: float) -> None:
+        """Fit to summed features in float64; a covariance is shrunk towards that of all classes together.
+
+        A class with fewer pixels than channels has the covariance of all.
+        """
+        count_K11 = features.count_K[:, None, None]
+        mean_KM = features.sum_KM / features.count_K.clamp(min=1)[:, None]
+        centred_KMM = features.square_KMM - count_K11 * mean_KM[:, :, None] * mean_KM[:, None]
+        pooled_MM = centred_KMM.sum(0) / features.count_K.sum()
+        pooled_MM = pooled_MM + shrinkage * pooled_MM.diagonal().mean() * torch.eye(len(pooled_MM)).to(pooled_MM)
+        share = torch.where(count_K11 > len(pooled_MM), shrinkage, 1.0)
+        covariance_KMM = (1 - share) * centred_KMM / count_K11.clamp(min=1) + share * pooled_MM
+        factor_KMM = torch.linalg.cholesky(covariance_KMM)
+        identity = torch.eye(len(pooled_MM)).to(factor_KMM)
+        self.whiten_KMM.copy_(torch.linalg.solve_triangular(factor_KMM, identity, upper=False))
+        self.mean_KM.copy_(mean_KM)
+        self.share_K.copy_((features.count_K + 1) / (features.count_K + 1).sum())
+
+
+class FeatureSums:
+    """Count, sum and sum of products per class of labelled pixels' features, in float64."""
+
+    def __init__(self, num_classes: int, channels: int) -> None:
+        self.count_K = torch.zeros(num_classes, dtype=torch.float64)
+        self.sum_KM = torch.zeros(num_classes, channels, dtype=torch.float64)
+        self.square_KMM = torch.zeros(num_classes, channels, channels, dtype=torch.float64)
+
+    def add(self, g_BMhw: Tensor, label_Bhw: Tensor) -> None:
+        """Add all pixels whose label is a class."""
+        g_PM, label_P = g_BMhw.movedim(1, -1).flatten(0, 2).double().cpu(), label_Bhw.flatten().cpu()
+        for k in range(len(self.count_K)):
+            rows_PM = g_PM[label_P == k]
+            self.count_K[k] += len(rows_PM)
+            self.sum_KM[k] += rows_PM.sum(0)
+            self.square_KMM[k] += rows_PM.T @ rows_PM
