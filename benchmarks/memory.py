@@ -41,7 +41,7 @@ def stitch(height: int) -> tuple[int, int, int]:
         (segment,), num_bytes = segments_of(pairs, CARD, 1)
         if segment:
             out = torch.empty(num_bytes, dtype=torch.uint8)
-            read_out([(surface.canvas_RCW, segment, float("inf"))], out, CARD)
+            read_out([(surface.canvas_RCW, segment, surface.wanted)], out, CARD)
             assert abs(float(segment.band(out.numpy()).maps["confidence"].max()) - 1 / CLASSES) < 1e-4
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return plan.num_windows, surface.canvas_RCW.nbytes, peak - before

@@ -176,9 +176,10 @@ def read_window(logits_SKhw: Tensor, card: Card, height: int, width: int, output
     statistics, num_samples = Statistics(card, 1, (height, width), torch.device("cpu")), len(logits_SKhw)
     statistics.add(logits_SKhw[:, None])
     statistics.finish()
-    segment, num_bytes = lay_out(Wanted(outputs), range(height), width, card, num_samples)
+    wanted = Wanted(outputs)
+    segment, num_bytes = lay_out(wanted, range(height), width, card, num_samples)
     out = torch.empty(num_bytes, dtype=torch.uint8)
-    read_out([(statistics.stats_BhCw[0] / num_samples, segment, math.inf)], out, card)
+    read_out([(statistics.stats_BhCw[0] / num_samples, segment, wanted)], out, card)
     return segment.band(out.numpy())
 
 

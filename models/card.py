@@ -7,7 +7,9 @@ with `export` filled in. Reading is strict: an unknown, missing or mistyped fiel
 import dataclasses
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -161,7 +163,8 @@ class Calibration:
     risks: ascending, each the share of a picture's pixels that are wrong and not abstained from, at most, in
     expectation over pictures like the calibration frames (Angelopoulos et al. 2022). entropy_nats: by risk, the
     entropy above which a pixel is abstained from. num_frames: how many were calibrated on. num_samples: S then.
-    data: which frames they were.
+    data: which frames they were. class_risks, class_entropy_nats: the same of the option `max_class_risk`, which bounds
+    for each class the wrong share of what is called it; by risk, then by class, and None where a class is withheld.
     """
 
     risks: tuple[float, ...]
@@ -169,6 +172,8 @@ class Calibration:
     num_frames: Positive
     num_samples: Positive
     data: str
+    class_risks: tuple[float, ...] = ()
+    class_entropy_nats: tuple[tuple[float | None, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,26 +335,32 @@ def _failures_of_references(card: Card, maps: tuple[str, ...]) -> dict[str, bool
     """Tell which sentences hold of what answers are measured against. maps: those that novelty may go by."""
     calibration, novelty = card.calibration, card.novelty
     return {
-        f"calibration is {calibration}; ascending risks between 0 and 1, each with a threshold, are wanted":
-            calibration is not None and not _is_sound(calibration),
+        f"calibration is {calibration}; ascending risks between 0 and 1, each with a threshold, or one of each of the "
+        f"{card.num_classes} classes, are wanted":
+            calibration is not None and not _is_sound(calibration, card.num_classes),
         f"novelty.map is {novelty and novelty.map}; it can be {' or '.join(maps)}":
             novelty is not None and novelty.map not in maps,
         f"has {len(novelty.means) if novelty else 0} novelty.means; 1 to {MOST_MEANS:,} are wanted, ascending":
-            novelty is not None and not _is_ascending(novelty.means),
+            novelty is not None and not (0 < len(novelty.means) <= MOST_MEANS and _is_ascending(novelty.means)),
     }  # fmt: skip
 
 
-def _is_ascending(means: tuple[float, ...]) -> bool:
-    return 0 < len(means) <= MOST_MEANS and list(means) == sorted(means)
+def _is_ascending(values: Iterable[float]) -> bool:
+    return all(before <= after for before, after in pairwise(values))
 
 
-def _is_sound(calibration: Calibration) -> bool:
+def _is_sound(calibration: Calibration, num_classes: int) -> bool:
     """Whether a larger risk never abstains from more, and every figure is possible."""
-    risks, thresholds = calibration.risks, calibration.entropy_nats
-    return (
-        0 < len(risks) == len(thresholds)
-        and list(risks) == sorted(set(risks))
-        and 0 < risks[0] <= risks[-1] < 1
-        and list(thresholds) == sorted(thresholds)
-        and thresholds[0] >= 0
-    )
+    marginal = [(nats,) for nats in calibration.entropy_nats]
+    pairs = ((calibration.risks, marginal, 1), (calibration.class_risks, calibration.class_entropy_nats, num_classes))
+    for risks, rows, length in pairs:
+        columns = [[-1 if nats is None else nats for nats in column] for column in zip(*rows, strict=False)]
+        if not (
+            list(risks) == sorted(set(risks))
+            and all(0 < risk < 1 for risk in risks)
+            and [len(row) for row in rows] == [length] * len(risks)
+            and all(nats is None or nats >= 0 for row in rows for nats in row)
+            and all(map(_is_ascending, columns))
+        ):
+            return False
+    return bool(calibration.risks or calibration.class_risks)

@@ -52,7 +52,7 @@ def given(options: Mapping[str, Any]) -> dict[str, str]:
 
 def of_answers(verb: Any) -> Any:
     """The options of an answer that a file can have too."""
-    for name in ("max_risk", "alpha", "tags", "boxes", "outputs", "overlap", "seed", "samples"):
+    for name in ("max_class_risk", "max_risk", "alpha", "tags", "boxes", "outputs", "overlap", "seed", "samples"):
         verb = from_table(name)(verb)
     return verb
 

@@ -149,7 +149,7 @@ class Telemetry:
         self._refused = gauge("models_refused", "Models whose newest version in the store is refused.")
         self._entropy = histogram("entropy_mean", "Mean entropy of an answer, nats.", ["model"], buckets=NATS)
         self._abstained = histogram(
-            "abstain_ratio", "Share of pixels withheld for max_risk.", ["model"], buckets=ABSTAINED
+            "abstain_ratio", "Share of pixels withheld for a risk.", ["model"], buckets=ABSTAINED
         )
         self._build = Info(
             "build", "Version of the server, and its commit.", namespace="penumbra", registry=self.registry

@@ -1,5 +1,6 @@
 """From bands to one answer."""
 
+import math
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +23,10 @@ class Prediction:
     (`penumbra.serving.engine.uncertainty`). timing_ms: milliseconds by phase. num_windows: windows that were run.
     members: names of the samples, where they have names. warnings: sentences about what the caller should know of this
     answer. num_void: pixels that hold no measurement; their label is IGNORE and all else NaN, and shares are of the
-    others. abstained: share of the pixels whose label is IGNORE because of `max_risk`; None where that was not asked
-    for. image: what it is an answer to. prob_KHW: mean probabilities of all classes, float32, where the output
-    PROBABILITIES was asked for. num_asked: of samples, where `anytime` lets the answer have fewer. age_s: of an answer
-    that was kept (`penumbra.serving.cache`).
+    others. abstained: share of the pixels whose label is IGNORE for `max_risk` or `max_class_risk`; None where neither
+    was asked for. image: what it is an answer to. prob_KHW: mean probabilities of all classes, float32, where the
+    output PROBABILITIES was asked for. num_asked: of samples, where `anytime` lets the answer have fewer. age_s: of an
+    answer that was kept (`penumbra.serving.cache`).
     """
 
     card: Card
@@ -98,7 +99,7 @@ def _count_ignored(labels_HW: NDArray[np.uint8], request: QueuedRequest) -> tupl
     By the image itself, where both can be: a label does not say why it is IGNORE, and a part of the answer may be
     another process's.
     """
-    windows, has_withheld = request.plan.windows, request.plan.options.max_risk is not None
+    windows, has_withheld = request.plan.windows, bool(request.plan.options.risks)
     if not has_withheld and not request.image_HW3.can_be_void:
         return 0, None
     num_ignored, num_void = 0, 0
@@ -127,13 +128,16 @@ def _warnings(request: QueuedRequest) -> tuple[str, ...]:
         warnings += (
             f"the deadline left time for {request.num_samples} of the {plan.num_samples} samples asked for",
         )  # fmt: skip
-    if options.max_risk is None or card.calibration is None:
+    if not options.risks or card.calibration is None:
         return warnings
+    above_K = plan.wanted.above_nats_K
+    if withheld := [one.name for one, nats in zip(card.classes, above_K, strict=True) if nats == -math.inf]:
+        warnings += (f"max_class_risk of {options.max_class_risk:g} withholds {', '.join(withheld)} altogether",)
     calibrated = card.calibration.num_samples
     is_usual = options.overlap in (None, card.window.overlap) and plan.prompt is None
     if request.num_samples != calibrated or not is_usual:
         warnings += (
-            f"max_risk of {card.name} was calibrated with {calibrated} samples, overlap {card.window.overlap:g} and no "
-            "prompt; this answer was made otherwise, and its risk may be another",
+            f"{' and '.join(options.risks)} of {card.name} was calibrated with {calibrated} samples, overlap "
+            f"{card.window.overlap:g} and no prompt; this answer was made otherwise, and its risk may be another",
         )
     return warnings

@@ -6,6 +6,7 @@ window before has touched. A CPU blends window by window, in the request's threa
 lane, from a picture whose rows went up once, as they came, and finished rows come down.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -28,11 +29,11 @@ STRIP_BYTES = 2**24
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What of an answer leaves the device beside the labels: outputs by name. above_nats: the entropy above which a
-    label is withheld; infinite where no risk is bounded."""
+    """What of an answer leaves the device beside the labels: outputs by name. above_nats_K: the entropy above which the
+    label of each class is withheld; empty where no risk is bounded."""
 
     outputs: tuple[str, ...]
-    above_nats: float = float("inf")
+    above_nats_K: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,13 +242,13 @@ def stitch(stats_BhCw: Tensor, pairs: Sequence[tuple[Surface, Window]], card: Ca
         surface.blended = window.index
 
 
-def read_out(finished: Sequence[tuple[Tensor, Segment, float]], out: Tensor, card: Card) -> None:
-    """Read finished rows out of canvases into `out`: each with its segment, and the entropy above which labels are
-    withheld."""
+def read_out(finished: Sequence[tuple[Tensor, Segment, Wanted]], out: Tensor, card: Card) -> None:
+    """Read finished rows out of canvases into `out`: each with its segment, and what is wanted of it."""
     kept = list({id(canvas): canvas for canvas, _, _ in finished}.values())
     places = {id(canvas): i for i, canvas in enumerate(kept)}
     table = [number for canvas, one, _ in finished for number in (places[id(canvas)], *one.table(card))]
+    everything = (math.inf,) * card.num_classes
+    thresholds = [nats for _, _, wanted in finished for nats in wanted.above_nats_K or everything]
     operators.read_out(
-        kept, out, table, [above for _, _, above in finished], num_classes=card.num_classes,
-        softmax=card.readout.average == "logits",
+        kept, out, table, thresholds, num_classes=card.num_classes, softmax=card.readout.average == "logits"
     )  # fmt: skip

@@ -173,9 +173,9 @@ FOR_EACH_CPU void penumbra_blend(
 /* Reads rows y to y + rows of a canvas, a ring of R rows [C][W] of mean probabilities, mean sample entropies and extra
  * maps, into planes of `out`, which begin at these bytes and are not wanted where that is negative: labels, confidence,
  * margin, entropy, expected entropy, entropy beyond it, probabilities [rows][K][W], and the extra maps. Ties go to the
- * lowest class; labels are 255 above `threshold`; zero probabilities add no entropy. */
+ * lowest class; labels are 255 above the `threshold` of their class; zero probabilities add no entropy. */
 FOR_EACH_CPU void penumbra_read_out(
-    const float *restrict canvas, long R, long C, long K, long W, long y, long rows, float threshold,
+    const float *restrict canvas, long R, long C, long K, long W, long y, long rows, const float *restrict threshold,
     uint8_t *restrict out, const int64_t *restrict planes) {
     float c[256], second[256], nats[256];
     int32_t best[256];
@@ -201,7 +201,7 @@ FOR_EACH_CPU void penumbra_read_out(
                 }
             }
             for (long x = 0; x < n; x++) {
-                out[planes[0] + at + x] = nats[x] > threshold ? 255 : (uint8_t)best[x];
+                out[planes[0] + at + x] = nats[x] > threshold[best[x]] ? 255 : (uint8_t)best[x];
                 second[x] = c[x] - second[x];
             }
             if (planes[1] >= 0) memcpy(out + planes[1] + at * 4, c, n * 4);

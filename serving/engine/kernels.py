@@ -92,10 +92,11 @@ def read_out(
 ) -> None:
     """Read out segment by segment."""
     assert COMPILED
-    per_segment = len(segments) // len(thresholds)
-    for (index, y, num_rows, *planes), threshold in zip(
-        zip(*[iter(segments)] * per_segment, strict=True), thresholds, strict=True
-    ):
+    per_segment = len(segments) * num_classes // len(thresholds)
+    for (index, y, num_rows, *planes), threshold_K in zip(
+        zip(*[iter(segments)] * per_segment, strict=True), zip(*[iter(thresholds)] * num_classes, strict=True),
+        strict=True,
+    ):  # fmt: skip
         canvas = canvases[index]
         if softmax:  # not in torch, whose threads are for networks
             ring = canvas.numpy()[np.arange(y, y + num_rows) % len(canvas)]
@@ -105,7 +106,7 @@ def read_out(
         height, channels, width = canvas.shape
         COMPILED.penumbra_read_out(
             _address(canvas), *_longs(height, channels, num_classes, width, y, num_rows),
-            ctypes.c_float(threshold), _address(out), (ctypes.c_int64 * len(planes))(*planes),
+            (ctypes.c_float * num_classes)(*threshold_K), _address(out), (ctypes.c_int64 * len(planes))(*planes),
         )  # fmt: skip
 
 

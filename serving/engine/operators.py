@@ -95,11 +95,12 @@ def read_out(
 
     segments, one after another: canvas, first image row, number of rows, then where in `out` its planes begin: labels
     (uint8 [rows, W]), confidence, margin, entropy, expected_entropy, disagreement (float32 [rows, W], at multiples of
-    four), probabilities (float32 [rows, K, W]) and the extra maps (channels K + 1 on); -1: not requested. Labels of
-    pixels with an entropy above the segment's threshold are 255. softmax: the channels hold logits.
+    four), probabilities (float32 [rows, K, W]) and the extra maps (channels K + 1 on); -1: not requested. thresholds,
+    K a segment: the label of a pixel is 255 where its entropy is above the threshold of its class. softmax: the
+    channels hold logits.
     """
     num_planes = 7 + canvases[0].shape[1] - num_classes - 1
-    assert len(segments) == (3 + num_planes) * len(thresholds) and out.dtype == torch.uint8
+    assert len(segments) * num_classes == (3 + num_planes) * len(thresholds) and out.dtype == torch.uint8
     assert all(canvas.is_contiguous() and canvas.shape[1] == canvases[0].shape[1] for canvas in canvases)
     torch.ops.penumbra.read_out.default(canvases, out, segments, thresholds, num_classes, softmax)
 

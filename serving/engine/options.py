@@ -191,6 +191,10 @@ class SegmentOptions:
         None, _number, "Share of the pixels that may be answered and wrong; the most uncertain ones become 255. "
         "Calibrated models.", right="0 to 1 is possible", type="number", minimum=0, maximum=1,
     )  # fmt: skip
+    max_class_risk: float | None = _row(
+        None, _number, "For each class, share of what is called it that may be wrong; its most uncertain pixels, or "
+        "all, become 255. Calibrated models.", right="0 to 1 is possible", type="number", minimum=0, maximum=1,
+    )  # fmt: skip
     deadline_ms: float | None = _row(
         None, _number, "Milliseconds from the request's arrival after which its answer is of no use; 504 then, and its "
         "windows leave.", right="a number of milliseconds above 0 is wanted",
@@ -203,6 +207,11 @@ class SegmentOptions:
         0, _integer, "1 is served first, 3 last, and 0 stands for 2; none waits for ever.",
         right="1 (first) to 3 (last) is possible, and 0 for 2", type="integer", minimum=0, maximum=3,
     )  # fmt: skip
+
+    @property
+    def risks(self) -> tuple[str, ...]:
+        """Name the options that withhold labels, of those that are set."""
+        return tuple(name for name in ("max_risk", "max_class_risk") if getattr(self, name) is not None)
 
     def num_samples(self, card: Card) -> int:
         """Say how many samples the answer has, unless `anytime` lets it have fewer."""
@@ -287,8 +296,7 @@ def check_options(options: SegmentOptions, card: Card, limits: Limits) -> int:
         value = getattr(options, name, None)
         if option.right and value is not None:
             option.check(name, value)
-    if options.max_risk is not None:
-        abstain_above(card, options.max_risk)
+    abstain_above(card, options.max_risk, options.max_class_risk)
     sampling = card.sampling_with(prompt=bool(options.boxes or options.tags))
     samples = options.num_samples(card)
     fixed = sampling.kind in ("members", "single")
@@ -307,18 +315,33 @@ def check_options(options: SegmentOptions, card: Card, limits: Limits) -> int:
     return samples
 
 
-def abstain_above(card: Card, max_risk: float) -> float:
-    """Find the entropy in nats above which pixels are withheld: that of the largest calibrated risk within `max_risk`.
+def abstain_above(card: Card, max_risk: float | None, max_class_risk: float | None = None) -> tuple[float, ...]:
+    """Find for each class the entropy in nats above which its pixels are withheld; nothing where no risk is bounded.
 
-    Raises BadOption: no share, a card without calibration, or a risk below all that are calibrated.
+    It is that of the largest calibrated risk within the one asked for, of two the smaller, and -inf for a class that is
+    withheld. Raises BadOption: no share, a card without calibration, or a risk below all that are calibrated.
     """
-    OPTIONS["max_risk"].check("max_risk", max_risk)
-    if card.calibration is None:
-        raise BadOption(
-            f"max_risk is {max_risk}; {card.name} is not calibrated, so leave it out or calibrate the model"
-        )
-    within = bisect_right(card.calibration.risks, max_risk)
-    if within == 0:
-        known = ", ".join(f"{risk:g}" for risk in card.calibration.risks)
-        raise BadOption(f"max_risk is {max_risk}; {card.name} is calibrated for {known}, so ask for at least the first")
-    return card.calibration.entropy_nats[within - 1]
+    above_K: tuple[float, ...] = ()
+    if max_risk is not None:
+        row = _calibrated_within(card, "max_risk", max_risk)
+        assert card.calibration
+        above_K = (card.calibration.entropy_nats[row],) * card.num_classes
+    if max_class_risk is not None:
+        row = _calibrated_within(card, "max_class_risk", max_class_risk)
+        assert card.calibration
+        own = (-math.inf if nats is None else nats for nats in card.calibration.class_entropy_nats[row])
+        above_K = tuple(map(min, own, above_K or (math.inf,) * card.num_classes))
+    return above_K
+
+
+def _calibrated_within(card: Card, name: str, risk: float) -> int:
+    """Find the place of the largest calibrated risk that is not above this one. Raises BadOption."""
+    OPTIONS[name].check(name, risk)
+    calibration = card.calibration
+    risks = () if calibration is None else calibration.risks if name == "max_risk" else calibration.class_risks
+    if not risks:
+        raise BadOption(f"{name} is {risk}; {card.name} is not calibrated, so leave it out or calibrate the model")
+    if not (within := bisect_right(risks, risk)):
+        known = ", ".join(f"{one:g}" for one in risks)
+        raise BadOption(f"{name} is {risk}; {card.name} is calibrated for {known}, so ask for at least the first")
+    return within - 1

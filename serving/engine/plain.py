@@ -77,10 +77,11 @@ def read_out(
     canvases: list[Tensor], out: Tensor, segments: list[int], thresholds: list[float], num_classes: int, softmax: bool
 ) -> None:
     """Read out segment by segment; see `operators.read_out`."""
-    per_segment = len(segments) // len(thresholds)
-    for (index, y, num_rows, *offsets), threshold in zip(
-        zip(*[iter(segments)] * per_segment, strict=True), thresholds, strict=True
-    ):
+    per_segment = len(segments) * num_classes // len(thresholds)
+    for (index, y, num_rows, *offsets), threshold_K in zip(
+        zip(*[iter(segments)] * per_segment, strict=True), zip(*[iter(thresholds)] * num_classes, strict=True),
+        strict=True,
+    ):  # fmt: skip
         canvas = canvases[index]
         rows = canvas[torch.arange(y, y + num_rows, device=canvas.device) % len(canvas)]
         merged, expected, extras = rows[:, :num_classes], rows[:, num_classes], rows[:, num_classes + 1 :]
@@ -88,7 +89,8 @@ def read_out(
         confidence, labels = prob.max(1)
         entropy = -torch.where(prob > 1e-37, prob * prob.log(), 0).sum(1)
         second = prob.topk(2, dim=1).values[:, 1] if num_classes > 1 else 0
-        labels = labels.to(torch.uint8).masked_fill(entropy > threshold, 255)
+        is_above = torch.stack([entropy > threshold for threshold in threshold_K], dim=1)
+        labels = labels.to(torch.uint8).masked_fill(is_above.gather(1, labels[:, None])[:, 0], 255)
         floats = (confidence, confidence - second, entropy, expected, (entropy - expected).clamp(min=0), prob)
         for plane, offset in zip((labels, *floats, *extras.unbind(1)), offsets, strict=True):
             if offset >= 0:

@@ -1,7 +1,6 @@
 """What a request asks of a model, checked and laid out: made once, before its pixels are looked at."""
 
 from dataclasses import dataclass, replace
-from math import inf
 
 from penumbra.models.card import Card, Sampling
 from penumbra.models.errors import BadOption, TooLarge
@@ -53,9 +52,9 @@ class RequestPlan:
 
     @property
     def wanted(self) -> Wanted:
-        """Say what of the answer is read out, and above which entropy in nats a label is withheld."""
-        max_risk = self.options.max_risk
-        return Wanted(self.options.named(self.card), inf if max_risk is None else abstain_above(self.card, max_risk))
+        """Say what of the answer is read out, and above which entropy in nats the label of a class is withheld."""
+        options = self.options
+        return Wanted(options.named(self.card), abstain_above(self.card, options.max_risk, options.max_class_risk))
 
 
 def resolve(options: SegmentOptions, card: Card, limits: Limits) -> SegmentOptions:

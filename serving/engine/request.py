@@ -155,7 +155,7 @@ class QueuedRequest:
         if segment:
             with self.clock("read_out"):
                 out = torch.empty(num_bytes, dtype=torch.uint8)
-                read_out([(self.surface.canvas_RCW, segment, wanted.above_nats)], out, card)
+                read_out([(self.surface.canvas_RCW, segment, wanted)], out, card)
                 band = segment.band(out.numpy())
             yield band
 

@@ -87,6 +87,7 @@ def summary(card: Card) -> dict[str, object]:
         "prompt": card.prompt.kind, "maps": _maps_by_samples(card),
         "extra_maps": [extra.name for extra in card.extra_maps],
         "risks": list(card.calibration.risks) if card.calibration else [],
+        "class_risks": list(card.calibration.class_risks) if card.calibration else [],
         "window": [card.window.height, card.window.width], "data": card.provenance.data,
         "licence": card.provenance.licence, "metrics": card.provenance.metrics,
     }  # fmt: skip

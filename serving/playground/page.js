@@ -41,8 +41,10 @@ async function chooseModel() {
   $("about").textContent = `${card.method}, version ${card.version}: ${aboutSamples(sampling)}`;
   $("samples-row").hidden = $("seed-row").hidden = !isFree;
   $("samples").value = $("samples-shown").value = sampling.default_samples;
-  $("risk-row").hidden = !calibration;
-  $("risk").replaceChildren(new Option("not bounded", ""), ...(calibration?.risks ?? []).map((risk) => new Option(`${100 * risk} %`, risk)));
+  for (const [id, risks] of [["risk", calibration?.risks ?? []], ["class-risk", calibration?.class_risks ?? []]]) {
+    $(`${id}-row`).hidden = !risks.length;
+    $(id).replaceChildren(new Option("not bounded", ""), ...risks.map((risk) => new Option(`${100 * risk} %`, risk)));
+  }
   $("boxes-row").hidden = prompt.kind !== "boxes";
   $("tags-row").hidden = prompt.kind !== "tags";
   boxes.begin(card.classes);
@@ -73,7 +75,8 @@ function aboutSamples({ kind, members }) {
 function options() {
   const chosen = { seed: Number($("seed").value) };
   if (!$("samples-row").hidden) chosen.samples = Number($("samples").value);
-  if (!$("risk-row").hidden && $("risk").value) chosen.max_risk = Number($("risk").value);
+  if ($("risk").value) chosen.max_risk = Number($("risk").value);
+  if ($("class-risk").value) chosen.max_class_risk = Number($("class-risk").value);
   return chosen;
 }
 

@@ -165,8 +165,10 @@ def _read_out(
     table, C, K: tl.constexpr, SOFTMAX: tl.constexpr, CLASSES: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     count = tl.num_programs(1)
-    segment = table + 1 + count + tl.program_id(1) * (9 + C - K)
-    ring, planes = table + 1 + count * (10 + C - K) + tl.load(segment) * 4, segment + 3
+    above = (table + 1).to(tl.pointer_type(tl.float32)) + tl.program_id(1) * K
+    segments = table + 1 + tl.cdiv(count * K, 2)
+    segment = segments + tl.program_id(1) * (9 + C - K)
+    ring, planes = segments + count * (9 + C - K) + tl.load(segment) * 4, segment + 3
     W, out = tl.load(ring + 2), tl.load(table)
     row, tile = tl.program_id(0) // tl.cdiv(W, COLUMNS), tl.program_id(0) % tl.cdiv(W, COLUMNS)
     if row < tl.load(segment + 2):
@@ -184,7 +186,7 @@ def _read_out(
         confidence, label = tl.max(p, 0, return_indices=True)
         second = tl.maximum(tl.max(tl.where(k == label[None], -1.0, p), 0), 0.0)
         expected = tl.load(here + K * W, mask=real, other=0.0)
-        threshold = tl.load(table + 1 + tl.program_id(1)).to(tl.int32).to(tl.float32, bitcast=True)
+        threshold = tl.load(above + tl.minimum(label, K - 1))  # of values that are no numbers any may be the largest
         _store(out, planes, at, tl.where(entropy > threshold, 255, label).to(tl.uint8), real)
         _store(out, planes + 1, at, confidence, real)
         _store(out, planes + 2, at, confidence - second, real)
@@ -267,12 +269,12 @@ def read_out(
     canvases: list[Tensor], out: Tensor, segments: list[int], thresholds: list[float], num_classes: int, softmax: bool
 ) -> None:
     """Read out all segments; see `operators.read_out`. Programs beyond a segment's end do nothing."""
-    count, shape = len(thresholds), tile(num_classes)
+    count, shape = len(thresholds) // num_classes, tile(num_classes)
     per_segment = len(segments) // count
     tiles = max(
         num_rows * triton.cdiv(canvases[index].shape[2], shape["COLUMNS"])
         for index, num_rows in zip(segments[::per_segment], segments[2::per_segment], strict=True)
     )
-    bits = struct.unpack(f"{count}i", struct.pack(f"{count}f", *thresholds))
-    table = _table([out.data_ptr(), *bits, *segments], canvases)
+    pairs = struct.pack(f"{len(thresholds)}f{len(thresholds) % 2 * 4}x", *thresholds)
+    table = _table([out.data_ptr(), *struct.unpack(f"{len(pairs) // 8}q", pairs), *segments], canvases)
     _launch(_read_out, (tiles, count), table, canvases[0].shape[1], K=num_classes, SOFTMAX=softmax, **shape)

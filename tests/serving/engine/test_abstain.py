@@ -1,8 +1,9 @@
-"""`max_risk`: pixels above the card's calibrated entropy are withheld, in every form of the answer."""
+"""`max_risk`, `max_class_risk`: pixels above calibrated entropies are withheld, in every form of the answer."""
 
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -23,7 +24,10 @@ from penumbra.serving.render import Style, render
 from penumbra.serving.telemetry import Telemetry
 from tests.conftest import GAIN, picture, toy_card
 
-CALIBRATION = Calibration(risks=(0.05, 0.1), entropy_nats=(0.25, 0.5), num_frames=40, num_samples=1, data="made up")
+CALIBRATION = Calibration(
+    risks=(0.05, 0.1), entropy_nats=(0.25, 0.5), num_frames=40, num_samples=1, data="made up", class_risks=(0.1, 0.2),
+    class_entropy_nats=((0.3, None, 0.4), (0.6, 0.05, 0.4)),
+)  # fmt: skip
 
 
 def calibrated(form: str, calibration: Calibration | None = CALIBRATION) -> Card:
@@ -60,6 +64,34 @@ def test_exactly_the_pixels_above_the_risks_entropy_are_withheld(
     assert np.array_equal(prediction.labels_HW[clear], wanted[clear]) and clear.mean() > 0.99
     assert prediction.abstained == (prediction.labels_HW == IGNORE).mean() and 0.05 < prediction.abstained < 0.95
     assert np.abs(prediction.maps["entropy"] - entropy).max() < 1e-4, "maps are told in full"
+
+
+@pytest.mark.parametrize(
+    ("max_risk", "max_class_risk", "above"),
+    [(None, 0.1, (0.3, -math.inf, 0.4)), (None, 0.5, (0.6, 0.05, 0.4)), (0.1, 0.2, (0.5, 0.05, 0.4))],
+)
+def test_each_class_is_withheld_above_its_own_entropy_and_both_risks_hold_together(
+    segmenter: Segmenter, rng: np.random.Generator, max_risk: float | None, max_class_risk: float, above: tuple[float]
+) -> None:
+    assert abstain_above(calibrated("pointwise"), max_risk, max_class_risk) == above
+    image = picture(rng, 50, 70)
+    free = segmenter.segment(image, ask(None))
+    bounded = segmenter.segment(image, ask(max_risk, max_class_risk=max_class_risk))
+    is_above = free.maps["entropy"] > np.float32(above)[free.labels_HW]
+    assert np.array_equal(bounded.labels_HW, np.where(is_above, IGNORE, free.labels_HW))
+    assert bounded.abstained == is_above.mean() and 0.05 < is_above.mean() < 0.95
+    assert bounded.warnings == (
+        ("max_class_risk of 0.1 withholds green altogether",) if max_class_risk == 0.1 else ()
+    )  # fmt: skip
+
+
+def test_a_risk_of_classes_needs_a_calibration_of_its_own() -> None:
+    marginal = dataclasses.replace(CALIBRATION, class_risks=(), class_entropy_nats=())
+    with pytest.raises(BadOption, match=r"max_class_risk is 0\.1; toy-pointwise is not calibrated"):
+        abstain_above(calibrated("pointwise", marginal), None, 0.1)
+    with pytest.raises(BadOption, match=r"max_class_risk is 0\.01; toy-pointwise is calibrated for 0\.1, 0\.2"):
+        abstain_above(calibrated("pointwise"), None, 0.01)
+    assert read_options({"max_class_risk": 0.1}).max_class_risk == 0.1
 
 
 def test_nothing_is_withheld_unasked(segmenter: Segmenter, rng: np.random.Generator) -> None:
@@ -126,6 +158,7 @@ def test_the_share_is_a_metric(segmenter: Segmenter, rng: np.random.Generator) -
 
 def test_the_list_of_models_names_the_calibrated_risks() -> None:
     assert summary(calibrated("pointwise"))["risks"] == [0.05, 0.1]
+    assert summary(calibrated("pointwise"))["class_risks"] == [0.1, 0.2]
     assert summary(calibrated("pointwise", None))["risks"] == []
 
 
@@ -147,7 +180,13 @@ def test_a_card_keeps_its_calibration_in_json() -> None:
     "wrong",
     [
         {"risks": (0.1, 0.05)}, {"risks": (0.0, 0.1)}, {"risks": (0.1, 1.0)}, {"risks": (0.1,)},
-        {"entropy_nats": (0.5, 0.25)}, {"entropy_nats": (-1.0, 0.5)}, {"risks": (), "entropy_nats": ()},
+        {"entropy_nats": (0.5, 0.25)}, {"entropy_nats": (-1.0, 0.5)}, {"risks": ()},
+        {"class_risks": (0.2, 0.1)}, {"class_risks": (0.1,)}, {"class_risks": (0.1, 1.0)},
+        {"class_entropy_nats": ((0.3, None, 0.4), (0.6, 0.05))},
+        {"class_entropy_nats": ((0.3, None, 0.4), (0.2, 0.05, 0.4))},
+        {"class_entropy_nats": ((0.3, 0.01, 0.4), (0.6, None, 0.4))},
+        {"class_entropy_nats": ((-0.5, None, 0.4), (0.6, 0.05, 0.4))},
+        {"risks": (), "entropy_nats": (), "class_risks": (), "class_entropy_nats": ()},
     ],
 )  # fmt: skip
 def test_a_calibration_that_contradicts_itself_is_refused(wrong: dict[str, object]) -> None:

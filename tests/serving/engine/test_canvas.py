@@ -43,7 +43,7 @@ def add(canvas: Surface, window: Window, stats_hCw: np.ndarray) -> Band | None:
     if not segment:
         return None
     out = torch.empty(num_bytes, dtype=torch.uint8)
-    read_out([(canvas.canvas_RCW, segment, np.inf)], out, CARD)
+    read_out([(canvas.canvas_RCW, segment, canvas.wanted)], out, CARD)
     return segment.band(out.numpy())
 
 

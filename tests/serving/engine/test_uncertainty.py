@@ -121,7 +121,7 @@ def test_all_maps_equal_their_formulas_in_float64(seed: int, num_classes: int, h
         wanted, rows = Wanted(card.maps(num_samples)), range(5, 5 + height)
         segment, num_bytes = lay_out(wanted, rows, width, card, num_samples)
         out = torch.empty(num_bytes, dtype=torch.uint8)
-        read_out([(canvas.roll(5, 0).contiguous(), segment, math.inf)], out, card)
+        read_out([(canvas.roll(5, 0).contiguous(), segment, wanted)], out, card)
         return segment.band(out.numpy())
 
     band = read(3)

@@ -342,13 +342,13 @@ def planes(out: Tensor, offsets: list[int], rows: int, width: int, num_classes: 
     return found
 
 
-def read_by_the_cpu(rows_hCw: np.ndarray, num_classes: int, *, softmax: bool, threshold: float) -> list[np.ndarray]:
+def read_by_the_cpu(rows_hCw: np.ndarray, num_classes: int, *, softmax: bool, above_K: np.ndarray) -> list[np.ndarray]:
     """All planes, in float64: float32 sums over 255 classes differ in the sixth digit."""
     rows_hCw = rows_hCw.astype(np.float64)
     merged, expected = rows_hCw[:, :num_classes], rows_hCw[:, num_classes]
     prob = oracles.softmax(merged) if softmax else merged
     labels, confidence, margin, entropy, disagreement = oracles.read_out(prob, expected)
-    labels[entropy > threshold] = 255
+    labels[entropy > above_K[labels]] = 255
     extras = rows_hCw[:, num_classes + 1 :].transpose(1, 0, 2)
     return [labels, confidence, margin, entropy, expected, disagreement, prob, *extras]
 
@@ -357,20 +357,23 @@ def read_by_the_cpu(rows_hCw: np.ndarray, num_classes: int, *, softmax: bool, th
 @pytest.mark.parametrize("softmax", [False, True])
 def test_every_plane_of_several_segments_is_the_cpus(rng: np.random.Generator, num_classes: int, softmax: bool) -> None:
     canvases = [canvas_of(rng, 7, num_classes, 45, extras=2), canvas_of(rng, 5, num_classes, 9, extras=2)]
-    segments = [(0, 5, 4, 0.7), (1, 100, 3, math.inf), (0, 9, 1, 0.1)]  # rows 5 to 8 of 7 wrap around the ring
+    nothing, above = np.full(num_classes, np.inf), rng.uniform(0, math.log(num_classes + 1), (2, num_classes))
+    above[1, ::2] = -math.inf  # these classes are withheld
+    segments = [(0, 5, 4, above[0]), (1, 100, 3, nothing), (0, 9, 1, above[1])]  # rows 5 to 8 of 7 wrap in the ring
     out, geometry, start = torch.full((500_000,), 77, dtype=torch.uint8), [], 0
     for index, _, rows, _ in segments:
         geometry.append(layout(rows, canvases[index].shape[2], num_classes, 2, start=start))
         start += 4 * rows * canvases[index].shape[2] * (9 + num_classes)
     flat = [n for (*numbers, _), offsets in zip(segments, geometry, strict=True) for n in (*numbers, *offsets)]
+    thresholds = [nats for *_, above_K in segments for nats in above_K.tolist()]
     operators.read_out(
-        list(map(torch.from_numpy, canvases)), out, flat, [threshold for *_, threshold in segments],
+        list(map(torch.from_numpy, canvases)), out, flat, thresholds,
         num_classes=num_classes, softmax=softmax,
     )  # fmt: skip
-    for (index, y, rows, threshold), offsets in zip(segments, geometry, strict=True):
+    for (index, y, rows, above_K), offsets in zip(segments, geometry, strict=True):
         ring = canvases[index]
         taken = ring[np.arange(y, y + rows) % len(ring)]
-        expected = read_by_the_cpu(taken, num_classes, softmax=softmax, threshold=threshold)
+        expected = read_by_the_cpu(taken, num_classes, softmax=softmax, above_K=above_K)
         for ours, theirs in zip(planes(out, offsets, rows, ring.shape[2], num_classes), expected, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
     assert (out[start:] == 77).all()
@@ -380,8 +383,8 @@ def test_planes_that_are_not_requested_are_not_written(rng: np.random.Generator)
     ring, everything_but = canvas_of(rng, 4, 3, 10, extras=1), (1, 2, 4, 5, 6, 7)
     offsets = layout(4, 10, 3, 1, start=8, leave=everything_but)
     out = torch.full((400,), 77, dtype=torch.uint8)
-    operators.read_out([torch.from_numpy(ring)], out, [0, 0, 4, *offsets], [math.inf], num_classes=3, softmax=False)
-    expected = read_by_the_cpu(ring, 3, softmax=False, threshold=math.inf)
+    operators.read_out([torch.from_numpy(ring)], out, [0, 0, 4, *offsets], [math.inf] * 3, num_classes=3, softmax=False)
+    expected = read_by_the_cpu(ring, 3, softmax=False, above_K=np.full(3, math.inf))
     np.testing.assert_array_equal(out[8:48].numpy().reshape(4, 10), expected[0])
     np.testing.assert_allclose(out[48:208].numpy().view(np.float32).reshape(4, 10), expected[3], rtol=1e-6, atol=1e-6)
     assert (out[:8] == 77).all() and (out[208:] == 77).all()
