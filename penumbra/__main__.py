@@ -17,6 +17,7 @@ import click
 
 from penumbra import options as shared
 from penumbra.failures import Verbs, sentence_of
+from penumbra.ranking import rank
 from penumbra.serving.process import print_version
 
 BENTOML = (
@@ -72,17 +73,6 @@ def serve(store: Path, host: str, port: int, grpc_port: int) -> None:
     os.execve(sys.executable, [sys.executable, "-c", BENTOML, *command], environment)
 
 
-def the_model(store: Path, model: str | None) -> str:
-    """The model that was named, or the only one. Raises BadOption."""
-    from penumbra.models.errors import BadOption
-    from penumbra.serving.engine.store import versions
-
-    names = list(versions(store))
-    if model is None and len(names) > 1:
-        raise BadOption(f"{store} has several models, so --model is needed; there are {', '.join(names)}")
-    return model or "".join(names)
-
-
 @main.command()
 @click.argument("images", nargs=-1, required=True, type=shared.FILE)
 @shared.MODEL
@@ -106,7 +96,7 @@ def predict(
         raise BadOption("two pictures have the same name, and their files would too; predict them into two directories")
     fill_store(store)
     requested = parse_options(shared.given(options))
-    requested = dataclasses.replace(requested.with_maps((DEFAULT,)), model=the_model(store, model))
+    requested = dataclasses.replace(requested.with_maps((DEFAULT,)), model=shared.the_model(store, model))
     failures = []
     with Segmenter(limits=IN_MEMORY) as segmenter:
         check_options(requested, segmenter.load(find_artifact(store, requested.model or "")), segmenter.limits)
@@ -141,7 +131,7 @@ def batch(source: str, output: str, model: str | None, store: Path, as_json: boo
 
     fill_store(store)
     fields = shared.given(options)
-    request = parse_batch(store, the_model(store, model), fields.pop("format"), fields)
+    request = parse_batch(store, shared.the_model(store, model), fields.pop("format"), fields)
     counts, reasons = run_batch(request, source, output, engine=engine)
     for line in summarise(reasons):
         click.echo(f"penumbra: {line}", err=True)
@@ -149,6 +139,9 @@ def batch(source: str, output: str, model: str | None, store: Path, as_json: boo
     click.echo(json.dumps(counts) if as_json else f"{output}: {summary}")
     if counts["failed"]:
         raise SystemExit(1)
+
+
+main.add_command(rank)
 
 
 @main.command()

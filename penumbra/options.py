@@ -37,6 +37,16 @@ EVERY = click.option("--every", type=click.IntRange(min=1), default=1, show_defa
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
 
+def the_model(store: Path, model: str | None) -> str:
+    """The model that was named, or the only one. Raises BadOption."""
+    from penumbra.serving.engine.store import versions
+
+    names = list(versions(store))
+    if model is None and len(names) > 1:
+        raise BadOption(f"{store} has several models, so --model is needed; there are {', '.join(names)}")
+    return model or "".join(names)
+
+
 def from_table(name: str) -> Callable[[Any], Any]:
     """An option of `POST /segment` as an option of the command."""
     kind = {"integer": int, "number": float, "string": str}[OPTIONS[name].schema["type"]]

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from penumbra.models.errors import BadOption, reason_of
+from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.decode import open_image
-from penumbra.serving.engine.options import check_options
+from penumbra.serving.engine.options import SegmentOptions, check_options
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import find_artifact, open_artifact
 from penumbra.serving.files.inputs import MANIFEST, canonical, find_images
@@ -85,6 +86,13 @@ def claim(output: str, request: BatchRequest) -> None:
         raise BadOption(f"{output} holds answers to other options or of another model; name another output")
 
 
+def segment_url(segmenter: Segmenter, url: str, options: SegmentOptions) -> tuple[bytes, Prediction]:
+    """Segment an image at a URL or path whole; returns its bytes too. Raises OSError and any PenumbraError."""
+    files, path = files_of(url)
+    data = files.cat_file(path)
+    return data, segmenter.segment(open_image(data, IN_MEMORY).load(), options)
+
+
 class Answerer:
     """One process's engine for a batch. `answer` may be called from several threads."""
 
@@ -108,10 +116,7 @@ class Answerer:
         if files.lexists(path):
             self._receipts.check(name, item.source)
             return Result(item.source, item.target, "kept")
-        files, path = files_of(item.source)
-        data = files.cat_file(path)
-        image = open_image(data, IN_MEMORY)
-        prediction = self._segmenter.segment(image.load(), self._options)
+        data, prediction = segment_url(self._segmenter, item.source, self._options)
         answer, notes = render_with_notes(prediction, self._media, self._style)
         self._receipts.add(name, data, answer)
         write_whole(item.target, answer)

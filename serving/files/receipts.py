@@ -32,6 +32,8 @@ HEAD_BYTES = 1024
 TAIL_BYTES = 2**16
 """Bytes of a file's end that its fingerprint covers: a PNG and an npz have checksums of all they hold there."""
 
+PAGE_MARK = b'<meta name="generator" content="Penumbra">'
+
 Identity = tuple[int, int]
 """A file as its disk knows it, by whatever name: the device and the number on it."""
 
@@ -133,7 +135,7 @@ def check_replaceable(targets: Iterable[Path], pictures: frozenset[Identity] = f
 
 
 def is_ours(path: Path) -> bool:
-    """Whether Penumbra wrote a file: its PNGs and npz say so in their first and last bytes, its TIFFs in their tags."""
+    """Whether Penumbra wrote a file: its PNGs, pages and npz say so in their first or last bytes, its TIFFs in tags."""
     try:
         if path.suffix == ".tif":
             with gdal(), rasterio.open(path) as dataset:
@@ -141,6 +143,7 @@ def is_ours(path: Path) -> bool:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
             file.seek(max(0, path.stat().st_size - HEAD_BYTES))
-            return b"Software\0Penumbra" in head or (head.startswith(b"PK") and file.read().endswith(b"Penumbra"))
+            is_marked = b"Software\0Penumbra" in head or PAGE_MARK in head
+            return is_marked or (head.startswith(b"PK") and file.read().endswith(b"Penumbra"))
     except RASTER_FAULTS:
         return False
