@@ -122,12 +122,14 @@ class PromptSpec:
 
     members: the sample axis with the prompt, where it differs from the axis without. background: a class that is
     always there and is neither boxed nor tagged. alpha: default of the option `alpha`; None where there is none.
+    partial: the network learned from some of a picture's boxes too, so that what is not boxed may still be there.
     """
 
     kind: Literal["none", "boxes", "tags"] = "none"
     members: tuple[str, ...] = ()
     background: Count | None = None
     alpha: Annotated[float, Field(ge=0)] | None = None
+    partial: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,7 +311,7 @@ def _check_facts(card: Card) -> None:
     extra = [extra_map.name for extra_map in card.extra_maps]
     failures = {
         "name is no directory's; up to 100 letters, digits, '.', '_' and '-' are": not NAME.fullmatch(card.name),
-        f"has 1 class, {''.join(info.name for info in card.classes)!r}, which every pixel would have with no doubt; 2 "
+        f"has 1 class, {''.join(info.name for info in card.classes)!r}, which every pixel would have; 2 "
         f"to {IGNORE} can be served, and the background is one too": card.num_classes == 1,
         f"has {card.num_classes} classes; 2 to {IGNORE} can be served": not 1 <= card.num_classes <= IGNORE,
         f"has input.std {card.input.std} and input.scale {card.input.scale}; pixels are divided by both":

@@ -63,7 +63,8 @@ class Views(NamedTuple):
     image, label: labelled frames, label int64 with 255 = void. weak, strong: the same unlabelled frames, strong with
     changed colours. inside: False beyond the picture. mix: where frame i shows frame i - 1 instead (CutMix).
     Only where the recipe's `weak_labels` asks for them, else None: tags_BK, 1 for a class that is in an unlabelled
-    view; boxes_BKhw and label_boxes_BKhw, 1 inside a box of class k, of the unlabelled and of the labelled views.
+    view; boxes_BKhw and label_boxes_BKhw, inside a box of class k its number in the view, of the unlabelled and of the
+    labelled views.
     """
 
     image_B3hw: Tensor

@@ -109,13 +109,18 @@ def derive_tags(label_Bhw: Tensor, num_classes: int) -> Tensor:
 
 
 def derive_boxes(label_Bhw: Tensor, num_classes: int) -> Tensor:
-    """Return boxes_BKhw float32: 1 inside the bounding box of a connected part of class k; classes may overlap."""
+    """Return boxes_BKhw float32: inside the bounding box of a connected part of class k its number, else 0.
+
+    Each view is numbered from 1. Boxes may overlap; of one class, the last is seen.
+    """
     boxes_BKhw = torch.zeros(len(label_Bhw), num_classes, *label_Bhw.shape[1:])
     for boxes_Khw, label_hw in zip(boxes_BKhw, label_Bhw.numpy(), strict=True):
+        number = 0
         for k in np.unique(label_hw[label_hw < num_classes]).tolist():
             part_hw, num_parts = ndimage.label(label_hw == k, structure=TOUCHING)
             areas = np.bincount(part_hw.ravel(), minlength=num_parts + 1)[1:]
             boxes = ndimage.find_objects(part_hw)
             for i in np.flatnonzero(areas >= MIN_BOX_SHARE * label_hw.size):
-                boxes_Khw[(k, *boxes[i])] = 1
+                number += 1
+                boxes_Khw[(k, *boxes[i])] = number
     return boxes_BKhw

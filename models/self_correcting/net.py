@@ -31,7 +31,7 @@ class SelfCorrectingConfig(DeepLabConfig):
     correction_hidden: channels of the convolutional one (the paper names none). alpha: weight of the ancillary in the
     linear one if a request names none; 0.5 is where the paper's schedule, from 30, ends.
     sampling: `dropout` makes samples of the primary; boxes are not taken then. background: the class that lies outside
-    of every box (VOC's is 0); None for data without one.
+    of every box (VOC's is 0); None for data without one. partial: the ancillary is taught with some of the boxes too.
     """
 
     backbone: ResNetConfig = BACKBONE
@@ -41,6 +41,7 @@ class SelfCorrectingConfig(DeepLabConfig):
     alpha: float = 0.5
     sampling: Literal["single", "dropout"] = "single"
     background: int | None = 0
+    partial: bool = False
 
 
 class SelfCorrectingNetwork(Network):
@@ -123,10 +124,9 @@ def build(config: SelfCorrectingConfig) -> SelfCorrectingNetwork:
 
 def _prompt(config: SelfCorrectingConfig) -> PromptSpec:
     members: tuple[str, ...] = ("primary", "ancillary")
-    if config.correction == "none":
-        return PromptSpec(kind="boxes", members=members, background=config.background)
+    members += () if config.correction == "none" else ("corrected",)
     alpha = config.alpha if config.correction == "linear" else None
-    return PromptSpec(kind="boxes", members=(*members, "corrected"), background=config.background, alpha=alpha)
+    return PromptSpec("boxes", members, config.background, alpha, config.partial)
 
 
 def correct_linearly(members_BMKhw: Tensor, alpha_B: Tensor) -> Tensor:

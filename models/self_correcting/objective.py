@@ -13,6 +13,8 @@ ancillary on its half, the correction on F, the primary on F and W.
 DEVIATION: the half of F is half of every labelled batch, for a batch does not say which frames are in it. The paper
 keeps the other half unseen, so that q meets a p_anc as unsure as on W; here it sees all of F, half as often.
 DEVIATION: when its stage ends, the ancillary becomes its running average, for the rate has not fallen by then.
+OURS: with `config.partial` the ancillary is taught with all boxes of half of the views and with some of the others', so
+that what a request does not box is not read as absent. q is made with all boxes, as before.
 DEVIATION: w ramps up, since we train from scratch and the paper from ImageNet weights. alpha's curve is OURS,
 exponential; the paper names its ends. The ancillary sees W as it is, the primary with changed colours.
 """
@@ -77,7 +79,7 @@ class SelfCorrectingObjective(nn.Module):
         boxes_BKhw, label_boxes_BKhw = self._boxes(batch)
         stage = self.stage(progress)
         if stage == Stage.ANCILLARY:
-            ancillary = self._teach_ancillary(batch, label_boxes_BKhw)
+            ancillary = self._teach_ancillary(batch, label_boxes_BKhw, generator)
             return {"total": ancillary, "ancillary": ancillary}
         self._settle()
         weight = self.weak_weight(progress)
@@ -90,7 +92,7 @@ class SelfCorrectingObjective(nn.Module):
             corrected_BKhw = self.correct(batch.image_B3hw, logits_BKhw[:num], label_boxes_BKhw, progress)
             parts["correction"] = cross_entropy(corrected_BKhw, batch.label_Bhw)
             if stage == Stage.ALL:
-                parts["ancillary"] = self._teach_ancillary(batch, label_boxes_BKhw)
+                parts["ancillary"] = self._teach_ancillary(batch, label_boxes_BKhw, generator)
         total = torch.stack(list(parts.values())).sum()
         if weight > 0:
             q_BKhw = self._soft_labels(batch, logits_BKhw[num:], boxes_BKhw, progress)
@@ -132,9 +134,11 @@ class SelfCorrectingObjective(nn.Module):
         corrected_BKhw = self.correct(batch.weak_B3hw, logits_BKhw, boxes_BKhw, progress)
         return at_size(corrected_BKhw, batch.inside_Bhw).softmax(1)
 
-    def _teach_ancillary(self, batch: Views, boxes_BKhw: Tensor) -> Tensor:
+    def _teach_ancillary(self, batch: Views, boxes_BKhw: Tensor, generator: torch.Generator) -> Tensor:
         """Return CE(p_anc, F), or over half of it. BatchNorm sees all: the pooled branch has one value per picture."""
         num = len(batch.image_B3hw)
+        if self.network.config.partial and batch.label_boxes_BKhw is not None:
+            boxes_BKhw = boxes_BKhw * draw_kept(batch.label_boxes_BKhw, generator)
         half = (num + 1) // 2 if self.convolutional else num
         logits_BKhw = self.network.ancillary.train()(batch.image_B3hw, boxes_BKhw)
         return cross_entropy(logits_BKhw[:half], batch.label_Bhw[:half])
@@ -159,7 +163,20 @@ class SelfCorrectingObjective(nn.Module):
         kept_K11 = torch.ones_like(batch.boxes_BKhw[0, :, :1, :1])
         if (background := self.network.prompt.background) is not None:
             kept_K11[background] = 0
-        return batch.boxes_BKhw * kept_K11, batch.label_boxes_BKhw * kept_K11
+        return batch.boxes_BKhw.sign() * kept_K11, batch.label_boxes_BKhw.sign() * kept_K11
+
+
+def draw_kept(number_BKhw: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw which boxes a view keeps, by their numbers: all in half of the views, else each with a chance of the view's.
+
+    Returns 1 where a kept box lies and 0 elsewhere, BKhw.
+    """
+    num, num_boxes = len(number_BKhw), int(number_BKhw.max())
+    chance_B1 = 2 * torch.rand(num, 1, generator=generator)
+    kept_BN = torch.rand(num, num_boxes + 1, generator=generator) < chance_B1
+    kept_BN[:, 0] = False  # no box
+    index_BN = number_BKhw.flatten(1).long()
+    return kept_BN.to(number_BKhw).gather(1, index_BN).view_as(number_BKhw)
 
 
 def build_objective(

@@ -26,7 +26,7 @@ SAMPLING = {
     "opposed": Sampling(kind="members", members=("plus", "minus"), default_samples=2),
 }
 PROMPTS = {
-    "boxed": PromptSpec(kind="boxes", members=("plain", "boxed", "mixed"), alpha=1.0),
+    "boxed": PromptSpec(kind="boxes", members=("plain", "boxed", "mixed"), alpha=1.0, partial=True),
     "tagged": PromptSpec(kind="tags"),
 }
 

@@ -124,6 +124,10 @@ def _warnings(request: QueuedRequest) -> tuple[str, ...]:
             f"the published results of {card.name} hold for windows of {trained[1]}x{trained[0]} px, and its answers "
             f"depend on their width; this image was run at {run[1]}x{run[0]}",
         )
+    if options.boxes and not card.prompt.partial:
+        warnings += (
+            f"{card.name} was trained with every object boxed, and reads what is in no box as absent; box all or none",
+        )  # fmt: skip
     if request.num_samples < plan.num_samples:
         warnings += (
             f"the deadline left time for {request.num_samples} of the {plan.num_samples} samples asked for",

@@ -15,7 +15,7 @@ from penumbra.models.card import IGNORE, WindowSpec
 from penumbra.models.contract import Views
 from penumbra.models.errors import BadArtifact, BadOption
 from penumbra.models.self_correcting.net import SelfCorrectingNetwork
-from penumbra.models.self_correcting.objective import SelfCorrectingObjective, Stage, build_objective
+from penumbra.models.self_correcting.objective import SelfCorrectingObjective, Stage, build_objective, draw_kept
 from penumbra.training.data import find_data
 from penumbra.training.loop import Training, build_network
 from penumbra.training.recipe import Recipe
@@ -238,6 +238,30 @@ def test_a_box_of_the_class_outside_of_every_box_is_not_looked_at() -> None:
     for progress in (0.1, 0.9):
         totals = [_objective()(views, progress, torch.Generator())["total"].item() for views in (batch, boxed)]
         assert totals[0] == totals[1]
+
+
+def test_half_of_the_views_keep_all_of_their_boxes_and_the_others_each_its_own_share() -> None:
+    number_BKhw = torch.zeros(4000, 2, 3, 4)
+    number_BKhw[:, 0, 0], number_BKhw[:, 1, :2, 1], number_BKhw[:, 1, 2, 2:] = 1, 2, 3
+    kept_BKhw = draw_kept(number_BKhw, torch.Generator().manual_seed(0))
+    assert not kept_BKhw[number_BKhw == 0].any()
+    first_B, second_B, third_B = kept_BKhw[:, 0, 0, 0], kept_BKhw[:, 1, 0, 1], kept_BKhw[:, 1, 2, 3]
+    assert torch.equal(kept_BKhw[:, 0, 0, 3], first_B) and torch.equal(kept_BKhw[:, 1, 1, 1], second_B)
+    num_B = first_B + second_B + third_B
+    # of three boxes with a chance that is uniform, every number is as likely; half of the views have all besides
+    shares = [float((num_B == num).float().mean()) for num in range(4)]
+    assert shares == pytest.approx([1 / 8, 1 / 8, 1 / 8, 5 / 8], abs=0.03)
+
+
+def test_only_the_ancillary_s_lesson_has_some_of_the_boxes_and_only_where_the_configuration_says_so() -> None:
+    def total(progress: float, *, partial: bool) -> float:
+        network = build_network(_recipe("linear", partial=partial), 3)
+        assert isinstance(network, SelfCorrectingNetwork) and network.prompt.partial == partial
+        objective = build_objective(network, copy.deepcopy(network).eval(), SHARES).train()
+        return objective(_batch(), progress, torch.Generator().manual_seed(1))["total"].item()
+
+    assert total(0.1, partial=True) != total(0.1, partial=False)
+    assert total(0.9, partial=True) == total(0.9, partial=False)
 
 
 def test_missing_boxes_a_missing_ancillary_and_an_unknown_option_are_named() -> None:

@@ -13,7 +13,7 @@ from penumbra.training.metrics import Floats, Mask, Ranking, Reliability, patch_
 
 PATCH_PX = (4, 8, 16, 32)
 UNCERTAINTIES = ("entropy", "mutual_information")
-"""Scores of doubt, as far as the answers have them."""
+"""Maps whose ranking of wrong pixels and patches is measured, as far as the answers have them."""
 STEPS = np.linspace(0, 1, 101)
 """Where curves are written down."""
 

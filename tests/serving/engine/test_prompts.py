@@ -104,6 +104,22 @@ def test_beyond_a_small_image_boxes_are_padded_as_the_picture_is(padding: str) -
     assert np.array_equal(mask_Khw, np.pad(inside, ((0, 0), (0, 6), (0, 4)), mode=mode)) and alpha == 1  # type: ignore[call-overload]
 
 
+@pytest.mark.parametrize("partial", [True, False])
+def test_a_model_that_learned_from_all_boxes_alone_says_so_of_every_answer_with_boxes(
+    tmp_path: Path, rng: np.random.Generator, partial: bool
+) -> None:
+    card, network = toy_card("boxed")
+    network.prompt = dataclasses.replace(network.prompt, partial=partial)
+    export_network(network, dataclasses.replace(card, prompt=network.prompt), tmp_path)
+    image = picture(rng, HEIGHT, WIDTH)
+    with Segmenter.open(tmp_path, threads=1, device="cpu", tuning=FIXED) as segmenter:
+        boxed = segmenter.segment(image, SegmentOptions("toy-boxed", boxes=BOXES)).warnings
+        assert segmenter.segment(image, SegmentOptions("toy-boxed")).warnings == ()
+    assert [("every object boxed" in text, "box all or none" in text) for text in boxed] == [(True, True)] * (
+        not partial
+    )
+
+
 def test_a_pixel_is_in_a_box_when_its_centre_is() -> None:
     card, _ = toy_card("boxed", window=WindowSpec(4, 8))
     source = check_prompt(card, 4, 8, boxes=((1.4, 0, 3.5, 4, 0), (3.51, 1.6, 8, 4, 1)), tags=(), alpha=None)
