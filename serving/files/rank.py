@@ -37,7 +37,7 @@ CELLS, LEVELS = 8, 4
 """What a picture looks like, in few numbers: colours of 8x8 cells, and shares of the classes in 4x4."""
 THUMBNAIL_PX = 240
 LIGHTEST = 0.5
-"""Of 1 - confidence, and nats of mutual information, that a thumbnail shows white: the same for all pictures."""
+"""What a thumbnail shows white, of 1 - confidence and of nats of mutual information: the same for all pictures."""
 PAGE = f"""<!doctype html><meta charset="utf-8">{PAGE_MARK.decode()}<title>{{title}}</title>
 <style>body {{{{ font: 14px sans-serif }}}} figure {{{{ display: inline-block }}}}</style><h1>{{title}}</h1>
 """
