@@ -30,7 +30,7 @@ serve: .venv/server
 	$(BIN)/penumbra serve --port $(PORT) --grpc-port $(GRPC_PORT) --store $(STORE)
 
 test: setup  # what a change can break, within five minutes on two cores
-	$(BIN)/pytest -m 'not slow' --numprocesses $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/pytest -m 'not slow' --numprocesses $(TEST_PROCESSES) --dist loadfile --max-worker-restart 0
 
 test-all: test .venv/peers  # the same, and after it what is slow (CONTRIBUTING.md), alone on the machine
 	$(BIN)/pytest -m slow

@@ -111,8 +111,8 @@ def run_here(step: Step, sheet: Sheet, *, until: float) -> None:
     if sheet.quick:
         torch.set_num_threads(1)
     signal.signal(signal.SIGALRM, time_is_up)
-    signal.setitimer(signal.ITIMER_REAL, max(limit_s, 0.1))
     try:
+        signal.setitimer(signal.ITIMER_REAL, max(limit_s, 0.1))
         step.run(sheet)
     except NotHere as error:
         sheet.state(NOT_HERE, why=str(error))

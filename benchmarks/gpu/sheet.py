@@ -28,7 +28,7 @@ class Failed(Exception):
     """What a step checks does not hold; the sentence says what, and no traceback says more."""
 
 
-class OutOfTime(KeyboardInterrupt):
+class OutOfTime(BaseException):
     """A step's time is up. Nothing that only guards against failures holds it up."""
 
 

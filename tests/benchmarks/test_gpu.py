@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -58,11 +59,11 @@ def test_without_a_gpu_it_says_so_in_a_sentence_and_ends_well(path: Path) -> Non
     assert done.stdout == "there is no CUDA GPU that torch can use here, so nothing is checked or measured\n"
 
 
-def run_here(path: Path, monkeypatch: pytest.MonkeyPatch, work: Any, *, limit_s: float = 60) -> dict[str, Any]:
+def run_here(path: Path, monkeypatch: pytest.MonkeyPatch, work: Any) -> dict[str, Any]:
     monkeypatch.setattr(Step, "run", lambda _, sheet: work(sheet))
     sheet = Sheet(path, STEP.name, torch.device("cpu"))
     sheet.state("running", key={})
-    runner.run_here(STEP, sheet, until=time.time() + limit_s)
+    runner.run_here(STEP, sheet, until=time.time() + 60)
     return read(path)["steps"][STEP.name]  # type: ignore[no-any-return]
 
 
@@ -84,10 +85,11 @@ def test_a_step_whose_time_is_up_keeps_what_it_found(path: Path, monkeypatch: py
     def work(sheet: Sheet) -> None:
         sheet.put("windows/s", 3.5)
         with sheet.spared("a part that never ends"):
-            while True:
-                time.sleep(0.01)
+            assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 60
+            signal.raise_signal(signal.SIGALRM)  # as the timer does
 
-    entry = run_here(path, monkeypatch, work, limit_s=0.2)
+    entry = run_here(path, monkeypatch, work)
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
     assert (entry["state"], entry["found"]) == (OUT_OF_TIME, {"windows/s": 3.5})
 
 
