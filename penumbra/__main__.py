@@ -351,19 +351,22 @@ def evaluate(name: str, store: Path, json_file: Path | None, plots: Path | None,
 @click.argument("name")
 @shared.of_frames
 @click.option("--risks", default="0.01,0.02,0.05,0.1", show_default=True, help="What max_risk shall be possible.")
+@click.option("--class-risks", default="0.1,0.2", show_default=True, help="What max_class_risk shall be possible.")
 @shared.STORE
 @shared.JSON
-def calibrate(name: str, store: Path, risks: str, as_json: bool, **options: Any) -> None:
-    """Fit a model's temperature and abstention thresholds; they become its next version."""
+def calibrate(name: str, store: Path, risks: str, class_risks: str, as_json: bool, **options: Any) -> None:
+    """Fit a model's temperature, abstention thresholds and novelty reference; they become its next version."""
     from penumbra.models.errors import BadOption
     from penumbra.training.calibrate import calibrate_artifact, report
     from penumbra.training.evaluation.run import Question
 
-    try:
-        shares = [float(risk) for risk in risks.split(",")]
-    except ValueError:
-        raise BadOption(f"risks is {risks[:60]!r}; shares with commas between them are wanted") from None
-    calibrated, place = calibrate_artifact(Question(name, **options), store, risks=shares)
+    shares = []
+    for option, text in (("risks", risks), ("class_risks", class_risks)):
+        try:
+            shares.append([float(risk) for risk in text.split(",") if risk.strip()])
+        except ValueError:
+            raise BadOption(f"{option} is {text[:60]!r}; shares with commas between them are wanted") from None
+    calibrated, place = calibrate_artifact(Question(name, **options), store, risks=shares[0], class_risks=shares[1])
     if as_json:
         click.echo(json.dumps(calibrated.document() | {"directory": str(place)}, allow_nan=False))
         return

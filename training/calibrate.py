@@ -1,13 +1,8 @@
-"""`penumbra calibrate`: a temperature and abstention thresholds for an artifact, as its next version.
+"""`penumbra calibrate`: a temperature, abstention thresholds and a novelty reference, as an artifact's next version.
 
-The frames are split by seed. A quarter fits the temperature (Guo et al. 2017: least NLL), half the thresholds, and
-the last quarter checks both. The thresholds come from conformal risk control (Angelopoulos et al. 2022): with loss
-L_i(t) = share of frame i's labelled pixels whose entropy is at most t and whose label is wrong, in [0, 1] and never
-falling with t, and n frames that the temperature has not seen,
-
-    t = the largest with  n / (n + 1) * mean_i L_i(t) + 1 / (n + 1) <= risk   gives   E[L_{n + 1}(t)] <= risk
-
-for a further frame that is exchangeable with the n. What is controlled is an expectation over frames.
+The frames are split by seed. A quarter, but no more than `MOST_FOR_TEMPERATURE`, fits the temperature (Guo et al. 2017:
+least NLL), a quarter checks, and the others, half at least, find the thresholds (`penumbra.training.conformal`) and are
+the pictures that novelty is measured against.
 """
 
 import dataclasses
@@ -16,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +21,24 @@ from rich.console import Console
 from rich.table import Table
 from scipy.optimize import minimize_scalar
 
-from penumbra.models.card import Calibration, Card, dump_card, parse_card
+from penumbra.models.card import MOST_MEANS, Calibration, Card, Novelty, dump_card, parse_card
 from penumbra.models.errors import BadData, BadOption
 from penumbra.models.files import whole_directory
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import CARD, find_artifact, next_version
 from penumbra.serving.watch import how_to_serve
+from penumbra.training.conformal import AbstentionLoss, ClassLoss, find_thresholds, least_frames, too_few
 from penumbra.training.evaluation.answers import LIMITS, Answer
 from penumbra.training.evaluation.figures import Evaluation
 from penumbra.training.evaluation.run import Question, defined, load_frames, segment_frames
 from penumbra.training.frames import FrameSet
-from penumbra.training.metrics import LEAST_PROBABILITY, NUM_BINS, Floats, Mask, bins_of, top_of
+from penumbra.training.metrics import LEAST_PROBABILITY
 
 RISKS = (0.01, 0.02, 0.05, 0.1)
+CLASS_RISKS = (0.1, 0.2)
 LEAST_FRAMES = 8
+MOST_FOR_TEMPERATURE = 32
+"""Frames have hundreds of thousands of pixels for one number, each is run a dozen times, and thresholds need frames."""
 TEMPERATURES = (0.2, 5.0)
 """Searched between; a temperature at an end means that the network is not to be mended by one."""
 TOLERANCE = 0.01
@@ -71,44 +71,71 @@ class Calibrated:
             "model": self.card.name, "version": self.card.version,
             "temperature_before": self.temperature_before, "temperature": self.card.readout.temperature,
             "calibration": self.card.calibration and dataclasses.asdict(self.card.calibration),
+            "novelty": self.card.novelty and dataclasses.asdict(self.card.novelty),
             "refused": {f"{risk:g}": sentence for risk, sentence in self.refused.items()},
             "frames": {name: len(indices) for name, indices in dataclasses.asdict(self.split).items()},
             "before": defined(self.before), "after": defined(self.after),
         }  # fmt: skip
 
 
-class AbstentionLoss:
-    """The sum over frames of L_i by the bin of the entropy at which each wrong pixel begins to count."""
+class Evidence:
+    """What the frames of the thresholds show of a model, frame by frame."""
 
-    def __init__(self) -> None:
-        self.losses_N, self.num_frames = np.zeros(NUM_BINS), 0
+    def __init__(self, card: Card) -> None:
+        self.card, self.loss, self.class_loss = card, AbstentionLoss(), ClassLoss(card.num_classes)
+        self.map = next((extra.name for extra in card.extra_maps if extra.name == "density"), "entropy")
+        self.means: list[float] = []
 
-    def add(self, entropy: Floats, wrong: Mask) -> None:
-        """Add one frame's labelled pixels; a frame without any adds nothing."""
-        if entropy.size:
-            self.losses_N += np.bincount(bins_of(entropy[wrong]), minlength=NUM_BINS) / entropy.size
-            self.num_frames += 1
+    def add(self, answer: Answer) -> None:
+        known_HW = answer.known_HW
+        entropy, wrong = answer.maps["entropy"][known_HW], answer.wrong_HW[known_HW]
+        self.loss.add(entropy, wrong)
+        self.class_loss.add(entropy, answer.labels_HW[known_HW].astype(np.int64), wrong)
+        self.means.append(float(np.nanmean(answer.maps[self.map], dtype=np.float64)))
+
+    def calibration(
+        self, risks: Sequence[float], class_risks: Sequence[float], num_samples: int, data: str
+    ) -> tuple[Calibration | None, dict[float, str]]:  # fmt: skip
+        """Find the thresholds, and say of each risk of all classes why it is not guaranteed, where it is not."""
+        thresholds, refused = find_thresholds(self.loss, risks, num_classes=self.card.num_classes)
+        rows = {risk: self.class_loss.thresholds(risk) for risk in class_risks}
+        rows = {risk: row for risk, row in rows.items() if any(nats is not None for nats in row)}
+        own, values = (tuple(rows), tuple(rows.values())), (tuple(thresholds), tuple(thresholds.values()))
+        found = Calibration(*values, self.loss.num_frames, num_samples, data, *own) if thresholds or rows else None
+        return found, refused
+
+    def novelty(self, num_samples: int, data: str) -> Novelty:
+        """Describe how strange these pictures are to the model, by quantiles where they are many."""
+        means, num = sorted(self.means), len(self.means)
+        if num > MOST_MEANS:
+            means = np.quantile(means, np.linspace(0, 1, MOST_MEANS)).tolist()
+        return Novelty(self.map, tuple(means), num, num_samples, data)
 
 
-def calibrate_artifact(question: Question, store: Path, *, risks: Sequence[float] = RISKS) -> tuple[Calibrated, Path]:
+def calibrate_artifact(
+    question: Question, store: Path, *, risks: Sequence[float] = RISKS, class_risks: Sequence[float] = CLASS_RISKS
+) -> tuple[Calibrated, Path]:
     """Calibrate a stored model and write its next version. Raises any PenumbraError."""
     directory = find_artifact(store, question.name, question.version)
     with Segmenter(limits=LIMITS) as segmenter:
         card = segmenter.load(directory)
-        calibrated = calibrate(segmenter, question, load_frames(question, card), risks=risks)
+        frames = load_frames(question, card)
+        calibrated = calibrate(segmenter, question, frames, risks=risks, class_risks=class_risks)
     target = store / card.name / str(next_version(store, card.name))
     calibrated = dataclasses.replace(calibrated, card=dataclasses.replace(calibrated.card, version=int(target.name)))
     write_version(directory, target, calibrated.card)
     return calibrated, target
 
 
-def calibrate(segmenter: Segmenter, question: Question, frames: FrameSet, *, risks: Sequence[float]) -> Calibrated:
+def calibrate(
+    segmenter: Segmenter, question: Question, frames: FrameSet, *, risks: Sequence[float] = RISKS,
+    class_risks: Sequence[float] = CLASS_RISKS,
+) -> Calibrated:  # fmt: skip
     """Fit temperature and thresholds of a loaded model and check them. Raises BadOption, BadData."""
-    if not risks or not all(0 < risk < 1 for risk in risks):
-        raise BadOption(f"risks are {', '.join(map(str, risks)) or 'none'}; shares between 0 and 1 are wanted")
     runtime = segmenter.find(question.name, question.version)
     card, num_samples = runtime.card, question.options(0).num_samples(runtime.card)
     split = split_frames(range(0, len(frames), question.every), seed=question.seed)
+    check_risks(split, risks, class_risks)
 
     def try_card(trial: Card, indices: list[int], *, title: str) -> Iterator[Answer]:
         """Answer some frames as if the model had this card; to be read to the end before asking anew."""
@@ -121,21 +148,39 @@ def calibrate(segmenter: Segmenter, question: Question, frames: FrameSet, *, ris
         )
 
     new_card = set_temperature(card, fit_temperature(nll))
-    loss = AbstentionLoss()
+    evidence = Evidence(new_card)
     for answer in try_card(new_card, split.thresholds, title="thresholds"):
-        loss.add(answer.maps["entropy"][answer.known_HW], answer.wrong_HW[answer.known_HW])
-    thresholds, refused = find_thresholds(loss, sorted(set(risks)), num_classes=card.num_classes)
+        evidence.add(answer)
     text = (
-        f"{question.data_set} {question.split}: {loss.num_frames} frames for the thresholds, "
+        f"{question.data_set} {question.split}: {len(split.thresholds)} frames for the thresholds, "
         f"{len(split.temperature)} others for the temperature (seed {question.seed}, every {question.every})"
     )
-    values = (tuple(thresholds), tuple(thresholds.values()), loss.num_frames, num_samples, text)
-    calibrated_card = dataclasses.replace(new_card, calibration=Calibration(*values) if thresholds else None)
+    found, refused = evidence.calibration(sorted({*risks}), sorted({*class_risks}), num_samples, text)
+    calibrated_card = dataclasses.replace(new_card, calibration=found, novelty=evidence.novelty(num_samples, text))
     before, after = (
         figures_of(trial, try_card(trial, split.check, title="check"), num_samples=num_samples)
         for trial in (dataclasses.replace(card, calibration=None), calibrated_card)
     )
     return Calibrated(calibrated_card, split, before, after, refused, card.readout.temperature)
+
+
+def check_risks(split: Split, risks: Sequence[float], class_risks: Sequence[float]) -> None:
+    """Say, before any picture is run, which risks need more frames. Raises BadOption: no share, or all of them do."""
+    asked, num = sorted({*risks, *class_risks}), len(split.thresholds)
+    if not asked or not all(0 < risk < 1 for risk in asked):
+        raise BadOption(f"risks are {', '.join(map(str, asked)) or 'none'}; shares between 0 and 1 are wanted")
+    beyond = [risk for risk in asked if num < least_frames(risk)]
+    sentences = [f"{too_few(risk, num)} for the thresholds, {frames_in_all(risk)} in all" for risk in beyond]
+    if beyond == asked:
+        raise BadOption(sentences[-1])
+    for sentence in sentences:
+        click.echo(sentence, err=True)
+
+
+def frames_in_all(risk: float) -> int:
+    """Say how many frames a risk needs, so that enough of them are for the thresholds."""
+    needed = least_frames(risk)
+    return next(n for n in count(max(needed, LEAST_FRAMES)) if len(split_frames(range(n), seed=0).thresholds) >= needed)
 
 
 def mean_nll(answers: Iterable[Answer]) -> float:
@@ -161,13 +206,12 @@ def figures_of(card: Card, answers: Iterable[Answer], *, num_samples: int) -> di
 
 
 def split_frames(indices: Sequence[int], *, seed: int) -> Split:
-    """Draw a quarter, a half and a quarter of the frames by the seed. Raises BadOption: too few frames."""
+    """Draw by the seed who fits the temperature, the thresholds, and who checks. Raises BadOption: too few frames."""
     if len(indices) < LEAST_FRAMES:
         raise BadOption(f"there are {len(indices)} frames to calibrate on; at least {LEAST_FRAMES} are wanted")
     order = [indices[i] for i in np.random.Generator(np.random.PCG64(seed)).permutation(len(indices))]
-    quarter, half = len(order) // 4, len(order) // 2
-    parts = (order[:quarter], order[quarter : quarter + half], order[quarter + half :])
-    return Split(*(sorted(part) for part in parts))
+    first, last = min(len(order) // 4, MOST_FOR_TEMPERATURE), len(order) - (len(order) + 3) // 4
+    return Split(*(sorted(part) for part in (order[:first], order[first:last], order[last:])))
 
 
 def fit_temperature(nll: Callable[[float], float]) -> float:
@@ -178,33 +222,9 @@ def fit_temperature(nll: Callable[[float], float]) -> float:
 
 
 def set_temperature(card: Card, temperature: float) -> Card:
-    """Give the card another temperature, to four digits; a calibration made at the old one is dropped."""
+    """Give the card another temperature, to four digits; what was calibrated at the old one is dropped."""
     readout = dataclasses.replace(card.readout, temperature=float(f"{temperature:.4g}"))
-    return dataclasses.replace(card, readout=readout, calibration=None)
-
-
-def find_thresholds(
-    loss: AbstentionLoss, risks: Sequence[float], *, num_classes: int
-) -> tuple[dict[float, float], dict[float, str]]:
-    """Find entropy thresholds in nats by risk, and for each risk that cannot be guaranteed a sentence why.
-
-    A bin of entropies is answered as a whole or not at all, so binning costs coverage and never the guarantee.
-    """
-    thresholds: dict[float, float] = {}
-    refused: dict[float, str] = {}
-    num = loss.num_frames
-    bound_N = (loss.losses_N.cumsum() + 1) / (num + 1)
-    least, most = bins_of(np.array([0, 1.01 * math.log(num_classes)], np.float32)).tolist()
-    for risk in risks:
-        last = int(np.searchsorted(bound_N, risk, side="right")) - 1  # up to which pixels may be answered
-        if 1 / (num + 1) > risk:
-            needed = math.ceil(1 / risk) - 1
-            refused[risk] = f"a risk of {risk:g} cannot be guaranteed with {num} frames; at least {needed} are needed"
-        elif last < least:
-            refused[risk] = f"a risk of {risk:g} would need abstaining from every pixel, with these {num} frames"
-        else:
-            thresholds[risk] = max(top_of(min(last, most)), 0.0)
-    return thresholds, refused
+    return dataclasses.replace(card, readout=readout, calibration=None, novelty=None)
 
 
 def write_version(source: Path, target: Path, card: Card) -> None:
@@ -239,6 +259,15 @@ def report(calibrated: Calibrated, target: Path) -> None:
             shares = (after[f"abstain/{what}@{risk:g}"] for what in ("coverage", "risk"))
             risks.add_row(f"{risk:g}", f"{threshold:.4f}", *(f"{share:.4f}" for share in shares))
         console.print(risks)
+        for risk, row in zip(calibration.class_risks, calibration.class_entropy_nats, strict=True):
+            classes = Table(
+                f"max_class_risk {risk:g}: called", "entropy above, nats", "answered and wrong, check frames"
+            )
+            for info, nats in zip(calibrated.card.classes, row, strict=True):
+                wrong = after[f"abstain/class_risk@{risk:g}/{info.name}"]
+                shown = "never called" if wrong is None else f"{wrong:.4f}"
+                classes.add_row(info.name, "withheld" if nats is None else f"{nats:.4f}", shown)
+            console.print(classes)
     for sentence in calibrated.refused.values():
         console.print(f"not guaranteed: {sentence}", style="yellow", highlight=False)
     console.print(f"wrote {target}", highlight=False)

@@ -13,29 +13,32 @@ from click.testing import CliRunner
 
 from penumbra.__main__ import main
 from penumbra.export.bundle import export_network, verify_artifact
-from penumbra.models.card import IGNORE, Card
+from penumbra.models.card import IGNORE, MOST_MEANS, Card
 from penumbra.models.errors import BadData, BadOption
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import GOLDEN, artifact_card, open_artifact
 from penumbra.training.calibrate import (
-    AbstentionLoss,
     Calibrated,
+    Evidence,
     calibrate,
-    find_thresholds,
+    check_risks,
     fit_temperature,
+    frames_in_all,
     mean_nll,
     set_temperature,
     split_frames,
     write_version,
 )
+from penumbra.training.conformal import NUM_CANDIDATES, AbstentionLoss, ClassLoss, find_thresholds, least_frames
 from penumbra.training.evaluation.run import Question
 from penumbra.training.frames import Frames
 from tests.conftest import GAIN, picture, toy_card
 
 TRUE_TEMPERATURE = 2.5
 RISKS = (0.02, 0.1, 0.2, 0.9)
+CLASS_RISKS = (0.3, 0.4)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +68,9 @@ def segmenter(store: Path) -> Iterator[Segmenter]:
 
 @pytest.fixture(scope="module")
 def calibrated(segmenter: Segmenter, frames: Frames) -> Calibrated:
-    return calibrate(segmenter, Question("toy-pointwise", Path("nowhere")), frames, risks=RISKS)
+    return calibrate(
+        segmenter, Question("toy-pointwise", Path("nowhere")), frames, risks=RISKS, class_risks=CLASS_RISKS
+    )
 
 
 @pytest.mark.parametrize("best", [0.5, 1.0, 3.0])
@@ -105,6 +110,37 @@ def test_thresholds_keep_their_risk_on_frames_that_fitted_nothing(calibrated: Ca
         assert risk - 2 / 33 < calibrated.after[f"abstain/risk@{risk:g}"] < risk
 
 
+def test_what_is_called_a_class_keeps_its_risk_on_frames_that_fitted_nothing(calibrated: Calibrated) -> None:
+    calibration, after = calibrated.card.calibration, calibrated.after
+    assert calibration and calibration.class_risks == CLASS_RISKS
+    for risk, row in zip(calibration.class_risks, calibration.class_entropy_nats, strict=True):
+        assert None not in row, "every class is in every frame"
+        for name in ("red", "green", "blue"):
+            assert 0 < after[f"abstain/class_risk@{risk:g}/{name}"] <= risk
+    assert 0.02 < after["abstain/class_coverage@0.3"] < after["abstain/class_coverage@0.4"] < 1
+
+
+def test_the_frames_of_the_thresholds_are_what_novelty_is_measured_against(
+    calibrated: Calibrated, segmenter: Segmenter, frames: Frames
+) -> None:
+    novelty, runtime = calibrated.card.novelty, segmenter.find("toy-pointwise", None)
+    assert novelty and novelty.map == "entropy" and novelty.num_pictures == 32 == len(novelty.means)
+    assert novelty.num_samples == 1 and list(novelty.means) == sorted(novelty.means)
+    runtime.card, old = calibrated.card, runtime.card
+    images = (np.ascontiguousarray(frames.image_N3HW[i].permute(1, 2, 0)) for i in calibrated.split.thresholds)
+    means = [segmenter.segment(image, SegmentOptions("toy-pointwise")).maps["entropy"].mean() for image in images]
+    runtime.card = old
+    assert novelty.means == pytest.approx(sorted(means), rel=1e-5)
+
+
+def test_a_thousand_quantiles_stand_for_more_pictures(calibrated: Calibrated) -> None:
+    evidence = Evidence(calibrated.card)
+    evidence.means = list(np.linspace(3, 1, 5001))
+    novelty = evidence.novelty(1, "made up")
+    assert len(novelty.means) == MOST_MEANS and novelty.num_pictures == 5001
+    assert novelty.means[0] == 1 and novelty.means[-1] == 3 and list(novelty.means) == sorted(novelty.means)
+
+
 def test_a_risk_below_one_in_n_plus_one_is_refused_with_the_frames_it_needs(calibrated: Calibrated) -> None:
     assert calibrated.refused == {0.02: "a risk of 0.02 cannot be guaranteed with 32 frames; at least 49 are needed"}
 
@@ -115,6 +151,33 @@ def test_no_frame_serves_two_purposes_and_the_seed_decides() -> None:
     assert [len(part) for part in parts] == [25, 50, 25]
     assert sorted([*split.temperature, *split.thresholds, *split.check]) == list(range(0, 200, 2))
     assert split == split_frames(range(0, 200, 2), seed=1) != split_frames(range(0, 200, 2), seed=2)
+
+
+def test_no_more_frames_fit_the_temperature_than_one_number_needs() -> None:
+    split = split_frames(range(400), seed=0)
+    assert [len(split.temperature), len(split.thresholds), len(split.check)] == [32, 268, 100]
+
+
+@pytest.mark.parametrize(("risk", "needed"), [(0.5, 1), (0.1, 9), (0.05, 19), (0.02, 49), (0.01, 99), (0.003, 333)])
+def test_the_frames_that_a_risk_needs_are_known_before_any_is_run(risk: float, needed: int) -> None:
+    assert least_frames(risk) == needed and 1 / (needed + 1) <= risk < 1 / needed
+    total = frames_in_all(risk)
+    assert len(split_frames(range(total), seed=0).thresholds) >= needed
+    assert total == 8 or len(split_frames(range(total - 1), seed=0).thresholds) < needed
+
+
+def test_what_cannot_be_guaranteed_is_said_up_front_and_fails_where_nothing_can(
+    segmenter: Segmenter, frames: Frames, capsys: pytest.CaptureFixture[str]
+) -> None:
+    split = split_frames(range(64), seed=0)
+    check_risks(split, [0.01, 0.05], [0.1])
+    sentence = (
+        "a risk of 0.01 cannot be guaranteed with 32 frames; at least 99 are needed for the thresholds, 175 in all"
+    )
+    assert capsys.readouterr().err.splitlines() == [sentence]
+    with pytest.raises(BadOption, match=sentence.replace("0.01", "0.02").replace("99", "49").replace("175", "98")):
+        calibrate(segmenter, Question("toy-pointwise", Path("nowhere")), frames, risks=[0.01], class_risks=[0.02])
+    assert "temperature" not in capsys.readouterr().err, "no picture was run"
 
 
 def test_too_few_frames_are_refused() -> None:
@@ -141,6 +204,53 @@ def test_conformal_thresholds_keep_the_risk_in_expectation_and_waste_little(rng:
     assert np.mean(got) <= risk + 3 * error, "Angelopoulos et al. 2022, theorem 1"
     assert np.mean(got) >= risk - 2 / (num + 1) - 3 * error, "and theorem 2"
     assert np.mean(np.array(got) > risk) < 0.6, "single calibrations may exceed it; about half do at most"
+
+
+def test_conformal_thresholds_of_classes_keep_their_risk_in_expectation(rng: np.random.Generator) -> None:
+    risk, got = 0.2, []
+    for _ in range(120):
+        loss = ClassLoss(3)
+        for _ in range(20):
+            entropy, wrong = draw_frame(rng)
+            loss.add(entropy, rng.integers(0, 2, 300), wrong)
+        row = loss.thresholds(risk)
+        assert row[2] is None, "what is never called has no frames, and is withheld"
+        above = np.array([-1 if nats is None else nats for nats in row])
+        for _ in range(10):
+            entropy, wrong = draw_frame(rng)
+            labels = rng.integers(0, 2, 300)
+            kept = (entropy <= above[labels]) & (labels == 0)
+            got.append((kept & wrong).sum() / max(kept.sum(), 1))
+    error = np.std(got) / math.sqrt(len(got) / 10)
+    assert np.mean(got) <= risk + 3 * error, "Angelopoulos et al. 2024, theorem 1"
+    assert np.mean(got) >= risk - 0.1, "and it answers what it may"
+
+
+def test_a_class_has_the_largest_candidate_that_its_own_frames_allow() -> None:
+    loss = ClassLoss(3)
+    step = loss.candidates_T[0]
+    entropy = np.array([0.5, 1.5, 2.5, 0.5, 1.5], np.float32) * step
+    for i in range(9):
+        labels = np.array([0, 0, 0, 1, 1]) if i < 4 else np.array([0, 0, 0, 2, 2])
+        loss.add(entropy, labels, np.array([False, False, True, False, False]))
+    # class 0: a third is wrong from the third candidate on, (9 / 3 + 1) / 10 = 0.4; the others are in 4 and 5 frames
+    assert loss.num_frames_K.tolist() == [9, 4, 5]
+    assert loss.thresholds(0.1) == (pytest.approx(2 * step), None, None)
+    assert loss.thresholds(0.2) == (
+        pytest.approx(2 * step),
+        pytest.approx(NUM_CANDIDATES * step),
+        loss.candidates_T[-1],
+    )
+    assert loss.thresholds(0.4)[0] == pytest.approx(NUM_CANDIDATES * step)
+
+
+def test_a_share_that_falls_again_counts_as_its_largest() -> None:
+    loss = ClassLoss(2)
+    step = loss.candidates_T[0]
+    for _ in range(20):  # the most certain pixel is wrong, and nine more right ones dilute it
+        loss.add(np.array([0.5] + [3.5] * 9, np.float32) * step, np.zeros(10, np.int64), np.arange(10) == 0)
+    assert loss.losses_KT[0].tolist() == [20] * NUM_CANDIDATES
+    assert loss.thresholds(0.2) == (None, None)
 
 
 def test_the_threshold_is_the_largest_that_the_bound_allows() -> None:
@@ -178,7 +288,8 @@ def test_a_frame_without_labels_is_no_calibration_frame() -> None:
 
 
 def test_a_new_temperature_drops_the_old_thresholds(calibrated: Calibrated) -> None:
-    assert calibrated.card.calibration and set_temperature(calibrated.card, 1.0).calibration is None
+    changed = set_temperature(calibrated.card, 1.0)
+    assert calibrated.card.calibration and changed.calibration is None and changed.novelty is None
 
 
 def test_the_next_version_has_the_same_files_and_keeps_its_promise(
@@ -206,7 +317,7 @@ def test_the_next_version_has_the_same_files_and_keeps_its_promise(
 def test_risks_that_are_no_shares_are_refused(segmenter: Segmenter, frames: Frames) -> None:
     for risks in ((), (0.0,), (0.1, 1.0)):
         with pytest.raises(BadOption, match="shares between 0 and 1"):
-            calibrate(segmenter, Question("toy-pointwise", Path("nowhere")), frames, risks=risks)
+            calibrate(segmenter, Question("toy-pointwise", Path("nowhere")), frames, risks=risks, class_risks=())
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
@@ -218,14 +329,17 @@ def test_the_command_writes_the_next_version_and_says_what_it_found(tmp_path: Pa
     card, network = toy_card("latent")
     export_network(network, card, tmp_path)
     common = ("calibrate", "toy-latent", "--data", tmp_path, "--set", "shapes", "--store", tmp_path)
-    code, stdout, _ = run(*common, "--risks", "0.3,0.01", "--samples", 2, "--json")
+    code, stdout, told = run(*common, "--risks", "0.3,0.01", "--class-risks", "0.4", "--samples", 2, "--json")
     document = json.loads(stdout)
     assert code == 0 and document["directory"].endswith("toy-latent/2")
     stored: Card = artifact_card(tmp_path / "toy-latent" / "2")
     assert stored.readout.temperature == document["temperature"]
-    assert "cannot be guaranteed with 4 frames" in document["refused"]["0.01"]
+    assert "cannot be guaranteed with 4 frames" in document["refused"]["0.01"] and stored.novelty
+    assert "a risk of 0.01 cannot be guaranteed with 4 frames; at least 99 are needed for the thresholds" in told
     code, stdout, stderr = run(*common, "--risks", "0.3")
     assert "PENUMBRA_WATCH_STORE_S" in stderr and "/v2/repository/models/toy-latent/load" in stderr
     assert code == 0 and "temperature" in stdout and "toy-latent/3" in stdout.replace("\n", "")
     code, _, stderr = run(*common, "--risks", "low")
     assert code == 2 and "risks is 'low'" in stderr
+    code, _, stderr = run(*common, "--class-risks", "0.1;0.2")
+    assert code == 2 and "class_risks is '0.1;0.2'" in stderr

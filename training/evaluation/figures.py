@@ -1,6 +1,6 @@
 """Count the figures of an evaluation: answers are added one by one, figures have torch-uncertainty's names."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 
 from penumbra.models.card import Calibration, Card
 from penumbra.models.confusion import confusion, intersection_over_union
-from penumbra.training.evaluation.answers import Answer
+from penumbra.training.evaluation.answers import Answer, Labels
 from penumbra.training.metrics import Floats, Mask, Ranking, Reliability, patch_curve, patches, top_of
 
 PATCH_PX = (4, 8, 16, 32)
@@ -31,6 +31,7 @@ class Evaluation:
         self.rankings = {name: Ranking() for name in ("confidence", *uncertainties, *extras)}
         self.patches = {(name, size): Ranking() for name in uncertainties for size in PATCH_PX}
         self._abstention = Abstention(card.calibration) if card.calibration else None
+        self._by_class = ClassAbstention(card.calibration, card.num_classes) if card.calibration else None
 
     def add(self, answer: Answer) -> None:
         """Count one frame; one without any label changes nothing."""
@@ -47,8 +48,9 @@ class Evaluation:
             ranking.add(*patches(maps[name], wrong_HW, known_HW, size=size))
         counted = (answer.maps["confidence"], answer.prob_HW, answer.squares_HW, ~wrong_HW)
         self.reliability.add(*(x_HW[known_HW] for x_HW in counted))
-        if self._abstention:
+        if self._abstention and self._by_class:
             self._abstention.add(maps["entropy"][known_HW], wrong_HW[known_HW])
+            self._by_class.add(maps["entropy"][known_HW], answer.labels_HW[known_HW], wrong_HW[known_HW])
 
     def figures(self) -> dict[str, float]:
         """Return all figures by name (docs/measure/evaluation.md); NaN where one is undefined."""
@@ -66,6 +68,7 @@ class Evaluation:
             # patches above the mean uncertainty of all patches are uncertain
             **{f"pavpu/{key}": float(patch_curve(r, np.array([r.mean])).pavpu[0]) for key, r in self._counted()},
             **(self._abstention.figures() if self._abstention else {}),
+            **(self._by_class.figures([info.name for info in self.card.classes]) if self._by_class else {}),
         }
 
     def _selection(self) -> dict[str, float]:
@@ -137,4 +140,35 @@ class Abstention:
         figures: dict[str, float] = {}
         for risk, coverage, wrong in zip(self._risks, *(self._sums_2R / self._num_frames).tolist(), strict=True):
             figures |= {f"abstain/coverage@{risk:g}": coverage, f"abstain/risk@{risk:g}": wrong}
+        return figures
+
+
+class ClassAbstention:
+    """The effect of `max_class_risk` on the frames: how much is answered, and of what is called a class how much is
+    wrong, as a mean over the frames in which it is called; where all of it is withheld, nothing is."""
+
+    def __init__(self, calibration: Calibration, num_classes: int) -> None:
+        rows = [[-np.inf if nats is None else nats for nats in row] for row in calibration.class_entropy_nats]
+        self._above = dict(zip(calibration.class_risks, np.array(rows, np.float32), strict=True))
+        self._coverage, self._num_frames = dict.fromkeys(self._above, 0.0), 0
+        self._shares = {risk: np.zeros(num_classes) for risk in self._above}
+        self._num_frames_K = np.zeros(num_classes, np.int64)
+
+    def add(self, entropy: Floats, labels: Labels, wrong: Mask) -> None:
+        """Add one frame's labelled pixels."""
+        num_classes = len(self._num_frames_K)
+        self._num_frames += 1
+        self._num_frames_K += np.bincount(labels, minlength=num_classes) > 0
+        for risk, above_K in self._above.items():
+            kept = entropy <= above_K[labels]
+            answered_K, wrong_K = (np.bincount(labels[which], minlength=num_classes) for which in (kept, kept & wrong))
+            self._shares[risk] += wrong_K / np.maximum(answered_K, 1)
+            self._coverage[risk] += float(kept.mean())
+
+    def figures(self, names: Sequence[str]) -> dict[str, float]:
+        """Average over frames; NaN for a class that none of them was called."""
+        figures = {f"abstain/class_coverage@{risk:g}": sum / self._num_frames for risk, sum in self._coverage.items()}
+        for risk, share_K in self._shares.items():
+            means = np.where(self._num_frames_K, share_K / np.maximum(self._num_frames_K, 1), np.nan).tolist()
+            figures |= {f"abstain/class_risk@{risk:g}/{name}": mean for name, mean in zip(names, means, strict=True)}
         return figures

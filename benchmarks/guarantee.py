@@ -1,0 +1,198 @@
+"""How often `max_risk` and `max_class_risk` keep what they promise, resplit by frame, by stretch of time, by drive.
+
+python -m benchmarks.guarantee --data DIR [NAME ...]
+
+Each model answers every frame once, at its card's temperature. What is resplit are the frames whose masks trained
+nothing: half of them calibrate and half are tested, where the halves are drawn frame by frame (exchangeable, as the
+theorem wants it), or as whole stretches of consecutive frames (as a camera sees them). Then one drive calibrates and
+another is tested, and all of them calibrate and the validation frames are tested: a shift, which voids the promise.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from rich.progress import track
+
+from benchmarks.calibration import unseen_masks
+from benchmarks.rounds import save
+from penumbra.export.bundle import export_checkpoint
+from penumbra.export.zoo import ZOO
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.training.calibrate import CLASS_RISKS, RISKS
+from penumbra.training.conformal import AbstentionLoss, ClassLoss, find_thresholds
+from penumbra.training.data import load_camvid
+from penumbra.training.evaluation.answers import LIMITS, Answer, segment_frame
+from penumbra.training.evaluation.run import Question
+from penumbra.training.frames import Frames
+from penumbra.training.metrics import bins_of
+
+NAMES = ("supervised-camvid", "cps-camvid", "mc_dropout-camvid", "np_semiseg-camvid")
+RESPLITS = 200
+STRETCH = 10
+"""Consecutive frames of a drive that go to one half together; of the training frames they last ten seconds or more."""
+STEPS = 2000
+"""Entropies at which the loss of `max_risk` is kept; between them it counts as at the next, which is safe."""
+
+Doubles = np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """What the frames lose. wrong_NS, kept_NS: share of labelled pixels answered and wrong, and answered, up to a step.
+    wrong_NKT, answered_NKT: pixels that are called a class up to a candidate of `ClassLoss`."""
+
+    names: tuple[str, ...]
+    wrong_NS: Doubles
+    kept_NS: Doubles
+    wrong_NKT: Doubles
+    answered_NKT: Doubles
+    steps_S: Doubles
+
+    @property
+    def num_classes(self) -> int:
+        return self.wrong_NKT.shape[1]
+
+    @property
+    def share_NKT(self) -> Doubles:
+        return self.wrong_NKT / np.maximum(self.answered_NKT, 1)
+
+    @property
+    def called_NK(self) -> Doubles:
+        return self.answered_NKT[:, :, -1] > 0
+
+
+def lose(answer: Answer, steps_S: Doubles, candidates_T: Doubles) -> tuple[Doubles, ...]:
+    """Count one frame's losses."""
+    known_HW = answer.known_HW
+    entropy, wrong, labels = (x[known_HW] for x in (answer.maps["entropy"], answer.wrong_HW, answer.labels_HW))
+    at, length = np.searchsorted(steps_S, entropy), len(candidates_T)
+    cells, everything = labels.astype(np.int64) * length + np.searchsorted(candidates_T, entropy), slice(None)
+    shares = [np.bincount(at[kept], minlength=STEPS).cumsum() / len(at) for kept in (wrong, everything)]
+    counts = [np.bincount(cells[kept], minlength=256 * length).reshape(256, -1) for kept in (wrong, everything)]
+    return (*shares, *(count.cumsum(1) for count in counts))
+
+
+def answer_all(segmenter: Segmenter, question: Question, frames: Frames) -> Losses:
+    """Answer every frame once."""
+    num_classes = segmenter.find(question.name, None).card.num_classes
+    candidates_T = ClassLoss(num_classes).candidates_T
+    steps_S = (1.01 * np.log(num_classes) / STEPS * np.arange(1, STEPS + 1)).astype(np.float32)
+    rows = [
+        lose(segment_frame(segmenter, frames[i], question.options(i)), steps_S, candidates_T)
+        for i in track(range(len(frames)), question.name)
+    ]
+    wrong, kept, wrong_classes, answered = (np.stack(column) for column in zip(*rows, strict=True))
+    return Losses(frames.names, wrong, kept, wrong_classes[:, :num_classes], answered[:, :num_classes], steps_S)
+
+
+def judge(losses: Losses, calibrating: Doubles, tested: Losses, testing: Doubles) -> dict[str, list[float]]:
+    """Calibrate on some frames and test on others: by risk, what is risked, what is answered and, of classes, the wrong
+    share of all pixels together; NaN where a risk is not guaranteed or a class is not called."""
+    marginal, by_class = AbstentionLoss(), ClassLoss(losses.num_classes)
+    np.add.at(marginal.losses_N, bins_of(losses.steps_S), np.diff(losses.wrong_NS[calibrating].sum(0), prepend=0))
+    marginal.num_frames = len(calibrating)
+    thresholds, _ = find_thresholds(marginal, RISKS, num_classes=losses.num_classes)
+    found: dict[str, list[float]] = {}
+    for risk in RISKS:
+        at = np.searchsorted(losses.steps_S, thresholds.get(risk, -1), side="right") - 1
+        known = risk in thresholds
+        rows = (tested.wrong_NS, tested.kept_NS)
+        found[f"{risk:g}"] = [float(x[testing, at].mean()) if known and at >= 0 else np.nan for x in rows]
+    by_class.losses_KT = np.maximum.accumulate(losses.share_NKT[calibrating], axis=2).sum(0)
+    by_class.num_frames_K = losses.called_NK[calibrating].sum(0)
+    called_K = tested.called_NK[testing].sum(0)
+    for risk in CLASS_RISKS:
+        for k, nats in enumerate(by_class.thresholds(risk)):
+            t = -1 if nats is None else int(np.searchsorted(by_class.candidates_T, nats))
+            answered = tested.answered_NKT[testing, k, t].sum() if nats is not None else 0
+            known = nats is not None and called_K[k]
+            found[f"class {risk:g} {k}"] = [
+                float(tested.share_NKT[testing, k, t].sum() / called_K[k]) if known else np.nan,
+                answered / max(tested.answered_NKT[testing, k, -1].sum(), 1),
+                float(tested.wrong_NKT[testing, k, t].sum() / answered) if answered else np.nan,
+            ]  # fmt: skip
+    return found
+
+
+def stretches(names: Sequence[str]) -> list[Doubles]:
+    """Group the frames of a drive that follow each other."""
+    order = sorted(range(len(names)), key=lambda i: names[i])
+    groups = []
+    for drive in sorted({name.split("_")[0] for name in names}):
+        mine = [i for i in order if names[i].startswith(drive)]
+        groups += [np.array(mine[at : at + STRETCH]) for at in range(0, len(mine), STRETCH)]
+    return groups
+
+
+def resplit(losses: Losses, groups: list[Doubles], classes: Sequence[str]) -> dict[str, Any]:
+    """Draw halves of the groups 200 times; by risk the mean of what is risked, and in how many draws it is too much."""
+    rng, runs = np.random.Generator(np.random.PCG64(0)), []
+    for _ in range(RESPLITS):
+        order = rng.permutation(len(groups))
+        half = len(groups) // 2
+        calibrating, testing = (np.concatenate([groups[i] for i in part]) for part in (order[:half], order[half:]))
+        runs.append(judge(losses, calibrating, losses, testing))
+    return summarise(runs, classes)
+
+
+def summarise(runs: list[dict[str, list[float]]], classes: Sequence[str]) -> dict[str, Any]:
+    """Average the draws in which a risk was guaranteed. violations: the share of them in which it was exceeded."""
+    summary: dict[str, Any] = {}
+    for key in runs[0]:
+        rows = np.array([run[key] for run in runs])
+        kept = rows[~np.isnan(rows[:, 0])]
+        risk = float(key.split()[1] if key.startswith("class") else key)
+        name = key if not key.startswith("class") else f"class {risk:g} {classes[int(key.split()[2])]}"
+        if not len(kept):
+            summary[name] = None
+            continue
+        summary[name] = {
+            "risk": round(float(kept[:, 0].mean()), 4), "answered": round(float(kept[:, 1].mean()), 4),
+            "violations": round(float((kept[:, 0] > risk).mean()), 3), "guaranteed": round(len(kept) / len(rows), 3),
+        }  # fmt: skip
+        if rows.shape[1] > 2 and not np.isnan(kept[:, 2]).all():
+            summary[name]["pooled"] = round(float(np.nanmean(kept[:, 2])), 4)
+    return summary
+
+
+def check(name: str, data: Path) -> dict[str, Any]:
+    """Check one model."""
+    frames, _ = unseen_masks(name, data)
+    question = Question(name, data, split="train")
+    with tempfile.TemporaryDirectory() as folder, Segmenter(limits=LIMITS) as segmenter:
+        card = segmenter.load(export_checkpoint(ZOO / f"{name}.safetensors", Path(folder)))
+        losses = answer_all(segmenter, question, frames)
+        held_out = answer_all(segmenter, question, load_camvid(data, "val"))
+    classes, everything = [info.name for info in card.classes], np.arange(len(losses.names))
+    drives = {
+        drive: np.array([i for i, other in enumerate(losses.names) if other.startswith(drive)])
+        for drive in sorted({each.split("_")[0] for each in losses.names})
+    }
+    found = {
+        "by frames": resplit(losses, [np.array([i]) for i in everything], classes),
+        "by stretches": resplit(losses, stretches(losses.names), classes),
+        "val by stretches": resplit(held_out, stretches(held_out.names), classes),
+        "train to val": summarise([judge(losses, everything, held_out, np.arange(len(held_out.names)))], classes),
+    }
+    for here, there in permutations(drives, 2):
+        found[f"{here} to {there}"] = summarise([judge(losses, drives[here], losses, drives[there])], classes)
+    return {"temperature": card.readout.temperature, "frames": {d: len(i) for d, i in drives.items()}} | found
+
+
+@click.command()
+@click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("names", nargs=-1)
+def main(data: Path, names: tuple[str, ...]) -> None:
+    """Check models and keep every figure as JSON."""
+    for name in names or NAMES:
+        save("guarantee", {name: check(name, data)}, keep=True)
+
+
+if __name__ == "__main__":
+    main()
