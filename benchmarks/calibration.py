@@ -54,24 +54,22 @@ def describe(calibrated: Calibrated, frames: str) -> Card:
 
 
 def renew(checkpoint: Path, data: Path) -> dict[str, Any]:
-    """Calibrate one checkpoint in place; returns figures on the validation frames before and after."""
+    """Calibrate one checkpoint in place; returns figures on the validation frames (before: `benchmarks.zoo`)."""
     name, held_out = checkpoint.stem, load_camvid(data, "val")
     (frames, text), question = unseen_masks(name, data), Question(name, data, split="train")
     with tempfile.TemporaryDirectory() as folder, Segmenter(limits=LIMITS) as segmenter:
         segmenter.load(export_checkpoint(checkpoint, Path(folder)))
         runtime = segmenter.find(name)
-        before = evaluate(segmenter, question, held_out).evaluation.figures()
         calibrated = calibrate(segmenter, question, frames)
         runtime.card = describe(calibrated, text)
-        after = evaluate(segmenter, question, held_out).evaluation.figures()
+        figures = evaluate(segmenter, question, held_out).evaluation.figures()
         card = runtime.card
     parts = {"calibration": card.calibration, "novelty": card.novelty}
     replace_card(checkpoint, replace(read_card(checkpoint), readout=card.readout, **parts))
     return {
         "temperature": card.readout.temperature, "frames": len(frames), "refused": calibrated.refused,
-        "before": defined({key: before[key] for key in MEASURED}),
-        "after": defined({key: after[key] for key in MEASURED}),
-        "promises": defined({key: value for key, value in after.items() if key.startswith("abstain/")}),
+        "val": defined({key: figures[key] for key in MEASURED}),
+        "promises": defined({key: value for key, value in figures.items() if key.startswith("abstain/")}),
         "withheld": {
             f"{risk:g}": [info.name for info, nats in zip(card.classes, row, strict=True) if nats is None]
             for risk, row in zip(card.calibration.class_risks, card.calibration.class_entropy_nats, strict=True)
