@@ -93,7 +93,8 @@ def answer_all(segmenter: Segmenter, question: Question, frames: Frames) -> Loss
 
 def judge(losses: Losses, calibrating: Doubles, tested: Losses, testing: Doubles) -> dict[str, list[float]]:
     """Calibrate on some frames and test on others: by risk, what is risked, what is answered and, of classes, the wrong
-    share of all pixels together; NaN where a risk is not guaranteed or a class is not called."""
+    share of all pixels together. NaN where a risk is not guaranteed or a class is not called; of what is withheld
+    nothing is wrong."""
     marginal, by_class = AbstentionLoss(), ClassLoss(losses.num_classes)
     np.add.at(marginal.losses_N, bins_of(losses.steps_S), np.diff(losses.wrong_NS[calibrating].sum(0), prepend=0))
     marginal.num_frames = len(calibrating)
@@ -110,12 +111,12 @@ def judge(losses: Losses, calibrating: Doubles, tested: Losses, testing: Doubles
     for risk in CLASS_RISKS:
         for k, nats in enumerate(by_class.thresholds(risk)):
             t = -1 if nats is None else int(np.searchsorted(by_class.candidates_T, nats))
-            answered = tested.answered_NKT[testing, k, t].sum() if nats is not None else 0
-            known = nats is not None and called_K[k]
+            columns = (tested.share_NKT, tested.answered_NKT, tested.wrong_NKT)
+            share, answered, wrong = (0.0 if nats is None else float(x[testing, k, t].sum()) for x in columns)
             found[f"class {risk:g} {k}"] = [
-                float(tested.share_NKT[testing, k, t].sum() / called_K[k]) if known else np.nan,
+                share / called_K[k] if called_K[k] else np.nan,
                 answered / max(tested.answered_NKT[testing, k, -1].sum(), 1),
-                float(tested.wrong_NKT[testing, k, t].sum() / answered) if answered else np.nan,
+                wrong / answered if answered else np.nan,
             ]  # fmt: skip
     return found
 
