@@ -12,6 +12,9 @@ from penumbra.models.errors import BadArtifact
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
+CHOSEN = "="
+"""How the tag of a union's member begins, before its class's name: a step to a problem that is no field."""
+
 T = TypeVar("T")
 
 
@@ -41,12 +44,14 @@ def _is_unknown(problem: "ErrorDetails") -> bool:
 
 
 def _sentence(kind: Any, problem: "ErrorDetails", where: str) -> str:
-    *parents, name = problem["loc"][1:] or ("",)
+    steps = [step for step in problem["loc"][1:] if not str(step).startswith(CHOSEN)]
+    *parents, name = steps or ("",)
     place = where + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in parents)
     if _is_unknown(problem):
         for field_name in (step for step in parents if isinstance(step, str)):
             hint = get_type_hints(kind)[field_name]
-            kind = next(arg for arg in (hint, *get_args(hint)) if dataclasses.is_dataclass(arg))
+            kinds = [arg for arg in (hint, *get_args(hint)) if isinstance(arg, type) and dataclasses.is_dataclass(arg)]
+            kind = next((arg for arg in kinds if CHOSEN + arg.__name__ in problem["loc"]), kinds[0])
         return f"{place} has an unknown field {name!r}; known are {', '.join(f.name for f in dataclasses.fields(kind))}"
     if problem["type"] == "missing":
         return f"{place} lacks the field {name!r}"

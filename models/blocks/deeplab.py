@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from penumbra.models.blocks.backbone import BackboneConfig, build_backbone
 from penumbra.models.blocks.layers import conv_norm_act, convolve_pooled, resize_like
-from penumbra.models.blocks.resnet import ResNet, ResNetConfig
+from penumbra.models.blocks.resnet import ResNetConfig
 
 
 class Aspp(nn.Module):
@@ -42,7 +43,7 @@ class DeepLabConfig:
     """Shape of a DeepLabv3+."""
 
     num_classes: int
-    backbone: ResNetConfig = field(default_factory=ResNetConfig)
+    backbone: BackboneConfig = field(default_factory=ResNetConfig)
     aspp_channels: int = 256
     aspp_rates: tuple[int, int, int] = (6, 12, 18)
     low_channels: int = 48
@@ -56,7 +57,7 @@ class DeepLab(nn.Module):
         super().__init__()
         channels, decoder = config.aspp_channels, config.decoder_channels
         self.align_corners = align_corners
-        self.backbone = ResNet(config.backbone)
+        self.backbone = build_backbone(config.backbone)
         self.aspp = aspp(config.backbone.high_channels, channels, config.aspp_rates)
         self.low = conv_norm_act(config.backbone.low_channels, config.low_channels, 1)
         self.fuse = nn.Sequential(

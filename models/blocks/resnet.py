@@ -36,6 +36,11 @@ class ResNetConfig:
         return 4 if self.depth >= 50 else 1
 
     @property
+    def stage_channels(self) -> list[int]:
+        """Channels of what `ResNet.stages` returns."""
+        return [self.low_channels * 2**stage for stage in range(4)]
+
+    @property
     def low_channels(self) -> int:
         """Channels of the stride-4 feature map."""
         return self.width * self.expansion

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from penumbra.models.blocks.efficientnet import EfficientNetConfig
 from penumbra.models.card import Sampling
 from penumbra.models.errors import BadOption
 
@@ -24,6 +25,7 @@ class CpalConfig:
     context: N_p, context prototypes of a class; 0 is SIPE. context_channels: D of the projection head.
     neighbours: K, context prototypes that take part in a class's map. instance_threshold: tau on the CAM.
     positiveness_scale: factor on the dot products before their softmax; 128 ** -0.5, as in attention.
+    lite: the encoder of `cam` and `deeplabv2` in place of a ResNet; width then is that of `cam`'s side outputs alone.
     """
 
     num_classes: int
@@ -41,6 +43,7 @@ class CpalConfig:
     neighbours: int = 5
     instance_threshold: float = 0.3
     positiveness_scale: float = 0.088388
+    lite: EfficientNetConfig | None = None
 
     @property
     def num_foreground(self) -> int:
@@ -87,6 +90,9 @@ def choose_sampling(config: CpalConfig, offered: tuple[str, ...]) -> Sampling:
         f"the network {net!r} has neither flips nor context": net != "cam" and (config.flip or config.context != 0),
         f"the network {net!r} takes every class alike; background true is wanted":
             net != "cam" and not config.background,
+        f"the network {net!r} on an EfficientNet, whose pictures are normalised otherwise, has the scale 1 alone":
+            net == "cam" and config.lite is not None and config.scales != (1.0,),
+        f"the network {net!r} stands on a WideResNet; lite null is wanted": net == "wrn38" and config.lite is not None,
         f"the network {net!r} has the scale 1 alone": net == "wrn38" and config.scales != (1.0,),
     }  # fmt: skip
     for sentence, failed in failures.items():

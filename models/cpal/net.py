@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from penumbra.models.blocks.backbone import build_backbone
 from penumbra.models.blocks.layers import resize_like
-from penumbra.models.blocks.resnet import ResNet, ResNetConfig
+from penumbra.models.blocks.resnet import ResNetConfig
 from penumbra.models.card import PromptSpec
 from penumbra.models.contract import Features, Network, Prompt
 from penumbra.models.cpal.config import CpalConfig, choose_sampling
@@ -70,8 +71,8 @@ class CamNetwork(Network):
         self.tag_logit = math.log(config.tag_threshold / (1 - config.tag_threshold))
         self.pyramid = Pyramid(config.scales)
         resnet = ResNetConfig(config.depth, "plain", config.width, output_stride=16, dilation="none")
-        self.backbone = ResNet(resnet)
-        channels = [resnet.low_channels * 2**stage for stage in range(4)]
+        self.backbone = build_backbone(config.lite or resnet)
+        channels = (config.lite or resnet).stage_channels
         sides = [config.width * factor for factor in (2, 2, 4, 4)]
         pairs = zip(channels, sides, strict=True)
         self.sides = nn.ModuleList(nn.Conv2d(inside, outside, 1, bias=False) for inside, outside in pairs)

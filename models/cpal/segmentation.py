@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from penumbra.models.blocks.efficientnet import EfficientNet, EfficientNetConfig
 from penumbra.models.blocks.layers import drop_channels, resize_like
 from penumbra.models.blocks.resnet import BLOCKS
 from penumbra.models.card import Sampling
@@ -36,7 +37,7 @@ class DeepLabV2Network(Network):
         self.scales, self.members = config.scales, config.members
         self.names = tuple(f"scale{scale:g}" for scale in config.scales)
         self.sampling = choose_sampling(config, ("max", *self.names))
-        self.base = DeepLabV2(config)
+        self.base = LiteDeepLabV2(config.lite, config.num_classes) if config.lite else DeepLabV2(config)
 
     def encode(self, image_B3HW: Tensor) -> Features:
         # Positions follow `scale` exactly, not the rounded size, as torch >= 1.6 reads a scale factor.
@@ -75,6 +76,20 @@ class DeepLabV2(nn.Module):
         for stage in (2, 3, 4, 5):
             x = self.get_submodule(f"layer{stage}")(x)
         return self.aspp(x)
+
+
+class LiteDeepLabV2(nn.Module):
+    """The same head on an EfficientNet, whose last feature is joined at stride 8 with the one of that stride."""
+
+    def __init__(self, config: EfficientNetConfig, num_classes: int) -> None:
+        super().__init__()
+        _, middle, _, last = config.stage_channels
+        self.backbone = EfficientNet(config)
+        self.aspp = SumOfRates(middle + last, num_classes)
+
+    def forward(self, image_B3HW: Tensor) -> Tensor:
+        _, middle, _, last = self.backbone.stages(image_B3HW)
+        return self.aspp(torch.cat((middle, resize_like(last, middle)), dim=1))
 
 
 class ConvNorm(nn.Module):

@@ -11,9 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from penumbra.models.blocks.backbone import BackboneConfig, build_backbone
 from penumbra.models.blocks.deeplab import atrous_branches, pool_everywhere
 from penumbra.models.blocks.layers import conv_norm_act, drop_channels, resize_like
-from penumbra.models.blocks.resnet import ResNet, ResNetConfig
+from penumbra.models.blocks.resnet import ResNetConfig
 from penumbra.models.card import Sampling
 from penumbra.models.contract import Features, Network
 from penumbra.models.errors import BadOption
@@ -32,7 +33,7 @@ class NpConfig:
     """
 
     num_classes: int
-    backbone: ResNetConfig = field(default_factory=ResNetConfig)
+    backbone: BackboneConfig = field(default_factory=ResNetConfig)
     aspp_channels: int = 256
     aspp_rates: tuple[int, int, int] = (6, 12, 18)
     fuse_kernel: Literal[1, 3] = 1
@@ -71,7 +72,7 @@ class NpNetwork(Network):
     def __init__(self, config: NpConfig) -> None:
         super().__init__()
         self.config, self.sampling = config, sampling_of(config)
-        self.encoder = ResNet(config.backbone)
+        self.encoder = build_backbone(config.backbone)
         self.aspp = Aspp(config.backbone.high_channels, config.aspp_channels, config.aspp_rates)
         joined = config.aspp_channels * (len(config.aspp_rates) + 2)
         self.fuse = conv_norm_act(joined, config.aspp_channels, config.fuse_kernel)

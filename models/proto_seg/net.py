@@ -15,7 +15,7 @@ from penumbra.models.card import Sampling
 from penumbra.models.contract import Features, Network
 from penumbra.models.errors import BadOption
 from penumbra.models.proto_seg.heads import ParametricHead, PrototypeHead
-from penumbra.models.proto_seg.trunks import DeepLab, DeepLabConfig, HrnetConfig, HrnetTrunk
+from penumbra.models.proto_seg.trunks import DeepLab, DeepLabConfig, HrnetConfig, HrnetTrunk, LiteConfig, LiteTrunk
 
 KEEP = 0.9
 """Share of channels that the published dropout keeps."""
@@ -26,7 +26,8 @@ class ProtoConfig:
     """Shape of the network; the defaults are the published HRNet-W48.
 
     num_prototypes: per class, prototype head only. normalise: over what the projected features have unit length
-    before they are compared: `width` as published, `channel` as in the paper. hrnet, deeplab: shapes of the trunks.
+    before they are compared: `width` as published, `channel` as in the paper. hrnet, deeplab, lite: shapes of the
+    trunks, the last on an EfficientNet.
     """
 
     num_classes: int
@@ -34,14 +35,17 @@ class ProtoConfig:
     num_prototypes: int = 10
     normalise: Literal["width", "channel"] = "width"
     sampling: Literal["single", "dropout"] = "single"
-    trunk: Literal["hrnet", "deeplab"] = "hrnet"
+    trunk: Literal["hrnet", "deeplab", "lite"] = "hrnet"
     hrnet: HrnetConfig = field(default_factory=HrnetConfig)
     deeplab: DeepLabConfig = field(default_factory=DeepLabConfig)
+    lite: LiteConfig = field(default_factory=LiteConfig)
 
     @property
     def channels(self) -> int:
         """D of x_BDhw."""
-        return self.deeplab.channels if self.trunk == "deeplab" else sum(self.hrnet.branch_channels)
+        if self.trunk == "hrnet":
+            return sum(self.hrnet.branch_channels)
+        return self.deeplab.channels if self.trunk == "deeplab" else self.lite.channels
 
 
 class ProtoNetwork(Network):
@@ -50,7 +54,7 @@ class ProtoNetwork(Network):
     def __init__(self, config: ProtoConfig) -> None:
         super().__init__()
         self.sampling = Sampling(kind="single")
-        self.trunk = DeepLab(config.deeplab) if config.trunk == "deeplab" else HrnetTrunk(config.hrnet)
+        self.trunk = build_trunk(config)
         self.head: PrototypeHead | ParametricHead
         if config.head == "parametric":
             self.head = ParametricHead(config.num_classes, config.channels, bias=config.trunk == "deeplab")
@@ -82,6 +86,13 @@ class ProtoDropoutNetwork(ProtoNetwork):
     def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
         score = self.head.score(drop_channels(features[0], noise_SBL))
         return self.head.logits(score).unflatten(0, (noise_SBL.shape[0], noise_SBL.shape[1]))
+
+
+def build_trunk(config: ProtoConfig) -> HrnetTrunk | DeepLab | LiteTrunk:
+    """Build the trunk that a configuration names."""
+    if config.trunk == "lite":
+        return LiteTrunk(config.lite)
+    return DeepLab(config.deeplab) if config.trunk == "deeplab" else HrnetTrunk(config.hrnet)
 
 
 def build_network(config: ProtoConfig) -> ProtoNetwork:

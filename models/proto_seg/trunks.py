@@ -1,4 +1,4 @@
-"""Trunks, which make one feature map x_BDhw of a picture: HRNetV2 (Wang et al. 2020), and DeepLabV3.
+"""Trunks, which make one feature map x_BDhw of a picture: HRNetV2 (Wang et al. 2020), DeepLabV3, and EfficientNet-lite.
 
 HRNet's branches of strides 4, 8, 16 and 32 keep their resolution and exchange what they see. Module names equal the
 published keys (`stage3.1.fuse_layers.0.2.0`, ...), so weights load by name.
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from penumbra.models.blocks.deeplab import Aspp
+from penumbra.models.blocks.efficientnet import EfficientNet, EfficientNetConfig
 from penumbra.models.blocks.layers import conv_norm_act, resize_like
 from penumbra.models.blocks.resnet import BasicBlock, Bottleneck, ResNet, ResNetConfig
 
@@ -171,3 +172,29 @@ class DeepLab(nn.Module):
     def forward(self, image_B3hw: Tensor) -> Tensor:
         _, high = self.backbone(image_B3hw)
         return self.refine(self.aspp(high))
+
+
+LITE2 = EfficientNetConfig("efficientnet_lite")
+
+
+@dataclass(frozen=True, slots=True)
+class LiteConfig:
+    """backbone: shape of the EfficientNet. channels: of what is scored."""
+
+    backbone: EfficientNetConfig = LITE2
+    channels: int = 128
+
+
+class LiteTrunk(nn.Module):
+    """image_B3hw -> x_BDhw at stride 4, as of an HRNet (OURS): all features at the size of the first, joined."""
+
+    def __init__(self, config: LiteConfig) -> None:
+        super().__init__()
+        channels = config.channels
+        self.backbone = EfficientNet(config.backbone)
+        self.join = conv_norm_act(sum(config.backbone.stage_channels), channels, 1)
+        self.neck = conv_norm_act(channels, channels, 3)
+
+    def forward(self, image_B3hw: Tensor) -> Tensor:
+        first, *deeper = self.backbone.stages(image_B3hw)
+        return self.neck(self.join(torch.cat([first, *(resize_like(x, first) for x in deeper)], dim=1)))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from penumbra.models.blocks.backbone import BackboneConfig
 from penumbra.models.blocks.deeplab import DeepLab, DeepLabConfig
 from penumbra.models.blocks.layers import drop_channels, resize_like
 from penumbra.models.blocks.resnet import ResNetConfig
@@ -34,7 +35,7 @@ class SelfCorrectingConfig(DeepLabConfig):
     of every box (VOC's is 0); None for data without one. partial: the ancillary is taught with some of the boxes too.
     """
 
-    backbone: ResNetConfig = BACKBONE
+    backbone: BackboneConfig = BACKBONE
     ancillary: bool = True
     correction: Literal["none", "linear", "convolutional"] = "linear"
     correction_hidden: int = 128

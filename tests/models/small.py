@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from penumbra.models import find_method
+from penumbra.models.blocks.efficientnet import EfficientNetConfig
 from penumbra.models.blocks.resnet import ResNetConfig
 from penumbra.models.card import Card, ClassInfo, InputSpec, Readout, WindowSpec
 from penumbra.models.contract import Network, Prompt
@@ -21,7 +22,7 @@ from penumbra.models.ensemble.net import EnsembleConfig, MemberConfig
 from penumbra.models.np_semiseg.linear import LinearConfig
 from penumbra.models.np_semiseg.net import NpConfig
 from penumbra.models.proto_seg.net import ProtoConfig
-from penumbra.models.proto_seg.trunks import DeepLabConfig, HrnetConfig
+from penumbra.models.proto_seg.trunks import DeepLabConfig, HrnetConfig, LiteConfig
 from penumbra.models.self_correcting.net import SelfCorrectingConfig
 from penumbra.models.toy.net import ToyConfig
 from penumbra.serving.engine.noise import SeededNoise
@@ -30,6 +31,7 @@ from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
 
 BACKBONE = ResNetConfig(depth=18, width=8)
+LITE = EfficientNetConfig("efficientnet_lite", width=0.25, depth=0.5)
 SELF_CORRECTING = SelfCorrectingConfig(
     3, ResNetConfig(depth=18, stem="plain", width=4, output_stride=8, dilation="rest"),
     aspp_channels=8, low_channels=8, decoder_channels=8, correction_hidden=8,
@@ -48,10 +50,12 @@ SMALL: dict[str, Any] = {
     "toy bright": ToyConfig(form="bright"),
     "cps": SMALL_CPS,
     "cps single": replace(SMALL_CPS, branches=1),
+    "cps lite": replace(SMALL_CPS, branches=1, backbone=LITE),
     "np_semiseg film": FILM,
     "np_semiseg linear": replace(FILM, head="linear", linear=LinearConfig(rank=4, hidden=8)),
     "np_semiseg linear-kept": replace(FILM, head="linear", linear=LinearConfig(rank=4, hidden=8, keep_answer=True)),
     "np_semiseg published": PUBLISHED,
+    "np_semiseg lite": replace(FILM, backbone=replace(LITE, num_stages=5)),
     "np_semiseg dropout": replace(PUBLISHED, dropout=0.1, sampling="dropout"),
     "ensemble": EnsembleConfig(
         3,
@@ -65,11 +69,13 @@ SMALL: dict[str, Any] = {
     "self_correcting ancillary": replace(SELF_CORRECTING, correction="none"),
     "self_correcting linear": SELF_CORRECTING,
     "self_correcting convolutional": replace(SELF_CORRECTING, correction="convolutional"),
+    "self_correcting lite": replace(SELF_CORRECTING, backbone=LITE),
     "self_correcting dropout": replace(SELF_CORRECTING, sampling="dropout"),
     "proto_seg prototype": ProtoConfig(3, num_prototypes=4, hrnet=HRNET),
     "proto_seg channel": ProtoConfig(3, num_prototypes=4, normalise="channel", hrnet=HRNET),
     "proto_seg dropout": ProtoConfig(3, num_prototypes=4, sampling="dropout", hrnet=HRNET),
     "proto_seg deeplab": ProtoConfig(3, "parametric", trunk="deeplab", deeplab=DeepLabConfig(50, width=2, channels=8)),
+    "proto_seg lite": ProtoConfig(3, num_prototypes=4, normalise="channel", trunk="lite", lite=LiteConfig(LITE, 8)),
     "proto_seg parametric": ProtoConfig(3, head="parametric", hrnet=HRNET),
     "proto_seg parametric-dropout": ProtoConfig(3, head="parametric", sampling="dropout", hrnet=HRNET),
     "cpal cam": CpalConfig(3, depth=18, width=4),
@@ -80,6 +86,10 @@ SMALL: dict[str, Any] = {
     "cpal everywhere": CpalConfig(
         3, depth=18, width=4, members=("cam", "pacam"), background=False, context=4, context_channels=8, neighbours=2
     ),
+    "cpal lite": CpalConfig(
+        3, width=4, lite=LITE, members=("cam", "pacam"), context=4, context_channels=8, neighbours=2
+    ),
+    "cpal lite-deeplabv2": CpalConfig(3, "deeplabv2", lite=LITE, scales=(1.0, 0.5), members=("scale1", "scale0.5")),
     "cpal deeplabv2": CpalConfig(3, "deeplabv2", width=2, scales=(1.0, 0.5, 0.75), members=("max",)),
     "cpal deeplabv2-scales": CpalConfig(3, "deeplabv2", width=2, scales=(1.0, 0.5), members=("scale1", "scale0.5")),
     "cpal wrn38": CpalConfig(3, "wrn38", width=1, members=("logits",)),

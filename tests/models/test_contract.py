@@ -34,9 +34,9 @@ every_method = pytest.mark.parametrize(
 )
 QUICKLY_EXPORTED = (
     *(name for name in SMALL if name.startswith("toy")),
-    "np_semiseg film", "self_correcting linear", "cpal context",
+    "np_semiseg film", "self_correcting linear", "cpal context", "cps lite",
 )  # fmt: skip
-"""The toys, and three shapes of network: with a latent, with boxes, with maps of its own."""
+"""The toys, three shapes of network (with a latent, with boxes, with maps of its own), and the other backbone."""
 EXACTLY = 1e-9
 
 
