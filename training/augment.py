@@ -71,9 +71,10 @@ def cutmix_masks(num: int, size: tuple[int, int], *, generator: torch.Generator)
 
 
 def normalise(image_B3hw: Tensor, spec: InputSpec) -> Tensor:
-    """Compute (x - mean) / std of pictures in [0, 1], channels-last because CPU convolutions want it so."""
+    """Make what a network sees of RGB pictures in [0, 1], channels-last because CPU convolutions want it so."""
     mean, std = torch.tensor(spec.mean)[:, None, None], torch.tensor(spec.std)[:, None, None]
-    normal_B3hw: Tensor = (image_B3hw - mean) / std
+    ordered_B3hw = image_B3hw.flip(1) if spec.order == "BGR" else image_B3hw
+    normal_B3hw: Tensor = (ordered_B3hw * (255 / spec.scale) - mean) / std
     return normal_B3hw.contiguous(memory_format=torch.channels_last)
 
 

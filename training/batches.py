@@ -11,7 +11,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from penumbra.models.card import IGNORE, InputSpec
+from penumbra.models.card import IGNORE
 from penumbra.models.contract import Views
 from penumbra.models.errors import BadOption
 from penumbra.training.augment import cutmix_masks, jitter_color, normalise, random_view
@@ -67,7 +67,7 @@ class Batches:
 
     def draw(self) -> Views:
         """Draw the next batch. Nothing of the unlabelled frames' masks goes into it but what `weak_labels` names."""
-        recipe, generator, spec = self.recipe, self.generator, InputSpec()
+        recipe, generator, spec = self.recipe, self.generator, self.recipe.input
         image, label_Bhw, _ = self._views(self.labelled, recipe.labelled_batch)
         plain, hidden_Bhw, inside_Bhw = self._views(self.unlabelled, recipe.unlabelled_batch)
         strong = jitter_color(plain, strength=recipe.strong_jitter, generator=generator)

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from penumbra.models.blocks.layers import draw_noise
-from penumbra.models.card import IGNORE, ClassInfo, InputSpec
+from penumbra.models.card import IGNORE, Card
 from penumbra.models.confusion import confusion, intersection_over_union
 from penumbra.models.contract import Network
 from penumbra.training.augment import normalise
@@ -16,9 +16,7 @@ BORDER_PX = 32
 
 
 @torch.inference_mode()
-def measure(
-    network: Network, frames: FrameSet, *, classes: tuple[ClassInfo, ...], every: int = 1, seed: int = 0
-) -> dict[str, float]:
+def measure(network: Network, frames: FrameSet, *, card: Card, every: int = 1, seed: int = 0) -> dict[str, float]:
     """Measure the mean probability of the default number of samples, on whole frames (every n-th only).
 
     mIoU and accuracy in [0, 1]; of several samples sample_spread: standard deviation over samples of the winning
@@ -26,7 +24,7 @@ def measure(
     nll_nats: mean of -log p(truth). One float32 draw of noise per frame, from `seed`.
     """
     generator = torch.Generator().manual_seed(seed)
-    num_classes = len(classes)
+    num_classes = card.num_classes
     device = next(network.parameters()).device
     confusion_KK = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     sums, num_frames = torch.zeros(4, dtype=torch.float64), 0
@@ -34,7 +32,7 @@ def measure(
         image_3HW, label_HW = frames[i]
         if (label_HW == IGNORE).all():
             continue  # its mean over no pixel is NaN, and one NaN would be the mean of all frames
-        image_B3hw = normalise(image_3HW[None].float() / 255, InputSpec()).to(device)
+        image_B3hw = normalise(image_3HW[None].float() / 255, card.input).to(device)
         label_hw = label_HW.long()
         noise_SBL = draw_noise(network.sampling, network.sampling.default_samples, 1, generator)
         logits_SBKhw = network(image_B3hw, noise_SBL.to(device)).float()
@@ -51,7 +49,7 @@ def measure(
         "mIoU": float(iou_K.nanmean()),
         "accuracy": float(confusion_KK.diag().sum() / confusion_KK.sum()),
         **means,
-        **{f"IoU/{info.name}": float(iou) for info, iou in zip(classes, iou_K, strict=True)},
+        **{f"IoU/{info.name}": float(iou) for info, iou in zip(card.classes, iou_K, strict=True)},
     }
 
 

@@ -15,7 +15,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from penumbra.models import find_method
-from penumbra.models.card import Card, InputSpec, Provenance, Readout
+from penumbra.models.card import Card, Provenance, Readout
 from penumbra.models.checkpoint import check_replaceable, load_checkpoint, save_checkpoint
 from penumbra.models.contract import Network
 from penumbra.models.errors import BadArtifact, BadOption
@@ -28,6 +28,7 @@ from penumbra.training.data import DataSet, find_data, load_training
 from penumbra.training.devices import follow_first, gather, share_of, start_devices
 from penumbra.training.evaluate import measure
 from penumbra.training.frames import FrameSet, write_split
+from penumbra.training.hosts import IMAGENET_LICENCE, find_hosts, load_imagenet, parameter_groups
 from penumbra.training.objective import build_objective, update_average
 from penumbra.training.recipe import Recipe
 
@@ -64,11 +65,8 @@ class Training:
         network = build_network(recipe, num_classes).to(memory_format=torch.channels_last)
         average = copy.deepcopy(network).requires_grad_(False).eval()
         self.objective = build_objective(recipe.method, network, average, recipe.objective)
-        groups = [  # weights decay, biases and norms do not
-            {"params": [p for p in network.parameters() if p.ndim > 1], "weight_decay": recipe.weight_decay},
-            {"params": [p for p in network.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate)
+        self.hosts = find_hosts(network)
+        optimizer = torch.optim.AdamW(parameter_groups(network, self.hosts, recipe), lr=recipe.learning_rate)
         self.forward, self.optimizer = self.fabric.setup(self.objective, optimizer)
 
     @property
@@ -78,8 +76,11 @@ class Training:
 
     def advance(self, progress: float) -> dict[str, float]:
         """Take one step at the learning rate of `progress`; returns the named losses."""
+        rate = self.recipe.learning_rate * schedule(progress, warmup=self.recipe.warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.learning_rate * schedule(progress, warmup=self.recipe.warmup)
+            group["lr"] = rate * group.get("rate", 1.0)  # a state that is older has none
+        for host in self.hosts:
+            host.frozen = progress < self.recipe.frozen_share
         self.objective.train()
         self.average.eval()
         losses = self.forward(self.fabric.to_device(self.batches.draw()), progress, self.generator)
@@ -219,6 +220,8 @@ def build_network(recipe: Recipe, num_classes: int) -> Network:
         for module in network.modules():
             if isinstance(module, nn.Conv2d) and module.bias is None:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if recipe.pretrained == "imagenet":
+            load_imagenet(network, recipe)
     return network
 
 
@@ -231,11 +234,12 @@ def card_of(recipe: Recipe, data: DataSet, *, num_frames: int, num_labelled: int
     without = " and ".join((*recipe.leave_out, *recipe.void_classes))
     part = f"train without {without}" if without else "train"
     sentence = f"{data.title} {part}, {num_labelled} of {num_frames} frames labelled ({drawn}), the rest {rest}"
+    licence = data.licence + (IMAGENET_LICENCE if recipe.pretrained == "imagenet" else "")
     return Card(
         name=recipe.name, version=1, method=recipe.method, config=dataclasses.asdict(config), classes=data.classes,
-        input=InputSpec(), window=recipe.window, sampling=network.sampling, readout=Readout(align_corners=True),
+        input=recipe.input, window=recipe.window, sampling=network.sampling, readout=Readout(align_corners=True),
         prompt=network.prompt, extra_maps=network.extra_maps,
-        provenance=Provenance(sentence, data.licence, recipe_of(recipe), build_facts("").get("commit", "")),
+        provenance=Provenance(sentence, licence, recipe_of(recipe), build_facts("").get("commit", "")),
     )  # fmt: skip
 
 
@@ -249,7 +253,7 @@ def write_measured(path: Path, card: Card, network: Network, val: FrameSet, *, e
     save_checkpoint(path, card, network, half=True)
     _, stored = load_checkpoint(path)
     stored = stored.to(next(network.parameters()).device, memory_format=torch.channels_last)
-    figures = measure(stored, val, classes=card.classes, every=every)
+    figures = measure(stored, val, card=card, every=every)
     split = "val/seg" if every == 1 else f"val[::{every}]/seg"
     metrics = {f"{split}/{name}": round(value, 5) for name, value in figures.items() if math.isfinite(value)}
     provenance = dataclasses.replace(card.provenance, metrics=metrics)

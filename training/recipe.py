@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import yaml
 
-from penumbra.models.card import WindowSpec
+from penumbra.models.card import InputSpec, WindowSpec
 from penumbra.models.errors import BadArtifact, BadOption
 from penumbra.models.strict import read_strict
 
@@ -29,6 +29,9 @@ class Recipe:
     jitter, strong_jitter: colour strength of labelled and of unlabelled views.
     steps: length of the schedule, unless the caller limits the minutes. warmup: its share with rising rate.
     average_decay: of the running average of the weights, which is what is written in the end.
+    input: how pixels become what the network sees. pretrained: what the EfficientNets in the network start from.
+    host_rate: factor on the learning rate of those. frozen_share: of the schedule, in which their BatchNorm keeps
+    the statistics that it started with.
     """
 
     name: str
@@ -55,6 +58,10 @@ class Recipe:
     warmup: float = 0.03
     average_decay: float = 0.995
     precision: Precision = "bf16-mixed"
+    input: InputSpec = field(default_factory=InputSpec)
+    pretrained: Literal["none", "imagenet"] = "none"
+    host_rate: float = 1.0
+    frozen_share: float = 0.0
     objective: dict[str, Any] = field(default_factory=dict)
     validate_every_minutes: float = 8.0
 

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 from penumbra.__main__ import main
-from penumbra.models.card import IGNORE, ClassInfo
+from penumbra.models.card import IGNORE
 from penumbra.models.checkpoint import load_checkpoint, read_card
 from penumbra.models.confusion import confusion, intersection_over_union
 from penumbra.models.errors import BadOption
@@ -19,7 +19,7 @@ from penumbra.training.evaluate import measure, summarise
 from penumbra.training.frames import Frames
 from penumbra.training.loop import Training, schedule, train
 from penumbra.training.recipe import read_recipe
-from tests.models.small import SMALL, seeded
+from tests.models.small import card_of, seeded
 from tests.training import tiny
 
 METHODS = ("np_semiseg", "cps")
@@ -137,12 +137,11 @@ def test_intersection_over_union_ignores_void_and_absent_classes() -> None:
 def test_a_frame_without_a_label_spoils_no_figure_and_one_sample_has_none_of_several(
     name: str, has_samples: bool, rng: np.random.Generator
 ) -> None:
-    network = seeded(name)
-    classes = tuple(ClassInfo(f"class {k}", (k, k, k)) for k in range(SMALL[name].num_classes))
+    network, card = seeded(name), card_of(name)
     images = torch.from_numpy(rng.integers(0, 256, (2, 3, 96, 128), dtype=np.uint8))
     labels = images.argmax(1).to(torch.uint8)
-    alone = measure(network, Frames(("a",), images[:1], labels[:1]), classes=classes)
+    alone = measure(network, Frames(("a",), images[:1], labels[:1]), card=card)
     labels[1] = IGNORE
-    both = measure(network, Frames(("a", "b"), images, labels), classes=classes)
+    both = measure(network, Frames(("a", "b"), images, labels), card=card)
     assert both == alone and np.isfinite(list(both.values())).all()
     assert ("mutual_information_nats" in both) == ("sample_spread" in both) == has_samples
