@@ -40,7 +40,7 @@ def stitch(height: int) -> tuple[int, int, int]:
         blend(stats_BhCw, pairs, CARD, 1)
         (segment,), num_bytes = segments_of(pairs, CARD, 1)
         if segment:
-            out = torch.empty(num_bytes, dtype=torch.uint8)
+            out = torch.zeros(num_bytes, dtype=torch.uint8)
             read_out([(surface.canvas_RCW, segment, surface.wanted)], out, CARD)
             assert abs(float(segment.band(out.numpy()).maps["confidence"].max()) - 1 / CLASSES) < 1e-4
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -178,7 +178,7 @@ def read_window(logits_SKhw: Tensor, card: Card, height: int, width: int, output
     statistics.finish()
     wanted = Wanted(outputs)
     segment, num_bytes = lay_out(wanted, range(height), width, card, num_samples)
-    out = torch.empty(num_bytes, dtype=torch.uint8)
+    out = torch.zeros(num_bytes, dtype=torch.uint8)
     read_out([(statistics.stats_BhCw[0] / num_samples, segment, wanted)], out, card)
     return segment.band(out.numpy())
 

@@ -270,6 +270,12 @@ class Card:
     def num_classes(self) -> int:
         return len(self.classes)
 
+    @property
+    def map_of_novelty(self) -> str:
+        """Name the map whose mean over a picture says how strange it is, whether there is a reference or not."""
+        own = [extra.name for extra in self.extra_maps if extra.name == "density"]
+        return self.novelty.map if self.novelty else (*own, "entropy")[0]
+
     def maps(self, num_samples: int) -> tuple[str, ...]:
         """Return names of the maps that an answer of so many samples has, the model's own last: all that is offered."""
         return (*(MAPS_OF_ONE if num_samples == 1 else MAPS), *(extra.name for extra in self.extra_maps))

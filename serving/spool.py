@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from penumbra.models.card import Card, dump_card
 from penumbra.models.errors import BadOption, DiskFull
 from penumbra.serving.engine.answer import Prediction, collect
+from penumbra.serving.engine.canvas import SUMS
 from penumbra.serving.engine.kernels import FloatArray
 from penumbra.serving.engine.options import Limits, SegmentOptions
 from penumbra.serving.engine.raster import Raster
@@ -85,10 +86,11 @@ class Spool:
             with disk():
                 directory.mkdir(parents=True, exist_ok=True)
                 self._clear()
-                names = ["labels", *options.maps(card), SCRATCH]
+                names = ["labels", *options.maps(card), SUMS, SCRATCH]
                 (directory / MARK).write_text(json.dumps({"key": key, "files": names}))
         size = (image.shape[0], image.shape[1])
         self._labels = RowFile(directory / "labels", size, np.uint8)
+        self._sums = RowFile(directory / SUMS, (size[0], 2), np.int64)
         self._maps = {name: RowFile(directory / name, size, np.float32) for name in options.maps(card)}
 
     def remove(self) -> None:
@@ -112,7 +114,7 @@ class Spool:
         request = self._segmenter.bands_from(first_y, self._image, self._options, limits=limits, cancelled=cancelled)
         labels_HW, maps = cast(NDArray[np.uint8], self._labels), cast(dict[str, FloatArray], self._maps)
         with disk():
-            return collect(request, labels_HW, maps, progress=progress)
+            return collect(request, labels_HW, maps, cast(NDArray[np.int64], self._sums), progress=progress)
 
 
 def _own(directory: Path) -> tuple[str, set[str]]:
@@ -156,4 +158,4 @@ def disk() -> Iterator[None]:
 
 def spool_bytes(height: int, width: int, options: SegmentOptions, card: Card) -> int:
     """Count the bytes of disk that an answer's arrays take."""
-    return height * width * (1 + 4 * len(options.maps(card)))
+    return height * (width * (1 + 4 * len(options.maps(card))) + 16)

@@ -2,7 +2,7 @@
 
 import math
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from penumbra.serving.engine.kernels import FloatArray
 from penumbra.serving.engine.options import PROBABILITIES
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.request import Progress, QueuedRequest
+from penumbra.serving.engine.scores import Scores, score, warn_of_strangeness
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class Prediction:
     others. abstained: share of the pixels whose label is IGNORE for `max_risk` or `max_class_risk`; None where neither
     was asked for. image: what it is an answer to. prob_KHW: mean probabilities of all classes, float32, where the
     output PROBABILITIES was asked for. num_asked: of samples, where `anytime` lets the answer have fewer. age_s: of an
-    answer that was kept (`penumbra.serving.cache`).
+    answer that was kept (`penumbra.serving.cache`). scores: what is said of the picture as a whole.
     """
 
     card: Card
@@ -44,6 +45,7 @@ class Prediction:
     num_asked: int | None = None
     age_s: float | None = None
     num_void: int = 0
+    scores: Scores = field(default_factory=Scores)
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -59,14 +61,15 @@ class Prediction:
             "members": list(self.members), "windows": self.num_windows, "size": list(self.labels_HW.shape),
             "units": "nats", "timing_ms": {phase: round(ms, 3) for phase, ms in self.timing_ms.items()},
             "warnings": list(self.warnings), "abstained": self.abstained, "void_pixels": self.num_void,
+            "scores": {"expected_error": self.scores.expected_error, "novelty": self.scores.novelty},
         } | ({"samples_asked": self.num_asked} if self.num_asked else {})  # fmt: skip
 
 
 def collect(
     request: QueuedRequest, labels_HW: NDArray[np.uint8] | None = None, maps: dict[str, FloatArray] | None = None,
-    *, progress: Progress = lambda num_done, num_windows: None,
+    sums_H2: NDArray[np.int64] | None = None, *, progress: Progress = lambda num_done, num_windows: None,
 ) -> Prediction:  # fmt: skip
-    """Run a request to its end, and set the rows of labels and maps band by band, by default in memory.
+    """Run a request to its end, and set the rows of labels, maps and sums band by band, by default in memory.
 
     Raises any PenumbraError. Changes the arrays.
     """
@@ -74,6 +77,7 @@ def collect(
     size = plan.windows.height, plan.windows.width
     labels_HW = np.empty(size, np.uint8) if labels_HW is None else labels_HW
     maps = {name: np.empty(size, np.float32) for name in plan.options.maps(card)} if maps is None else maps
+    sums_H2 = np.empty((size[0], 2), np.int64) if sums_H2 is None else sums_H2
     has_prob = PROBABILITIES in plan.options.outputs
     prob_KHW = np.empty((card.num_classes, *size), np.float32) if has_prob else None
     with request.clock("total"), closing(request.bands(progress)) as bands:
@@ -83,13 +87,19 @@ def collect(
                 maps[name][rows] = band.maps[name]
             if prob_KHW is not None and band.prob_hKW is not None:
                 prob_KHW[:, rows] = band.prob_hKW.swapaxes(0, 1)
+            sums_H2[rows] = band.sums_h2
             labels_HW[rows] = band.labels  # last: whoever goes on after a stop counts these
     num_void, abstained = _count_ignored(labels_HW, request)
+    scores = score(
+        card, sums_H2[:], size[0] * size[1] - num_void, num_samples=request.num_samples,
+        has_prompt=plan.prompt is not None,
+    )  # fmt: skip
+    warnings = (*_warnings(request), *warn_of_strangeness(card, scores))
     return Prediction(
-        card, plan.options.seed, request.num_samples, plan.windows.num_windows, plan.sampling.members,
-        _warnings(request), labels_HW, {name: maps[name] for name in maps if name in card.maps(request.num_samples)},
-        request.timing_ms, abstained, request.image_HW3, prob_KHW,
-        plan.num_samples if plan.options.anytime else None, num_void=num_void,
+        card, plan.options.seed, request.num_samples, plan.windows.num_windows, plan.sampling.members, warnings,
+        labels_HW, {name: maps[name] for name in maps if name in card.maps(request.num_samples)}, request.timing_ms,
+        abstained, request.image_HW3, prob_KHW, plan.num_samples if plan.options.anytime else None, num_void=num_void,
+        scores=scores,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ lane, from a picture whose rows went up once, as they came, and finished rows co
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.uncertainty import Band
 from penumbra.serving.engine.windows import Window, WindowPlan, clip
 
+SUMS = "row.sums"
+"""Stands for the sums that scores are made of among the outputs by name; no map has a dot in its name."""
 STRIP_BYTES = 2**24
 """Rows of a picture go up in strips of so many bytes, unless the windows at hand need more."""
 
@@ -67,8 +69,8 @@ class Transfers:
         return host.to(self.device, non_blocking=True)
 
     def room(self, num_bytes: int) -> tuple[Tensor, Tensor]:
-        """Make room for bytes on the device and on the host."""
-        there = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+        """Make room for bytes on the device, zeros there, and on the host."""
+        there = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
         return there, torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True) if self._stream else there
 
     def down(self, there: Tensor, host: Tensor) -> Copied:
@@ -136,6 +138,11 @@ class Surface:
         inside = above, window.height - below, left, window.width - right
         return [window.y0, window.x0, *inside, place_y, place_x, fresh_y, fresh_x]
 
+    def void(self, rows: range) -> tuple[NDArray[np.bool_] | None, Tensor | None]:
+        """Say where these rows of the picture hold no measurement, [h, W] here and uint8 on the device."""
+        void_hW = self._image_HW3.void(slice(rows.start, rows.stop))
+        return void_hW, None if void_hW is None else self._transfers.up(void_hW.view(np.uint8))
+
     def finished(self, window: Window) -> range:
         """Give the rows that no window after this one touches; none unless it is the last of its row of windows."""
         plan = self.plan
@@ -155,37 +162,43 @@ def ring_height(plan: WindowPlan, most: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Finished rows, and where their outputs lie in the bytes that come down, by name; labels under `labels`."""
+    """Finished rows, and where their outputs lie in the bytes that come down, by name, with `labels` and `SUMS`.
+
+    void_hW: which of their pixels hold no measurement, here and on the device, as `Surface.void` has it.
+    """
 
     rows: range
     width: int
     num_samples: int
     num_classes: int
     places: dict[str, int]
+    void_hW: tuple[NDArray[np.bool_] | None, Tensor | None] = (None, None)
 
     def table(self, card: Card) -> list[int]:
         """Give the rows and the places as `operators.read_out` takes them."""
         maps = card.maps(self.num_samples)
-        names = ("labels", *maps[:5], PROBABILITIES, *maps[5:])
+        names = ("labels", *maps[:5], PROBABILITIES, *maps[5:], SUMS)
         return [self.rows.start, len(self.rows), *(self.places.get(name, -1) for name in names)]
 
     def band(self, copied: NDArray[np.uint8]) -> Band:
         """Read the rows of an answer from the bytes."""
         size = len(self.rows), self.width
-        arrays = {}
-        for name, place in self.places.items():
+        arrays, places = {}, dict(self.places)
+        sums_h2 = np.ndarray((size[0], 2), np.int64, copied, offset=places.pop(SUMS))
+        for name, place in places.items():
             shape = (size[0], self.num_classes, size[1]) if name == PROBABILITIES else size
             kind = np.dtype(np.uint8 if name == "labels" else np.float32)
             arrays[name] = np.ndarray(shape, kind, copied, offset=place)
         labels, prob_hKW = arrays.pop("labels"), arrays.pop(PROBABILITIES, None)
-        return Band(self.rows.start, labels, arrays, prob_hKW)
+        return Band(self.rows.start, labels, arrays, prob_hKW, sums_h2, self.void_hW[0])
 
 
 def lay_out(
     wanted: Wanted, rows: range, width: int, card: Card, num_samples: int, start: int = 0
 ) -> tuple[Segment, int]:  # fmt: skip
     """Lay out what is wanted of finished rows in the bytes from `start` on, and say where the next may begin."""
-    places = {}
+    places = {SUMS: -(-start // 8) * 8}
+    start = places[SUMS] + 16 * len(rows)
     names = {*card.maps(num_samples), PROBABILITIES} & {*wanted.outputs}
     for name in sorted(names):
         places[name] = start
@@ -226,6 +239,7 @@ def segments_of(
         rows, segment = surface.finished(window), None
         if rows:
             segment, end = lay_out(surface.wanted, rows, surface.plan.width, card, num_samples, end)
+            segment = replace(segment, void_hW=surface.void(rows))
         segments.append(segment)
     return segments, end
 
@@ -246,9 +260,16 @@ def read_out(finished: Sequence[tuple[Tensor, Segment, Wanted]], out: Tensor, ca
     """Read finished rows out of canvases into `out`: each with its segment, and what is wanted of it."""
     kept = list({id(canvas): canvas for canvas, _, _ in finished}.values())
     places = {id(canvas): i for i, canvas in enumerate(kept)}
-    table = [number for canvas, one, _ in finished for number in (places[id(canvas)], *one.table(card))]
     everything = (math.inf,) * card.num_classes
     thresholds = [nats for _, _, wanted in finished for nats in wanted.above_nats_K or everything]
+    table, voids = list[int](), list[Tensor]()
+    for canvas, segment, _ in finished:
+        void_hW = segment.void_hW[1]
+        table += [places[id(canvas)], *segment.table(card), -1 if void_hW is None else len(voids)]
+        voids += [] if void_hW is None else [void_hW]
+    extras = [extra.name for extra in card.extra_maps]
     operators.read_out(
-        kept, out, table, thresholds, num_classes=card.num_classes, softmax=card.readout.average == "logits"
+        kept, out, table, thresholds, num_classes=card.num_classes, softmax=card.readout.average == "logits",
+        channel=card.num_classes + 1 + extras.index(card.map_of_novelty) if card.map_of_novelty in extras else -1,
+        voids=voids,
     )  # fmt: skip

@@ -172,15 +172,20 @@ FOR_EACH_CPU void penumbra_blend(
 
 /* Reads rows y to y + rows of a canvas, a ring of R rows [C][W] of mean probabilities, mean sample entropies and extra
  * maps, into planes of `out`, which begin at these bytes and are not wanted where that is negative: labels, confidence,
- * margin, entropy, expected entropy, entropy beyond it, probabilities [rows][K][W], and the extra maps. Ties go to the
- * lowest class; labels are 255 above the `threshold` of their class; zero probabilities add no entropy. */
+ * margin, entropy, expected entropy, entropy beyond it, probabilities [rows][K][W], the extra maps, and sums [rows][2].
+ * Ties go to the lowest class; labels are 255 above the `threshold` of their class; zero probabilities add no entropy.
+ *
+ * Sums are of 1 - confidence and of the map at `channel`, or of the entropy where that is negative, in units of 2^-24 and
+ * without the pixels that are hidden[rows][W]; that may be NULL. */
 FOR_EACH_CPU void penumbra_read_out(
     const float *restrict canvas, long R, long C, long K, long W, long y, long rows, const float *restrict threshold,
-    uint8_t *restrict out, const int64_t *restrict planes) {
+    uint8_t *restrict out, const int64_t *restrict planes, const uint8_t *restrict hidden, long channel) {
     float c[256], second[256], nats[256];
     int32_t best[256];
+    int64_t *restrict sums = planes[6 + C - K] < 0 ? NULL : (int64_t *)(out + planes[6 + C - K]);
     for (long row = 0; row < rows; row++) {
         const float *restrict prob = canvas + (y + row) % R * C * W, *restrict expected = prob + K * W;
+        int64_t sum[2] = {0, 0};
         for (long i = 4; i < 7 + C - K - 1; i++) { /* what is only copied */
             if (planes[i] < 0 || i == 5) continue;
             long width = (i == 6 ? K : 1) * W, first = i == 6 ? 0 : i == 4 ? K : K + i - 6;
@@ -204,6 +209,13 @@ FOR_EACH_CPU void penumbra_read_out(
                 out[planes[0] + at + x] = nats[x] > threshold[best[x]] ? 255 : (uint8_t)best[x];
                 second[x] = c[x] - second[x];
             }
+            const float *restrict novel = channel < 0 ? nats : prob + channel * W + x0;
+            for (long x = 0; sums && x < n; x++) {
+                float v = novel[x] < 32768.0f ? novel[x] : 32768.0f;
+                int64_t measured = !hidden || !hidden[at + x];
+                sum[0] += measured * (int64_t)((1.0f - c[x]) * 16777216.0f);
+                sum[1] += measured * (int64_t)((v > -32768.0f ? v : -32768.0f) * 16777216.0f);
+            }
             if (planes[1] >= 0) memcpy(out + planes[1] + at * 4, c, n * 4);
             if (planes[2] >= 0) memcpy(out + planes[2] + at * 4, second, n * 4);
             if (planes[3] >= 0) memcpy(out + planes[3] + at * 4, nats, n * 4);
@@ -214,5 +226,6 @@ FOR_EACH_CPU void penumbra_read_out(
             }
             memcpy(out + planes[5] + at * 4, c, n * 4);
         }
+        if (sums) memcpy(sums + 2 * row, sum, sizeof sum);
     }
 }

@@ -88,12 +88,13 @@ def blend(
 
 
 def read_out(
-    canvases: list[Tensor], out: Tensor, segments: list[int], thresholds: list[float], num_classes: int, softmax: bool
-) -> None:
+    canvases: list[Tensor], voids: list[Tensor], out: Tensor, segments: list[int], thresholds: list[float],
+    num_classes: int, softmax: bool, channel: int,
+) -> None:  # fmt: skip
     """Read out segment by segment."""
     assert COMPILED
     per_segment = len(segments) * num_classes // len(thresholds)
-    for (index, y, num_rows, *planes), threshold_K in zip(
+    for (index, y, num_rows, *planes, void), threshold_K in zip(
         zip(*[iter(segments)] * per_segment, strict=True), zip(*[iter(thresholds)] * num_classes, strict=True),
         strict=True,
     ):  # fmt: skip
@@ -107,6 +108,7 @@ def read_out(
         COMPILED.penumbra_read_out(
             _address(canvas), *_longs(height, channels, num_classes, width, y, num_rows),
             (ctypes.c_float * num_classes)(*threshold_K), _address(out), (ctypes.c_int64 * len(planes))(*planes),
+            None if void < 0 else _address(voids[void]), *_longs(channel),
         )  # fmt: skip
 
 

@@ -3,9 +3,16 @@
 They loop over windows, samples and segments, and wait for nothing.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+UNITS = 2.0**24
+"""Units of the sums that scores are made of, in one."""
+MOST = 2.0**15
+"""A pixel's map of novelty counts for at most so much, that no sum of a row overflows."""
 
 
 def cut(
@@ -74,11 +81,12 @@ def blend(
 
 
 def read_out(
-    canvases: list[Tensor], out: Tensor, segments: list[int], thresholds: list[float], num_classes: int, softmax: bool
-) -> None:
+    canvases: list[Tensor], voids: list[Tensor], out: Tensor, segments: list[int], thresholds: list[float],
+    num_classes: int, softmax: bool, channel: int,
+) -> None:  # fmt: skip
     """Read out segment by segment; see `operators.read_out`."""
     per_segment = len(segments) * num_classes // len(thresholds)
-    for (index, y, num_rows, *offsets), threshold_K in zip(
+    for (index, y, num_rows, *offsets, void), threshold_K in zip(
         zip(*[iter(segments)] * per_segment, strict=True), zip(*[iter(thresholds)] * num_classes, strict=True),
         strict=True,
     ):  # fmt: skip
@@ -92,7 +100,16 @@ def read_out(
         is_above = torch.stack([entropy > threshold for threshold in threshold_K], dim=1)
         labels = labels.to(torch.uint8).masked_fill(is_above.gather(1, labels[:, None])[:, 0], 255)
         floats = (confidence, confidence - second, entropy, expected, (entropy - expected).clamp(min=0), prob)
-        for plane, offset in zip((labels, *floats, *extras.unbind(1)), offsets, strict=True):
+        sums = _row_sums((1 - confidence, entropy if channel < 0 else rows[:, channel]), voids[void : void + 1])
+        for plane, offset in zip((labels, *floats, *extras.unbind(1), sums), offsets, strict=True):
             if offset >= 0:
                 begin, flat = int(offset), plane.contiguous().view(-1)
                 out[begin : begin + flat.nbytes].copy_(flat.view(torch.uint8))
+
+
+def _row_sums(maps: Sequence[Tensor], void: Sequence[Tensor]) -> Tensor:
+    """Add up maps [h, W] in whole units, int64 [h, maps], where nothing is void."""
+    units_hWM = (torch.stack([*maps], 2).clamp(-MOST, MOST).double() * UNITS).long()
+    for void_hW in void:
+        units_hWM = units_hWM.masked_fill(void_hW[:, :, None] != 0, 0)
+    return units_hWM.sum(1)

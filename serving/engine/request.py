@@ -126,7 +126,7 @@ class QueuedRequest:
                 progress(window.index + 1, self.plan.windows.num_windows)
                 for band in self._stitch(window, answer):
                     if band.y0 >= self._first_y:
-                        withhold_void(band, self.image_HW3)
+                        withhold_void(band)
                         yield band
         assert self.started
         self.timing_ms["queue"] = 1e3 * (self.started - self.submitted)
@@ -154,7 +154,7 @@ class QueuedRequest:
         (segment,), num_bytes = segments_of(pairs, card, answer.num_samples)
         if segment:
             with self.clock("read_out"):
-                out = torch.empty(num_bytes, dtype=torch.uint8)
+                out = torch.zeros(num_bytes, dtype=torch.uint8)
                 read_out([(self.surface.canvas_RCW, segment, wanted)], out, card)
                 band = segment.band(out.numpy())
             yield band

@@ -16,25 +16,27 @@ from numpy.typing import NDArray
 
 from penumbra.models.card import IGNORE
 from penumbra.serving.engine.kernels import FloatArray
-from penumbra.serving.engine.raster import Raster
 
 
 @dataclass(frozen=True, slots=True)
 class Band:
     """A band is finished rows of an answer, from row y0 of the image: labels uint8 [h, W] and float32 maps [h, W].
 
-    maps: those that were asked for. prob_hKW: the probabilities, where they were.
+    maps: those that were asked for. prob_hKW: the probabilities, where they were. sums_h2: what scores are made of, as
+    `penumbra.serving.engine.operators.read_out` has it. void_hW: pixels without a measurement, where there can be such.
     """
 
     y0: int
     labels: NDArray[np.uint8]
     maps: dict[str, FloatArray]
     prob_hKW: FloatArray | None
+    sums_h2: NDArray[np.int64]
+    void_hW: NDArray[np.bool_] | None = None
 
 
-def withhold_void(band: Band, image: Raster) -> None:
+def withhold_void(band: Band) -> None:
     """Say nothing where the image has no measurement. Changes the band's labels, maps and probabilities."""
-    void_hW = image.void(slice(band.y0, band.y0 + len(band.labels)))
+    void_hW = band.void_hW
     if void_hW is None:
         return
     band.labels[void_hW] = IGNORE

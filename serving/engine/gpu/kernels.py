@@ -160,15 +160,24 @@ def _store(out, plane, index, values, mask):
         tl.store(address + index, values, mask=mask)
 
 
+@triton.jit
+def _units(values, measured):
+    """Add values up in units of 2^-24."""
+    values = tl.minimum(tl.maximum(values, -32768.0), 32768.0) * 16777216.0
+    return tl.sum(tl.where(measured, values.to(tl.int64), 0), 0)
+
+
 @_kernel
 def _read_out(
-    table, C, K: tl.constexpr, SOFTMAX: tl.constexpr, CLASSES: tl.constexpr, COLUMNS: tl.constexpr
+    table, C, num_canvases, channel, K: tl.constexpr, SOFTMAX: tl.constexpr, CLASSES: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     count = tl.num_programs(1)
     above = (table + 1).to(tl.pointer_type(tl.float32)) + tl.program_id(1) * K
     segments = table + 1 + tl.cdiv(count * K, 2)
-    segment = segments + tl.program_id(1) * (9 + C - K)
-    ring, planes = segments + count * (9 + C - K) + tl.load(segment) * 4, segment + 3
+    segment = segments + tl.program_id(1) * (11 + C - K)
+    tensors, planes = segments + count * (11 + C - K), segment + 3
+    ring, void, sums = tensors + tl.load(segment) * 4, tl.load(segment + 10 + C - K), tl.load(planes + 6 + C - K)
     W, out = tl.load(ring + 2), tl.load(table)
     row, tile = tl.program_id(0) // tl.cdiv(W, COLUMNS), tl.program_id(0) % tl.cdiv(W, COLUMNS)
     if row < tl.load(segment + 2):
@@ -196,6 +205,16 @@ def _read_out(
         _store(out, planes + 6, (row * K + k) * W + x[None], p, known & real[None])
         for extra in range(1, C - K):
             _store(out, planes + 6 + extra, at, tl.load(here + (K + extra) * W, mask=real, other=0.0), real)
+        if sums >= 0:
+            measured, novel = real, entropy
+            if void >= 0:
+                void_hW = tl.load(tensors + (num_canvases + void) * 4).to(tl.pointer_type(tl.uint8))
+                measured &= tl.load(void_hW + at, mask=real, other=1) == 0
+            if channel >= 0:
+                novel = tl.load(here + channel * W, mask=real, other=0.0)
+            row_sums = (out + sums).to(tl.pointer_type(tl.int64)) + row * 2
+            tl.atomic_add(row_sums, _units(1.0 - confidence, measured), sem="relaxed")
+            tl.atomic_add(row_sums + 1, _units(novel, measured), sem="relaxed")
 
 
 def make_ready() -> None:
@@ -266,8 +285,9 @@ def blend(
 
 
 def read_out(
-    canvases: list[Tensor], out: Tensor, segments: list[int], thresholds: list[float], num_classes: int, softmax: bool
-) -> None:
+    canvases: list[Tensor], voids: list[Tensor], out: Tensor, segments: list[int], thresholds: list[float],
+    num_classes: int, softmax: bool, channel: int,
+) -> None:  # fmt: skip
     """Read out all segments; see `operators.read_out`. Programs beyond a segment's end do nothing."""
     count, shape = len(thresholds) // num_classes, tile(num_classes)
     per_segment = len(segments) // count
@@ -276,5 +296,8 @@ def read_out(
         for index, num_rows in zip(segments[::per_segment], segments[2::per_segment], strict=True)
     )
     pairs = struct.pack(f"{len(thresholds)}f{len(thresholds) % 2 * 4}x", *thresholds)
-    table = _table([out.data_ptr(), *struct.unpack(f"{len(pairs) // 8}q", pairs), *segments], canvases)
-    _launch(_read_out, (tiles, count), table, canvases[0].shape[1], K=num_classes, SOFTMAX=softmax, **shape)
+    table = _table([out.data_ptr(), *struct.unpack(f"{len(pairs) // 8}q", pairs), *segments], canvases + voids)
+    _launch(
+        _read_out, (tiles, count), table, canvases[0].shape[1], len(canvases), channel, K=num_classes, SOFTMAX=softmax,
+        **shape,
+    )  # fmt: skip

@@ -30,7 +30,7 @@ def read_out_here(prob_hKw: np.ndarray, expected_hw: np.ndarray) -> Maps:
     rows, num_classes, width = prob_hKw.shape
     canvas = torch.from_numpy(np.concatenate((prob_hKw, expected_hw[:, None]), axis=1).astype(np.float32))
     size, out = rows * width, torch.empty(20 * rows * width, dtype=torch.uint8)
-    offsets = [16 * size, *(4 * size * plane for plane in range(3)), -1, 12 * size, -1]
+    offsets = [16 * size, *(4 * size * plane for plane in range(3)), -1, 12 * size, -1, -1, -1]
     operators.read_out(
         [canvas], out, [0, 0, rows, *offsets], [np.inf] * num_classes, num_classes=num_classes, softmax=False
     )

@@ -42,7 +42,7 @@ def add(canvas: Surface, window: Window, stats_hCw: np.ndarray) -> Band | None:
     (segment,), num_bytes = segments_of([(canvas, window)], CARD, 2)
     if not segment:
         return None
-    out = torch.empty(num_bytes, dtype=torch.uint8)
+    out = torch.zeros(num_bytes, dtype=torch.uint8)
     read_out([(canvas.canvas_RCW, segment, canvas.wanted)], out, CARD)
     return segment.band(out.numpy())
 

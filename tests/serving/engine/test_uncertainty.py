@@ -120,7 +120,7 @@ def test_all_maps_equal_their_formulas_in_float64(seed: int, num_classes: int, h
         """Rows 5 on, which a ring of this height has further round."""
         wanted, rows = Wanted(card.maps(num_samples)), range(5, 5 + height)
         segment, num_bytes = lay_out(wanted, rows, width, card, num_samples)
-        out = torch.empty(num_bytes, dtype=torch.uint8)
+        out = torch.zeros(num_bytes, dtype=torch.uint8)
         read_out([(canvas.roll(5, 0).contiguous(), segment, wanted)], out, card)
         return segment.band(out.numpy())
 

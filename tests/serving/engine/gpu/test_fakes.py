@@ -36,7 +36,7 @@ def test_all_four_are_one_call_each_on_fake_cuda_tensors() -> None:
             )  # fmt: skip
             window = [0, 0, 0, 0, 16, 0, 17, 0, 16, 0, 0]
             operators.blend(stats, canvases, [vector, vector], window * 3, num_sums=20, scale=0.25)
-            segment = [0, 0, 4, 0, -1, -1, -1, -1, -1, -1, -1]
+            segment = [0, 0, 4, 0, *[-1] * 9]
             operators.read_out(canvases, out, segment, [0.5] * 19, num_classes=19, softmax=False)
         assert calls.names == [f"penumbra.{name}.default" for name in ("cut", "accumulate", "blend", "read_out")]
         assert image.shape == (3, 3, 16, 17) and image.device.type == "cuda" and image.dtype == torch.float32

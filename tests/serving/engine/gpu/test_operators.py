@@ -364,7 +364,7 @@ def test_every_plane_of_several_segments_is_the_cpus(rng: np.random.Generator, n
     for index, _, rows, _ in segments:
         geometry.append(layout(rows, canvases[index].shape[2], num_classes, 2, start=start))
         start += 4 * rows * canvases[index].shape[2] * (9 + num_classes)
-    flat = [n for (*numbers, _), offsets in zip(segments, geometry, strict=True) for n in (*numbers, *offsets)]
+    flat = [n for (*numbers, _), offsets in zip(segments, geometry, strict=True) for n in (*numbers, *offsets, -1, -1)]
     thresholds = [nats for *_, above_K in segments for nats in above_K.tolist()]
     operators.read_out(
         list(map(torch.from_numpy, canvases)), out, flat, thresholds,
@@ -383,8 +383,35 @@ def test_planes_that_are_not_requested_are_not_written(rng: np.random.Generator)
     ring, everything_but = canvas_of(rng, 4, 3, 10, extras=1), (1, 2, 4, 5, 6, 7)
     offsets = layout(4, 10, 3, 1, start=8, leave=everything_but)
     out = torch.full((400,), 77, dtype=torch.uint8)
-    operators.read_out([torch.from_numpy(ring)], out, [0, 0, 4, *offsets], [math.inf] * 3, num_classes=3, softmax=False)
+    segment = [0, 0, 4, *offsets, -1, -1]
+    operators.read_out([torch.from_numpy(ring)], out, segment, [math.inf] * 3, num_classes=3, softmax=False)
     expected = read_by_the_cpu(ring, 3, softmax=False, above_K=np.full(3, math.inf))
     np.testing.assert_array_equal(out[8:48].numpy().reshape(4, 10), expected[0])
     np.testing.assert_allclose(out[48:208].numpy().view(np.float32).reshape(4, 10), expected[3], rtol=1e-6, atol=1e-6)
     assert (out[:8] == 77).all() and (out[208:] == 77).all()
+
+
+@pytest.mark.parametrize("num_classes", CLASSES)
+@pytest.mark.parametrize("channel", [-1, 1])
+def test_the_sums_of_rows_are_of_what_was_measured_in_any_tile_and_order(
+    rng: np.random.Generator, num_classes: int, channel: int
+) -> None:
+    """Three segments: one with a void, one without, and one of which no sums are requested."""
+    ring, void = canvas_of(rng, 7, num_classes, 301, extras=2), rng.random((4, 301)) < 0.3
+    ring[:, num_classes + 1] = 10.0 ** rng.integers(-3, 6, (7, 301)) * rng.choice((-1, 1), (7, 301))
+    none = [-1] * 8  # of the planes between labels and sums
+    segments = [0, 5, 4, 1000, *none, 0, 0, 0, 3, 2, 2204, *none, 64, -1, 0, 0, 1, 2806, *none, -1, -1]
+    out = torch.zeros(3200, dtype=torch.uint8)
+    operators.read_out(
+        [torch.from_numpy(ring)], out, segments, [0.1] * 3 * num_classes, num_classes=num_classes, softmax=False,
+        voids=[torch.from_numpy(void.view(np.uint8))], channel=channel if channel < 0 else num_classes + channel,
+    )  # fmt: skip
+    above_K = np.full(num_classes, np.inf)
+    for place, y, measured in ((0, 5, ~void), (64, 3, np.ones((2, 301), bool))):
+        taken = ring[np.arange(y, y + len(measured)) % 7]
+        _, confidence, _, entropy, *_ = read_by_the_cpu(taken, num_classes, softmax=False, above_K=above_K)
+        novel = entropy if channel < 0 else taken[:, num_classes + 1].astype(np.float64).clip(-(2**15), 2**15)
+        sums_h2 = out[place : place + 16 * len(measured)].numpy().view(np.int64).reshape(-1, 2) / 2**24
+        for ours, values in zip(sums_h2.T, (1 - confidence, novel), strict=True):
+            np.testing.assert_allclose(ours, (values * measured).sum(1), rtol=1e-6, atol=3e-4)
+    assert not out[96:1000].any(), "nothing is written beyond, nor where no sums are requested"

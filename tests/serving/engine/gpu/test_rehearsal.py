@@ -20,9 +20,9 @@ from tests.serving.engine.gpu.watch import CUDA, STEPS, Stream, Watch
 
 SIZE = (100, 130)
 """Two rows of two windows; each row finishes a band."""
-EVERY, PER_CHUNK = 7, 4
-"""Launches of the steps: of a batch (cut; accumulate and two for its flags; blend, the flags beside the rows, read
-out), and of every further chunk of its samples (accumulate and three for the flags)."""
+EVERY, PER_CHUNK = 8, 4
+"""Launches of the steps: of a batch (cut; accumulate and two for its flags; blend, zeros for the rows' sums, the flags
+beside the rows, read out), and of every further chunk of its samples (accumulate and three for the flags)."""
 OWN_MAPS, PAINT = 5, 38
 """The same of a network's own maps, and of boxes that become masks."""
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -62,13 +62,14 @@ def bytes_up(requests: list[QueuedRequest]) -> dict[torch.dtype, int]:
 
 
 def bytes_down(requests: list[QueuedRequest]) -> int:
-    """What may come down: four bytes a window, labels, and what was requested; a band begins at a multiple of four."""
+    """What may come down: four bytes a window, labels, what was requested, and of every row two sums. A band ends at a
+    multiple of four and begins at one of eight."""
     total = 0
     for one in requests:
         windows, card, outputs = one.plan.windows, one.plan.card, one.plan.options.outputs
         planes = len(outputs) + (card.num_classes - 1) * (PROBABILITIES in outputs)
         total += 4 * windows.num_windows + (4 * planes + 1) * windows.height * windows.width
-        total += 3 * len(windows.starts_y)
+        total += 16 * windows.height + (3 + 4) * len(windows.starts_y)
     return total
 
 
@@ -79,7 +80,7 @@ def check_bytes(watch: Watch, requests: list[QueuedRequest], num_batches: int) -
     labels_at_least = sum(one.plan.windows.height * one.plan.windows.width for one in requests)
     assert labels_at_least < watch.down_bytes <= bytes_down(requests)
     planes = 7 + len(requests[0].plan.card.extra_maps)
-    numbers = 6 + 11 + (3 + planes + 1) + 4 * 4  # of a window, its piece, a band, and four tensors
+    numbers = 6 + 11 + (4 + planes + 2) + 4 * 4  # of a window, its piece, a band, and four tensors
     assert watch.table_bytes <= 8 * (num_windows * numbers + 4 * num_batches)
 
 

@@ -1,0 +1,134 @@
+"""Scores of a picture: what the maps say on the mean, whatever is asked for, cut or void, and a warning in words."""
+
+import dataclasses
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from penumbra.export.bundle import export_network
+from penumbra.models.card import Novelty
+from penumbra.models.errors import Cancelled
+from penumbra.serving.engine.canvas import Wanted, lay_out, read_out
+from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.plain import UNITS
+from penumbra.serving.engine.raster import Raster
+from penumbra.serving.engine.runtime import Tuning
+from penumbra.serving.engine.scores import Scores, score, warn_of_strangeness
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.spool import LONG, Spool
+from tests.conftest import picture, toy_card
+
+MEANS = (0.1, 0.2, 0.3, 0.4)
+BY_ENTROPY = Novelty("entropy", MEANS, num_pictures=200, num_samples=2, data="made up", warn_above=0.75)
+BY_OWN = dataclasses.replace(BY_ENTROPY, map="brightness")
+LATENT = dataclasses.replace(toy_card("latent")[0], novelty=BY_ENTROPY)
+MAPS = ("confidence", "entropy")
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Segmenter]:
+    store = tmp_path_factory.mktemp("scored")
+    for form, novelty in (("latent", BY_ENTROPY), ("bright", BY_OWN), ("pointwise", None)):
+        card, network = toy_card(form)
+        export_network(network, dataclasses.replace(card, novelty=novelty), store)
+    with Segmenter.open(store, threads=1, tuning=Tuning(1, 1)) as opened:
+        yield opened
+
+
+def sums_of(mean: float, *, num_pixels: int = 10) -> np.ndarray:
+    return np.array([[int(0.25 * UNITS * num_pixels), int(mean * UNITS * num_pixels)]], np.int64)
+
+
+@pytest.mark.parametrize("model", ["latent", "bright", "pointwise"])
+def test_scores_are_the_means_of_the_maps_with_and_without_them(
+    segmenter: Segmenter, rng: np.random.Generator, model: str
+) -> None:
+    own = ("brightness",) if model == "bright" else ()
+    options = SegmentOptions(model=f"toy-{model}", outputs=(*MAPS, *own), samples=2 if model == "latent" else None)
+    image = picture(rng, 70, 90)
+    told = segmenter.segment(image, options)
+    assert told.scores.expected_error == pytest.approx(1 - told.maps["confidence"].mean(dtype=float), abs=1e-6)
+    assert told.scores.mean == pytest.approx(told.maps[(*own, "entropy")[0]].mean(dtype=float), abs=1e-6)
+    novelty = told.scores.novelty
+    assert novelty == (None if model == "pointwise" else np.mean(np.array(MEANS) < told.scores.mean))
+    bare = segmenter.segment(image, dataclasses.replace(options, outputs=()))
+    assert bare.scores == told.scores and bare.facts["scores"] == {
+        "expected_error": told.scores.expected_error, "novelty": novelty,
+    }  # fmt: skip
+
+
+def test_a_void_pixel_counts_for_nothing_and_a_withheld_one_for_itself(
+    segmenter: Segmenter, rng: np.random.Generator
+) -> None:
+    void_HW = rng.random((70, 90)) < 0.4
+    told = segmenter.segment(picture(rng, 70, 90), SegmentOptions(model="toy-pointwise", outputs=MAPS))
+    image = Raster(picture(np.random.default_rng(1), 70, 90), void_HW=void_HW)
+    part = segmenter.segment(image, SegmentOptions(model="toy-pointwise", outputs=MAPS))
+    assert part.scores.expected_error == pytest.approx(1 - np.nanmean(part.maps["confidence"], dtype=float), abs=1e-6)
+    assert part.scores.expected_error != told.scores.expected_error
+    nothing = Raster(picture(rng, 70, 90), void_HW=np.ones((70, 90), bool))
+    assert segmenter.segment(nothing, SegmentOptions(model="toy-pointwise")).scores == Scores()
+
+
+def test_sums_are_the_same_in_whatever_bands_rows_are_read(rng: np.random.Generator) -> None:
+    prob_hKw = rng.dirichlet((1, 1, 1), (9, 70)).astype(np.float32).transpose(0, 2, 1)
+    canvas = torch.from_numpy(np.ascontiguousarray(np.concatenate((prob_hKw, prob_hKw[:, :1]), axis=1)))
+
+    def sums(*edges: int) -> np.ndarray:
+        found = []
+        for rows in map(range, edges, edges[1:]):
+            segment, num_bytes = lay_out(Wanted(()), rows, 70, LATENT, 2)
+            out = torch.zeros(num_bytes, dtype=torch.uint8)
+            read_out([(canvas, segment, Wanted(()))], out, LATENT)
+            found.append(segment.band(out.numpy()).sums_h2)
+        return np.concatenate(found)
+
+    assert np.array_equal(sums(0, 9), sums(0, 1, 4, 9)) and sums(0, 9).all()
+
+
+def test_work_that_another_process_went_on_with_has_the_scores_of_the_whole(
+    segmenter: Segmenter, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    image, options = picture(rng, 150, 90), SegmentOptions(model="toy-pointwise", outputs=())
+    raster, stop = Raster(image), threading.Event()
+
+    def stop_midway(num_done: int, num_windows: int) -> None:
+        if 2 * num_done > num_windows:
+            stop.set()
+
+    with pytest.raises(Cancelled):
+        Spool(tmp_path / "s", segmenter, raster, options, source="it").fill(
+            limits=LONG, cancelled=stop, progress=stop_midway
+        )
+    assert 0 < (tmp_path / "s" / "row.sums").stat().st_size < 150 * 16
+    rest = Spool(tmp_path / "s", segmenter, raster, options, source="it").fill(limits=LONG, cancelled=threading.Event())
+    assert rest.scores == segmenter.segment(image, options).scores
+
+
+@pytest.mark.parametrize(("mean", "novelty"), [(0.05, 0.0), (0.1, 0.0), (0.25, 0.5), (0.35, 0.75), (9.0, 1.0)])
+def test_novelty_is_the_share_of_reference_pictures_that_were_less_strange(mean: float, novelty: float) -> None:
+    scores = score(LATENT, sums_of(mean), 10, num_samples=2, has_prompt=False)
+    assert scores.novelty == novelty and scores.expected_error == pytest.approx(0.25)
+    assert bool(warn_of_strangeness(LATENT, scores)) == (novelty > 0.75)
+
+
+def test_an_entropy_is_compared_with_those_of_as_many_samples_and_no_prompt_alone() -> None:
+    bright = dataclasses.replace(toy_card("bright")[0], novelty=BY_OWN)
+    for num_samples, has_prompt in ((3, False), (2, True)):
+        assert score(LATENT, sums_of(9), 10, num_samples=num_samples, has_prompt=has_prompt).novelty is None
+        assert score(bright, sums_of(9), 10, num_samples=num_samples, has_prompt=has_prompt).novelty == 1
+
+
+def test_the_warning_says_against_what_and_how_far(segmenter: Segmenter) -> None:
+    (sentence,) = warn_of_strangeness(LATENT, Scores(0.1, 1.0, 0.5))
+    assert sentence == (
+        "this picture is stranger than all of the 200 pictures that toy-latent was calibrated on (its mean entropy is "
+        "0.5 nats, and 75 % of theirs are at most 0.3): its answer may be wrong, and its uncertainties too"
+    )
+    white = np.full((40, 40, 3), 255, np.uint8)
+    warnings = segmenter.segment(white, SegmentOptions(model="toy-bright", outputs=())).warnings
+    assert len(warnings) == 1 and "its mean brightness is" in warnings[0]
