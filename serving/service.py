@@ -74,7 +74,7 @@ class PredictInput(bentoml.IODescriptor):  # type: ignore[misc]
 class PredictAnswer(BaseModel):
     """The answer of the typed route: nested lists [H][W]; uncertainties in nats. A map that it has not is absent.
 
-    warnings: sentences about what the caller should know of it; absent where there is none.
+    warnings: sentences about what the caller should know of it; absent where there is none. scores: of the picture.
     """
 
     labels: list[list[int]]
@@ -82,6 +82,7 @@ class PredictAnswer(BaseModel):
     entropy: list[list[float]]
     mutual_information: list[list[float]] | None = Field(default=None, exclude_if=lambda values: values is None)
     warnings: tuple[str, ...] = Field(default=(), exclude_if=lambda sentences: not sentences)
+    scores: dict[str, float] = Field(default_factory=dict)
 
 
 @bentoml.asgi_app(APP, path="/")
@@ -218,7 +219,9 @@ def _as_pixels(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def _as_lists(prediction: Any) -> PredictAnswer:
     maps = {name: values.tolist() for name, values in prediction.maps.items()}
-    return PredictAnswer(labels=prediction.labels_HW.tolist(), warnings=prediction.warnings, **maps)
+    return PredictAnswer(
+        labels=prediction.labels_HW.tolist(), warnings=prediction.warnings, scores=prediction.shares, **maps
+    )
 
 
 if SETTINGS.otlp_endpoint:

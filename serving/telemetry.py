@@ -49,6 +49,7 @@ QUIET = re.compile(
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 NATS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3)
 ABSTAINED = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1)
+NOVELTY = (0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1)
 RATIO = (0.1, 0.25, 0.5, 0.75, 0.9, 1)
 POWERS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -151,6 +152,12 @@ class Telemetry:
         self._abstained = histogram(
             "abstain_ratio", "Share of pixels withheld for a risk.", ["model"], buckets=ABSTAINED
         )
+        expected = "Share of an answer's pixels that is wrong, as far as the model can tell."
+        strange = "Share of the model's reference pictures that were less strange than an answer's."
+        self._scores = {
+            "expected_error": histogram("expected_error", expected, ["model"], buckets=ABSTAINED),
+            "novelty": histogram("novelty", strange, ["model"], buckets=NOVELTY),
+        }
         self._build = Info(
             "build", "Version of the server, and its commit.", namespace="penumbra", registry=self.registry
         )
@@ -223,6 +230,8 @@ class Telemetry:
             self._entropy.labels(prediction.card.name).observe(mean)
         if prediction.abstained is not None:
             self._abstained.labels(prediction.card.name).observe(prediction.abstained)
+        for name, score in prediction.shares.items():
+            self._scores[name].labels(prediction.card.name).observe(score)
 
     def page(self, accept: str) -> tuple[bytes, str]:
         """The metrics page and its content type: OpenMetrics where the scraper asks for it."""

@@ -55,6 +55,12 @@ class Prediction:
         }  # fmt: skip
 
     @property
+    def shares(self) -> dict[str, float]:
+        """Those of the scores that there are, by name."""
+        scores = {"expected_error": self.scores.expected_error, "novelty": self.scores.novelty}
+        return {name: score for name, score in scores.items() if score is not None}
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What an answer is of, and what its reader should know, as JSON has it."""
         return self.origin | {

@@ -1,5 +1,6 @@
 """What `penumbra predict` and `penumbra batch` tell a person: how far they are, and what became of each picture."""
 
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,8 @@ from penumbra.serving.engine.request import Progress
 
 NAMED = 20
 """Skipped files, or those with a warning, that are named for a reason; a data set has as many text files as images."""
+OWN_MEAN = re.compile(r" \(its mean [^)]*\)")
+"""What a warning of strangeness says of one picture alone; the rest is the same for many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,8 @@ def report(outcome: Outcome) -> None:
         console.print(f"abstained from {100 * prediction.abstained:.1f} % of the pixels")
     if prediction.num_void:
         console.print(f"{100 * prediction.num_void / (height * width):.1f} % of the pixels hold no measurement")
+    for name, score in prediction.shares.items():
+        console.print(f"{name.replace('_', ' ')} {100 * score:.1f} %")
     for warning in prediction.warnings:
         console.print(f"warning: {warning}", style="yellow")
     means = {"mean_entropy": 3, "mean_mutual_information": 4}
@@ -101,7 +106,7 @@ def summarise(reported: Sequence[Result]) -> Iterator[str]:
         elif result.error:
             reasons[f"skipped {{}}, of which each {result.error}"].append(result.source)
         for warning in result.warnings.splitlines():
-            reasons[f"warning of {{}}: {warning}"].append(result.source)
+            reasons[f"warning of {{}}: {OWN_MEAN.sub('', warning)}"].append(result.source)
     for reason, names in reasons.items():
         rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         yield f"{reason.replace('{}', str(len(names)), 1)}: {', '.join(names[:NAMED])}{rest}"

@@ -14,6 +14,19 @@ REFUSALS = {status: {"description": text, "content": ERROR} for status, text in 
     "500": "The model failed on this request", "503": "Loading or draining", "504": "Deadline passed",
 }.items()}  # fmt: skip
 
+SHARE = {"type": "number", "minimum": 0, "maximum": 1, "nullable": True}
+SCORES = {
+    "expected_error": "Share of the picture's pixels that is wrong, as far as the model can tell.",
+    "novelty": "Share of the model's reference pictures that were less strange; missing where it has none.",
+}
+HEADERS = {
+    f"X-Penumbra-{name.replace('_', '-').title()}": {"description": text, "schema": SHARE}
+    for name, text in SCORES.items()
+}
+SCORED = {"type": "object", "properties": {"scores": {
+    "type": "object", "properties": {name: SHARE | {"description": text} for name, text in SCORES.items()},
+}}}  # fmt: skip
+
 
 def document(build: Mapping[str, str], *, typed: str) -> dict[str, Any]:
     """The whole document. build: version, and commit if it is known. typed: what BentoML's typed route does."""
@@ -62,8 +75,8 @@ def _segment() -> dict[str, Any]:
             "multipart/form-data": {"schema": {"type": "object", "properties": form, "required": ["image"]}},
         } | {f"image/{kind}": picture for kind in ("jpeg", "png", "webp", "tiff", "bmp")}},
         "responses": {
-            "200": {"description": "The answer", "content": {
-                media: {"schema": {"type": "object"}} if media.endswith("json") else picture for media in WRITERS
+            "200": {"description": "The answer", "headers": HEADERS, "content": {
+                media: {"schema": SCORED} if media.endswith("json") else picture for media in WRITERS
             }},
         } | REFUSALS,
     }  # fmt: skip
@@ -98,7 +111,7 @@ def _predict(summary: str) -> dict[str, Any]:
     schema = {"type": "object", "properties": request, "required": ["image"], "additionalProperties": False}
     answer = (
         "labels, confidence, entropy, mutual_information (of several samples) as nested lists, "
-        "and warnings where there are any"
+        "scores, and warnings where there are any"
     )
     return {
         "summary": summary,

@@ -31,7 +31,7 @@ async def segment(gateway: Gateway, request: Request) -> Response:
 
 
 def answer_headers(prediction: Prediction, timing_ms: Mapping[str, float] | None = None) -> dict[str, str]:
-    """Which model answered, with what seed and members, what to know, and how long each phase took.
+    """Which model answered, with what seed and members, its scores, what to know, and how long each phase took.
 
     Texts are percent-encoded as UTF-8 where they are not printable ASCII, and so are the commas in members' names.
     """
@@ -42,6 +42,8 @@ def answer_headers(prediction: Prediction, timing_ms: Mapping[str, float] | None
         "Age": "" if prediction.age_s is None else f"{prediction.age_s:.0f}",
         "X-Penumbra-Abstained": "" if prediction.abstained is None else f"{prediction.abstained:.6f}",
     }
+    for name, share in prediction.shares.items():
+        optional[f"X-Penumbra-{name.replace('_', '-').title()}"] = f"{share:.6f}"
     return {name: text for name, text in optional.items() if text} | {
         **{f"X-Penumbra-{name.title()}": str(fact) for name, fact in prediction.origin.items()},
         "Server-Timing": server_timing(timing_ms or prediction.timing_ms),

@@ -44,7 +44,8 @@ OWN_FIELDS = ("model", "version", "outputs")
 PARAMETERS = {spec.name for spec in fields(SegmentOptions)} - set(OWN_FIELDS)
 LARGE_BYTES = 2**16
 """Messages from here on are read off the event loop: smaller ones take less time than the change of thread."""
-FACTS = ("seed", "samples", "samples_asked", "age_s", "members", "warnings", "abstained")
+FACTS = ("seed", "samples", "samples_asked", "age_s", "members", "warnings", "abstained", "expected_error",
+         "novelty")  # fmt: skip
 """What an answer's parameters say of it, each where it applies."""
 PHASES = {
     "queue": ("wait", "queue"), "compute_input": ("decode",), "compute_infer": ("run",),
@@ -268,7 +269,8 @@ def response_of(prediction: Prediction, request: InferRequest) -> InferResponse:
         names = ", ".join(name[:SHOWN] for name in ignored[:8])
         warnings.append(f"ignored unknown parameters: {names}; known are {', '.join(sorted(PARAMETERS))}")
     facts = prediction.facts | {
-        "age_s": prediction.age_s, "members": ",".join(prediction.members), "warnings": "; ".join(warnings)
+        "age_s": prediction.age_s, "members": ",".join(prediction.members), "warnings": "; ".join(warnings),
+        **prediction.shares,
     }  # fmt: skip
     arrays: dict[str, Any] = {
         **prediction.maps, "labels": prediction.labels_HW, PROBABILITIES: prediction.prob_KHW

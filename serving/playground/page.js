@@ -147,9 +147,19 @@ function forget() {
   answer = undefined;
   $("run").disabled = !picture;
   for (const id of ["labels", "uncertainty"]) Object.assign($(id), { width: bitmap?.width ?? 4, height: bitmap?.height ?? 3 });
-  for (const id of ["legend", "timing", "scale"]) $(id).replaceChildren();
+  $("strange").hidden = true;
+  for (const id of ["legend", "scores", "timing", "scale"]) $(id).replaceChildren();
   drawImage();
   inspect();
+}
+
+function showScores() {
+  const { expected_error: error, novelty, warnings = "" } = answer.parameters;
+  const rows = [["expected error", error], ["stranger than, of the reference", novelty]].filter(([, share]) => share !== undefined);
+  $("scores").replaceChildren(...rows.map(([name, share]) => row(name, `${(100 * share).toFixed(1)} %`)));
+  const strange = warnings.split("; ").find((sentence) => sentence.startsWith("this picture is stranger than"));
+  $("strange").textContent = strange ? `${strange[0].toUpperCase()}${strange.slice(1)}.` : "";
+  $("strange").hidden = !strange;
 }
 
 function show() {
@@ -157,6 +167,7 @@ function show() {
   paintLabels($("labels"), labels.shape, labels.values, card.classes);
   showMap();
   showClasses();
+  showScores();
   const rows = [...answer.phases.map(([name, ms]) => [`server: ${name.replaceAll("_", " ")}`, ms]), ["as seen here", answer.ms]];
   $("timing").replaceChildren(...rows.map(([name, ms]) => row(name, `${ms.toFixed(1)} ms`)));
 }

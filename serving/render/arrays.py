@@ -93,7 +93,8 @@ def _profile(prediction: Prediction, bands: Sequence[str]) -> dict[str, Any]:
 
 def _annotate(target: Any, prediction: Prediction, bands: Sequence[str]) -> None:
     """Say who answered, colours, names of bands, and the place where it is not a plain transform."""
-    target.update_tags(**{f"PENUMBRA_{name.upper()}": fact for name, fact in prediction.origin.items()})
+    facts = prediction.origin | prediction.shares
+    target.update_tags(**{f"PENUMBRA_{name.upper()}": fact for name, fact in facts.items()})
     place = prediction.image and prediction.image.place
     if place and place.gcps:
         target.gcps = (place.gcps, place.crs)

@@ -90,7 +90,7 @@ def write_png(prediction: Prediction, file: BinaryIO, picture: str, *, levels: i
         top = top_of(prediction, picture)
         png = PngWriter(file, (height, width), color=GREY, depth=16 if levels > 256 else 8)
         unit = "" if picture in UNITLESS else "nats" if picture in KNOWN_MAPS else "the model's"
-        scale = {"map": picture, "white": top, "black": 0, "unit": unit} | prediction.origin
+        scale = {"map": picture, "white": top, "black": 0, "unit": unit} | prediction.origin | prediction.shares
         png.chunk(b"tEXt", b"Penumbra\0" + json.dumps(scale).encode())  # turns its grey into values again
         draw = partial(quantised, prediction.maps[picture], top=top, levels=levels)
     for rows in blocks(height):

@@ -19,6 +19,7 @@ from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.render.ground import Ground, Unplaced
 from penumbra.serving.render.meridian import shoelace
 from penumbra.serving.render.pictures import blocks
+from penumbra.serving.render.tables import means_of
 
 MAX_EDGES = 8_000_000
 """Pixel borders between classes: all outlines together. More is noise, and a document that nobody opens."""
@@ -79,8 +80,8 @@ def _area(outline: dict[str, Any]) -> int:
 def _measure(
     prediction: Prediction, outlines: list[dict[str, Any]], ground: Ground | None
 ) -> Iterator[dict[str, float]]:
-    """Measure per outline its pixels, square metres where there is a ground, and the mean of every map: each block of
-    rows is painted with the outlines' numbers."""
+    """Measure per outline its pixels, square metres where there is a ground, the expected error, and the mean of every
+    map: each block of rows is painted with the outlines' numbers."""
     height, width = prediction.labels_HW.shape
     count = len(outlines) + 1
     pixels = np.zeros(count, np.int64)
@@ -104,7 +105,7 @@ def _measure(
     for number in range(1, count):
         num = max(int(pixels[number]), 1)
         placed = {"area_m2": float(areas_m2[number])} if ground else {}
-        means = {f"mean_{name}": float(total[number] / num) for name, total in sums.items()}
+        means = means_of({name: float(total[number] / num) for name, total in sums.items()})
         yield {"pixels": int(pixels[number]), **placed, **means}
 
 

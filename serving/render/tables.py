@@ -12,7 +12,8 @@ from penumbra.serving.render.pictures import blocks
 
 
 def class_table(prediction: Prediction) -> list[dict[str, Any]]:
-    """List for each class that occurs id, name, pixels, their share of those measured, and every map's mean there."""
+    """List for each class that occurs id, name, pixels, their share of those measured, the error expected there, and
+    every map's mean."""
     height, width = prediction.labels_HW.shape
     num_measured = height * width - prediction.num_void
     pixels = np.zeros(256, np.int64)
@@ -24,10 +25,16 @@ def class_table(prediction: Prediction) -> list[dict[str, Any]]:
             total += np.bincount(labels, prediction.maps[name][rows].ravel(), 256)
     return [
         {"id": k, "name": info.name, "pixels": int(pixels[k]), "share": float(pixels[k] / num_measured)}
-        | {f"mean_{name}": float(total[k] / pixels[k]) for name, total in sums.items()}
+        | means_of({name: float(total[k] / pixels[k]) for name, total in sums.items()})
         for k, info in enumerate(prediction.card.classes)
         if pixels[k]
     ]
+
+
+def means_of(means: dict[str, float]) -> dict[str, float]:
+    """Name the means of maps over a class or a region, and the error expected there where the confidence is known."""
+    expected = {"expected_error": 1 - means["confidence"]} if "confidence" in means else {}
+    return expected | {f"mean_{name}": mean for name, mean in means.items()}
 
 
 def run_length(mask_WH: NDArray[np.bool_]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from penumbra.export.bundle import export_network
-from penumbra.models.card import IGNORE, MAPS, MAPS_OF_ONE, Calibration, ClassInfo
+from penumbra.models.card import IGNORE, MAPS, MAPS_OF_ONE, Calibration, ClassInfo, Novelty
 from tests.conftest import toy_card
 from tests.serving.server import Server, serving
 
@@ -155,6 +155,27 @@ def test_withheld_pixels_are_striped_as_no_class_can_be(
     assert 0.1 < withheld.mean() < 0.9 and (shown[~withheld] == plain[~withheld]).all()
     y, x = np.nonzero(withheld)
     assert (shown[withheld][:, :3] == (255 * ((x + y) // 4 % 2))[:, None]).all() and (shown[..., 3] == 255).all()
+
+
+def test_a_strange_picture_has_a_banner_and_its_scores_stand_beside(
+    browser: sync_api.Browser, tmp_path: Path, photo: tuple[np.ndarray, bytes]
+) -> None:
+    card, network = toy_card("pointwise")
+    for name, mean in (("strange", 0.0), ("usual", 9.0)):
+        novelty = Novelty("entropy", (mean,), num_pictures=1, num_samples=1, data="made up")
+        export_network(network, dataclasses.replace(card, name=name, novelty=novelty), tmp_path / "store")
+    with serving(tmp_path / "store", tmp_path) as server:
+        page = browser.new_page()
+        page.goto(server.url)
+        give(page, photo[1], model="strange")
+        sync_api.expect(page.locator("#strange")).to_contain_text("This picture is stranger than all of the 1 pictures")
+        assert re.search(
+            r"expected error\s+[\d.]+ %\s+stranger than, of the reference\s+100.0 %", page.inner_text("#scores")
+        )
+        page.select_option("#model", "usual")
+        sync_api.expect(page.locator("#scores")).to_contain_text(re.compile(r"reference\s*0\.0 %"), timeout=WAIT_MS)
+        assert page.locator("#strange").is_hidden()
+        page.close()
 
 
 def test_a_clicked_pixel_tells_its_probabilities(page: sync_api.Page, photo: tuple[np.ndarray, bytes]) -> None:

@@ -1,5 +1,6 @@
 """What a card says of its model is what the engine serves, on the real validation frames."""
 
+from bisect import bisect_left
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,10 @@ from penumbra.export.zoo import ZOO
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from tests.conftest import decode_image
+
+ALARM = 0.3
+"""The share of answers with a novelty above 0.95 from which deploy/prometheus/rules.yaml fires PenumbraStrange."""
+HALVES = 200
 
 FRAMES = Path(__file__).parents[4] / "shared" / "camvid" / "val"
 EVERY = 3
@@ -35,3 +40,29 @@ def test_the_served_accuracy_on_camvid_is_the_one_on_the_card(name: str, tmp_pat
     labelled = confusion[:, :11]
     accuracy = np.trace(labelled) / labelled.sum()
     assert accuracy == pytest.approx(card.provenance.metrics["val/seg/accuracy"], abs=0.01)
+
+
+def test_dark_frames_are_strange_and_random_halves_are_not(tmp_path: Path, rng: np.random.Generator) -> None:
+    """The alert on novelty fires for the one and not for the others: these are its numbers."""
+    export_checkpoint(ZOO / "supervised-camvid.safetensors", tmp_path)
+    usual, dark = list[float](), list[float]()
+    with Segmenter.open(tmp_path) as segmenter:
+        for path in sorted((FRAMES / "images").iterdir()):
+            image = decode_image(path.read_bytes(), segmenter.limits)
+            for means, light in ((usual, 1.0), (dark, 0.35)):
+                shown = (image * light).astype(np.uint8)
+                mean = segmenter.segment(shown, SegmentOptions("supervised-camvid", outputs=())).scores.mean
+                means += [mean] if mean is not None else []
+
+    def share_above(means: list[float], reference: list[float]) -> float:
+        return float(np.mean([bisect_left(reference, mean) / len(reference) > 0.95 for mean in means]))
+
+    shares = list[tuple[float, float]]()
+    for _ in range(HALVES):
+        order = rng.permutation(len(usual))
+        reference = sorted(usual[i] for i in order[: len(usual) // 2])
+        rest = order[len(usual) // 2 :]
+        shares.append(tuple(share_above([means[i] for i in rest], reference) for means in (usual, dark)))  # type: ignore[arg-type]
+    halves, darkened = zip(*shares, strict=True)
+    assert max(halves) < ALARM < min(darkened) == 1
+    assert np.mean(halves) == pytest.approx(0.05, abs=0.02)
