@@ -167,18 +167,30 @@ def _units(values, measured):
     return tl.sum(tl.where(measured, values.to(tl.int64), 0), 0)
 
 
+@triton.jit
+def _add_sums(out, plane, row, void, at, measured, error, novel):
+    """Add to a row's sums what is measured. void: the first of the listed voids."""
+    if tl.load(plane) >= 0:
+        index = tl.load(plane + 1)
+        if index >= 0:
+            void_hW = tl.load(void + index * 4).to(tl.pointer_type(tl.uint8))
+            measured &= tl.load(void_hW + at, mask=measured, other=1) == 0
+        sums = (out + tl.load(plane)).to(tl.pointer_type(tl.int64)) + row * 2
+        tl.atomic_add(sums, _units(error, measured), sem="relaxed")
+        tl.atomic_add(sums + 1, _units(novel, measured), sem="relaxed")
+
+
 @_kernel
 def _read_out(
-    table, C, num_canvases, channel, K: tl.constexpr, SOFTMAX: tl.constexpr, CLASSES: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    table, C, voids, channel, K: tl.constexpr, SOFTMAX: tl.constexpr, CLASSES: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     count = tl.num_programs(1)
     above = (table + 1).to(tl.pointer_type(tl.float32)) + tl.program_id(1) * K
     segments = table + 1 + tl.cdiv(count * K, 2)
     segment = segments + tl.program_id(1) * (11 + C - K)
     tensors, planes = segments + count * (11 + C - K), segment + 3
-    ring, void, sums = tensors + tl.load(segment) * 4, tl.load(segment + 10 + C - K), tl.load(planes + 6 + C - K)
-    W, out = tl.load(ring + 2), tl.load(table)
+    ring, out = tensors + tl.load(segment) * 4, tl.load(table)
+    W = tl.load(ring + 2)
     row, tile = tl.program_id(0) // tl.cdiv(W, COLUMNS), tl.program_id(0) % tl.cdiv(W, COLUMNS)
     if row < tl.load(segment + 2):
         k, x = tl.arange(0, CLASSES)[:, None], tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -205,16 +217,8 @@ def _read_out(
         _store(out, planes + 6, (row * K + k) * W + x[None], p, known & real[None])
         for extra in range(1, C - K):
             _store(out, planes + 6 + extra, at, tl.load(here + (K + extra) * W, mask=real, other=0.0), real)
-        if sums >= 0:
-            measured, novel = real, entropy
-            if void >= 0:
-                void_hW = tl.load(tensors + (num_canvases + void) * 4).to(tl.pointer_type(tl.uint8))
-                measured &= tl.load(void_hW + at, mask=real, other=1) == 0
-            if channel >= 0:
-                novel = tl.load(here + channel * W, mask=real, other=0.0)
-            row_sums = (out + sums).to(tl.pointer_type(tl.int64)) + row * 2
-            tl.atomic_add(row_sums, _units(1.0 - confidence, measured), sem="relaxed")
-            tl.atomic_add(row_sums + 1, _units(novel, measured), sem="relaxed")
+        novel = tl.where(channel < 0, entropy, tl.load(here + tl.maximum(channel, 0) * W, mask=real, other=0.0))
+        _add_sums(out, planes + 6 + C - K, row, tensors + voids * 4, at, real, 1.0 - confidence, novel)
 
 
 def make_ready() -> None:

@@ -32,8 +32,10 @@ def test_bentomls_client_gets_the_same_labels(server: Server, monkeypatch: pytes
         with pytest.raises(bentoml.exceptions.BentoMLException, match="unheard"):
             opened.predict(image=IMAGE, model="unheard")
         opened._temp_dir.cleanup()  # which it would leave to the garbage collector
-    assert set(answer) == {"labels", "confidence", "entropy"}
-    assert set(several) == {"labels", "confidence", "entropy", "mutual_information"}
+    assert set(answer) == {"labels", "confidence", "entropy", "scores"}
+    assert set(several) == {"labels", "confidence", "entropy", "mutual_information", "scores"}
+    error = 1 - np.mean(answer["confidence"])
+    assert answer["scores"] == {"expected_error": pytest.approx(error, abs=1e-6)}
     assert (np.array(answer["labels"]) == LABELS)[CLEAR].all()
 
 
@@ -41,7 +43,7 @@ def test_the_typed_answer_says_what_to_know_of_it_where_there_is_something() -> 
     code = (
         "from types import SimpleNamespace as Some; import numpy as np; from serving.service import _as_lists\n"
         "for said in ((), ('a sentence',)):\n"
-        "    print(_as_lists(Some(labels_HW=np.zeros((1, 1), int), warnings=said, "
+        "    print(_as_lists(Some(labels_HW=np.zeros((1, 1), int), warnings=said, shares={}, "
         "maps=dict.fromkeys(('confidence', 'entropy'), np.zeros((1, 1))))).model_dump_json())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -163,6 +163,7 @@ def test_an_answer_names_its_request_model_version_and_seed(http: triton_http.In
     inputs = _inputs(triton_http, np.zeros((8, 8, 3), np.uint8))
     answer = http.infer("toy-latent", inputs, model_version="1", request_id="a-7", parameters=OPTIONS).get_response()
     told = {name: answer[name] for name in ("id", "model_name", "model_version", "parameters")}
+    assert 0 <= told["parameters"].pop("expected_error") <= 1
     assert told == {"id": "a-7", "model_name": "toy-latent", "model_version": "1", "parameters": OPTIONS}
 
 
