@@ -98,9 +98,9 @@ def rank_images(ranker: Ranker, source: str) -> tuple[list[Ranked], list[Result]
 def scores_of(prediction: Prediction) -> dict[str, float | None]:
     """Name the scores of an answer; a mutual information is the mean over the pixels that hold a measurement."""
     measured = prediction.labels_HW.size > prediction.num_void
-    means = {name: float(np.nanmean(values)) for name, values in prediction.maps.items() if measured}
-    error = 1 - means["confidence"] if measured else None
-    return {"expected_error": error, "novelty": None, "mutual_information": means.get("mutual_information")}
+    information = prediction.maps.get("mutual_information") if measured else None
+    mean = None if information is None else float(np.nanmean(information))
+    return {name: prediction.shares.get(name) for name in SCORES} | {"mutual_information": mean}
 
 
 def look_of(prediction: Prediction) -> FloatArray:
