@@ -3,6 +3,7 @@
 For frames that count as unlabelled, tags and boxes are all that is ever taken from their masks.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from penumbra.models.card import IGNORE
 from penumbra.models.contract import Views
 from penumbra.models.errors import BadOption
 from penumbra.training.augment import cutmix_masks, jitter_color, normalise, random_view
+from penumbra.training.corruptions import CORRUPTIONS, SEVERITIES, TRAINING_OBJECTS, paste_object
 from penumbra.training.frames import FrameSet, find_listed
 from penumbra.training.recipe import Recipe
 
@@ -64,6 +66,8 @@ class Batches:
     ) -> None:
         self.frames, self.recipe, self.generator, self.num_classes = frames, recipe, generator, num_classes
         self.labelled, self.unlabelled = split
+        if unknown := [kind for kind in recipe.corruptions if kind not in CORRUPTIONS]:
+            raise BadOption(f"corruptions has {unknown[0]!r}; known are {', '.join(CORRUPTIONS)}")
 
     def draw(self) -> Views:
         """Draw the next batch. Nothing of the unlabelled frames' masks goes into it but what `weak_labels` names."""
@@ -71,6 +75,8 @@ class Batches:
         image, label_Bhw, _ = self._views(self.labelled, recipe.labelled_batch)
         plain, hidden_Bhw, inside_Bhw = self._views(self.unlabelled, recipe.unlabelled_batch)
         strong = jitter_color(plain, strength=recipe.strong_jitter, generator=generator)
+        if recipe.corruptions:
+            strong = torch.stack([spoil(image_3hw, recipe.corruptions, generator) for image_3hw in strong])
         weak_labels: dict[str, Any] = {}
         if recipe.weak_labels == "tags":
             weak_labels["tags_BK"] = derive_tags(hidden_Bhw, self.num_classes)
@@ -86,6 +92,12 @@ class Batches:
             mix_B1hw=cutmix_masks(recipe.unlabelled_batch, recipe.crop, generator=generator),
             **weak_labels,
         )
+
+    def labelled_frames(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give every labelled frame whole and as it is: image_13HW, normalised, and label_1HW."""
+        for i in self.labelled.tolist():
+            image_3HW, label_HW = self.frames[i]
+            yield normalise(image_3HW[None].float() / 255, InputSpec()), label_HW[None].long()
 
     def _views(self, indices: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
         """Draw image_B3hw, label_Bhw and inside_Bhw (False beyond the picture) of `num` frames out of `indices`."""
@@ -124,3 +136,15 @@ def derive_boxes(label_Bhw: Tensor, num_classes: int) -> Tensor:
                 number += 1
                 boxes_Khw[(k, *boxes[i])] = number
     return boxes_BKhw
+
+
+def spoil(image_3hw: Tensor, kinds: tuple[str, ...], generator: torch.Generator) -> Tensor:
+    """Paste a foreign object into every other picture, by chance, and corrupt every other by one of the kinds."""
+    rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+    image_hw3 = (255 * image_3hw).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    if rng.random() < 0.5:
+        void_hw = np.zeros(image_hw3.shape[:2], np.uint8)
+        image_hw3, _, _ = paste_object(image_hw3, void_hw, rng, objects=TRAINING_OBJECTS)
+    if rng.random() < 0.5:
+        image_hw3 = CORRUPTIONS[rng.choice(kinds)](image_hw3, int(rng.choice(SEVERITIES)), rng)
+    return torch.from_numpy(image_hw3).permute(2, 0, 1).float() / 255

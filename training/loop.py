@@ -29,7 +29,7 @@ from penumbra.training.devices import follow_first, gather, share_of, start_devi
 from penumbra.training.evaluate import measure
 from penumbra.training.frames import FrameSet, write_split
 from penumbra.training.hosts import IMAGENET_LICENCE, find_hosts, load_imagenet, parameter_groups
-from penumbra.training.objective import build_objective, update_average
+from penumbra.training.objective import Finishing, build_objective, update_average
 from penumbra.training.recipe import Recipe
 
 MAX_GRADIENT_NORM = 5.0
@@ -95,6 +95,11 @@ class Training:
         update_average(self.average, self.objective.network, decay=decay)
         follow_first(self.fabric, self.average)
         return {name: float(value.detach()) for name, value in losses.items()}
+
+    def finish(self) -> None:
+        """Let an objective that has something to fit in the end do so, from the labelled frames."""
+        if isinstance(self.objective, Finishing):
+            self.objective.eval().finish(map(self.fabric.to_device, self.batches.labelled_frames()))
 
     def progress(self, minutes: float | None) -> float:
         """Return the share of the schedule that is over: of the minutes, where given, else of the recipe's steps."""
@@ -170,6 +175,7 @@ def train(
         write_split(run_dir / "labelled.txt", frames, training.split[0], replace=is_own)
     card = card_of(recipe, data, num_frames=len(frames), num_labelled=len(training.split[0]), network=training.average)
     run(training, card, val, run_dir, minutes=minutes, report=report)
+    training.finish()
     if training.fabric.is_global_zero:
         report(1.0, f"wrote {path}: {brief(write_measured(path, card, training.average, val))}")
         (run_dir / "state.ckpt").unlink(missing_ok=True)

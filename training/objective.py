@@ -1,13 +1,21 @@
 """All that the loop knows of a method is its objective, which turns a batch into losses."""
 
 import importlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
 from penumbra.models.contract import Network
 from penumbra.models.errors import BadOption
+
+
+@runtime_checkable
+class Finishing(Protocol):
+    """An objective that is not done with its last step: it fits what is not learnt by gradients."""
+
+    def finish(self, labelled: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Fit to labelled pictures: image_B3hw, normalised, and label_Bhw. Of both networks, as a step does."""
 
 
 def build_objective(method: str, network: Network, average: Network, options: Mapping[str, Any]) -> nn.Module:

@@ -27,6 +27,8 @@ class Recipe:
     labelled_batch, unlabelled_batch: views of a step, over all devices.
     crop: height and width of the views in px. scale: range of their magnification.
     jitter, strong_jitter: colour strength of labelled and of unlabelled views.
+    corruptions: kinds of `corruptions.CORRUPTIONS` that half of the strong views are spoiled by; foreign objects are
+    pasted into half of them then, too. None leaves them as they are.
     steps: length of the schedule, unless the caller limits the minutes. warmup: its share with rising rate.
     average_decay: of the running average of the weights, which is what is written in the end.
     input: how pixels become what the network sees. pretrained: what the EfficientNets in the network start from.
@@ -51,6 +53,7 @@ class Recipe:
     scale: tuple[float, float] = (0.5, 1.5)
     jitter: float = 0.25
     strong_jitter: float = 0.5
+    corruptions: tuple[str, ...] = ()
     labelled_batch: int = 4
     unlabelled_batch: int = 4
     learning_rate: float = 2e-3

@@ -44,3 +44,10 @@ def confident_labels(prob_BKhw: Tensor, batch: Views, *, confidence: float) -> T
     confidence_Bhw, label_Bhw = prob_BKhw.max(1)
     unsure_Bhw = (confidence_Bhw < confidence) | ~batch.inside_Bhw
     return mixed(label_Bhw.masked_fill(unsure_Bhw, IGNORE), batch.mix_B1hw[:, 0])
+
+
+def at_grid(label_Bhw: Tensor, height: int, width: int) -> Tensor:
+    """Take labels at the pixels nearest to the points of an align_corners=True grid of height x width."""
+    rows = torch.linspace(0, label_Bhw.shape[1] - 1, height, device=label_Bhw.device).round().long()
+    columns = torch.linspace(0, label_Bhw.shape[2] - 1, width, device=label_Bhw.device).round().long()
+    return label_Bhw[:, rows[:, None], columns]

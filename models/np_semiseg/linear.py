@@ -36,7 +36,7 @@ class LinearConfig:
 class LinearHead(FilmHead):
     """A film head, whose weights keep their names, and what says how it may be wrong.
 
-    encode gives base + D, P / sqrt(L) and the density; `standardise` holds the mean and variance of [x, g].
+    encode gives base + D, P / sqrt(L) and the density. standardise: holds the mean and variance of [x, g].
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class LinearHead(FilmHead):
 
     def spread(self, x_BDhw: Tensor, g_BMhw: Tensor, base_BKhw: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean base + D and the matrix P_BLKhw / sqrt(L)."""
-        found = self.pointwise(self.standardise(torch.cat((x_BDhw, g_BMhw), dim=1)))
-        correction, matrix = found.split(self.split, dim=1)
+        joined_BDhw = self.standardise(torch.cat((x_BDhw, g_BMhw), dim=1))
+        correction, matrix = self.pointwise(joined_BDhw).split(self.split, dim=1)
         mean_BKhw = base_BKhw if self.config.keep_answer else base_BKhw + correction
         matrix_BLKhw = matrix.unflatten(1, (self.config.rank, -1)) / math.sqrt(self.config.rank)
         return mean_BKhw.contiguous(), matrix_BLKhw.contiguous()
@@ -106,38 +106,28 @@ class ClassGaussians(nn.Module):
         return -(highest + (log_p_BKhw - highest).exp().sum(1, keepdim=True).log())
 
     @torch.no_grad()
-    def fit(self, features: "FeatureSums", *, shrinkage: float) -> None:
-        """Fit to summed features in float64; a covariance is shrunk towards that of all classes together.
+    def fit(self, products_KNN: Tensor, *, shrinkage: float) -> None:
+        """Fit to `class_products` of all pixels, N = M + 1; covariances are shrunk towards all classes' one.
 
         A class with fewer pixels than channels has the covariance of all.
         """
-        count_K11 = features.count_K[:, None, None]
-        mean_KM = features.sum_KM / features.count_K.clamp(min=1)[:, None]
-        centred_KMM = features.square_KMM - count_K11 * mean_KM[:, :, None] * mean_KM[:, None]
-        pooled_MM = centred_KMM.sum(0) / features.count_K.sum()
-        pooled_MM = pooled_MM + shrinkage * pooled_MM.diagonal().mean() * torch.eye(len(pooled_MM)).to(pooled_MM)
-        share = torch.where(count_K11 > len(pooled_MM), shrinkage, 1.0)
-        covariance_KMM = (1 - share) * centred_KMM / count_K11.clamp(min=1) + share * pooled_MM
+        count_K11, sum_KM = products_KNN[:, -1:, -1:], products_KNN[:, -1, :-1]
+        mean_KM = sum_KM / count_K11[:, 0].clamp(min=1)
+        scatter_KMM = products_KNN[:, :-1, :-1] - mean_KM[:, :, None] * sum_KM[:, None]
+        identity_MM = torch.eye(mean_KM.shape[1]).to(scatter_KMM)
+        pooled_MM = scatter_KMM.sum(0) / count_K11.sum()
+        pooled_MM = pooled_MM + shrinkage * pooled_MM.diagonal().mean() * identity_MM
+        share_K11 = torch.where(count_K11 > len(pooled_MM), shrinkage, 1.0)
+        covariance_KMM = (1 - share_K11) * scatter_KMM / count_K11.clamp(min=1) + share_K11 * pooled_MM
         factor_KMM = torch.linalg.cholesky(covariance_KMM)
-        identity = torch.eye(len(pooled_MM)).to(factor_KMM)
-        self.whiten_KMM.copy_(torch.linalg.solve_triangular(factor_KMM, identity, upper=False))
+        self.whiten_KMM.copy_(torch.linalg.solve_triangular(factor_KMM, identity_MM, upper=False))
         self.mean_KM.copy_(mean_KM)
-        self.share_K.copy_((features.count_K + 1) / (features.count_K + 1).sum())
+        self.share_K.copy_((count_K11 + 1).flatten() / (count_K11 + 1).sum())
 
 
-class FeatureSums:
-    """Count, sum and sum of products per class of labelled pixels' features, in float64."""
-
-    def __init__(self, num_classes: int, channels: int) -> None:
-        self.count_K = torch.zeros(num_classes, dtype=torch.float64)
-        self.sum_KM = torch.zeros(num_classes, channels, dtype=torch.float64)
-        self.square_KMM = torch.zeros(num_classes, channels, channels, dtype=torch.float64)
-
-    def add(self, g_BMhw: Tensor, label_Bhw: Tensor) -> None:
-        """Add all pixels whose label is a class."""
-        g_PM, label_P = g_BMhw.movedim(1, -1).flatten(0, 2).double().cpu(), label_Bhw.flatten().cpu()
-        for k in range(len(self.count_K)):
-            rows_PM = g_PM[label_P == k]
-            self.count_K[k] += len(rows_PM)
-            self.sum_KM[k] += rows_PM.sum(0)
-            self.square_KMM[k] += rows_PM.T @ rows_PM
+def class_products(g_BMhw: Tensor, label_Bhw: Tensor, num_classes: int) -> Tensor:
+    """Sum the products of [g, 1] with itself over every class's pixels, [K, M + 1, M + 1] in float64: second moments,
+    sums and, last, counts. Pixels of no class are left out."""
+    g_PN = F.pad(g_BMhw.movedim(1, -1).flatten(0, 2).double(), (0, 1), value=1.0)
+    classes = (g_PN[label_Bhw.flatten() == k] for k in range(num_classes))
+    return torch.stack([rows_PN.T @ rows_PN for rows_PN in classes])

@@ -15,7 +15,7 @@ DEVIATION: KL with variances; the released code puts sigma where sigma^2 belongs
 DEVIATION: banks and class attention see every other row and column of the feature map, for speed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from penumbra.models.blocks.layers import draw_noise
-from penumbra.models.blocks.losses import confident_labels, mixed, ramp
+from penumbra.models.blocks.losses import at_grid, confident_labels, mixed, ramp
 from penumbra.models.card import IGNORE
 from penumbra.models.contract import Views
 from penumbra.models.errors import BadOption
+from penumbra.models.np_semiseg.distilled import DistilledObjective, DistilledOptions
 from penumbra.models.np_semiseg.heads import attend
 from penumbra.models.np_semiseg.net import NpNetwork
 from penumbra.models.strict import read_strict
@@ -162,23 +163,32 @@ class NpObjective(DropoutObjective):
         self.network.head.latent.latent_centres.copy_(centres_2KL[TARGET])
 
 
-KINDS = {"np": (NpObjective, NpOptions, "latent"), "dropout": (DropoutObjective, DropoutOptions, "dropout")}
+KINDS: dict[str, tuple[Callable[..., nn.Module], type, str]] = {
+    "np": (NpObjective, NpOptions, "latent"),
+    "dropout": (DropoutObjective, DropoutOptions, "dropout"),
+    "distilled": (DistilledObjective, DistilledOptions, "latent"),
+}
 """By name: an objective, its options, and what the network that it trains samples."""
 
 
-def build_objective(network: NpNetwork, average: NpNetwork, options: Mapping[str, Any]) -> DropoutObjective:
-    """Build the objective that `kind` names: `np` (if none is named) for a latent, `dropout` for the baseline.
+def build_objective(network: NpNetwork, average: NpNetwork, options: Mapping[str, Any]) -> nn.Module:
+    """Build the objective that `kind` names: `np` (if none is named) for a latent, `dropout` for the baseline,
+    `distilled` for the linear head.
 
-    Raises BadOption: an unknown kind, or one that the network does not sample for; BadArtifact naming an unknown or
+    Raises BadOption: an unknown kind, or one that does not train such a network; BadArtifact naming an unknown or
     mistyped option.
     """
-    rest, sampling = dict(options), network.sampling.kind
+    rest, sampling, head = dict(options), network.sampling.kind, network.config.head
     name = str(rest.pop("kind", "np"))
     if name not in KINDS:
         raise BadOption(f"recipe.objective.kind is {name!r}; one of {', '.join(KINDS)} is wanted")
     objective, kind, trained = KINDS[name]
     if sampling != trained:
         raise BadOption(f"recipe.config.sampling is {sampling!r}; the objective {name!r} trains {trained!r}")
+    if (head == "linear") != (name == "distilled"):
+        raise BadOption(
+            f"recipe.config.head is {head!r}; 'linear' is trained by the objective 'distilled', others are not"
+        )
     return objective(network, average, read_strict(kind, rest, where="recipe.objective"))
 
 
@@ -215,13 +225,6 @@ def multi_sample_loss(log_prob_SB: Tensor, sharpness: float) -> Tensor:
     """
     num_samples = torch.tensor(float(len(log_prob_SB)))
     return -(torch.logsumexp(sharpness * log_prob_SB, dim=0) - num_samples.log()) / sharpness
-
-
-def at_grid(label_Bhw: Tensor, height: int, width: int) -> Tensor:
-    """Take labels at the pixels nearest to the points of an align_corners=True grid of height x width."""
-    rows = torch.linspace(0, label_Bhw.shape[1] - 1, height, device=label_Bhw.device).round().long()
-    columns = torch.linspace(0, label_Bhw.shape[2] - 1, width, device=label_Bhw.device).round().long()
-    return label_Bhw[:, rows[:, None], columns]
 
 
 def gaussian_kl(q: tuple[Tensor, ...], p: tuple[Tensor, ...]) -> Tensor:

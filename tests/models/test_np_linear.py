@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from penumbra.models.errors import BadOption
-from penumbra.models.np_semiseg.linear import ClassGaussians, FeatureSums, LinearHead
+from penumbra.models.np_semiseg.linear import ClassGaussians, LinearHead, class_products
 from penumbra.models.np_semiseg.net import NpNetwork
 from tests.models.small import SMALL, close, image, noise, seeded
 
@@ -70,10 +70,9 @@ def test_the_linear_head_has_no_dropout() -> None:
 
 
 def fitted(g_BMhw: Tensor, label_Bhw: Tensor, *, shrinkage: float) -> ClassGaussians:
-    gaussians, sums = ClassGaussians(3, g_BMhw.shape[1]), FeatureSums(3, g_BMhw.shape[1])
-    for g_Mhw, label_hw in zip(g_BMhw, label_Bhw, strict=True):
-        sums.add(g_Mhw[None], label_hw[None])
-    gaussians.fit(sums, shrinkage=shrinkage)
+    gaussians = ClassGaussians(3, g_BMhw.shape[1])
+    parts = [class_products(g_BMhw[b : b + 1], label_Bhw[b : b + 1], 3) for b in range(2)]
+    gaussians.fit(torch.stack(parts).sum(0), shrinkage=shrinkage)
     return gaussians
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from penumbra.models.card import IGNORE
 from penumbra.models.contract import Views
+from penumbra.models.errors import BadOption
 from penumbra.training.batches import MIN_BOX_SHARE, MIN_TAG_SHARE, Batches, derive_boxes, derive_tags
 from penumbra.training.data import find_data
 from penumbra.training.frames import Frames
@@ -119,3 +120,22 @@ def test_pixels_of_a_hidden_mask_that_keep_its_boxes_change_nothing() -> None:
     assert all(_same(_draw("boxes", whole), _draw("boxes", hollow)))
     hollow.label_NHW[3:, 10:13] = IGNORE  # now the boxes differ, and are seen to
     assert _same(_draw("boxes", whole), _draw("boxes", hollow)).count(False) == 1
+
+
+def test_corruptions_and_foreign_objects_spoil_the_strong_views_alone() -> None:
+    recipe = replace(tiny.recipe("cps", Path(), steps=1, batch=12), corruptions=("fog", "darken"))
+    plain, spoilt, again = (
+        Batches(_frames(), SPLIT, chosen, torch.Generator().manual_seed(0), num_classes=3).draw()
+        for chosen in (replace(recipe, corruptions=()), recipe, recipe)
+    )
+    assert all(_same(spoilt, again))
+    for field in ("label_Bhw", "weak_B3hw", "inside_Bhw"):  # the labelled pictures' colours are drawn later
+        assert torch.equal(getattr(plain, field), getattr(spoilt, field))
+    changed_B = (plain.strong_B3hw - spoilt.strong_B3hw).abs().amax((1, 2, 3)) > 0.5
+    assert 3 <= int(changed_B.sum()) <= 11  # three of four, in the mean
+
+
+def test_an_unknown_corruption_is_named_beside_the_known_ones() -> None:
+    recipe = replace(tiny.recipe("cps", Path(), steps=1), corruptions=("rain",))
+    with pytest.raises(BadOption, match="'rain'; known are gaussian_noise, gaussian_blur"):
+        Batches(_frames(), SPLIT, recipe, torch.Generator(), num_classes=3)

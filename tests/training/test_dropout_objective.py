@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from penumbra.models.blocks.layers import draw_masks, draw_noise
+from penumbra.models.blocks.losses import at_grid
 from penumbra.models.card import Sampling
 from penumbra.models.contract import Features
 from penumbra.models.errors import BadOption
 from penumbra.models.np_semiseg.net import NpNetwork
-from penumbra.models.np_semiseg.objective import at_grid
 from penumbra.training.loop import build_network
 from penumbra.training.objective import build_objective
 from tests.training import tiny

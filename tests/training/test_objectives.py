@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
+from penumbra.models.blocks.losses import at_grid
 from penumbra.models.card import IGNORE
 from penumbra.models.errors import BadArtifact, BadOption
 from penumbra.models.np_semiseg.net import NpNetwork
@@ -14,7 +15,6 @@ from penumbra.models.np_semiseg.objective import (
     CONTEXT,
     NpObjective,
     NpOptions,
-    at_grid,
     gaussian_kl,
     multi_sample_loss,
     push,
