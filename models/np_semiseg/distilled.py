@@ -5,7 +5,7 @@
 per pixel; mean and MI, the mutual information, are of S samples by the head's law; NLL is 0 where there is no label.
 The teacher's members are the host, at its latent's mean, and other networks. Unlike Malinin et al. 2020, who match the
 members' likelihood, we match two moments, as the samples have no order; roots, as most of the mutual information is
-near 0 and differs there too. Unlabelled views are strong ones: on what it was trained on, an ensemble agrees.
+near 0 and differs there too. Every other unlabelled view is strong: on what it was trained on, an ensemble agrees.
 """
 
 import math
@@ -69,7 +69,9 @@ class DistilledObjective(nn.Module):
         return super().train(False)
 
     def forward(self, batch: Views, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
-        image_B3hw = torch.cat((batch.image_B3hw, mixed(batch.strong_B3hw, batch.mix_B1hw)))
+        unlabelled_B3hw = batch.weak_B3hw.clone()
+        unlabelled_B3hw[1::2] = mixed(batch.strong_B3hw, batch.mix_B1hw)[1::2]
+        image_B3hw = torch.cat((batch.image_B3hw, unlabelled_B3hw))
         with torch.no_grad():
             x_BDhw = self.network.host(image_B3hw)
             base_BKhw, g_BMhw = self.head.answer(x_BDhw)
