@@ -97,7 +97,7 @@ class Batches:
         """Give every labelled frame whole and as it is: image_13HW, normalised, and label_1HW."""
         for i in self.labelled.tolist():
             image_3HW, label_HW = self.frames[i]
-            yield normalise(image_3HW[None].float() / 255, InputSpec()), label_HW[None].long()
+            yield normalise(image_3HW[None].float() / 255, self.recipe.input), label_HW[None].long()
 
     def _views(self, indices: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
         """Draw image_B3hw, label_Bhw and inside_Bhw (False beyond the picture) of `num` frames out of `indices`."""

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from penumbra.models.blocks.layers import draw_noise, resize_like
 from penumbra.models.blocks.losses import at_grid, mixed
-from penumbra.models.card import IGNORE, InputSpec
+from penumbra.models.card import IGNORE, Card
 from penumbra.models.checkpoint import load_checkpoint
 from penumbra.models.contract import Network, Views
 from penumbra.models.errors import BadOption
@@ -54,11 +54,12 @@ class DistilledObjective(nn.Module):
     def __init__(self, network: NpNetwork, average: NpNetwork, options: DistilledOptions) -> None:
         super().__init__()
         self.network, self.average, self.options = network, average, options
+        card, host = load_checkpoint(Path(options.host))
         for ours in (network, average):
-            copy_host(Path(options.host), ours)
+            copy_host(host, ours, path=options.host)
         network.requires_grad_(False)
         self.head.pointwise.requires_grad_(True)
-        self.teachers = nn.ModuleList(load_teacher(Path(path), network) for path in options.teachers)
+        self.teachers = nn.ModuleList(load_teacher(path, like=card) for path in options.teachers)
 
     @property
     def head(self) -> LinearHead:
@@ -104,10 +105,8 @@ class DistilledObjective(nn.Module):
             ours.head.density.fit(products_KNN, shrinkage=self.options.shrinkage)
 
 
-def copy_host(path: Path, network: NpNetwork) -> None:
-    """Copy a host's weights into a network with a linear head. Raises BadOption: it is not the same network but for
-    the head, BadCheckpoint."""
-    _, host = load_checkpoint(path)
+def copy_host(host: Network, network: NpNetwork, *, path: str) -> None:
+    """Copy a host's weights into a network with a linear head. Raises BadOption: more than their heads differ."""
     if (
         not isinstance(host, NpNetwork)
         or replace(network.config, head="film", linear=host.config.linear) != host.config
@@ -116,11 +115,11 @@ def copy_host(path: Path, network: NpNetwork) -> None:
     network.load_state_dict(host.state_dict(), strict=False)
 
 
-def load_teacher(path: Path, network: NpNetwork) -> Network:
-    """Load a frozen member. Raises BadOption: it has other classes or another input; BadCheckpoint."""
-    card, teacher = load_checkpoint(path)
-    if card.num_classes != network.config.num_classes or card.input != InputSpec():
-        raise BadOption(f"the teacher {path} has {card.num_classes} classes and {card.input}; the student's are wanted")
+def load_teacher(path: str, *, like: Card) -> Network:
+    """Load a frozen member. Raises BadOption: it has other classes than the host or another input; BadCheckpoint."""
+    card, teacher = load_checkpoint(Path(path))
+    if (card.classes, card.input) != (like.classes, like.input):
+        raise BadOption(f"the teacher {path} has {card.num_classes} classes and {card.input}; it must be as the host")
     return teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
