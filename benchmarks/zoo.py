@@ -13,7 +13,8 @@ from rich.progress import track
 from benchmarks.rounds import save
 from penumbra.export.bundle import export_checkpoint
 from penumbra.export.zoo import ZOO
-from penumbra.training.evaluation.run import Question, evaluate_artifact
+from penumbra.training.evaluation.answers import Question
+from penumbra.training.evaluation.verb import evaluate_artifact
 
 COLUMNS = {
     "seg/mIoU": "mIoU", "seg/pixAcc": "accuracy", "seg/NLL": "NLL", "cal/ECE": "ECE", "sc/AURC": "AURC",

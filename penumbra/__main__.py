@@ -331,17 +331,25 @@ def sign(name: str, key: Path, version: int | None, store: Path) -> None:
 @shared.of_frames
 @click.option("--json", "json_file", type=shared.ANY_FILE, help="Write all figures here.")
 @click.option("--plots", type=shared.ANY_FOLDER, help="Draw curves and pictures here.")
+@click.option("--control", is_flag=True, help="Of a sampled model, its single pass at a temperature of its own.")
+@click.option("--shift", is_flag=True, help="Also on corrupted and rescaled frames, and with objects pasted in.")
+@click.option("--hidden", default="", metavar="CLASS", help="Also how a class that was void in training stands out.")
 @shared.STORE
-def evaluate(name: str, store: Path, json_file: Path | None, plots: Path | None, **options: Any) -> None:
+def evaluate(
+    name: str, store: Path, json_file: Path | None, plots: Path | None, control: bool, shift: bool, hidden: str,
+    **options: Any,
+) -> None:  # fmt: skip
     """Measure a model on labelled pictures as it is served: accuracy, calibration, and its uncertainty."""
-    from penumbra.training.evaluation.run import Question, check_document, evaluate_artifact, report
+    from penumbra.training.evaluation.answers import Question
+    from penumbra.training.evaluation.verb import check_document, evaluate_artifact, report
 
     if json_file:
         check_document(json_file)
     for folder in (json_file and json_file.parent, plots):
         if folder:
             folder.mkdir(parents=True, exist_ok=True)  # a place that cannot be is told before the work, not after it
-    measured = evaluate_artifact(Question(name, **options), store, plots=plots)
+    question = Question(name, **options)
+    measured = evaluate_artifact(question, store, plots=plots, control=control, shift=shift, hidden=hidden)
     report(measured)
     if json_file:
         json_file.write_text(json.dumps(measured.document(), allow_nan=False) + "\n")

@@ -14,7 +14,7 @@ from penumbra.export.triton import write_repository
 from penumbra.models.checkpoint import check_replaceable, save_checkpoint
 from penumbra.models.errors import BadArtifact, BadOption
 from penumbra.serving.engine.store import next_version, open_artifact
-from penumbra.training.evaluation.run import PLOTS
+from penumbra.training.evaluation.verb import PLOTS
 from penumbra.training.loop import train
 from tests.conftest import toy_card
 from tests.test_cli import failed, run
@@ -115,18 +115,19 @@ def test_an_evaluation_takes_the_place_of_evaluations_alone(toy_store: Path, tmp
         assert run(*command, "--json", document).exit_code == 0
     assert "figures" in json.loads(document.read_bytes())
     plots.mkdir()
-    for name in PLOTS:
-        (plots / f"{name}.png").write_bytes(THEIRS)
-        failed(run(*command, "--plots", plots), 2, f"{name}.png is in the way")
-        kept(plots / f"{name}.png")
-        (plots / f"{name}.png").unlink()
+    for name in [f"{plot}.png" for plot in PLOTS] + [f"{PLOTS[0]}.svg", f"{PLOTS[0]}.pdf"]:
+        (plots / name).write_bytes(THEIRS)
+        failed(run(*command, "--plots", plots), 2, f"{name} is in the way")
+        kept(plots / name)
+        (plots / name).unlink()
 
 
 def test_an_evaluation_draws_over_its_own_pictures(toy_store: Path, tmp_path: Path) -> None:
     command = ("evaluate", "toy-latent", "--data", tmp_path, "--set", "shapes", "--every", 4, "--store", toy_store)
     for _ in range(2):
         assert run(*command, "--plots", tmp_path / "plots").exit_code == 0
-    assert {path.stem for path in (tmp_path / "plots").iterdir()} == {*PLOTS}
+    drawn = {f"{name}.{suffix}" for name in PLOTS if name != "shift" for suffix in ("png", "svg", "pdf")}
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == drawn
 
 
 def test_an_export_goes_above_every_entry_of_its_directory(tmp_path: Path, checkpoints: list[Path]) -> None:  # noqa: F811

@@ -6,10 +6,9 @@ the pictures that novelty is measured against.
 """
 
 import dataclasses
-import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -19,7 +18,6 @@ import click
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from scipy.optimize import minimize_scalar
 
 from penumbra.models.card import MOST_MEANS, Calibration, Card, Novelty, dump_card, parse_card
 from penumbra.models.errors import BadData, BadOption
@@ -28,21 +26,17 @@ from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import CARD, find_artifact, next_version
 from penumbra.serving.watch import how_to_serve
 from penumbra.training.conformal import AbstentionLoss, ClassLoss, find_thresholds, least_frames, too_few
-from penumbra.training.evaluation.answers import LIMITS, Answer
+from penumbra.training.evaluation.answers import LIMITS, Answer, Question
 from penumbra.training.evaluation.figures import Evaluation
-from penumbra.training.evaluation.run import Question, defined, load_frames, segment_frames
+from penumbra.training.evaluation.run import defined, load_frames, segment_frames
+from penumbra.training.evaluation.temperature import fit_temperature, mean_nll, set_temperature
 from penumbra.training.frames import FrameSet
-from penumbra.training.metrics import LEAST_PROBABILITY
 
 RISKS = (0.01, 0.02, 0.05, 0.1)
 CLASS_RISKS = (0.1, 0.2)
 LEAST_FRAMES = 8
 MOST_FOR_TEMPERATURE = 32
 """Frames have hundreds of thousands of pixels for one number, each is run a dozen times, and thresholds need frames."""
-TEMPERATURES = (0.2, 5.0)
-"""Searched between; a temperature at an end means that the network is not to be mended by one."""
-TOLERANCE = 0.01
-"""Relative tolerance of the temperature."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +126,14 @@ def calibrate(
     class_risks: Sequence[float] = CLASS_RISKS,
 ) -> Calibrated:  # fmt: skip
     """Fit temperature and thresholds of a loaded model and check them. Raises BadOption, BadData."""
-    runtime = segmenter.find(question.name, question.version)
-    card, num_samples = runtime.card, question.options(0).num_samples(runtime.card)
+    card = segmenter.find(question.name, question.version).card
+    num_samples = question.options(0).num_samples(card)
     split = split_frames(range(0, len(frames), question.every), seed=question.seed)
     check_risks(split, risks, class_risks)
 
     def try_card(trial: Card, indices: list[int], *, title: str) -> Iterator[Answer]:
         """Answer some frames as if the model had this card; to be read to the end before asking anew."""
-        runtime.card = trial
-        return segment_frames(segmenter, question, frames, indices, title=title)
+        return segment_frames(segmenter, question, frames, dict.fromkeys(indices, trial), title=title)
 
     def nll(temperature: float) -> float:
         return mean_nll(
@@ -183,18 +176,6 @@ def frames_in_all(risk: float) -> int:
     return next(n for n in count(max(needed, LEAST_FRAMES)) if len(split_frames(range(n), seed=0).thresholds) >= needed)
 
 
-def mean_nll(answers: Iterable[Answer]) -> float:
-    """Average -log p(truth) over labelled pixels, nats. Raises BadData: there are none; any temperature would do."""
-    total, num = 0.0, 0
-    for answer in answers:
-        prob = answer.prob_HW[answer.known_HW]
-        total -= float(np.log(np.maximum(prob, LEAST_PROBABILITY)).sum(dtype=np.float64))
-        num += len(prob)
-    if num == 0:
-        raise BadData("none of the frames for the temperature has a label; give it more frames")
-    return total / num
-
-
 def figures_of(card: Card, answers: Iterable[Answer], *, num_samples: int) -> dict[str, float]:
     """Measure all figures of the answers, abstention by the card's thresholds among them."""
     evaluation = Evaluation(card, num_samples)
@@ -212,19 +193,6 @@ def split_frames(indices: Sequence[int], *, seed: int) -> Split:
     order = [indices[i] for i in np.random.Generator(np.random.PCG64(seed)).permutation(len(indices))]
     first, last = min(len(order) // 4, MOST_FOR_TEMPERATURE), len(order) - (len(order) + 3) // 4
     return Split(*(sorted(part) for part in (order[:first], order[first:last], order[last:])))
-
-
-def fit_temperature(nll: Callable[[float], float]) -> float:
-    """Find the temperature with the least NLL, within `TEMPERATURES`; every call of `nll` is a run over the frames."""
-    low, high = np.log(TEMPERATURES)
-    best = minimize_scalar(lambda x: nll(math.exp(x)), bounds=(low, high), options={"xatol": TOLERANCE})
-    return math.exp(best.x)
-
-
-def set_temperature(card: Card, temperature: float) -> Card:
-    """Give the card another temperature, to four digits; what was calibrated at the old one is dropped."""
-    readout = dataclasses.replace(card.readout, temperature=float(f"{temperature:.4g}"))
-    return dataclasses.replace(card, readout=readout, calibration=None, novelty=None)
 
 
 def write_version(source: Path, target: Path, card: Card) -> None:

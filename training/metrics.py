@@ -49,8 +49,8 @@ def top_of(bin_index: int) -> float:
 class Ranking:
     """A measure of how well a score puts wrong ones above right ones: counts_2N of right and wrong ones by its bin."""
 
-    def __init__(self) -> None:
-        self.counts_2N = np.zeros((2, NUM_BINS), np.int64)
+    def __init__(self, counts_2N: NDArray[np.generic] | None = None) -> None:
+        self.counts_2N = np.zeros((2, NUM_BINS), np.int64) if counts_2N is None else counts_2N
         self._sum = 0.0
 
     def add(self, score: Floats, wrong: Mask) -> None:
@@ -79,6 +79,13 @@ class Ranking:
         tied = (wrong * right).sum() / 2
         return Bounded(float(((wrong * (right.cumsum() - right)).sum() + tied) / pairs), float(tied / pairs))
 
+    def aupr(self) -> float:
+        """Return the average precision of the wrong ones: over them, the mean share of wrong ones among all that score
+        no lower; NaN where there are none."""
+        _, right, wrong = (x[::-1] for x in self.occupied())
+        precision = wrong.cumsum() / (right + wrong).cumsum()
+        return float((precision * wrong).sum() / wrong.sum()) if wrong.sum() else float("nan")
+
     def fpr95(self) -> float:
         """Return the share of the right ones above the score that 95 % of the wrong ones are above."""
         _, right, wrong = self.occupied()
@@ -106,6 +113,16 @@ class Ranking:
         widest = np.where(first, swing * (1 + np.log(num / np.where(swing > 0, swing, num))), swing * growth)
         return Bounded(float(area.sum() / num.sum()), float(widest.sum() / num.sum()))
 
+    def augrc(self) -> Bounded:
+        """Average over coverages the share of all that is answered and wrong (Traub et al. 2024), ties in random order.
+
+        It is (1 - AUROC) r (1 - r) + r^2 / 2 at the error rate r.
+        """
+        _, right, wrong = self.occupied()
+        num = right + wrong
+        area, swing = (num * (wrong.cumsum() - wrong / 2)).sum(), (right * wrong).sum() / 2
+        return Bounded(float(area / num.sum() ** 2), float(swing / num.sum() ** 2))
+
     def excess_aurc(self) -> float:
         """Return AURC less that of a score that puts every error last (Geifman et al. 2019)."""
         risk = float(self.counts_2N[1].sum() / self.counts_2N.sum())
@@ -129,7 +146,8 @@ class Reliability:
         self.table_3B = np.zeros((3, CONFIDENCE_BINS))
         """Sums by confidence in equal steps: pixels, their confidences' sum, and how many are right."""
         self._fine_3N = np.zeros((3, NUM_BINS))
-        self._nll, self._brier = 0.0, 0.0
+        self.score_sums = np.zeros(2)
+        """Sums over pixels of -log p(truth), nats, and of the Brier score."""
 
     def add(self, confidence: Floats, truth: Floats, squares: Floats, right: Mask) -> None:
         """Count pixels. truth: probability of the true class. squares: sum over classes of p^2."""
@@ -138,8 +156,8 @@ class Reliability:
         for counts, where in ((self.table_3B, steps), (self._fine_3N, bins)):
             for row, weights in zip(counts, (None, confidence, right), strict=True):
                 row += np.bincount(where, weights, len(row))
-        self._nll -= float(np.log(np.maximum(truth, LEAST_PROBABILITY)).sum(dtype=np.float64))
-        self._brier += float((squares - 2 * truth).sum(dtype=np.float64)) + len(truth)
+        self.score_sums[0] -= np.log(np.maximum(truth, LEAST_PROBABILITY)).sum(dtype=np.float64)
+        self.score_sums[1] += (squares - 2 * truth).sum(dtype=np.float64) + len(truth)
 
     @property
     def num(self) -> float:
@@ -147,11 +165,11 @@ class Reliability:
 
     def nll(self) -> float:
         """Return the mean of -log p(truth), nats."""
-        return self._nll / self.num
+        return float(self.score_sums[0] / self.num)
 
     def brier(self) -> float:
         """Return the mean over pixels of the sum over classes of (p - y)^2, 0 .. 2."""
-        return self._brier / self.num
+        return float(self.score_sums[1] / self.num)
 
     def ece(self) -> float:
         """Return the expected calibration error (Guo et al. 2017): mean of |confidence - accuracy| over equal steps."""

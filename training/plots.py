@@ -12,16 +12,23 @@ from matplotlib.patches import Patch
 
 from penumbra.models.card import IGNORE, Card
 from penumbra.serving.render.pictures import STRIPE_PX, STRIPES, paint
+from penumbra.training.corruptions import SEVERITIES
 from penumbra.training.evaluation.answers import Answer
 from penumbra.training.evaluation.figures import PATCH_PX, STEPS, UNCERTAINTIES
 
 DPI = 120
+FORMATS: dict[str, dict[str, str | None]] = {
+    "png": {"Software": "Penumbra"},
+    "svg": {"Creator": "Penumbra", "Date": None},
+    "pdf": {"Creator": "Penumbra", "CreationDate": None},
+}
+"""What is written, and what says in a file that it is ours."""
 Shown = Sequence[tuple[str, Answer]]
 """Frames for the contact sheet: a title and the answer."""
 
 
 def draw_all(document: dict[str, Any], card: Card, shown: Shown, folder: Path) -> None:
-    """Write every picture there is something for in an evaluation's document as `<name>.png`."""
+    """Write every picture there is something for in an evaluation's document, in all formats."""
     folder.mkdir(parents=True, exist_ok=True)
     drawings: dict[str, Callable[[], Figure]] = {
         "reliability": lambda: reliability_diagram(document),
@@ -33,8 +40,12 @@ def draw_all(document: dict[str, Any], card: Card, shown: Shown, folder: Path) -
         drawings["pavpu"] = lambda: patch_curves(document)
     if document["against_samples"]:
         drawings["samples"] = lambda: against_samples(document)
+    if "shift" in document:
+        drawings["shift"] = lambda: shifts(document)
     for name, draw in drawings.items():
-        draw().savefig(folder / f"{name}.png", dpi=DPI, metadata={"Software": "Penumbra"})
+        figure = draw()
+        for suffix, metadata in FORMATS.items():
+            figure.savefig(folder / f"{name}.{suffix}", dpi=DPI, metadata=metadata)
 
 
 def title_of(document: dict[str, Any]) -> str:
@@ -58,7 +69,8 @@ def reliability_diagram(document: dict[str, Any]) -> Figure:
     top.plot([0, 1], [0, 1], "--", color="grey", linewidth=1, label="perfect")
     top.set(ylabel="accuracy", ylim=(0, 1), xlim=(0, 1), title=title_of(document))
     top.title.set_fontsize(9)
-    top.text(0.03, 0.8, f"ECE {figures['cal/ECE']:.4f}\naECE {figures['cal/aECE']:.4f}", transform=top.transAxes)
+    ece = f"ECE {figures['cal/ECE']:.4f}{_interval(document, 'cal/ECE')}\naECE {figures['cal/aECE']:.4f}"
+    top.text(0.03, 0.8, ece, transform=top.transAxes)
     top.legend(loc="lower right", fontsize=8)
     bottom.bar(edges[:-1], pixels / pixels.sum(), np.diff(edges), align="edge", color="#b0b0b0", edgecolor="white")
     bottom.set(xlabel="confidence", ylabel="share of pixels", yscale="log")
@@ -70,8 +82,9 @@ def risk_coverage(document: dict[str, Any]) -> Figure:
     figure = Figure((6, 4.5), layout="constrained")
     axes, figures = figure.subplots(), document["figures"]
     for name, risks in document["curves"]["risk"].items():
-        area = figures["sc/AURC" if name == "confidence" else f"sc/AURC/{name}"]
-        axes.plot(STEPS, risks, label=f"{name.replace('_', ' ')} (AURC {area:.4f})")
+        key = "sc/AURC" if name == "confidence" else f"sc/AURC/{name}"
+        label = f"{name.replace('_', ' ')} (AURC {figures[key]:.4f}{_interval(document, key)})"
+        axes.plot(STEPS, risks, label=label)
     error = 1 - figures["seg/pixAcc"]
     perfect = np.maximum(STEPS - (1 - error), 0) / np.maximum(STEPS, 1e-9)
     axes.plot(STEPS, perfect, "--", color="grey", linewidth=1, label="perfect ranking")
@@ -127,6 +140,7 @@ def against_samples(document: dict[str, Any]) -> Figure:
             label = name.rpartition("/")[2].replace("_", " ")
             axes.plot(counts, np.array([row[name] for row in rows], float), "o-", markersize=4, label=label)
         axes.set(xscale="log", xlabel="samples S")
+        axes.set_ylim(bottom=0.5 if "AUROC" in title else 0)  # cut off, a small gain would look like a large one
         axes.set_title(title, fontsize=10)
         axes.set_xticks(counts, [str(count) for count in counts])
         axes.minorticks_off()
@@ -139,6 +153,30 @@ def against_samples(document: dict[str, Any]) -> Figure:
     axes.legend(fontsize=8)
     figure.suptitle(f"{document['model']} v{document['version']} against its samples", fontsize=10)
     return figure
+
+
+def shifts(document: dict[str, Any]) -> Figure:
+    """Draw accuracy and calibration of every corruption by its severity, 0 being clean, with 95 % intervals."""
+    variants = document["shift"]["variants"]
+    kinds = list(dict.fromkeys(name.removesuffix("-1") for name in variants if name.endswith("-1")))
+    figure = Figure((3 * len(kinds) / 2, 7), layout="constrained")
+    grid = figure.subplots(4, len(kinds) // 2, sharey="row", squeeze=False)
+    for i, kind in enumerate(kinds):
+        rows = [variants["clean"], *(variants[f"{kind}-{severity}"] for severity in SEVERITIES)]
+        for axes, key in zip(grid[2 * (i % 2) : 2 * (i % 2) + 2, i // 2], ("seg/mIoU", "cal/ECE"), strict=True):
+            values = np.array([row["figures"][key] for row in rows], float)
+            ends = np.array([row["intervals"].get(key, (np.nan, np.nan)) for row in rows]).T
+            bars = np.maximum(np.abs(ends - values), 0)
+            axes.errorbar((0, *SEVERITIES), values, bars, fmt="o-", markersize=4, capsize=3)
+            axes.set(ylim=(0, None), ylabel=key.partition("/")[2], xticks=(0, *SEVERITIES))
+            axes.set_title(kind.replace("_", " "), fontsize=9)
+    figure.suptitle(f"{title_of(document)}: severity of corruptions", fontsize=10)
+    return figure
+
+
+def _interval(document: dict[str, Any], key: str) -> str:
+    interval = document["intervals"].get(key)
+    return " [{:.4f}, {:.4f}]".format(*interval) if interval else ""
 
 
 def confusion_matrix(document: dict[str, Any], card: Card) -> Figure:

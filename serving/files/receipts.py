@@ -27,7 +27,7 @@ from penumbra.serving.engine.raster import RASTER_FAULTS, gdal
 
 FOLDER = ".penumbra-batch"
 PER_FILE = 64
-HEAD_BYTES = 1024
+HEAD_BYTES = 8192
 """Bytes at either end of a file, where what wrote it says so."""
 TAIL_BYTES = 2**16
 """Bytes of a file's end that its fingerprint covers: a PNG and an npz have checksums of all they hold there."""
@@ -135,7 +135,7 @@ def check_replaceable(targets: Iterable[Path], pictures: frozenset[Identity] = f
 
 
 def is_ours(path: Path) -> bool:
-    """Whether Penumbra wrote a file: its PNGs, pages and npz say so in their first or last bytes, its TIFFs in tags."""
+    """Whether Penumbra wrote a file: PNGs, pages, npz, SVG and PDF say so at one of their ends, TIFFs in their tags."""
     try:
         if path.suffix == ".tif":
             with gdal(), rasterio.open(path) as dataset:
@@ -143,7 +143,11 @@ def is_ours(path: Path) -> bool:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
             file.seek(max(0, path.stat().st_size - HEAD_BYTES))
-            is_marked = b"Software\0Penumbra" in head or PAGE_MARK in head
-            return is_marked or (head.startswith(b"PK") and file.read().endswith(b"Penumbra"))
+            tail = file.read()
+            is_marked = any(
+                mark in head for mark in (b"Software\0Penumbra", PAGE_MARK, b"<dc:title>Penumbra</dc:title>")
+            )
+            is_marked |= b"/Creator (Penumbra)" in tail
+            return is_marked or (head.startswith(b"PK") and tail.endswith(b"Penumbra"))
     except RASTER_FAULTS:
         return False

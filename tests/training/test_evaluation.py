@@ -27,10 +27,9 @@ from penumbra.training.evaluation.run import (
     Measured,
     Question,
     evaluate,
-    evaluate_artifact,
     load_frames,
-    typical,
 )
+from penumbra.training.evaluation.verb import evaluate_artifact, typical
 from penumbra.training.frames import Frames
 from penumbra.training.plots import draw_all
 from tests.conftest import CLASSES, GAIN, picture, toy_card
@@ -154,7 +153,7 @@ def test_data_without_any_label_is_refused_with_a_sentence(segmenter: Segmenter,
 
 def test_every_nth_frame_is_taken(segmenter: Segmenter, frames: Frames) -> None:
     measured = measure(segmenter, "toy-pointwise", frames, every=2)
-    assert measured.indices == [0, 2] and measured.evaluation.num_frames == 2
+    assert list(measured.cards) == [0, 2] and measured.evaluation.num_frames == 2
 
 
 def test_small_pictures_have_no_large_patches(segmenter: Segmenter, frames: Frames) -> None:
@@ -243,3 +242,24 @@ def test_nonsense_is_refused_with_a_sentence(store: Path) -> None:
         evaluate_artifact(Question("toy-latent", NOWHERE, "shapes", every=0), store)
     with pytest.raises(BadOption, match="no data set 'moon'"):
         evaluate_artifact(Question("toy-latent", NOWHERE, "moon"), store)
+
+
+def test_expected_error_is_the_mean_doubt_of_a_picture(segmenter: Segmenter, frames: Frames) -> None:
+    measured = measure(segmenter, "toy-pointwise", frames)
+    doubt = (1 - softmax_of(frames).max(-1)).mean((1, 2))
+    assert measured.evaluation.pictures["confidence"] == pytest.approx(doubt.tolist(), abs=1e-5)
+    error = 1 - np.array(measured.accuracies)
+    assert measured.evaluation.pictures["error"] == pytest.approx(error.tolist())
+    figures = measured.evaluation.figures()
+    assert figures["pic/expected_error/MAE"] == pytest.approx(np.abs(doubt - error).mean(), abs=1e-5)
+    ranks = np.corrcoef(doubt.argsort().argsort(), error.argsort().argsort())[0, 1]
+    assert figures["pic/expected_error/Spearman"] == pytest.approx(ranks)
+
+
+def test_augrc_stands_beside_aurc_with_an_interval(segmenter: Segmenter, frames: Frames) -> None:
+    names = Frames(("a_1", "a_2", "b_1", "b_2"), frames.image_N3HW, frames.label_NHW)
+    document = measure(segmenter, "toy-latent", names).document()
+    for name in ("seg/mIoU", "seg/NLL", "seg/Brier", "cal/ECE", "sc/AURC", "sc/AUGRC"):
+        low, high = document["intervals"][name]
+        assert low < high and low - 1e-3 <= document["figures"][name] <= high + 1e-3
+    assert 0 < document["figures"]["sc/AUGRC/entropy"] < document["figures"]["sc/AURC/entropy"]

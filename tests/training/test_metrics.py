@@ -185,3 +185,32 @@ def test_pavpu_counts_accurate_certain_and_inaccurate_uncertain_patches() -> Non
     assert curve.pavpu.tolist() == [3 / 5, 3 / 5, 2 / 5]
     assert curve.accurate_if_certain.tolist()[1:] == [1 / 2, 2 / 5] and math.isnan(curve.accurate_if_certain[0])
     assert curve.uncertain_if_inaccurate.tolist() == [1, 2 / 3, 0]
+
+
+def test_augrc_is_its_closed_form_and_its_definition(rng: np.random.Generator) -> None:
+    """Traub et al. 2024: the integral over coverages of the share that is kept and wrong, or by AUROC and risk."""
+    score = rng.random(5000).astype(np.float32)
+    wrong = rng.random(5000) < score**2
+    ranking = Ranking()
+    ranking.add(score, wrong)
+    value, error = ranking.augrc()
+    kept_wrong = np.append(0, wrong[np.argsort(score)].cumsum()) / 5000
+    assert abs(value - np.trapezoid(kept_wrong, dx=1 / 5000)) <= error + 1e-12 and error < 1e-3
+    risk, auroc = wrong.mean(), ranking.auroc().value
+    assert value == pytest.approx((1 - auroc) * risk * (1 - risk) + risk**2 / 2)
+
+
+def test_augrc_of_equal_scores_is_half_the_risk() -> None:
+    ranking = Ranking()
+    ranking.add(np.zeros(10, np.float32), np.arange(10) < 3)
+    assert ranking.augrc().value == pytest.approx(0.15)
+
+
+def test_average_precision_of_a_worked_example() -> None:
+    """From the highest score: wrong, right, wrong, right: precision 1 and 2/3 at the two wrong ones."""
+    ranking = Ranking()
+    ranking.add(np.array([4, 3, 2, 1], np.float32), np.array([True, False, True, False]))
+    assert ranking.aupr() == pytest.approx((1 + 2 / 3) / 2)
+    never = Ranking()
+    never.add(np.ones(3, np.float32), np.zeros(3, bool))
+    assert np.isnan(never.aupr())

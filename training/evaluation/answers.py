@@ -2,6 +2,7 @@
 
 from contextlib import closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,27 @@ from penumbra.training.metrics import Floats, Mask
 Labels = NDArray[np.uint8]
 LIMITS = Limits(probability_bytes=2**40)
 """Probabilities are read band by band."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """The model and frames of an evaluation. version, samples: None is the newest, and the card's. every: n-th only.
+
+    seed: the first frame's; the next has one more.
+    """
+
+    name: str
+    data: Path
+    data_set: str = "camvid"
+    split: str = "val"
+    version: int | None = None
+    samples: int | None = None
+    seed: int = 0
+    every: int = 1
+
+    def options(self, index: int) -> SegmentOptions:
+        """Return the options of one frame. Every frame has draws of its own, or all would share the luck of one."""
+        return SegmentOptions(model=self.name, samples=self.samples, seed=self.seed + index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +64,11 @@ class Answer:
     def wrong_HW(self) -> Mask:
         """The labelled pixels that are answered with another class."""
         return np.not_equal(self.labels_HW, self.truth_HW) & self.known_HW
+
+    @property
+    def doubts(self) -> dict[str, Floats]:
+        """All maps by name, confidence as 1 - confidence, which is high where the answer is doubtful."""
+        return self.maps | {"confidence": 1 - self.maps["confidence"]}
 
     @property
     def accuracy(self) -> float:

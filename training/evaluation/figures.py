@@ -5,11 +5,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 
-from penumbra.models.card import Calibration, Card
+from penumbra.models.card import IGNORE, Calibration, Card
 from penumbra.models.confusion import confusion, intersection_over_union
 from penumbra.training.evaluation.answers import Answer, Labels
-from penumbra.training.metrics import Floats, Mask, Ranking, Reliability, patch_curve, patches, top_of
+from penumbra.training.evaluation.intervals import find_intervals, flatten_sums
+from penumbra.training.metrics import Doubles, Floats, Mask, Ranking, Reliability, patch_curve, patches, top_of
 
 PATCH_PX = (4, 8, 16, 32)
 UNCERTAINTIES = ("entropy", "mutual_information")
@@ -19,7 +21,11 @@ STEPS = np.linspace(0, 1, 101)
 
 
 class Evaluation:
-    """The counts of all that is measured of one model's answers; memory does not grow with the frames."""
+    """The counts of all that is measured of one model's answers; a frame adds a few numbers and a block 14 kB.
+
+    pictures: of every frame the share of wrong pixels, the expected one, and the means of the other scores of doubt.
+    blocks: the sums of each block of frames.
+    """
 
     def __init__(self, card: Card, num_samples: int) -> None:
         self.card, self.num_frames = card, 0
@@ -32,6 +38,8 @@ class Evaluation:
         self.patches = {(name, size): Ranking() for name in uncertainties for size in PATCH_PX}
         self._abstention = Abstention(card.calibration) if card.calibration else None
         self._by_class = ClassAbstention(card.calibration, card.num_classes) if card.calibration else None
+        self.pictures: dict[str, list[float]] = {name: [] for name in ("error", *self.rankings)}
+        self.blocks: list[Doubles] = []
 
     def add(self, answer: Answer) -> None:
         """Count one frame; one without any label changes nothing."""
@@ -41,9 +49,11 @@ class Evaluation:
         self.num_frames += 1
         labels_HW, truth_HW = map(torch.from_numpy, (answer.labels_HW, answer.truth_HW))
         self.confusion_KK += confusion(labels_HW, truth_HW, num_classes=self.card.num_classes)
-        maps = answer.maps | {"confidence": 1 - answer.maps["confidence"]}
+        maps, measured_HW = answer.doubts, answer.labels_HW != IGNORE
+        self.pictures["error"].append(1 - answer.accuracy)
         for name, ranking in self.rankings.items():
             ranking.add(maps[name][known_HW], wrong_HW[known_HW])
+            self.pictures[name].append(float(maps[name][measured_HW].mean()))
         for (name, size), ranking in self.patches.items():
             ranking.add(*patches(maps[name], wrong_HW, known_HW, size=size))
         counted = (answer.maps["confidence"], answer.prob_HW, answer.squares_HW, ~wrong_HW)
@@ -51,6 +61,15 @@ class Evaluation:
         if self._abstention and self._by_class:
             self._abstention.add(maps["entropy"][known_HW], wrong_HW[known_HW])
             self._by_class.add(maps["entropy"][known_HW], answer.labels_HW[known_HW], wrong_HW[known_HW])
+
+    def end_block(self) -> None:
+        """End a block of frames for the intervals."""
+        total = flatten_sums(self.confusion_KK, self.reliability, self.rankings["confidence"])
+        self.blocks.append(total - np.sum(self.blocks, axis=0))
+
+    def intervals(self, *, seed: int) -> dict[str, tuple[float, float]]:
+        """Return the 95 % intervals of some figures by their names."""
+        return find_intervals(self.blocks, self.card.num_classes, seed=seed)
 
     def figures(self) -> dict[str, float]:
         """Return all figures by name (docs/measure/evaluation.md); NaN where one is undefined."""
@@ -65,6 +84,7 @@ class Evaluation:
             "cal/ECE": self.reliability.ece(),
             "cal/aECE": self.reliability.adaptive_ece(),
             **self._selection(),
+            **self._pictures(),
             # patches above the mean uncertainty of all patches are uncertain
             **{f"pavpu/{key}": float(patch_curve(r, np.array([r.mean])).pavpu[0]) for key, r in self._counted()},
             **(self._abstention.figures() if self._abstention else {}),
@@ -77,6 +97,7 @@ class Evaluation:
         figures = {
             "sc/AURC": confidence.aurc().value,
             "sc/E-AURC": confidence.excess_aurc(),
+            "sc/AUGRC": confidence.augrc().value,
             "sc/Cov@5Risk": confidence.coverage_at(0.05),
             "sc/Risk@80Cov": confidence.risk_at(0.8),
         }
@@ -84,7 +105,17 @@ class Evaluation:
             figures |= {f"err/AUROC/{name}": ranking.auroc().value, f"err/FPR95/{name}": ranking.fpr95()}
             if ranking is not confidence:
                 figures |= {f"sc/AURC/{name}": ranking.aurc().value, f"sc/E-AURC/{name}": ranking.excess_aurc()}
+                figures[f"sc/AUGRC/{name}"] = ranking.augrc().value
         return figures
+
+    def _pictures(self) -> dict[str, float]:
+        """Judge how well a picture's expected error, the mean of 1 - confidence, says its share of wrong pixels."""
+        error, expected = np.array(self.pictures["error"]), np.array(self.pictures["confidence"])
+        varied = len(error) > 2 and np.ptp(error) > 0 and np.ptp(expected) > 0
+        return {
+            "pic/expected_error/MAE": float(np.abs(expected - error).mean()),
+            "pic/expected_error/Spearman": float(spearmanr(expected, error).statistic) if varied else float("nan"),
+        }
 
     def _counted(self) -> Iterator[tuple[str, Ranking]]:
         """Yield the patches of the sizes that fit into the frames."""

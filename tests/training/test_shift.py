@@ -1,0 +1,157 @@
+"""Shifts and controls of toy models, whose answers to changed pictures are known."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from penumbra.__main__ import main
+from penumbra.export.bundle import export_network
+from penumbra.models.card import IGNORE
+from penumbra.models.errors import BadOption
+from penumbra.serving.engine.runtime import Tuning
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.training.evaluation.answers import Question
+from penumbra.training.evaluation.run import evaluate, segment_frames
+from penumbra.training.evaluation.shift import (
+    SCALES,
+    VARIANTS,
+    Changed,
+    find_class,
+    find_strange,
+    measure_shift,
+    paste_objects,
+)
+from penumbra.training.evaluation.temperature import control_cards, single_pass
+from penumbra.training.frames import Frames, hide_classes
+from tests.conftest import GAIN, picture, toy_card
+
+TRUE_TEMPERATURE = 2.5
+FORMS = ("pointwise", "latent", "dropout", "bright")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("store")
+    for form in FORMS:
+        card, network = toy_card(form)
+        export_network(network, card, store)
+    return store
+
+
+@pytest.fixture(scope="module")
+def segmenter(store: Path) -> Iterator[Segmenter]:
+    with Segmenter.open(store, threads=1, tuning=Tuning(1, 1)) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def frames() -> Frames:
+    """Noise whose truth is drawn from softmax(logits / 2.5) of the pointwise toy, which is thus too sure of itself."""
+    rng = np.random.Generator(np.random.PCG64(3))
+    images = np.stack([picture(rng, 50, 60) for _ in range(12)])
+    logits = GAIN * images / 255 / TRUE_TEMPERATURE
+    labels = (logits + rng.gumbel(size=logits.shape)).argmax(-1).astype(np.uint8)
+    labels[:, 0] = IGNORE
+    names = tuple(f"a_{i}" for i in range(12))
+    return Frames(names, torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels))
+
+
+def question(form: str, **options: int) -> Question:
+    return Question(f"toy-{form}", Path("nowhere"), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", ["latent", "dropout"])
+def test_the_controls_pass_is_that_of_the_mean_of_the_noise(segmenter: Segmenter, frames: Frames, form: str) -> None:
+    own = segmenter.find(f"toy-{form}").card
+    (answer,) = segment_frames(segmenter, question(form), frames, {0: single_pass(own)}, title="")
+    (plain,) = segment_frames(
+        segmenter, question("pointwise"), frames, {0: segmenter.find("toy-pointwise").card}, title=""
+    )
+    assert np.abs(answer.prob_HW - plain.prob_HW).max() < 1e-5
+    assert "mutual_information" not in answer.maps
+    assert segmenter.find(f"toy-{form}").card is own, "the model is left as it was"
+
+
+@pytest.mark.parametrize("form", ["pointwise", "latent"])
+def test_the_control_finds_the_temperature_on_the_other_half(segmenter: Segmenter, frames: Frames, form: str) -> None:
+    cards = control_cards(segmenter, question(form), frames, list(range(12)))
+    first, last = cards[0].readout.temperature, cards[11].readout.temperature
+    assert first != last and len({card.readout.temperature for card in cards.values()}) == 2
+    assert first == pytest.approx(TRUE_TEMPERATURE, rel=0.05) == last
+    figures = evaluate(segmenter, question(form), frames, cards=cards).evaluation.figures()
+    assert figures["cal/ECE"] < 0.02 < evaluate(segmenter, question(form), frames).evaluation.figures()["cal/ECE"]
+
+
+def test_a_control_of_many_samples_or_of_one_frame_is_refused(segmenter: Segmenter, frames: Frames) -> None:
+    with pytest.raises(BadOption, match="the control is one pass"):
+        control_cards(segmenter, question("latent", samples=4), frames, [0, 1])
+    with pytest.raises(BadOption, match="there are 1 frames"):
+        control_cards(segmenter, question("latent"), frames, [0])
+
+
+def test_a_changed_frame_depends_on_seed_and_index_alone(frames: Frames) -> None:
+    noisy = [Changed(frames, VARIANTS["gaussian_noise-1"], seed) for seed in (0, 0, 1)]
+    assert torch.equal(noisy[0][3][0], noisy[1][3][0]) and not torch.equal(noisy[0][3][0], noisy[2][3][0])
+    assert torch.equal(noisy[0][3][1], frames[3][1]) and len(noisy[0]) == 12 and noisy[0].names == frames.names
+
+
+def test_darkness_brings_doubt_and_is_told_from_the_usual(segmenter: Segmenter, frames: Frames) -> None:
+    """The toy's logits are the pixels: less light is less of them."""
+    clean = evaluate(segmenter, question("bright", every=3), frames)
+    shift = measure_shift(segmenter, clean, frames)
+    rows = shift["variants"]
+    assert rows.keys() == {"clean", *VARIANTS, "corruptions"} and len(VARIANTS) == 8 * 3 + len(SCALES)
+    assert rows["darken-3"]["separation"] == {
+        "error": pytest.approx(0.5, abs=0.3),
+        "confidence": 1, "entropy": 1, "brightness": 0,
+    }  # fmt: skip
+    assert set(rows["clean"]["separation"].values()) == {0.5}
+    assert (
+        rows["darken-3"]["means"]["entropy"] > rows["darken-1"]["means"]["entropy"] > rows["clean"]["means"]["entropy"]
+    )
+    assert rows["darken-2"]["figures"]["seg/mIoU"] == pytest.approx(rows["clean"]["figures"]["seg/mIoU"], abs=0.02)
+    nll = [rows[name]["figures"]["seg/NLL"] for name in VARIANTS if name not in SCALES]
+    assert rows["corruptions"]["figures"]["seg/NLL"] == pytest.approx(np.mean(nll), rel=1e-6)
+    assert shift["objects"].keys() == {"confidence", "entropy", "brightness"}
+
+
+def test_pixels_that_lost_their_label_are_found_by_what_they_look_like(segmenter: Segmenter, frames: Frames) -> None:
+    bright = frames.image_N3HW.float().mean(1) > 150
+    labels = frames.label_NHW.clone()
+    labels[bright] = IGNORE
+    changed = dataclasses.replace(frames, label_NHW=labels)
+    found = find_strange(segmenter, evaluate(segmenter, question("bright"), frames), frames, changed)
+    assert found["brightness"]["AUROC"] == pytest.approx(1, abs=1e-3) == found["brightness"]["AUPR"]
+    assert found["brightness"]["FPR95"] == pytest.approx(0, abs=1e-3)
+
+
+def test_objects_take_labels_away_and_a_hidden_class_too(frames: Frames) -> None:
+    image, label = np.zeros((60, 80, 3), np.uint8), np.ones((60, 80), np.uint8)
+    _, pasted = paste_objects(image, label, np.random.Generator(np.random.PCG64(0)))
+    assert set(np.unique(pasted)) == {1, IGNORE}
+    card, _ = toy_card("pointwise")
+    assert find_class(card, "green") == 1
+    assert set(hide_classes(frames, [1]).label_NHW.unique().tolist()) == {0, 2, IGNORE}
+    with pytest.raises(BadOption, match="hidden is 'Moon'; the classes are red, green, blue"):
+        find_class(card, "Moon")
+
+
+@pytest.mark.parametrize("extra", [("--control",), ("--shift", "--hidden", "red")])
+def test_the_command_measures_shifts_and_controls(store: Path, tmp_path: Path, extra: tuple[str, ...]) -> None:
+    arguments = ["evaluate", "toy-latent", "--data", tmp_path, "--set", "shapes", "--every", 4, "--store", store]
+    arguments += [*extra, "--json", tmp_path / "out.json", "--plots", tmp_path / "plots"]
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    document = json.loads((tmp_path / "out.json").read_text())
+    if "--control" in extra:
+        assert document["samples"] == 1 and len(document["temperatures"]) == 2 and "shift" not in document
+    else:
+        assert document["hidden"].keys() == {"red"} and "darken-3" in document["shift"]["variants"]
+        assert (tmp_path / "plots" / "shift.pdf").read_bytes().startswith(b"%PDF")
+        assert "pasted objects" in result.stdout and "pixels of red" in result.stdout

@@ -1,0 +1,71 @@
+"""Put intervals round figures by a block bootstrap: blocks of consecutive frames are drawn anew, with replacement.
+
+Neighbours in a drive are nearly one picture, so frames that are drawn one by one would make the intervals far too
+narrow (Künsch 1989). Of a block only sums are kept, 14 kB, whatever its pixels.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from penumbra.models.confusion import intersection_over_union
+from penumbra.training.metrics import CONFIDENCE_BINS, Doubles, Ranking, Reliability, bins_of
+
+BLOCK_FRAMES = 10
+RESAMPLES = 1000
+PERCENTILES = (2.5, 97.5)
+LEAST_DOUBT = 2.0**-25
+"""Below it float32 knows no other 1 - confidence than 0."""
+FINE_BINS = 16
+"""Bins of a ranking that are one bin here, of a relative width of 2^-5."""
+
+
+def end_blocks(names: Sequence[str], indices: Sequence[int]) -> set[int]:
+    """Find those of the chosen indices that end a block: `BLOCK_FRAMES` consecutive names, fewer where a drive ends.
+
+    A drive's frames have one name up to its last underscore, as 0016E5_08001 does.
+    """
+    block_of: list[tuple[int, int]] = []
+    start = 0
+    for i, name in enumerate(names):
+        if name.rpartition("_")[0] != names[start].rpartition("_")[0]:
+            start = i
+        block_of.append((start, (i - start) // BLOCK_FRAMES))
+    last = {block_of[index]: index for index in indices}
+    return set(last.values())
+
+
+def flatten_sums(confusion_KK: torch.Tensor, reliability: Reliability, by_confidence: Ranking) -> Doubles:
+    """Put all sums that `figures_of` needs into one vector."""
+    first, last = bins_of(np.array([LEAST_DOUBT, 1], np.float32))
+    counts = by_confidence.counts_2N
+    coarse_2M = counts[:, first:last].reshape(2, -1, FINE_BINS).sum(2)
+    coarse_2M[:, 0] += counts[:, :first].sum(1)
+    parts = (confusion_KK.numpy(), reliability.table_3B, reliability.score_sums, coarse_2M)
+    return np.concatenate([part.ravel() for part in parts]).astype(np.float64)
+
+
+def figures_of(sums: Doubles, num_classes: int) -> dict[str, float]:
+    """Compute from such sums the figures that have intervals, by their names."""
+    sizes = (num_classes**2, 3 * CONFIDENCE_BINS, 2)
+    confusion, table, scores, counts = np.split(sums, np.cumsum(sizes))
+    ranking, (pixels, confidence, right) = Ranking(counts.reshape(2, -1)), table.reshape(3, -1)
+    iou_K = intersection_over_union(torch.from_numpy(confusion.reshape(num_classes, num_classes)))
+    return {
+        "seg/mIoU": float(iou_K.nanmean()), "seg/NLL": float(scores[0] / pixels.sum()),
+        "seg/Brier": float(scores[1] / pixels.sum()),
+        "cal/ECE": float(np.abs(confidence - right).sum() / pixels.sum()),
+        "sc/AURC": ranking.aurc().value, "sc/AUGRC": ranking.augrc().value,
+    }  # fmt: skip
+
+
+def find_intervals(blocks: Sequence[Doubles], num_classes: int, *, seed: int) -> dict[str, tuple[float, float]]:
+    """Return each figure's 2.5th and 97.5th percentile over resamples of the blocks; nothing of a single block."""
+    if len(blocks) < 2:
+        return {}
+    rng = np.random.Generator(np.random.PCG64(seed))
+    times_RN = rng.multinomial(len(blocks), np.full(len(blocks), 1 / len(blocks)), size=RESAMPLES)
+    drawn = [figures_of(times @ np.stack(blocks), num_classes) for times in times_RN.astype(np.float64)]
+    low, high = np.nanpercentile([list(figures.values()) for figures in drawn], PERCENTILES, axis=0).tolist()
+    return dict(zip(drawn[0], zip(low, high, strict=True), strict=True))

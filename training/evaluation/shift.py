@@ -1,0 +1,139 @@
+"""`penumbra evaluate --shift`: what a model says of pictures unlike those it was measured on.
+
+The frames are corrupted (eight kinds, three severities), rescaled, and have objects pasted in; `--hidden CLASS` asks
+for the pixels of a class that the model has not learnt. A frame's chance depends on the seed and its index alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penumbra.models.card import IGNORE, Card
+from penumbra.models.errors import BadOption
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.training.corruptions import CORRUPTIONS, SEVERITIES, Picture, paste_object, rescale
+from penumbra.training.evaluation.figures import Evaluation
+from penumbra.training.evaluation.intervals import figures_of, find_intervals
+from penumbra.training.evaluation.run import Measured, defined, evaluate, segment_frames
+from penumbra.training.frames import FrameSet
+from penumbra.training.metrics import Ranking
+
+NUM_OBJECTS = 2
+"""Pasted into each frame."""
+Change = Callable[[Picture, Picture, np.random.Generator], tuple[Picture, Picture]]
+"""From a picture and its label to others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """A data set's split whose frames are changed when they are asked for."""
+
+    frames: FrameSet
+    change: Change
+    seed: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.frames.names
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image_3HW, label_HW = self.frames[index]
+        rng = np.random.Generator(np.random.PCG64([self.seed, index]))
+        image_HW3, new_label_HW = self.change(image_3HW.permute(1, 2, 0).contiguous().numpy(), label_HW.numpy(), rng)
+        return torch.from_numpy(image_HW3).permute(2, 0, 1), torch.from_numpy(new_label_HW)
+
+
+def paste_objects(image_HW3: Picture, label_HW: Picture, rng: np.random.Generator) -> tuple[Picture, Picture]:
+    """Paste `NUM_OBJECTS` objects; their pixels lose their label."""
+    for _ in range(NUM_OBJECTS):
+        image_HW3, label_HW, _ = paste_object(image_HW3, label_HW, rng)
+    return image_HW3, label_HW
+
+
+def _corrupt(
+    kind: str, severity: int, image_HW3: Picture, label_HW: Picture, rng: np.random.Generator
+) -> tuple[Picture, Picture]:
+    return CORRUPTIONS[kind](image_HW3, severity, rng), label_HW
+
+
+def _rescale(factor: float, image_HW3: Picture, label_HW: Picture, rng: np.random.Generator) -> tuple[Picture, Picture]:
+    return rescale(image_HW3, label_HW, factor)
+
+
+SCALES: dict[str, Change] = {f"scale-{factor:g}": partial(_rescale, factor) for factor in (2, 0.5)}
+VARIANTS: dict[str, Change] = SCALES | {
+    f"{kind}-{severity}": partial(_corrupt, kind, severity) for kind in CORRUPTIONS for severity in SEVERITIES
+}
+
+
+def measure_shift(segmenter: Segmenter, clean: Measured, frames: FrameSet) -> dict[str, Any]:
+    """Measure the variants of the frames of an evaluation, as JSON values: rows by variant, and of pasted objects.
+
+    The row `corruptions` is of all corruptions together, `clean` of the frames as they are.
+    """
+    rows, pooled = {"clean": _row(clean.evaluation, clean)}, 0
+    for name, change in VARIANTS.items():
+        changed = Changed(frames, change, clean.question.seed)
+        measured = evaluate(segmenter, clean.question, changed, cards=clean.cards, title=name)
+        rows[name] = _row(measured.evaluation, clean)
+        if name not in SCALES:
+            pooled = pooled + np.stack(measured.evaluation.blocks)
+    num_classes = clean.card.num_classes
+    rows["corruptions"] = {
+        "figures": defined(figures_of(pooled.sum(0), num_classes)),
+        "intervals": find_intervals(list(pooled), num_classes, seed=clean.question.seed),
+    }
+    pasted = Changed(frames, paste_objects, clean.question.seed)
+    return {"variants": rows, "objects": find_strange(segmenter, clean, frames, pasted)}
+
+
+def _row(evaluation: Evaluation, clean: Measured) -> dict[str, Any]:
+    """Summarise a variant: figures, its pictures' means of all scores, and how well those tell them from clean ones."""
+    shown = ("seg/", "cal/", "sc/AURC", "sc/AUGRC", "err/AUROC", "pic/")
+    figures = {name: value for name, value in evaluation.figures().items() if name.startswith(shown)}
+    separation = {}
+    for name, values in evaluation.pictures.items():
+        ranking, usual = Ranking(), clean.evaluation.pictures[name]
+        ranking.add(np.array(usual + values, np.float32), np.repeat([False, True], (len(usual), len(values))))
+        separation[name] = ranking.auroc().value
+    means = {name: float(np.mean(values)) for name, values in evaluation.pictures.items()}
+    return {
+        "figures": defined(figures), "intervals": evaluation.intervals(seed=clean.question.seed),
+        "means": means, "separation": defined(separation),
+    }  # fmt: skip
+
+
+def find_strange(
+    segmenter: Segmenter, clean: Measured, frames: FrameSet, changed: FrameSet
+) -> dict[str, dict[str, float | None]]:
+    """Measure for each map how well it finds the pixels that have a label in `frames` and none in `changed`.
+
+    All other labelled pixels are what they must stand out from.
+    """
+    rankings: dict[str, Ranking] = {}
+    answers = segment_frames(segmenter, clean.question, changed, clean.cards, title="strange pixels")
+    for index, answer in zip(clean.cards, answers, strict=True):
+        counted_HW = frames[index][1].numpy() != IGNORE
+        for name, score_HW in answer.doubts.items():
+            ranking = rankings.setdefault(name, Ranking())
+            ranking.add(score_HW[counted_HW], ~answer.known_HW[counted_HW])
+    return {
+        name: defined({"AUROC": ranking.auroc().value, "AUPR": ranking.aupr(), "FPR95": ranking.fpr95()})
+        for name, ranking in rankings.items()
+    }
+
+
+def find_class(card: Card, name: str) -> int:
+    """Find the index of a class by its name. Raises BadOption: the model has no such class."""
+    names = [info.name for info in card.classes]
+    if name not in names:
+        raise BadOption(f"hidden is {name!r}; the classes are {', '.join(names)}")
+    return names.index(name)
