@@ -16,7 +16,7 @@ from torch import nn
 
 from penumbra.models import find_method
 from penumbra.models.card import Card, Provenance, Readout
-from penumbra.models.checkpoint import check_replaceable, load_checkpoint, save_checkpoint
+from penumbra.models.checkpoint import COUNTER, check_replaceable, fill_network, load_checkpoint, save_checkpoint
 from penumbra.models.contract import Network
 from penumbra.models.errors import BadArtifact, BadOption
 from penumbra.models.files import write_whole
@@ -211,9 +211,10 @@ def schedule(progress: float, *, warmup: float) -> float:
 
 
 def build_network(recipe: Recipe, num_classes: int) -> Network:
-    """Build the recipe's network with fresh weights from its seed; the global generator is left as it was.
+    """Build the recipe's network with fresh weights from its seed, or those of its `start`.
 
-    Convolutions as in He et al. 2015: torch's default is too small to train a deep net from scratch.
+    Convolutions as in He et al. 2015: torch's default is too small to train a deep net from scratch. The global
+    generator is left as it was. Raises BadOption (a configuration that cannot be), BadCheckpoint.
     """
     method = find_method(recipe.method)
     try:
@@ -228,6 +229,9 @@ def build_network(recipe: Recipe, num_classes: int) -> Network:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if recipe.pretrained == "imagenet":
             load_imagenet(network, recipe)
+    if recipe.start:
+        state = load_checkpoint(Path(recipe.start))[1].state_dict()
+        fill_network(network, {k: v for k, v in state.items() if not k.endswith(COUNTER)}, where=recipe.start)
     return network
 
 

@@ -18,6 +18,7 @@ class Recipe:
     """Every choice of one training: what is trained, on what, and how long.
 
     config, objective: the method's network configuration and objective options.
+    start: a checkpoint of a network of these shapes, whose weights the training begins with; fresh ones if left out.
     labelled_fraction: of the training frames, drawn by `seed`; the others are used without their masks.
     With 0 there are only others; labelled_batch is 0 then, and `weak_labels` are all that is learnt from.
     labelled_list: a file that names the labelled frames instead, one per line.
@@ -44,6 +45,7 @@ class Recipe:
     window: WindowSpec
     crop: tuple[int, int]
     steps: int
+    start: str = ""
     labelled_fraction: float = 0.25
     labelled_list: str = ""
     leave_out: tuple[str, ...] = ()

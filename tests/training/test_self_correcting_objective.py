@@ -1,6 +1,7 @@
 """The three corrections, their stages, and where gradients go, against closed forms."""
 
 import copy
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +13,13 @@ from torch.nn import functional as F
 
 from penumbra.models.blocks.losses import soft_cross_entropy
 from penumbra.models.card import IGNORE, WindowSpec
+from penumbra.models.checkpoint import save_checkpoint
 from penumbra.models.contract import Views
-from penumbra.models.errors import BadArtifact, BadOption
+from penumbra.models.errors import BadArtifact, BadCheckpoint, BadOption
 from penumbra.models.self_correcting.net import SelfCorrectingNetwork
 from penumbra.models.self_correcting.objective import SelfCorrectingObjective, Stage, build_objective, draw_kept
 from penumbra.training.data import find_data
-from penumbra.training.loop import Training, build_network
+from penumbra.training.loop import Training, build_network, card_of
 from penumbra.training.recipe import Recipe
 from tests.training import tiny
 
@@ -251,6 +253,23 @@ def test_half_of_the_views_keep_all_of_their_boxes_and_the_others_each_its_own_s
     # of three boxes with a chance that is uniform, every number is as likely; half of the views have all besides
     shares = [float((num_B == num).float().mean()) for num in range(4)]
     assert shares == pytest.approx([1 / 8, 1 / 8, 1 / 8, 5 / 8], abs=0.03)
+
+
+def test_a_training_begins_with_the_weights_of_its_start(tmp_path: Path) -> None:
+    data, path = find_data("shapes"), tmp_path / "begun.safetensors"
+    frames = data.load(tmp_path, "train")
+    recipe = _recipe("linear")
+    begun = Training(dataclasses.replace(recipe, seed=5), frames, 3)
+    save_checkpoint(path, card_of(recipe, data, num_frames=1, num_labelled=1, network=begun.average), begun.average)
+    own = dataclasses.replace(_recipe("linear", partial=True), start=str(path), objective={"ancillary_share": 1.0})
+    training = Training(own, frames, 3)
+    fresh, weights = begun.average.state_dict(), training.average.state_dict()
+    assert all(torch.equal(fresh[key], weights[key]) for key in fresh)
+    training.advance(0.5)
+    for key, value in training.objective.network.primary.state_dict().items():
+        assert torch.equal(value, fresh[f"primary.{key}"])  # the first stage alone leaves the primary as it is
+    with pytest.raises(BadCheckpoint, match="begun"):
+        Training(dataclasses.replace(own, config=own.config | {"aspp_channels": 8}), frames, 3)
 
 
 def test_only_the_ancillary_s_lesson_has_some_of_the_boxes_and_only_where_the_configuration_says_so() -> None:
