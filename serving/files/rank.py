@@ -62,11 +62,13 @@ class Ranker:
     def __init__(self, segmenter: Segmenter, options: SegmentOptions, *, by: str, draws: bool) -> None:
         card = segmenter.find(options.model, options.version).card
         maps = {"mutual_information"} & {by, *card.maps(options.num_samples(card))}
-        self._segmenter, self._options = segmenter, options.with_maps(("confidence", *maps))
+        self._segmenter, self._options = segmenter, options.with_maps((*maps, *["confidence"] * draws))
         self.card, self.by, self._draws = card, by, draws
-        check_options(self._options, card, IN_MEMORY)
-        if by == "novelty" and card.novelty is None:
+        samples, reference = check_options(self._options, card, IN_MEMORY), card.novelty
+        if by == "novelty" and reference is None:
             raise BadOption(f"{card.name} has no reference for novelty; `penumbra calibrate {card.name}` gives it one")
+        if by == "novelty" and reference and reference.map == "entropy" and reference.num_samples != samples:
+            raise BadOption(f"samples is {samples}; novelty of {card.name} is measured with {reference.num_samples}")
 
     def look_at(self, url: str) -> tuple[Ranked | None, Result]:
         """Score one image. Whatever goes wrong is that image's alone, and said."""

@@ -1,6 +1,7 @@
 """`penumbra rank`: what a person should look at first, and a choice of few in which no two are the same picture."""
 
 import csv
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -11,10 +12,12 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from penumbra.__main__ import main
+from penumbra.export.bundle import export_network
+from penumbra.models.card import Novelty
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.files.rank import Ranked, Ranker, look_of, rank_images, spread
-from tests.conftest import FIXED, GAIN, picture
+from tests.conftest import FIXED, GAIN, picture, toy_card
 from tests.serving.server import ROOT
 
 CAMVID = ROOT.parent / "shared" / "camvid" / "val" / "images"
@@ -68,6 +71,20 @@ def test_two_members_that_disagree_most_are_first_by_mutual_information(toy_stor
     result = run(images, "-m", "toy-opposed", "--store", toy_store, "--by", "mutual_information")
     assert [Path(row["image"]).name for row in listed(result)] == ["a.png", "c.png", "b.png"]
     assert 0.3 < float(listed(result)[0]["mutual_information"]) < np.log(3)
+
+
+def test_what_is_stranger_than_the_reference_is_first_by_novelty(images: Path, tmp_path: Path) -> None:
+    card, network = toy_card("latent")
+    reference = Novelty("entropy", (0.1, 0.4, 1.0), num_pictures=3, num_samples=4, data="three")
+    export_network(network, dataclasses.replace(card, novelty=reference), tmp_path / "store")
+    result = run(images, "--store", tmp_path / "store", "--by", "novelty")
+    assert result.exit_code == 0, result.output
+    novelty = [float(row["novelty"]) for row in listed(result)]
+    assert (
+        Path(listed(result)[0]["image"]).name == "b.png" and novelty == sorted(novelty, reverse=True) and novelty[0] > 0
+    )
+    refused = run(images, "--store", tmp_path / "store", "--by", "novelty", "--samples", 5)
+    assert refused.exit_code == 2 and "samples is 5" in refused.stderr
 
 
 @pytest.mark.parametrize(
