@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,6 +41,7 @@ SLOW = (
     "self_correcting linear",
     "self_correcting dropout",
     "cpal wrn38-dropout",
+    "cps lite",
 )
 COMPILED = ("toy latent", "self_correcting linear")
 """A compiler works on every graph for half a minute: few cases, the second with members that a prompt adds."""
@@ -105,13 +107,13 @@ def test_compiled_graphs_agree_at_other_batches_refuse_other_inputs_and_are_serv
         assert torch.equal(contiguous, channels_last)
 
 
+@pytest.mark.parametrize("name", ["cps single", pytest.param("cps lite", marks=pytest.mark.slow)])
 @torch.inference_mode()
-def test_a_model_that_sees_images_whole_takes_any_size_in_onnx(tmp_path: Path) -> None:
-    name = "cps single"
+def test_a_model_that_sees_images_whole_takes_any_size_in_onnx(name: str, tmp_path: Path) -> None:
     card = card_of(name)
     whole = dataclasses.replace(card, window=dataclasses.replace(card.window, height=0, width=0))
-    graphs = load(export_network(seeded(name), whole, tmp_path, backend="onnx"))
-    for size in ((96, 128), (61, 83)):
+    directory = export_network(seeded(name), whole, tmp_path, backend="onnx")
+    for graphs, size in product((load(directory), load(directory, backend="openvino")), ((96, 128), (61, 83))):
         pixels, draws = image(1, size), noise(name, 1, 1)
         assert close(graphs.decode(graphs.encode(pixels), draws), seeded(name)(pixels, draws), EXACTLY)
 
