@@ -53,14 +53,15 @@ def test_json_holds_exactly_the_documented_fields(client: httpx.Client) -> None:
     answer = ask(client, accept="application/json", model="toy-latent", seed=7, samples=5).json()
     assert set(answer) == {
         "model", "version", "seed", "samples", "members", "windows", "size", "units", "timing_ms", "warnings",
-        "abstained", "void_pixels", "classes",
+        "abstained", "void_pixels", "scores", "classes",
     }  # fmt: skip
     assert (answer["model"], answer["version"], answer["seed"], answer["samples"]) == ("toy-latent", 1, 7, 5)
     assert answer["size"] == [45, 70] and answer["units"] == "nats" and answer["members"] == []
     assert {"wait", "decode", "queue", "run", "stitch", "read_out", "total"} <= set(answer["timing_ms"])
     for row in answer["classes"]:
         assert set(row) == {
-            "id", "name", "pixels", "share", "mean_confidence", "mean_entropy", "mean_mutual_information", "rle",
+            "id", "name", "pixels", "share", "expected_error", "mean_confidence", "mean_entropy",
+            "mean_mutual_information", "rle",
         }  # fmt: skip
         assert 1 / 3 <= row["mean_confidence"] <= 1 and 0 < row["mean_entropy"] <= math.log(3)
     assert sum(row["pixels"] for row in answer["classes"]) == 45 * 70
