@@ -168,8 +168,10 @@ def shifts(document: dict[str, Any]) -> Figure:
             ends = np.array([row["intervals"].get(key, (np.nan, np.nan)) for row in rows]).T
             bars = np.maximum(np.abs(ends - values), 0)
             axes.errorbar((0, *SEVERITIES), values, bars, fmt="o-", markersize=4, capsize=3)
-            axes.set(ylim=(0, None), ylabel=key.partition("/")[2], xticks=(0, *SEVERITIES))
+            axes.set(ylabel=key.partition("/")[2], xticks=(0, *SEVERITIES))
             axes.set_title(kind.replace("_", " "), fontsize=9)
+    for axes in grid.ravel():  # once all of a row is drawn, for its axes share their range
+        axes.set_ylim(bottom=0)
     figure.suptitle(f"{title_of(document)}: severity of corruptions", fontsize=10)
     return figure
 

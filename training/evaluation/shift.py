@@ -97,7 +97,7 @@ def measure_shift(segmenter: Segmenter, clean: Measured, frames: FrameSet) -> di
 
 def _row(evaluation: Evaluation, clean: Measured) -> dict[str, Any]:
     """Summarise a variant: figures, its pictures' means of all scores, and how well those tell them from clean ones."""
-    shown = ("seg/", "cal/", "sc/AURC", "sc/AUGRC", "err/AUROC", "pic/")
+    shown = ("seg/mIoU", "seg/NLL", "seg/Brier", "cal/", "sc/AURC", "sc/AUGRC", "err/AUROC", "pic/")
     figures = {name: value for name, value in evaluation.figures().items() if name.startswith(shown)}
     separation = {}
     for name, values in evaluation.pictures.items():
