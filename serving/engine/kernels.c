@@ -15,6 +15,8 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
+const int penumbra_interface = 1; /* INTERFACE of kernels.py: a build of other arguments is not called. */
+
 /* exp(x) for x <= 0: 2^n * e^r with |r| <= ln 2 / 2 and a polynomial of degree 6; relative error < 1e-7. */
 INLINE float exp_nonpositive(float x) {
     x = x < -87.0f ? -87.0f : x;

@@ -5,6 +5,7 @@
 """
 
 import ctypes
+import logging
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -15,19 +16,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+log = logging.getLogger("penumbra")
 FloatArray = NDArray[np.float32]
 
 
-def _load() -> ctypes.CDLL | None:
-    for path in Path(__file__).parent.glob("_kernels*.so"):
+INTERFACE = 1
+"""The number that kernels.c has; both go up when a function's arguments change."""
+
+
+def load(directory: Path) -> ctypes.CDLL | None:
+    """Load the compiled kernels of a directory; the plain forms are right, only slower."""
+    for path in directory.glob("_kernels*.so"):
         try:
-            return ctypes.CDLL(str(path))
-        except OSError:  # built for another machine: the plain forms are right, only slower
-            continue
+            library = ctypes.CDLL(str(path))
+            found = ctypes.c_int.in_dll(library, "penumbra_interface").value
+        except (OSError, ValueError):  # built for another machine, or before there was a number
+            found = None
+        if found == INTERFACE:
+            return library
+        log.warning("%s was not built from these sources; install Penumbra again, or images take longer", path)
     return None
 
 
-COMPILED = _load()
+COMPILED = load(Path(__file__).parent)
 
 
 def normalise(pixels_hw3: NDArray[np.uint8], factor: FloatArray, offset: FloatArray) -> FloatArray:

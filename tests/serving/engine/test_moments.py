@@ -1,7 +1,9 @@
 """Moments: the compiled and the plain form agree with a float64 oracle made of torch's own resize."""
 
+import _ctypes
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -160,3 +162,12 @@ def test_moments_keep_no_windows_of_other_requests(num_images: int) -> None:
         assert isinstance(moments, Moments) and moments.stats_hCw.equal(stats_hCw)
         kept = moments.stats_hCw.untyped_storage().nbytes() // stats_hCw.nbytes
         assert kept == (2 if num_images == 1 else 1)
+
+
+@pytest.mark.parametrize("content", [b"no library", Path(_ctypes.__file__).read_bytes()], ids=["damaged", "another"])
+def test_kernels_that_were_built_from_other_sources_are_not_called(
+    content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "_kernels.cpython-311.so").write_bytes(content)
+    assert kernels.load(tmp_path) is None
+    assert "was not built from these sources; install Penumbra again" in caplog.text
