@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from penumbra.models.card import IGNORE, InputSpec
 from penumbra.training.augment import cutmix_masks, jitter_color, normalise, random_view
+from penumbra.training.hosts import IMAGENET_INPUT
 
 SIZE = (48, 64)
 
@@ -65,3 +66,14 @@ def test_normalise_subtracts_the_mean_and_divides_by_the_deviation() -> None:
     spec = InputSpec()
     image_B3hw = torch.tensor(spec.mean)[None, :, None, None].expand(1, 3, 2, 2)
     assert torch.equal(normalise(image_B3hw, spec), torch.zeros(1, 3, 2, 2))
+
+
+def test_normalise_follows_the_cards_order_of_bands_and_its_scale() -> None:
+    image_B3hw = torch.tensor([51.0, 102.0, 204.0])[None, :, None, None] / 255
+    spec = InputSpec(mean=(0, 1, 2), std=(1, 2, 4), scale=51.0, order="BGR")
+    assert torch.allclose(normalise(image_B3hw, spec)[0, :, 0, 0], torch.tensor([4.0, 0.5, -0.25]))
+
+
+def test_what_the_weights_of_imagenet_saw_is_the_value_minus_127_over_128() -> None:
+    values = torch.arange(256.0).expand(1, 3, 1, -1)
+    assert torch.allclose(normalise(values / 255, IMAGENET_INPUT), (values - 127) / 128, atol=1e-6)
