@@ -49,7 +49,7 @@ class DistilledOptions:
 
 
 class DistilledObjective(nn.Module):
-    """Teaches the pointwise network of a linear head; the rest is the host's and stays, statistics too."""
+    """Teaches the pointwise layers of a linear head; the rest is the host's and stays, statistics too."""
 
     def __init__(self, network: NpNetwork, average: NpNetwork, options: DistilledOptions) -> None:
         super().__init__()
@@ -58,7 +58,8 @@ class DistilledObjective(nn.Module):
         for ours in (network, average):
             copy_host(host, ours, path=options.host)
         network.requires_grad_(False)
-        self.head.pointwise.requires_grad_(True)
+        for taught in (self.head.pointwise, self.head.last):
+            taught.requires_grad_(True)
         self.teachers = nn.ModuleList(load_teacher(path, like=card) for path in options.teachers)
 
     @property

@@ -4,8 +4,8 @@
 
 `base` is the film head's answer at its latent's mean. The correction D [K] and the matrix P [K, L] are a pointwise
 network's answer to the standardised features [x, g] of the host and the film head. It is a stochastic segmentation
-network's low-rank part (Monteiro et al. 2020), or an epinet that is linear in z (Osband et al. 2023). A sample is one
-matrix product, and no later normalisation can take z away.
+network's low-rank part (Monteiro et al. 2020), or an epinet that is linear in z (Osband et al. 2023). No later
+normalisation can take z away.
 """
 
 import math
@@ -36,7 +36,8 @@ class LinearConfig:
 class LinearHead(FilmHead):
     """A film head, whose weights keep their names, and what says how it may be wrong.
 
-    encode gives base + D, P / sqrt(L) and the density. standardise: holds the mean and variance of [x, g].
+    encode gives base + D, the pointwise network's hidden features and the density. standardise: holds the mean and
+    variance of [x, g].
     """
 
     def __init__(
@@ -44,19 +45,18 @@ class LinearHead(FilmHead):
     ) -> None:
         super().__init__(num_classes, channels, length=length, hidden=hidden, film_channels=film_channels)
         self.config, joined = config, channels + film_channels
-        num_corrections = 0 if config.keep_answer else num_classes
-        self.split = (num_corrections, num_classes * config.rank)
+        self.num_corrections = 0 if config.keep_answer else num_classes
         self.standardise = nn.BatchNorm2d(joined, affine=False)
-        last = nn.Conv2d(config.hidden, sum(self.split), 1)
         self.pointwise = nn.Sequential(
-            nn.Conv2d(joined, config.hidden, 1), nn.ReLU(), nn.Conv2d(config.hidden, config.hidden, 1), nn.ReLU(), last
-        )  # fmt: skip
+            nn.Conv2d(joined, config.hidden, 1), nn.ReLU(), nn.Conv2d(config.hidden, config.hidden, 1), nn.ReLU()
+        )
+        self.last = nn.Conv2d(config.hidden, self.num_corrections + num_classes * config.rank, 1)
         self.density = ClassGaussians(num_classes, film_channels)
         with torch.no_grad():
-            assert last.bias is not None
-            last.weight[:num_corrections] = last.bias[:num_corrections] = 0
-            last.weight[num_corrections:] *= SPREAD
-            last.bias[num_corrections:].normal_(0, SPREAD)
+            weight, bias = self.last.parameters()
+            weight[: self.num_corrections] = bias[: self.num_corrections] = 0
+            weight[self.num_corrections :] *= SPREAD
+            bias[self.num_corrections :].normal_(0, SPREAD)
 
     def encode(self, x_BDhw: Tensor, latent: LatentStatistics | None = None) -> Features:
         base_BKhw, g_BMhw = self.answer(x_BDhw, latent)
@@ -68,17 +68,23 @@ class LinearHead(FilmHead):
         return super().decode(film, torch.zeros_like(film[1])[None])[0], film[0]
 
     def spread(self, x_BDhw: Tensor, g_BMhw: Tensor, base_BKhw: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean base + D and the matrix P_BLKhw / sqrt(L)."""
-        joined_BDhw = self.standardise(torch.cat((x_BDhw, g_BMhw), dim=1))
-        correction, matrix = self.pointwise(joined_BDhw).split(self.split, dim=1)
-        mean_BKhw = base_BKhw if self.config.keep_answer else base_BKhw + correction
-        matrix_BLKhw = matrix.unflatten(1, (self.config.rank, -1)) / math.sqrt(self.config.rank)
-        return mean_BKhw.contiguous(), matrix_BLKhw.contiguous()
+        """Return the mean base + D, and the hidden features [B, Q, h, w] of which D and P are the last layer."""
+        hidden_BQhw = self.pointwise(self.standardise(torch.cat((x_BDhw, g_BMhw), dim=1)))
+        if self.config.keep_answer:
+            return base_BKhw, hidden_BQhw
+        weight, bias = (parameter[: self.num_corrections] for parameter in self.last.parameters())
+        return base_BKhw + F.conv2d(hidden_BQhw, weight, bias), hidden_BQhw
 
     def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
-        mean_BKhw, matrix_BLKhw = features[:2]
-        shift_BSN = noise_SBL.transpose(0, 1) @ matrix_BLKhw.flatten(2)
-        return mean_BKhw + shift_BSN.transpose(0, 1).unflatten(2, mean_BKhw.shape[1:])
+        """Return logits_SBKhw. A sample's P z is one layer of its own, a sum of the last one's: P is never made."""
+        mean_BKhw, hidden_BQhw = features[:2]
+        weight, bias = (parameter[self.num_corrections :] for parameter in self.last.parameters())
+        z_BSL = noise_SBL.transpose(0, 1) / math.sqrt(self.config.rank)
+        weight_BNQ = (z_BSL @ weight.view(self.config.rank, -1)).unflatten(2, (-1, self.config.hidden)).flatten(1, 2)
+        bias_BN1 = (z_BSL @ bias.view(self.config.rank, -1)).flatten(1)[..., None]
+        shift_BNP = weight_BNQ @ hidden_BQhw.flatten(2) + bias_BN1
+        shift_SBKP = shift_BNP.unflatten(1, (noise_SBL.shape[0], -1)).transpose(0, 1)
+        return mean_BKhw + shift_SBKP.unflatten(3, mean_BKhw.shape[2:])
 
 
 class ClassGaussians(nn.Module):

@@ -1,0 +1,87 @@
+"""What np_semiseg's linear head costs beside MC dropout and one pass, and what its antithetic pairs are worth; CPU.
+
+    python -m benchmarks.linear ../shared/camvid [--checkpoint models/zoo/np_linear-camvid.safetensors]
+
+Network time, without reading out, of one window of the zoo's networks. Label flips against the mean of 512 samples, on
+every 20th frame of val and three seeds, for pairs and for independent draws.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.rounds import measure, save
+from penumbra.models.card import InputSpec, Sampling
+from penumbra.models.checkpoint import load_checkpoint
+from penumbra.models.contract import Features, Network
+from penumbra.serving.engine.noise import SeededNoise
+from penumbra.training.augment import normalise
+from penumbra.training.data import load_camvid
+from penumbra.training.evaluate import summarise
+
+ZOO, SIZE, ROUNDS = Path(__file__).parents[1] / "models" / "zoo", (360, 480), 9
+MANY, FEW, SEEDS, EVERY = 512, (2, 4, 5, 8), (1, 2, 3), 20
+
+
+def draw(sampling: Sampling, num_samples: int, seed: int) -> Tensor:
+    return torch.from_numpy(SeededNoise(sampling, seed=seed, num_samples=num_samples).draw(0))[:, None]
+
+
+def load(path: Path) -> Network:
+    network: Network = load_checkpoint(path)[1].to(memory_format=torch.channels_last)
+    return network
+
+
+def labels(network: Network, features: Features, noise_SBL: Tensor) -> Tensor:
+    """Labels of the samples' mean probability, at the window's size."""
+    logits_SKhw = network.decode(features, noise_SBL)[:, 0]
+    return summarise(logits_SKhw, size=torch.Size(SIZE))[0].argmax(0)
+
+
+def flips(network: Network, data: Path) -> dict[str, float]:
+    """Percent of labels that are not those of many samples, by law and number of samples."""
+    val, found = load_camvid(data, "val"), {}
+    for i in range(0, len(val), EVERY):
+        features = network.encode(normalise(val[i][0][None].float() / 255, InputSpec()))
+        limit = labels(network, features, draw(network.sampling, MANY, 0))
+        for law in ("antithetic", "independent"):
+            sampling = replace(network.sampling, law=law)  # type: ignore[arg-type]
+            for few in FEW:
+                answers = [labels(network, features, draw(sampling, few, seed)) for seed in SEEDS]
+                found.setdefault(f"{law} S={few}", []).append(np.mean([(a != limit).float().mean() for a in answers]))
+    return {f"% of labels flipped against S={MANY}, {name}": 100 * float(np.mean(x)) for name, x in found.items()}
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--checkpoint", type=Path, default=ZOO / "np_linear-camvid.safetensors")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    linear, film, dropout = map(
+        load, (arguments.checkpoint, ZOO / "np_semiseg-camvid.safetensors", ZOO / "mc_dropout-camvid.safetensors")
+    )
+    image = torch.randn(1, 3, *SIZE).contiguous(memory_format=torch.channels_last)
+    asked = {"linear, S=5": (linear, 5), "linear, S=8": (linear, 8), "MC dropout, S=5": (dropout, 5)}
+    asked |= {"MC dropout, S=8": (dropout, 8), "film, S=1": (film, 1), "film, S=8": (film, 8)}
+    noises = {name: draw(network.sampling, few, 0) for name, (network, few) in asked.items()}
+    seconds = measure(
+        {name: lambda name=name, network=network: network(image, noises[name]) for name, (network, _) in asked.items()},  # type: ignore[misc]
+        rounds=ROUNDS,
+    )
+    save("linear", {
+        **{f"seconds/{name}": value for name, value in seconds.items()},
+        "S=5 over MC dropout's (bar 0.6)": seconds["linear, S=5"] / seconds["MC dropout, S=5"],
+        "S=8 over MC dropout's": seconds["linear, S=8"] / seconds["MC dropout, S=8"],
+        "S=5 over one pass of the host (bar 1.15)": seconds["linear, S=5"] / seconds["film, S=1"],
+        **flips(linear, arguments.data),
+    })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
