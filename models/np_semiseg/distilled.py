@@ -5,7 +5,7 @@
 per pixel; mean and MI, the mutual information, are of S samples by the head's law; NLL is 0 where there is no label.
 The teacher's members are the host, at its latent's mean, and other networks. Unlike Malinin et al. 2020, who match the
 members' likelihood, we match two moments, as the samples have no order; roots, as most of the mutual information is
-near 0 and differs there too. Every other unlabelled view is strong: on what it was trained on, an ensemble agrees.
+near 0 and differs there too. Some unlabelled views are strong: on what it was trained on, an ensemble agrees.
 """
 
 import math
@@ -38,13 +38,15 @@ STRIDE = 2
 class DistilledOptions:
     """host: the checkpoint with a film head that is frozen. teachers: checkpoints of the other members.
 
-    samples: S. spread_weight: w. shrinkage: of the classes' covariances, for the density.
+    samples: S. spread_weight: w. strong_every: of so many unlabelled views one is a strong one, the others weak.
+    shrinkage: of the classes' covariances, for the density.
     """
 
     host: str
     teachers: tuple[str, ...]
     samples: int = 8
     spread_weight: float = 4.0
+    strong_every: int = 2
     shrinkage: float = 0.02
 
 
@@ -71,8 +73,8 @@ class DistilledObjective(nn.Module):
         return super().train(False)
 
     def forward(self, batch: Views, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
-        unlabelled_B3hw = batch.weak_B3hw.clone()
-        unlabelled_B3hw[1::2] = mixed(batch.strong_B3hw, batch.mix_B1hw)[1::2]
+        unlabelled_B3hw, every = batch.weak_B3hw.clone(), self.options.strong_every
+        unlabelled_B3hw[every - 1 :: every] = mixed(batch.strong_B3hw, batch.mix_B1hw)[every - 1 :: every]
         image_B3hw = torch.cat((batch.image_B3hw, unlabelled_B3hw))
         with torch.no_grad():
             x_BDhw = self.network.host(image_B3hw)
