@@ -244,15 +244,15 @@ def test_nonsense_is_refused_with_a_sentence(store: Path) -> None:
         evaluate_artifact(Question("toy-latent", NOWHERE, "moon"), store)
 
 
-def test_expected_error_is_the_mean_doubt_of_a_picture(segmenter: Segmenter, frames: Frames) -> None:
+def test_expected_error_is_the_mean_of_one_less_the_confidence(segmenter: Segmenter, frames: Frames) -> None:
     measured = measure(segmenter, "toy-pointwise", frames)
-    doubt = (1 - softmax_of(frames).max(-1)).mean((1, 2))
-    assert measured.evaluation.pictures["confidence"] == pytest.approx(doubt.tolist(), abs=1e-5)
+    expected = (1 - softmax_of(frames).max(-1)).mean((1, 2))
+    assert measured.evaluation.pictures["confidence"] == pytest.approx(expected.tolist(), abs=1e-5)
     error = 1 - np.array(measured.accuracies)
     assert measured.evaluation.pictures["error"] == pytest.approx(error.tolist())
     figures = measured.evaluation.figures()
-    assert figures["pic/expected_error/MAE"] == pytest.approx(np.abs(doubt - error).mean(), abs=1e-5)
-    ranks = np.corrcoef(doubt.argsort().argsort(), error.argsort().argsort())[0, 1]
+    assert figures["pic/expected_error/MAE"] == pytest.approx(np.abs(expected - error).mean(), abs=1e-5)
+    ranks = np.corrcoef(expected.argsort().argsort(), error.argsort().argsort())[0, 1]
     assert figures["pic/expected_error/Spearman"] == pytest.approx(ranks)
 
 

@@ -66,8 +66,8 @@ class Answer:
         return np.not_equal(self.labels_HW, self.truth_HW) & self.known_HW
 
     @property
-    def doubts(self) -> dict[str, Floats]:
-        """All maps by name, confidence as 1 - confidence, which is high where the answer is doubtful."""
+    def uncertainties(self) -> dict[str, Floats]:
+        """All maps by name, confidence as 1 - confidence, so that all are high where the answer is unsure."""
         return self.maps | {"confidence": 1 - self.maps["confidence"]}
 
     @property

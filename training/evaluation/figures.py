@@ -23,7 +23,7 @@ STEPS = np.linspace(0, 1, 101)
 class Evaluation:
     """The counts of all that is measured of one model's answers; a frame adds a few numbers and a block 14 kB.
 
-    pictures: of every frame the share of wrong pixels, the expected one, and the means of the other scores of doubt.
+    pictures: of every frame the share of wrong pixels, the expected one, and the means of the other maps.
     blocks: the sums of each block of frames.
     """
 
@@ -49,7 +49,7 @@ class Evaluation:
         self.num_frames += 1
         labels_HW, truth_HW = map(torch.from_numpy, (answer.labels_HW, answer.truth_HW))
         self.confusion_KK += confusion(labels_HW, truth_HW, num_classes=self.card.num_classes)
-        maps, measured_HW = answer.doubts, answer.labels_HW != IGNORE
+        maps, measured_HW = answer.uncertainties, answer.labels_HW != IGNORE
         self.pictures["error"].append(1 - answer.accuracy)
         for name, ranking in self.rankings.items():
             ranking.add(maps[name][known_HW], wrong_HW[known_HW])

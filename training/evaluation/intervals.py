@@ -15,7 +15,7 @@ from penumbra.training.metrics import CONFIDENCE_BINS, Doubles, Ranking, Reliabi
 BLOCK_FRAMES = 10
 RESAMPLES = 1000
 PERCENTILES = (2.5, 97.5)
-LEAST_DOUBT = 2.0**-25
+LEAST_SCORE = 2.0**-25
 """Below it float32 knows no other 1 - confidence than 0."""
 FINE_BINS = 16
 """Bins of a ranking that are one bin here, of a relative width of 2^-5."""
@@ -38,7 +38,7 @@ def end_blocks(names: Sequence[str], indices: Sequence[int]) -> set[int]:
 
 def flatten_sums(confusion_KK: torch.Tensor, reliability: Reliability, by_confidence: Ranking) -> Doubles:
     """Put all sums that `figures_of` needs into one vector."""
-    first, last = bins_of(np.array([LEAST_DOUBT, 1], np.float32))
+    first, last = bins_of(np.array([LEAST_SCORE, 1], np.float32))
     counts = by_confidence.counts_2N
     coarse_2M = counts[:, first:last].reshape(2, -1, FINE_BINS).sum(2)
     coarse_2M[:, 0] += counts[:, :first].sum(1)

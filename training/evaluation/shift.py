@@ -122,7 +122,7 @@ def find_strange(
     answers = segment_frames(segmenter, clean.question, changed, clean.cards, title="strange pixels")
     for index, answer in zip(clean.cards, answers, strict=True):
         counted_HW = frames[index][1].numpy() != IGNORE
-        for name, score_HW in answer.doubts.items():
+        for name, score_HW in answer.uncertainties.items():
             ranking = rankings.setdefault(name, Ranking())
             ranking.add(score_HW[counted_HW], ~answer.known_HW[counted_HW])
     return {
