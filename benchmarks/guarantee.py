@@ -107,6 +107,7 @@ def judge(losses: Losses, calibrating: Doubles, tested: Losses, testing: Doubles
         found[f"{risk:g}"] = [float(x[testing, at].mean()) if known and at >= 0 else np.nan for x in rows]
     by_class.losses_KT = np.maximum.accumulate(losses.share_NKT[calibrating], axis=2).sum(0)
     by_class.num_frames_K = losses.called_NK[calibrating].sum(0)
+    by_class.pixels_2KT = np.stack([x[calibrating].sum(0) for x in (losses.answered_NKT, losses.wrong_NKT)])
     called_K = tested.called_NK[testing].sum(0)
     for risk in CLASS_RISKS:
         for k, nats in enumerate(by_class.thresholds(risk)):

@@ -43,13 +43,14 @@ class ClassLoss:
 
     Its frames are those in which k is called at all, answered or not, and where nothing is answered nothing is wrong.
     The share may fall as t grows, which would void the theorem (its proposition 1); the loss is therefore the largest
-    share at any candidate up to t, and what holds of it holds of the share.
+    share at any candidate up to t, and what holds of it holds of the share. It holds of any smaller t too, and so t is
+    also made small enough that all pixels of these frames together have no larger share wrong than the risk.
     """
 
     def __init__(self, num_classes: int) -> None:
-        self.candidates_T = (1.01 * math.log(num_classes) / NUM_CANDIDATES * np.arange(1, NUM_CANDIDATES + 1)).astype(
-            "f4"
-        )
+        self.candidates_T = np.linspace(0, 1.01 * math.log(num_classes), NUM_CANDIDATES + 1, dtype=np.float32)[1:]
+        self.pixels_2KT = np.zeros((2, num_classes, NUM_CANDIDATES), np.int64)
+        """Answered, and of these wrong, in all frames together."""
         self.losses_KT, self.num_frames_K = np.zeros((num_classes, NUM_CANDIDATES)), np.zeros(num_classes, np.int64)
 
     def add(self, entropy: Floats, labels: Counts, wrong: Mask) -> None:
@@ -59,13 +60,15 @@ class ClassLoss:
         right_KT, wrong_KT = np.bincount(cells, minlength=2 * self.losses_KT.size).reshape(2, -1, length).cumsum(2)
         answered_KT = right_KT + wrong_KT
         self.losses_KT += np.maximum.accumulate(wrong_KT / np.maximum(answered_KT, 1), axis=1)
+        self.pixels_2KT += np.stack((answered_KT, wrong_KT))
         self.num_frames_K += answered_KT[:, -1] > 0
 
     def thresholds(self, risk: float) -> tuple[float | None, ...]:
-        """Find for each class the largest candidate whose risk is bounded; None where there is none."""
+        """Find for each class the largest candidate whose risk is bounded; None where there is none that answers."""
         bound_KT = (self.losses_KT + 1) / (self.num_frames_K[:, None] + 1)
-        num_K = (bound_KT <= risk).sum(1)
-        return tuple(float(self.candidates_T[num - 1]) if num else None for num in num_K)
+        answered_KT, wrong_KT = self.pixels_2KT
+        fits_KT = (bound_KT <= risk) & (wrong_KT <= risk * answered_KT) & (answered_KT > 0)
+        return tuple(float(self.candidates_T[fits_T.nonzero()[0][-1]]) if fits_T.any() else None for fits_T in fits_KT)
 
 
 def find_thresholds(

@@ -244,6 +244,17 @@ def test_a_class_has_the_largest_candidate_that_its_own_frames_allow() -> None:
     assert loss.thresholds(0.4)[0] == pytest.approx(NUM_CANDIDATES * step)
 
 
+def test_one_picture_full_of_errors_does_not_hide_behind_many_with_a_few_right_pixels() -> None:
+    loss = ClassLoss(2)
+    step = loss.candidates_T[0]
+    for _ in range(20):
+        loss.add(np.full(1, 0.5 * step, np.float32), np.zeros(1, np.int64), np.zeros(1, bool))
+    loss.add(np.full(90, 1.5 * step, np.float32), np.zeros(90, np.int64), np.ones(90, bool))
+    # the mean over pictures is (1 + 1) / 22 = 0.09 from the second candidate on, and 90 of 110 pixels are wrong there
+    assert loss.thresholds(0.1) == (pytest.approx(step), None)
+    assert loss.thresholds(0.9) == (pytest.approx(NUM_CANDIDATES * step), None)
+
+
 def test_a_share_that_falls_again_counts_as_its_largest() -> None:
     loss = ClassLoss(2)
     step = loss.candidates_T[0]
