@@ -6,6 +6,7 @@ The tables of docs/measure/results.md come from benchmarks/results/shift-NAME.js
 """
 
 import dataclasses
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import click
 
-from benchmarks.rounds import save
+from benchmarks.rounds import RESULTS, machine
 from penumbra.export.bundle import export_checkpoint
 from penumbra.export.zoo import ZOO
 from penumbra.models.checkpoint import read_card
@@ -61,13 +62,16 @@ def main(data: Path, every: int, split: str, names: tuple[str, ...]) -> None:
     for name in names or tuple(sorted(path.stem for path in ZOO.glob("*.safetensors"))):
         checkpoint = Path(name) if name.endswith(".safetensors") else ZOO / f"{name}.safetensors"
         question = Question(read_card(checkpoint).name, data, split=split, every=every)
+        documents: dict[str, Any] = {}
         for title, document in measure(checkpoint, question):
             del document["curves"], document["errors"], document["against_samples"]
             variants = document["shift"]["variants"]
             for variant in ("clean", "corruptions", "scale-2", "scale-0.5"):
                 print(row(f"{title}, {variant}", variants[variant]["figures"], variants[variant]["intervals"]))
-            print(document["shift"]["objects"])
-            save(f"shift-{question.name}", {title: document}, keep=True)
+            print(document["shift"]["objects"], flush=True)
+            documents[title] = document
+        path = RESULTS / f"shift-{question.name}.json"
+        path.write_text(json.dumps(documents | {"on": machine()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
