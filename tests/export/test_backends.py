@@ -324,3 +324,32 @@ def test_a_card_without_the_newer_facts_still_reads(onnx_toy: Path) -> None:
     """Artifacts of an earlier release: nothing of theirs is lost."""
     card: Card = open_artifact(onnx_toy).card
     assert card.export and card.export.built_for == {} and card.export.parity.miou_change is None
+
+
+SIGNALLED = """
+import faulthandler, gc, signal, sys
+from pathlib import Path
+import torch
+from penumbra.serving.engine.backends.openvino import open_graph
+
+faulthandler.enable()  # signals get a stack of their own, as under pytest
+for precision in ("bf16", "fp32"):
+    opened = [open_graph(Path(sys.argv[1]), torch.device("cpu"), precision) for _ in range(2)]
+    while opened:
+        del opened[0]
+        gc.collect()
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+signal.raise_signal(signal.SIGTERM)
+"""
+
+
+def test_a_signal_is_handled_after_openvino_s_graphs_were_closed(tmp_path: Path) -> None:
+    network = onnx.helper.make_graph(
+        [onnx.helper.make_node("Relu", ["x"], ["y"])], "relu",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [8])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [8])],
+    )  # fmt: skip
+    path = tmp_path / "relu.onnx"
+    onnx.save(onnx.helper.make_model(network, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10), path)
+    done = subprocess.run([sys.executable, "-c", SIGNALLED, path], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr

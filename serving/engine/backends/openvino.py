@@ -1,6 +1,7 @@
 """The same ONNX graphs in OpenVINO, on the CPU: fp32 as exported, or in bf16 where the card says so."""
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import openvino
@@ -14,9 +15,16 @@ HINTS = {"fp32": "f32", "bf16": "bf16"}
 target, DEVICES = anywhere, ("cpu",)
 
 
+@cache
+def the_core() -> openvino.Core:
+    """Make the one core of the process. Each sets up a stack for signals, and two that are closed in the order in which
+    they were made leave one behind that is freed: the next signal, were it SIGTERM, would be a crash."""
+    return openvino.Core()
+
+
 def open_graph(path: Path, _: torch.device, precision: str) -> Graph:
     """Compile one graph, with as many threads as torch has in the thread that loads it."""
-    core = openvino.Core()
+    core = the_core()
     settings = {
         "INFERENCE_PRECISION_HINT": HINTS[precision],
         "PERFORMANCE_HINT": "LATENCY",

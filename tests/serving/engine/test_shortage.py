@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-import openvino
 import pytest
 import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from penumbra.models.errors import BadArtifact
+from penumbra.serving.engine.backends.openvino import the_core
 from penumbra.serving.engine.runtime import Runtime, Tuning, is_out_of_memory
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.steps import WindowInput
@@ -79,7 +79,7 @@ def test_onnxruntime_that_cannot_allocate_is_recognised(outer_onnx: Path, arena:
 
 
 def test_openvino_that_cannot_allocate_is_recognised(outer_onnx: Path) -> None:
-    core = openvino.Core()
+    core = the_core()
     request = core.compile_model(core.read_model(outer_onnx), "CPU").create_infer_request()
     assert is_out_of_memory(raised(lambda: request.infer(vectors())))
 
