@@ -128,7 +128,7 @@ class ClassGaussians(nn.Module):
         factor_KMM = torch.linalg.cholesky(covariance_KMM)
         self.whiten_KMM.copy_(torch.linalg.solve_triangular(factor_KMM, identity_MM, upper=False))
         self.mean_KM.copy_(mean_KM)
-        self.share_K.copy_((count_K11 + 1).flatten() / (count_K11 + 1).sum())
+        self.share_K.copy_(count_K11.flatten() / count_K11.sum())  # one without a pixel makes nothing familiar
 
 
 def class_products(g_BMhw: Tensor, label_Bhw: Tensor, num_classes: int) -> Tensor:

@@ -67,9 +67,9 @@ def test_the_linear_head_has_no_dropout() -> None:
 # -- density ----------------------------------------------------------------------------------------------------------
 
 
-def fitted(g_BMhw: Tensor, label_Bhw: Tensor, *, shrinkage: float) -> ClassGaussians:
-    gaussians = ClassGaussians(3, g_BMhw.shape[1])
-    parts = [class_products(g_BMhw[b : b + 1], label_Bhw[b : b + 1], 3) for b in range(2)]
+def fitted(g_BMhw: Tensor, label_Bhw: Tensor, *, shrinkage: float, num_classes: int = 3) -> ClassGaussians:
+    gaussians = ClassGaussians(num_classes, g_BMhw.shape[1])
+    parts = [class_products(g_BMhw[b : b + 1], label_Bhw[b : b + 1], num_classes) for b in range(2)]
     gaussians.fit(torch.stack(parts).sum(0), shrinkage=shrinkage)
     return gaussians
 
@@ -91,7 +91,7 @@ def test_the_density_is_the_mixture_of_the_classes_normal_distributions() -> Non
     for k in range(3):
         rows = g_PM[label_P == k]
         normal = MultivariateNormal(rows.mean(0), torch.cov(rows.T, correction=0))
-        log_p.append(normal.log_prob(g_PM) + math.log((len(rows) + 1) / (int((label_P != 255).sum()) + 3)))
+        log_p.append(normal.log_prob(g_PM) + math.log(len(rows) / int((label_P != 255).sum())))
     by_hand = -torch.stack(log_p).logsumexp(0).view(2, 1, 20, 20)
     found = fitted(g_BMhw, label_Bhw, shrinkage=0.0)(g_BMhw)
     assert found.shape == (2, 1, 20, 20) and torch.allclose(found.double(), by_hand, rtol=1e-4, atol=1e-4)
@@ -103,6 +103,14 @@ def test_the_density_is_finite_far_from_every_class_and_for_classes_without_a_pi
     gaussians = fitted(g_BMhw, label_Bhw, shrinkage=0.05)
     near, far = gaussians(g_BMhw), gaussians(g_BMhw + 1000)
     assert torch.isfinite(far).all() and float(far.min()) > float(near.max())
+
+
+def test_a_class_without_a_pixel_makes_nothing_familiar() -> None:
+    g_BMhw, label_Bhw = example()
+    label_Bhw[label_Bhw == 2] = 255
+    with_it, without = (fitted(g_BMhw, label_Bhw, shrinkage=0.05, num_classes=num) for num in (3, 2))
+    for x in (g_BMhw, torch.zeros_like(g_BMhw)):
+        assert torch.allclose(with_it(x), without(x), rtol=1e-5)
 
 
 def test_the_density_survives_storage_in_half_precision() -> None:
