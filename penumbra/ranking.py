@@ -45,9 +45,9 @@ def rank(
         segmenter.load(find_artifact(store, requested.model or ""))
         ranked, reported = rank_images(Ranker(segmenter, requested, by=by, draws=sheet is not None), source)
     chosen = spread(ranked, by, budget) if budget else ranked
+    click.echo(json.dumps(rows_of(chosen)) if as_json else write_csv(chosen), nl=as_json)
     if sheet:
         write_sheet(sheet, chosen, f"{source} by {by.replace('_', ' ')}")
-    click.echo(json.dumps(rows_of(chosen)) if as_json else write_csv(chosen), nl=as_json)
     for line in summarise(reported):
         click.echo(f"penumbra: {line}", err=True)
     if any(result.outcome == "failed" for result in reported):

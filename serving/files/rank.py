@@ -175,7 +175,7 @@ def write_sheet(path: Path, ranked: Sequence[Ranked], title: str) -> None:
             f"<figure>{pictures}<figcaption>{row['rank']}. {escape(one.image)}<br>{said}</figcaption></figure>\n"
         )
     with disk():
-        write_whole(path, "".join(page).encode())
+        write_whole(path, "".join(page).encode(errors="backslashreplace"))  # a name may be no text
 
 
 def _value(one: Ranked, by: str) -> float:

@@ -121,6 +121,9 @@ def test_a_page_shows_what_was_ranked_and_takes_the_place_of_a_page_alone(
         assert run(*arguments).exit_code == 0
     text = page.read_text()
     assert text.count("data:image/jpeg;base64,") == 2 * 3 and "&lt;b&gt;.png" in text and "<b>" not in text
+    (images / "<b>.png").rename(images / "stra\udcdfe.png")
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0 and "stra\\udcdfe.png" in page.read_text()
     page.write_text("a letter")
     result = run(*arguments)
     assert result.exit_code == 2 and "in the way" in result.stderr and page.read_text() == "a letter"
