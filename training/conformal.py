@@ -15,11 +15,8 @@ from itertools import count
 
 import numpy as np
 
+from penumbra.serving.engine.options import NUM_CANDIDATES, class_candidates
 from penumbra.training.metrics import NUM_BINS, Counts, Floats, Mask, bins_of, top_of
-
-NUM_CANDIDATES = 32
-"""Thresholds of a class that are tried, at equal steps of entropy, laid down before any frame is seen. Where only a
-handful of a frame's pixels is answered, one of them decides its loss: more candidates answer less, not more."""
 
 
 class AbstentionLoss:
@@ -43,12 +40,12 @@ class ClassLoss:
 
     Its frames are those in which k is called at all, answered or not, and where nothing is answered nothing is wrong.
     The share may fall as t grows, which would void the theorem (its proposition 1); the loss is therefore the largest
-    share at any candidate up to t, and what holds of it holds of the share. It holds of any smaller t too, and so t is
-    also made small enough that all pixels of these frames together have no larger share wrong than the risk.
+    share at any candidate up to t, and what holds of it holds of the share. It holds of any smaller candidate too, and
+    so t is also made small enough that all pixels of these frames together have no larger share wrong than the risk.
     """
 
     def __init__(self, num_classes: int) -> None:
-        self.candidates_T = np.linspace(0, 1.01 * math.log(num_classes), NUM_CANDIDATES + 1, dtype=np.float32)[1:]
+        self.candidates_T = class_candidates(num_classes)
         self.pixels_2KT = np.zeros((2, num_classes, NUM_CANDIDATES), np.int64)
         """Answered, and of these wrong, in all frames together."""
         self.losses_KT, self.num_frames_K = np.zeros((num_classes, NUM_CANDIDATES)), np.zeros(num_classes, np.int64)

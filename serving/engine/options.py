@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from penumbra.models.card import KNOWN_MAPS, Card
 from penumbra.models.errors import BadOption
 
@@ -23,6 +26,9 @@ PILLOW_PIXELS = 178_956_970
 MAX_BOXES = 1000
 LEVELS = (32, 256, 65536)
 """Levels of grey in a map's picture. 32 are what an eye tells apart, at a tenth of the bytes of 65536."""
+NUM_CANDIDATES = 32
+"""Thresholds that a class may have. Where only a handful of a frame's pixels is answered, one of them decides its loss:
+more candidates answer less, not more."""
 
 Box = tuple[float, float, float, float, int | str]
 """x0, y0, x1, y1 and a class, as `penumbra.serving.engine.prompts` has it."""
@@ -318,8 +324,9 @@ def check_options(options: SegmentOptions, card: Card, limits: Limits) -> int:
 def abstain_above(card: Card, max_risk: float | None, max_class_risk: float | None = None) -> tuple[float, ...]:
     """Find for each class the entropy in nats above which its pixels are withheld; nothing where no risk is bounded.
 
-    It is that of the largest calibrated risk within the one asked for, of two the smaller, and -inf for a class that is
-    withheld. Raises BadOption: no share, a card without calibration, or a risk below all that are calibrated.
+    It is that of the largest calibrated risk within the one asked for; of two, a class has the largest candidate within
+    both; and -inf if it is withheld. Raises BadOption: no share, a card without calibration, or a risk below all that
+    are calibrated.
     """
     above_K: tuple[float, ...] = ()
     if max_risk is not None:
@@ -329,9 +336,18 @@ def abstain_above(card: Card, max_risk: float | None, max_class_risk: float | No
     if max_class_risk is not None:
         row = _calibrated_within(card, "max_class_risk", max_class_risk)
         assert card.calibration
-        own = (-math.inf if nats is None else nats for nats in card.calibration.class_entropy_nats[row])
-        above_K = tuple(map(min, own, above_K or (math.inf,) * card.num_classes))
+        marginal = above_K[0] if above_K else math.inf
+        within = [nats for nats in class_candidates(card.num_classes).tolist() if nats <= marginal]
+        most = max(within, default=-math.inf) if above_K else math.inf
+        own = card.calibration.class_entropy_nats[row]
+        above_K = tuple(-math.inf if nats is None else min(nats, most) for nats in own)
     return above_K
+
+
+def class_candidates(num_classes: int) -> NDArray[np.float32]:
+    """List the entropies in nats that may be a class's threshold, laid down before any frame is seen. Between them its
+    risk is not known (`penumbra.training.conformal`)."""
+    return np.linspace(0, 1.01 * math.log(num_classes), NUM_CANDIDATES + 1, dtype=np.float32)[1:]
 
 
 def _calibrated_within(card: Card, name: str, risk: float) -> int:

@@ -151,4 +151,6 @@ class ThroughputModel:
         choices = range(least, request.num_samples if request.started else request.plan.num_samples + 1)
         fitting = bisect_right(choices, SPARE * left_s, key=lambda s: needed_s(s, request.num_windows))
         if fitting or not request.started:
-            request.restart(least + max(0, fitting - 1))
+            chosen, law = least + max(0, fitting - 1), request.plan.sampling.law
+            is_unpaired = law == "antithetic" and chosen % 2 == 1 and chosen > least  # which is worse than one fewer
+            request.restart(chosen - is_unpaired)

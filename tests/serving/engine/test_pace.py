@@ -119,6 +119,18 @@ def test_an_answer_has_the_most_samples_that_fit_the_time_left(
     assert clock.now - started <= within_s
 
 
+@pytest.mark.parametrize(("law", "within_s", "samples"), [
+    ("independent", 5 * 8, 5), ("antithetic", 5 * 8, 4), ("antithetic", 5 * 9, 6), ("antithetic", 5 * 4, 1),
+])  # fmt: skip
+def test_where_samples_come_in_pairs_none_is_left_alone(
+    scheduler: Scheduler, clock: Clock, law: str, within_s: float, samples: int
+) -> None:
+    card = toy_card("latent", window=SPEC)[0]
+    engine = TimedRuntime(clock, card=replace(card, sampling=replace(card.sampling, law=law)))
+    known(scheduler, engine)
+    assert answer(scheduler, engine, 5, 16, within_s / SPARE + 1e-6) == {samples}
+
+
 def test_what_is_slower_than_ever_before_begins_again_with_fewer_samples(scheduler: Scheduler, clock: Clock) -> None:
     engine = TimedRuntime(clock)
     known(scheduler, engine)
