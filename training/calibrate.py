@@ -35,6 +35,8 @@ from penumbra.training.frames import FrameSet
 RISKS = (0.01, 0.02, 0.05, 0.1)
 CLASS_RISKS = (0.1, 0.2)
 LEAST_FRAMES = 8
+LEAST_RISK = 1e-6
+"""Nobody has the frames for less."""
 MOST_FOR_TEMPERATURE = 32
 """Frames have hundreds of thousands of pixels for one number, each is run a dozen times, and thresholds need frames."""
 
@@ -50,13 +52,13 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
-    """The outcome of a calibration. before, after: figures on the check frames. refused: why, by risk."""
+    """The outcome of a calibration. before, after: figures on the check frames. refused: why a risk has no thresholds."""
 
     card: Card
     split: Split
     before: dict[str, float]
     after: dict[str, float]
-    refused: dict[float, str]
+    refused: dict[str, str]
     temperature_before: float
 
     def document(self) -> dict[str, Any]:
@@ -66,7 +68,7 @@ class Calibrated:
             "temperature_before": self.temperature_before, "temperature": self.card.readout.temperature,
             "calibration": self.card.calibration and dataclasses.asdict(self.card.calibration),
             "novelty": self.card.novelty and dataclasses.asdict(self.card.novelty),
-            "refused": {f"{risk:g}": sentence for risk, sentence in self.refused.items()},
+            "refused": self.refused,
             "frames": {name: len(indices) for name, indices in dataclasses.asdict(self.split).items()},
             "before": defined(self.before), "after": defined(self.after),
         }  # fmt: skip
@@ -89,11 +91,15 @@ class Evidence:
 
     def calibration(
         self, risks: Sequence[float], class_risks: Sequence[float], num_samples: int, data: str
-    ) -> tuple[Calibration | None, dict[float, str]]:  # fmt: skip
-        """Find the thresholds, and say of each risk of all classes why it is not guaranteed, where it is not."""
-        thresholds, refused = find_thresholds(self.loss, risks, num_classes=self.card.num_classes)
+    ) -> tuple[Calibration | None, dict[str, str]]:  # fmt: skip
+        """Find the thresholds, and say of each risk why it is not guaranteed, where it is not."""
+        thresholds, beyond = find_thresholds(self.loss, risks, num_classes=self.card.num_classes)
+        refused = {f"{risk:g}": sentence for risk, sentence in beyond.items()}
         rows = {risk: self.class_loss.thresholds(risk) for risk in class_risks}
-        rows = {risk: row for risk, row in rows.items() if any(nats is not None for nats in row)}
+        for risk in [risk for risk, row in rows.items() if not any(nats is not None for nats in row)]:
+            del rows[risk]
+            what = f"a risk of {risk:g} in each class would need withholding every class"
+            refused[f"class {risk:g}"] = f"{what}, with these {self.loss.num_frames} frames"
         own, values = (tuple(rows), tuple(rows.values())), (tuple(thresholds), tuple(thresholds.values()))
         found = Calibration(*values, self.loss.num_frames, num_samples, data, *own) if thresholds or rows else None
         return found, refused
@@ -160,8 +166,10 @@ def calibrate(
 def check_risks(split: Split, risks: Sequence[float], class_risks: Sequence[float]) -> None:
     """Say, before any picture is run, which risks need more frames. Raises BadOption: no share, or all of them do."""
     asked, num = sorted({*risks, *class_risks}), len(split.thresholds)
-    if not asked or not all(0 < risk < 1 for risk in asked):
-        raise BadOption(f"risks are {', '.join(map(str, asked)) or 'none'}; shares between 0 and 1 are wanted")
+    if not asked or not all(LEAST_RISK <= risk < 1 for risk in asked):
+        raise BadOption(
+            f"risks are {', '.join(map(str, asked)) or 'none'}; shares from {LEAST_RISK:f} to below 1 are wanted"
+        )
     beyond = [risk for risk in asked if num < least_frames(risk)]
     sentences = [f"{too_few(risk, num)} for the thresholds, {frames_in_all(risk)} in all" for risk in beyond]
     if beyond == asked:
@@ -173,7 +181,12 @@ def check_risks(split: Split, risks: Sequence[float], class_risks: Sequence[floa
 def frames_in_all(risk: float) -> int:
     """Say how many frames a risk needs, so that enough of them are for the thresholds."""
     needed = least_frames(risk)
-    return next(n for n in count(max(needed, LEAST_FRAMES)) if len(split_frames(range(n), seed=0).thresholds) >= needed)
+
+    def num_thresholds(num: int) -> int:
+        first, last = split_places(num)
+        return last - first
+
+    return next(num for num in count(max(needed * 4 // 3, LEAST_FRAMES)) if num_thresholds(num) >= needed)
 
 
 def figures_of(card: Card, answers: Iterable[Answer], *, num_samples: int) -> dict[str, float]:
@@ -191,8 +204,14 @@ def split_frames(indices: Sequence[int], *, seed: int) -> Split:
     if len(indices) < LEAST_FRAMES:
         raise BadOption(f"there are {len(indices)} frames to calibrate on; at least {LEAST_FRAMES} are wanted")
     order = [indices[i] for i in np.random.Generator(np.random.PCG64(seed)).permutation(len(indices))]
-    first, last = min(len(order) // 4, MOST_FOR_TEMPERATURE), len(order) - (len(order) + 3) // 4
+    first, last = split_places(len(order))
     return Split(*(sorted(part) for part in (order[:first], order[first:last], order[last:])))
+
+
+def split_places(num: int) -> tuple[int, int]:
+    """Say where the frames of the thresholds begin and end: a quarter before them, if not more than can be used, and a
+    quarter behind them."""
+    return min(num // 4, MOST_FOR_TEMPERATURE), num - (num + 3) // 4
 
 
 def write_version(source: Path, target: Path, card: Card) -> None:

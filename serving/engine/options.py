@@ -356,7 +356,9 @@ def _calibrated_within(card: Card, name: str, risk: float) -> int:
     calibration = card.calibration
     risks = () if calibration is None else calibration.risks if name == "max_risk" else calibration.class_risks
     if not risks:
-        raise BadOption(f"{name} is {risk}; {card.name} is not calibrated, so leave it out or calibrate the model")
+        raise BadOption(
+            f"{name} is {risk}; {card.name} is not calibrated for it, so leave it out or calibrate the model"
+        )
     if not (within := bisect_right(risks, risk)):
         known = ", ".join(f"{one:g}" for one in risks)
         raise BadOption(f"{name} is {risk}; {card.name} is calibrated for {known}, so ask for at least the first")

@@ -142,7 +142,19 @@ def test_a_thousand_quantiles_stand_for_more_pictures(calibrated: Calibrated) ->
 
 
 def test_a_risk_below_one_in_n_plus_one_is_refused_with_the_frames_it_needs(calibrated: Calibrated) -> None:
-    assert calibrated.refused == {0.02: "a risk of 0.02 cannot be guaranteed with 32 frames; at least 49 are needed"}
+    assert calibrated.refused == {"0.02": "a risk of 0.02 cannot be guaranteed with 32 frames; at least 49 are needed"}
+
+
+def test_a_class_risk_for_which_every_class_would_be_withheld_is_said_to_be_refused() -> None:
+    evidence = Evidence(toy_card("pointwise")[0])
+    for _ in range(20):
+        evidence.loss.add(np.ones(4, np.float32), np.arange(4) == 0)
+        evidence.class_loss.add(np.ones(4, np.float32), np.zeros(4, np.int64), np.arange(4) == 0)
+    found, refused = evidence.calibration([0.4], [0.1, 0.5], 1, "drawn")
+    assert found and found.class_risks == (0.5,)
+    assert refused == {
+        "class 0.1": "a risk of 0.1 in each class would need withholding every class, with these 20 frames"
+    }
 
 
 def test_no_frame_serves_two_purposes_and_the_seed_decides() -> None:
@@ -158,7 +170,9 @@ def test_no_more_frames_fit_the_temperature_than_one_number_needs() -> None:
     assert [len(split.temperature), len(split.thresholds), len(split.check)] == [32, 268, 100]
 
 
-@pytest.mark.parametrize(("risk", "needed"), [(0.5, 1), (0.1, 9), (0.05, 19), (0.02, 49), (0.01, 99), (0.003, 333)])
+@pytest.mark.parametrize(
+    ("risk", "needed"), [(0.5, 1), (0.1, 9), (0.05, 19), (0.02, 49), (0.01, 99), (0.003, 333), (1e-4, 9999)]
+)
 def test_the_frames_that_a_risk_needs_are_known_before_any_is_run(risk: float, needed: int) -> None:
     assert least_frames(risk) == needed and 1 / (needed + 1) <= risk < 1 / needed
     total = frames_in_all(risk)
@@ -326,8 +340,8 @@ def test_the_next_version_has_the_same_files_and_keeps_its_promise(
 
 
 def test_risks_that_are_no_shares_are_refused(segmenter: Segmenter, frames: Frames) -> None:
-    for risks in ((), (0.0,), (0.1, 1.0)):
-        with pytest.raises(BadOption, match="shares between 0 and 1"):
+    for risks in ((), (0.0,), (0.1, 1.0), (0.1, 1e-7)):
+        with pytest.raises(BadOption, match=r"shares from 0\.000001 to below 1 are wanted"):
             calibrate(segmenter, Question("toy-pointwise", Path("nowhere")), frames, risks=risks, class_risks=())
 
 

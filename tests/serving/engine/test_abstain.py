@@ -91,7 +91,7 @@ def test_each_class_is_withheld_above_its_own_entropy_and_both_risks_hold_togeth
 
 def test_a_risk_of_classes_needs_a_calibration_of_its_own() -> None:
     marginal = dataclasses.replace(CALIBRATION, class_risks=(), class_entropy_nats=())
-    with pytest.raises(BadOption, match=r"max_class_risk is 0\.1; toy-pointwise is not calibrated"):
+    with pytest.raises(BadOption, match=r"max_class_risk is 0\.1; toy-pointwise is not calibrated for it"):
         abstain_above(calibrated("pointwise", marginal), None, 0.1)
     with pytest.raises(BadOption, match=r"max_class_risk is 0\.01; toy-pointwise is calibrated for 0\.1, 0\.2"):
         abstain_above(calibrated("pointwise"), None, 0.01)
