@@ -68,6 +68,8 @@ class Batches:
         self.labelled, self.unlabelled = split
         if unknown := [kind for kind in recipe.corruptions if kind not in CORRUPTIONS]:
             raise BadOption(f"corruptions has {unknown[0]!r}; known are {', '.join(CORRUPTIONS)}")
+        if recipe.corruptions and not recipe.unlabelled_batch:
+            raise BadOption("unlabelled_batch is 0 and corruptions are for unlabelled views; leave one of both out")
 
     def draw(self) -> Views:
         """Draw the next batch. Nothing of the unlabelled frames' masks goes into it but what `weak_labels` names."""

@@ -52,7 +52,7 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
-    """The outcome of a calibration. before, after: figures on the check frames. refused: why a risk has no thresholds."""
+    """The outcome of a calibration. before, after: figures on the check frames. refused: why a risk has none."""
 
     card: Card
     split: Split

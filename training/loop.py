@@ -66,6 +66,10 @@ class Training:
         average = copy.deepcopy(network).requires_grad_(False).eval()
         self.objective = build_objective(recipe.method, network, average, recipe.objective)
         self.hosts = find_hosts(network)
+        if not self.hosts and (recipe.host_rate, recipe.frozen_share) != (1.0, 0.0):
+            raise BadOption(
+                "host_rate and frozen_share are of an EfficientNet, and the network has none; leave them out"
+            )
         optimizer = torch.optim.AdamW(parameter_groups(network, self.hosts, recipe), lr=recipe.learning_rate)
         self.forward, self.optimizer = self.fabric.setup(self.objective, optimizer)
 

@@ -77,8 +77,12 @@ def read_recipe(path: Path) -> Recipe:
     Raises BadOption: no such file, not YAML, or a field that is unknown, missing or mistyped.
     """
     fields = _read_yaml(path)
-    if isinstance(fields, dict) and isinstance(base := fields.pop("base", None), str):
-        fields = {**_read_yaml(path.parent / base), **fields}
+    if isinstance(fields, dict) and "base" in fields:
+        base = fields.pop("base")
+        below = _read_yaml(path.parent / base) if isinstance(base, str) else None
+        if not isinstance(below, dict):
+            raise BadOption(f"{path}: base is {base!r}; the name of another recipe beside it is wanted")
+        fields = {**below, **fields}
     try:
         return read_strict(Recipe, fields, where="recipe")
     except BadArtifact as error:

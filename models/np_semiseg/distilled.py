@@ -55,6 +55,9 @@ class DistilledObjective(nn.Module):
 
     def __init__(self, network: NpNetwork, average: NpNetwork, options: DistilledOptions) -> None:
         super().__init__()
+        if not options.teachers or options.samples < 2 or options.strong_every < 1:
+            found = f"teachers are {len(options.teachers)}, samples {options.samples} and"
+            raise BadOption(f"{found} strong_every {options.strong_every}; at least 1, 2 and 1 are wanted")
         self.network, self.average, self.options = network, average, options
         card, host = load_checkpoint(Path(options.host))
         for ours in (network, average):

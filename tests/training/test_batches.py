@@ -139,3 +139,6 @@ def test_an_unknown_corruption_is_named_beside_the_known_ones() -> None:
     recipe = replace(tiny.recipe("cps", Path(), steps=1), corruptions=("rain",))
     with pytest.raises(BadOption, match="'rain'; known are gaussian_noise, gaussian_blur"):
         Batches(_frames(), SPLIT, recipe, torch.Generator(), num_classes=3)
+    recipe = replace(recipe, corruptions=("fog",), unlabelled_batch=0)
+    with pytest.raises(BadOption, match="unlabelled_batch is 0 and corruptions are for unlabelled views"):
+        Batches(_frames(), SPLIT, recipe, torch.Generator(), num_classes=3)

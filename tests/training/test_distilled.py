@@ -126,13 +126,15 @@ def test_a_training_that_was_interrupted_ends_with_the_same_weights(tmp_path: Pa
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
-@pytest.mark.parametrize("fact", ["host", "teacher", "kind"])
+@pytest.mark.parametrize("fact", ["host", "teacher", "kind", "nobody", "single"])
 def test_what_cannot_be_distilled_is_refused(fact: str, tmp_path: Path) -> None:
     other = save_untrained("np_semiseg", tmp_path / "other.safetensors", hidden=24)
     options: dict[str, Any]
     options, sentence = {
         "host": ({"host": other}, "other.safetensors is not the film network of recipe.config"),
         "teacher": ({"teachers": [foreign(tmp_path)]}, "foreign.safetensors has 3 classes and InputSpec"),
+        "nobody": ({"teachers": []}, "teachers are 0, samples 8"),
+        "single": ({"samples": 1, "strong_every": 0}, "samples 1 and strong_every 0; at least 1, 2 and 1 are wanted"),
         "kind": ({"kind": "np"}, "recipe.config.head is 'linear'; 'linear' is trained by the objective 'distilled'"),
     }[fact]
     with pytest.raises(BadOption, match=sentence):

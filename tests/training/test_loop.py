@@ -93,6 +93,21 @@ def test_a_recipe_takes_from_its_base_what_it_does_not_say() -> None:
     assert dataclasses.replace(own, leave_out=(), name=base.name, checkpoint=base.checkpoint) == base
 
 
+@pytest.mark.parametrize("base", ["3", "[a.yaml]", "empty.yaml", ""])
+def test_a_base_that_is_no_recipe_is_refused(base: str, tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("")
+    (tmp_path / "own.yaml").write_text(f"base: {base}\nname: own\n")
+    with pytest.raises(BadOption, match=r"own\.yaml: base is .*; the name of another recipe beside it is wanted"):
+        read_recipe(tmp_path / "own.yaml")
+
+
+def test_what_a_network_has_no_use_for_is_refused(tmp_path: Path) -> None:
+    frames = find_data("shapes").load(tmp_path, "train")
+    for changes in ({"host_rate": 0.1}, {"frozen_share": 0.1}):
+        with pytest.raises(BadOption, match="are of an EfficientNet, and the network has none"):
+            Training(dataclasses.replace(tiny.recipe("cps", tmp_path, steps=1), **changes), frames, 3)
+
+
 def test_the_card_says_what_a_training_has_not_seen(tmp_path: Path) -> None:
     recipe = dataclasses.replace(
         tiny.recipe("cps", tmp_path, steps=1), leave_out=("train00", "train07"), void_classes=("disc",)

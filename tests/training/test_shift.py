@@ -154,4 +154,5 @@ def test_the_command_measures_shifts_and_controls(store: Path, tmp_path: Path, e
     else:
         assert document["hidden"].keys() == {"red"} and "darken-3" in document["shift"]["variants"]
         assert (tmp_path / "plots" / "shift.pdf").read_bytes().startswith(b"%PDF")
+        assert document["intervals"] == {} and "AUGRC" in " ".join(result.stdout.split()), "one block has figures too"
         assert "pasted objects" in result.stdout and "pixels of red" in result.stdout

@@ -17,6 +17,8 @@ RESAMPLES = 1000
 PERCENTILES = (2.5, 97.5)
 LEAST_SCORE = 2.0**-25
 """Below it float32 knows no other 1 - confidence than 0."""
+WITH_INTERVALS = ("seg/mIoU", "seg/NLL", "seg/Brier", "cal/ECE", "sc/AURC", "sc/AUGRC")
+"""The figures that have intervals, where there is more than one block."""
 FINE_BINS = 16
 """Bins of a ranking that are one bin here, of a relative width of 2^-5."""
 
@@ -52,12 +54,9 @@ def figures_of(sums: Doubles, num_classes: int) -> dict[str, float]:
     confusion, table, scores, counts = np.split(sums, np.cumsum(sizes))
     ranking, (pixels, confidence, right) = Ranking(counts.reshape(2, -1)), table.reshape(3, -1)
     iou_K = intersection_over_union(torch.from_numpy(confusion.reshape(num_classes, num_classes)))
-    return {
-        "seg/mIoU": float(iou_K.nanmean()), "seg/NLL": float(scores[0] / pixels.sum()),
-        "seg/Brier": float(scores[1] / pixels.sum()),
-        "cal/ECE": float(np.abs(confidence - right).sum() / pixels.sum()),
-        "sc/AURC": ranking.aurc().value, "sc/AUGRC": ranking.augrc().value,
-    }  # fmt: skip
+    nll, brier, ece = (float(x / pixels.sum()) for x in (*scores, np.abs(confidence - right).sum()))
+    values = (float(iou_K.nanmean()), nll, brier, ece, ranking.aurc().value, ranking.augrc().value)
+    return dict(zip(WITH_INTERVALS, values, strict=True))
 
 
 def find_intervals(blocks: Sequence[Doubles], num_classes: int, *, seed: int) -> dict[str, tuple[float, float]]:

@@ -15,6 +15,7 @@ from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import find_artifact
 from penumbra.serving.files.receipts import check_replaceable
 from penumbra.training.evaluation.answers import LIMITS, Answer, Question
+from penumbra.training.evaluation.intervals import WITH_INTERVALS
 from penumbra.training.evaluation.run import Measured, evaluate, load_frames, segment_frames
 from penumbra.training.evaluation.shift import find_class, find_strange, measure_shift
 from penumbra.training.evaluation.temperature import control_cards
@@ -121,7 +122,7 @@ def tables_of(beyond: dict[str, Any]) -> Iterator[tuple[str, dict[str, dict[str,
         rows = {}
         for name, row in shift["variants"].items():
             told = {f"told by {score}": value for score, value in row.get("separation", {}).items()}
-            rows[name] = {figure.partition("/")[2]: row["figures"][figure] for figure in row["intervals"]} | told
+            rows[name] = {figure.partition("/")[2]: row["figures"][figure] for figure in WITH_INTERVALS} | told
         yield "pictures", rows
         yield "pasted objects", shift["objects"]
     for class_name, maps in beyond.get("hidden", {}).items():
