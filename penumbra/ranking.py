@@ -28,6 +28,7 @@ def rank(
 ) -> None:  # fmt: skip
     """List the images of INPUT, a folder or 'a/*.png', by what a person should look at first, as CSV."""
     from penumbra.export.zoo import fill_store
+    from penumbra.models.errors import BadOption
     from penumbra.serving.engine.options import parse_options
     from penumbra.serving.engine.segmenter import Segmenter
     from penumbra.serving.engine.store import find_artifact
@@ -37,6 +38,8 @@ def rank(
     from penumbra.serving.files.report import summarise
 
     if sheet:
+        if sheet.suffix != ".html":
+            raise BadOption(f"sheet is {sheet}; a page is written, so a name that ends in .html is wanted")
         check_replaceable([sheet])
         sheet.parent.mkdir(parents=True, exist_ok=True)  # a place that cannot be is told before the work, not after it
     fill_store(store)

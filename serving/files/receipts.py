@@ -136,6 +136,8 @@ def check_replaceable(targets: Iterable[Path], pictures: frozenset[Identity] = f
 
 def is_ours(path: Path) -> bool:
     """Whether Penumbra wrote a file: PNGs, pages, npz, SVG and PDF say so at one of their ends, TIFFs in their tags."""
+    if not path.is_file():  # a pipe would be waited for
+        return False
     try:
         if path.suffix == ".tif":
             with gdal(), rasterio.open(path) as dataset:

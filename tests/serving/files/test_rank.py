@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,11 @@ def test_a_page_shows_what_was_ranked_and_takes_the_place_of_a_page_alone(
     (images / "<b>.png").rename(images / "stra\udcdfe.png")
     result = run(*arguments, "--json")
     assert result.exit_code == 0 and "stra\\udcdfe.png" in page.read_text()
+    for other in ("sheet.labels.png", "sheet"):
+        result = run(*arguments[:-1], tmp_path / other)
+        assert result.exit_code == 2 and "a name that ends in .html is wanted" in result.stderr
+    os.mkfifo(tmp_path / "pipe.html")
+    assert "pipe.html is in the way" in run(*arguments[:-1], tmp_path / "pipe.html").stderr
     page.write_text("a letter")
     result = run(*arguments)
     assert result.exit_code == 2 and "in the way" in result.stderr and page.read_text() == "a letter"
