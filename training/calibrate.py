@@ -35,6 +35,8 @@ from penumbra.training.frames import FrameSet
 RISKS = (0.01, 0.02, 0.05, 0.1)
 CLASS_RISKS = (0.1, 0.2)
 LEAST_FRAMES = 8
+LEAST_TO_WARN = 99
+"""Pictures, all of which one ordinary picture in a hundred is stranger than."""
 LEAST_RISK = 1e-6
 """Nobody has the frames for less."""
 MOST_FOR_TEMPERATURE = 32
@@ -79,7 +81,7 @@ class Evidence:
 
     def __init__(self, card: Card) -> None:
         self.card, self.loss, self.class_loss = card, AbstentionLoss(), ClassLoss(card.num_classes)
-        self.map = next((extra.name for extra in card.extra_maps if extra.name == "density"), "entropy")
+        self.map = card.map_of_novelty
         self.means: list[float] = []
 
     def add(self, answer: Answer) -> None:
@@ -109,7 +111,8 @@ class Evidence:
         means, num = sorted(self.means), len(self.means)
         if num > MOST_MEANS:
             means = np.quantile(means, np.linspace(0, 1, MOST_MEANS)).tolist()
-        return Novelty(self.map, tuple(means), num, num_samples, data)
+        novelty = Novelty(self.map, tuple(means), num, num_samples, data)
+        return novelty if num >= LEAST_TO_WARN else dataclasses.replace(novelty, warn_above=1.0)
 
 
 def calibrate_artifact(
@@ -174,6 +177,11 @@ def check_risks(split: Split, risks: Sequence[float], class_risks: Sequence[floa
     sentences = [f"{too_few(risk, num)} for the thresholds, {frames_in_all(risk)} in all" for risk in beyond]
     if beyond == asked:
         raise BadOption(sentences[-1])
+    if num < LEAST_TO_WARN:
+        sentences.append(
+            f"of ordinary pictures one in {num + 1} is stranger than all of {num}, so answers tell their novelty and "
+            f"do not warn of it; with {LEAST_TO_WARN} for the thresholds they do"
+        )
     for sentence in sentences:
         click.echo(sentence, err=True)
 

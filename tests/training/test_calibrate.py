@@ -137,7 +137,7 @@ def test_a_thousand_quantiles_stand_for_more_pictures(calibrated: Calibrated) ->
     evidence = Evidence(calibrated.card)
     evidence.means = list(np.linspace(3, 1, 5001))
     novelty = evidence.novelty(1, "made up")
-    assert len(novelty.means) == MOST_MEANS and novelty.num_pictures == 5001
+    assert len(novelty.means) == MOST_MEANS and novelty.num_pictures == 5001 and novelty.warn_above == 0.99
     assert novelty.means[0] == 1 and novelty.means[-1] == 3 and list(novelty.means) == sorted(novelty.means)
 
 
@@ -188,7 +188,13 @@ def test_what_cannot_be_guaranteed_is_said_up_front_and_fails_where_nothing_can(
     sentence = (
         "a risk of 0.01 cannot be guaranteed with 32 frames; at least 99 are needed for the thresholds, 175 in all"
     )
-    assert capsys.readouterr().err.splitlines() == [sentence]
+    unwarned = (
+        "of ordinary pictures one in 33 is stranger than all of 32, so answers tell their novelty and do not warn of "
+        "it; with 99 for the thresholds they do"
+    )
+    assert capsys.readouterr().err.splitlines() == [sentence, unwarned]
+    check_risks(split_frames(range(200), seed=0), [0.05], [0.1])
+    assert capsys.readouterr().err == ""
     with pytest.raises(BadOption, match=sentence.replace("0.01", "0.02").replace("99", "49").replace("175", "98")):
         calibrate(segmenter, Question("toy-pointwise", Path("nowhere")), frames, risks=[0.01], class_risks=[0.02])
     assert "temperature" not in capsys.readouterr().err, "no picture was run"
