@@ -16,7 +16,14 @@ from torch import nn
 
 from penumbra.models import find_method
 from penumbra.models.card import Card, Provenance, Readout
-from penumbra.models.checkpoint import COUNTER, check_replaceable, fill_network, load_checkpoint, save_checkpoint
+from penumbra.models.checkpoint import (
+    COUNTER,
+    check_replaceable,
+    fill_network,
+    load_checkpoint,
+    read_card,
+    save_checkpoint,
+)
 from penumbra.models.contract import Network
 from penumbra.models.errors import BadArtifact, BadOption
 from penumbra.models.files import write_whole
@@ -248,13 +255,34 @@ def card_of(recipe: Recipe, data: DataSet, *, num_frames: int, num_labelled: int
     without = " and ".join((*recipe.leave_out, *recipe.void_classes))
     part = f"train without {without}" if without else "train"
     sentence = f"{data.title} {part}, {num_labelled} of {num_frames} frames labelled ({drawn}), the rest {rest}"
-    licence = data.licence + (IMAGENET_LICENCE if recipe.pretrained == "imagenet" else "")
+    licences = [data.licence + (IMAGENET_LICENCE if recipe.pretrained == "imagenet" else "")]
+    for source in read_sources(recipe):
+        sentence += f"; with {source.name}: {source.provenance.data}"
+        licences.append(source.provenance.licence)
+    licence = "; ".join(dict.fromkeys(filter(None, licences)))
     return Card(
         name=recipe.name, version=1, method=recipe.method, config=dataclasses.asdict(config), classes=data.classes,
         input=recipe.input, window=recipe.window, sampling=network.sampling, readout=Readout(align_corners=True),
         prompt=network.prompt, extra_maps=network.extra_maps,
         provenance=Provenance(sentence, licence, recipe_of(recipe), build_facts("").get("commit", "")),
     )  # fmt: skip
+
+
+def read_sources(recipe: Recipe) -> list[Card]:
+    """Read the cards of the checkpoints that a training begins with or learns from. Raises BadCheckpoint, and BadOption
+    where one has seen what the recipe leaves out."""
+    options, cards = recipe.objective, list[Card]()
+    for path in (recipe.start, options.get("host"), options.get("maps"), *options.get("teachers", ())):
+        if not path:
+            continue
+        card = read_card(Path(path))
+        if seen := [name for name in (*recipe.leave_out, *recipe.void_classes) if name not in card.provenance.data]:
+            raise BadOption(
+                f"{path} was trained on {card.provenance.data!r}, and the recipe leaves {seen[0]} out; one that has "
+                "not seen it is wanted"
+            )
+        cards.append(card)
+    return cards
 
 
 def recipe_of(recipe: Recipe) -> str:

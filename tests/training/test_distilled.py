@@ -108,6 +108,18 @@ def test_training_writes_a_checkpoint_whose_density_knows_its_labelled_frames(tm
     assert known < strange
 
 
+def test_the_card_names_what_its_teachers_were_given_and_none_may_have_seen_what_is_left_out(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path)
+    facts: dict[str, Any] = {"num_frames": 1, "num_labelled": 1, "network": build_network(recipe, 3)}
+    made = card_of(recipe, find_data("shapes"), **facts).provenance
+    assert all(made.data.count(f"; with {name}-shapes: procedural shapes train") == 1 for name in ("np_semiseg", "cps"))
+    assert made.licence == find_data("shapes").licence
+    with pytest.raises(
+        BadOption, match=r"np_semiseg\.safetensors was trained on .* leaves train07 out; one that has not"
+    ):
+        card_of(dataclasses.replace(recipe, leave_out=("train07",)), find_data("shapes"), **facts)
+
+
 def test_a_training_that_was_interrupted_ends_with_the_same_weights(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, steps=4, corruptions=("darken",))
     frames = find_data("shapes").load(tmp_path, "train")
