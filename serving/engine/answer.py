@@ -97,8 +97,7 @@ def collect(
             labels_HW[rows] = band.labels  # last: whoever goes on after a stop counts these
     num_void, abstained = _count_ignored(labels_HW, request)
     scores = score(
-        card, sums_H2[:], size[0] * size[1] - num_void, num_samples=request.num_samples,
-        has_prompt=plan.prompt is not None,
+        card, sums_H2[:], size[0] * size[1] - num_void, num_samples=request.num_samples, is_usual=plan.is_usual
     )  # fmt: skip
     warnings = (*_warnings(request), *warn_of_strangeness(card, scores))
     return Prediction(
@@ -154,8 +153,7 @@ def _warnings(request: QueuedRequest) -> tuple[str, ...]:
     if withheld := [one.name for one, nats in zip(card.classes, above_K, strict=True) if nats == -math.inf]:
         warnings += (f"max_class_risk of {options.max_class_risk:g} withholds {', '.join(withheld)} altogether",)
     calibrated = card.calibration.num_samples
-    is_usual = options.overlap in (None, card.window.overlap) and plan.prompt is None
-    if request.num_samples != calibrated or not is_usual:
+    if request.num_samples != calibrated or not plan.is_usual:
         warnings += (
             f"{' and '.join(options.risks)} of {card.name} was calibrated with {calibrated} samples, overlap "
             f"{card.window.overlap:g} and no prompt; this answer was made otherwise, and its risk may be another",

@@ -42,6 +42,11 @@ class RequestPlan:
         return self.options.priority or NORMAL
 
     @property
+    def is_usual(self) -> bool:
+        """Tell whether the answer is made as in a calibration: with the card's overlap and no prompt."""
+        return self.options.overlap in (None, self.card.window.overlap) and self.prompt is None
+
+    @property
     def is_anytime(self) -> bool:
         """Tell whether fewer samples, the same of every window, are better than a missed deadline."""
         return self.options.anytime and self.sampling.is_stochastic

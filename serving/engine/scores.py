@@ -31,18 +31,18 @@ class Scores:
 
 
 def score(
-    card: Card, sums_H2: NDArray[np.int64], num_measured: int, *, num_samples: int, has_prompt: bool
+    card: Card, sums_H2: NDArray[np.int64], num_measured: int, *, num_samples: int, is_usual: bool
 ) -> Scores:  # fmt: skip
     """Score a picture by the sums of its rows, as `penumbra.serving.engine.operators.read_out` has them.
 
-    An entropy depends on the number of samples and on a prompt, so that only equals are compared; a map of the model's
-    own depends on neither.
+    An entropy depends on samples, overlap and prompt, so that only equals are compared; a map of the model's own hardly
+    does.
     """
     if not num_measured:
         return Scores()
     expected_error, mean = (sum(map(int, sums)) / (UNITS * num_measured) for sums in sums_H2.T)
     reference = card.novelty
-    is_equal = card.map_of_novelty != "entropy" or not has_prompt
+    is_equal = card.map_of_novelty != "entropy" or is_usual
     if card.map_of_novelty == "entropy" and reference:
         is_equal &= num_samples == reference.num_samples
     novelty = bisect_left(reference.means, mean) / len(reference.means) if reference and is_equal else None

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from penumbra.export.bundle import export_network
-from penumbra.models.card import Novelty
+from penumbra.models.card import Calibration, Novelty
 from penumbra.models.errors import Cancelled
 from penumbra.serving.engine.canvas import Wanted, lay_out, read_out
 from penumbra.serving.engine.options import SegmentOptions
@@ -26,6 +26,7 @@ MEANS = (0.1, 0.2, 0.3, 0.4)
 BY_ENTROPY = Novelty("entropy", MEANS, num_pictures=200, num_samples=2, data="made up", warn_above=0.75)
 BY_OWN = dataclasses.replace(BY_ENTROPY, map="brightness")
 LATENT = dataclasses.replace(toy_card("latent")[0], novelty=BY_ENTROPY)
+ALL_WITHHELD = Calibration((0.1,), (0.0,), 9, 1, "made up")
 MAPS = ("confidence", "entropy")
 
 
@@ -34,7 +35,7 @@ def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Segmenter]:
     store = tmp_path_factory.mktemp("scored")
     for form, novelty in (("latent", BY_ENTROPY), ("bright", BY_OWN), ("pointwise", None)):
         card, network = toy_card(form)
-        export_network(network, dataclasses.replace(card, novelty=novelty), store)
+        export_network(network, dataclasses.replace(card, novelty=novelty, calibration=ALL_WITHHELD), store)
     with Segmenter.open(store, threads=1, tuning=Tuning(1, 1)) as opened:
         yield opened
 
@@ -64,12 +65,14 @@ def test_scores_are_the_means_of_the_maps_with_and_without_them(
 def test_a_void_pixel_counts_for_nothing_and_a_withheld_one_for_itself(
     segmenter: Segmenter, rng: np.random.Generator
 ) -> None:
-    void_HW = rng.random((70, 90)) < 0.4
-    told = segmenter.segment(picture(rng, 70, 90), SegmentOptions(model="toy-pointwise", outputs=MAPS))
-    image = Raster(picture(np.random.default_rng(1), 70, 90), void_HW=void_HW)
-    part = segmenter.segment(image, SegmentOptions(model="toy-pointwise", outputs=MAPS))
+    void_HW, pixels = np.arange(90) < np.full((70, 1), 40), picture(rng, 70, 90)
+    pixels[:, :40] = 0  # where the toy is least sure
+    options = SegmentOptions(model="toy-pointwise", outputs=MAPS)
+    told, part = (segmenter.segment(image, options) for image in (Raster(pixels), Raster(pixels, void_HW=void_HW)))
     assert part.scores.expected_error == pytest.approx(1 - np.nanmean(part.maps["confidence"], dtype=float), abs=1e-6)
-    assert part.scores.expected_error != told.scores.expected_error
+    assert told.scores.expected_error > 1.2 * part.scores.expected_error
+    withheld = segmenter.segment(Raster(pixels, void_HW=void_HW), dataclasses.replace(options, max_risk=0.1))
+    assert withheld.abstained == 1 and withheld.scores == part.scores
     nothing = Raster(picture(rng, 70, 90), void_HW=np.ones((70, 90), bool))
     assert segmenter.segment(nothing, SegmentOptions(model="toy-pointwise")).scores == Scores()
 
@@ -111,16 +114,24 @@ def test_work_that_another_process_went_on_with_has_the_scores_of_the_whole(
 
 @pytest.mark.parametrize(("mean", "novelty"), [(0.05, 0.0), (0.1, 0.0), (0.25, 0.5), (0.35, 0.75), (9.0, 1.0)])
 def test_novelty_is_the_share_of_reference_pictures_that_were_less_strange(mean: float, novelty: float) -> None:
-    scores = score(LATENT, sums_of(mean), 10, num_samples=2, has_prompt=False)
+    scores = score(LATENT, sums_of(mean), 10, num_samples=2, is_usual=True)
     assert scores.novelty == novelty and scores.expected_error == pytest.approx(0.25)
     assert bool(warn_of_strangeness(LATENT, scores)) == (novelty > 0.75)
 
 
+def test_an_entropy_of_another_overlap_is_compared_with_none(segmenter: Segmenter, rng: np.random.Generator) -> None:
+    image, options = picture(rng, 70, 90), SegmentOptions(model="toy-latent", samples=2)
+    usual, otherwise = (
+        segmenter.segment(image, dataclasses.replace(options, overlap=overlap)).scores for overlap in (None, 0.6)
+    )
+    assert usual.novelty is not None and otherwise.novelty is None and otherwise.mean
+
+
 def test_an_entropy_is_compared_with_those_of_as_many_samples_and_no_prompt_alone() -> None:
     bright = dataclasses.replace(toy_card("bright")[0], novelty=BY_OWN)
-    for num_samples, has_prompt in ((3, False), (2, True)):
-        assert score(LATENT, sums_of(9), 10, num_samples=num_samples, has_prompt=has_prompt).novelty is None
-        assert score(bright, sums_of(9), 10, num_samples=num_samples, has_prompt=has_prompt).novelty == 1
+    for num_samples, is_usual in ((3, True), (2, False)):
+        assert score(LATENT, sums_of(9), 10, num_samples=num_samples, is_usual=is_usual).novelty is None
+        assert score(bright, sums_of(9), 10, num_samples=num_samples, is_usual=is_usual).novelty == 1
 
 
 def test_the_warning_says_against_what_and_how_far(segmenter: Segmenter) -> None:
