@@ -68,7 +68,9 @@ class Ranker:
         if by == "novelty" and reference is None:
             raise BadOption(f"{card.name} has no reference for novelty; `penumbra calibrate {card.name}` gives it one")
         if by == "novelty" and reference and reference.map == "entropy" and reference.num_samples != samples:
-            raise BadOption(f"samples is {samples}; novelty of {card.name} is measured with {reference.num_samples}")
+            raise BadOption(
+                f"samples is {samples}; {card.name} has a novelty of {reference.num_samples}: leave samples out"
+            )
 
     def look_at(self, url: str) -> tuple[Ranked | None, Result]:
         """Score one image. Whatever goes wrong is that image's alone, and said."""
@@ -140,10 +142,11 @@ def spread(ranked: Sequence[Ranked], by: str, budget: int) -> list[Ranked]:
         return []
     look_NM = np.stack([one.look_N for one in ranked])
     score_N = np.array([max(_value(one, by), 0.0) for one in ranked])
-    nearest_N = np.ones(len(ranked))
+    nearest_N = np.full(len(ranked), np.inf)  # nothing is chosen yet
     chosen: list[Ranked] = []
     while len(chosen) < budget and (nearest_N > 0).any():
-        best = int(np.where(nearest_N > 0, score_N * nearest_N, -1.0).argmax())
+        weight_N = nearest_N if chosen else np.ones(len(ranked))
+        best = int(np.where(nearest_N > 0, score_N * weight_N, -1.0).argmax())
         chosen.append(ranked[best])
         nearest_N = np.minimum(nearest_N, np.abs(look_NM - look_NM[best]).sum(1))
     return chosen

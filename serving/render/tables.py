@@ -33,7 +33,7 @@ def class_table(prediction: Prediction) -> list[dict[str, Any]]:
 
 def means_of(means: dict[str, float]) -> dict[str, float]:
     """Name the means of maps over a class or a region, and the error expected there where the confidence is known."""
-    expected = {"expected_error": 1 - means["confidence"]} if "confidence" in means else {}
+    expected = {"expected_error": max(0.0, 1 - means["confidence"])} if "confidence" in means else {}
     return expected | {f"mean_{name}": mean for name, mean in means.items()}
 
 
