@@ -36,7 +36,7 @@ from penumbra.training.devices import follow_first, gather, share_of, start_devi
 from penumbra.training.evaluate import measure
 from penumbra.training.frames import FrameSet, write_split
 from penumbra.training.hosts import IMAGENET_LICENCE, find_hosts, load_imagenet, parameter_groups
-from penumbra.training.objective import Finishing, build_objective, update_average
+from penumbra.training.objective import Finishing, Staged, build_objective, update_average
 from penumbra.training.recipe import Recipe
 
 MAX_GRADIENT_NORM = 5.0
@@ -72,12 +72,13 @@ class Training:
         network = build_network(recipe, num_classes).to(memory_format=torch.channels_last)
         average = copy.deepcopy(network).requires_grad_(False).eval()
         self.objective = build_objective(recipe.method, network, average, recipe.objective)
-        self.hosts = find_hosts(network)
-        if not self.hosts and (recipe.host_rate, recipe.frozen_share) != (1.0, 0.0):
+        hosts, staged = find_hosts(network), self.objective if isinstance(self.objective, Staged) else None
+        self.begins = {host: staged.begin_of(host) if staged else 0.0 for host in hosts}
+        if not hosts and (recipe.host_rate, recipe.frozen_share) != (1.0, 0.0):
             raise BadOption(
                 "host_rate and frozen_share are of an EfficientNet, and the network has none; leave them out"
             )
-        optimizer = torch.optim.AdamW(parameter_groups(network, self.hosts, recipe), lr=recipe.learning_rate)
+        optimizer = torch.optim.AdamW(parameter_groups(network, hosts, recipe), lr=recipe.learning_rate)
         self.forward, self.optimizer = self.fabric.setup(self.objective, optimizer)
 
     @property
@@ -87,11 +88,12 @@ class Training:
 
     def advance(self, progress: float) -> dict[str, float]:
         """Take one step at the learning rate of `progress`; returns the named losses."""
-        rate = self.recipe.learning_rate * schedule(progress, warmup=self.recipe.warmup)
+        begun = max((begin for begin in self.begins.values() if begin <= progress), default=0.0)
+        rate = self.recipe.learning_rate * schedule(progress, warmup=self.recipe.warmup, begin=begun)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("rate", 1.0)  # a state that is older has none
-        for host in self.hosts:
-            host.frozen = progress < self.recipe.frozen_share
+        for host, begin in self.begins.items():
+            host.frozen = progress < begin + self.recipe.frozen_share
         self.objective.train()
         self.average.eval()
         losses = self.forward(self.fabric.to_device(self.batches.draw()), progress, self.generator)
@@ -214,11 +216,10 @@ def run(training: Training, card: Card, val: FrameSet, run_dir: Path, *, minutes
     training.save(run_dir / "state.ckpt")
 
 
-def schedule(progress: float, *, warmup: float) -> float:
-    """Return the factor on the learning rate: a linear rise, then a cosine to 0."""
-    if progress < warmup:
-        return (progress + 1e-3) / (warmup + 1e-3)
-    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+def schedule(progress: float, *, warmup: float, begin: float = 0.0) -> float:
+    """Return the factor on the learning rate: a linear rise, then a cosine to 0, which rises anew from `begin`."""
+    cosine = 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) if progress >= warmup else 1.0
+    return cosine * min(1.0, (progress - begin + 1e-3) / (warmup + 1e-3))
 
 
 def build_network(recipe: Recipe, num_classes: int) -> Network:

@@ -18,6 +18,14 @@ class Finishing(Protocol):
         """Fit to labelled pictures: image_B3hw, normalised, and label_Bhw. Of both networks, as a step does."""
 
 
+@runtime_checkable
+class Staged(Protocol):
+    """An objective that trains some parts of the network later than others."""
+
+    def begin_of(self, part: nn.Module) -> float:
+        """Return the share of the schedule after which `part` is trained."""
+
+
 def build_objective(method: str, network: Network, average: Network, options: Mapping[str, Any]) -> nn.Module:
     """Build a method's objective, a module that holds the network, its average, and own state.
 

@@ -34,7 +34,7 @@ class Recipe:
     average_decay: of the running average of the weights, which is what is written in the end.
     input: how pixels become what the network sees. pretrained: what the EfficientNets in the network start from.
     host_rate: factor on the learning rate of those. frozen_share: of the schedule, in which their BatchNorm keeps
-    the statistics that it started with.
+    the statistics that it started with; it counts, as a second `warmup` does, from when an objective begins with one.
     """
 
     name: str

@@ -16,6 +16,7 @@ from penumbra.models.blocks.layers import drop_channels, resize_like
 from penumbra.models.blocks.resnet import ResNetConfig
 from penumbra.models.card import PromptSpec, Sampling
 from penumbra.models.contract import Features, Network, Prompt
+from penumbra.models.errors import BadOption
 
 BACKBONE = ResNetConfig(depth=101, stem="plain", output_stride=8, dilation="rest")
 """Backbone of the unofficial code: torchvision's ResNet-101 with the strides of its last two stages made dilations."""
@@ -119,7 +120,9 @@ class DropoutNetwork(SelfCorrectingNetwork):
 
 
 def build(config: SelfCorrectingConfig) -> SelfCorrectingNetwork:
-    """Build the network that `config.sampling` asks for."""
+    """Build the network that `config.sampling` asks for. Raises BadOption: no ancillary could be `partial`."""
+    if config.partial and not config.ancillary:
+        raise BadOption("config.partial is of the ancillary, which config.ancillary leaves out; one of both is wanted")
     return DropoutNetwork(config) if config.sampling == "dropout" else SelfCorrectingNetwork(config)
 
 

@@ -106,6 +106,10 @@ class SelfCorrectingObjective(nn.Module):
             return Stage.ANCILLARY
         return Stage.INITIAL if progress < self._last_stage() else Stage.ALL
 
+    def begin_of(self, part: nn.Module) -> float:
+        """Return the progress at which a part of the network is first trained."""
+        return self.options.ancillary_share if part in self.network.primary.modules() else 0.0
+
     def weak_weight(self, progress: float) -> float:
         """Return w(t)."""
         start = self._last_stage()

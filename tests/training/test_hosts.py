@@ -13,7 +13,7 @@ from penumbra.models.blocks.efficientnet import EfficientNet
 from penumbra.models.checkpoint import load_checkpoint
 from penumbra.models.errors import BadOption
 from penumbra.training.data import find_data
-from penumbra.training.hosts import IMAGENET_INPUT
+from penumbra.training.hosts import IMAGENET_INPUT, find_hosts
 from penumbra.training.loop import Training, build_network, train
 from penumbra.training.recipe import Recipe
 from tests.training import tiny
@@ -43,6 +43,29 @@ def test_a_host_keeps_its_statistics_for_the_first_share_of_the_steps_alone(tmp_
     free = statistics(training)
     assert torch.equal(before[0], frozen[0]) and not torch.equal(before[1], frozen[1])
     assert not torch.equal(frozen[0], free[0])
+
+
+def test_a_network_that_is_trained_later_has_a_warm_up_of_its_own(tmp_path: Path) -> None:
+    config = {"backbone": SMALL, "aspp_channels": 16, "low_channels": 8, "decoder_channels": 16}
+    recipe = dataclasses.replace(
+        recipe_of(frozen_share=0.1, warmup=0.03), method="self_correcting", config=config, weak_labels="boxes",
+        objective={"ancillary_share": 0.25},
+    )  # fmt: skip
+    data = find_data("shapes")
+    training = Training(recipe, data.load(tmp_path, "train"), len(data.classes))
+    hosts = find_hosts(training.objective.network)
+    seen: dict[float, tuple[bool, ...]] = {}
+    for progress in (0.05, 0.2, 0.25, 0.34, 0.4):
+        before = [host.state_dict()["bn0.running_mean"].clone() for host in hosts]
+        training.advance(progress)
+        after = [host.state_dict()["bn0.running_mean"] for host in hosts]
+        seen[progress] = tuple(not torch.equal(x, y) for x, y in zip(before, after, strict=True))
+        if progress == 0.25:
+            rates = {group["lr"] / group["rate"] for group in training.optimizer.param_groups}
+            assert max(rates) < 0.05 * recipe.learning_rate, "the rate rises anew"
+    neither, ancillary, primary = (False, False), (False, True), (True, False)
+    settles = ancillary  # it becomes its running average
+    assert seen == {0.05: neither, 0.2: ancillary, 0.25: settles, 0.34: neither, 0.4: primary}
 
 
 def test_a_host_is_trained_at_its_share_of_the_rate(tmp_path: Path) -> None:

@@ -289,6 +289,8 @@ def test_missing_boxes_a_missing_ancillary_and_an_unknown_option_are_named() -> 
     network: Any = build_network(_recipe("linear", ancillary=False), 3)
     with pytest.raises(BadOption, match="ancillary is false"):
         build_objective(network, network, {})
+    with pytest.raises(BadOption, match=r"config\.partial is of the ancillary, which config\.ancillary leaves out"):
+        build_network(_recipe("linear", ancillary=False, partial=True), 3)
     network = build_network(_recipe("linear"), 3)
     with pytest.raises(BadArtifact, match=r"recipe.objective has an unknown field 'alpha'"):
         build_objective(network, network, {"alpha": 1})
