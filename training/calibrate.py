@@ -89,7 +89,8 @@ class Evidence:
         entropy, wrong = answer.maps["entropy"][known_HW], answer.wrong_HW[known_HW]
         self.loss.add(entropy, wrong)
         self.class_loss.add(entropy, answer.labels_HW[known_HW].astype(np.int64), wrong)
-        self.means.append(float(np.nanmean(answer.maps[self.map], dtype=np.float64)))
+        if not np.isnan(answer.maps[self.map]).all():  # a wholly void picture has no novelty when it is served either
+            self.means.append(float(np.nanmean(answer.maps[self.map], dtype=np.float64)))
 
     def calibration(
         self, risks: Sequence[float], class_risks: Sequence[float], num_samples: int, data: str
@@ -106,9 +107,11 @@ class Evidence:
         found = Calibration(*values, self.loss.num_frames, num_samples, data, *own) if thresholds or rows else None
         return found, refused
 
-    def novelty(self, num_samples: int, data: str) -> Novelty:
+    def novelty(self, num_samples: int, data: str) -> Novelty | None:
         """Describe how strange these pictures are to the model, by quantiles where they are many."""
         means, num = sorted(self.means), len(self.means)
+        if not num:
+            return None
         if num > MOST_MEANS:
             means = np.quantile(means, np.linspace(0, 1, MOST_MEANS)).tolist()
         novelty = Novelty(self.map, tuple(means), num, num_samples, data)

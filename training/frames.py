@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,20 +49,33 @@ def count_ids(num_classes: int, *, void: int = IGNORE) -> LabelIds:
     return name_ids({**classes, void: IGNORE}, f"0 to {num_classes - 1} and {void} (void) are known")
 
 
+class Frame(NamedTuple):
+    """A picture and its label (IGNORE = void), uint8, and where the picture holds no measurement, if it says so."""
+
+    image_3HW: Tensor
+    label_HW: Tensor
+    void_HW: Tensor | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Frames:
     """Frames in memory: image_N3HW and label_NHW (IGNORE = void), uint8, all of one size; names, each once, in the
-    same order."""
+    same order; void_NHW where a picture speaks of pixels without a measurement."""
 
     names: tuple[str, ...]
     image_N3HW: Tensor
     label_NHW: Tensor
+    void_NHW: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.image_N3HW[index], self.label_NHW[index]
+
+    def frame(self, index: int) -> Frame:
+        """Give a frame with what its picture says of void pixels."""
+        return Frame(*self[index], None if self.void_NHW is None else self.void_NHW[index])
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +92,11 @@ class FrameFiles:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Read image_3HW and label_HW (IGNORE = void), both uint8.
+        """Read image_3HW and label_HW (IGNORE = void), both uint8. Raises BadData."""
+        return self.frame(index)[:2]
+
+    def frame(self, index: int) -> Frame:
+        """Read a frame with what its picture says of void pixels.
 
         Raises BadData: a file is unreadable, the mask is of another size or holds an unknown label.
         """
@@ -87,7 +105,7 @@ class FrameFiles:
             raise BadData(f"{self.masks[index]} is {_size(label_HW)}; its picture is {_size(image_3HW)}")
         if void_HW is not None:
             label_HW[void_HW] = IGNORE  # the server answers no class there either
-        return image_3HW, label_HW
+        return Frame(image_3HW, label_HW, void_HW)
 
 
 FrameSet = Frames | FrameFiles
@@ -106,21 +124,25 @@ def pair_files(names: Sequence[str], pictures: Sequence[Path], masks: Sequence[P
 
 def hold(files: FrameFiles) -> Frames:
     """Read all frames into memory. Raises BadData, also where a picture's size is not that of those before it."""
-    frames: list[tuple[Tensor, Tensor]] = []
+    frames: list[Frame] = []
     for i, path in enumerate(files.pictures):
-        frames.append(files[i])
+        frames.append(files.frame(i))
         here, first = frames[-1][0], frames[0][0]
         if here.shape != first.shape:
             raise BadData(f"{path} is {_size(here)}; the pictures before it are {_size(first)}")
-    images, labels = zip(*frames, strict=True)
-    return Frames(files.names, torch.stack(images), torch.stack(labels))
+    images, labels, voids = zip(*frames, strict=True)
+    whole_HW = torch.zeros(labels[0].shape, dtype=torch.bool)
+    can_be_void = any(void_HW is not None for void_HW in voids)
+    void_NHW = torch.stack([whole_HW if void_HW is None else void_HW for void_HW in voids]) if can_be_void else None
+    return Frames(files.names, torch.stack(images), torch.stack(labels), void_NHW)
 
 
 def choose(frames: FrameSet, rows: Sequence[int]) -> FrameSet:
     """Keep some of the frames, in the order of `rows`."""
     names = tuple(frames.names[i] for i in rows)
     if isinstance(frames, Frames):
-        return Frames(names, frames.image_N3HW[rows], frames.label_NHW[rows])
+        void_NHW = None if frames.void_NHW is None else frames.void_NHW[rows]
+        return Frames(names, frames.image_N3HW[rows], frames.label_NHW[rows], void_NHW)
     pictures, masks = (tuple(paths[i] for i in rows) for paths in (frames.pictures, frames.masks))
     return FrameFiles(names, pictures, masks, frames.ids)
 

@@ -16,6 +16,7 @@ from penumbra.export.bundle import export_network, verify_artifact
 from penumbra.models.card import IGNORE, MOST_MEANS, Card
 from penumbra.models.errors import BadData, BadOption
 from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import GOLDEN, artifact_card, open_artifact
@@ -32,8 +33,9 @@ from penumbra.training.calibrate import (
     write_version,
 )
 from penumbra.training.conformal import NUM_CANDIDATES, AbstentionLoss, ClassLoss, find_thresholds, least_frames
+from penumbra.training.evaluation.answers import segment_frame
 from penumbra.training.evaluation.run import Question
-from penumbra.training.frames import Frames
+from penumbra.training.frames import Frames, choose
 from tests.conftest import GAIN, picture, toy_card
 
 TRUE_TEMPERATURE = 2.5
@@ -131,6 +133,24 @@ def test_the_frames_of_the_thresholds_are_what_novelty_is_measured_against(
     means = [segmenter.segment(image, SegmentOptions("toy-pointwise")).maps["entropy"].mean() for image in images]
     runtime.card = old
     assert novelty.means == pytest.approx(sorted(means), rel=1e-5)
+
+
+def test_void_pixels_count_in_a_reference_as_little_as_in_what_is_served(
+    segmenter: Segmenter, frames: Frames
+) -> None:  # fmt: skip
+    card, voids, served = segmenter.find("toy-pointwise").card, torch.zeros(3, 50, 60, dtype=torch.bool), []
+    voids[1, :, 20:], voids[2] = True, True
+    first = choose(frames, [0, 1, 2])
+    assert isinstance(first, Frames)
+    evidence, framed = Evidence(card), dataclasses.replace(first, void_NHW=voids)
+    for i in range(3):
+        frame = choose(framed, [i]).frame(0)
+        evidence.add(segment_frame(segmenter, frame, SegmentOptions(card.name)))
+        raster = Raster(np.ascontiguousarray(frame.image_3HW.permute(1, 2, 0)), void_HW=voids[i].numpy())
+        served.append(segmenter.segment(raster, SegmentOptions(card.name)).scores.mean)
+    assert served[2] is None and evidence.means == pytest.approx(served[:2], abs=1e-6)
+    novelty = evidence.novelty(1, "three pictures")
+    assert novelty and novelty.num_pictures == 2 and Evidence(card).novelty(1, "none") is None
 
 
 def test_a_thousand_quantiles_stand_for_more_pictures(calibrated: Calibrated) -> None:

@@ -26,7 +26,7 @@ from penumbra.training.data import (
     load_split,
     load_training,
 )
-from penumbra.training.frames import count_ids, read_mask, read_picture, write_split
+from penumbra.training.frames import FrameFiles, choose, count_ids, hold, read_mask, read_picture, write_split
 from tests.conftest import decode_image
 from tests.training import tiny
 
@@ -235,10 +235,16 @@ def test_a_frame_is_read_as_the_server_reads_it(name: str, tmp_path: Path) -> No
     WAYS[name](path)
     served_HW3 = decode_image(path.read_bytes(), Limits())
     Image.new("L", (served_HW3.shape[1], served_HW3.shape[0]), 1).save(tmp_path / "masks" / f"{path.stem}.png")
-    image_3HW, label_HW = load_folder(tmp_path, "val")[0]
+    frames = load_folder(tmp_path, "val")
+    image_3HW, label_HW, said_HW = frames.frame(0)
     assert image_3HW.permute(1, 2, 0).numpy().tobytes() == served_HW3.tobytes()
     void_HW = (served_HW3 == 0).all(-1) if name == "ground.tif" else np.zeros(served_HW3.shape[:2], bool)
     assert (label_HW.numpy() == np.where(void_HW, IGNORE, 1)).all()
+    assert (name == "ground.tif") == (said_HW is not None and void_HW.any())
+    assert isinstance(frames, FrameFiles)
+    for held in (hold(frames), choose(hold(frames), [0])):
+        again = held.frame(0).void_HW
+        assert said_HW is again is None or (again is not None and (again.numpy() == void_HW).all())
 
 
 def test_what_the_reader_warns_of_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -30,7 +30,7 @@ from penumbra.training.evaluation.run import (
     load_frames,
 )
 from penumbra.training.evaluation.verb import evaluate_artifact, typical
-from penumbra.training.frames import Frames
+from penumbra.training.frames import Frame, Frames
 from penumbra.training.plots import draw_all
 from tests.conftest import CLASSES, GAIN, picture, toy_card
 
@@ -141,7 +141,7 @@ def test_a_frame_without_labels_changes_nothing(segmenter: Segmenter, frames: Fr
     evaluation = Evaluation(card, 1)
     image_3HW, label_HW = frames[0]
     for labels_HW in (label_HW, torch.full_like(label_HW, IGNORE)):
-        evaluation.add(segment_frame(segmenter, (image_3HW, labels_HW), SegmentOptions(model=card.name)))
+        evaluation.add(segment_frame(segmenter, Frame(image_3HW, labels_HW), SegmentOptions(model=card.name)))
     assert evaluation.num_frames == 1 and evaluation.figures()["seg/pixAcc"] > 0.8
 
 

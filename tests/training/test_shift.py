@@ -101,6 +101,16 @@ def test_a_changed_frame_depends_on_seed_and_index_alone(frames: Frames) -> None
     assert torch.equal(noisy[0][3][1], frames[3][1]) and len(noisy[0]) == 12 and noisy[0].names == frames.names
 
 
+def test_void_pixels_stay_void_where_a_frame_is_changed(frames: Frames) -> None:
+    void_NHW = torch.zeros_like(frames.label_NHW, dtype=torch.bool)
+    void_NHW[:, :, : frames.label_NHW.shape[2] // 2] = True
+    void = dataclasses.replace(frames, void_NHW=void_NHW)
+    assert torch.equal(Changed(void, VARIANTS["darken-1"], 0).frame(3).void_HW, void_NHW[3])
+    for name in SCALES:
+        _, label_HW, void_HW = Changed(void, VARIANTS[name], 0).frame(3)
+        assert void_HW is not None and void_HW.shape == label_HW.shape and void_HW.float().mean() == 0.5
+
+
 def test_darkness_brings_doubt_and_is_told_from_the_usual(segmenter: Segmenter, frames: Frames) -> None:
     """The toy's logits are the pixels: less light is less of them."""
     clean = evaluate(segmenter, question("bright", every=3), frames)

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from penumbra.models.card import IGNORE, Card, ClassInfo
 from penumbra.models.errors import BadData
 from penumbra.serving.engine.options import PROBABILITIES, Limits, SegmentOptions
+from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.training.frames import Frame
 from penumbra.training.metrics import Floats, Mask
 
 Labels = NDArray[np.uint8]
@@ -45,7 +46,8 @@ class Answer:
     """The engine's answer to one frame, beside the picture and the truth; everything at the frame's size.
 
     truth_HW: class ids, IGNORE where there is no label. prob_HW: probability of the true class, 0 without a label.
-    squares_HW: sum over classes of p^2. maps: all maps by name. seconds: the engine's time.
+    squares_HW: sum over classes of p^2. maps: all maps by name; NaN where the picture holds no measurement, as in what
+    is served. seconds: the engine's time.
     """
 
     image_HW3: Labels
@@ -77,15 +79,19 @@ class Answer:
         return float(1 - self.wrong_HW.sum() / num) if num else float("nan")
 
 
-def segment_frame(segmenter: Segmenter, frame: tuple[Tensor, Tensor], options: SegmentOptions) -> Answer:
-    """Segment one frame, image_3HW and label_HW. Class probabilities are held for one band of rows only.
+def segment_frame(segmenter: Segmenter, frame: Frame, options: SegmentOptions) -> Answer:
+    """Segment one frame. Class probabilities are held for one band of rows only.
 
     Raises any PenumbraError.
     """
-    image_HW3, truth_HW = np.ascontiguousarray(frame[0].permute(1, 2, 0).numpy()), frame[1].numpy()
+    image_HW3, truth_HW = np.ascontiguousarray(frame.image_3HW.permute(1, 2, 0).numpy()), frame.label_HW.numpy()
+    void_HW = None if frame.void_HW is None else frame.void_HW.numpy()
+    if void_HW is not None:
+        truth_HW = np.where(void_HW, np.uint8(IGNORE), truth_HW)
+    image = Raster(image_HW3, void_HW=void_HW)
     card = segmenter.find(options.model, options.version).card
     names = (*options.maps(card), *(extra.name for extra in card.extra_maps))
-    request = segmenter.bands(image_HW3, replace(options, outputs=(*names, PROBABILITIES)))
+    request = segmenter.bands(image, replace(options, outputs=(*names, PROBABILITIES)))
     labels_HW = np.empty_like(truth_HW)
     maps = {name: np.empty(truth_HW.shape, np.float32) for name in names}
     prob_HW, squares_HW = np.empty((2, *truth_HW.shape), np.float32)
@@ -96,7 +102,7 @@ def segment_frame(segmenter: Segmenter, frame: tuple[Tensor, Tensor], options: S
             assert band.prob_hKW is not None
             known_hW = truth_HW[rows] != IGNORE
             class_h1W = np.where(known_hW, truth_HW[rows], 0)[:, None].astype(np.int64)
-            prob_HW[rows] = known_hW * np.take_along_axis(band.prob_hKW, class_h1W, 1)[:, 0]
+            prob_HW[rows] = np.where(known_hW, np.take_along_axis(band.prob_hKW, class_h1W, 1)[:, 0], 0)
             squares_HW[rows] = np.einsum("hkw,hkw->hw", band.prob_hKW, band.prob_hKW)
             for name, values in maps.items():
                 values[rows] = band.maps[name]

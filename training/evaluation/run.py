@@ -78,7 +78,7 @@ def segment_frames(
     try:
         for index in follow(list(cards), title):
             runtime.card = cards[index]
-            yield segment_frame(segmenter, frames[index], question.options(index))
+            yield segment_frame(segmenter, frames.frame(index), question.options(index))
     finally:
         runtime.card = own
 
@@ -123,7 +123,7 @@ def compare_samples(
     counts = [count for count in SAMPLE_COUNTS if count <= segmenter.limits.samples]
     evaluations, seconds = {count: Evaluation(card, count) for count in counts}, dict.fromkeys(counts, 0.0)
     for index in follow(indices, "comparing numbers of samples"):
-        frame, options = frames[index], question.options(index)
+        frame, options = frames.frame(index), question.options(index)
         for count in counts:
             answer = segment_frame(segmenter, frame, dataclasses.replace(options, samples=count))
             evaluations[count].add(answer)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from penumbra.models.card import IGNORE, Card
 from penumbra.models.errors import BadOption
@@ -20,7 +21,7 @@ from penumbra.training.corruptions import CORRUPTIONS, SEVERITIES, Picture, past
 from penumbra.training.evaluation.figures import Evaluation
 from penumbra.training.evaluation.intervals import figures_of, find_intervals
 from penumbra.training.evaluation.run import Measured, defined, evaluate, segment_frames
-from penumbra.training.frames import FrameSet
+from penumbra.training.frames import Frame, FrameSet
 from penumbra.training.metrics import Ranking
 
 NUM_OBJECTS = 2
@@ -45,10 +46,17 @@ class Changed:
         return len(self.frames)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image_3HW, label_HW = self.frames[index]
+        return self.frame(index)[:2]
+
+    def frame(self, index: int) -> Frame:
+        """Give a frame as it is changed; its void pixels stay where they were."""
+        image_3HW, label_HW, void_HW = self.frames.frame(index)
         rng = np.random.Generator(np.random.PCG64([self.seed, index]))
         image_HW3, new_label_HW = self.change(image_3HW.permute(1, 2, 0).contiguous().numpy(), label_HW.numpy(), rng)
-        return torch.from_numpy(image_HW3).permute(2, 0, 1), torch.from_numpy(new_label_HW)
+        if void_HW is not None:
+            size = new_label_HW.shape
+            void_HW = F.interpolate(void_HW[None, None].float(), size=size, mode="nearest-exact")[0, 0].bool()
+        return Frame(torch.from_numpy(image_HW3).permute(2, 0, 1), torch.from_numpy(new_label_HW), void_HW)
 
 
 def paste_objects(image_HW3: Picture, label_HW: Picture, rng: np.random.Generator) -> tuple[Picture, Picture]:

@@ -67,7 +67,7 @@ def control_cards(segmenter: Segmenter, question: Question, frames: FrameSet, in
         def nll(temperature: float) -> float:
             runtime.card = set_temperature(single_pass(card), temperature)
             few = half[:: -(-len(half) // CONTROL_FRAMES)]
-            return mean_nll(segment_frame(segmenter, frames[index], question.options(index)) for index in few)
+            return mean_nll(segment_frame(segmenter, frames.frame(index), question.options(index)) for index in few)
 
         return set_temperature(single_pass(card), fit_temperature(nll))
 
