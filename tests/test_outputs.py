@@ -14,8 +14,9 @@ from penumbra.export.triton import write_repository
 from penumbra.models.checkpoint import check_replaceable, save_checkpoint
 from penumbra.models.errors import BadArtifact, BadOption
 from penumbra.serving.engine.store import next_version, open_artifact
+from penumbra.training.data import find_data
 from penumbra.training.evaluation.verb import PLOTS
-from penumbra.training.loop import train
+from penumbra.training.loop import Training, train
 from tests.conftest import toy_card
 from tests.test_cli import failed, run
 from tests.test_failures import checkpoints, full_disk, signing_key  # noqa: F401 (fixtures)
@@ -91,6 +92,16 @@ def test_a_training_takes_no_file_of_its_runs_directory_for_its_own(tmp_path: Pa
         with pytest.raises(BadOption, match=words):
             train(tiny.recipe("cps", tmp_path, steps=10**9), tmp_path, runs_dir=tmp_path / "runs")
         assert path.read_bytes() == content
+
+
+def test_a_training_does_not_go_on_with_other_labels_than_it_began_with(tmp_path: Path) -> None:
+    recipe, run_dir = tiny.recipe("cps", tmp_path, steps=2), tmp_path / "runs" / "cps-shapes"
+    data = find_data("shapes")
+    run_dir.mkdir(parents=True)
+    Training(recipe, data.load(tmp_path, "train"), len(data.classes)).save(run_dir / "state.ckpt")
+    (run_dir / "labelled.txt").write_text("train00\n")
+    with pytest.raises(BadOption, match=r"labelled\.txt is in the way, and lists other frames than this training has"):
+        train(recipe, tmp_path, runs_dir=tmp_path / "runs")
 
 
 def test_a_training_may_be_done_again(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from penumbra.models.card import IGNORE
 from penumbra.models.contract import Views
-from penumbra.models.errors import BadOption
+from penumbra.models.errors import BadData, BadOption
 from penumbra.training.augment import cutmix_masks, jitter_color, normalise, random_view
 from penumbra.training.corruptions import CORRUPTIONS, SEVERITIES, TRAINING_OBJECTS, paste_object
-from penumbra.training.frames import FrameSet, find_listed
+from penumbra.training.frames import FrameSet, find_listed, find_prefixed
 from penumbra.training.recipe import Recipe
 
 MIN_TAG_SHARE = 0.005
@@ -31,8 +31,10 @@ TOUCHING = np.ones((3, 3), dtype=int)
 def choose_split(frames: FrameSet, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """Choose the indices of labelled and unlabelled frames (all frames, if every one is labelled), ascending.
 
-    A fraction of exactly 0 leaves no labels, for methods that live on weak ones. Raises BadOption, and BadData where
-    the list of the labelled frames cannot be read, is empty, or names a frame twice or one that is not there.
+    What the recipe leaves out is in neither; it is dropped after the draw, so that the rest is labelled as it is
+    without leaving anything out. A fraction of exactly 0 leaves no labels, for methods that live on weak ones. Raises
+    BadOption, and BadData where the list of the labelled frames cannot be read, is empty, or names a frame twice or one
+    that is not there, where nothing is called as what is left out, and where no frame or no label is left.
     """
     num, fraction = len(frames), recipe.labelled_fraction
     if recipe.labelled_list:
@@ -48,8 +50,14 @@ def choose_split(frames: FrameSet, recipe: Recipe) -> tuple[Tensor, Tensor]:
         if count == 0 and recipe.weak_labels == "none":
             raise BadOption("labelled_fraction is 0 and weak_labels is 'none'; there is nothing to learn from")
         labelled = torch.randperm(num, generator=torch.Generator().manual_seed(recipe.seed))[:count].tolist()
-    unlabelled = sorted(set(range(num)) - set(labelled)) or list(range(num))
-    return torch.tensor(sorted(labelled), dtype=torch.long), torch.tensor(unlabelled)
+    left_out = {row for prefix in recipe.leave_out for row in find_prefixed(frames, prefix)}
+    used, kept = set(range(num)) - left_out, set(labelled) - left_out
+    if not used or (labelled and not kept):
+        raise BadData(
+            f"leave_out is {', '.join(recipe.leave_out)}; that leaves {len(used)} of {num} frames to train on, and "
+            f"{len(kept)} of {len(labelled)} labelled ones"
+        )
+    return torch.tensor(sorted(kept), dtype=torch.long), torch.tensor(sorted(used - kept or used))
 
 
 class Batches:

@@ -18,6 +18,7 @@ from penumbra.training.frames import (
     choose,
     count_ids,
     find_listed,
+    find_prefixed,
     hide_classes,
     hold,
     name_ids,
@@ -63,36 +64,20 @@ def load_split(data: DataSet, folder: Path, split: str) -> FrameSet:
     """
     split, _, prefix = split.partition("/")
     frames = data.load(folder, split)
-    return choose(frames, _begin(frames, prefix)) if prefix else frames
+    return choose(frames, find_prefixed(frames, prefix)) if prefix else frames
 
 
-def load_training(
-    data: DataSet, folder: Path, *, leave_out: Sequence[str] = (), void_classes: Sequence[str] = ()
-) -> tuple[FrameSet, FrameSet]:
-    """Load what a training sees, train and val: without the training frames whose names begin with one of `leave_out`,
-    and without labels of `void_classes` in either.
+def load_training(data: DataSet, folder: Path, *, void_classes: Sequence[str] = ()) -> tuple[FrameSet, FrameSet]:
+    """Load what a training sees, train and val, without labels of `void_classes` in either.
 
-    Raises BadData: no frame's name begins so, or all do. Raises BadOption: there is no such class.
+    Raises BadData. Raises BadOption: there is no such class.
     """
     train, val = data.load(folder, "train"), data.load(folder, "val")
-    left_out = {row for prefix in leave_out for row in _begin(train, prefix)}
-    if len(left_out) == len(train):
-        raise BadData(f"leave_out is {', '.join(leave_out)}; that leaves none of {len(train)} frames to train on")
-    if left_out:
-        train = choose(train, [row for row in range(len(train)) if row not in left_out])
     names = [info.name for info in data.classes]
     if unknown := [name for name in void_classes if name not in names]:
         raise BadOption(f"void_classes has {unknown[0]!r}; the classes are {', '.join(names)}")
     hidden = [names.index(name) for name in void_classes]
     return (hide_classes(train, hidden), hide_classes(val, hidden)) if hidden else (train, val)
-
-
-def _begin(frames: FrameSet, prefix: str) -> list[int]:
-    """Find the frames whose names begin with `prefix`. Raises BadData: there are none."""
-    rows = [row for row, name in enumerate(frames.names) if name.startswith(prefix)]
-    if not rows:
-        raise BadData(f"no frame's name begins with {prefix!r}; {frames.names[0]} is one of {len(frames)}")
-    return rows
 
 
 def load_camvid(folder: Path, split: str) -> Frames:

@@ -203,6 +203,14 @@ def _read_ids(path: Path) -> np.ndarray:
     raise BadData(f"{path} holds colours (Pillow's mode {mode}); a mask of class indices, grey or palette, is wanted")
 
 
+def find_prefixed(frames: FrameSet, prefix: str) -> list[int]:
+    """Find the frames whose names begin with `prefix`. Raises BadData: there are none."""
+    rows = [row for row, name in enumerate(frames.names) if name.startswith(prefix)]
+    if not rows:
+        raise BadData(f"no frame's name begins with {prefix!r}; {frames.names[0]} is one of {len(frames)}")
+    return rows
+
+
 def find_listed(path: Path, names: Sequence[str]) -> list[int]:
     """Find where the names of a list are among `names`. Raises BadData."""
     listed, index = read_list(path), {name: i for i, name in enumerate(names)}

@@ -174,7 +174,7 @@ def train(
     if threads is not None:
         torch.set_num_threads(threads)
     data = find_data(recipe.data, data_dir)
-    frames, val = load_training(data, data_dir, leave_out=recipe.leave_out, void_classes=recipe.void_classes)
+    frames, val = load_training(data, data_dir, void_classes=recipe.void_classes)
     run_dir, path = runs_dir / recipe.name, Path(recipe.checkpoint)
     for folder in (run_dir, path.parent):
         folder.mkdir(parents=True, exist_ok=True)
@@ -184,9 +184,10 @@ def train(
     if begun := (run_dir / "state.ckpt").exists():
         training.resume(run_dir / "state.ckpt")
     if training.fabric.is_global_zero:
-        is_own = begun or (run_dir / "latest.safetensors").exists()
-        write_split(run_dir / "labelled.txt", frames, training.split[0], replace=is_own)
-    card = card_of(recipe, data, num_frames=len(frames), num_labelled=len(training.split[0]), network=training.average)
+        is_over = not begun and (run_dir / "latest.safetensors").exists()
+        write_split(run_dir / "labelled.txt", frames, training.split[0], replace=is_over)
+    labelled, used = training.split[0], torch.cat(training.split).unique()
+    card = card_of(recipe, data, num_frames=len(used), num_labelled=len(labelled), network=training.average)
     run(training, card, val, run_dir, minutes=minutes, report=report)
     training.finish()
     if training.fabric.is_global_zero:

@@ -114,17 +114,45 @@ def test_a_training_can_leave_frames_out_and_classes_void(name: str, tmp_path: P
     classes = [info.name for info in CAMVID]
     (tmp_path / "classes.txt").write_text("\n".join(classes))
     data = find_data(name, tmp_path)
-    train, val = load_training(data, tmp_path, leave_out=("0006R0",), void_classes=(classes[3],))
-    assert train.names == ("0001TP_1", "0016E5_1") and len(val) == 3
-    assert [int(label_HW[0, 0]) for _, label_HW in (*train, *val)] == [1, IGNORE, 1, 2, IGNORE]
+    train, val = load_training(data, tmp_path, void_classes=(classes[3],))
+    assert [int(label_HW[0, 0]) for _, label_HW in (*train, *val)] == [1, 2, IGNORE, 1, 2, IGNORE]
     assert [int(label_HW[0, 0]) for _, label_HW in load_training(data, tmp_path)[0]] == [1, 2, 3]
+    recipe = replace(tiny.recipe("cps", tmp_path, steps=1), labelled_fraction=1.0, leave_out=("0006R0",))
+    labelled, rest = choose_split(train, recipe)
+    assert labelled.tolist() == rest.tolist() == [0, 2]
+
+
+def test_a_training_that_leaves_frames_out_keeps_the_labels_of_one_that_does_not(tmp_path: Path) -> None:
+    frames, recipe = find_data("shapes").load(tmp_path, "train"), tiny.recipe("cps", tmp_path, steps=1)
+    left_out = ("train03", "train09", "train11")
+    labelled, rest = choose_split(frames, recipe)
+    own = choose_split(frames, replace(recipe, leave_out=left_out))
+    for indices, all_indices in zip(own, (labelled, rest), strict=True):
+        assert indices.tolist() == [i for i in all_indices.tolist() if frames.names[i] not in left_out]
+    assert sum(map(len, own)) == 13 and len(own[0]) < 4, "one that is left out had been labelled"
+    path = tmp_path / "labelled.txt"
+    write_split(path, frames, labelled)
+    of_list = choose_split(frames, replace(recipe, labelled_list=str(path), leave_out=left_out))
+    assert [indices.tolist() for indices in of_list] == [indices.tolist() for indices in own]
+
+
+def test_the_draw_of_labels_is_the_one_that_checkpoints_of_the_zoo_had(tmp_path: Path) -> None:
+    recipe = tiny.recipe("cps", tmp_path, steps=1)
+    labelled, _ = choose_split(find_data("shapes").load(tmp_path, "train"), recipe)
+    assert labelled.tolist() == [6, 9, 10, 12]
 
 
 def test_what_a_training_cannot_leave_out_is_named(tmp_path: Path) -> None:
+    frames, recipe = find_data("shapes").load(tmp_path, "train"), tiny.recipe("cps", tmp_path, steps=1)
     with pytest.raises(BadData, match="no frame's name begins with 'moon'"):
-        load_training(find_data("shapes"), tmp_path, leave_out=("moon",))
-    with pytest.raises(BadData, match="leave_out is train; that leaves none of 16 frames to train on"):
-        load_training(find_data("shapes"), tmp_path, leave_out=("train",))
+        choose_split(frames, replace(recipe, leave_out=("moon",)))
+    with pytest.raises(
+        BadData, match="leave_out is train; that leaves 0 of 16 frames to train on, and 0 of 4 labelled"
+    ):
+        choose_split(frames, replace(recipe, leave_out=("train",)))
+    labelled = tuple(frames.names[i] for i in choose_split(frames, recipe)[0])
+    with pytest.raises(BadData, match="that leaves 12 of 16 frames to train on, and 0 of 4 labelled ones"):
+        choose_split(frames, replace(recipe, leave_out=labelled))
     with pytest.raises(BadOption, match="void_classes has 'cone'; the classes are ground, disc, box"):
         load_training(find_data("shapes"), tmp_path, void_classes=("cone",))
 
