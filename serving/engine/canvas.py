@@ -95,32 +95,41 @@ class Surface:
 
     def __init__(
         self, image_HW3: Raster, plan: WindowPlan, wanted: Wanted, *, transfers: Transfers, channels: int,
-        first_row: int = 0, most: int,
+        first_y: int = 0, most: int,
     ) -> None:  # fmt: skip
-        """first_row: of windows, where the plan is not run from its beginning. most: windows of a batch."""
+        """first_y: the row of the image whose band is the first to be finished. most: windows of a batch."""
         self.plan, self.wanted, self.most, self.blended = plan, wanted, most, -1
-        self._image_HW3, self._transfers, self._first_row = image_HW3, transfers, first_row
-        self._top = self._end = max(plan.starts_y[first_row], 0)
+        self._image_HW3, self._transfers = image_HW3, transfers
+        self._first_y, self._first_row = first_y, plan.row_before(first_y)
+        self._top = self._end = max(plan.starts_y[self._first_row], 0)
         self._strip_hWC: Tensor | None = None
+        self._void_hW: NDArray[np.bool_] | None = None
         self.weights = transfers.up(np.concatenate((*plan.weights_y, *plan.weights_x)))
         size = ring_height(plan, most), channels, plan.width
         self.canvas_RCW = torch.empty(size, device=transfers.device)
 
     def strip(self, y0: int, y1: int) -> tuple[Tensor, int]:
-        """Give a strip of the picture with its rows [y0, y1), and its first row; rows before y0 are forgotten."""
+        """Give a strip of the picture with its rows [y0, y1), and its first row; rows before y0 are forgotten. Where it
+        is void is read with it and kept here."""
         if y1 > self._end or self._strip_hWC is None:
             height, width = self._image_HW3.shape[:2]
             end = min(height, max(y1, self._end + STRIP_BYTES // (3 * width)))
             try:
-                rows_hWC = self._image_HW3[self._end : end, :]
+                rows_hWC, void_hW = self._read(end)
             except BadImage:  # what is sound before the damage is answered first, as on a CPU
                 end = y1
-                rows_hWC = self._image_HW3[self._end : end, :]
+                rows_hWC, void_hW = self._read(end)
             fresh_hWC = self._transfers.up(rows_hWC)
             kept = [] if self._strip_hWC is None else [self._strip_hWC[y0 - self._top :]]
+            if kept and void_hW is not None and self._void_hW is not None:
+                void_hW = np.concatenate((self._void_hW[y0 - self._top :], void_hW))
             self._strip_hWC = torch.cat((*kept, fresh_hWC)) if kept and len(kept[0]) else fresh_hWC
-            self._top, self._end = y0 if kept else self._top, end
+            self._void_hW, self._top, self._end = void_hW, y0 if kept else self._top, end
         return self._strip_hWC, self._top
+
+    def _read(self, end: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
+        rows = slice(self._end, end)
+        return self._image_HW3[rows, :], self._image_HW3.void(rows)
 
     def place(self, window: Window) -> list[int]:
         """Say where the canvas takes a window: its origin, the part of it that lies in the image, the places of its
@@ -140,16 +149,21 @@ class Surface:
 
     def void(self, rows: range) -> tuple[NDArray[np.bool_] | None, Tensor | None]:
         """Say where these rows of the picture hold no measurement, [h, W] here and uint8 on the device."""
-        void_hW = self._image_HW3.void(slice(rows.start, rows.stop))
+        if self._strip_hWC is None:
+            void_hW = self._image_HW3.void(slice(rows.start, rows.stop))
+        else:
+            void_hW = self._void_hW
+            void_hW = None if void_hW is None else void_hW[rows.start - self._top : rows.stop - self._top]
         return void_hW, None if void_hW is None else self._transfers.up(void_hW.view(np.uint8))
 
     def finished(self, window: Window) -> range:
-        """Give the rows that no window after this one touches; none unless it is the last of its row of windows."""
-        plan = self.plan
-        if window.column + 1 < len(plan.starts_x):
+        """Give the rows that no window after this one touches; none unless it is the last of its row of windows, nor
+        those above the first that is asked for."""
+        plan, first = self.plan, max(self.plan.starts_y[window.row], 0)
+        if window.column + 1 < len(plan.starts_x) or first < self._first_y:
             return range(0)
         last = window.row + 1 == len(plan.starts_y)
-        return range(max(plan.starts_y[window.row], 0), plan.height if last else plan.starts_y[window.row + 1])
+        return range(first, plan.height if last else plan.starts_y[window.row + 1])
 
 
 def ring_height(plan: WindowPlan, most: int) -> int:

@@ -125,9 +125,8 @@ class QueuedRequest:
             for window, answer in self.finished():
                 progress(window.index + 1, self.plan.windows.num_windows)
                 for band in self._stitch(window, answer):
-                    if band.y0 >= self._first_y:
-                        withhold_void(band)
-                        yield band
+                    withhold_void(band)
+                    yield band
         assert self.started
         self.timing_ms["queue"] = 1e3 * (self.started - self.submitted)
         self.timing_ms["run"] = 1e3 * self.run_s
@@ -139,9 +138,7 @@ class QueuedRequest:
             return
         card, wanted = self.plan.card, self.plan.wanted
         if window.index == self.first_window:
-            self.surface = self.plan.runtime.surface(
-                self.image_HW3, self.plan.windows, wanted, first_row=self._first_row
-            )
+            self.surface = self.plan.runtime.surface(self.image_HW3, self.plan.windows, wanted, first_y=self._first_y)
         assert self.surface
         pairs = [(self.surface, window)]
         with self.clock("stitch"):
@@ -275,7 +272,7 @@ class QueuedRequest:
         """Give what a lane runs for a window. Called in the plan's order."""
         plan = self.plan
         if window.index == self.first_window and plan.runtime.stays_on_device:
-            self.surface = plan.runtime.surface(self.image_HW3, plan.windows, plan.wanted, first_row=self._first_row)
+            self.surface = plan.runtime.surface(self.image_HW3, plan.windows, plan.wanted, first_y=self._first_y)
         noise_SL = plan.noise.draw(window.index)[:num_samples]
         return WindowInput(self.image_HW3, window, plan.windows, noise_SL, plan.prompt, self.surface)
 

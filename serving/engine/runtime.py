@@ -88,10 +88,10 @@ class Runtime:
         kind = DeviceSteps if self.stays_on_device else HostSteps
         self._steps: DeviceSteps | HostSteps = kind(self.card, self.device)
 
-    def surface(self, image_HW3: Raster, plan: WindowPlan, wanted: Wanted, *, first_row: int = 0) -> Surface:
-        """Make a request's canvas. first_row: of windows, the first that is run."""
+    def surface(self, image_HW3: Raster, plan: WindowPlan, wanted: Wanted, *, first_y: int = 0) -> Surface:
+        """Make a request's canvas. first_y: the row of the image whose band is the first to be finished."""
         most = self.windows_per_batch if self.stays_on_device else 1  # a request's thread stitches one by one
-        return self._steps.surface(image_HW3, plan, wanted, first_row=first_row, most=most)
+        return self._steps.surface(image_HW3, plan, wanted, first_y=first_y, most=most)
 
     def run(self, inputs: Sequence[WindowInput]) -> list[Answer]:
         """Answer every window, in order. All inputs have one size and one S, and all have a prompt or none has.

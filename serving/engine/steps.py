@@ -46,13 +46,11 @@ class Steps:
         self.card, self.transfers = card, Transfers(device)
 
     def surface(
-        self, image_HW3: Raster, plan: WindowPlan, wanted: Wanted, *, first_row: int = 0, most: int
+        self, image_HW3: Raster, plan: WindowPlan, wanted: Wanted, *, first_y: int = 0, most: int
     ) -> Surface:  # fmt: skip
-        """Make what a request has on the device. first_row: of windows, the first that is run. most: of a batch."""
-        return Surface(
-            image_HW3, plan, wanted, transfers=self.transfers, channels=channels(self.card), first_row=first_row,
-            most=most,
-        )  # fmt: skip
+        """Make what a request has on the device, as `Surface` describes it."""
+        size = channels(self.card)
+        return Surface(image_HW3, plan, wanted, transfers=self.transfers, channels=size, first_y=first_y, most=most)
 
     def noise(self, inputs: Sequence[WindowInput]) -> Tensor:
         """Stack the noise of all windows, noise_SBL."""

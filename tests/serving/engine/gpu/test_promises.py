@@ -313,6 +313,46 @@ def test_void_pixels_and_withheld_ones_are_the_same_on_both_ways(
     assert ((there.labels_HW[~void_HW] == IGNORE).mean() > 0.1) == ("max_risk" in options)
 
 
+class Counted(Raster):
+    """A picture that counts the rows whose pixels and whose void were read."""
+
+    def __init__(self, pixels_HW3: np.ndarray, *, void_HW: np.ndarray) -> None:
+        super().__init__(pixels_HW3, void_HW=void_HW)
+        self.read, self.asked = list[int](), list[int]()
+
+    def __getitem__(self, part: tuple[slice, slice]) -> np.ndarray:
+        self.read += range(*part[0].indices(self.shape[0]))
+        return super().__getitem__(part)
+
+    def void(self, rows: slice) -> np.ndarray | None:
+        self.asked += range(*rows.indices(self.shape[0]))
+        return super().void(rows)
+
+
+@pytest.mark.parametrize("strip_bytes", [1, 3 * 100 * 40, 2**24])
+def test_where_a_picture_is_void_is_read_once_and_with_its_rows(
+    strip_bytes: int, staying: Segmenter, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(surfaces, "STRIP_BYTES", strip_bytes)
+    image = Counted(picture(rng, 175, 100), void_HW=rng.random((175, 100)) < 0.2)
+    whole = staying.segment(image, asked(staying, "latent"))
+    assert image.asked == image.read == list(range(175))
+    monkeypatch.setattr(surfaces, "STRIP_BYTES", 2**24)
+    assert_same(staying.segment(image, asked(staying, "latent")), whole)
+
+
+def test_rows_that_are_answered_already_are_not_read_out_again(
+    staying: Segmenter, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    laid_out, lay_out = list[range](), surfaces.lay_out
+    monkeypatch.setattr(
+        surfaces, "lay_out", lambda wanted, rows, *rest: laid_out.append(rows) or lay_out(wanted, rows, *rest)
+    )
+    options, never = replace(asked(staying, "bright"), outputs=("entropy",)), threading.Event()
+    bands = list(staying.bands_from(64, picture(rng, 100, 130), options, limits=Limits(), cancelled=never))
+    assert [rows.start for rows in laid_out] == [band.y0 for band in bands] and bands[0].y0 == 64
+
+
 @pytest.mark.parametrize("strip_bytes", [1, 3 * 130 * 40])
 def test_a_picture_larger_than_a_strip_has_the_same_bytes(
     strip_bytes: int, staying: Segmenter, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
