@@ -4,8 +4,9 @@ python -m benchmarks.guarantee --data DIR [NAME ...]
 
 Each model answers every frame once, at its card's temperature. What is resplit are the frames whose masks trained
 nothing: half of them calibrate and half are tested, where the halves are drawn frame by frame (exchangeable, as the
-theorem wants it), or as whole stretches of consecutive frames (as a camera sees them). Then one drive calibrates and
-another is tested, and all of them calibrate and the validation frames are tested: a shift, which voids the promise.
+theorem wants it), or as whole stretches of ten consecutive frames (as a camera sees them; ten seconds or more). Then
+one drive calibrates and another is tested, and all of them calibrate and the validation frames are tested: a shift,
+which voids the promise.
 """
 
 import tempfile
@@ -28,14 +29,13 @@ from penumbra.training.calibrate import CLASS_RISKS, RISKS
 from penumbra.training.conformal import AbstentionLoss, ClassLoss, find_thresholds
 from penumbra.training.data import load_camvid
 from penumbra.training.evaluation.answers import LIMITS, Answer, segment_frame
+from penumbra.training.evaluation.intervals import find_blocks
 from penumbra.training.evaluation.run import Question
 from penumbra.training.frames import Frames
 from penumbra.training.metrics import bins_of
 
 NAMES = ("supervised-camvid", "cps-camvid", "mc_dropout-camvid", "np_semiseg-camvid")
 RESPLITS = 200
-STRETCH = 10
-"""Consecutive frames of a drive that go to one half together; of the training frames they last ten seconds or more."""
 STEPS = 2000
 """Entropies at which the loss of `max_risk` is kept; between them it counts as at the next, which is safe."""
 
@@ -122,17 +122,7 @@ def judge(losses: Losses, calibrating: Doubles, tested: Losses, testing: Doubles
     return found
 
 
-def stretches(names: Sequence[str]) -> list[Doubles]:
-    """Group the frames of a drive that follow each other."""
-    order = sorted(range(len(names)), key=lambda i: names[i])
-    groups = []
-    for drive in sorted({name.split("_")[0] for name in names}):
-        mine = [i for i in order if names[i].startswith(drive)]
-        groups += [np.array(mine[at : at + STRETCH]) for at in range(0, len(mine), STRETCH)]
-    return groups
-
-
-def resplit(losses: Losses, groups: list[Doubles], classes: Sequence[str]) -> dict[str, Any]:
+def resplit(losses: Losses, groups: list[list[int]], classes: Sequence[str]) -> dict[str, Any]:
     """Draw halves of the groups 200 times; by risk the mean of what is risked, and in how many draws it is too much."""
     rng, runs = np.random.Generator(np.random.PCG64(0)), []
     for _ in range(RESPLITS):
@@ -177,9 +167,9 @@ def check(name: str, data: Path) -> dict[str, Any]:
         for drive in sorted({each.split("_")[0] for each in losses.names})
     }
     found = {
-        "by frames": resplit(losses, [np.array([i]) for i in everything], classes),
-        "by stretches": resplit(losses, stretches(losses.names), classes),
-        "val by stretches": resplit(held_out, stretches(held_out.names), classes),
+        "by frames": resplit(losses, [[i] for i in everything], classes),
+        "by stretches": resplit(losses, find_blocks(losses.names, everything), classes),
+        "val by stretches": resplit(held_out, find_blocks(held_out.names, range(len(held_out.names))), classes),
         "train to val": summarise([judge(losses, everything, held_out, np.arange(len(held_out.names)))], classes),
     }
     for here, there in permutations(drives, 2):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from penumbra.models.confusion import confusion
-from penumbra.training.evaluation.intervals import end_blocks, figures_of, find_intervals, flatten_sums
+from penumbra.training.evaluation.intervals import figures_of, find_blocks, find_intervals, flatten_sums
 from penumbra.training.metrics import Doubles, Ranking, Reliability
 
 NUM_CLASSES = 4
@@ -33,14 +33,31 @@ def sums_of(rng: np.random.Generator, *, skill: float, num: int = 4000) -> tuple
     return flatten_sums(confusion_KK, reliability, ranking), figures
 
 
+def ends(names: list[str], indices: range) -> list[int]:
+    return sorted(block[-1] for block in find_blocks(names, indices))
+
+
 def draws() -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(7))
 
 
 def test_a_block_ends_after_ten_frames_and_where_a_drive_ends() -> None:
     names = [f"0001TP_{i:03}" for i in range(13)] + ["0006R0_f1"] + [f"plain{i}" for i in range(11)]
-    assert sorted(end_blocks(names, range(25))) == [9, 12, 13, 23, 24]
-    assert sorted(end_blocks(names, range(0, 25, 4))) == [8, 12, 20, 24], "a block's time does not grow with the step"
+    assert ends(names, range(25)) == [9, 12, 13, 23, 24]
+    assert ends(names, range(0, 25, 4)) == [8, 12, 20, 24], "a block's time does not grow with the step"
+
+
+def test_a_city_is_a_drive_though_each_of_its_sequences_has_one_labelled_frame() -> None:
+    names = [f"aachen/aachen_{i:06}_000019" for i in range(23)] + [f"bochum/bochum_000000_{i:06}" for i in range(4)]
+    assert ends(names, range(27)) == [9, 19, 22, 26]
+
+
+def test_the_order_of_a_list_does_not_matter() -> None:
+    names = [f"{drive}_{i}" for drive in ("b", "a") for i in range(15)]
+    shuffled = draws().permutation(names).tolist()
+    blocks = [[shuffled[i] for i in block] for block in find_blocks(shuffled, range(30))]
+    starts = (("a", 0), ("a", 10), ("b", 0), ("b", 10))
+    assert blocks == [[f"{drive}_{i}" for i in range(at, min(at + 10, 15))] for drive, at in starts]
 
 
 def test_figures_of_sums_are_those_of_the_pixels() -> None:

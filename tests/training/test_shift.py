@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from penumbra.__main__ import main
 from penumbra.export.bundle import export_network
-from penumbra.models.card import IGNORE
+from penumbra.models.card import IGNORE, dump_card, parse_card
 from penumbra.models.errors import BadOption
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
@@ -66,6 +66,27 @@ def question(form: str, **options: int) -> Question:
     return Question(f"toy-{form}", Path("nowhere"), **options)  # type: ignore[arg-type]
 
 
+def test_the_controls_halves_are_whole_blocks(frames: Frames, segmenter: Segmenter) -> None:
+    """Frames beside each other are nearly one; of a single block the halves meet once."""
+    many = dataclasses.replace(
+        frames, names=tuple(f"a_{i}" for i in range(45)), image_N3HW=frames.image_N3HW[[i % 12 for i in range(45)]],
+        label_NHW=frames.label_NHW[[i % 12 for i in range(45)]],
+    )  # fmt: skip
+
+    def halves(indices: range) -> list[list[int]]:
+        cards = control_cards(segmenter, question("pointwise"), many, list(indices))
+        return [[index for index in sorted(cards) if cards[index] is card] for card in (cards[0], cards[indices[-1]])]
+
+    assert halves(range(40)) == [[*range(10), *range(20, 30)], [*range(10, 20), *range(30, 40)]]
+    assert halves(range(7)) == [[0, 1, 2], [3, 4, 5, 6]]
+
+
+def test_a_latent_whose_draws_have_a_law_has_a_control_too(segmenter: Segmenter) -> None:
+    card = segmenter.find("toy-latent").card
+    paired = dataclasses.replace(card, sampling=dataclasses.replace(card.sampling, law="antithetic"))
+    assert parse_card(dump_card(single_pass(paired))).sampling.kind == "dropout"
+
+
 @pytest.mark.parametrize("form", ["latent", "dropout"])
 def test_the_controls_pass_is_that_of_the_mean_of_the_noise(segmenter: Segmenter, frames: Frames, form: str) -> None:
     own = segmenter.find(f"toy-{form}").card
@@ -89,9 +110,9 @@ def test_the_control_finds_the_temperature_on_the_other_half(segmenter: Segmente
 
 
 def test_a_control_of_many_samples_or_of_one_frame_is_refused(segmenter: Segmenter, frames: Frames) -> None:
-    with pytest.raises(BadOption, match="the control is one pass"):
+    with pytest.raises(BadOption, match="samples is 4 and the control is a single pass; leave one of both out"):
         control_cards(segmenter, question("latent", samples=4), frames, [0, 1])
-    with pytest.raises(BadOption, match="there are 1 frames"):
+    with pytest.raises(BadOption, match="half of the frames fit the control's temperature, of 1; at least 2"):
         control_cards(segmenter, question("latent"), frames, [0])
 
 

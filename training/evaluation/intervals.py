@@ -4,7 +4,9 @@ Neighbours in a drive are nearly one picture, so frames that are drawn one by on
 narrow (Künsch 1989). Of a block only sums are kept, 14 kB, whatever its pixels.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -23,19 +25,25 @@ FINE_BINS = 16
 """Bins of a ranking that are one bin here, of a relative width of 2^-5."""
 
 
-def end_blocks(names: Sequence[str], indices: Sequence[int]) -> set[int]:
-    """Find those of the chosen indices that end a block: `BLOCK_FRAMES` consecutive names, fewer where a drive ends.
+def find_blocks(names: Sequence[str], indices: Iterable[int]) -> list[list[int]]:
+    """Group the chosen frames into blocks: what is chosen of `BLOCK_FRAMES` frames of a drive that follow each other by
+    name, in whatever order they are listed. Blocks and frames come in the order of the names.
 
-    A drive's frames have one name up to its last underscore, as 0016E5_08001 does.
+    A drive's frames have one name up to the first underscore, as 0016E5_08001 does; of Cityscapes it is a city, through
+    which one car drove, for most of its sequences are a single labelled frame.
     """
-    block_of: list[tuple[int, int]] = []
-    start = 0
-    for i, name in enumerate(names):
-        if name.rpartition("_")[0] != names[start].rpartition("_")[0]:
-            start = i
-        block_of.append((start, (i - start) // BLOCK_FRAMES))
-    last = {block_of[index]: index for index in indices}
-    return set(last.values())
+    drives = [name.partition("_")[0] if "_" in name else "" for name in names]
+    order = sorted(range(len(names)), key=lambda i: (drives[i], _spell(names[i])))
+    chosen, blocks = set(indices), list[list[int]]()
+    for _, drive in groupby(order, key=lambda i: drives[i]):
+        rows = list(drive)
+        blocks += (rows[at : at + BLOCK_FRAMES] for at in range(0, len(rows), BLOCK_FRAMES))
+    return [some for block in blocks if (some := [i for i in block if i in chosen])]
+
+
+def _spell(name: str) -> list[str | int]:
+    """Take a name apart so that frame_2 comes before frame_10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def flatten_sums(confusion_KK: torch.Tensor, reliability: Reliability, by_confidence: Ranking) -> Doubles:

@@ -15,7 +15,7 @@ from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.training.data import find_data, load_split
 from penumbra.training.evaluation.answers import Answer, Question, check_classes, segment_frame
 from penumbra.training.evaluation.figures import Evaluation
-from penumbra.training.evaluation.intervals import end_blocks
+from penumbra.training.evaluation.intervals import find_blocks
 from penumbra.training.frames import FrameSet
 
 SAMPLE_COUNTS = (1, 2, 5, 10, 20, 50)
@@ -92,11 +92,13 @@ def evaluate(
     cards: Mapping[int, Card] | None = None,
     title: str = "evaluating",
 ) -> Measured:
-    """Measure a loaded model. compare: also quality and cost against S, where S is free. cards: as which it is to
-    answer these frames, in the place of its own and every n-th. Raises BadData."""
+    """Measure a loaded model on its frames in the order of their names. compare: also quality and cost against S, where
+    S is free. cards: as which it is to answer these frames, in the place of its own and every n-th. Raises BadData."""
     own = segmenter.find(question.name, question.version).card
     cards = cards or dict.fromkeys(range(0, len(frames), question.every), own)
-    card, ends = cards[min(cards)], end_blocks(frames.names, list(cards))
+    blocks = find_blocks(frames.names, cards)
+    cards, ends = {index: cards[index] for block in blocks for index in block}, {block[-1] for block in blocks}
+    card = cards[min(cards)]
     evaluation, accuracies = Evaluation(card, question.options(0).num_samples(card)), []
     answers = segment_frames(segmenter, question, frames, cards, title=f"{title} {card.name}")
     for index, answer in zip(cards, answers, strict=True):

@@ -11,6 +11,7 @@ from penumbra.models.card import Card
 from penumbra.models.errors import BadData, BadOption
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.training.evaluation.answers import Answer, Question, segment_frame
+from penumbra.training.evaluation.intervals import find_blocks
 from penumbra.training.frames import FrameSet
 from penumbra.training.metrics import LEAST_PROBABILITY
 
@@ -51,15 +52,15 @@ def set_temperature(card: Card, temperature: float) -> Card:
 
 def control_cards(segmenter: Segmenter, question: Question, frames: FrameSet, indices: list[int]) -> dict[int, Card]:
     """Give each frame the card of the control: one pass at the mean of the noise, at the temperature that fits the
-    other half of the frames, every second one: two temperatures far apart would spoil the order of all pixels.
+    other half of the frames. Blocks go to the halves in turns, since a frame's neighbours are nearly itself, and two
+    temperatures far apart would spoil the order of all pixels; a single block is cut in its middle.
 
     Raises BadOption: a number of samples is asked for as well, or there are fewer than two frames.
     """
-    if question.samples is not None or len(indices) < 2:
-        raise BadOption(
-            f"the control is one pass, and fitted on the other half of the frames; samples is {question.samples} and "
-            f"there are {len(indices)} frames; leave samples out and give at least 2 frames"
-        )
+    if question.samples is not None:
+        raise BadOption(f"samples is {question.samples} and the control is a single pass; leave one of both out")
+    if len(indices) < 2:
+        raise BadOption(f"half of the frames fit the control's temperature, of {len(indices)}; at least 2 are wanted")
     runtime = segmenter.find(question.name, question.version)
     card = runtime.card
 
@@ -71,7 +72,10 @@ def control_cards(segmenter: Segmenter, question: Question, frames: FrameSet, in
 
         return set_temperature(single_pass(card), fit_temperature(nll))
 
-    halves = indices[::2], indices[1::2]
+    blocks = find_blocks(frames.names, indices)
+    if len(blocks) == 1:
+        blocks = [blocks[0][: len(indices) // 2], blocks[0][len(indices) // 2 :]]
+    halves = [[index for block in blocks[first::2] for index in block] for first in (0, 1)]
     try:
         fitted = [fit(half) for half in halves]
     finally:
@@ -87,4 +91,6 @@ def single_pass(card: Card) -> Card:
     if not card.sampling.is_stochastic:
         return card
     keep = 1.0 if card.sampling.kind == "dropout" else NOTHING_KEPT
-    return replace(card, sampling=replace(card.sampling, kind="dropout", keep=keep, default_samples=1))
+    return replace(
+        card, sampling=replace(card.sampling, kind="dropout", keep=keep, law="independent", default_samples=1)
+    )
