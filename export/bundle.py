@@ -181,11 +181,11 @@ def golden_image(card: Card) -> Tensor:
     rng = np.random.Generator(np.random.PCG64(0))
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     planes = []
-    for _ in range(GOLDEN_WINDOWS * 3):
+    for _ in range(GOLDEN_WINDOWS * card.input.num_bands):
         fy, fx, phase, cut = (rng.uniform(*limits) for limits in ((0.005, 0.06), (0.005, 0.06), (0, 6.28), (0.2, 0.8)))
         edge = np.where(x < cut * width, 0.5, -0.5)
         planes.append(np.sin(fy * y + fx * x + phase) + edge + rng.normal(0, 0.1, y.shape))
-    return torch.from_numpy(np.stack(planes).reshape(GOLDEN_WINDOWS, 3, height, width)).float()
+    return torch.from_numpy(np.stack(planes).reshape(GOLDEN_WINDOWS, -1, height, width)).float()
 
 
 def golden_prompt(card: Card, image_B3hw: Tensor) -> Prompt:

@@ -58,32 +58,37 @@ class Graph:
 
 
 class _Normalise(nn.Module):
-    """Turns pixels image_BHW3 into image_B3HW, channels-last, as `penumbra.serving.engine.windows.normalise` does."""
+    """Turns pixels image_BHWC into image_BCHW, channels-last, as `penumbra.serving.engine.windows.normalise` does."""
 
-    factor_3: Tensor
-    offset_3: Tensor
+    factor_C: Tensor
+    offset_C: Tensor
+    least_C: Tensor
+    most_C: Tensor
 
     def __init__(self, spec: InputSpec) -> None:
         super().__init__()
         self.bgr = spec.order == "BGR"
-        factor_3, offset_3 = map(torch.tensor, spec.factor_offset)
-        self.register_buffer("factor_3", factor_3)
-        self.register_buffer("offset_3", offset_3)
+        (factor_C, offset_C), (least_C, most_C) = map(torch.tensor, spec.factor_offset), map(torch.tensor, spec.bounds)
+        self.register_buffer("factor_C", factor_C)
+        self.register_buffer("offset_C", offset_C)
+        self.register_buffer("least_C", least_C)
+        self.register_buffer("most_C", most_C)
 
-    def forward(self, image_BHW3: Tensor) -> Tensor:
-        pixels_BHW3 = image_BHW3.flip(3) if self.bgr else image_BHW3
-        return (pixels_BHW3.float() * self.factor_3 + self.offset_3).permute(0, 3, 1, 2)
+    def forward(self, image_BHWC: Tensor) -> Tensor:
+        pixels_BHWC = image_BHWC.flip(3) if self.bgr else image_BHWC
+        values_BHWC = (pixels_BHWC.float() * self.factor_C + self.offset_C).clamp(self.least_C, self.most_C)
+        return values_BHWC.permute(0, 3, 1, 2)
 
 
 class _Encode(nn.Module):
-    """Turns pixels image_BHW3 into features."""
+    """Turns pixels image_BHWC into features."""
 
     def __init__(self, normalise: _Normalise, encode: nn.Module) -> None:
         super().__init__()
         self.normalise, self.encode = normalise, encode
 
-    def forward(self, image_BHW3: Tensor) -> Features:
-        return tuple(feature.contiguous() for feature in self.encode(self.normalise(image_BHW3)))
+    def forward(self, image_BHWC: Tensor) -> Features:
+        return tuple(feature.contiguous() for feature in self.encode(self.normalise(image_BHWC)))
 
 
 class _Decode(nn.Module):
@@ -113,11 +118,11 @@ class _Prompted(nn.Module):
         self.normalise, self.take_prompt, self.decode = normalise, take_prompt, decode
         self.num_prompts, self.num_features = num_prompts, num_features
 
-    def forward(self, image_BHW3: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(self, image_BHWC: Tensor, *tensors: Tensor) -> Tensor:
         prompts, rest = tensors[: self.num_prompts], tensors[self.num_prompts :]
         features, noise = rest[: self.num_features], rest[self.num_features :]
         prompt = (prompts[0], *(alpha_B1.squeeze(1) for alpha_B1 in prompts[1:]))
-        prompted = self.take_prompt(self.normalise(image_BHW3), tuple(map(_channels_last, features)), prompt)
+        prompted = self.take_prompt(self.normalise(image_BHWC), tuple(map(_channels_last, features)), prompt)
         logits_BSKhw: Tensor = self.decode(*prompted, *noise)
         return logits_BSKhw
 
@@ -136,8 +141,8 @@ class _ReadOut(nn.Module):
         self.outputs = ("labels", *maps, "shares", "logits")
         self.own = [extra.name for extra in card.extra_maps]
 
-    def forward(self, image_BHW3: Tensor, logits_BSKhw: Tensor, *extras_BEhw: Tensor) -> tuple[Tensor, ...]:
-        size = image_BHW3.shape[1:3]
+    def forward(self, image_BHWC: Tensor, logits_BSKhw: Tensor, *extras_BEhw: Tensor) -> tuple[Tensor, ...]:
+        size = image_BHWC.shape[1:3]
         prob_BKHW, expected_BHW = self.moments(logits_BSKhw / self.readout.temperature, size)
         entropy_BHW = -torch.special.xlogy(prob_BKHW, prob_BKHW).sum(1)
         confidence_BHW, second_BHW = F.pad(prob_BKHW, (0, 0, 0, 0, 0, 1)).topk(2, dim=1).values.unbind(1)
@@ -255,17 +260,17 @@ def _chains(artifact: Artifact) -> dict[str, tuple[Graph, ...]]:
 
 def _examples(card: Card) -> list[Tensors]:
     """Make two inputs of the ensembles that differ in every size that may differ."""
-    golden_B3HW = golden_image(card)
-    examples = []
+    golden_BCHW = golden_image(card)
+    examples, dtype = [], getattr(torch, card.input.dtype)
     for num_windows, num_samples, cut in ((2, 3, 0), (1, 2, 0 if card.window.height else 32)):
-        height, width = (size - cut for size in golden_B3HW.shape[2:])
-        image_B3HW = golden_B3HW[:num_windows, :, :height, :width]
+        height, width = (size - cut for size in golden_BCHW.shape[2:])
+        image_BCHW = golden_BCHW[:num_windows, :, :height, :width]
         example = {
-            "image": (image_B3HW.permute(0, 2, 3, 1) * 40 + 128).clamp(0, 255).to(torch.uint8).contiguous(),
+            "image": (image_BCHW.permute(0, 2, 3, 1) * 40 + 128).clamp(0, 255).to(dtype).contiguous(),
             "noise": torch.ones(num_windows, num_samples, card.sampling.noise_length),
         }
         if card.prompt.kind != "none":
-            prompt = (x[:, None] if x.ndim == 1 else x for x in golden_prompt(card, image_B3HW))
+            prompt = (x[:, None] if x.ndim == 1 else x for x in golden_prompt(card, image_BCHW))
             example |= dict(zip(PROMPTS[card.prompt.kind], prompt, strict=False))
         examples.append(example)
     return examples

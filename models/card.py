@@ -15,6 +15,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from penumbra.models.errors import BadArtifact
+from penumbra.models.inputs import RGB as RGB
+from penumbra.models.inputs import InputSpec as InputSpec
+from penumbra.models.inputs import ScaleRule as ScaleRule
+from penumbra.models.inputs import failures_of_input
 from penumbra.models.strict import read_strict
 
 CARD_FORMAT = 1
@@ -47,22 +51,6 @@ class ClassInfo:
 
     name: str
     color: tuple[Byte, Byte, Byte]
-
-
-@dataclass(frozen=True, slots=True)
-class InputSpec:
-    """How pixels become network input: (uint8 / scale - mean) / std, per channel in `order`."""
-
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    scale: float = 255.0
-    order: Literal["RGB", "BGR"] = "RGB"
-
-    @property
-    def factor_offset(self) -> tuple[list[float], list[float]]:
-        """The same as one multiply-add: input = pixels * factor + offset, per channel in `order`."""
-        factor = [1 / (self.scale * std) for std in self.std]
-        return factor, [-mean / std for mean, std in zip(self.mean, self.std, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,8 +308,6 @@ def _check_facts(card: Card) -> None:
         f"has 1 class, {''.join(info.name for info in card.classes)!r}, which every pixel would have; 2 "
         f"to {IGNORE} can be served, and the background is one too": card.num_classes == 1,
         f"has {card.num_classes} classes; 2 to {IGNORE} can be served": not 1 <= card.num_classes <= IGNORE,
-        f"has input.std {card.input.std} and input.scale {card.input.scale}; pixels are divided by both":
-            0 in (*card.input.std, card.input.scale),
         f"window is {window.height}x{window.width}; both 0 or both positive":
             (window.height == 0) != (window.width == 0) or min(window.height, window.width) < 0,
         f"has {num_members} members and {sampling.default_samples} default_samples; members fix the number of samples":
@@ -334,7 +320,7 @@ def _check_facts(card: Card) -> None:
             (prompt.background or 0) >= card.num_classes,
         f"extra_maps are {', '.join(extra)}; plain names are wanted, each once and none of {', '.join(KNOWN_MAPS)}":
             len({*extra, *KNOWN_MAPS}) < len(extra) + len(KNOWN_MAPS) or not all(map(MAP_NAME.fullmatch, extra)),
-    } | _failures_of_references(card, ("entropy", *extra))  # fmt: skip
+    } | failures_of_input(card.input) | _failures_of_references(card, ("entropy", *extra))  # fmt: skip
     for sentence in (sentence for sentence, failed in failures.items() if failed):
         raise BadArtifact(f"the card of {card.name[:60]!r}: {sentence}")
 

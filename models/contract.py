@@ -1,11 +1,11 @@
 """The model contract: a network is cut where its randomness begins.
 
-    encode(image_B3hw)                     -> features      deterministic, once per window
+    encode(image_BChw)                     -> features      deterministic, once per window
     take_prompt(image, features, prompt)   -> features      only where a request brings a prompt
     decode(features, noise_SBL)            -> logits_SBKhw  a pure function of its noise, all S samples in one call
 
-Shape letters: B windows, S samples, K classes, D channels, L noise length, H W image px, h w px of a window
-or of its feature map; a suffix names the axes in memory order. Every feature tensor has the window axis B
+Shape letters: B windows, S samples, K classes, D channels, C input bands, L noise length, H W image px, h w px of a
+window or of its feature map; a suffix names the axes in memory order. Every feature tensor has the window axis B
 first, so features can be split and joined by window. There is no random number in a network: noise is an
 input, so eager, TorchScript and every other export agree sample by sample.
 """
@@ -37,11 +37,11 @@ class Network(nn.Module):
     prompt: PromptSpec = PromptSpec()
     extra_maps: tuple[ExtraMap, ...] = ()
 
-    def encode(self, image_B3hw: Tensor) -> Features:
-        """Compute everything that does not depend on the sample. image_B3hw: float32, normalised as the card says."""
+    def encode(self, image_BChw: Tensor) -> Features:
+        """Compute everything that does not depend on the sample. image_BChw: float32, normalised as the card says."""
         raise NotImplementedError
 
-    def take_prompt(self, image_B3hw: Tensor, features: Features, prompt: Prompt) -> Features:
+    def take_prompt(self, image_BChw: Tensor, features: Features, prompt: Prompt) -> Features:
         """Take a prompt into account in the features; only for networks whose `prompt` has a kind.
 
         What comes out is for the same `decode`, whose S is then the number of `prompt.members`, if it names any.
@@ -52,9 +52,9 @@ class Network(nn.Module):
         """Return logits_SBKhw of S samples. Members and single passes ignore the noise's values, not its S and B."""
         raise NotImplementedError
 
-    def forward(self, image_B3hw: Tensor, noise_SBL: Tensor) -> Tensor:
+    def forward(self, image_BChw: Tensor, noise_SBL: Tensor) -> Tensor:
         """Return decode(encode(image), noise)."""
-        return self.decode(self.encode(image_B3hw), noise_SBL)
+        return self.decode(self.encode(image_BChw), noise_SBL)
 
 
 class Views(NamedTuple):

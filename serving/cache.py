@@ -22,16 +22,16 @@ from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.request import Cancellation
 
-Key = tuple[bytes, tuple[int, ...], SegmentOptions]
+Key = tuple[bytes, tuple[int | str, ...], SegmentOptions]
 
 
-def key_of(image: bytes | NDArray[np.uint8], card: Card, options: SegmentOptions) -> Key:
+def key_of(image: bytes | NDArray[Any], card: Card, options: SegmentOptions) -> Key:
     """Make a key of everything that changes an answer, and nothing that does not: deadline and priority are left out.
 
     options: as `penumbra.serving.engine.plan.resolve` gives them.
     """
     compared = replace(options, outputs=options.named(card), deadline_ms=None, anytime=False, priority=0)
-    shape = () if isinstance(image, bytes) else image.shape
+    shape = () if isinstance(image, bytes) else (*image.shape, image.dtype.str)
     data = image if isinstance(image, bytes) else np.ascontiguousarray(image).data
     return hashlib.sha256(data).digest(), shape, compared
 

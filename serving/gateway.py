@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, TypeVar, cast
 
-import numpy as np
 from numpy.typing import NDArray
 
 from penumbra.models.card import Card
@@ -37,7 +36,7 @@ T = TypeVar("T")
 class Task(Generic[T]):
     """A task is one request on its way through a request thread. deadline: a time of `time.perf_counter`."""
 
-    image: bytes | NDArray[np.uint8]
+    image: bytes | NDArray[Any]
     runtime: Runtime
     options: SegmentOptions
     write: Callable[[Prediction], T]
@@ -92,7 +91,7 @@ class Gateway:
             )  # fmt: skip
 
     async def answer(
-        self, image: bytes | NDArray[np.uint8], options: SegmentOptions, write: Callable[[Prediction], T], *,
+        self, image: bytes | NDArray[Any], options: SegmentOptions, write: Callable[[Prediction], T], *,
         request: Request, gone: Callable[[], Awaitable[None]] | None = None,
     ) -> tuple[Prediction, T]:  # fmt: skip
         """Decode, segment and write one tracked request off the event loop.
@@ -144,7 +143,7 @@ class Gateway:
         """Take one image the whole way, in a request thread."""
         task = box.pop()
         request, card = task.request, task.runtime.card
-        array = None if isinstance(task.image, bytes) else check_array(task.image, self.segmenter.limits)
+        array = None if isinstance(task.image, bytes) else check_array(task.image, self.segmenter.limits, card.input)
         key = key_of(task.image, card, task.options) if self._cache else None
         with self._alone(key, task):
             task.check()

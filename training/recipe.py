@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 import yaml
 
-from penumbra.models.card import InputSpec, WindowSpec
+from penumbra.models.card import RGB, InputSpec, WindowSpec
 from penumbra.models.errors import BadArtifact, BadOption
+from penumbra.models.inputs import failures_of_input
 from penumbra.models.strict import read_strict
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
@@ -84,9 +85,17 @@ def read_recipe(path: Path) -> Recipe:
             raise BadOption(f"{path}: base is {base!r}; the name of another recipe beside it is wanted")
         fields = {**below, **fields}
     try:
-        return read_strict(Recipe, fields, where="recipe")
+        recipe = read_strict(Recipe, fields, where="recipe")
     except BadArtifact as error:
         raise BadOption(f"{path}: {error}") from None
+    spec = recipe.input
+    failures = failures_of_input(spec) | {
+        f"input reads {', '.join(spec.bands)} as {spec.dtype}; networks are trained on {', '.join(RGB)} as uint8, "
+        "without low, high and clip": (spec.bands, spec.dtype, spec.low, spec.clip) != (RGB, "uint8", (), False)
+    }
+    for sentence in (sentence for sentence, failed in failures.items() if failed):
+        raise BadOption(f"{path}: {sentence}")
+    return recipe
 
 
 def _read_yaml(path: Path) -> Any:

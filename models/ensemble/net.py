@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from penumbra.models import find_method
 from penumbra.models.card import InputSpec, Readout, Sampling
 from penumbra.models.contract import Features, Network
+from penumbra.models.errors import BadOption
 from penumbra.models.strict import read_strict
 
 
@@ -68,6 +69,13 @@ class Member(nn.Module):
         self.network: Network = method.build(read_strict(method.config, config.config, where=where))
         self.readout, self.resized = config.readout, resized
         self.names = [f"{config.name}.{name}" for name in self.network.sampling.members] or [config.name]
+        shared = [(s.bands, s.dtype, s.clip, s.resolution) for s in (source, config.input)]
+        if shared[0] != shared[1]:
+            raise BadOption(
+                f"{config.name} reads {', '.join(config.input.bands)} as {config.input.dtype}; all members of an "
+                f"ensemble read what the first does, {', '.join(source.bands)} as {source.dtype}, with its clip and "
+                "resolution"
+            )
         self.exchanged = source.order != config.input.order
         factor_311, offset_311 = renormalisation(source, config.input)
         self.factor_311 = nn.Buffer(factor_311, persistent=False)

@@ -1,8 +1,10 @@
-"""Closed forms. The image's three channels, normalised to x = pixel / 255, are the logits of three classes.
+"""Closed forms. The image's bands, normalised to x (pixel / 255), are the logits of as many classes, by default three.
+
+Of one band there are two classes, whose logits are those of x and of 1 - x. L is the number of classes.
 
 `pointwise`  logits = gain * x                                  S = 1
-`latent`     logits = gain * x + noise_SBL, L = 3               any S
-`dropout`    logits = gain * x * noise_SBL, L = 3, keep 0.8     any S
+`latent`     logits = gain * x + noise_SBL                      any S
+`dropout`    logits = gain * x * noise_SBL, keep 0.8            any S
 `opposed`    logits = +gain * x and -gain * x                   two members that disagree
 `boxed`      as pointwise; with boxes three members: plain, boxed = plain + gain inside a box of the class,
              and mixed = (plain + alpha * boxed) / (1 + alpha)
@@ -11,7 +13,7 @@
 `nan`        as pointwise, but NaN at pure white pixels: a model that breaks on some input
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -46,20 +48,22 @@ class ToyNetwork(Network):
     def __init__(self, config: ToyConfig) -> None:
         super().__init__()
         self.config = config
-        self.sampling = SAMPLING.get(config.form, Sampling(kind="single"))
+        sampling = SAMPLING.get(config.form, Sampling(kind="single"))
+        self.sampling = replace(sampling, noise_length=config.num_classes if sampling.noise_length else 0)
         self.prompt = PROMPTS.get(config.form, PromptSpec())
         if config.form == "bright":
             self.extra_maps = (ExtraMap("brightness", "mean of the channels", "0 to 1"),)
 
-    def encode(self, image_B3hw: Tensor) -> Features:
-        logits_BKhw = self.config.gain * image_B3hw
+    def encode(self, image_BChw: Tensor) -> Features:
+        bands_BKhw = torch.cat((image_BChw, 1 - image_BChw), 1) if image_BChw.shape[1] == 1 else image_BChw
+        logits_BKhw = self.config.gain * bands_BKhw
         if self.config.form == "nan":
-            white = (image_B3hw - 1).abs().amax(1, keepdim=True) < 1e-4
+            white = (image_BChw - 1).abs().amax(1, keepdim=True) < 1e-4
             logits_BKhw = torch.where(white, torch.full_like(logits_BKhw, torch.nan), logits_BKhw)
         if self.config.form == "opposed":
             return (torch.stack((logits_BKhw, -logits_BKhw), dim=1),)
         if self.config.form == "bright":
-            return logits_BKhw[:, None], image_B3hw.mean(1, keepdim=True)
+            return logits_BKhw[:, None], image_BChw.mean(1, keepdim=True)
         return (logits_BKhw[:, None],)
 
     def take_prompt(self, image_B3hw: Tensor, features: Features, prompt: Prompt) -> Features:

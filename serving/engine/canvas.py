@@ -112,8 +112,8 @@ class Surface:
         """Give a strip of the picture with its rows [y0, y1), and its first row; rows before y0 are forgotten. Where it
         is void is read with it and kept here."""
         if y1 > self._end or self._strip_hWC is None:
-            height, width = self._image_HW3.shape[:2]
-            end = min(height, max(y1, self._end + STRIP_BYTES // (3 * width)))
+            height, width, num_bands = self._image_HW3.shape
+            end = min(height, max(y1, self._end + STRIP_BYTES // (self._image_HW3.dtype.itemsize * num_bands * width)))
             try:
                 rows_hWC, void_hW = self._read(end)
             except BadImage:  # what is sound before the damage is answered first, as on a CPU

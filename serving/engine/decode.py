@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
+from penumbra.models.card import RGB, InputSpec
 from penumbra.models.errors import BadImage, TooLarge
 from penumbra.serving.engine.damage import check_png, has_all_rows, read_jpeg, shorten_webp, slim_png
 from penumbra.serving.engine.layout import FLIPS, make_upright
@@ -152,12 +153,17 @@ def _pixels_sentence(measured: str, limits: Limits) -> str:
     return f"the image has {measured} pixels and the limit is {limits.pixels:,}; send a smaller image or parts of it"
 
 
-def check_array(image: Pixels, limits: Limits) -> Raster:
-    """Check an image, and make an array of uint8 [H, W, 3] a raster. Raises BadImage or TooLarge."""
+def check_array(image: Pixels, limits: Limits, spec: InputSpec) -> Raster:
+    """Check an image against what a card says of its input, and make an array [H, W, C] a raster.
+
+    Raises BadImage or TooLarge.
+    """
+    found = f"{image.dtype} {list(image.shape)}"
+    if image.dtype != spec.dtype or len(image.shape) != 3 or image.shape[2] != spec.num_bands or 0 in image.shape:
+        bands = "" if spec.bands == RGB else f" of {', '.join(spec.bands)}"
+        raise BadImage(f"the image is {found}; {spec.dtype} [height, width, {spec.num_bands}]{bands} is wanted")
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-            raise BadImage(f"the image is {image.dtype} {list(image.shape)}; uint8 [height, width, 3] is wanted")
-        image = Raster(np.ascontiguousarray(image))
+        image = Raster(np.require(image, requirements=("C", "A")))
     check_pixels(image.shape[0], image.shape[1], limits)
     return image
 

@@ -15,7 +15,7 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-const int penumbra_interface = 1; /* INTERFACE of kernels.py: a build of other arguments is not called. */
+const int penumbra_interface = 2; /* INTERFACE of kernels.py: a build of other arguments is not called. */
 
 /* exp(x) for x <= 0: 2^n * e^r with |r| <= ln 2 / 2 and a polynomial of degree 6; relative error < 1e-7. */
 INLINE float exp_nonpositive(float x) {
@@ -68,17 +68,30 @@ INLINE void source(long i, long length, long size, int align_corners, long *belo
     *fraction = at - (float)*below;
 }
 
-/* out[row][i] = pixels[row][i] * factor[i] + offset[i], rounded twice as in the plain form; a row of pixels is
- * `stride` bytes after the one before. */
+#define NORMALISE(type) \
+    for (long y = 0; y < rows; y++) { \
+        const type *restrict from = (const type *)(pixels + y * stride); \
+        for (long i = 0; i < length; i++) { \
+            float v = (float)from[i] * factor[i] + offset[i]; \
+            v = v < least[i] ? least[i] : v; \
+            out[y * length + i] = v > most[i] ? most[i] : v; \
+        } \
+    }
+
+/* out[row][i] = pixels[row][i] * factor[i] + offset[i], rounded twice as in the plain form, and held within least[i] and
+ * most[i]; a row of pixels is `stride` bytes after the one before. kind: 0 is uint8, 1 uint16, 2 int16 and 3 float. */
 #if defined(__GNUC__) && !defined(__clang__)
 __attribute__((optimize("fp-contract=off")))
 #endif
 FOR_EACH_CPU void penumbra_normalise(
-    const uint8_t *restrict pixels, long stride, long rows, long length, const float *restrict factor,
-    const float *restrict offset, float *restrict out) {
-    for (long y = 0; y < rows; y++)
-        for (long i = 0; i < length; i++)
-            out[y * length + i] = (float)pixels[y * stride + i] * factor[i] + offset[i];
+    const char *restrict pixels, long kind, long stride, long rows, long length, const float *restrict factor,
+    const float *restrict offset, const float *restrict least, const float *restrict most, float *restrict out) {
+    switch (kind) {
+        case 0: NORMALISE(uint8_t) break;
+        case 1: NORMALISE(uint16_t) break;
+        case 2: NORMALISE(int16_t) break;
+        default: NORMALISE(float)
+    }
 }
 
 /* Adds, for output rows [y0, y1), the softmax of every resized sample to the first K channels of stats[h][C][w], and its

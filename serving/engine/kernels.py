@@ -7,9 +7,11 @@
 import ctypes
 import logging
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +22,10 @@ log = logging.getLogger("penumbra")
 FloatArray = NDArray[np.float32]
 
 
-INTERFACE = 1
+INTERFACE = 2
 """The number that kernels.c has; both go up when a function's arguments change."""
+KINDS = ("uint8", "uint16", "int16", "float32")
+"""Types of pictures, as kernels.c counts them."""
 
 
 def load(directory: Path) -> ctypes.CDLL | None:
@@ -41,16 +45,25 @@ def load(directory: Path) -> ctypes.CDLL | None:
 COMPILED = load(Path(__file__).parent)
 
 
-def normalise(pixels_hw3: NDArray[np.uint8], factor: FloatArray, offset: FloatArray) -> FloatArray:
-    """pixels * factor + offset, as float32 [h, w, 3]; both have the length of a row. Views of whole pixels are fine."""
-    rows, columns, channels = pixels_hw3.shape
-    assert COMPILED and pixels_hw3.strides[1:] == (channels, 1) and len(factor) == len(offset) == columns * channels
+def normalise(pixels_hwC: NDArray[Any], norm: Sequence[FloatArray]) -> FloatArray:
+    """pixels * factor + offset, held within least and most, as float32 [h, w, C]. Views of whole pixels are fine.
+
+    norm: those four, each of the length of a row.
+    """
+    rows, columns, channels = pixels_hwC.shape
+    row_bytes = pixels_hwC.strides[0]
+    assert COMPILED and is_packed(pixels_hwC) and {*map(len, norm)} == {columns * channels}
     out = np.empty((rows, columns, channels), np.float32)
     COMPILED.penumbra_normalise(
-        _pointer(pixels_hw3), *_longs(pixels_hw3.strides[0], rows, columns * channels), _pointer(factor),
-        _pointer(offset), _pointer(out),
+        _pointer(pixels_hwC), *_longs(KINDS.index(pixels_hwC.dtype.name), row_bytes, rows, columns * channels),
+        *map(_pointer, norm), _pointer(out),
     )  # fmt: skip
     return out
+
+
+def is_packed(pixels_hwC: NDArray[Any]) -> bool:
+    """Tell whether the values of a row lie one behind the other."""
+    return pixels_hwC.strides[1:] == (pixels_hwC.shape[2] * pixels_hwC.itemsize, pixels_hwC.itemsize)
 
 
 @cache
@@ -123,7 +136,7 @@ def read_out(
         )  # fmt: skip
 
 
-def _pointer(array: NDArray[np.float32] | NDArray[np.uint8]) -> ctypes.c_void_p:
+def _pointer(array: NDArray[Any]) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
 

@@ -28,7 +28,7 @@ class Norm:
     """A norm is how pixels become what the network sees: pixel * factor + offset, both float32 [C] on the device.
 
     pad_C: what lies beyond the image, normalised already, unless `mirror`. reversed_channels: channel c is read from
-    the picture's channel C - 1 - c.
+    the picture's channel C - 1 - c. bounds_2C: least and most of what the network sees, where that is bounded.
     """
 
     factor_C: Tensor
@@ -36,21 +36,24 @@ class Norm:
     pad_C: Tensor
     mirror: bool = False
     reversed_channels: bool = False
+    bounds_2C: Tensor | None = None
 
 
 def cut(pictures: Sequence[Tensor], windows: Sequence[int], size: tuple[int, int], norm: Norm) -> Tensor:
     """Cut windows out of pictures and normalise them: float32 [B, C, h, w], channels_last.
 
-    pictures: uint8 or uint16 [rows, W, C], contiguous strips of images. windows, six numbers each: picture, image row
-    of the strip's first row, y0 and x0 of the window in the image, maybe negative, height and width of the image. The
-    strip has all rows that the window reads. Beyond the image lies norm.pad_C or its mirror (numpy's "symmetric").
+    pictures: uint8, uint16, int16 or float32 [rows, W, C], contiguous strips of images. windows, six numbers each:
+    picture, image row of the strip's first row, y0 and x0 of the window in the image, maybe negative, height and width
+    of the image. The strip has all rows that the window reads. Beyond the image lies norm.pad_C or its mirror (numpy's
+    "symmetric").
     """
     for picture, top, y0, _, height, _ in zip(*[iter(windows)] * 6, strict=True):
         strip = pictures[picture]
         assert strip.is_contiguous() and top <= max(y0, 0) and min(y0 + size[0], height) <= top + len(strip)
     image_Bchw: Tensor = torch.ops.penumbra.cut.default(
-        pictures, windows, size, norm.factor_C, norm.offset_C, norm.pad_C, norm.mirror, norm.reversed_channels
-    )
+        pictures, windows, size, norm.factor_C, norm.offset_C, norm.pad_C, norm.bounds_2C, norm.mirror,
+        norm.reversed_channels,
+    )  # fmt: skip
     return image_Bchw
 
 

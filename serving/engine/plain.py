@@ -17,7 +17,7 @@ MOST = 2.0**15
 
 def cut(
     pictures: list[Tensor], windows: list[int], size: list[int], factor: Tensor, offset: Tensor, pad: Tensor,
-    mirror: bool, reversed_channels: bool,
+    bounds: Tensor | None, mirror: bool, reversed_channels: bool,
 ) -> Tensor:  # fmt: skip
     """Cut and normalise window by window; see `operators.cut`."""
     geometries = list(zip(*[iter(windows)] * 6, strict=True))
@@ -29,6 +29,8 @@ def cut(
         rows = (ys - top).clamp(0, len(pictures[picture]) - 1)
         pixels_hwC = pictures[picture][rows[:, None], xs].float()
         values = (pixels_hwC.flip(2) if reversed_channels else pixels_hwC) * factor + offset
+        if bounds is not None:
+            values = values.clamp(bounds[0], bounds[1])
         if not mirror:
             values = torch.where((inside_y[:, None] & inside_x)[:, :, None], values, pad)
         image_chw.copy_(values.permute(2, 0, 1))

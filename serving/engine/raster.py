@@ -43,7 +43,7 @@ def gdal() -> Iterator[None]:
 
 
 class Raster:
-    """An image, uint8 [H, W, 3], with what there is to say of it; this one's pixels are in memory.
+    """An image [H, W, C] of the bands and type that a card names; this one's pixels are in memory.
 
     `raster[rows, columns]` gives pixels; place says where they lie on the ground, where the format can.
     """
@@ -51,11 +51,12 @@ class Raster:
     place: Place | None = None
 
     def __init__(
-        self, pixels_HW3: NDArray[np.uint8], *, void_HW: NDArray[np.bool_] | None = None, warnings: tuple[str, ...] = ()
+        self, pixels_HWC: NDArray[Any], *, void_HW: NDArray[np.bool_] | None = None, warnings: tuple[str, ...] = ()
     ) -> None:
-        self._pixels: NDArray[np.uint8] | None = pixels_HW3
+        self._pixels: NDArray[Any] | None = pixels_HWC
         self._void_HW, self._warnings = void_HW, warnings
-        self.shape: tuple[int, int, int] = (pixels_HW3.shape[0], pixels_HW3.shape[1], 3)
+        self.shape: tuple[int, int, int] = pixels_HWC.shape
+        self.dtype = pixels_HWC.dtype
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -91,7 +92,7 @@ class FileRaster(Raster):
         """source: the path, or what must outlive the dataset that reads it. kind: of file, for sentences."""
         self._dataset, self._source, self._kind = dataset, source, kind
         self._lock, self._white_lock = threading.Lock(), threading.Lock()
-        self._pixels = None
+        self._pixels, self.dtype = None, np.dtype(np.uint8)
         self._white: int | None = None
         self._bands, self._alpha, of_bands = choose_bands(dataset)
         self._dtype = np.dtype(dataset.dtypes[self._bands[0] - 1])
@@ -205,8 +206,8 @@ class FileRaster(Raster):
         return values
 
 
-Pixels = NDArray[np.uint8] | Raster
-"""What an image may be where the engine is given one: an array [H, W, 3] says nothing beside its pixels."""
+Pixels = NDArray[Any] | Raster
+"""What an image may be where the engine is given one: an array [H, W, C] says nothing beside its pixels."""
 
 
 def open_raster(source: bytes | Path) -> FileRaster | None:

@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from penumbra.models.card import Card
@@ -19,6 +21,7 @@ from penumbra.serving.engine.backends import Backend, load_backend
 from penumbra.serving.engine.canvas import Landing, Surface, Wanted
 from penumbra.serving.engine.device import stays_on
 from penumbra.serving.engine.gpu.pipeline import DeviceSteps
+from penumbra.serving.engine.kernels import FloatArray
 from penumbra.serving.engine.moments import Moments, Statistics
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.steps import Answer, HostSteps, WindowInput
@@ -232,7 +235,7 @@ class Runtime:
         height, width = images.shape[1:3]
         plan = cover(height, width, replace(self.card.window, height=height, width=width))
         wanted, inputs = Wanted(self.card.maps(num_samples)), []
-        for b, pixels in enumerate(images.round().clip(0, 255).astype(np.uint8)):
+        for b, pixels in enumerate(_as_type(images, np.dtype(self.card.input.dtype))):
             image, noise_SL = Raster(np.ascontiguousarray(pixels)), np.ascontiguousarray(noise_SBL[:, b])
             (window,) = plan
             inputs.append(WindowInput(image, window, plan, noise_SL, surface=self.surface(image, plan, wanted)))
@@ -278,6 +281,14 @@ class Runtime:
                 if _bytes_of(answer) != alone[i % len(inputs)]:
                     return size - 1
         return self.windows_per_batch
+
+
+def _as_type(values: FloatArray, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Make the nearest values of a type."""
+    if dtype.kind == "f":
+        return values.astype(dtype)
+    ends = np.iinfo(dtype)
+    return values.round().clip(ends.min, ends.max).astype(dtype)
 
 
 def _core_seconds(started: float) -> float:

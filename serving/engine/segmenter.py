@@ -172,11 +172,12 @@ class Segmenter:
         self, image_HW3: Pixels, options: SegmentOptions, *, noise: NoiseSource | None = None,
         cancelled: threading.Event | None = None, deadline: float = float("inf"),
     ) -> QueuedRequest:  # fmt: skip
-        """Answer in bands of rows, for images that are not to be held in memory twice: uint8 RGB [H, W, 3].
+        """Answer in bands of rows, for images that are not to be held in memory twice: [H, W, C] of the card's
+        bands and type (uint8 RGB).
 
         noise: replaces the seeded noise, for protocols that prescribe their own. Raises any PenumbraError.
         """
-        image = check_array(image_HW3, self.limits)
+        image = check_array(image_HW3, self.limits, self.find(options.model, options.version).card.input)
         plan = self.plan(*image.shape[:2], options)
         plan = replace(plan, noise=noise or plan.noise)
         return QueuedRequest(self.scheduler, plan, image, cancelled=cancelled, deadline=deadline)
@@ -190,7 +191,7 @@ class Segmenter:
         bounds how many run at a time.
         """
         check_long(options)
-        image = check_array(image_HW3, limits)
+        image = check_array(image_HW3, limits, self.find(options.model, options.version).card.input)
         plan = self.plan(*image.shape[:2], options, limits=limits)
         return QueuedRequest(self.scheduler, plan, image, cancelled=cancelled, from_y=y)
 
@@ -198,7 +199,7 @@ class Segmenter:
         self, image_HW3: Pixels, options: SegmentOptions, *, noise: NoiseSource | None = None,
         cancelled: threading.Event | None = None, deadline: float = float("inf"),
     ) -> Prediction:  # fmt: skip
-        """Give labels and uncertainty of one image: uint8 RGB [H, W, 3]. Raises any PenumbraError."""
+        """Give labels and uncertainty of an image [H, W, C] of the card's bands and type. Raises any PenumbraError."""
         return collect(self.bands(image_HW3, options, noise=noise, cancelled=cancelled, deadline=deadline))
 
     def close(self) -> None:

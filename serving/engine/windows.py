@@ -7,6 +7,7 @@ and columns are normalised apart, and the weighted sum over windows is a mean wi
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,18 +130,18 @@ def _weights(length: int, window: int, starts: tuple[int, ...], blend: str) -> t
     return tuple((weight / total[s - first : s - first + window]).astype(np.float32) for s in starts)
 
 
-def cut(image_HW3: Pixels, window: Window, plan: WindowPlan, *, spec: WindowSpec, norm: InputSpec) -> FloatArray:
-    """Cut one window as the network takes it: normalised float32 [h, w, 3], padded as the card says."""
+def cut(image_HWC: Pixels, window: Window, plan: WindowPlan, *, spec: WindowSpec, norm: InputSpec) -> FloatArray:
+    """Cut one window as the network takes it: normalised float32 [h, w, C], padded as the card says."""
     rows, columns, beyond = clip(window, plan)
-    pixels = normalise(image_HW3[rows, columns], norm)
+    pixels = normalise(image_HWC[rows, columns], norm)
     if not any(map(any, beyond)):
         return pixels
     if spec.padding == "mirror":
         return np.pad(pixels, (*beyond, (0, 0)), mode="symmetric")
     fits = plan.height <= plan.window_height and plan.width <= plan.window_width
-    padded = np.zeros((window.height, window.width, 3), np.float32)
+    padded = np.zeros((window.height, window.width, norm.num_bands), np.float32)
     if spec.padding == "black" or (spec.padding == "mean_or_black" and not fits):
-        padded += normalise(np.zeros((1, 1, 3), np.uint8), norm)
+        padded += normalise(np.zeros((1, 1, norm.num_bands), norm.dtype), norm)
     inside = tuple(slice(before, size - after) for (before, after), size in zip(beyond, padded.shape[:2], strict=True))
     padded[inside] = pixels
     return padded
@@ -154,14 +155,14 @@ def clip(window: Window, plan: WindowPlan) -> tuple[slice, slice, tuple[tuple[in
     return slice(y0, y1), slice(x0, x1), beyond
 
 
-def normalise(pixels_hw3: NDArray[np.uint8], norm: InputSpec) -> FloatArray:
-    """(pixels / scale - mean) / std in the card's channel order, as float32 [h, w, 3]."""
-    height, width = pixels_hw3.shape[:2]
+def normalise(pixels_hwC: NDArray[Any], norm: InputSpec) -> FloatArray:
+    """Make network input of values by the card's rule, in its channel order: float32 [h, w, C]."""
     if norm.order == "BGR":
-        pixels_hw3 = pixels_hw3[:, :, ::-1]
-    factor, offset = (np.tile(np.asarray(values, np.float32), width) for values in norm.factor_offset)
-    if kernels.COMPILED and pixels_hw3.strides[1:] == (3, 1):
-        return kernels.normalise(pixels_hw3, factor, offset)
-    normalised: FloatArray = pixels_hw3.reshape(height, 3 * width) * factor  # whole rows: five times as fast
-    normalised += offset
-    return normalised.reshape(height, width, 3)
+        pixels_hwC = pixels_hwC[:, :, ::-1]
+    height, width, num_bands = pixels_hwC.shape
+    rows = [np.tile(np.asarray(values, np.float32), width) for values in (*norm.factor_offset, *norm.bounds)]
+    if kernels.COMPILED and kernels.is_packed(pixels_hwC):
+        return kernels.normalise(pixels_hwC, rows)
+    normalised: FloatArray = pixels_hwC.reshape(height, num_bands * width) * rows[0]  # whole rows: five times as fast
+    normalised += rows[1]
+    return normalised.clip(*rows[2:], out=normalised).reshape(height, width, num_bands)

@@ -48,6 +48,8 @@ SMALL: dict[str, Any] = {
     "toy boxed": ToyConfig(form="boxed"),
     "toy tagged": ToyConfig(form="tagged"),
     "toy bright": ToyConfig(form="bright"),
+    "toy bands": ToyConfig(4, form="latent"),
+    "toy grey": ToyConfig(2),
     "cps": SMALL_CPS,
     "cps single": replace(SMALL_CPS, branches=1),
     "cps lite": replace(SMALL_CPS, branches=1, backbone=LITE),
@@ -97,6 +99,11 @@ SMALL: dict[str, Any] = {
 }
 """Configurations by name; the first word is the method's."""
 SIZE = (37, 53)
+INPUTS = {
+    "toy bands": InputSpec((0,) * 4, (1,) * 4, 10_000.0, bands=("blue", "green", "red", "nir"), dtype="uint16"),
+    "toy grey": InputSpec((0,), (1,), bands=("grey",)),
+}
+"""What of these networks does not see red, green and blue of 8 bits sees."""
 
 
 def fresh(name: str, *, seed: int = 0) -> Network:
@@ -124,17 +131,17 @@ def _calibrated(name: str, seed: int) -> Network:
     with torch.inference_mode(False), torch.random.fork_rng(), torch.no_grad():
         network = fresh(name, seed=seed)
         torch.manual_seed(seed)
-        calibrate(network)
+        calibrate(network, INPUTS.get(name, InputSpec()).num_bands)
     return network.eval()
 
 
-def calibrate(network: Network) -> None:
+def calibrate(network: Network, num_bands: int = 3) -> None:
     """Give every BatchNorm the mean and variance of a batch of noise."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
     sampling = network.sampling
-    image_B3hw = torch.randn(4, 3, 96, 96)
+    image_B3hw = torch.randn(4, num_bands, 96, 96)
     features = network.encode(image_B3hw)
     network.decode(features, torch.ones(max(len(sampling.members), 1), 4, sampling.noise_length))
     if network.prompt.kind == "boxes":
@@ -161,13 +168,15 @@ def card_of(name: str) -> Card:
     network, config = seeded(name), SMALL[name]
     classes = tuple(ClassInfo(f"class {k}", (k, k, k)) for k in range(config.num_classes))
     return Card(
-        "small", 1, name.split()[0], asdict(config), classes, InputSpec(), WindowSpec(64, 80),
+        "small", 1, name.split()[0], asdict(config), classes, INPUTS.get(name, InputSpec()), WindowSpec(64, 80),
         network.sampling, Readout(), prompt=network.prompt, extra_maps=network.extra_maps,
     )  # fmt: skip
 
 
-def image(num_windows: int = 2, size: tuple[int, int] = SIZE) -> Tensor:
-    return torch.randn(num_windows, 3, *size, generator=torch.Generator().manual_seed(1))
+def image(num_windows: int = 2, size: tuple[int, int] = SIZE, *, name: str = "") -> Tensor:
+    return torch.randn(
+        num_windows, INPUTS.get(name, InputSpec()).num_bands, *size, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def noise(name: str, num_samples: int, num_windows: int = 2, *, prompt: bool = False) -> Tensor:
@@ -184,15 +193,20 @@ def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> bool:
     return bool((ours - theirs).abs().max() <= tolerance * max(1.0, float(theirs.abs().max())))
 
 
+def picture(card: Card, size: tuple[int, int] = (70, 90), seed: int = 0) -> np.ndarray:
+    """A picture of the card's bands and type, of any value that it holds."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    return rng.integers(0, np.iinfo(card.input.dtype).max + 1, (*size, card.input.num_bands), dtype=card.input.dtype)  # type: ignore[type-var,arg-type]
+
+
 def is_served(card: Card, store: Path) -> None:
     """With and without its prompt, with every map, with the members the card names."""
-    picture = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (70, 90, 3), dtype=np.uint8)
     boxes = ((3.0, 3.0, 60.0, 50.0, 1),) if card.prompt.kind == "boxes" else ()
     tags = (1,) if card.prompt.kind == "tags" else ()
     plain, prompted = (card.maps(card.sampling_with(prompt=with_it).default_samples) for with_it in (False, True))
     with Segmenter.open(store, device="cpu", threads=1, tuning=Tuning(1, 1)) as segmenter:
-        alone = segmenter.segment(picture, SegmentOptions(outputs=plain))
-        told = segmenter.segment(picture, SegmentOptions(outputs=prompted, boxes=boxes, tags=tags))
+        alone = segmenter.segment(picture(card), SegmentOptions(outputs=plain))
+        told = segmenter.segment(picture(card), SegmentOptions(outputs=prompted, boxes=boxes, tags=tags))
     for prediction, members in ((alone, card.sampling.members), (told, card.prompt.members)):
         assert all(np.isfinite(values).all() for values in prediction.maps.values())
         assert prediction.members == (members or card.sampling.members)

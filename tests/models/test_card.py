@@ -10,8 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penumbra.models.card import Card, ExportFacts, Novelty, Parity, Provenance, dump_card, parse_card
+from penumbra.models.card import (
+    Card,
+    ExportFacts,
+    Novelty,
+    Parity,
+    Provenance,
+    dump_card,
+    parse_card,
+)
 from penumbra.models.errors import BadArtifact
+from penumbra.models.inputs import InputSpec, ScaleRule
 from tests.conftest import toy_card
 
 NOVELTY = Novelty("entropy", (0.1, 0.1, 0.4), num_pictures=3, num_samples=2, data="made up")
@@ -155,6 +164,16 @@ ONE_CLASS = {"name": "x", "color": [0, 0, 0]}
         ("input.scale", 0, "input.scale"),
         ("input.scale", float("inf"), "input.scale"),
         ("input.mean.0", float("nan"), "input.mean"),
+        ("input.mean", [0.5], "input.mean has 1 values and input.std 3; there are 3 input.bands"),
+        ("input.bands", [], "input.bands are ; 1 to 255 plain names are wanted, each once"),
+        ("input.bands", ["red", "red", "nir"], "input.bands are red, red, nir"),
+        ("input.bands", ["Red", "b", "c"], "input.bands are Red, b, c"),
+        ("input.bands", ["red", "nir"], "there are 2 input.bands"),
+        ("input.dtype", "uint32", "input.dtype is 'uint32'; one of 'uint8', 'uint16', 'int16', 'float32' is wanted"),
+        ("input.low", [0, 0, 0], "input.low is (0.0, 0.0, 0.0) and input.high (); both are empty"),
+        ("input.resolution", {"kind": "frame"}, "input.resolution is frame with the value 0; frame has pixels"),
+        ("input.resolution", {"kind": "gsd", "value": -1}, "input.resolution is gsd with the value -1; frame"),
+        ("input.resolution", {"value": 2}, "input.resolution is none with the value 2"),
         ("sampling.default_samples", 3, "2 members and 3 default_samples"),
         ("sampling.members", [], "0 members and 2 default_samples"),
         ("sampling", {"kind": "latent", "noise_length": 3, "default_samples": 0}, "default_samples is 0"),
@@ -204,9 +223,35 @@ def test_contradictory_facts_are_named(path: str, value: Any, named: str) -> Non
     assert named in str(refusal.value)
 
 
+def test_an_input_is_read_whole_and_what_contradicts_itself_is_named() -> None:
+    spec = InputSpec(
+        (0.1, 0.2), (0.3, 0.4), bands=("swir1", "nir"), dtype="int16", low=(0, 10), high=(3000, 4000), clip=True,
+        resolution=ScaleRule("gsd", 10),
+    )  # fmt: skip
+    card = dataclasses.replace(toy_card("opposed")[0], input=spec)
+    assert parse_card(dump_card(card)).input == spec
+    for wrong, named in (
+        (dataclasses.replace(spec, high=(3000, 10)), "a lower and a higher value for each of 2 bands"),
+        (dataclasses.replace(spec, high=(3000, 4000, 5000)), "input.high (3000.0, 4000.0, 5000.0)"),
+        (dataclasses.replace(spec, order="BGR"), "input.order is BGR and input.bands are swir1, nir; it is for red"),
+    ):
+        with pytest.raises(BadArtifact) as refusal:
+            parse_card(dump_card(dataclasses.replace(card, input=wrong)))
+        assert named in str(refusal.value)
+
+
+def test_a_card_that_says_nothing_of_bands_is_read_as_one_of_red_green_and_blue() -> None:
+    document = json.loads(dump_card(full_card()))
+    document["input"] = {"mean": [0.1, 0.2, 0.3], "std": [1, 2, 3], "scale": 255.0, "order": "BGR"}
+    spec = parse_card(json.dumps(document)).input
+    assert spec == InputSpec((0.1, 0.2, 0.3), (1, 2, 3), order="BGR")
+    assert (spec.bands, spec.dtype, spec.resolution.kind) == (("red", "green", "blue"), "uint8", "none")
+
+
 PATHS = [
     "name", "version", "method", "config", "classes", "classes.0", "classes.0.name", "classes.0.color.0", "input.mean",
-    "input.mean.0", "input.std.1", "input.order", "window.height", "window.overlap", "window.padding", "sampling",
+    "input.mean.0", "input.std.1", "input.order", "input.bands", "input.low", "input.resolution",
+    "window.height", "window.overlap", "window.padding", "sampling",
     "sampling.kind", "sampling.members", "sampling.keep", "readout.temperature", "provenance.metrics", "export",
     "export.files", "export.parity.max_abs", "format", "prompt", "prompt.alpha", "prompt.background", "prompt.members",
     "extra_maps", "window.trained", "window.max_pixels", "window.last", "readout.average", "novelty",

@@ -68,7 +68,7 @@ def test_a_readme_states_paper_equations_and_deviations(method: Method) -> None:
 @torch.inference_mode()
 def test_encoding_twice_gives_the_same_bytes(name: str) -> None:
     network = seeded(name)
-    once, again = network.encode(image()), network.encode(image())
+    once, again = network.encode(image(name=name)), network.encode(image(name=name))
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
     assert all(feature.shape[0] == 2 for feature in once)
 
@@ -77,7 +77,7 @@ def test_encoding_twice_gives_the_same_bytes(name: str) -> None:
 @torch.inference_mode()
 def test_the_same_noise_gives_the_same_logits_and_leaves_the_features_alone(name: str) -> None:
     network = seeded(name)
-    features = network.encode(image())
+    features = network.encode(image(name=name))
     before = [feature.clone() for feature in features]
     once, again = (network.decode(features, noise(name, 3)) for _ in range(2))
     assert torch.equal(once, again)
@@ -87,7 +87,7 @@ def test_the_same_noise_gives_the_same_logits_and_leaves_the_features_alone(name
 @every_network
 @torch.inference_mode()
 def test_a_batch_of_two_windows_equals_two_batches_of_one(name: str) -> None:
-    network, draws, images = exact(name), noise(name, 3).double(), image().double()
+    network, draws, images = exact(name), noise(name, 3).double(), image(name=name).double()
     together = network(images, draws)
     alone = torch.cat([network(images[b : b + 1], draws[:, b : b + 1]) for b in range(2)], dim=1)
     assert close(together, alone, EXACTLY)
@@ -97,7 +97,7 @@ def test_a_batch_of_two_windows_equals_two_batches_of_one(name: str) -> None:
 @torch.inference_mode()
 def test_features_can_be_split_and_joined_by_window(name: str) -> None:
     network, draws = exact(name), noise(name, 3).double()
-    features = network.encode(image().double())
+    features = network.encode(image(name=name).double())
     swapped = network.decode(tuple(feature.flip(0) for feature in features), draws.flip(1))
     assert close(swapped.flip(1), network.decode(features, draws), EXACTLY)
 
@@ -106,7 +106,7 @@ def test_features_can_be_split_and_joined_by_window(name: str) -> None:
 @torch.inference_mode()
 def test_five_samples_in_one_call_equal_five_calls_of_one(name: str) -> None:
     network, draws = exact(name), noise(name, 5).double()
-    features = network.encode(image().double())
+    features = network.encode(image(name=name).double())
     together = network.decode(features, draws)
     alone = torch.cat([network.decode(features, draw[None]) for draw in draws])
     assert close(together, alone, EXACTLY)
@@ -116,7 +116,7 @@ def test_five_samples_in_one_call_equal_five_calls_of_one(name: str) -> None:
 @every_prompted
 @torch.inference_mode()
 def test_a_prompt_changes_features_and_not_the_ones_it_was_given(name: str) -> None:
-    network, card, images = exact(name), card_of(name), image().double()
+    network, card, images = exact(name), card_of(name), image(name=name).double()
     prompt, features = tuple(p.double() for p in golden_prompt(card, images)), network.encode(images)
     before = [feature.clone() for feature in features]
     draws = noise(name, 3, prompt=True).double()
@@ -135,7 +135,7 @@ def test_a_prompt_changes_features_and_not_the_ones_it_was_given(name: str) -> N
 def test_extra_maps_are_the_last_feature(name: str) -> None:
     network = seeded(name)
     if network.extra_maps:
-        extras_BEhw = network.encode(image())[-1]
+        extras_BEhw = network.encode(image(name=name))[-1]
         assert extras_BEhw.shape[:2] == (2, len(network.extra_maps)) and extras_BEhw.dtype == torch.float32
         assert torch.isfinite(extras_BEhw).all()
 
@@ -150,7 +150,10 @@ def test_the_export_passes_its_gate_agrees_at_other_batches_and_is_served(name: 
     graphs = load_backend(open_artifact(directory).card, directory, torch.device("cpu"))
     for num_windows, num_samples in ((1, 1), (5, 1), (1, 5), (3, 4)):
         draws = noise(name, num_samples, num_windows)
-        wanted, got = network(image(num_windows), draws), graphs.decode(graphs.encode(image(num_windows)), draws)
+        wanted, got = (
+            network(image(num_windows, name=name), draws),
+            graphs.decode(graphs.encode(image(num_windows, name=name)), draws),
+        )
         assert got.shape == wanted.shape and close(got, wanted, FULL.relative)
     for path in directory.glob("*.ts"):
         assert made_on_a_device(torch.jit.load(path)) <= {"aten::to"}, path.name  # of sizes, which stay on the CPU
@@ -167,7 +170,7 @@ def made_on_a_device(graph: torch.jit.ScriptModule) -> set[str]:
 @torch.inference_mode()
 def test_logits_have_the_axes_that_the_sampling_declares(name: str) -> None:
     network, draws = seeded(name), noise(name, 4)
-    logits = network(image(), draws)
+    logits = network(image(name=name), draws)
     assert logits.shape[:3] == (len(draws), 2, SMALL[name].num_classes)
     assert torch.isfinite(logits).all()
     sampling = network.sampling
@@ -182,7 +185,7 @@ def test_weights_survive_a_round_trip_of_the_state_dict(name: str) -> None:
     first, second = seeded(name, seed=0), seeded(name, seed=1)
     second.load_state_dict(first.state_dict())
     with torch.inference_mode():
-        assert torch.equal(first(image(), noise(name, 2)), second(image(), noise(name, 2)))
+        assert torch.equal(first(image(name=name), noise(name, 2)), second(image(name=name), noise(name, 2)))
 
 
 @every_network

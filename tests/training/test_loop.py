@@ -126,6 +126,24 @@ def test_a_misspelt_recipe_field_is_named(tmp_path: Path) -> None:
         read_recipe(path)
 
 
+@pytest.mark.parametrize(
+    ("spec", "named"),
+    [
+        (
+            "{bands: [red, green, nir]}",
+            "input reads red, green, nir as uint8; networks are trained on red, green, blue",
+        ),
+        ("{dtype: uint16}", "input reads red, green, blue as uint16"),
+        ("{mean: [0.5]}", "input.mean has 1 values and input.std 3"),
+    ],
+)
+def test_a_recipe_for_other_pictures_than_training_reads_is_refused(tmp_path: Path, spec: str, named: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text((RECIPES / "cps-camvid.yaml").read_text() + f"input: {spec}\n")
+    with pytest.raises(BadOption, match=named):
+        read_recipe(path)
+
+
 def test_the_command_answers_a_mistake_with_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
     recipe = tmp_path / "bad.yaml"
     recipe.write_text("name: x\nlearning_rat: 1\n")

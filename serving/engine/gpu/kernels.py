@@ -1,7 +1,8 @@
 """The operators in Triton: one launch each for a whole batch. Imported only where Triton is.
 
 What a batch holds goes up as one table of int64: its geometry, and four numbers for each listed tensor: address,
-length, width and bytes per value. Only types and constexprs make Triton compile anew, not the sizes of a batch.
+length, width and bytes per value, which int16 has negative. Only types and constexprs make Triton compile anew, not the
+sizes of a batch.
 """
 
 import os
@@ -35,8 +36,8 @@ def _mirror(at, length):
 
 @_kernel
 def _cut(
-    table, factor, offset, pad, out, h, w, C: tl.constexpr, MIRROR: tl.constexpr, REVERSED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    table, factor, offset, pad, bounds, out, h, w, C: tl.constexpr, MIRROR: tl.constexpr, REVERSED: tl.constexpr,
+    BOUNDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     window = table + tl.program_id(2) * 6
     picture = table + tl.num_programs(2) * 6 + tl.load(window) * 4
@@ -51,11 +52,19 @@ def _cut(
     else:
         inside = row & (x >= 0) & (x < tl.where((y >= 0) & (y < H), W, 0))
     at = ((y - tl.load(window + 1)) * W + x) * C + (C - 1 - c if REVERSED else c)
-    if tl.load(picture + 3) == 1:
+    kind = tl.load(picture + 3)
+    if kind == 1:
         pixels = tl.load(tl.load(picture).to(tl.pointer_type(tl.uint8)) + at, mask=inside, other=0).to(tl.float32)
-    else:
+    elif kind == 2:
         pixels = tl.load(tl.load(picture).to(tl.pointer_type(tl.uint16)) + at, mask=inside, other=0).to(tl.float32)
-    normal = tl.where(inside, pixels * tl.load(factor + c) + tl.load(offset + c), tl.load(pad + c))
+    elif kind == -2:
+        pixels = tl.load(tl.load(picture).to(tl.pointer_type(tl.int16)) + at, mask=inside, other=0).to(tl.float32)
+    else:
+        pixels = tl.load(tl.load(picture).to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0)
+    normal = pixels * tl.load(factor + c) + tl.load(offset + c)
+    if BOUNDED:
+        normal = tl.minimum(tl.maximum(normal, tl.load(bounds + c)), tl.load(bounds + C + c))
+    normal = tl.where(inside, normal, tl.load(pad + c))
     tl.store(out + (tl.program_id(2).to(tl.int64) * h + tl.program_id(1)) * w * C + values, normal, mask=row)
 
 
@@ -243,22 +252,27 @@ def _launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants:
         kernel[grid](*arguments, **{"num_warps": 4, "enable_fp_fusion": True} | constants)
 
 
+def _kind_of(dtype: torch.dtype) -> int:
+    return -dtype.itemsize if dtype == torch.int16 else dtype.itemsize
+
+
 def _table(numbers: list[int], tensors: list[Tensor]) -> Tensor:
-    listed = [n for x in tensors for n in (x.data_ptr(), len(x), x.shape[-1], x.element_size())]
+    listed = [n for x in tensors for n in (x.data_ptr(), len(x), x.shape[-1], _kind_of(x.dtype))]
     table = torch.tensor(numbers + listed, dtype=torch.int64, pin_memory=tensors[0].is_cuda)
     return table.to(tensors[0].device, non_blocking=True)
 
 
 def cut(
     pictures: list[Tensor], windows: list[int], size: list[int], factor: Tensor, offset: Tensor, pad: Tensor,
-    mirror: bool, reversed_channels: bool,
+    bounds: Tensor | None, mirror: bool, reversed_channels: bool,
 ) -> Tensor:  # fmt: skip
     """Cut and normalise a batch; see `operators.cut`. Multiply and add round apart, as on the CPU."""
     (h, w), shape = size, (len(windows) // 6, len(factor), *size)
     image_Bchw = torch.empty(shape, device=factor.device, memory_format=torch.channels_last)
     _launch(
         _cut, (triton.cdiv(w * len(factor), BLOCK), h, shape[0]), _table(windows, pictures), factor, offset, pad,
-        image_Bchw, h, w, C=len(factor), MIRROR=mirror, REVERSED=reversed_channels, BLOCK=BLOCK, enable_fp_fusion=False,
+        pad if bounds is None else bounds, image_Bchw, h, w, C=len(factor), MIRROR=mirror, REVERSED=reversed_channels,
+        BOUNDED=bounds is not None, BLOCK=BLOCK, enable_fp_fusion=False,
     )  # fmt: skip
     return image_Bchw
 

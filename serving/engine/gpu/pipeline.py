@@ -27,11 +27,13 @@ class DeviceSteps(Steps):
 
     def __init__(self, card: Card, device: torch.device) -> None:
         super().__init__(card, device)
-        factor, offset = (self.transfers.up(np.array(values, np.float32)) for values in card.input.factor_offset)
+        spec = card.input
+        (factor_C, offset_C), bounds_2C = (np.array(x, np.float32) for x in (spec.factor_offset, spec.bounds))
+        factor, offset, self._black_C = map(self.transfers.up, (factor_C, offset_C, offset_C.clip(*bounds_2C)))
+        bounds = self.transfers.up(bounds_2C) if spec.clip else None
         self._norm = operators.Norm(
-            factor, offset, torch.zeros_like(offset), mirror=card.window.padding == "mirror",
-            reversed_channels=card.input.order == "BGR",
-        )  # fmt: skip
+            factor, offset, torch.zeros_like(offset), card.window.padding == "mirror", spec.order == "BGR", bounds
+        )
 
     def cut(self, inputs: Sequence[WindowInput]) -> Tensor:
         """Cut the windows as the network takes them, image_B3hw in channels-last."""
@@ -57,7 +59,7 @@ class DeviceSteps(Steps):
         for surface, w in pairs:
             plan = surface.plan
             table += [list(strips).index(surface), strips[surface][1], w.y0, w.x0, plan.height, plan.width]
-        norm = replace(self._norm, pad_C=self._norm.offset_C) if is_black else self._norm
+        norm = replace(self._norm, pad_C=self._black_C) if is_black else self._norm
         size = inputs[0].window.height, inputs[0].window.width
         return operators.cut([strip_hWC for strip_hWC, _ in strips.values()], table, size, norm)
 

@@ -1,6 +1,8 @@
 """Geometry: every pixel is covered, and the normalised weights sum to one everywhere."""
 
+from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penumbra.models.card import InputSpec, WindowSpec
+from penumbra.serving.engine import kernels
 from penumbra.serving.engine.windows import WindowPlan, count_windows, cover, cut, normalise
 from tests.conftest import picture
 
@@ -128,6 +131,31 @@ def test_constant_padding_is_zero_after_or_before_normalisation(
     y, x = (3, 4) if centred else (0, 0)
     expected[y : y + 5, x : x + 7] = (image / 255 - norm.mean) / norm.std
     np.testing.assert_allclose(window, expected, atol=1e-5)
+
+
+RULES = {
+    "divided": InputSpec((0.1, 0.2, 0.3, 0.4), (1, 2, 3, -4), 10_000.0),
+    "ranged": InputSpec((0,) * 4, (1,) * 4, low=(0, -5, 100, 7), high=(1000, 5, 300, 8000)),
+    "clipped": InputSpec(
+        (0.1, 0.2, 0.3, 0.4), (1, 2, 3, -4), low=(0, -5, 100, 7), high=(1000, 5, 300, 8000), clip=True
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
+def test_values_of_every_type_follow_the_cards_rule_in_c_and_plainly(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, dtype: Any, rule: str
+) -> None:
+    spec = replace(RULES[rule], bands=("blue", "green", "red", "nir"), dtype=dtype)
+    values = rng.integers(0, 9000, (5, 9, 4)).astype(dtype)
+    shares = (values - np.array(spec.low)) / (np.array(spec.high) - spec.low) if spec.low else values / spec.scale
+    expected = ((shares.clip(0, 1) if spec.clip else shares) - spec.mean) / spec.std
+    part = values[1:, 2:7]
+    compiled = normalise(part, spec)
+    monkeypatch.setattr(kernels, "COMPILED", None)
+    np.testing.assert_allclose(compiled, expected[1:, 2:7], rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(compiled, normalise(part, spec))
 
 
 def test_normalisation_follows_the_formula_in_the_cards_channel_order(rng: np.random.Generator) -> None:

@@ -79,7 +79,7 @@ def request(runtime: Runtime, size: tuple[int, int], options: SegmentOptions) ->
     """A request for a picture of that size, which is in no queue."""
     limits = Limits()
     plan = plan_request(runtime, resolve(options, runtime.card, limits), *size, limits=limits)
-    return QueuedRequest(None, plan, Raster(np.zeros((*size, 3), np.uint8)))  # type: ignore[arg-type]
+    return QueuedRequest(None, plan, Raster(np.zeros((*size, runtime.card.input.num_bands), runtime.card.input.dtype)))  # type: ignore[arg-type]
 
 
 def batches(requests: Sequence[QueuedRequest], size: int) -> Iterator[list[Turn]]:

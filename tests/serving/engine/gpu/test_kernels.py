@@ -23,8 +23,8 @@ CLASSES = (1, 2, 11, 19, 21, 81, 150, 255)
 MAX_SPILLED_BYTES = 8
 """Per thread: two registers. ptxas takes that to let one more program run beside the others."""
 POINTERS = {
-    "table": "*i64", "factor": "*fp32", "offset": "*fp32", "pad": "*fp32", "out": "*fp32", "stats": "*fp32",
-    "scale": "fp32", "inverse_temperature": "fp32",
+    "table": "*i64", "factor": "*fp32", "offset": "*fp32", "pad": "*fp32", "bounds": "*fp32", "out": "*fp32",
+    "stats": "*fp32", "scale": "fp32", "inverse_temperature": "fp32",
 }  # fmt: skip
 
 
@@ -85,7 +85,8 @@ def report(capsys: pytest.CaptureFixture[str]) -> Any:
 def test_cut_compiles_and_rounds_twice_as_the_cpu_does(architecture: int, report: Any) -> None:
     for mirror in (False, True):
         usage = compiled(
-            kernels._cut, architecture, fuse=False, C=3, MIRROR=mirror, REVERSED=True, BLOCK=kernels.BLOCK
+            kernels._cut, architecture, fuse=False, C=3, MIRROR=mirror, REVERSED=True, BOUNDED=mirror,
+            BLOCK=kernels.BLOCK,
         )  # fmt: skip
         report(f"sm_{architecture} cut, mirror {mirror}", usage)
         assert "fma.rn.f32" not in usage.ptx

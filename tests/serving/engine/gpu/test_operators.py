@@ -47,15 +47,18 @@ def seeded(seed: int) -> np.random.Generator:
 # --- cut
 
 
-def norm(channels: int, *, mirror: bool = False, reversed_channels: bool = False) -> Norm:
+def norm(channels: int, *, mirror: bool = False, reversed_channels: bool = False, bounded: bool = False) -> Norm:
     factor = torch.linspace(0.01, 0.021, channels)
-    return Norm(factor, -3 * factor - 1, factor + 7, mirror, reversed_channels)
+    bounds = torch.stack((factor - 0.8, factor + 0.3)) if bounded else None
+    return Norm(factor, -3 * factor - 1, factor + 7, mirror, reversed_channels, bounds)
 
 
 def cut_by_numpy(image_HWC: np.ndarray, y0: int, x0: int, size: tuple[int, int], norm: Norm) -> np.ndarray:
     """One window [h, w, C]: the whole image normalised in two roundings, padded far enough, and sliced."""
     pixels = image_HWC[:, :, ::-1] if norm.reversed_channels else image_HWC
     values = pixels.astype(np.float32) * norm.factor_C.numpy() + norm.offset_C.numpy()
+    if norm.bounds_2C is not None:
+        values = values.clip(*norm.bounds_2C.numpy())
     around = [
         (max(-at, 0), max(at + n - have, 0)) for at, n, have in zip((y0, x0), size, image_HWC.shape, strict=False)
     ]
@@ -79,15 +82,16 @@ def cut_by_numpy(image_HWC: np.ndarray, y0: int, x0: int, size: tuple[int, int],
     st.sampled_from((1, 2, 3, 5)),
     st.booleans(),
     st.booleans(),
-    st.sampled_from((np.uint8, np.uint16)),
+    st.booleans(),
+    st.sampled_from((np.uint8, np.uint16, np.int16, np.float32)),
 )
 @settings(max_examples=EXAMPLES)
 def test_a_window_anywhere_around_an_image_has_numpys_very_bytes(
     image: tuple[int, int], at: tuple[int, int], size: tuple[int, int], channels: int, mirror: bool,
-    reversed_channels: bool, dtype: type[np.uint8] | type[np.uint16],
+    reversed_channels: bool, bounded: bool, dtype: type[np.generic],
 ) -> None:  # fmt: skip
-    pixels = seeded(3).integers(0, np.iinfo(dtype).max + 1, (*image, channels), dtype=dtype)
-    rule = norm(channels, mirror=mirror, reversed_channels=reversed_channels)
+    pixels = seeded(3).integers(0, 65536, (*image, channels)).astype(dtype)
+    rule = norm(channels, mirror=mirror, reversed_channels=reversed_channels, bounded=bounded)
     with torch.inference_mode():
         image_1chw = operators.cut([torch.from_numpy(pixels)], [0, 0, *at, *image], size, rule)
     assert image_1chw.dtype == torch.float32 and image_1chw.is_contiguous(memory_format=torch.channels_last)

@@ -49,10 +49,11 @@ def requests_of(
 
 def bytes_up(requests: list[QueuedRequest]) -> dict[torch.dtype, int]:
     """What may go up: every row of a picture once, the windows' noise and blend weights, and prompts, but no masks."""
-    expected = dict.fromkeys((torch.uint8, torch.float32, torch.int32), 0)
+    expected = dict.fromkeys((torch.uint8, torch.uint16, torch.float32, torch.int32), 0)
     for one in requests:
         windows, card, boxes = one.plan.windows, one.plan.card, one.plan.options.boxes
-        expected[torch.uint8] += 3 * windows.height * windows.width
+        kind = getattr(torch, card.input.dtype)
+        expected[kind] += kind.itemsize * card.input.num_bands * windows.height * windows.width
         weights = sum(map(len, (*windows.weights_y, *windows.weights_x)))
         prompt = card.num_classes if one.plan.options.tags else len(boxes) > 0 and card.prompt.alpha is not None
         noise = one.plan.noise.draw(0).size
