@@ -103,7 +103,7 @@ class DistilledObjective(nn.Module):
         """Fit the density to the features of labelled pictures, given as image_B3hw and label_Bhw."""
         products_KNN = torch.zeros(())
         for image_B3hw, label_Bhw in labelled:
-            g_BMhw = self.head.answer(self.network.host(image_B3hw))[1]
+            g_BMhw = self.head.density.cells(self.head.answer(self.network.host(image_B3hw))[1])
             label_Bhw = at_grid(label_Bhw, *g_BMhw.shape[-2:])
             products_KNN = products_KNN + class_products(g_BMhw, label_Bhw, self.network.config.num_classes)
         for ours in (self.network, self.average):

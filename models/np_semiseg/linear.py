@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from penumbra.models.card import ExtraMap
 from penumbra.models.contract import Features
+from penumbra.models.errors import BadOption
 from penumbra.models.np_semiseg.heads import FilmHead, LatentStatistics
 
 SPREAD = 0.3
@@ -26,11 +27,15 @@ DENSITY = ExtraMap("density", "-log density of the pixel's features among the la
 
 @dataclass(frozen=True, slots=True)
 class LinearConfig:
-    """rank: L. hidden: channels of the pointwise network. keep_answer: D = 0: the answer at z = 0 stays the host's."""
+    """rank: L. hidden: channels of the pointwise network. keep_answer: D = 0: the answer at z = 0 stays the host's.
+
+    density_stride: the density is of the mean features of cells of so many rows and columns.
+    """
 
     rank: int = 16
     hidden: int = 96
     keep_answer: bool = False
+    density_stride: int = 1
 
 
 class LinearHead(FilmHead):
@@ -44,6 +49,8 @@ class LinearHead(FilmHead):
         self, num_classes: int, channels: int, config: LinearConfig, *, length: int, hidden: int, film_channels: int
     ) -> None:
         super().__init__(num_classes, channels, length=length, hidden=hidden, film_channels=film_channels)
+        if (least := min(config.rank, config.hidden, config.density_stride)) < 1:
+            raise BadOption(f"rank, hidden and density_stride of the linear head are at least 1, and one is {least}")
         self.config, joined = config, channels + film_channels
         self.num_corrections = 0 if config.keep_answer else num_classes
         self.standardise = nn.BatchNorm2d(joined, affine=False)
@@ -51,7 +58,7 @@ class LinearHead(FilmHead):
             nn.Conv2d(joined, config.hidden, 1), nn.ReLU(), nn.Conv2d(config.hidden, config.hidden, 1), nn.ReLU()
         )
         self.last = nn.Conv2d(config.hidden, self.num_corrections + num_classes * config.rank, 1)
-        self.density = ClassGaussians(num_classes, film_channels)
+        self.density = ClassGaussians(num_classes, film_channels, stride=config.density_stride)
         with torch.no_grad():
             weight, bias = self.last.parameters()
             weight[: self.num_corrections] = bias[: self.num_corrections] = 0
@@ -91,11 +98,12 @@ class ClassGaussians(nn.Module):
     """-log sum_k share_k N(g; mean_k, covariance_k): how unlike all classes' training pixels the features g are.
 
     whiten_KMM: inverses of the covariances' Cholesky factors, so that |whiten (g - mean)|^2 is Mahalanobis' distance.
-    Until `fit`, every class is a standard normal.
+    Until `fit`, every class is a standard normal. stride: g is the mean over cells of so many rows and columns.
     """
 
-    def __init__(self, num_classes: int, channels: int) -> None:
+    def __init__(self, num_classes: int, channels: int, *, stride: int = 1) -> None:
         super().__init__()
+        self.stride = stride
         self.share_K = nn.Buffer(torch.full((num_classes,), 1 / num_classes))
         self.mean_KM = nn.Buffer(torch.zeros(num_classes, channels))
         self.whiten_KMM = nn.Buffer(torch.eye(channels).repeat(num_classes, 1, 1))
@@ -104,12 +112,17 @@ class ClassGaussians(nn.Module):
         """Return the map [B, 1, h, w] in nats. It is computed in float32 whatever the network's precision."""
         whiten_KMM, mean_KM, share_K = self.whiten_KMM.float(), self.mean_KM.float(), self.share_K.float()
         shift_KM = -(whiten_KMM * mean_KM[:, None]).sum(2)
-        white = F.conv2d(g_BMhw.float(), whiten_KMM.flatten(0, 1)[:, :, None, None], shift_KM.flatten())
+        white = F.conv2d(self.cells(g_BMhw).float(), whiten_KMM.flatten(0, 1)[:, :, None, None], shift_KM.flatten())
         distance_BKhw = white.unflatten(1, shift_KM.shape).square().sum(2)
         scale_K = whiten_KMM.diagonal(dim1=1, dim2=2).log().sum(1) - shift_KM.shape[1] / 2 * math.log(2 * math.pi)
         log_p_BKhw = (share_K.log() + scale_K)[:, None, None] - distance_BKhw / 2
         highest = log_p_BKhw.amax(1, keepdim=True)  # taken out, or far from every class exp underflows
-        return -(highest + (log_p_BKhw - highest).exp().sum(1, keepdim=True).log())
+        density_B1hw = -(highest + (log_p_BKhw - highest).exp().sum(1, keepdim=True).log())
+        return density_B1hw if self.stride == 1 else F.interpolate(density_B1hw, g_BMhw.shape[-2:], mode="bilinear")
+
+    def cells(self, g_BMhw: Tensor) -> Tensor:
+        """Return the mean features of cells, which are what the density is fitted to and computed of."""
+        return g_BMhw if self.stride == 1 else F.avg_pool2d(g_BMhw, self.stride, ceil_mode=True)
 
     @torch.no_grad()
     def fit(self, products_KNN: Tensor, *, shrinkage: float) -> None:

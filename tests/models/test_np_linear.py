@@ -97,6 +97,19 @@ def test_the_density_is_the_mixture_of_the_classes_normal_distributions() -> Non
     assert found.shape == (2, 1, 20, 20) and torch.allclose(found.double(), by_hand, rtol=1e-4, atol=1e-4)
 
 
+def test_a_density_of_cells_is_that_of_their_mean_features_between_their_centres() -> None:
+    g_BMhw, label_Bhw = example()
+    fine = fitted(g_BMhw, label_Bhw, shrinkage=0.05)
+    coarse = ClassGaussians(3, 4, stride=2)
+    coarse.load_state_dict(fine.state_dict())
+    cells = fine(g_BMhw.unflatten(3, (10, 2)).unflatten(2, (10, 2)).mean((3, 5)))
+    found = coarse(g_BMhw)
+    assert found.shape == (2, 1, 20, 20)
+    assert torch.allclose(found[..., 0, 0], cells[..., 0, 0], rtol=1e-5)  # beyond the outermost centres it stays
+    between = (9 * cells[..., 3, 3] + 3 * cells[..., 3, 4] + 3 * cells[..., 4, 3] + cells[..., 4, 4]) / 16
+    assert torch.allclose(found[..., 7, 7], between, rtol=1e-4)
+
+
 def test_the_density_is_finite_far_from_every_class_and_for_classes_without_a_pixel() -> None:
     g_BMhw, label_Bhw = example()
     label_Bhw[label_Bhw == 2] = 255
