@@ -8,7 +8,7 @@ The tables of docs/measure/results.md come from benchmarks/results/shift-NAME.js
 import dataclasses
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +21,27 @@ from penumbra.models.checkpoint import read_card
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.training.evaluation.answers import LIMITS, Question
 from penumbra.training.evaluation.run import evaluate, load_frames
-from penumbra.training.evaluation.shift import measure_shift
+from penumbra.training.evaluation.shift import find_seen, measure_shift
 from penumbra.training.evaluation.temperature import control_cards
 
 FIGURES = ("seg/mIoU", "seg/NLL", "seg/Brier", "cal/ECE", "sc/AURC", "sc/AUGRC")
 
 
-def measure(checkpoint: Path, question: Question) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Documents of the samples, and then of the control where there are samples."""
+def measure(checkpoint: Path, question: Question, seen: Collection[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Documents of the samples, and then of the control where there are samples. seen: by any training in the table."""
     with tempfile.TemporaryDirectory() as folder, Segmenter(limits=LIMITS, threads=1) as segmenter:
         card = segmenter.load(export_checkpoint(checkpoint, Path(folder)))
         frames = load_frames(question, card)
         indices = list(range(0, len(frames), question.every))
         own = evaluate(segmenter, question, frames)
-        own = dataclasses.replace(own, beyond={"shift": measure_shift(segmenter, own, frames)})
+        own = dataclasses.replace(own, beyond={"shift": measure_shift(segmenter, own, frames, seen=seen)})
         yield card.name, own.document()
         if card.sampling.is_stochastic:
             cards = control_cards(segmenter, question, frames, indices)
             control = evaluate(segmenter, question, frames, cards=cards)
-            control = dataclasses.replace(control, beyond={"shift": measure_shift(segmenter, control, frames)})
+            control = dataclasses.replace(
+                control, beyond={"shift": measure_shift(segmenter, control, frames, seen=seen)}
+            )
             yield f"{card.name}, control", control.document()
 
 
@@ -59,14 +61,16 @@ def row(name: str, figures: dict[str, float], intervals: dict[str, list[float]])
 @click.argument("names", nargs=-1)
 def main(data: Path, every: int, split: str, names: tuple[str, ...]) -> None:
     """Print the tables and keep every figure as JSON. NAME: of the zoo, or a checkpoint's file."""
-    for name in names or tuple(sorted(path.stem for path in ZOO.glob("*.safetensors"))):
-        checkpoint = Path(name) if name.endswith(".safetensors") else ZOO / f"{name}.safetensors"
+    chosen = names or tuple(sorted(path.stem for path in ZOO.glob("*.safetensors")))
+    checkpoints = [Path(name) if name.endswith(".safetensors") else ZOO / f"{name}.safetensors" for name in chosen]
+    seen = {kind for checkpoint in checkpoints for kind in find_seen(read_card(checkpoint))}
+    for checkpoint in checkpoints:
         question = Question(read_card(checkpoint).name, data, split=split, every=every)
         documents: dict[str, Any] = {}
-        for title, document in measure(checkpoint, question):
+        for title, document in measure(checkpoint, question, seen):
             del document["curves"], document["errors"], document["against_samples"]
             variants = document["shift"]["variants"]
-            for variant in ("clean", "corruptions", "scale-2", "scale-0.5"):
+            for variant in ("clean", "corruptions", "corruptions-unseen", "scale-2", "scale-0.5"):
                 print(row(f"{title}, {variant}", variants[variant]["figures"], variants[variant]["intervals"]))
             print(document["shift"]["objects"], flush=True)
             documents[title] = document

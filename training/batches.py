@@ -78,6 +78,11 @@ class Batches:
             raise BadOption(f"corruptions has {unknown[0]!r}; known are {', '.join(CORRUPTIONS)}")
         if recipe.corruptions and not recipe.unlabelled_batch:
             raise BadOption("unlabelled_batch is 0 and corruptions are for unlabelled views; leave one of both out")
+        if recipe.corruptions and (kind := recipe.objective.get("kind")) != "distilled":
+            raise BadOption(
+                f"recipe.objective.kind is {kind!r}, which would call the objects that come with corruptions by the "
+                "class behind them; 'distilled' is wanted, or no corruptions"
+            )
 
     def draw(self) -> Views:
         """Draw the next batch. Nothing of the unlabelled frames' masks goes into it but what `weak_labels` names."""

@@ -1,8 +1,9 @@
 """Spoil pictures as sensors, lenses and weather do, rescale them, and paste objects that are of no class into them.
 
 A picture is uint8 [H, W, 3] of any size, also a single crop, and stays one; nothing here knows a model. The names are
-those of Hendrycks & Dietterich 2019, the constants our own, for pictures of about 400 px; severity 1 is seen at once,
-3 leaves the scene just recognisable. All chance comes from the generator that is given.
+those of Hendrycks & Dietterich 2019 (but for `darken`, our own: their brightness makes lighter), the constants our own,
+for pictures of about 400 px; severity 1 is seen at once, 3 leaves the scene just recognisable. All chance comes from
+the generator that is given.
 """
 
 from collections.abc import Callable, Sequence
@@ -59,7 +60,7 @@ def fog(image_HW3: Picture, severity: int, rng: np.random.Generator) -> Picture:
 
 
 def darken(image_HW3: Picture, severity: int, rng: np.random.Generator) -> Picture:
-    """Multiply by less than one: brightness, as less light makes it."""
+    """Multiply by less than one, as less light does."""
     return _to_bytes((0.6, 0.35, 0.2)[severity - 1] * image_HW3.astype(np.float32))
 
 
@@ -106,7 +107,7 @@ def paste_object(
     It is of no class, so its label is IGNORE. Raises BadOption: scikit-image, which has the photographs, is not there.
     """
     height, width = label_HW.shape
-    size = max(4, round(rng.uniform(*OBJECT_SHARE) * min(height, width)))
+    size = min(max(4, round(rng.uniform(*OBJECT_SHARE) * min(height, width))), height, width)
     y, x = rng.integers(height - size + 1), rng.integers(width - size + 1)
     name = objects[rng.integers(len(objects))]
     inside_hw, looks_hw3 = _outline(size, rng), _looks(name, size, rng)

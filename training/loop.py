@@ -257,6 +257,8 @@ def card_of(recipe: Recipe, data: DataSet, *, num_frames: int, num_labelled: int
     without = " and ".join((*recipe.leave_out, *recipe.void_classes))
     part = f"train without {without}" if without else "train"
     sentence = f"{data.title} {part}, {num_labelled} of {num_frames} frames labelled ({drawn}), the rest {rest}"
+    if recipe.corruptions:
+        sentence += f"; views spoiled by {', '.join(recipe.corruptions)} and pasted objects"
     licences = [data.licence + (IMAGENET_LICENCE if recipe.pretrained == "imagenet" else "")]
     for source in read_sources(recipe):
         sentence += f"; with {source.name}: {source.provenance.data}"

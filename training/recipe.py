@@ -30,7 +30,7 @@ class Recipe:
     crop: height and width of the views in px. scale: range of their magnification.
     jitter, strong_jitter: colour strength of labelled and of unlabelled views.
     corruptions: kinds of `corruptions.CORRUPTIONS` that half of the strong views are spoiled by; foreign objects are
-    pasted into half of them then, too. None leaves them as they are.
+    pasted into half of them then, too. None leaves them as they are; for the objective `distilled` alone.
     steps: length of the schedule, unless the caller limits the minutes. warmup: its share with rising rate.
     average_decay: of the running average of the weights, which is what is written in the end.
     input: how pixels become what the network sees. pretrained: what the EfficientNets in the network start from.

@@ -93,6 +93,10 @@ def choose_sampling(config: CpalConfig, offered: tuple[str, ...]) -> Sampling:
         f"the network {net!r} on an EfficientNet, whose pictures are normalised otherwise, has the scale 1 alone":
             net == "cam" and config.lite is not None and config.scales != (1.0,),
         f"the network {net!r} stands on a WideResNet; lite null is wanted": net == "wrn38" and config.lite is not None,
+        f"depth is {config.depth}, and the network {net!r} has no ResNet; leave it out":
+            config.depth != 50 and (net == "wrn38" or config.lite is not None),
+        f"width is {config.width}, which no part of the network {net!r} has; leave it out":
+            config.width != 64 and net == "deeplabv2" and config.lite is not None,
         f"the network {net!r} has the scale 1 alone": net == "wrn38" and config.scales != (1.0,),
     }  # fmt: skip
     for sentence, failed in failures.items():

@@ -35,7 +35,7 @@ from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.windows import normalise
 from tests.models import golden
-from tests.models.small import SMALL, seeded, traced
+from tests.models.small import LITE, SMALL, seeded, traced
 
 STEMS = golden.fixtures("sipe_*")
 SIZE = re.compile(r"_(\d+)x(\d+)")
@@ -326,6 +326,12 @@ def test_a_mirrored_picture_gets_mirrored_maps() -> None:
         (CpalConfig(3, "deeplabv2", members=("max",), flip=True), "'deeplabv2' has neither flips nor context"),
         (CpalConfig(3, "deeplabv2", members=("max",), background=False), "'deeplabv2' takes every class alike"),
         (CpalConfig(3, "wrn38", members=("logits",), scales=(1.0, 0.5)), "'wrn38' has the scale 1 alone"),
+        (CpalConfig(3, "wrn38", 18, members=("logits",)), "depth is 18, and the network 'wrn38' has no ResNet"),
+        (CpalConfig(3, depth=18, lite=LITE), "depth is 18, and the network 'cam' has no ResNet; leave it out"),
+        (
+            CpalConfig(3, "deeplabv2", width=24, members=("max",), lite=LITE),
+            "width is 24, which no part of the network 'deeplabv2' has; leave it out",
+        ),
     ],
 )
 def test_a_configuration_that_fits_no_network_is_refused(config: CpalConfig, problem: str) -> None:

@@ -123,7 +123,8 @@ def test_pixels_of_a_hidden_mask_that_keep_its_boxes_change_nothing() -> None:
 
 
 def test_corruptions_and_foreign_objects_spoil_the_strong_views_alone() -> None:
-    recipe = replace(tiny.recipe("cps", Path(), steps=1, batch=12), corruptions=("fog", "darken"))
+    recipe = tiny.recipe("cps", Path(), steps=1, batch=12)
+    recipe = replace(recipe, objective={"kind": "distilled"}, corruptions=("fog", "darken"))
     plain, spoilt, again = (
         Batches(_frames(), SPLIT, chosen, torch.Generator().manual_seed(0), num_classes=3).draw()
         for chosen in (replace(recipe, corruptions=()), recipe, recipe)
@@ -142,3 +143,10 @@ def test_an_unknown_corruption_is_named_beside_the_known_ones() -> None:
     recipe = replace(recipe, corruptions=("fog",), unlabelled_batch=0)
     with pytest.raises(BadOption, match="unlabelled_batch is 0 and corruptions are for unlabelled views"):
         Batches(_frames(), SPLIT, recipe, torch.Generator(), num_classes=3)
+
+
+def test_objects_of_no_class_are_pasted_for_nobody_who_would_call_them_by_the_class_behind_them() -> None:
+    recipe = replace(tiny.recipe("cps", Path(), steps=1), corruptions=("fog",))
+    for objective, kind in ({}, "None"), ({"kind": "mean_teacher"}, "'mean_teacher'"):
+        with pytest.raises(BadOption, match=rf"recipe\.objective\.kind is {kind}, which would call the objects"):
+            Batches(_frames(), SPLIT, replace(recipe, objective=objective), torch.Generator(), num_classes=3)

@@ -45,6 +45,12 @@ def test_a_corruption_takes_crops_of_any_size(name: str, size: tuple[int, int]) 
     assert all(CORRUPTIONS[name](clean, severity, draws()).shape == clean.shape for severity in SEVERITIES)
 
 
+def test_an_object_is_no_larger_than_the_picture() -> None:
+    for shape in ((1, 1), (2, 9), (9, 3)):
+        pasted, label, object_HW = paste_object(picture(draws(), *shape), np.zeros(shape, np.uint8), draws())
+        assert pasted.shape[:2] == label.shape == shape and (label[object_HW] == IGNORE).all()
+
+
 def test_darkening_and_contrast_are_their_formulas() -> None:
     clean = scene().astype(float)
     mean = clean.mean((0, 1))

@@ -16,6 +16,7 @@ from penumbra.models.np_semiseg.distilled import DistilledObjective, moments
 from penumbra.models.np_semiseg.linear import LinearHead
 from penumbra.models.np_semiseg.net import NpNetwork
 from penumbra.training.data import find_data
+from penumbra.training.evaluation.shift import find_seen
 from penumbra.training.loop import Training, build_network, card_of, train
 from penumbra.training.objective import build_objective
 from penumbra.training.recipe import Recipe
@@ -98,6 +99,8 @@ def test_training_writes_a_checkpoint_whose_density_knows_its_labelled_frames(tm
     recipe = recipe_of(tmp_path, labelled_batch=2, corruptions=("fog", "gaussian_noise"))
     path = train(recipe, tmp_path, runs_dir=tmp_path / "runs")
     card, network = load_checkpoint(path)
+    assert "; views spoiled by fog, gaussian_noise and pasted objects; with" in card.provenance.data
+    assert find_seen(card) == ["fog", "gaussian_noise"]
     assert card.sampling.law == "antithetic" and [extra.name for extra in card.extra_maps] == ["density"]
     assert isinstance(network, NpNetwork) and isinstance(network.head, LinearHead)
     assert float(network.head.density.share_K.sum()) == pytest.approx(1, abs=1e-3)

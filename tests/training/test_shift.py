@@ -16,6 +16,7 @@ from penumbra.models.card import IGNORE, dump_card, parse_card
 from penumbra.models.errors import BadOption
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.training.corruptions import CORRUPTIONS
 from penumbra.training.evaluation.answers import Question
 from penumbra.training.evaluation.run import evaluate, segment_frames
 from penumbra.training.evaluation.shift import (
@@ -23,11 +24,13 @@ from penumbra.training.evaluation.shift import (
     VARIANTS,
     Changed,
     find_class,
+    find_seen,
     find_strange,
     measure_shift,
     paste_objects,
 )
 from penumbra.training.evaluation.temperature import control_cards, single_pass
+from penumbra.training.evaluation.verb import tables_of
 from penumbra.training.frames import Frames, hide_classes
 from tests.conftest import GAIN, picture, toy_card
 
@@ -132,14 +135,29 @@ def test_void_pixels_stay_void_where_a_frame_is_changed(frames: Frames) -> None:
         assert void_HW is not None and void_HW.shape == label_HW.shape and void_HW.float().mean() == 0.5
 
 
+def errors(frames: Frames, factor: float) -> list[float]:
+    """The wrong share of each frame at a factor of light, by its first brightest channel; darkness ties some."""
+    dark_N3HW = np.rint(factor * frames.image_N3HW.numpy().astype(np.float32))
+    wrong = dark_N3HW.argmax(1) != frames.label_NHW.numpy()
+    return [
+        float(x_HW[known_HW].mean()) for x_HW, known_HW in zip(wrong, frames.label_NHW.numpy() != IGNORE, strict=True)
+    ]
+
+
+def probability_above(ours: list[float], theirs: list[float]) -> float:
+    return float(np.mean([(a > b) + 0.5 * (a == b) for a in ours for b in theirs]))
+
+
 def test_darkness_brings_doubt_and_is_told_from_the_usual(segmenter: Segmenter, frames: Frames) -> None:
     """The toy's logits are the pixels: less light is less of them."""
     clean = evaluate(segmenter, question("bright", every=3), frames)
     shift = measure_shift(segmenter, clean, frames)
     rows = shift["variants"]
-    assert rows.keys() == {"clean", *VARIANTS, "corruptions"} and len(VARIANTS) == 8 * 3 + len(SCALES)
+    assert rows.keys() == {"clean", *VARIANTS, "corruptions", "corruptions-unseen"} and len(VARIANTS) == 8 * 3 + len(
+        SCALES
+    )
     assert rows["darken-3"]["separation"] == {
-        "error": pytest.approx(0.5, abs=0.3),
+        "error": pytest.approx(probability_above(errors(frames, 0.2)[::3], errors(frames, 1.0)[::3])),
         "confidence": 1, "entropy": 1, "brightness": 0,
     }  # fmt: skip
     assert set(rows["clean"]["separation"].values()) == {0.5}
@@ -149,7 +167,24 @@ def test_darkness_brings_doubt_and_is_told_from_the_usual(segmenter: Segmenter, 
     assert rows["darken-2"]["figures"]["seg/mIoU"] == pytest.approx(rows["clean"]["figures"]["seg/mIoU"], abs=0.02)
     nll = [rows[name]["figures"]["seg/NLL"] for name in VARIANTS if name not in SCALES]
     assert rows["corruptions"]["figures"]["seg/NLL"] == pytest.approx(np.mean(nll), rel=1e-6)
+    assert rows["corruptions-unseen"] == rows["corruptions"] and shift["seen"] == []
     assert shift["objects"].keys() == {"confidence", "entropy", "brightness"}
+
+
+def test_corruptions_that_a_training_has_seen_are_marked_and_pooled_apart(segmenter: Segmenter, frames: Frames) -> None:
+    card = segmenter.find("toy-pointwise").card
+    provenance = dataclasses.replace(card.provenance, data="a train; views spoiled by fog, darken and pasted objects")
+    assert find_seen(card) == [] and find_seen(dataclasses.replace(card, provenance=provenance)) == ["darken", "fog"]
+    clean = evaluate(segmenter, question("pointwise", every=6), frames)
+    shift = measure_shift(segmenter, clean, frames, seen=("darken", "fog"))
+    rows = shift["variants"]
+    unseen = [kind for kind in CORRUPTIONS if kind not in ("darken", "fog")]
+    nll = [rows[f"{kind}-{severity}"]["figures"]["seg/NLL"] for kind in unseen for severity in (1, 2, 3)]
+    assert rows["corruptions-unseen"]["figures"]["seg/NLL"] == pytest.approx(np.mean(nll), rel=1e-6)
+    assert rows["corruptions-unseen"] != rows["corruptions"]
+    shown = dict(tables_of({"shift": shift}))["pictures"]
+    assert "fog-2 (seen in training)" in shown and "contrast-2" in shown and "corruptions-unseen" in shown
+    assert "corruptions-unseen" not in measure_shift(segmenter, clean, frames, seen=CORRUPTIONS)["variants"]
 
 
 def test_pixels_that_lost_their_label_are_found_by_what_they_look_like(segmenter: Segmenter, frames: Frames) -> None:

@@ -4,7 +4,8 @@ The frames are corrupted (eight kinds, three severities), rescaled, and have obj
 for the pixels of a class that the model has not learnt. A frame's chance depends on the seed and its index alone.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from penumbra.training.evaluation.figures import Evaluation
 from penumbra.training.evaluation.intervals import figures_of, find_intervals
 from penumbra.training.evaluation.run import Measured, defined, evaluate, segment_frames
 from penumbra.training.frames import Frame, FrameSet
-from penumbra.training.metrics import Ranking
+from penumbra.training.metrics import Doubles, Ranking
 
 NUM_OBJECTS = 2
 """Pasted into each frame."""
@@ -82,25 +83,40 @@ VARIANTS: dict[str, Change] = SCALES | {
 }
 
 
-def measure_shift(segmenter: Segmenter, clean: Measured, frames: FrameSet) -> dict[str, Any]:
+def measure_shift(
+    segmenter: Segmenter, clean: Measured, frames: FrameSet, *, seen: Collection[str] | None = None
+) -> dict[str, Any]:
     """Measure the variants of the frames of an evaluation, as JSON values: rows by variant, and of pasted objects.
 
-    The row `corruptions` is of all corruptions together, `clean` of the frames as they are.
+    The row `corruptions` is of all corruptions together, `corruptions-unseen` of the kinds that no training has `seen`
+    (by the card, if left out), and `clean` of the frames as they are.
     """
-    rows, pooled = {"clean": _row(clean.evaluation, clean)}, 0
+    seen = find_seen(clean.card) if seen is None else seen
+    rows, blocks = {"clean": _row(clean.evaluation, clean)}, {}
     for name, change in VARIANTS.items():
         changed = Changed(frames, change, clean.question.seed)
         measured = evaluate(segmenter, clean.question, changed, cards=clean.cards, title=name)
-        rows[name] = _row(measured.evaluation, clean)
-        if name not in SCALES:
-            pooled = pooled + np.stack(measured.evaluation.blocks)
-    num_classes = clean.card.num_classes
-    rows["corruptions"] = {
-        "figures": defined(figures_of(pooled.sum(0), num_classes)),
-        "intervals": find_intervals(list(pooled), num_classes, seed=clean.question.seed),
-    }
+        rows[name], blocks[name] = _row(measured.evaluation, clean), np.stack(measured.evaluation.blocks)
+    unseen = [kind for kind in CORRUPTIONS if kind not in seen]
+    for name, kinds in {"corruptions": list(CORRUPTIONS), "corruptions-unseen": unseen}.items():
+        if kinds:
+            rows[name] = _pool([blocks[f"{kind}-{severity}"] for kind in kinds for severity in SEVERITIES], clean)
     pasted = Changed(frames, paste_objects, clean.question.seed)
-    return {"variants": rows, "objects": find_strange(segmenter, clean, frames, pasted)}
+    return {"seen": sorted(seen), "variants": rows, "objects": find_strange(segmenter, clean, frames, pasted)}
+
+
+def find_seen(card: Card) -> list[str]:
+    """Find the kinds of corruption that a model's card says it was trained on, or what it learnt from was."""
+    return sorted({*CORRUPTIONS}.intersection(re.findall(r"\w+", card.provenance.data)))
+
+
+def _pool(variants: list[Doubles], clean: Measured) -> dict[str, Any]:
+    """Summarise several variants by the sums of their blocks, of the same frames in all of them."""
+    blocks, num_classes = np.sum(variants, axis=0), clean.card.num_classes
+    return {
+        "figures": defined(figures_of(blocks.sum(0), num_classes)),
+        "intervals": find_intervals(list(blocks), num_classes, seed=clean.question.seed),
+    }
 
 
 def _row(evaluation: Evaluation, clean: Measured) -> dict[str, Any]:

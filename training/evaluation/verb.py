@@ -122,7 +122,8 @@ def tables_of(beyond: dict[str, Any]) -> Iterator[tuple[str, dict[str, dict[str,
         rows = {}
         for name, row in shift["variants"].items():
             told = {f"told by {score}": value for score, value in row.get("separation", {}).items()}
-            rows[name] = {figure.partition("/")[2]: row["figures"][figure] for figure in WITH_INTERVALS} | told
+            mark = " (seen in training)" if name.rpartition("-")[0] in shift["seen"] else ""
+            rows[name + mark] = {figure.partition("/")[2]: row["figures"][figure] for figure in WITH_INTERVALS} | told
         yield "pictures", rows
         yield "pasted objects", shift["objects"]
     for class_name, maps in beyond.get("hidden", {}).items():
