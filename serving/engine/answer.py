@@ -3,6 +3,7 @@
 import math
 from contextlib import closing
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,11 @@ class Prediction:
             "warnings": list(self.warnings), "abstained": self.abstained, "void_pixels": self.num_void,
             "scores": {"expected_error": self.scores.expected_error, "novelty": self.scores.novelty},
         } | ({"samples_asked": self.num_asked} if self.num_asked else {})  # fmt: skip
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows. The renderer is found then, since the engine is there without it."""
+        shown: str = import_module("penumbra.serving.render.notebook").html_of(self)
+        return shown
 
 
 def collect(
