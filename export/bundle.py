@@ -16,7 +16,7 @@ from penumbra.models.checkpoint import load_checkpoint
 from penumbra.models.contract import Features, Network, Prompt
 from penumbra.models.errors import BadArtifact, BadOption
 from penumbra.models.files import whole_directory
-from penumbra.serving.engine.backends import Backend, find_format, load_backend
+from penumbra.serving.engine.backends import BACKENDS, Backend, find_format, load_backend
 from penumbra.serving.engine.device import find_device
 from penumbra.serving.engine.noise import SeededNoise
 from penumbra.serving.engine.store import (
@@ -34,30 +34,32 @@ GOLDEN_WINDOWS, GOLDEN_SAMPLES = 2, 3
 WHOLE_IMAGE_EXAMPLE = (128, 160)
 """Golden size for models whose window is the whole image."""
 NOT_MEASURED = Parity(0, 0, 0, 0, 0)
+USUAL = "torchscript"
 
 
 def export_checkpoint(
-    checkpoint: Path, store: Path, *, backend: str = "torchscript", precision: str = "fp32", device: str = "cpu",
+    checkpoint: Path, store: Path, *, backend: str | None = None, precision: str = "fp32", device: str = "cpu",
     frames: Sequence[Frame] = (),
 ) -> Path:  # fmt: skip
     """Write the next version of the checkpoint's model into a store; returns its directory.
 
-    device: where the graphs are to run. frames: labelled pictures, on which the gate is held as well.
+    backend: by default torchscript, or what the network names first. device: where the graphs are to run. frames:
+    labelled pictures, on which the gate is held as well.
     Raises BadOption (unknown backend, or one that is not installed or has not this precision), BadCheckpoint, and
     ParityFailed, in which case nothing is written.
     """
-    find_writer(backend, precision)
+    find_writer(backend or USUAL, precision)
     card, network = load_checkpoint(checkpoint)
-    facts = ExportFacts(backend, precision, torch.__version__, {}, NOT_MEASURED, sha256_of(checkpoint))
+    facts = ExportFacts(backend or "", precision, torch.__version__, {}, NOT_MEASURED, sha256_of(checkpoint))
     return _export(network, dataclasses.replace(card, export=facts), store, find_device(device), frames)
 
 
 def export_network(
-    network: Network, card: Card, store: Path, *, backend: str = "torchscript", precision: str = "fp32",
+    network: Network, card: Card, store: Path, *, backend: str | None = None, precision: str = "fp32",
     device: str = "cpu",
 ) -> Path:  # fmt: skip
     """Write the next version of a network in memory into a store, as `export_checkpoint` does."""
-    facts = ExportFacts(backend, precision, torch.__version__, {}, NOT_MEASURED)
+    facts = ExportFacts(backend or "", precision, torch.__version__, {}, NOT_MEASURED)
     return _export(network, dataclasses.replace(card, export=facts), store, find_device(device))
 
 
@@ -70,6 +72,11 @@ def find_writer(backend: str, precision: str) -> ModuleType:
 
 
 def _export(network: Network, card: Card, store: Path, device: torch.device, frames: Sequence[Frame] = ()) -> Path:
+    assert card.export
+    formats, backend = network.formats or BACKENDS, card.export.backend or (network.formats or (USUAL,))[0]
+    if backend not in formats:
+        raise BadOption(f"{card.name} cannot be exported as {backend}; it can as {' and '.join(formats)}")
+    card = dataclasses.replace(card, export=dataclasses.replace(card.export, backend=backend))
     parse_card(dump_card(card))
     card = dataclasses.replace(card, version=next_version(store, card.name))
     network = network.eval().requires_grad_(False)

@@ -9,9 +9,11 @@ import onnxscript  # noqa: F401  (torch's exporter needs both, and either may be
 import torch
 from torch.onnx import ONNXProgram
 
+from penumbra.export.onnx_program import encode_graph
 from penumbra.export.parts import Part, cut
 from penumbra.models.card import Card
 from penumbra.models.contract import Network
+from penumbra.models.plain.net import PlainNetwork
 from penumbra.serving.engine.store import Golden
 
 PRECISIONS = ("fp32",)
@@ -22,7 +24,14 @@ def write(
 ) -> None:
     """Save encode.onnx and decode.onnx, and prompt.onnx where the network takes one; in fp32 for every precision."""
     for part in cut(network, card, golden, precision="fp32", device=torch.device("cpu")):
-        (directory / f"{part.name}.onnx").write_bytes(anonymous(to_onnx(part).model_proto).SerializeToString())
+        (directory / f"{part.name}.onnx").write_bytes(anonymous(_model(network, part)).SerializeToString())
+
+
+def _model(network: Network, part: Part) -> onnx.ModelProto:
+    """Convert a part, unless it is a graph already."""
+    if isinstance(network, PlainNetwork) and network.config.form == "onnx" and part.name == "encode":
+        return encode_graph(network.as_bytes(), network.config.output)
+    return to_onnx(part).model_proto
 
 
 def to_onnx(part: Part, *, opset: int | None = None) -> ONNXProgram:

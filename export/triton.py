@@ -188,7 +188,9 @@ def export_repository(source: str, store: Path, repository: Path) -> list[str]:
     if not Path(source).is_file():
         return write_repository(open_artifact(find_artifact(store, source)), repository)
     with tempfile.TemporaryDirectory() as folder:
-        return write_repository(open_artifact(export_checkpoint(Path(source), Path(folder))), repository)
+        return write_repository(
+            open_artifact(export_checkpoint(Path(source), Path(folder), backend="torchscript")), repository
+        )
 
 
 def write_repository(artifact: Artifact, repository: Path) -> list[str]:

@@ -1,7 +1,7 @@
 """What a network is: the contract, the card, and one folder per method.
 
 No method's folder imports another's. Torch, safetensors, pydantic, which reads cards, and the standard library are all
-that is imported here.
+that is imported here, but for onnxruntime where an ONNX program is run.
 """
 
 import importlib

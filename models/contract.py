@@ -30,12 +30,14 @@ class Network(nn.Module):
     sampling: what its sample axis is. `decode` may return logits at a feature resolution below the
     window's; resizing and softmax belong to whoever reads them out (`penumbra.serving.engine.moments`).
     prompt: what it takes beside the image. extra_maps: named maps of its own; they are the last feature,
-    extras_BEhw float32, at any resolution.
+    extras_BEhw float32, at any resolution. formats: those that it can be exported in, the usual one first, where it
+    cannot in all.
     """
 
     sampling: Sampling
     prompt: PromptSpec = PromptSpec()
     extra_maps: tuple[ExtraMap, ...] = ()
+    formats: tuple[str, ...] = ()
 
     def encode(self, image_BChw: Tensor) -> Features:
         """Compute everything that does not depend on the sample. image_BChw: float32, normalised as the card says."""

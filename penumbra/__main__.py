@@ -241,7 +241,7 @@ def ensemble(checkpoints: tuple[Path, ...], output: Path) -> None:
 @click.option("--target", type=click.Choice(["store", "triton"]), default="store", show_default=True,
               help="Where to: the store, or a Triton model repository, also of a NAME that the store has.")  # fmt: skip
 @click.option("--output", "-o", type=shared.ANY_FOLDER, help="The Triton repository.")
-@click.option("--backend", default="torchscript", show_default=True,
+@click.option("--backend", show_default="torchscript, or onnx for an ONNX program",
               help="Or onnx, openvino, aot, tensorrt, tensorrt_rtx.")  # fmt: skip
 @click.option("--precision", default="fp32", show_default=True, help="Or bf16, fp16, as far as the backend has it.")
 @click.option("--device", default="cpu", show_default=True, help="Where the graphs are to run: cpu or cuda.")
@@ -253,7 +253,7 @@ def ensemble(checkpoints: tuple[Path, ...], output: Path) -> None:
 @shared.STORE
 @shared.JSON
 def export(
-    checkpoint: Path, target: str, output: Path | None, backend: str, precision: str, device: str,
+    checkpoint: Path, target: str, output: Path | None, backend: str | None, precision: str, device: str,
     data: Path | None, data_set: str, split: str, every: int, store: Path, as_json: bool,
 ) -> None:  # fmt: skip
     """Export a checkpoint into a store, proved against the checkpoint, or not at all."""
@@ -269,7 +269,9 @@ def export(
     if not checkpoint.is_file():
         raise BadOption(f"there is no file {str(checkpoint)!r}; a checkpoint is wanted")
     frames = _read_frames(checkpoint, every, data=data, data_set=data_set, split=split) if data else ()
-    with Console(stderr=True).status(f"Building {backend} {precision} of {checkpoint.name}, and measuring it"):
+    with Console(stderr=True).status(
+        f"Building {backend or 'graphs'} {precision} of {checkpoint.name}, and measuring it"
+    ):
         directory = export_checkpoint(
             checkpoint, store, backend=backend, precision=precision, device=device, frames=frames
         )

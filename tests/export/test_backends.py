@@ -29,8 +29,8 @@ ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 EXACTLY = 1e-4
 WINDOW = (64, 80)
-QUICK = ("toy boxed", "cps", "np_semiseg film")
-"""Three shapes of network: one that takes a prompt, one with members, one with a latent."""
+QUICK = ("toy boxed", "cps", "np_semiseg film", "plain onnx")
+"""Four shapes of network: one that takes a prompt, one with members, one with a latent, one that is a graph already."""
 SLOW = (
     "toy opposed",
     "toy bright",
@@ -42,8 +42,9 @@ SLOW = (
     "self_correcting dropout",
     "cpal wrn38-dropout",
     "cps lite",
+    "plain pt2",
 )
-COMPILED = ("toy latent", "self_correcting linear")
+COMPILED = ("toy latent", "self_correcting linear", "plain pt2")
 """A compiler works on every graph for half a minute: few cases, the second with members that a prompt adds."""
 
 

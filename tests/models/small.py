@@ -21,6 +21,7 @@ from penumbra.models.cps.net import CpsConfig
 from penumbra.models.ensemble.net import EnsembleConfig, MemberConfig
 from penumbra.models.np_semiseg.linear import LinearConfig
 from penumbra.models.np_semiseg.net import NpConfig
+from penumbra.models.plain.net import PlainConfig, PlainNetwork
 from penumbra.models.proto_seg.net import ProtoConfig
 from penumbra.models.proto_seg.trunks import DeepLabConfig, HrnetConfig, LiteConfig
 from penumbra.models.self_correcting.net import SelfCorrectingConfig
@@ -29,6 +30,7 @@ from penumbra.serving.engine.noise import SeededNoise
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
+from tests.models.programs import tiny_program
 
 BACKBONE = ResNetConfig(depth=18, width=8)
 LITE = EfficientNetConfig("efficientnet_lite", width=0.25, depth=0.5)
@@ -80,6 +82,7 @@ SMALL: dict[str, Any] = {
     "proto_seg lite": ProtoConfig(3, num_prototypes=4, normalise="channel", trunk="lite", lite=LiteConfig(LITE, 8)),
     "proto_seg parametric": ProtoConfig(3, head="parametric", hrnet=HRNET),
     "proto_seg parametric-dropout": ProtoConfig(3, head="parametric", sampling="dropout", hrnet=HRNET),
+    **{f"plain {form}": PlainConfig(3, form, len(tiny_program(form))) for form in ("onnx", "torchscript", "pt2")},  # type: ignore[arg-type]
     "cpal cam": CpalConfig(3, depth=18, width=4),
     "cpal scales": CpalConfig(3, depth=18, width=4, scales=(1.0, 0.5, 1.5), flip=True, members=("is_cam",)),
     "cpal context": CpalConfig(
@@ -98,6 +101,8 @@ SMALL: dict[str, Any] = {
     "cpal wrn38-dropout": CpalConfig(3, "wrn38", width=1, members=("logits",), sampling="dropout"),
 }
 """Configurations by name; the first word is the method's."""
+IN_TORCH = [name for name in SMALL if name != "plain onnx"]
+"""Those that torch runs; an ONNX program is onnxruntime's, on the CPU."""
 SIZE = (37, 53)
 INPUTS = {
     "toy bands": InputSpec((0,) * 4, (1,) * 4, 10_000.0, bands=("blue", "green", "red", "nir"), dtype="uint16"),
@@ -116,6 +121,8 @@ def fresh(name: str, *, seed: int = 0) -> Network:
         for key, buffer in network.named_buffers():
             if key.endswith("_centres"):
                 nn.init.normal_(buffer)
+    if isinstance(network, PlainNetwork):
+        network.program.copy_(torch.frombuffer(bytearray(tiny_program(network.config.form, seed)), dtype=torch.uint8))
     return network.train()
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from penumbra.export.parts import _Decode, _Encode, _TakePrompt
 from penumbra.models.contract import Network
+from penumbra.models.plain.net import PlainNetwork
 from penumbra.serving.engine import runtime as runtimes
 from penumbra.serving.engine.backends import DTYPES, Backend
 from penumbra.serving.engine.canvas import Landing
@@ -63,6 +64,8 @@ def runtime_of(name: str, precision: str) -> tuple[Runtime, Watch]:
 
 def move(network: Network, dtype: torch.dtype) -> Network:
     """Put parameters and buffers on the fake device; `Module.to` cannot. Other tensors stay where they are."""
+    if isinstance(network, PlainNetwork):
+        network.load()
     with FAKE:
         for module in network.modules():
             for table in (module._parameters, module._buffers):

@@ -13,7 +13,7 @@ from penumbra.serving.engine import canvas as surfaces
 from penumbra.serving.engine.canvas import Transfers
 from penumbra.serving.engine.options import PROBABILITIES
 from penumbra.serving.engine.request import QueuedRequest
-from tests.models.small import SMALL
+from tests.models.small import IN_TORCH
 from tests.serving.engine.gpu.rehearsal import Count, rehearse, request, runtime_of
 from tests.serving.engine.gpu.test_pipeline import asked
 from tests.serving.engine.gpu.watch import CUDA, STEPS, Stream, Watch
@@ -26,7 +26,7 @@ beside the rows, read out), and of every further chunk of its samples (accumulat
 OWN_MAPS, PAINT = 5, 38
 """The same of a network's own maps, and of boxes that become masks."""
 PRECISIONS = ("fp32", "bf16", "fp16")
-CASES = [(name, precision) for name in SMALL for precision in PRECISIONS]
+CASES = [(name, precision) for name in IN_TORCH for precision in PRECISIONS]
 QUICK = [
     ("toy latent", "fp32", False), ("toy boxed", "fp32", True), ("toy tagged", "fp16", True),
     ("np_semiseg film", "bf16", False), ("self_correcting linear", "fp16", True), ("proto_seg dropout", "bf16", False),

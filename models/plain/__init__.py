@@ -1,0 +1,11 @@
+"""Any network: a program that maps a picture to logits, kept as it was brought."""
+
+from penumbra.models.contract import Method
+from penumbra.models.plain.net import PlainConfig, PlainNetwork
+
+METHOD = Method(
+    name="plain",
+    citation="None: any network whatever, as its own exporter wrote it.",
+    config=PlainConfig,
+    build=PlainNetwork,
+)

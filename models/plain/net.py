@@ -1,0 +1,97 @@
+"""A network that is a program: its bytes are the only tensor of its checkpoint, and it is loaded when it first runs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from penumbra.models.card import Sampling
+from penumbra.models.contract import Features, Network
+from penumbra.models.plain.programs import load_program
+
+FORMATS = {"onnx": ("onnx", "openvino"), "torchscript": ("torchscript",), "pt2": ()}
+"""What a program can be exported as, by its form: torch cannot run ONNX, and torch.export no TorchScript."""
+LEAST = 1e-30
+"""Least probability whose logarithm is taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlainConfig:
+    """What the program is. output: what it gives, K channels of logits or of probabilities, or a single one."""
+
+    num_classes: int
+    form: Literal["onnx", "torchscript", "pt2"]
+    num_bytes: int
+    output: Literal["logits", "probabilities", "sigmoid", "sigmoid logit"] = "logits"
+
+
+class PlainNetwork(Network):
+    """encode runs the program, and decode gives its logits as the one sample that there is.
+
+    A module that holds a loaded program, `body`, is no part of the state: its weights are in the program's bytes.
+    """
+
+    body: nn.Module | None
+
+    def __init__(self, config: PlainConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.sampling = Sampling()
+        self.program = nn.Buffer(torch.zeros(config.num_bytes, dtype=torch.uint8))
+        self.register_module("body", None)
+        self.formats = FORMATS[config.form]
+
+    def encode(self, image_BChw: Tensor) -> Features:
+        return (as_logits(self.load()(image_BChw), self.config.output),)
+
+    def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
+        return torch.stack(features)
+
+    def load(self) -> nn.Module:
+        """Load the program, unless it is. Raises BadCheckpoint: it does not load here, or it would unpickle code."""
+        if self.body is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self.body = load_program(self.config.form, self.as_bytes()).requires_grad_(False)
+        return self.body
+
+    def as_bytes(self) -> bytes:
+        """Return the program as it was brought."""
+        return self.program.cpu().numpy().tobytes()
+
+    def train(self, mode: bool = True) -> Self:
+        """Leave the program as it was exported, which is for answering."""
+        self.training = mode
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_modules": {"body": None}}  # a copy loads the program for itself
+
+    def state_dict(self, *arguments: Any, **options: Any) -> Any:
+        body, self.body = self.body, None
+        try:
+            return super().state_dict(*arguments, **options)
+        finally:
+            self.body = body
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self.body = None
+        super()._load_from_state_dict(*arguments)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.load()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def as_logits(answer_BKhw: Tensor, output: str) -> Tensor:
+    """Give logits whose softmax are the answer's probabilities: of one channel, a sigmoid's, [0, z] of two classes."""
+    if output == "logits":
+        return answer_BKhw
+    if output == "sigmoid logit":
+        return torch.cat((torch.zeros_like(answer_BKhw), answer_BKhw), dim=1)
+    prob_BKhw = answer_BKhw.to(torch.promote_types(answer_BKhw.dtype, torch.float32))
+    if output == "sigmoid":
+        prob_BKhw = torch.cat((1 - prob_BKhw, prob_BKhw), dim=1)
+    return prob_BKhw.clamp_min(LEAST).log()
