@@ -87,7 +87,7 @@ def evaluate(checkpoint: Path, data: Path, every: int) -> dict[str, Any]:
 def main(data: Path, every: int, checkpoints: tuple[Path, ...]) -> None:
     """Measure checkpoints, by default the zoo's, and keep the figures as JSON."""
     chosen = checkpoints or (ZOO / "self_correcting-camvid.safetensors",)
-    save("boxes", {path.stem: evaluate(path, data, every) for path in chosen})
+    save("boxes", {path.stem: evaluate(path, data, every) for path in chosen}, keep=True)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ from typing import Any
 import click
 
 from penumbra import options as shared
+from penumbra.serving.engine.options import RANKED_BY
 
 
 @click.command()
 @click.argument("source", metavar="INPUT")
 @shared.MODEL
-@click.option("--by", type=click.Choice(["expected_error", "novelty", "mutual_information"]), default="expected_error",
-              show_default=True, help="The score that is looked for.")  # fmt: skip
+@click.option("--by", type=click.Choice(RANKED_BY), default=RANKED_BY[0], show_default=True,
+              help="The score that is looked for.")  # fmt: skip
 @click.option("--budget", type=click.IntRange(min=1), help="Only so many, which differ from each other.")
 @click.option("--sheet", type=shared.ANY_FILE, help="Write a page of thumbnails here, an .html.")
 @shared.from_table("overlap")

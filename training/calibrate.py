@@ -142,6 +142,12 @@ def calibrate(
     num_samples = question.options(0).num_samples(card)
     split = split_frames(range(0, len(frames), question.every), seed=question.seed)
     check_risks(split, risks, class_risks)
+    usual = dataclasses.replace(question, samples=None).options(0).num_samples(card)
+    if num_samples != usual and card.map_of_novelty == "entropy":
+        click.echo(
+            f"samples is {num_samples} and an answer has {usual} where it asks for no other: such answers will tell no "
+            "novelty, and warn where they abstain; leave samples out to calibrate those", err=True,
+        )  # fmt: skip
 
     def try_card(trial: Card, indices: list[int], *, title: str) -> Iterator[Answer]:
         """Answer some frames as if the model had this card; to be read to the end before asking anew."""
@@ -258,13 +264,12 @@ def report(calibrated: Calibrated, target: Path) -> None:
             risks.add_row(f"{risk:g}", f"{threshold:.4f}", *(f"{share:.4f}" for share in shares))
         console.print(risks)
         for risk, row in zip(calibration.class_risks, calibration.class_entropy_nats, strict=True):
-            classes = Table(
-                f"max_class_risk {risk:g}: called", "entropy above, nats", "answered and wrong, check frames"
-            )
+            heads = ("entropy above, nats", "wrong of answered, check frames", "withheld")
+            classes = Table(f"max_class_risk {risk:g}: called", *heads)
             for info, nats in zip(calibrated.card.classes, row, strict=True):
-                wrong = after[f"abstain/class_risk@{risk:g}/{info.name}"]
-                shown = "never called" if wrong is None else f"{wrong:.4f}"
-                classes.add_row(info.name, "withheld" if nats is None else f"{nats:.4f}", shown)
+                shares = (after[f"abstain/class_{what}@{risk:g}/{info.name}"] for what in ("risk", "withheld"))
+                shown = ("never called" if share is None else f"{share:.4f}" for share in shares)
+                classes.add_row(info.name, "withheld" if nats is None else f"{nats:.4f}", *shown)
             console.print(classes)
     for sentence in calibrated.refused.values():
         console.print(f"not guaranteed: {sentence}", style="yellow", highlight=False)

@@ -198,14 +198,14 @@ def train(
 
 
 def run(training: Training, card: Card, val: FrameSet, run_dir: Path, *, minutes: float | None, report: Report) -> None:
-    """Advance until the schedule is over; save and validate every few minutes."""
-    recipe, last = training.recipe, time.perf_counter()
+    """Advance until the schedule is over; save and validate every few minutes, which count as no time."""
+    recipe = training.recipe
     next_save_s = training.elapsed_s + 60 * recipe.validate_every_minutes
     while (progress := training.progress(minutes)) < 1:
+        started = time.perf_counter()
         losses = training.advance(progress)
-        now = time.perf_counter()
         # Process 0's clock is everyone's, or some would stop before the others.
-        training.elapsed_s, last = training.fabric.broadcast(training.elapsed_s + now - last), now
+        training.elapsed_s = training.fabric.broadcast(training.elapsed_s + time.perf_counter() - started)
         if training.step % REPORT_EVERY_STEPS == 0:
             report(progress, f"step {training.step}, {training.elapsed_s:.0f} s: {brief(losses)}")
         if training.elapsed_s >= next_save_s:

@@ -21,6 +21,8 @@ DEFAULT = "default"
 DEFAULT_MAPS = ("confidence", "entropy", "mutual_information")
 PROBABILITIES = "probabilities"
 """The output that has every class's mean probability, [K, H, W]: as large as K maps, for answers held in memory."""
+RANKED_BY = ("expected_error", "novelty", "mutual_information")
+"""Scores that `penumbra rank` looks for; the first if nothing is said."""
 PILLOW_PIXELS = 178_956_970
 """Pillow opens no picture of more pixels."""
 MAX_BOXES = 1000

@@ -22,7 +22,7 @@ from penumbra.models.errors import BadOption, reason_of
 from penumbra.models.files import write_whole
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.kernels import FloatArray
-from penumbra.serving.engine.options import SegmentOptions, check_options
+from penumbra.serving.engine.options import RANKED_BY, SegmentOptions, check_options
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.files.batch import AT_ONCE, segment_url
 from penumbra.serving.files.inputs import find_images
@@ -32,7 +32,6 @@ from penumbra.serving.files.report import Result, progress_bar
 from penumbra.serving.render.pictures import heat_picture, overlay
 from penumbra.serving.spool import disk
 
-SCORES = ("expected_error", "novelty", "mutual_information")
 CELLS, LEVELS = 8, 4
 """What a picture looks like, in few numbers: colours of 8x8 cells, and shares of the classes in 4x4."""
 THUMBNAIL_PX = 240
@@ -104,7 +103,7 @@ def scores_of(prediction: Prediction) -> dict[str, float | None]:
     measured = prediction.labels_HW.size > prediction.num_void
     information = prediction.maps.get("mutual_information") if measured else None
     mean = None if information is None else float(np.nanmean(information))
-    return {name: prediction.shares.get(name) for name in SCORES} | {"mutual_information": mean}
+    return {name: prediction.shares.get(name) for name in RANKED_BY} | {"mutual_information": mean}
 
 
 def look_of(prediction: Prediction) -> FloatArray:
@@ -160,7 +159,7 @@ def rows_of(ranked: Sequence[Ranked]) -> list[dict[str, Any]]:
 def write_csv(ranked: Sequence[Ranked]) -> str:
     """Write the facts as CSV, with a line of names; what there is not is empty."""
     file = io.StringIO()
-    writer = csv.DictWriter(file, ("rank", "image", *SCORES), lineterminator="\n")
+    writer = csv.DictWriter(file, ("rank", "image", *RANKED_BY), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows_of(ranked))
     return file.getvalue()

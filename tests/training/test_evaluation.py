@@ -21,11 +21,12 @@ from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.training.data import find_data
 from penumbra.training.evaluation.answers import check_classes, segment_frame
-from penumbra.training.evaluation.figures import Evaluation
+from penumbra.training.evaluation.figures import ClassAbstention, Evaluation
 from penumbra.training.evaluation.run import (
     SAMPLE_COUNTS,
     Measured,
     Question,
+    check_unseen,
     evaluate,
     load_frames,
 )
@@ -130,6 +131,73 @@ def test_abstention_is_measured_at_the_cards_thresholds(segmenter: Segmenter, fr
     assert figures["abstain/coverage@0.02"] == pytest.approx(np.mean(kept))
     assert figures["abstain/risk@0.02"] == pytest.approx(np.mean(risk))
     assert figures["abstain/coverage@0.3"] > figures["abstain/coverage@0.02"]
+
+
+def test_the_share_of_a_class_that_is_withheld_is_that_of_the_answers(segmenter: Segmenter, frames: Frames) -> None:
+    """At thresholds of each class by itself; blue has none and is withheld altogether."""
+    calibration = dataclasses.replace(CALIBRATION, class_risks=(0.1,), class_entropy_nats=((0.4, 0.8, None),))
+    card = dataclasses.replace(segmenter.find("toy-pointwise").card, calibration=calibration)
+    cards = dict.fromkeys(range(4), card)
+    figures = evaluate(segmenter, Question("toy-pointwise", NOWHERE), frames, cards=cards).evaluation.figures()
+    prob, known = softmax_of(frames), frames.label_NHW.numpy() != IGNORE
+    entropy, called = -np.sum(prob * np.log(prob), -1)[known], prob.argmax(-1)[known]
+    for k, (name, nats) in enumerate({"red": 0.4, "green": 0.8}.items()):
+        share = (entropy[called == k] > nats).mean()
+        assert 0.1 < share < 0.9
+        assert figures[f"abstain/class_withheld@0.1/{name}"] == pytest.approx(share, abs=2e-3)
+    assert figures["abstain/class_withheld@0.1/blue"] == 1
+
+
+def test_a_class_that_nothing_is_called_has_no_share_withheld() -> None:
+    calibration = dataclasses.replace(CALIBRATION, class_risks=(0.1,), class_entropy_nats=((0.4, 0.4),))
+    by_class = ClassAbstention(calibration, 2)
+    by_class.add(np.array([0.1, 0.5], np.float32), np.zeros(2, np.uint8), np.array([True, False]))
+    figures = by_class.figures(["a", "b"])
+    assert figures["abstain/class_withheld@0.1/a"] == 0.5 and math.isnan(figures["abstain/class_withheld@0.1/b"])
+
+
+@pytest.mark.parametrize(
+    ("data", "split", "is_seen"),
+    [
+        ("Streets train, 4 of 16 frames labelled (0.25, seed 0), the rest unlabelled", "train", True),
+        ("Streets train, 4 of 16 frames labelled (0.25, seed 0), the rest unlabelled", "train/a", True),
+        ("Streets train, 4 of 16 frames labelled (0.25, seed 0), the rest unlabelled", "val", False),
+        ("Streets train without a and Bicyclist, 4 of 12 frames labelled", "train/a", False),
+        ("Streets train without a and Bicyclist, 4 of 12 frames labelled", "train/a_7", False),
+        ("Streets train without a and Bicyclist, 4 of 12 frames labelled", "train/b", True),
+        ("Streets train without a and Bicyclist, 4 of 12 frames labelled", "train", True),
+        ("Streets train without a, 4 of 12; with another: Streets train, 4 of 16 frames labelled", "train/a", True),
+        ("Streets train without a, 4 of 12; with another: Streets train without a, 4 of 12", "train/a", False),
+        ("Roads train, 4 of 16 frames labelled", "train", False),
+        ("", "train", False),
+    ],
+)
+def test_frames_that_a_training_has_seen_are_warned_of(data: str, split: str, is_seen: bool) -> None:
+    card, _ = toy_card("pointwise")
+    card = dataclasses.replace(card, provenance=dataclasses.replace(card.provenance, data=data))
+    warning = check_unseen(card, dataclasses.replace(find_data("shapes"), title="Streets"), split)
+    assert bool(warning) == is_seen and (not is_seen or "toy-pointwise was trained on Streets train" in warning)
+
+
+def test_the_command_warns_of_frames_that_a_training_has_seen(tmp_path: Path) -> None:
+    card, network = toy_card("pointwise")
+    seen = dataclasses.replace(card.provenance, data="procedural shapes train, 4 of 16 frames labelled")
+    export_network(network, dataclasses.replace(card, provenance=seen), tmp_path)
+    common = [
+        "evaluate",
+        card.name,
+        "--data",
+        str(tmp_path),
+        "--set",
+        "shapes",
+        "--every",
+        "4",
+        "--store",
+        str(tmp_path),
+    ]
+    for split in ("train", "val"):
+        told = CliRunner().invoke(main, [*common, "--split", split])
+        assert told.exit_code == 0 and ("says little of others" in " ".join(told.stderr.split())) == (split == "train")
 
 
 def test_a_methods_own_maps_are_judged_too(segmenter: Segmenter, frames: Frames) -> None:

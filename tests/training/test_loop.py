@@ -1,19 +1,23 @@
 """A run can be killed at any step, learns something, and writes a checkpoint that says what it is."""
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from torch import Tensor
 
 from penumbra.__main__ import main
 from penumbra.models.card import IGNORE
 from penumbra.models.checkpoint import load_checkpoint, read_card
 from penumbra.models.confusion import confusion, intersection_over_union
 from penumbra.models.errors import BadOption
+from penumbra.training import loop
 from penumbra.training.data import find_data
 from penumbra.training.evaluate import measure, summarise
 from penumbra.training.frames import Frames
@@ -61,6 +65,27 @@ def test_a_run_writes_a_checkpoint_whose_card_states_data_and_figures(method: st
     assert card.sampling == network.sampling and card.method == method
     assert (tmp_path / "runs" / recipe.name / "labelled.txt").read_text().count("\n") == 4
     assert lines[-1].startswith("wrote ")
+
+
+def test_the_time_of_a_validation_is_none_of_the_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that a step moves by a second, and a look at a validation frame by an hour."""
+    now = itertools.count()
+    hours = [0.0]
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: next(now) + hours[0]))
+
+    class Slow(Frames):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            hours[0] += 3600
+            return super().__getitem__(index)
+
+    data, recipe = find_data("shapes"), tiny.recipe("cps", tmp_path, steps=3)
+    train_frames, val = data.load(tmp_path, "train"), data.load(tmp_path, "val")
+    assert isinstance(val, Frames)
+    training = Training(dataclasses.replace(recipe, validate_every_minutes=0.0), train_frames, len(data.classes))
+    card = loop.card_of(recipe, data, num_frames=16, num_labelled=4, network=training.average)
+    slow = Slow(val.names, val.image_N3HW, val.label_NHW)
+    loop.run(training, card, slow, tmp_path, minutes=None, report=lambda share, line: None)
+    assert training.step == 3 and hours[0] > 0 and training.elapsed_s < 60
 
 
 def test_a_state_of_another_recipe_is_refused_with_a_sentence(tmp_path: Path) -> None:

@@ -175,31 +175,41 @@ class Abstention:
 
 
 class ClassAbstention:
-    """The effect of `max_class_risk` on the frames: how much is answered, and of what is called a class how much is
-    wrong, as a mean over the frames in which it is called; where all of it is withheld, nothing is."""
+    """The effect of `max_class_risk` on the frames: how much is answered; of what is called a class and answered how
+    much is wrong, as a mean over the frames in which it is called (where all of it is withheld, nothing is); and how
+    much of what is called a class in all frames together is withheld."""
 
     def __init__(self, calibration: Calibration, num_classes: int) -> None:
         rows = [[-np.inf if nats is None else nats for nats in row] for row in calibration.class_entropy_nats]
         self._above = dict(zip(calibration.class_risks, np.array(rows, np.float32), strict=True))
         self._coverage, self._num_frames = dict.fromkeys(self._above, 0.0), 0
         self._shares = {risk: np.zeros(num_classes) for risk in self._above}
-        self._num_frames_K = np.zeros(num_classes, np.int64)
+        self._answered = {risk: np.zeros(num_classes, np.int64) for risk in self._above}
+        self._called_K, self._num_frames_K = np.zeros((2, num_classes), np.int64)
 
     def add(self, entropy: Floats, labels: Labels, wrong: Mask) -> None:
         """Add one frame's labelled pixels."""
         num_classes = len(self._num_frames_K)
         self._num_frames += 1
-        self._num_frames_K += np.bincount(labels, minlength=num_classes) > 0
+        called_K = np.bincount(labels, minlength=num_classes)
+        self._called_K += called_K
+        self._num_frames_K += called_K > 0
         for risk, above_K in self._above.items():
             kept = entropy <= above_K[labels]
             answered_K, wrong_K = (np.bincount(labels[which], minlength=num_classes) for which in (kept, kept & wrong))
             self._shares[risk] += wrong_K / np.maximum(answered_K, 1)
+            self._answered[risk] += answered_K
             self._coverage[risk] += float(kept.mean())
 
     def figures(self, names: Sequence[str]) -> dict[str, float]:
-        """Average over frames; NaN for a class that none of them was called."""
+        """Average over frames, and over pixels; NaN for a class that none of them was called."""
         figures = {f"abstain/class_coverage@{risk:g}": sum / self._num_frames for risk, sum in self._coverage.items()}
         for risk, share_K in self._shares.items():
-            means = np.where(self._num_frames_K, share_K / np.maximum(self._num_frames_K, 1), np.nan).tolist()
-            figures |= {f"abstain/class_risk@{risk:g}/{name}": mean for name, mean in zip(names, means, strict=True)}
+            is_called_K = self._called_K > 0
+            risk_K = np.where(is_called_K, share_K / np.maximum(self._num_frames_K, 1), np.nan)
+            withheld_K = np.where(is_called_K, 1 - self._answered[risk] / np.maximum(self._called_K, 1), np.nan)
+            for what, values_K in (("risk", risk_K), ("withheld", withheld_K)):
+                figures |= {
+                    f"abstain/class_{what}@{risk:g}/{n}": x for n, x in zip(names, values_K.tolist(), strict=True)
+                }
         return figures

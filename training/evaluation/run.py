@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from rich.progress import track
 from penumbra.models.card import Card
 from penumbra.models.errors import BadData
 from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.training.data import find_data, load_split
+from penumbra.training.data import DataSet, find_data, load_split
 from penumbra.training.evaluation.answers import Answer, Question, check_classes, segment_frame
 from penumbra.training.evaluation.figures import Evaluation
 from penumbra.training.evaluation.intervals import find_blocks
@@ -61,11 +62,24 @@ def defined(figures: dict[str, float]) -> dict[str, float | None]:
 
 
 def load_frames(question: Question, card: Card) -> FrameSet:
-    """Load the frames that are asked about. Raises BadOption, BadData."""
+    """Load the frames that are asked about, and warn of what they do not fit. Raises BadOption, BadData."""
     data = find_data(question.data_set, question.data)
-    if warning := check_classes(card, data.classes, data=question.data_set):
+    warnings = (check_classes(card, data.classes, data=question.data_set), check_unseen(card, data, question.split))
+    for warning in filter(None, warnings):
         Console(stderr=True, markup=False, emoji=False).print(f"warning: {warning}", style="yellow")
     return load_split(data, question.data, question.split)
+
+
+def check_unseen(card: Card, data: DataSet, split: str) -> str:
+    """Return a warning where the card says that a training had frames of this split and did not leave them out."""
+    split, _, prefix = split.partition("/")
+    trainings = re.findall(rf"{re.escape(data.title)} {re.escape(split)}(?: without (.*?))?, ", card.provenance.data)
+    if all(any(prefix.startswith(name) for name in without.split(" and ") if name) for without in trainings):
+        return ""
+    return (
+        f"{card.name} was trained on {card.provenance.data.partition(';')[0]}; what is measured on frames that a "
+        "training has seen, with labels or without, says little of others"
+    )
 
 
 def segment_frames(
