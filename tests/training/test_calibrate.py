@@ -387,7 +387,7 @@ def test_the_command_writes_the_next_version_and_says_what_it_found(tmp_path: Pa
     assert stored.readout.temperature == document["temperature"]
     assert "cannot be guaranteed with 4 frames" in document["refused"]["0.01"] and stored.novelty
     assert "a risk of 0.01 cannot be guaranteed with 4 frames; at least 99 are needed for the thresholds" in told
-    assert "samples is 2 and an answer has 8 where it asks for no other: such answers will tell no novelty" in told
+    assert "samples is 2 and an answer has 4 where it asks for no other: such answers will tell no novelty" in told
     code, stdout, stderr = run(*common, "--risks", "0.3")
     assert "tell no novelty" not in stderr
     assert "PENUMBRA_WATCH_STORE_S" in stderr and "/v2/repository/models/toy-latent/load" in stderr
