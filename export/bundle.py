@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from penumbra.export.parity import Frame, check_parity, measure_frames, measure_parity, relative_error, worst_parity
-from penumbra.models.card import Card, ExportFacts, Parity, Sampling, dump_card, parse_card
+from penumbra.models.card import Card, ExportFacts, Parity, Sampling, Views, dump_card, parse_card
 from penumbra.models.checkpoint import load_checkpoint
 from penumbra.models.contract import Features, Network, Prompt
 from penumbra.models.errors import BadArtifact, BadOption
@@ -39,17 +39,20 @@ USUAL = "torchscript"
 
 def export_checkpoint(
     checkpoint: Path, store: Path, *, backend: str | None = None, precision: str = "fp32", device: str = "cpu",
-    frames: Sequence[Frame] = (),
+    frames: Sequence[Frame] = (), views: Views | None = None,
 ) -> Path:  # fmt: skip
     """Write the next version of the checkpoint's model into a store; returns its directory.
 
     backend: by default torchscript, or what the network names first. device: where the graphs are to run. frames:
-    labelled pictures, on which the gate is held as well.
+    labelled pictures, on which the gate is held as well. views: in which it is answered by default; what was calibrated
+    in others is left out.
     Raises BadOption (unknown backend, or one that is not installed or has not this precision), BadCheckpoint, and
     ParityFailed, in which case nothing is written.
     """
     find_writer(backend or USUAL, precision)
     card, network = load_checkpoint(checkpoint)
+    if views not in (None, card.views):
+        card = dataclasses.replace(card, views=views, calibration=None, novelty=None)
     facts = ExportFacts(backend or "", precision, torch.__version__, {}, NOT_MEASURED, sha256_of(checkpoint))
     return _export(network, dataclasses.replace(card, export=facts), store, find_device(device), frames)
 

@@ -202,6 +202,8 @@ def write_repository(artifact: Artifact, repository: Path) -> list[str]:
             f"{card.name} is exported for {card.export.backend} {card.export.precision}; a Triton repository is made "
             "of torchscript fp32: give the checkpoint instead"
         )
+    if card.views != "none":
+        raise BadOption(f"{card.name} is answered in the views {card.views}, and Triton runs windows as they are only")
     with drafted(repository) as draft:
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated", category=DeprecationWarning)

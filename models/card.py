@@ -40,6 +40,10 @@ KNOWN_MAPS = (*MAPS, "seam")
 UNITLESS = ("confidence", "margin")
 """Those that are probabilities; the others are in nats."""
 
+Views = Literal["none", "flip", "d4", "scales"]
+NUM_VIEWS: dict[str, int] = {"none": 1, "flip": 2, "d4": 8, "scales": 3}
+"""Views of a window, each of which is a member of every sample: test-time augmentation."""
+
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Byte = Annotated[int, Field(ge=0, le=255)]
@@ -235,7 +239,10 @@ class ExportFacts:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """The facts about one model. `config` are the hyperparameters that rebuild its network."""
+    """The facts about one model. `config` are the hyperparameters that rebuild its network.
+
+    views: those of a request that names none.
+    """
 
     name: str
     version: int
@@ -252,6 +259,7 @@ class Card:
     novelty: Novelty | None = None
     provenance: Provenance = field(default_factory=Provenance)
     export: ExportFacts | None = None
+    views: Views = "none"
     format: int = CARD_FORMAT
 
     @property
@@ -265,8 +273,19 @@ class Card:
         return self.novelty.map if self.novelty else (*own, "entropy")[0]
 
     def maps(self, num_samples: int) -> tuple[str, ...]:
-        """Return names of the maps that an answer of so many samples has, the model's own last: all that is offered."""
+        """Return names of the maps that an answer of so many samples has, the model's own last: all that is offered.
+
+        Views count as samples here (`num_members`).
+        """
         return (*(MAPS_OF_ONE if num_samples == 1 else MAPS), *(extra.name for extra in self.extra_maps))
+
+    def num_members(self, num_samples: int, views: str | None = None) -> int:
+        """Count what the axis S holds: every sample in every view, the card's views by default."""
+        return num_samples * NUM_VIEWS[views or self.views]
+
+    def fits(self, views: str) -> bool:
+        """Tell whether windows have a size in all of these views: those that are turned on their side are square."""
+        return views != "d4" or self.window.height == self.window.width
 
     def sampling_with(self, *, prompt: bool) -> Sampling:
         """Return the sample axis of an answer, which a prompt may change to members of its own."""
@@ -316,6 +335,8 @@ def _check_facts(card: Card) -> None:
             num_members > (1 if sampling.kind == "single" else 0) and sampling.kind != "members",
         f"sampling.law is {sampling.law!r} and sampling.kind {sampling.kind!r}; only a latent's draws have a law":
             sampling.law != "independent" and sampling.kind != "latent",
+        f"has the views d4, which turn a window on its side, and windows of {window.height}x{window.width}; square "
+        "ones are wanted, or flip": not card.fits(card.views),
         f"prompt.background is {prompt.background}; the classes are 0 to {card.num_classes - 1}":
             (prompt.background or 0) >= card.num_classes,
         f"extra_maps are {', '.join(extra)}; plain names are wanted, each once and none of {', '.join(KNOWN_MAPS)}":

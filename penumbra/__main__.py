@@ -247,6 +247,7 @@ def ensemble(checkpoints: tuple[Path, ...], output: Path) -> None:
 @click.option("--device", default="cpu", show_default=True, help="Where the graphs are to run: cpu or cuda.")
 @click.option("--data", type=shared.FOLDER,
               help="Labelled pictures, on which the export is measured too.")  # fmt: skip
+@shared.from_table("views")
 @shared.DATA_SET
 @shared.SPLIT
 @shared.EVERY
@@ -254,7 +255,7 @@ def ensemble(checkpoints: tuple[Path, ...], output: Path) -> None:
 @shared.JSON
 def export(
     checkpoint: Path, target: str, output: Path | None, backend: str | None, precision: str, device: str,
-    data: Path | None, data_set: str, split: str, every: int, store: Path, as_json: bool,
+    data: Path | None, data_set: str, split: str, every: int, store: Path, as_json: bool, views: Any,
 ) -> None:  # fmt: skip
     """Export a checkpoint into a store, proved against the checkpoint, or not at all."""
     from rich.console import Console
@@ -273,7 +274,7 @@ def export(
         f"Building {backend or 'graphs'} {precision} of {checkpoint.name}, and measuring it"
     ):
         directory = export_checkpoint(
-            checkpoint, store, backend=backend, precision=precision, device=device, frames=frames
+            checkpoint, store, backend=backend, precision=precision, device=device, frames=frames, views=views
         )
     print_parity(open_artifact(directory).card, directory, as_json=as_json)
 

@@ -49,7 +49,9 @@ def the_model(store: Path, model: str | None) -> str:
 
 def from_table(name: str) -> Callable[[Any], Any]:
     """An option of `POST /segment` as an option of the command."""
-    kind = {"integer": int, "number": float, "string": str}[OPTIONS[name].schema["type"]]
+    schema = OPTIONS[name].schema
+    kind: Any = {"integer": int, "number": float, "string": str}[schema["type"]]
+    kind = click.Choice(schema["enum"]) if kind is str and "enum" in schema else kind
     default = 0 if name == "seed" else None  # the others stay unsaid, also in the question that a batch keeps
     flag = f"--{name.replace('_', '-')}"
     return click.option(flag, type=kind, default=default, show_default=True, help=OPTIONS[name].about)
@@ -62,7 +64,8 @@ def given(options: Mapping[str, Any]) -> dict[str, str]:
 
 def of_answers(verb: Any) -> Any:
     """The options of an answer that a file can have too."""
-    for name in ("max_class_risk", "max_risk", "alpha", "tags", "boxes", "outputs", "overlap", "seed", "samples"):
+    risks, prompts = ("max_class_risk", "max_risk"), ("alpha", "tags", "boxes")
+    for name in (*risks, *prompts, "outputs", "overlap", "views", "seed", "samples"):
         verb = from_table(name)(verb)
     return verb
 
@@ -81,4 +84,4 @@ def of_frames(verb: Any) -> Any:
     )
     for option in (EVERY, seed, samples, VERSION, SPLIT, DATA_SET, click.option("--data", required=True, type=FOLDER)):
         verb = option(verb)
-    return verb
+    return from_table("views")(verb)

@@ -20,6 +20,7 @@ from penumbra.serving.engine.options import RANKED_BY
 @click.option("--sheet", type=shared.ANY_FILE, help="Write a page of thumbnails here, an .html.")
 @shared.from_table("overlap")
 @shared.from_table("seed")
+@shared.from_table("views")
 @shared.from_table("samples")
 @shared.STORE
 @shared.JSON

@@ -137,8 +137,12 @@ def calibrate(
     segmenter: Segmenter, question: Question, frames: FrameSet, *, risks: Sequence[float] = RISKS,
     class_risks: Sequence[float] = CLASS_RISKS,
 ) -> Calibrated:  # fmt: skip
-    """Fit temperature and thresholds of a loaded model and check them. Raises BadOption, BadData."""
+    """Fit temperature and thresholds of a loaded model and check them; views that are asked for become its own.
+
+    Raises BadOption, BadData.
+    """
     card = segmenter.find(question.name, question.version).card
+    card = dataclasses.replace(card, views=question.views or card.views)
     num_samples = question.options(0).num_samples(card)
     split = split_frames(range(0, len(frames), question.every), seed=question.seed)
     check_risks(split, risks, class_risks)
@@ -208,7 +212,7 @@ def frames_in_all(risk: float) -> int:
 
 def figures_of(card: Card, answers: Iterable[Answer], *, num_samples: int) -> dict[str, float]:
     """Measure all figures of the answers, abstention by the card's thresholds among them."""
-    evaluation = Evaluation(card, num_samples)
+    evaluation = Evaluation(card, card.num_members(num_samples))
     for answer in answers:
         evaluation.add(answer)
     if not evaluation.num_frames:

@@ -29,6 +29,7 @@ class Prediction:
     was asked for. image: what it is an answer to. prob_KHW: mean probabilities of all classes, float32, where the
     output PROBABILITIES was asked for. num_asked: of samples, where `anytime` lets the answer have fewer. age_s: of an
     answer that was kept (`penumbra.serving.cache`). scores: what is said of the picture as a whole.
+    views: in which every sample saw the windows; members are those of one.
     """
 
     card: Card
@@ -47,13 +48,14 @@ class Prediction:
     age_s: float | None = None
     num_void: int = 0
     scores: Scores = field(default_factory=Scores)
+    views: str = "none"
 
     @property
     def origin(self) -> dict[str, Any]:
         """Who answered, and with what: with the same image and options the answer is the same."""
         return {
             "model": self.card.name, "version": self.card.version, "seed": self.seed, "samples": self.num_samples
-        }  # fmt: skip
+        } | ({"views": self.views} if self.views != "none" else {})  # fmt: skip
 
     @property
     def shares(self) -> dict[str, float]:
@@ -108,9 +110,9 @@ def collect(
     warnings = (*_warnings(request), *warn_of_strangeness(card, scores))
     return Prediction(
         card, plan.options.seed, request.num_samples, plan.windows.num_windows, plan.sampling.members, warnings,
-        labels_HW, {name: maps[name] for name in maps if name in card.maps(request.num_samples)}, request.timing_ms,
+        labels_HW, {name: maps[name] for name in maps if name in card.maps(request.num_members)}, request.timing_ms,
         abstained, request.image_HW3, prob_KHW, plan.num_samples if plan.options.anytime else None, num_void=num_void,
-        scores=scores,
+        scores=scores, views=plan.views,
     )  # fmt: skip
 
 
@@ -159,9 +161,11 @@ def _warnings(request: QueuedRequest) -> tuple[str, ...]:
     if withheld := [one.name for one, nats in zip(card.classes, above_K, strict=True) if nats == -math.inf]:
         warnings += (f"max_class_risk of {options.max_class_risk:g} withholds {', '.join(withheld)} altogether",)
     calibrated = card.calibration.num_samples
+    in_views = f"views {card.views} " if card.views != plan.views else ""
     if request.num_samples != calibrated or not plan.is_usual:
         warnings += (
             f"{' and '.join(options.risks)} of {card.name} was calibrated with {calibrated} samples, overlap "
-            f"{card.window.overlap:g} and no prompt; this answer was made otherwise, and its risk may be another",
+            f"{card.window.overlap:g}, {in_views}and no prompt; this answer was made otherwise, and its risk may be "
+            "another",
         )
     return warnings

@@ -54,13 +54,15 @@ class Statistics:
         self._flag(logits_SBKhw.transpose(0, 1))
         self.num_samples += len(logits_SBKhw)
 
-    def finish(self, extras_BEhw: Tensor | None = None) -> None:
-        """Set what is at the window's size only now: the network's own maps, and sums at the features' size."""
+    def finish(self) -> None:
+        """Bring sums at the features' size to the window's."""
         if self._features_BhCw is not None:
             self._set(0, self._features_BhCw.transpose(1, 2))
-        if extras_BEhw is not None:
-            self._set(self.card.num_classes + 1, extras_BEhw)
-            self._flag(extras_BEhw)
+
+    def set_extras(self, extras_BEhw: Tensor) -> None:
+        """Set the network's own maps."""
+        self._set(self.card.num_classes + 1, extras_BEhw)
+        self._flag(extras_BEhw)
 
     def _flag(self, values: Tensor) -> None:
         others = tuple(range(1, values.dim()))

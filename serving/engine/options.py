@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from penumbra.models.card import KNOWN_MAPS, Card
+from penumbra.models.card import KNOWN_MAPS, NUM_VIEWS, Card
 from penumbra.models.errors import BadOption
 
 DEFAULT = "default"
@@ -151,6 +151,12 @@ def _picture(name: str, text: str) -> str:
     return text
 
 
+def _views(name: str, text: str) -> str:
+    if text not in NUM_VIEWS:
+        raise BadOption(f"{name} is {text[:40]!r}; {', '.join(NUM_VIEWS)} are possible")
+    return text
+
+
 def _levels(name: str, text: str) -> int:
     if text not in map(str, LEVELS):
         raise BadOption(f"{name} is {text[:40]!r}; {', '.join(map(str, LEVELS))} are possible")
@@ -183,8 +189,8 @@ class SegmentOptions:
     outputs: tuple[str, ...] = _row(
         (DEFAULT,), _names,
         f"Comma-separated maps: {', '.join(KNOWN_MAPS)}, or the model's own (extra_maps of its card). {DEFAULT} stands "
-        f"for {', '.join(DEFAULT_MAPS)}, as far as the answer has them: one sample has no mutual_information, and only "
-        "one sample has a seam.", type="string",
+        f"for {', '.join(DEFAULT_MAPS)}, as far as the answer has them: one sample in one view has no "
+        "mutual_information, and only it has a seam.", type="string",
     )  # fmt: skip
     boxes: tuple[Box, ...] = _row(
         (), _boxes, "For models that take boxes: JSON list of [x0, y0, x1, y1, class name or id], px.", type="string"
@@ -192,6 +198,11 @@ class SegmentOptions:
     tags: tuple[str | int, ...] = _row(
         (), _tags, "For models that take tags: the classes in the picture, comma-separated or JSON.", type="string"
     )
+    views: str | None = _row(
+        None, _views, "Views of every window, each a member of every sample: flip (2: as it is, left and right "
+        "exchanged), d4 (8: flips and quarter turns, of square windows), scales (3: whole, 3/4, 1/2).",
+        type="string", enum=tuple(NUM_VIEWS),
+    )  # fmt: skip
     alpha: float | None = _row(
         None, _number, "Weight of the network that sees the boxes (self_correcting, linear).", type="number", minimum=0
     )
@@ -226,9 +237,13 @@ class SegmentOptions:
         usual = card.sampling_with(prompt=bool(self.boxes or self.tags)).default_samples
         return usual if self.samples is None else self.samples
 
+    def num_members(self, card: Card) -> int:
+        """Say how many members the answer is the mean of: every sample in every view."""
+        return card.num_members(self.num_samples(card), self.views)
+
     def named(self, card: Card) -> tuple[str, ...]:
         """Name the outputs, each once."""
-        usual = [name for name in card.maps(self.num_samples(card)) if name in DEFAULT_MAPS]
+        usual = [name for name in card.maps(self.num_members(card)) if name in DEFAULT_MAPS]
         return tuple(dict.fromkeys(name for one in self.outputs for name in (usual if one == DEFAULT else [one])))
 
     def maps(self, card: Card) -> tuple[str, ...]:
@@ -315,10 +330,16 @@ def check_options(options: SegmentOptions, card: Card, limits: Limits) -> int:
         )
     if not 1 <= samples <= limits.samples:
         raise BadOption(f"samples is {samples}; 1 to {limits.samples} is possible")
-    known = (*card.maps(samples), DEFAULT, PROBABILITIES)
+    views = card.views if options.views is None else _views("views", options.views)
+    if not card.fits(views):
+        raise BadOption(
+            f"views is {views}, which turns windows on their side, and those of {card.name} are "
+            f"{card.window.width}x{card.window.height}; flip and scales are possible"
+        )
+    known = (*card.maps(options.num_members(card)), DEFAULT, PROBABILITIES)
     for name in options.outputs:
         if name not in known:
-            has = f"{card.name} has {', '.join(known)} where samples is {samples}"
+            has = f"{card.name} has {', '.join(known)} where samples is {samples} and views is {views}"
             raise BadOption(f"there is no output {name[:40]!r}; {has}")
     return samples
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from penumbra.models.card import Card, Sampling
+from penumbra.models.card import NUM_VIEWS, Card, Sampling
 from penumbra.models.errors import BadOption, TooLarge
 from penumbra.serving.engine.canvas import Wanted
 from penumbra.serving.engine.noise import NoiseSource, SeededNoise
@@ -34,6 +34,14 @@ class RequestPlan:
         return self.options.num_samples(self.card)
 
     @property
+    def views(self) -> str:
+        return self.options.views or self.card.views
+
+    @property
+    def num_views(self) -> int:
+        return NUM_VIEWS[self.views]
+
+    @property
     def sampling(self) -> Sampling:
         return self.card.sampling_with(prompt=self.prompt is not None)
 
@@ -43,8 +51,9 @@ class RequestPlan:
 
     @property
     def is_usual(self) -> bool:
-        """Tell whether the answer is made as in a calibration: with the card's overlap and no prompt."""
-        return self.options.overlap in (None, self.card.window.overlap) and self.prompt is None
+        """Tell whether the answer is made as in a calibration: with the card's overlap and views, and no prompt."""
+        is_usual = self.options.overlap in (None, self.card.window.overlap) and self.views == self.card.views
+        return is_usual and self.prompt is None
 
     @property
     def is_anytime(self) -> bool:
@@ -53,7 +62,7 @@ class RequestPlan:
 
     @property
     def least_samples(self) -> int:
-        return 2 if "mutual_information" in self.options.outputs else 1
+        return 2 if "mutual_information" in self.options.outputs and self.num_views == 1 else 1
 
     @property
     def wanted(self) -> Wanted:
@@ -63,8 +72,11 @@ class RequestPlan:
 
 
 def resolve(options: SegmentOptions, card: Card, limits: Limits) -> SegmentOptions:
-    """Set the model's name, version and number of samples in options. Raises BadOption for what no image mends."""
-    return replace(options, model=card.name, version=card.version, samples=check_options(options, card, limits))
+    """Set the model's name, version, samples and views in options. Raises BadOption for what no image mends."""
+    samples = check_options(options, card, limits)
+    return replace(
+        options, model=card.name, version=card.version, samples=samples, views=options.views or card.views
+    )  # fmt: skip
 
 
 def plan_request(
@@ -102,12 +114,13 @@ def _check_windows(height: int, width: int, card: Card, options: SegmentOptions,
             f"limit for that is {limit:,}: send a smaller image or parts of it"
         )
     num_windows = count_windows(height, width, card.window, options.overlap)
-    num_samples = options.num_samples(card)
-    if num_windows * num_samples > limits.queue_samples:
+    num_samples, num_members = options.num_samples(card), options.num_members(card)
+    if num_windows * num_members > limits.queue_samples:
+        views = f" x {num_members // num_samples} views" if num_members > num_samples else ""
         raise TooLarge(
-            f"the image needs {num_windows} windows x {num_samples} samples = {num_windows * num_samples:,} "
+            f"the image needs {num_windows} windows x {num_samples} samples{views} = {num_windows * num_members:,} "
             f"window-samples and the limit of the queue (limit_queue_samples) is {limits.queue_samples:,}; lower the "
-            "overlap or the samples, or send a smaller image or parts of it"
+            f"overlap or the samples{', leave out the views' if views else ''}, or send a smaller image or parts of it"
         )
 
 

@@ -240,7 +240,8 @@ class QueuedRequest:
 
     @property
     def window_pixels(self) -> int:
-        return self.plan.windows.window_height * self.plan.windows.window_width
+        """Count the pixels that are run for a window: views take as long as other windows do, one after another."""
+        return self.plan.windows.window_height * self.plan.windows.window_width * self.plan.num_views
 
     def samples_within(self, most: int) -> int:
         """Count the samples of a coming window, if no more than `most` are taken where that can be chosen."""
@@ -248,15 +249,20 @@ class QueuedRequest:
 
     @property
     def reserved(self) -> int:
-        """Count what the request takes of the queue: windows x samples without an answer."""
-        return 0 if self.in_background else self.unanswered * self.num_samples
+        """Count what the request takes of the queue: windows x samples x views without an answer."""
+        return 0 if self.in_background else self.unanswered * self.num_members
+
+    @property
+    def num_members(self) -> int:
+        """Count what a window costs and its answer holds: every sample in every view."""
+        return self.num_samples * self.plan.num_views
 
     @property
     def batch_key(self) -> tuple[object, ...]:
-        """Windows with equal keys can share a batch: same model, number of samples, size, and all or none prompted."""
+        """Windows with equal keys can share a batch: same model, samples, views and size, and all or none prompted."""
         windows = self.plan.windows
         size = windows.window_height, windows.window_width
-        return id(self.plan.runtime), self.num_samples, size, self.plan.prompt is None
+        return id(self.plan.runtime), self.num_samples, self.plan.views, size, self.plan.prompt is None
 
     @property
     def has_room(self) -> bool:
@@ -274,7 +280,7 @@ class QueuedRequest:
         if window.index == self.first_window and plan.runtime.stays_on_device:
             self.surface = plan.runtime.surface(self.image_HW3, plan.windows, plan.wanted, first_y=self._first_y)
         noise_SL = plan.noise.draw(window.index)[:num_samples]
-        return WindowInput(self.image_HW3, window, plan.windows, noise_SL, plan.prompt, self.surface)
+        return WindowInput(self.image_HW3, window, plan.windows, noise_SL, plan.prompt, self.surface, plan.views)
 
     def take(self) -> Window:
         """Take the next window, at the cost of the request's virtual time and its class's."""
@@ -282,8 +288,8 @@ class QueuedRequest:
         self.priority_class.request_time = self.virtual_time
         self.untaken -= 1
         self.ahead += 1
-        self.virtual_time += self.num_samples
-        self.priority_class.virtual_time += self.num_samples * STRIDES[self.priority_class.priority]
+        self.virtual_time += self.num_members
+        self.priority_class.virtual_time += self.num_members * STRIDES[self.priority_class.priority]
         return next(self._windows)
 
     def ending(self, now: float) -> PenumbraError | None:

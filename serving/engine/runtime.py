@@ -4,7 +4,7 @@ import itertools
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from penumbra.serving.engine.moments import Moments, Statistics
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.steps import Answer, HostSteps, WindowInput
 from penumbra.serving.engine.store import Artifact, Recorded
+from penumbra.serving.engine.views import AS_IS, VIEWS, View
 from penumbra.serving.engine.windows import WindowPlan, cover
 
 log = logging.getLogger("penumbra")
@@ -97,28 +98,41 @@ class Runtime:
         return self._steps.surface(image_HW3, plan, wanted, first_y=first_y, most=most)
 
     def run(self, inputs: Sequence[WindowInput]) -> list[Answer]:
-        """Answer every window, in order. All inputs have one size and one S, and all have a prompt or none has.
+        """Answer every window, in order. All inputs have one size, one S and the same views, and all have a prompt or
+        none has. Sample s in view v is the member v * S + s: every view is asked with the same noise.
 
         A window whose logits or own maps are not finite is answered with a ModelFault; its neighbours are unharmed. On
         a GPU what is given is on its way when this returns, and so is that fault (`Landing`).
         """
         return list(self._sample(self._encode(inputs), inputs))
 
-    def _encode(self, inputs: Sequence[WindowInput]) -> Features:
-        image_B3hw = self._steps.cut(inputs)
-        features = self._backend.encode(image_B3hw)
-        prompts = self._steps.prompts(inputs)
-        return self._backend.take_prompt(image_B3hw, features, prompts) if prompts else features
+    def _encode(self, inputs: Sequence[WindowInput]) -> Iterator[tuple[View, Features]]:
+        """Encode a view when the one before it was decoded, so that views take no memory of their own."""
+        image_B3hw, prompts = self._steps.cut(inputs), self._steps.prompts(inputs)
+        aligned = self.card.readout.align_corners
+        for view in VIEWS[inputs[0].views]:
+            seen_B3hw = view.turn(image_B3hw, aligned=aligned)
+            features = self._backend.encode(seen_B3hw)
+            if prompts:
+                turned = (p for p in prompts if p.dim() == 4 and view != AS_IS)  # masks come first
+                masks = [view.turn(mask_BKhw.float(), aligned=aligned).round() for mask_BKhw in turned]
+                features = self._backend.take_prompt(seen_B3hw, features, (*masks, *prompts[len(masks) :]))
+            yield view, features
 
-    def _sample(self, features: Features, inputs: Sequence[WindowInput]) -> Sequence[Answer]:
+    def _sample(self, encoded: Iterable[tuple[View, Features]], inputs: Sequence[WindowInput]) -> Sequence[Answer]:
+        """Decode what was encoded, and add it up. The network's own maps are those of the first view."""
         noise_SBL = self._steps.noise(inputs)
         sampling = self.card.sampling_with(prompt=inputs[0].prompt is not None)
         chunk = len(noise_SBL) if sampling.kind == "members" else self.samples_per_call  # members come out together
         size = inputs[0].window.height, inputs[0].window.width
         statistics = Statistics(self.card, len(inputs), size, self._backend.device)
-        for chunk_SBL in torch.split(noise_SBL, chunk):
-            statistics.add(self._backend.decode(features, chunk_SBL))
-        statistics.finish(features[-1] if self.card.extra_maps else None)
+        for view, features in encoded:
+            if self.card.extra_maps and not statistics.num_samples:
+                statistics.set_extras(features[-1])
+            for chunk_SBL in torch.split(noise_SBL, chunk):
+                logits_SBKhw = self._backend.decode(features, chunk_SBL)
+                statistics.add(view.turn_back(logits_SBKhw, aligned=self.card.readout.align_corners))
+        statistics.finish()
         return self._steps.answers(statistics, inputs)
 
     def check_golden(self) -> None:
@@ -176,10 +190,10 @@ class Runtime:
         if tuning.samples_per_call:
             self.samples_per_call = tuning.samples_per_call
         elif self.card.sampling.is_stochastic and not is_slow:
-            features = self._encode(inputs[:1])
+            encoded = list(self._encode(inputs[:1]))
             chunks = [size for size in SIZES if size <= len(inputs[0].noise_SL)]
             share_s = tuning.budget_s / 3
-            self._choose("samples_per_call", chunks, lambda: self._sample(features, inputs[:1]), budget_s=share_s)
+            self._choose("samples_per_call", chunks, lambda: self._sample(encoded, inputs[:1]), budget_s=share_s)
         if tuning.windows_per_batch:
             self.windows_per_batch = tuning.windows_per_batch
         elif self.card.window.height and not is_slow:
@@ -219,9 +233,9 @@ class Runtime:
             if self._window_samples == usual:
                 settle(self.run([alone]))
             else:
-                features = self._encode([alone])
+                encoded = list(self._encode([alone]))
                 encode_core_s = _core_seconds(started)
-                settle(self._sample(features, [alone]))
+                settle(self._sample(encoded, [alone]))
                 usual_core_s = encode_core_s + usual * (_core_seconds(started) - encode_core_s)
             yield 1, _core_seconds(started) / num_pixels
         yield usual, usual_core_s / num_pixels

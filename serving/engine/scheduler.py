@@ -3,8 +3,8 @@
 Batches run in lanes, threads that share the cores out: on a CPU one per core, since two windows on a core each take
 less time than one after the other on both, and nobody waits for the slower half of every layer; on a GPU two, since one
 batch is queued there while another runs. The batch element is a window, never a request. Requests of one priority take
-turns by work done (windows x samples), so a huge image cannot starve a small one; priorities share the device by
-`STRIDES`, so none starves another; a request is only ever a few windows ahead of what its thread has stitched, so
+turns by work done (windows x samples x views), so a huge image cannot starve a small one; priorities share the device
+by `STRIDES`, so none starves another; a request is only ever a few windows ahead of what its thread has stitched, so
 memory does not depend on its size. Promises: every window of a request is answered exactly once, with its moments, its
 rows or the error that ends the request; a failing batch fails only the requests whose own windows fail; a cancelled or
 expired request is told at once, also while its batch runs, and its windows leave the queue.
@@ -43,7 +43,7 @@ class Observer(Protocol):
     """An observer hears what the engine does, from any lane; `penumbra.serving.telemetry` makes metrics of it."""
 
     def batch_done(self, model: str, *, windows: int, capacity: int, samples: int) -> None:
-        """A batch of `windows` out of `capacity` windows, with `samples` samples in all, was run."""
+        """A batch of `windows` out of `capacity` windows, with `samples` samples in all, in every view, was run."""
 
     def out_of_memory(self, model: str) -> None:
         """A batch did not fit and is run again in halves."""
@@ -126,7 +126,7 @@ class Scheduler:
 
     @property
     def queued(self) -> tuple[int, int]:
-        """Count windows, and windows x samples, that were admitted and are not yet answered."""
+        """Count windows, and windows x samples x views, that were admitted and are not yet answered."""
         with self._condition:
             return sum(request.unanswered for request in self._requests), self._reserved
 
@@ -256,7 +256,8 @@ class Scheduler:
         answers = _settled(answers, batch.runtime)
         seconds = time.perf_counter() - started
         num_windows, model = len(batch.windows), batch.runtime.card.name
-        rate = num_windows * batch.num_samples * self._cores.threads / (seconds * batch.cores)
+        num_samples = num_windows * batch.num_samples * batch.windows[0][0].plan.num_views
+        rate = num_samples * self._cores.threads / (seconds * batch.cores)
         with self._condition:
             self._throughput.learn(batch.windows[0][0], batch.num_samples, num_windows, seconds, cores=batch.cores)
             self._samples_per_s = rate if not self._samples_per_s else 0.9 * self._samples_per_s + 0.1 * rate
@@ -265,10 +266,8 @@ class Scheduler:
                 request.run_s += seconds / num_windows
                 self._deliver(request, window, answer)
         if self._observer:
-            self._observer.batch_done(
-                model, windows=num_windows, capacity=batch.runtime.windows_per_batch,
-                samples=num_windows * batch.num_samples,
-            )  # fmt: skip
+            capacity = batch.runtime.windows_per_batch
+            self._observer.batch_done(model, windows=num_windows, capacity=capacity, samples=num_samples)
 
     def _begin(self, batch: Batch) -> list[WindowResult]:
         """Run a batch, or have it queued on a GPU; then another one may begin.
@@ -335,7 +334,7 @@ class Scheduler:
         if isinstance(answer, PenumbraError):
             self._end(request, answer)
             return
-        if answer.num_samples != request.num_samples:  # it began again with fewer while this one ran
+        if answer.num_samples != request.num_members:  # it began again with fewer while this one ran
             request.ahead -= 1
             return
         request.answers.put((window, answer))

@@ -35,8 +35,8 @@ def score(
 ) -> Scores:  # fmt: skip
     """Score a picture by the sums of its rows, as `penumbra.serving.engine.operators.read_out` has them.
 
-    An entropy depends on samples, overlap and prompt, so that only equals are compared; a map of the model's own hardly
-    does.
+    An entropy depends on samples, views, overlap and prompt, so that only equals are compared; a map of the model's
+    own hardly does.
     """
     if not num_measured:
         return Scores()

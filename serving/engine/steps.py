@@ -28,7 +28,7 @@ Answer = Moments | Landing | ModelFault
 class WindowInput:
     """A window's input is its place in an image, its noise_SL, and its prompt if there is one.
 
-    surface: where a GPU keeps what belongs to the request.
+    surface: where a GPU keeps what belongs to the request. views: in which it is run (`penumbra.serving.engine.views`).
     """
 
     image_HW3: Raster
@@ -37,6 +37,7 @@ class WindowInput:
     noise_SL: FloatArray
     prompt: PromptSource | None = None
     surface: Surface | None = None
+    views: str = "none"
 
 
 class Steps:

@@ -60,15 +60,17 @@ class Ranker:
 
     def __init__(self, segmenter: Segmenter, options: SegmentOptions, *, by: str, draws: bool) -> None:
         card = segmenter.find(options.model, options.version).card
-        maps = {"mutual_information"} & {by, *card.maps(options.num_samples(card))}
+        maps = {"mutual_information"} & {by, *card.maps(options.num_members(card))}
         self._segmenter, self._options = segmenter, options.with_maps((*maps, *["confidence"] * draws))
         self.card, self.by, self._draws = card, by, draws
         samples, reference = check_options(self._options, card, IN_MEMORY), card.novelty
         if by == "novelty" and reference is None:
             raise BadOption(f"{card.name} has no reference for novelty; `penumbra calibrate {card.name}` gives it one")
-        if by == "novelty" and reference and reference.map == "entropy" and reference.num_samples != samples:
+        made_of = (reference.num_samples, card.views) if reference and reference.map == "entropy" else None
+        if by == "novelty" and made_of not in (None, (samples, options.views or card.views)):
             raise BadOption(
-                f"samples is {samples}; {card.name} has a novelty of {reference.num_samples}: leave samples out"
+                f"samples is {samples} and views is {options.views or card.views}; {card.name} has a novelty of "
+                f"{made_of[0]} and {made_of[1]}: leave both out"
             )
 
     def look_at(self, url: str) -> tuple[Ranked | None, Result]:

@@ -70,9 +70,10 @@ def report(outcome: Outcome) -> None:
     """Print what a person wants to know: classes, uncertainty, time by phase, files."""
     console, prediction = Console(markup=False, emoji=False), outcome.prediction  # names may have any sign
     height, width = prediction.labels_HW.shape
+    in_views = f" in the views {prediction.views}" * (prediction.views != "none")
     console.print(
         f"{outcome.path} {width}x{height} by {prediction.card.name} version {prediction.card.version}, "
-        f"{prediction.num_samples} samples, seed {prediction.seed}, {prediction.num_windows} windows",
+        f"{prediction.num_samples} samples{in_views}, seed {prediction.seed}, {prediction.num_windows} windows",
         style="bold",
     )
     if prediction.members:

@@ -84,7 +84,7 @@ def summary(card: Card) -> dict[str, object]:
     return {
         "name": card.name, "version": card.version, "method": card.method,
         "classes": [c.name for c in card.classes], "sampling": dataclasses.asdict(card.sampling),
-        "prompt": card.prompt.kind, "maps": _maps_by_samples(card),
+        "views": card.views, "prompt": card.prompt.kind, "maps": _maps_by_samples(card),
         "extra_maps": [extra.name for extra in card.extra_maps],
         "risks": list(card.calibration.risks) if card.calibration else [],
         "class_risks": list(card.calibration.class_risks) if card.calibration else [],
@@ -95,11 +95,13 @@ def summary(card: Card) -> dict[str, object]:
 
 
 def _maps_by_samples(card: Card) -> dict[str, list[str]]:
-    """The maps that can be asked for of a `single` sample and of `several`, as far as the model takes them."""
+    """The maps that can be asked for of a `single` sample and of `several`, as far as the model takes them, in the
+    card's views. With others a model of one sample has what several have."""
     counts = {card.sampling_with(prompt=prompt).default_samples for prompt in (False, True)}
     if card.sampling.is_stochastic:
         counts.add(1)
-    return {"single" if count == 1 else "several": list(card.maps(count)) for count in sorted(counts)}
+    members = sorted(map(card.num_members, counts))
+    return {"single" if count == 1 else "several": list(card.maps(count)) for count in members}
 
 
 def _docs_html(document: dict[str, Any]) -> str:

@@ -44,7 +44,7 @@ OWN_FIELDS = ("model", "version", "outputs")
 PARAMETERS = {spec.name for spec in fields(SegmentOptions)} - set(OWN_FIELDS)
 LARGE_BYTES = 2**16
 """Messages from here on are read off the event loop: smaller ones take less time than the change of thread."""
-FACTS = ("seed", "samples", "samples_asked", "age_s", "members", "warnings", "abstained", "expected_error",
+FACTS = ("seed", "samples", "views", "samples_asked", "age_s", "members", "warnings", "abstained", "expected_error",
          "novelty")  # fmt: skip
 """What an answer's parameters say of it, each where it applies."""
 PHASES = {

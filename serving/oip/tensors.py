@@ -96,8 +96,8 @@ def inputs_of(card: Card) -> tuple[TensorSpec, ...]:
 
 
 def outputs_of(card: Card) -> tuple[TensorSpec, ...]:
-    """List what a model answers by default; the parameter `samples` and a prompt may change which maps it has."""
-    maps = card.maps(card.sampling.default_samples)
+    """List what a model answers by default; the parameters `samples` and `views` and a prompt may change its maps."""
+    maps = card.maps(card.num_members(card.sampling.default_samples))
     return (
         TensorSpec("labels", "UINT8", (-1, -1)),
         *(TensorSpec(name, "FP32", (-1, -1)) for name in maps),

@@ -57,7 +57,8 @@ async function chooseModel() {
 function mapsOfAnswer() {
   const free = !$("samples-row").hidden, members = Object.keys(prompt()).length ? card.prompt.members.length : 0;
   const samples = free ? Number($("samples").value) : members || card.sampling.default_samples;
-  return maps[card.name][samples > 1 ? "several" : "single"];
+  const { single, several } = maps[card.name];
+  return samples > 1 ? several : (single ?? several);
 }
 
 /** Offers these maps; the one that is shown stays, if it is among them. */

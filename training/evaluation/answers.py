@@ -22,9 +22,9 @@ LIMITS = Limits(probability_bytes=2**40)
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """The model and frames of an evaluation. version, samples: None is the newest, and the card's. every: n-th only.
+    """The model and frames of an evaluation. version, samples, views: None is the newest, and the card's.
 
-    seed: the first frame's; the next has one more.
+    every: n-th only. seed: the first frame's; the next has one more.
     """
 
     name: str
@@ -35,10 +35,11 @@ class Question:
     samples: int | None = None
     seed: int = 0
     every: int = 1
+    views: str | None = None
 
     def options(self, index: int) -> SegmentOptions:
         """Return the options of one frame. Every frame has draws of its own, or all would share the luck of one."""
-        return SegmentOptions(model=self.name, samples=self.samples, seed=self.seed + index)
+        return SegmentOptions(model=self.name, samples=self.samples, seed=self.seed + index, views=self.views)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,12 +27,13 @@ class Evaluation:
     blocks: the sums of each block of frames.
     """
 
-    def __init__(self, card: Card, num_samples: int) -> None:
+    def __init__(self, card: Card, num_members: int) -> None:
+        """num_members: what an answer is the mean of, every sample in every view."""
         self.card, self.num_frames = card, 0
         self.confusion_KK = torch.zeros(card.num_classes, card.num_classes, dtype=torch.int64)
         """Counts [truth, answer] of labelled pixels."""
         self.reliability = Reliability()
-        uncertainties = [name for name in UNCERTAINTIES if name in card.maps(num_samples)]
+        uncertainties = [name for name in UNCERTAINTIES if name in card.maps(num_members)]
         extras = tuple(extra.name for extra in card.extra_maps)
         self.rankings = {name: Ranking() for name in ("confidence", *uncertainties, *extras)}
         self.patches = {(name, size): Ranking() for name in uncertainties for size in PATCH_PX}

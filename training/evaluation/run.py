@@ -47,7 +47,7 @@ class Measured:
             "model": self.card.name, "version": self.card.version, "set": self.question.data_set,
             "split": self.question.split, "every": self.question.every, "frames": self.evaluation.num_frames,
             "pixels": int(self.evaluation.reliability.num), "seed": self.question.seed,
-            "samples": self.question.options(0).num_samples(self.card),
+            "samples": self.question.options(0).num_samples(self.card), "views": self.question.views or self.card.views,
             "temperatures": sorted({card.readout.temperature for card in self.cards.values()}),
             "figures": defined(self.evaluation.figures()), "errors": self.evaluation.errors(),
             "intervals": self.evaluation.intervals(seed=self.question.seed), "pictures": self.evaluation.pictures,
@@ -113,7 +113,7 @@ def evaluate(
     blocks = find_blocks(frames.names, cards)
     cards, ends = {index: cards[index] for block in blocks for index in block}, {block[-1] for block in blocks}
     card = cards[min(cards)]
-    evaluation, accuracies = Evaluation(card, question.options(0).num_samples(card)), []
+    evaluation, accuracies = Evaluation(card, question.options(0).num_members(card)), []
     answers = segment_frames(segmenter, question, frames, cards, title=f"{title} {card.name}")
     for index, answer in zip(cards, answers, strict=True):
         evaluation.add(answer)
@@ -137,7 +137,8 @@ def compare_samples(
     """
     card = segmenter.find(question.name, question.version).card
     counts = [count for count in SAMPLE_COUNTS if count <= segmenter.limits.samples]
-    evaluations, seconds = {count: Evaluation(card, count) for count in counts}, dict.fromkeys(counts, 0.0)
+    evaluations = {count: Evaluation(card, card.num_members(count, question.views)) for count in counts}
+    seconds = dict.fromkeys(counts, 0.0)
     for index in follow(indices, "comparing numbers of samples"):
         frame, options = frames.frame(index), question.options(index)
         for count in counts:
