@@ -46,6 +46,7 @@ def make_ensemble(checkpoints: Sequence[Path], output: Path) -> Card:
         output.stem, 1, "ensemble", dataclasses.asdict(config), first.classes, first.input, first.window,
         network.sampling, Readout(align_corners=first.readout.align_corners),
         provenance=Provenance(data, licences, recipe=f"{JOINED}{', '.join(stems)}"),
+        views=first.views if {one.views for one in cards} == {first.views} else "none",
     )  # fmt: skip
     save_checkpoint(output, card, network)
     return card
@@ -53,9 +54,11 @@ def make_ensemble(checkpoints: Sequence[Path], output: Path) -> Card:
 
 def losses(checkpoints: Sequence[Path]) -> list[str]:
     """List in sentences what the networks say alone and not as members."""
-    sentences = []
+    sentences, views = list[str](), {read_card(path).views for path in checkpoints}
     for path in checkpoints:
         card = read_card(path)
+        if len(views) > 1 and card.views != "none":
+            sentences.append(f"{path.stem} has the views {card.views} and others have not: the ensemble has none")
         if card.sampling.is_stochastic:
             still = "with its latent at the mean" if card.sampling.kind == "latent" else "with nothing dropped"
             sentences.append(f"{path.stem} draws no samples in an ensemble, where it is one member {still}")

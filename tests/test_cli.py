@@ -196,6 +196,7 @@ def test_predict_gives_the_same_arrays_for_the_same_seed(toy_store: Path, tmp_pa
         (["-m", "toy-latent", "--overlap", "1.5"], ["overlap is 1.5"]),
         (["-m", "toy-latent", "--overlap", "nan"], ["overlap is nan"]),
         (["-m", "toy-latent", "--seed", "-1"], ["seed is -1"]),
+        (["-m", "toy-latent", "--views", "d4"], ["views is d4", "48x32", "flip"]),
     ],
 )
 def test_a_wrong_option_is_one_sentence_and_exit_code_2(
@@ -211,6 +212,7 @@ def test_a_wrong_option_is_one_sentence_and_exit_code_2(
         ["predict"],
         ["predict", "absent.png"],
         ["predict", "--samples", "x", "a.png"],
+        ["predict", "--views", "turned", "a.png"],
         ["nothing"],
         ["verify"],
         ["serve", "--port", "3000", "--grpc-port", "3000"],

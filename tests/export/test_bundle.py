@@ -170,3 +170,13 @@ def test_a_failed_first_export_leaves_no_store_behind(tmp_path: Path) -> None:
     with pytest.raises(ParityFailed):
         export_network(Deaf(ToyConfig(form="latent")), card, tmp_path / "store")
     assert not (tmp_path / "store").exists()
+
+
+def test_views_of_an_export_are_its_cards_and_leave_out_what_was_calibrated_in_others(tmp_path: Path) -> None:
+    card, network = toy_card("latent")
+    calibration = Calibration((0.1,), (0.3,), num_frames=9, num_samples=2, data="made up")
+    save_checkpoint(tmp_path / "toy.safetensors", dataclasses.replace(card, calibration=calibration), network)
+    exported = open_artifact(export_checkpoint(tmp_path / "toy.safetensors", tmp_path / "store", views="flip"))
+    assert (exported.card.views, exported.card.calibration) == ("flip", None)
+    again = open_artifact(export_checkpoint(tmp_path / "toy.safetensors", tmp_path / "store", views="none"))
+    assert (again.card.views, again.card.calibration) == ("none", calibration)

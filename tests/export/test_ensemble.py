@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from penumbra.__main__ import main
 from penumbra.export.bundle import export_checkpoint
-from penumbra.export.ensemble import make_ensemble
+from penumbra.export.ensemble import losses, make_ensemble
 from penumbra.models.card import Card, ClassInfo, InputSpec, Readout, WindowSpec
 from penumbra.models.checkpoint import load_checkpoint, save_checkpoint
 from penumbra.models.contract import Network
@@ -104,3 +104,34 @@ def test_the_verb_warns_of_what_a_network_says_alone_and_not_as_a_member(tmp_pat
         "penumbra: warning: bright has no brightness in an ensemble",
         "penumbra: warning: latent draws no samples in an ensemble, where it is one member with its latent at the mean",
     ]
+
+
+def test_an_ensemble_has_the_views_that_all_of_its_members_have(tmp_path: Path) -> None:
+    flipped = [checkpoint(tmp_path / f"{name}.safetensors", "cps", views="flip") for name in ("one", "two")]
+    assert make_ensemble(flipped, tmp_path / "both.safetensors").views == "flip" and losses(flipped) == []
+    mixed = [*flipped, checkpoint(tmp_path / "three.safetensors", "toy")]
+    assert make_ensemble(mixed, tmp_path / "all.safetensors").views == "none"
+    assert losses(mixed)[0] == "one has the views flip and others have not: the ensemble has none"
+
+
+def test_members_times_views_are_the_mean_of_every_member_in_every_view(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    paths = [checkpoint(tmp_path / f"{name}.safetensors", name) for name in ("cps", "toy")]
+    make_ensemble(paths, tmp_path / "all.safetensors")
+    image = picture(rng, 64, 80)
+    export_checkpoint(tmp_path / "all.safetensors", tmp_path / "store")
+    with Segmenter.open(tmp_path / "store", threads=1, device="cpu", tuning=FIXED) as segmenter:
+        prediction = segmenter.segment(image, SegmentOptions(views="flip"))
+    seen = [(image, (-1,)), (image, ())]
+    with torch.inference_mode():
+        probs = [
+            alone(path, np.ascontiguousarray(pixels[:, ::-1] if axes else pixels), (64, 80)).flip(axes)
+            for path in paths
+            for pixels, axes in seen
+        ]
+    prob_SKhw = torch.cat(probs)
+    mean_Khw = prob_SKhw.mean(0)
+    np.testing.assert_allclose(prediction.maps["confidence"], mean_Khw.amax(0), atol=2e-4)
+    information = torch.special.entr(mean_Khw).sum(0) - torch.special.entr(prob_SKhw).sum(1).mean(0)
+    np.testing.assert_allclose(prediction.maps["mutual_information"], information, atol=2e-4)

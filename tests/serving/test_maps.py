@@ -57,6 +57,19 @@ def test_what_nobody_named_is_absent_where_an_answer_has_it_not(client: httpx.Cl
             )
 
 
+def test_one_sample_in_several_views_has_mutual_information_and_says_its_views(client: httpx.Client) -> None:
+    for model, more in SINGLE:
+        asked = {"model": model, "views": "flip", **more}
+        answer = ask(client, accept="application/json", **asked)
+        assert answer.json()["views"] == answer.headers["X-Penumbra-Views"] == "flip" and answer.json()["samples"] == 1
+        assert all("mean_mutual_information" in row for row in answer.json()["classes"])
+        assert ask(client, accept="image/png", picture="mutual_information", **asked).status_code == 200
+        refused = ask(client, accept="application/json", outputs="seam", **asked)
+        assert re.search("no output 'seam'; .* samples is 1 and views is flip", refused.json()["error"])
+    refused = ask(client, accept="application/json", model="toy-latent", views="turned")
+    assert refused.status_code == 400 and "views is 'turned'; none, flip, d4, scales are" in refused.json()["error"]
+
+
 def test_the_seam_is_there_for_who_asks_for_it(client: httpx.Client) -> None:
     for model, more in SINGLE:
         table = ask(client, accept="application/json", model=model, outputs="seam", **more).json()["classes"]
@@ -126,6 +139,7 @@ def test_inference_answers_by_default_with_what_there_is(api: Api) -> None:
         assert infer(api, model, "seam", **parameters) == {"seam"}
         with pytest.raises(InferenceServerException, match="no output 'mutual_information'"):
             infer(api, model, "mutual_information", **parameters)
+        assert infer(api, model, views="flip", **parameters) == usual | {"mutual_information"}
     boxes = {"boxes": "[[5, 5, 40, 30, 1]]"}
     for model, parameters in (("toy-opposed", {}), ("toy-boxed", boxes), ("toy-latent", {})):
         assert infer(api, model, **parameters) == usual | {"mutual_information"}

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from penumbra.export.bundle import export_network
-from penumbra.models.card import Card
+from penumbra.models.card import NUM_VIEWS, Card
 from penumbra.models.contract import Features
 from penumbra.models.errors import BadOption, DeadlineExceeded, ModelFault
 from penumbra.serving.engine import moments
@@ -410,3 +410,25 @@ def test_a_pace_follows_the_machine() -> None:
     for seconds in [1.0] * 5 + [3.0] * 20:
         pace.learn(4, seconds)
     assert pace.seconds(4) == pytest.approx(3, rel=0.01)
+
+
+# -- views ------------------------------------------------------------------------------------------
+
+
+class ViewedRuntime(TimedRuntime):
+    """Takes as long again for every view of a window."""
+
+    def run(self, inputs: list[WindowInput]) -> list[Moments | ModelFault]:
+        num_views = NUM_VIEWS[inputs[0].views]
+        answers = super().run([one for one in inputs for _ in range(num_views)])
+        return [replace(one, num_samples=one.num_samples * num_views) for one in answers[::num_views]]  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize(("within_s", "samples"), [(1e9, 16), (2 * 5 * 9 / SPARE, 6), (2 * 5 * 8 / SPARE, 5)])
+def test_a_view_takes_as_long_as_a_window(scheduler: Scheduler, clock: Clock, within_s: float, samples: int) -> None:
+    """What was learnt without views plans an answer with two of them: as many samples as fit into half of the time."""
+    engine = ViewedRuntime(clock)
+    known(scheduler, engine)
+    engine.card = replace(engine.card, views="flip")
+    assert answer(scheduler, engine, 5, 16, within_s=within_s) == {2 * samples}
+    assert engine.rounds == [samples] * 10

@@ -250,3 +250,40 @@ def test_views_keep_to_the_cards_rules_of_reading_out(
         )
     for name in ("entropy", "confidence"):
         np.testing.assert_allclose(answer.maps[name], without.maps[name], atol=5e-6)
+
+
+class Counted:
+    """Notes the windows and samples of every batch."""
+
+    def __init__(self) -> None:
+        self.counts = [0, 0]
+
+    def batch_done(self, model: str, *, windows: int, capacity: int, samples: int) -> None:
+        self.counts = [self.counts[0] + windows, self.counts[1] + samples]
+
+    def out_of_memory(self, model: str) -> None: ...
+
+    def model_loaded(self, model: str, *, seconds: float) -> None: ...
+
+
+def test_metrics_count_every_sample_in_every_view(tmp_path: Path, rng: np.random.Generator) -> None:
+    export(tmp_path, "latent", "counted")
+    counted = Counted()
+    with Segmenter.open(tmp_path, threads=1, device="cpu", tuning=FIXED, observer=counted) as segmenter:
+        segmenter.segment(picture(rng, 80, 80), SegmentOptions(samples=3, views="d4"))
+    assert counted.counts == [9, 9 * 3 * 8]
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_views_run_in_formats_whose_windows_have_one_size(
+    backend: str, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    pytest.importorskip({"onnx": "onnxruntime"}.get(backend, backend), reason=f"{backend} is not installed")
+    card, _ = toy_card("pointwise", name="sided", window=SQUARE)
+    export_network(Sided(ToyConfig(form="pointwise")), card, tmp_path / "there", backend=backend)
+    export_network(Sided(ToyConfig(form="pointwise")), card, tmp_path / "here")
+    image_HW3, probs = picture(rng, 50, 60), []
+    for store in ("here", "there"):
+        with Segmenter.open(tmp_path / store, threads=1, device="cpu", tuning=FIXED) as segmenter:
+            probs.append([ask(segmenter, image_HW3, views=views).prob_KHW for views in ("d4", "scales")])
+    np.testing.assert_allclose(*probs, atol=1e-5)

@@ -69,3 +69,11 @@ def test_windows_lie_alike_on_both_ways(
         boxes = ((0.4, 0, size[1] / 2, size[0] - 0.5, 1), (size[1] / 3, 2.5, size[1], size[0], 2))
         options = replace(options, boxes=boxes, outputs=(*card.maps(3), PROBABILITIES))
     both({"toy": (card, network)}, picture(rng, *size), options)
+
+
+@pytest.mark.parametrize("views", ["flip", "d4", "scales"])
+@pytest.mark.parametrize("form", ["latent", "boxed", "bright"])
+def test_views_are_alike_on_both_ways(form: str, views: str, rng: np.random.Generator) -> None:
+    card, network = toy_card(form, window=WindowSpec(32, 32), name="toy")  # type: ignore[arg-type]
+    options = replace(asked(card, prompted=form == "boxed"), views=views, outputs=("default", PROBABILITIES))
+    both({"toy": (card, network)}, picture(rng, 60, 75), options)
