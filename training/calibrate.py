@@ -137,10 +137,7 @@ def calibrate(
     segmenter: Segmenter, question: Question, frames: FrameSet, *, risks: Sequence[float] = RISKS,
     class_risks: Sequence[float] = CLASS_RISKS,
 ) -> Calibrated:  # fmt: skip
-    """Fit temperature and thresholds of a loaded model and check them; views that are asked for become its own.
-
-    Raises BadOption, BadData.
-    """
+    """Fit temperature and thresholds of a loaded model, in these views, and check them. Raises BadOption, BadData."""
     card = segmenter.find(question.name, question.version).card
     card = dataclasses.replace(card, views=question.views or card.views)
     num_samples = question.options(0).num_samples(card)
@@ -158,9 +155,8 @@ def calibrate(
         return segment_frames(segmenter, question, frames, dict.fromkeys(indices, trial), title=title)
 
     def nll(temperature: float) -> float:
-        return mean_nll(
-            try_card(set_temperature(card, temperature), split.temperature, title=f"temperature {temperature:.3f}")
-        )
+        trial = set_temperature(card, temperature)
+        return mean_nll(try_card(trial, split.temperature, title=f"temperature {temperature:.3f}"))
 
     new_card = set_temperature(card, fit_temperature(nll))
     evidence = Evidence(new_card)
