@@ -188,7 +188,8 @@ FOR_EACH_CPU void penumbra_blend(
 /* Reads rows y to y + rows of a canvas, a ring of R rows [C][W] of mean probabilities, mean sample entropies and extra
  * maps, into planes of `out`, which begin at these bytes and are not wanted where that is negative: labels, confidence,
  * margin, entropy, expected entropy, entropy beyond it, probabilities [rows][K][W], the extra maps, and sums [rows][2].
- * Ties go to the lowest class; labels are 255 above the `threshold` of their class; zero probabilities add no entropy.
+ * Ties go to the lowest class; labels are 255 above the `threshold` of their class; zero probabilities add no entropy, and
+ * what is no number counts as zero. In the map at `channel` it counts for the most.
  *
  * Sums are of 1 - confidence and of the map at `channel`, or of the entropy where that is negative, in units of 2^-24 and
  * without the pixels that are hidden[rows][W]; that may be NULL. */
@@ -212,7 +213,7 @@ FOR_EACH_CPU void penumbra_read_out(
             for (long k = 0; k < K; k++) {
                 const float *restrict p = prob + k * W + x0;
                 for (long x = 0; x < n; x++) {
-                    float v = p[x], safe = v > 1e-37f ? v : 1.0f, was = c[x];
+                    float v = p[x] > 0 ? p[x] : 0, safe = v > 1e-37f ? v : 1.0f, was = c[x];
                     nats[x] -= safe == 1.0f ? 0.0f : v * log_positive(safe);
                     float beaten = v > was ? was : v;
                     second[x] = beaten > second[x] ? beaten : second[x];

@@ -105,7 +105,8 @@ def read_out(
 
     Sums are those of a row's 1 - confidence, and of the extra map at `channel` or, where that is -1, of its entropy, in
     units of 2^-24: whole numbers, which add up to the same in any order. Left out is where a void (uint8 [rows, W]) is
-    not 0, and the map is taken as at most 2^15 from 0.
+    not 0, and the map is taken as at most 2^15 from 0. A probability that is no number counts as 0 in all that is read
+    out but itself, and such a value of the map as 2^15.
     """
     num_planes = 8 + canvases[0].shape[1] - num_classes - 1
     assert len(segments) * num_classes == (4 + num_planes) * len(thresholds) and out.dtype == torch.uint8

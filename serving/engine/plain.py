@@ -96,12 +96,14 @@ def read_out(
         rows = canvas[torch.arange(y, y + num_rows, device=canvas.device) % len(canvas)]
         merged, expected, extras = rows[:, :num_classes], rows[:, num_classes], rows[:, num_classes + 1 :]
         prob = torch.softmax(merged, dim=1) if softmax else merged
-        confidence, labels = prob.max(1)
+        positive = torch.where(prob > 0, prob, 0)
+        confidence, labels = positive.max(1)
         entropy = -torch.where(prob > 1e-37, prob * prob.log(), 0).sum(1)
-        second = prob.topk(2, dim=1).values[:, 1] if num_classes > 1 else 0
+        second = positive.topk(2, dim=1).values[:, 1] if num_classes > 1 else 0
+        disagreement = torch.where(entropy > expected, entropy - expected, 0)
         is_above = torch.stack([entropy > threshold for threshold in threshold_K], dim=1)
         labels = labels.to(torch.uint8).masked_fill(is_above.gather(1, labels[:, None])[:, 0], 255)
-        floats = (confidence, confidence - second, entropy, expected, (entropy - expected).clamp(min=0), prob)
+        floats = (confidence, confidence - second, entropy, expected, disagreement, prob)
         sums = _row_sums((1 - confidence, entropy if channel < 0 else rows[:, channel]), voids[void : void + 1])
         for plane, offset in zip((labels, *floats, *extras.unbind(1), sums), offsets, strict=True):
             if offset >= 0:
@@ -111,7 +113,7 @@ def read_out(
 
 def _row_sums(maps: Sequence[Tensor], void: Sequence[Tensor]) -> Tensor:
     """Add up maps [h, W] in whole units, int64 [h, maps], where nothing is void."""
-    units_hWM = (torch.stack([*maps], 2).clamp(-MOST, MOST).double() * UNITS).long()
+    units_hWM = (torch.stack([*maps], 2).nan_to_num(MOST).clamp(-MOST, MOST).double() * UNITS).long()
     for void_hW in void:
         units_hWM = units_hWM.masked_fill(void_hW[:, :, None] != 0, 0)
     return units_hWM.sum(1)

@@ -171,8 +171,8 @@ def _store(out, plane, index, values, mask):
 
 @triton.jit
 def _units(values, measured):
-    """Add values up in units of 2^-24."""
-    values = tl.minimum(tl.maximum(values, -32768.0), 32768.0) * 16777216.0
+    """Add values up in units of 2^-24; what is no number counts for the most."""
+    values = tl.maximum(tl.where(values < 32768.0, values, 32768.0), -32768.0) * 16777216.0
     return tl.sum(tl.where(measured, values.to(tl.int64), 0), 0)
 
 
@@ -210,20 +210,21 @@ def _read_out(
         if SOFTMAX:
             e, total, entropy = _powers(p, known)
             p = e * (1 / total)[None]
+            entropy = tl.where(entropy == entropy, entropy, 0.0)
         else:
             entropy = -tl.sum(tl.where(p > 1e-37, p * tl.log(tl.maximum(p, 1e-37)), 0.0), 0)
-        p = tl.where(known, p, -1.0)
+        _store(out, planes + 6, (row * K + k) * W + x[None], p, known & real[None])
+        p = tl.where(known, tl.where(p > 0, p, 0.0), -1.0)
         confidence, label = tl.max(p, 0, return_indices=True)
         second = tl.maximum(tl.max(tl.where(k == label[None], -1.0, p), 0), 0.0)
         expected = tl.load(here + K * W, mask=real, other=0.0)
-        threshold = tl.load(above + tl.minimum(label, K - 1))  # of values that are no numbers any may be the largest
+        threshold = tl.load(above + label)
         _store(out, planes, at, tl.where(entropy > threshold, 255, label).to(tl.uint8), real)
         _store(out, planes + 1, at, confidence, real)
         _store(out, planes + 2, at, confidence - second, real)
         _store(out, planes + 3, at, entropy, real)
         _store(out, planes + 4, at, expected, real)
-        _store(out, planes + 5, at, tl.maximum(entropy - expected, 0.0), real)
-        _store(out, planes + 6, (row * K + k) * W + x[None], p, known & real[None])
+        _store(out, planes + 5, at, tl.where(entropy > expected, entropy - expected, 0.0), real)
         for extra in range(1, C - K):
             _store(out, planes + 6 + extra, at, tl.load(here + (K + extra) * W, mask=real, other=0.0), real)
         novel = tl.where(channel < 0, entropy, tl.load(here + tl.maximum(channel, 0) * W, mask=real, other=0.0))

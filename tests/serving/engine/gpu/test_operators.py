@@ -395,6 +395,36 @@ def test_planes_that_are_not_requested_are_not_written(rng: np.random.Generator)
     assert (out[:8] == 77).all() and (out[208:] == 77).all()
 
 
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("channel", [-1, 4])
+def test_what_is_no_number_is_read_as_zero_or_as_the_strangest_in_every_form(
+    rng: np.random.Generator, channel: int, softmax: bool
+) -> None:
+    """Requested sums, of pixels that are sound, have one such probability or logit, have only such, or such a map."""
+    canvas = np.zeros((1, 5, 4), np.float32)
+    canvas[0, :3] = np.array([[0.2, 0.5, 0.3]] * 4, np.float32).T
+    canvas[0, 1, 1] = canvas[0, :3, 2] = canvas[0, 4, 3] = canvas[0, 3, 3] = math.nan
+    out = torch.zeros(200, dtype=torch.uint8)
+    offsets = [16, 20, 36, 52, 68, 84, 100, 148, 0]  # labels, five maps, probabilities, the model's own map, sums
+    operators.read_out(
+        [torch.from_numpy(canvas)], out, [0, 0, 1, *offsets, -1], [math.inf] * 3, num_classes=3, softmax=softmax,
+        channel=channel,
+    )  # fmt: skip
+    values = out[20:164].numpy().view(np.float32)
+    confidence, margin, entropy, expected, disagreement = values[:20].reshape(5, 4)
+    gone = [1, 2] if softmax else [2]  # a softmax has no number where one of its logits is none
+    assert (
+        out[16:20].tolist() == [1, 0 if softmax else 2, 0, 1] and np.isnan(values[20:32].reshape(3, 4)[:, gone]).all()
+    )
+    assert (confidence[gone] == 0).all() and (margin[gone] == 0).all() and (entropy[gone] == 0).all()
+    assert confidence[0] == confidence[3] > 0.3 and np.isnan(expected[3]) and disagreement[3] == 0
+    if not softmax:
+        assert (confidence[1], margin[1]) == pytest.approx((0.3, 0.1))
+    units = out[:16].numpy().view(np.int64)
+    novel = entropy if channel < 0 else np.array([0, 0, 0, 2**15])
+    np.testing.assert_allclose(units / 2**24, ((1 - confidence).sum(), novel.sum()), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("num_classes", CLASSES)
 @pytest.mark.parametrize("channel", [-1, 1])
 def test_the_sums_of_rows_are_of_what_was_measured_in_any_tile_and_order(
