@@ -12,8 +12,9 @@ from penumbra.models.errors import BadArtifact
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-CHOSEN = "="
-"""How the tag of a union's member begins, before its class's name: a step to a problem that is no field."""
+CHOSEN = "\0"
+"""How the tag of a union's member begins, before its class's name: a step to a problem that is no field, as no field of
+a configuration begins."""
 
 T = TypeVar("T")
 
@@ -58,5 +59,6 @@ def _sentence(kind: Any, problem: "ErrorDetails", where: str) -> str:
     place += f"[{name}]" if isinstance(name, int) else f".{name}" if name else ""
     remedy = problem["msg"].replace("Input", "it").replace("Tuple", "it")
     if problem["type"] == "literal_error":
-        remedy = f"one of {problem['ctx']['expected'].replace(' or ', ', ')} is wanted"
+        *others, last = problem["ctx"]["expected"].split(" or ")
+        remedy = f"one of {', '.join((*others, last))} is wanted" if others else f"{last} is wanted"
     return f"{place} is {problem['input']!r:.200}; {remedy}"

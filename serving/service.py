@@ -74,7 +74,8 @@ class PredictInput(bentoml.IODescriptor):  # type: ignore[misc]
 class PredictAnswer(BaseModel):
     """The answer of the typed route: nested lists [H][W]; uncertainties in nats. A map that it has not is absent.
 
-    warnings: sentences about what the caller should know of it; absent where there is none. scores: of the picture.
+    warnings: sentences about what the caller should know of it; absent where there is none. scores: of the picture,
+    null where there is none.
     """
 
     labels: list[list[int]]
@@ -82,7 +83,7 @@ class PredictAnswer(BaseModel):
     entropy: list[list[float]]
     mutual_information: list[list[float]] | None = Field(default=None, exclude_if=lambda values: values is None)
     warnings: tuple[str, ...] = Field(default=(), exclude_if=lambda sentences: not sentences)
-    scores: dict[str, float] = Field(default_factory=dict)
+    scores: dict[str, float | None] = Field(default_factory=dict)
 
 
 @bentoml.asgi_app(APP, path="/")

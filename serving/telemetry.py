@@ -231,7 +231,8 @@ class Telemetry:
         if prediction.abstained is not None:
             self._abstained.labels(prediction.card.name).observe(prediction.abstained)
         for name, score in prediction.shares.items():
-            self._scores[name].labels(prediction.card.name).observe(score)
+            if score is not None:
+                self._scores[name].labels(prediction.card.name).observe(score)
 
     def page(self, accept: str) -> tuple[bytes, str]:
         """The metrics page and its content type: OpenMetrics where the scraper asks for it."""

@@ -1,6 +1,5 @@
 """From bands to one answer."""
 
-import math
 from contextlib import closing
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -58,10 +57,9 @@ class Prediction:
         } | ({"views": self.views} if self.views != "none" else {})  # fmt: skip
 
     @property
-    def shares(self) -> dict[str, float]:
-        """Those of the scores that there are, by name."""
-        scores = {"expected_error": self.scores.expected_error, "novelty": self.scores.novelty}
-        return {name: score for name, score in scores.items() if score is not None}
+    def shares(self) -> dict[str, float | None]:
+        """The scores by name; None where there is none."""
+        return {"expected_error": self.scores.expected_error, "novelty": self.scores.novelty}
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -70,7 +68,7 @@ class Prediction:
             "members": list(self.members), "windows": self.num_windows, "size": list(self.labels_HW.shape),
             "units": "nats", "timing_ms": {phase: round(ms, 3) for phase, ms in self.timing_ms.items()},
             "warnings": list(self.warnings), "abstained": self.abstained, "void_pixels": self.num_void,
-            "scores": {"expected_error": self.scores.expected_error, "novelty": self.scores.novelty},
+            "scores": self.shares,
         } | ({"samples_asked": self.num_asked} if self.num_asked else {})  # fmt: skip
 
     def _repr_html_(self) -> str:
@@ -107,7 +105,7 @@ def collect(
     scores = score(
         card, sums_H2[:], size[0] * size[1] - num_void, num_samples=request.num_samples, is_usual=plan.is_usual
     )  # fmt: skip
-    warnings = (*_warnings(request), *warn_of_strangeness(card, scores))
+    warnings = (*warn_of_strangeness(card, scores), *_warnings(request))
     return Prediction(
         card, plan.options.seed, request.num_samples, plan.windows.num_windows, plan.sampling.members, warnings,
         labels_HW, {name: maps[name] for name in maps if name in card.maps(request.num_members)}, request.timing_ms,
@@ -157,8 +155,7 @@ def _warnings(request: QueuedRequest) -> tuple[str, ...]:
         )  # fmt: skip
     if not options.risks or card.calibration is None:
         return warnings
-    above_K = plan.wanted.above_nats_K
-    if withheld := [one.name for one, nats in zip(card.classes, above_K, strict=True) if nats == -math.inf]:
+    if withheld := [one.name for k, one in enumerate(card.classes) if k in request.withheld]:
         warnings += (f"max_class_risk of {options.max_class_risk:g} withholds {', '.join(withheld)} altogether",)
     calibrated = card.calibration.num_samples
     in_views = f"views {card.views} " if card.views != plan.views else ""

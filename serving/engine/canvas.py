@@ -32,10 +32,16 @@ STRIP_BYTES = 2**24
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What of an answer leaves the device beside the labels: outputs by name. above_nats_K: the entropy above which the
-    label of each class is withheld; empty where no risk is bounded."""
+    label of each class is withheld; empty where no risk is bounded. Where it is -inf labels do leave the device, for
+    it to be known whether the class occurs."""
 
     outputs: tuple[str, ...]
     above_nats_K: tuple[float, ...] = ()
+
+    @property
+    def withheld(self) -> tuple[int, ...]:
+        """The classes that are withheld altogether."""
+        return tuple(k for k, nats in enumerate(self.above_nats_K) if nats == -math.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +281,9 @@ def read_out(finished: Sequence[tuple[Tensor, Segment, Wanted]], out: Tensor, ca
     kept = list({id(canvas): canvas for canvas, _, _ in finished}.values())
     places = {id(canvas): i for i, canvas in enumerate(kept)}
     everything = (math.inf,) * card.num_classes
-    thresholds = [nats for _, _, wanted in finished for nats in wanted.above_nats_K or everything]
+    thresholds = [
+        math.inf if nats == -math.inf else nats for *_, wanted in finished for nats in wanted.above_nats_K or everything
+    ]
     table, voids = list[int](), list[Tensor]()
     for canvas, segment, _ in finished:
         void_hW = segment.void_hW[1]

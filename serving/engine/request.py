@@ -21,7 +21,7 @@ from penumbra.serving.engine.moments import Moments
 from penumbra.serving.engine.plan import NORMAL, RequestPlan
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.steps import WindowInput
-from penumbra.serving.engine.uncertainty import Band, withhold_void
+from penumbra.serving.engine.uncertainty import Band, withhold_classes, withhold_void
 from penumbra.serving.engine.windows import Window
 
 STRIDES = {1: 1, NORMAL: 4, 3: 16}
@@ -107,6 +107,8 @@ class QueuedRequest:
         self.timing_ms = dict.fromkeys(("queue", "run", "stitch", "read_out", "total"), 0.0)
         self._first_y = plan.windows.band_of(from_y or 0)
         self._first_row = plan.windows.row_before(self._first_y)
+        self.withheld = {*plan.wanted.withheld} if self._first_y else set[int]()
+        """Those of the classes withheld altogether that occur, or may: what lies above `from_y` is not seen again."""
         self._scheduler, self._listening = scheduler, ExitStack()
         self.surface: Surface | None = None
         """Its canvas, made with the first window: by its own thread, or on a GPU by the lane, which stitches there."""
@@ -126,6 +128,7 @@ class QueuedRequest:
                 progress(window.index + 1, self.plan.windows.num_windows)
                 for band in self._stitch(window, answer):
                     withhold_void(band)
+                    self.withheld |= withhold_classes(band, self.plan.wanted.withheld)
                     yield band
         assert self.started
         self.timing_ms["queue"] = 1e3 * (self.started - self.submitted)

@@ -34,6 +34,14 @@ class Band:
     void_hW: NDArray[np.bool_] | None = None
 
 
+def withhold_classes(band: Band, classes: tuple[int, ...]) -> set[int]:
+    """Withhold all that is called one of some classes, and tell which of them occur. Changes the band's labels."""
+    found = {k for k in classes if (band.labels == k).any()}
+    for k in found:
+        band.labels[band.labels == k] = IGNORE
+    return found
+
+
 def withhold_void(band: Band) -> None:
     """Say nothing where the image has no measurement. Changes the band's labels, maps and probabilities."""
     void_hW = band.void_hW

@@ -150,6 +150,6 @@ def is_ours(path: Path) -> bool:
                 mark in head for mark in (b"Software\0Penumbra", PAGE_MARK, b"<dc:title>Penumbra</dc:title>")
             )
             is_marked |= b"/Creator (Penumbra)" in tail
-            return is_marked or (head.startswith(b"PK") and tail.endswith(b"Penumbra"))
+            return is_marked or (head.startswith(b"PK") and tail.endswith((b"Penumbra", b'"Penumbra"}')))
     except RASTER_FAULTS:
         return False

@@ -14,18 +14,25 @@ REFUSALS = {status: {"description": text, "content": ERROR} for status, text in 
     "500": "The model failed on this request", "503": "Loading or draining", "504": "Deadline passed",
 }.items()}  # fmt: skip
 
-SHARE = {"type": "number", "minimum": 0, "maximum": 1, "nullable": True}
+SHARE = {"type": "number", "minimum": 0, "maximum": 1}
 SCORES = {
     "expected_error": "Share of the picture's pixels that is wrong, as far as the model can tell.",
-    "novelty": "Share of the model's reference pictures that were less strange; missing where it has none.",
+    "novelty": "Share of the model's reference pictures that were less strange, where it has any.",
 }
 HEADERS = {
-    f"X-Penumbra-{name.replace('_', '-').title()}": {"description": text, "schema": SHARE}
+    f"X-Penumbra-{name.replace('_', '-').title()}": {"description": f"{text} Absent if unknown.", "schema": SHARE}
     for name, text in SCORES.items()
 }
 SCORED = {"type": "object", "properties": {"scores": {
-    "type": "object", "properties": {name: SHARE | {"description": text} for name, text in SCORES.items()},
+    "type": "object", "required": [*SCORES], "properties": {
+        name: SHARE | {"description": f"{text} Null if unknown.", "nullable": True} for name, text in SCORES.items()
+    },
 }}}  # fmt: skip
+BYTES = {"schema": {"type": "string", "format": "binary"}}
+ANSWER = {"description": "The answer", "headers": HEADERS, "content": dict.fromkeys(WRITERS, BYTES) | {
+    "application/json": {"schema": SCORED},
+    "application/geo+json": {"schema": {"type": "object", "properties": {"penumbra": SCORED}}},
+}}  # fmt: skip
 
 
 def document(build: Mapping[str, str], *, typed: str) -> dict[str, Any]:
@@ -67,18 +74,13 @@ def _segment() -> dict[str, Any]:
     ]
     form: dict[str, Any] = {name: {**option.schema, "description": option.about} for name, option in OPTIONS.items()}
     form["image"] = {"type": "string", "format": "binary"}
-    picture = {"schema": {"type": "string", "format": "binary"}}
     return {
         "summary": "Labels and uncertainty of one picture; the Accept header chooses the form of the answer.",
         "parameters": parameters,
         "requestBody": {"required": True, "content": {
             "multipart/form-data": {"schema": {"type": "object", "properties": form, "required": ["image"]}},
-        } | {f"image/{kind}": picture for kind in ("jpeg", "png", "webp", "tiff", "bmp")}},
-        "responses": {
-            "200": {"description": "The answer", "headers": HEADERS, "content": {
-                media: {"schema": SCORED} if media.endswith("json") else picture for media in WRITERS
-            }},
-        } | REFUSALS,
+        } | {f"image/{kind}": BYTES for kind in ("jpeg", "png", "webp", "tiff", "bmp")}},
+        "responses": {"200": ANSWER} | REFUSALS,
     }  # fmt: skip
 
 
@@ -96,7 +98,7 @@ def _jobs() -> dict[str, Any]:
 def _result() -> dict[str, Any]:
     operation = _plain("The answer of a finished job, in the format asked for; ranges are possible.", parameter="id")
     operation["responses"] |= {
-        "200": {"description": "The answer", "content": {media: {"schema": {}} for media in WRITERS}},
+        "200": ANSWER,
         "206": {"description": "A part of it"},
         "409": {"description": "There is no result, or none yet", "content": ERROR},
         "416": {"description": "A range beyond the answer's end"},

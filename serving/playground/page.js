@@ -132,11 +132,14 @@ function refused(error) {
 }
 
 function outcome() {
-  const { samples, seed, members, warnings, abstained } = answer.parameters;
+  const { samples, seed, members, abstained } = answer.parameters, others = warnings().filter((sentence) => !isStrange(sentence));
   const parts = [members ? `Done with ${members.replaceAll(",", ", ")}.` : `Done with ${samples} sample${samples > 1 ? "s" : ""}, seed ${seed}.`];
   if (abstained !== undefined) parts.push(`${(100 * abstained).toFixed(1)} % withheld.`);
-  return [...parts, ...(warnings ? [`${warnings}.`] : [])].join(" ");
+  return [...parts, ...(others.length ? [`${others.join("; ")}.`] : [])].join(" ");
 }
+
+const warnings = () => (answer.parameters.warnings ?? "").split("; ").filter(Boolean);
+const isStrange = (sentence) => sentence.startsWith("this picture is stranger than");
 
 function say(text, isWrong = false) {
   $("status").textContent = text;
@@ -155,10 +158,10 @@ function forget() {
 }
 
 function showScores() {
-  const { expected_error: error, novelty, warnings = "" } = answer.parameters;
+  const { expected_error: error, novelty } = answer.parameters;
   const rows = [["expected error", error], ["stranger than, of the reference", novelty]].filter(([, share]) => share !== undefined);
   $("scores").replaceChildren(...rows.map(([name, share]) => row(name, `${(100 * share).toFixed(1)} %`)));
-  const strange = warnings.split("; ").find((sentence) => sentence.startsWith("this picture is stranger than"));
+  const strange = warnings().find(isStrange);
   $("strange").textContent = strange ? `${strange[0].toUpperCase()}${strange.slice(1)}.` : "";
   $("strange").hidden = !strange;
 }

@@ -1,5 +1,6 @@
 """An answer's arrays without loss: npz, and Cloud-Optimized GeoTIFF that lies where its image lies."""
 
+import json
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,13 +24,15 @@ TILE = 512
 def write_npz(prediction: Prediction, file: BinaryIO) -> None:
     """Write `labels` uint8 and the maps float32 [H, W], uncompressed: noisy maps do not shrink, and this is fast.
 
-    And `probabilities` float32 [K, H, W] where they were asked for.
+    And `probabilities` float32 [K, H, W] where they were asked for. The archive's comment says who answered, and the
+    scores, as JSON.
     """
     arrays: dict[str, NDArray[Any]] = {"labels": prediction.labels_HW, **prediction.maps}
     if prediction.prob_KHW is not None:
         arrays[PROBABILITIES] = prediction.prob_KHW
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        archive.comment = b"Penumbra"
+        about = prediction.origin | prediction.shares | {"software": "Penumbra"}
+        archive.comment = json.dumps(about).encode()
         for name, values in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
                 header = {"descr": values.dtype.str, "fortran_order": False, "shape": values.shape}
@@ -94,7 +97,7 @@ def _profile(prediction: Prediction, bands: Sequence[str]) -> dict[str, Any]:
 def _annotate(target: Any, prediction: Prediction, bands: Sequence[str]) -> None:
     """Say who answered, colours, names of bands, and the place where it is not a plain transform."""
     facts = prediction.origin | prediction.shares
-    target.update_tags(**{f"PENUMBRA_{name.upper()}": fact for name, fact in facts.items()})
+    target.update_tags(**{f"PENUMBRA_{name.upper()}": fact for name, fact in facts.items() if fact is not None})
     place = prediction.image and prediction.image.place
     if place and place.gcps:
         target.gcps = (place.gcps, place.crs)

@@ -79,6 +79,7 @@ def write_png(prediction: Prediction, file: BinaryIO, picture: str, *, levels: i
     """Write `labels` as indices of the model's palette, transparent where there is no label, `overlay` in colour, or a
     map in grey `levels`."""
     height, width = prediction.labels_HW.shape
+    about: dict[str, Any] = {"picture": picture}
     draw: Callable[[slice], NDArray[Any]]
     if picture == "labels":
         png, draw = PngWriter(file, (height, width), color=PALETTE), prediction.labels_HW.__getitem__
@@ -90,9 +91,9 @@ def write_png(prediction: Prediction, file: BinaryIO, picture: str, *, levels: i
         top = top_of(prediction, picture)
         png = PngWriter(file, (height, width), color=GREY, depth=16 if levels > 256 else 8)
         unit = "" if picture in UNITLESS else "nats" if picture in KNOWN_MAPS else "the model's"
-        scale = {"map": picture, "white": top, "black": 0, "unit": unit} | prediction.origin | prediction.shares
-        png.chunk(b"tEXt", b"Penumbra\0" + json.dumps(scale).encode())  # turns its grey into values again
+        about = {"map": picture, "white": top, "black": 0, "unit": unit}  # turns its grey into values again
         draw = partial(quantised, prediction.maps[picture], top=top, levels=levels)
+    png.chunk(b"tEXt", b"Penumbra\0" + json.dumps(about | prediction.origin | prediction.shares).encode())
     for rows in blocks(height):
         png.add(draw(rows))
     png.end()

@@ -76,7 +76,8 @@ def test_a_picture_of_any_size_is_seen_as_if_grey_stood_beyond_it(num_stages: in
 @pytest.mark.parametrize(
     ("backbone", "sentence"),
     [
-        ({"kind": "efficientnet"}, r"backbone\.kind is 'efficientnet'; one of 'efficientnet_lite' is wanted"),
+        ({"kind": "efficientnet"}, r"backbone\.kind is 'efficientnet'; 'efficientnet_lite' is wanted"),
+        ({"=kind": "efficientnet_lite"}, "backbone has an unknown field '=kind'; known are depth, stem"),
         ({"kind": "efficientnet_lite", "widht": 1}, "backbone has an unknown field 'widht'; known are kind, width"),
         ({"kind": "efficientnet_lite", "num_stages": 6}, r"backbone\.num_stages is 6; one of 5, 7 is wanted"),
         ({"depht": 18}, "backbone has an unknown field 'depht'; known are depth, stem"),

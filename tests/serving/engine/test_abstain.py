@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,7 +14,8 @@ from PIL import Image
 from penumbra.export.bundle import export_network
 from penumbra.models.card import IGNORE, Calibration, Card, dump_card, parse_card
 from penumbra.models.errors import BadArtifact, BadOption
-from penumbra.serving.engine.options import SegmentOptions, abstain_above, class_candidates, parse_options
+from penumbra.serving.engine.options import Limits, SegmentOptions, abstain_above, class_candidates, parse_options
+from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.http.routes import summary
@@ -84,9 +86,16 @@ def test_each_class_is_withheld_above_its_own_entropy_and_both_risks_hold_togeth
     is_above = free.maps["entropy"] > np.float32(above)[free.labels_HW]
     assert np.array_equal(bounded.labels_HW, np.where(is_above, IGNORE, free.labels_HW))
     assert bounded.abstained == is_above.mean() and 0.05 < is_above.mean() < 0.95
-    assert bounded.warnings == (
-        ("max_class_risk of 0.1 withholds green altogether",) if max_class_risk == 0.1 else ()
-    )  # fmt: skip
+    sentence = ("max_class_risk of 0.1 withholds green altogether",)
+    assert bounded.warnings == (sentence if max_class_risk == 0.1 else ())
+    image = image.copy()
+    image[:, :, 1] = 0  # nothing is called green now
+    assert segmenter.segment(image, ask(max_risk, max_class_risk=max_class_risk)).warnings == ()
+    void = Raster(picture(rng, 50, 70), void_HW=np.ones((50, 70), np.bool_))
+    assert segmenter.segment(void, ask(max_risk, max_class_risk=max_class_risk)).warnings == ()
+    options, never = ask(max_risk, max_class_risk=max_class_risk), threading.Event()
+    rest = segmenter.bands_from(80, picture(rng, 90, 70), options, limits=Limits(), cancelled=never)
+    assert bool(rest.withheld) == (max_class_risk == 0.1), "what was answered before may have been green"
 
 
 def test_a_risk_of_classes_needs_a_calibration_of_its_own() -> None:
