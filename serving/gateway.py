@@ -20,6 +20,7 @@ from penumbra.models.errors import Cancelled, DeadlineExceeded, ModelFault, NotR
 from penumbra.serving.cache import AnswerCache, Key, key_of
 from penumbra.serving.engine.answer import Prediction, collect
 from penumbra.serving.engine.decode import check_array, open_image
+from penumbra.serving.engine.layout import Reading
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.plan import RequestPlan, plan_request, resolve
 from penumbra.serving.engine.raster import Raster
@@ -43,6 +44,10 @@ class Task(Generic[T]):
     request: Request
     deadline: float
     cancelled: Cancellation = field(default_factory=Cancellation)
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(self.runtime.card.input, self.options.bands)
 
     def check(self) -> None:
         """Raise Cancelled or DeadlineExceeded where nobody waits for the answer any longer."""
@@ -143,7 +148,7 @@ class Gateway:
         """Take one image the whole way, in a request thread."""
         task = box.pop()
         request, card = task.request, task.runtime.card
-        array = None if isinstance(task.image, bytes) else check_array(task.image, self.segmenter.limits, card.input)
+        array = None if isinstance(task.image, bytes) else check_array(task.image, self.segmenter.limits, task.reading)
         key = key_of(task.image, card, task.options) if self._cache else None
         with self._alone(key, task):
             task.check()
@@ -187,7 +192,7 @@ class Gateway:
 
         if array:
             admit(array.shape[0], array.shape[1])
-        image = array or open_image(cast(bytes, task.image), limits, admit=admit).load()
+        image = array or open_image(cast(bytes, task.image), limits, task.reading, admit=admit).load()
         task.request.size = image.shape[:2]
         task.check()
         before_ms = dict(task.request.timing_ms) | {"decode": 1e3 * (time.perf_counter() - started)}

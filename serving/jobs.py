@@ -184,7 +184,7 @@ class Jobs:
     def submit(self, place: Path, media: str, fields: Mapping[str, str]) -> dict[str, Any]:
         """Make a job of an upload `place/image`. Raises whatever `POST /segment` refuses, and DiskFull."""
         options, style = self.check(media, fields)
-        height, width = measure_image(place / "image", self._limits)
+        height, width = measure_image(place / "image", self._limits, self._gateway.segmenter.reading(options))
         card = self._gateway.segmenter.plan(height, width, options, limits=self._limits).card
         copies = 4 if media == "image/tiff" else 2  # the rows, and the result of them; of TIFF also tiles and overviews
         needed = copies * spool_bytes(height, width, spooled(options, media, style), card)
@@ -303,8 +303,8 @@ class Jobs:
         save_job(place, job)
         options, style = parse_request(job.media, job.fields)
         options = spooled(options, job.media, style)
-        image = open_image(place / "image", self._limits)
         with self._loaded(options):
+            image = open_image(place / "image", self._limits, self._gateway.segmenter.reading(options))
             spool = Spool(place / "spool", self._gateway.segmenter, image, options, source=job.id)
             prediction = spool.fill(limits=self._limits, cancelled=self._cancelled, progress=self._note)
         request.size, request.num_windows = prediction.labels_HW.shape, prediction.num_windows

@@ -20,6 +20,7 @@ from penumbra.models.card import Parity
 from penumbra.models.checkpoint import save_checkpoint
 from penumbra.serving import VERSION
 from penumbra.serving.engine.decode import open_image
+from penumbra.serving.engine.layout import Reading
 from penumbra.serving.engine.options import Limits
 from penumbra.serving.engine.store import open_artifact, sha256_of
 from penumbra.serving.process import ROOT, build_facts
@@ -413,10 +414,10 @@ def test_one_pictures_fault_is_that_pictures(
     opened(photo).save(tmp_path / "odd.png")
     opened(photo).save(tmp_path / "last.png")
 
-    def opening(path: Path, limits: Limits) -> object:
+    def opening(path: Path, limits: Limits, reading: Reading) -> object:
         if path.stem == "odd":
             raise AssertionError("something odd")
-        return open_image(path, limits)
+        return open_image(path, limits, reading)
 
     monkeypatch.setattr("penumbra.serving.files.predict.open_image", opening)
     images = [tmp_path / f"{name}.png" for name in ("notes", "odd", "photo", "last")]

@@ -1,4 +1,4 @@
-"""From bytes to pixels: any common picture becomes uint8 [H, W, 3] RGB, or one sentence why not.
+"""From bytes to pixels: any common picture becomes [H, W, C] of a card's bands and type, or one sentence why not.
 
 The header is checked before a pixel is decoded. Orientation (EXIF) is applied, so an answer has the size that
 a viewer shows. Grey is repeated to three channels, deep values become 8 bits (`penumbra.serving.engine.values`),
@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +19,12 @@ from PIL import ExifTags, Image, ImageOps
 
 from penumbra.models.card import RGB, InputSpec
 from penumbra.models.errors import BadImage, TooLarge
+from penumbra.serving.engine.arrays import array_header, is_array
 from penumbra.serving.engine.damage import check_png, has_all_rows, read_jpeg, shorten_webp, slim_png
-from penumbra.serving.engine.layout import FLIPS, make_upright
+from penumbra.serving.engine.layout import FLIPS, GREY, READ_AS_GREY, RGB8, Reading, make_upright, pick_bands
 from penumbra.serving.engine.options import PILLOW_PIXELS, Limits
 from penumbra.serving.engine.raster import PIECE_PIXELS, Pixels, Raster, open_file, open_raster
-from penumbra.serving.engine.values import find_white
+from penumbra.serving.engine.values import check_type, find_white, in_bands, judge, to_type
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
 SUFFIXES = (
@@ -43,28 +44,38 @@ Admit = Callable[[int, int], object]
 """Called with the answer's height and width before any pixel is decoded; it may refuse by raising."""
 
 
-def open_image(source: bytes | Path, limits: Limits, *, admit: Admit | None = None) -> Raster:
+def open_image(
+    source: bytes | Path, limits: Limits, reading: Reading = RGB8, *, admit: Admit | None = None
+) -> Raster:  # fmt: skip
     """Open an encoded picture: a TIFF as a raster of which no pixel is read yet, all else decoded.
 
-    Raises BadImage, and TooLarge before decoding pixels over the limit.
+    Raises BadImage, BadOption for bands that were chosen, and TooLarge before decoding pixels over the limit.
     """
-    raster = open_raster(source)
+    raster = open_raster(source, reading)
     if raster:
         _admit(raster.shape[:2], limits, admit)
         return raster
+    if is_array(source):
+        with array_header(source) as (shape, read):
+            _admit(shape[:2], limits, admit)
+            check_pixels(-(-shape[0] * shape[2] // reading.spec.num_bands), shape[1], limits)  # all bands are unpacked
+            return check_array(read(), limits, reading)
     with _header(source, limits) as (picture, kind, file):
         _admit(_size_as_shown(picture), limits, admit)
         try:
-            return _decode(picture, kind, file)
+            return _decode(picture, kind, file, reading)
         except PILLOW_FAULTS as error:
             raise BadImage(f"the {kind} image is damaged or truncated ({_reason(error)})") from None
 
 
-def measure_image(source: bytes | Path, limits: Limits) -> tuple[int, int]:
+def measure_image(source: bytes | Path, limits: Limits, reading: Reading = RGB8) -> tuple[int, int]:
     """Read height and width, as a viewer shows them, from the header alone. Raises as `open_image`."""
-    raster = open_raster(source)
+    raster = open_raster(source, reading)
     if raster:
         size = raster.shape[:2]
+    elif is_array(source):
+        with array_header(source) as (shape, _):
+            size = shape[:2]
     else:
         with _header(source, limits) as (picture, _, _):
             size = _size_as_shown(picture)
@@ -153,22 +164,35 @@ def _pixels_sentence(measured: str, limits: Limits) -> str:
     return f"the image has {measured} pixels and the limit is {limits.pixels:,}; send a smaller image or parts of it"
 
 
-def check_array(image: Pixels, limits: Limits, spec: InputSpec) -> Raster:
-    """Check an image against what a card says of its input, and make an array [H, W, C] a raster.
+def check_array(image: Pixels, limits: Limits, reading: Reading = RGB8) -> Raster:
+    """Check an image against what a network reads, and make an array [H, W, C] a raster.
 
-    Raises BadImage or TooLarge.
+    Raises BadImage, TooLarge, and BadOption for bands that were chosen.
     """
-    found = f"{image.dtype} {list(image.shape)}"
-    if image.dtype != spec.dtype or len(image.shape) != 3 or image.shape[2] != spec.num_bands or 0 in image.shape:
+    spec, found, dtype = reading.spec, f"{image.dtype} {list(image.shape)}", image.dtype.newbyteorder("=")
+    if reading.chosen and isinstance(image, np.ndarray) and image.ndim == 3:
+        image = image[:, :, [n - 1 for n in pick_bands(reading.chosen, [""] * image.shape[2], spec.bands)]]
+    if dtype != spec.dtype or len(image.shape) != 3 or image.shape[2] != spec.num_bands or 0 in image.shape:
         bands = "" if spec.bands == RGB else f" of {', '.join(spec.bands)}"
         raise BadImage(f"the image is {found}; {spec.dtype} [height, width, {spec.num_bands}]{bands} is wanted")
-    if isinstance(image, np.ndarray):
-        image = Raster(np.require(image, requirements=("C", "A")))
     check_pixels(image.shape[0], image.shape[1], limits)
-    return image
+    if isinstance(image, Raster):
+        return image
+    image = np.require(image, dtype, ("C", "A"))
+    return Raster(image) if dtype == np.uint8 else _as_measured(image, spec)
 
 
-def _decode(picture: Image.Image, kind: str, file: BinaryIO) -> Raster:
+def _as_measured(image_HWC: NDArray[Any], spec: InputSpec) -> Raster:
+    """Make a raster of values as they are, with the mean where one is no number, and what there is to know of them."""
+    void_HW = ~np.isfinite(image_HWC).all(2) if image_HWC.dtype.kind == "f" else None
+    if void_HW is None or not void_HW.any():
+        return Raster(image_HWC, warnings=judge([image_HWC], spec, num_values=image_HWC.size))
+    warnings = judge([image_HWC[~void_HW]], spec, num_values=image_HWC.size)
+    filled = to_type(image_HWC.transpose(2, 0, 1), spec, None).transpose(1, 2, 0)
+    return Raster(np.ascontiguousarray(filled), void_HW=void_HW, warnings=warnings)
+
+
+def _decode(picture: Image.Image, kind: str, file: BinaryIO, reading: Reading) -> Raster:
     file.seek(0)
     data = file.read()
     read = read_jpeg(data, "CMYK" if picture.mode == "CMYK" else "RGB") if kind == "JPEG" else None
@@ -177,11 +201,11 @@ def _decode(picture: Image.Image, kind: str, file: BinaryIO) -> Raster:
         if picture.mode == "CMYK":  # as everybody since Adobe's first version, the file has it inverted
             pixels = np.asarray(Image.fromarray(255 - pixels, "CMYK").convert("RGB"))
         upright = make_upright(pixels.transpose(2, 0, 1), FLIPS[_orientation(picture)]).transpose(1, 2, 0)
-        return _as_raster(np.ascontiguousarray(upright), None, warnings)
+        return _as_raster(np.ascontiguousarray(upright), None, warnings, reading)
     if kind == "PNG":
         check_png(data)
         if data[PNG_DEPTH] == 16:  # of colours, Pillow keeps the high byte only, whatever the low one holds
-            return open_file(data, "PNG", orientation=_orientation(picture)).load()
+            return open_file(data, "PNG", reading, orientation=_orientation(picture)).load()
     shown = ImageOps.exif_transpose(picture)
     last_row = picture.crop((0, picture.height - 1, picture.width, picture.height))
     if kind == "PNG" and not np.asarray(last_row).any() and not has_all_rows(data):
@@ -190,7 +214,7 @@ def _decode(picture: Image.Image, kind: str, file: BinaryIO) -> Raster:
     if shown.has_transparency_data:
         void_HW = np.asarray(shown.convert("RGBA").getchannel("A")) == 0
     warnings = (WEBP_DAMAGE,) if kind == "WEBP" and _goes_astray(data) else ()
-    return _as_raster(np.asarray(shown.convert("RGB")), void_HW, warnings)
+    return _as_raster(np.asarray(shown.convert("RGB")), void_HW, warnings, reading)
 
 
 def _goes_astray(webp: bytes) -> bool:
@@ -202,12 +226,22 @@ def _goes_astray(webp: bytes) -> bool:
         return False
 
 
-def _as_raster(pixels: NDArray[np.uint8], void_HW: NDArray[np.bool_] | None, warnings: tuple[str, ...]) -> Raster:
-    """Make a raster of pixels, with a warning where they are nearly black or all void."""
+def _as_raster(
+    pixels: NDArray[np.uint8], void_HW: NDArray[np.bool_] | None, warnings: tuple[str, ...], reading: Reading
+) -> Raster:  # fmt: skip
+    """Make a raster of red, green and blue in the card's bands, with a warning where it is nearly black or void."""
+    spec = reading.spec
+    if spec.dtype != "uint8":
+        check_type(pixels.dtype, spec)
+    if reading.chosen:
+        pixels = pixels[:, :, [n - 1 for n in pick_bands(reading.chosen, [*RGB], spec.bands)]]
+    elif spec.bands != RGB:
+        is_grey = spec.bands != GREY or all((pixels[:, :, :1] == pixels[:, :, 1:]).all((1, 2)))
+        warnings, pixels = warnings + (() if is_grey else (READ_AS_GREY,)), in_bands(pixels, spec)
     if void_HW is not None and not void_HW.any():
         void_HW = None
     step = max(1, PIECE_PIXELS // pixels.shape[1])
     parts = [slice(y, y + step) for y in range(0, len(pixels), step)]
     values = (pixels[rows] if void_HW is None else pixels[rows][~void_HW[rows]] for rows in parts)
     _, of_values = find_white(values, pixels.dtype, num_values=pixels.size)
-    return Raster(pixels, void_HW=void_HW, warnings=warnings + of_values)
+    return Raster(np.ascontiguousarray(pixels), void_HW=void_HW, warnings=warnings + of_values)

@@ -10,9 +10,15 @@ from numpy.typing import NDArray
 from rasterio import Affine
 from rasterio.control import GroundControlPoint
 
-COLOURS = ("red", "green", "blue")
+from penumbra.models.card import RGB, InputSpec
+from penumbra.models.errors import BadImage, BadOption
+
+COLOURS, GREY = RGB, ("grey",)
 MAY_BE_ALPHA = re.compile("$|band|a$|.*(alpha|mask|transp|opac)").match
 """Matches names that leave this open. A band of another name is not alpha, though GDAL says it of the fourth."""
+READ_AS_GREY = "the image is in colour, and is read as grey: its brightness by ITU-R 601"
+SPELT = {"gray": "grey", "undefined": "", "alpha": ""}
+"""What a colour interpretation says of a band, where it is another word or says nothing."""
 INKS = ("cyan", "magenta", "yellow", "black")
 FLIPS = {1: (False, False, False), 2: (False, False, True), 3: (False, True, True), 4: (False, True, False),
          5: (True, False, False), 6: (True, False, True), 7: (True, True, True), 8: (True, True, False)}  # fmt: skip
@@ -23,6 +29,18 @@ BESIDE = (".tab", ".TAB", "_RPC.TXT", "_rpc.txt", ".RPB", ".rpb")
 """Ends of files that say where an image with the same stem lies, and are not read."""
 PIXELS = Affine.identity()
 """The transform of an image that has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a network reads, and which of an image's bands a caller chose for it, by numbers from 1 or by names."""
+
+    spec: InputSpec
+    chosen: tuple[str, ...] = ()
+
+
+RGB8 = Reading(InputSpec())
+"""Red, green and blue of 8 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,36 +60,96 @@ def make_upright(values: NDArray[Any], flips: Flips) -> NDArray[Any]:
     return upright[:, :: -1 if rows else 1, :: -1 if columns else 1]
 
 
-def choose_bands(dataset: Any) -> tuple[list[int], int, tuple[str, ...]]:
-    """Choose the bands of grey, of red, green, blue, or of four inks; that of alpha or 0; and say what to know of it.
+def choose_bands(
+    dataset: Any, bands: tuple[str, ...] = COLOURS, chosen: tuple[str, ...] = ()
+) -> tuple[list[int], int, tuple[str, ...]]:  # fmt: skip
+    """Choose the bands of a card, or for one of colours those of grey or of four inks; that of alpha or 0; and say what
+    to know of it.
 
-    Names of bands are followed before colour interpretations, which writers set without being asked.
+    bands: the card's. chosen: the caller's choice of them. Names of bands are followed before colour interpretations,
+    which writers set without being asked. Raises BadImage, and BadOption for what was chosen.
     """
     kinds = [colour.name for colour in dataset.colorinterp]
     names = [(text or "").strip().lower() for text in dataset.descriptions]
-    bands = range(1, len(kinds) + 1)
-    alpha = next((band for band in bands if kinds[band - 1] == "alpha" and MAY_BE_ALPHA(names[band - 1])), 0)
-    others = [band for band in bands if band != alpha]
+    alpha = next((i for i, kind in enumerate(kinds, 1) if kind == "alpha" and MAY_BE_ALPHA(names[i - 1])), 0)
+    warnings = list[str]()
+    if chosen:
+        found = pick_bands(chosen, [name or kind for name, kind in zip(names, kinds, strict=True)], bands)
+    elif bands == COLOURS:
+        found, warnings = _find_colours(kinds, names, alpha)
+    else:
+        found, warnings = _find_bands(bands, kinds, names)
+    if alpha in found and (chosen or bands != COLOURS):
+        alpha = 0
+    shown = [ascii(name)[1:-1][:40] for name in names]
+    unused = [i for i in range(1, len(kinds) + 1) if i != alpha and i not in found]
+    if unused and not chosen:
+        what = {1: "grey", 4: ", ".join(INKS)}.get(len(found), "red, green and blue")
+        what = what if bands == COLOURS else ", ".join(bands)
+        left = ", ".join(f"{i} ({shown[i - 1] or kinds[i - 1]})" for i in unused)
+        warnings.insert(0, f"the image is read as {what} from band {_list(found)}; not used: band {left}")
+    if any(dataset.scales[i - 1] != 1 or dataset.offsets[i - 1] != 0 for i in found):
+        warnings.append("the file's scale and offset of its values are not applied")
+    return found, alpha, tuple(warnings)
+
+
+def _find_colours(kinds: list[str], names: list[str], alpha: int) -> tuple[list[int], list[str]]:
+    """Find red, green and blue, four inks, or grey."""
+    others = [band for band in range(1, len(kinds) + 1) if band != alpha]
     tagged = _positions(INKS, kinds) or _positions(COLOURS, kinds)
     named = _positions(COLOURS, names)
     grey = [kinds.index("gray") + 1] if "gray" in kinds else others[:1]
-    chosen = named or tagged or (others[:3] if len(others) >= 3 else grey or [alpha])
+    found = named or tagged or (others[:3] if len(others) >= 3 else grey or [alpha])
     warnings = []
     if named and tagged and named != tagged:
         warnings.append(f"the bands' names say that {_list(named)} are red, green and blue, and were followed; their "
                         f"colour interpretation says {_list(tagged)}")  # fmt: skip
-    shown = [ascii(name)[1:-1][:40] for name in names]
-    unused = [f"{band} ({shown[band - 1] or kinds[band - 1]})" for band in others if band not in chosen]
-    if unused:
-        what = {1: "grey", 3: "red, green and blue"}.get(len(chosen), ", ".join(INKS))
-        warnings.append(f"the image is read as {what} from band {_list(chosen)}; not used: band {', '.join(unused)}")
-    claims = [names[band - 1] for band in chosen]
-    if len(chosen) == 3 and any(name not in ("", colour) for name, colour in zip(claims, COLOURS, strict=True)):
-        warnings.append(f"band {_list(chosen)} are read as red, green and blue; their names are "
-                        f"{', '.join(shown[band - 1] or 'empty' for band in chosen)}")  # fmt: skip
-    if any(dataset.scales[band - 1] != 1 or dataset.offsets[band - 1] != 0 for band in chosen):
-        warnings.append("the file's scale and offset of its values are not applied")
-    return chosen, alpha, tuple(warnings)
+    claims = [names[band - 1] for band in found]
+    if len(found) == 3 and any(name not in ("", colour) for name, colour in zip(claims, COLOURS, strict=True)):
+        shown = ", ".join(ascii(name)[1:-1][:40] or "empty" for name in claims)
+        warnings.append(f"band {_list(found)} are read as red, green and blue; their names are {shown}")
+    return found, warnings
+
+
+def _find_bands(bands: tuple[str, ...], kinds: list[str], names: list[str]) -> tuple[list[int], list[str]]:
+    """Find bands by what the file says of its own; where it is silent, as many as are missing are taken in their order.
+
+    Colours stand for grey. Raises BadImage.
+    """
+    said = [name or SPELT.get(kind, kind) for name, kind in zip(names, kinds, strict=True)]
+    found = {band: said.index(band) + 1 for band in bands if band in said}
+    missing = [band for band in bands if band not in found]
+    if missing and bands == GREY and (colours := _positions(COLOURS, said)):
+        return colours, [READ_AS_GREY]
+    silent = [i for i, text in enumerate(said, 1) if text == "" or (text not in found and text in GREY)]
+    if len(missing) != len(silent) and missing:
+        has = ", ".join(ascii(text)[1:-1][:40] or "no name" for text in said[:12])
+        raise BadImage(
+            f"the image has {len(said)} bands ({has}{' ...' * (len(said) > 12)}), and the model reads "
+            f"{', '.join(bands)}; name its bands so, or give their numbers in this order with the option bands"
+        )
+    found |= dict(zip(missing, silent, strict=False))
+    is_plain = not missing or (bands == GREY and len(said) == 1)
+    what = f"band {_list([found[band] for band in missing])} are read as {', '.join(missing)}; the file does not say"
+    return [found[band] for band in bands], [] if is_plain else [f"{what} what they are"]
+
+
+def pick_bands(chosen: tuple[str, ...], said: list[str], bands: tuple[str, ...]) -> list[int]:
+    """Find the bands that a caller chose, by numbers from 1 or by names. said: their names. Raises BadOption."""
+    if len(chosen) != len(bands):
+        raise BadOption(f"bands names {len(chosen)}; the model reads {len(bands)}: {', '.join(bands)}")
+    found = []
+    for one in chosen:
+        number = (
+            int(one) if one.isascii() and one.isdigit() else said.index(one.lower()) + 1 if one.lower() in said else 0
+        )
+        if not 1 <= number <= len(said):
+            has = ", ".join(f"{i} ({ascii(text)[1:-1][:40]})" for i, text in enumerate(said[:12], 1))
+            raise BadOption(
+                f"bands has {one[:40]!r}; the image has {len(said)} bands: {has}{' ...' * (len(said) > 12)}"
+            )
+        found.append(number)
+    return found
 
 
 def _positions(names: tuple[str, ...], found: list[str]) -> list[int]:

@@ -192,6 +192,10 @@ class SegmentOptions:
         f"for {', '.join(DEFAULT_MAPS)}, as far as the answer has them: one sample in one view has no "
         "mutual_information, and only it has a seam.", type="string",
     )  # fmt: skip
+    bands: tuple[str, ...] = _row(
+        (), _names, "Which of the picture's bands are the model's, in its order: comma-separated numbers from 1, or "
+        "names.", type="string",
+    )  # fmt: skip
     boxes: tuple[Box, ...] = _row(
         (), _boxes, "For models that take boxes: JSON list of [x0, y0, x1, y1, class name or id], px.", type="string"
     )

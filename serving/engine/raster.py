@@ -20,8 +20,19 @@ from rasterio.windows import Window as Frame
 
 from penumbra.models.errors import BadImage
 from penumbra.serving.engine.directories import find_directory
-from penumbra.serving.engine.layout import FLIPS, INKS, Place, choose_bands, make_upright, palette_of, read_place
-from penumbra.serving.engine.values import find_white, to_8_bits
+from penumbra.serving.engine.layout import (
+    COLOURS,
+    FLIPS,
+    INKS,
+    RGB8,
+    Place,
+    Reading,
+    choose_bands,
+    make_upright,
+    palette_of,
+    read_place,
+)
+from penumbra.serving.engine.values import check_type, find_white, in_bands, judge, to_8_bits, to_type
 
 CACHE_BYTES = 192 * 2**20
 """GDAL's cache of decoded blocks; by default a twentieth of the memory. It holds a row of windows of 120,000 px."""
@@ -63,8 +74,8 @@ class Raster:
         """Sentences about what the caller should know of how the image was read."""
         return self._warnings
 
-    def __getitem__(self, part: tuple[slice, slice]) -> NDArray[np.uint8]:
-        """Give pixels [h, w, 3]. Raises BadImage where the file is damaged."""
+    def __getitem__(self, part: tuple[slice, slice]) -> NDArray[Any]:
+        """Give pixels [h, w, C]. Raises BadImage where the file is damaged."""
         assert self._pixels is not None
         return self._pixels[part]
 
@@ -85,19 +96,25 @@ class Raster:
 class FileRaster(Raster):
     """A file that GDAL reads where windows are cut from it; threads take turns.
 
-    Grey is repeated, palettes and inks become colours, and numbers 8 bits (`penumbra.serving.engine.values`).
+    Grey is repeated, palettes and inks become colours, and numbers have the card's type: 8 bits, or as they are
+    (`penumbra.serving.engine.values`).
     """
 
-    def __init__(self, dataset: Any, source: object, *, kind: str, orientation: int, warnings: tuple[str, ...]) -> None:
+    def __init__(
+        self, dataset: Any, source: object, reading: Reading, *, kind: str, orientation: int, warnings: tuple[str, ...]
+    ) -> None:  # fmt: skip
         """source: the path, or what must outlive the dataset that reads it. kind: of file, for sentences."""
-        self._dataset, self._source, self._kind = dataset, source, kind
+        self._dataset, self._source, self._kind, self._reading = dataset, source, kind, reading
+        spec = reading.spec
         self._lock, self._white_lock = threading.Lock(), threading.Lock()
-        self._pixels, self.dtype = None, np.dtype(np.uint8)
+        self._pixels, self.dtype = None, np.dtype(spec.dtype)
         self._white: int | None = None
-        self._bands, self._alpha, of_bands = choose_bands(dataset)
+        self._bands, self._alpha, of_bands = choose_bands(dataset, spec.bands, reading.chosen)
         self._dtype = np.dtype(dataset.dtypes[self._bands[0] - 1])
         if self._dtype.kind not in "uif":
             raise BadImage(f"the {kind} image has {self._dtype} values; whole numbers and floats are read")
+        if self.dtype != np.uint8:
+            check_type(self._dtype, spec, what=f"{kind} image")
         no_mask = {"all_valid"} if self._alpha else {"all_valid", "alpha"}
         self._is_masked = any(no_mask.isdisjoint(flag.name for flag in flags) for flags in dataset.mask_flag_enums)
         self._is_inverted = dataset.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
@@ -105,7 +122,8 @@ class FileRaster(Raster):
         declared = int(dataset.tags(self._bands[0], ns="IMAGE_STRUCTURE").get("NBITS", 0))
         self._num_bits = declared if self._dtype.kind == "u" and declared <= 16 else 0
         self._flips = FLIPS[orientation]
-        self.shape = (*((dataset.width, dataset.height) if self._flips[0] else (dataset.height, dataset.width)), 3)
+        size = (dataset.width, dataset.height) if self._flips[0] else (dataset.height, dataset.width)
+        self.shape = (*size, spec.num_bands)
         self._nodata = dataset.nodata
         self.place, of_place = read_place(dataset, self._flips, source if isinstance(source, Path) else None)
         self._warnings, self._damage = warnings + of_bands + of_place, set[str]()
@@ -118,24 +136,28 @@ class FileRaster(Raster):
             f"the {self._kind} image is damaged, and its pixels there are a guess ({what})" for what in self._damage
         )
 
-    def __getitem__(self, part: tuple[slice, slice]) -> NDArray[np.uint8]:
+    def __getitem__(self, part: tuple[slice, slice]) -> NDArray[Any]:
         if self._pixels is not None:
             return self._pixels[part]
-        white, values = self._find_white(), self._read(*part, self._bands)
+        white, values, spec = self._find_white(), self._read(*part, self._bands), self._reading.spec
         if self._palette is not None:
-            colours: NDArray[np.uint8] = self._palette[values[0]]
-            return colours
-        channels = to_8_bits(values, white)
-        if len(channels) == len(INKS):
-            light = 255 - channels.astype(np.uint16)
-            channels = (light[:3] * light[3] // 255).astype(np.uint8)
-        if self._is_inverted:
-            channels = 255 - channels
-        return np.ascontiguousarray(np.broadcast_to(channels, (3, *channels.shape[1:])).transpose(1, 2, 0))
+            return in_bands(self._palette[values[0]], spec)
+        if self.dtype != np.uint8:
+            values = to_type(white - values if self._is_inverted else values, spec, self._nodata)
+        else:
+            values = to_8_bits(values, white)
+            if len(values) == len(INKS) and spec.bands == COLOURS:
+                light = 255 - values.astype(np.uint16)
+                values = (light[:3] * light[3] // 255).astype(np.uint8)
+            if self._is_inverted:
+                values = 255 - values
+        if len(values) > spec.num_bands:
+            return in_bands(values.transpose(1, 2, 0), spec)
+        return np.ascontiguousarray(np.broadcast_to(values, (spec.num_bands, *values.shape[1:])).transpose(1, 2, 0))
 
     def load(self) -> "FileRaster":
         height, width = self.shape[:2]
-        pixels, stored_rows = np.empty(self.shape, np.uint8), self._dataset.block_shapes[0][0]
+        pixels, stored_rows = np.empty(self.shape, self.dtype), self._dataset.block_shapes[0][0]
         step = height if self._flips[0] else stored_rows * max(1, PIECE_PIXELS // (stored_rows * width))
         for y in range(0, height, step):
             pixels[y : y + step] = self[y : y + step, :]
@@ -162,12 +184,18 @@ class FileRaster(Raster):
     def _find_white(self) -> int:
         """Find the value that becomes white: one for the whole file, however it is read."""
         with self._white_lock:
-            if self._white is None and (self._palette is not None or self._num_bits):
+            if self._white is not None:
+                return self._white
+            num_values, of_values = self.shape[0] * self.shape[1] * len(self._bands), tuple[str, ...]()
+            if self._palette is not None or self._num_bits:
                 self._white = 2**self._num_bits - 1  # as the file declares
-            if self._white is None:
-                num_values = self.shape[0] * self.shape[1] * len(self._bands)
+            elif self.dtype == np.uint8:
                 self._white, of_values = find_white(self._measurements(), self._dtype, num_values=num_values)
-                self._warnings += of_values
+            else:
+                self._white = int(np.iinfo(self._dtype).max) if self._dtype.kind in "iu" else 0
+            if self.dtype != np.uint8 and not self._is_inverted:
+                of_values = judge(self._measurements(), self._reading.spec, num_values=num_values)
+            self._warnings += of_values
             return self._white
 
     def _measurements(self) -> Iterator[NDArray[Any]]:
@@ -210,21 +238,27 @@ Pixels = NDArray[Any] | Raster
 """What an image may be where the engine is given one: an array [H, W, C] says nothing beside its pixels."""
 
 
-def open_raster(source: bytes | Path) -> FileRaster | None:
+def open_raster(source: bytes | Path, reading: Reading = RGB8) -> FileRaster | None:
     """Open the raster in a TIFF file or its bytes; None where it is no TIFF.
 
-    No pixel is read. Raises BadImage where the header is broken, or of a kind that is not read.
+    No pixel is read. Raises BadImage where the header is broken or the image does not fit, and BadOption for bands.
     """
     with BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
         found = find_directory(file)
     if not found:
         return None
     directory, of_file = found
-    return open_file(source, "TIFF", at=directory.offset, orientation=directory.orientation, warnings=of_file)
+    return open_file(source, "TIFF", reading, at=directory.offset, orientation=directory.orientation, warnings=of_file)
 
 
 def open_file(
-    source: bytes | Path, kind: str, *, at: int = 0, orientation: int = 1, warnings: tuple[str, ...] = ()
+    source: bytes | Path,
+    kind: str,
+    reading: Reading,
+    *,
+    at: int = 0,
+    orientation: int = 1,
+    warnings: tuple[str, ...] = (),
 ) -> FileRaster:
     """Open what GDAL reads in a file of a kind (TIFF or PNG). at: offset of the TIFF's directory; 0 is the first.
 
@@ -241,7 +275,7 @@ def open_file(
                     f"the {kind} image has blocks of {width}x{height} pixels, which are read whole; tiles of 512x512 "
                     "are good"
                 )
-            return FileRaster(dataset, kept, kind=kind, orientation=orientation, warnings=warnings)
+            return FileRaster(dataset, kept, reading, kind=kind, orientation=orientation, warnings=warnings)
     except RASTER_FAULTS as error:
         raise BadImage(f"the {kind} image cannot be read ({_reason(error)})") from None
 

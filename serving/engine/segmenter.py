@@ -22,6 +22,7 @@ from penumbra.serving.engine.allocator import keep_freed_memory
 from penumbra.serving.engine.answer import Prediction, collect
 from penumbra.serving.engine.decode import check_array
 from penumbra.serving.engine.device import find_device, stays_on
+from penumbra.serving.engine.layout import Reading
 from penumbra.serving.engine.noise import NoiseSource
 from penumbra.serving.engine.options import Limits, SegmentOptions
 from penumbra.serving.engine.plan import RequestPlan, check_long, plan_request, resolve
@@ -160,6 +161,10 @@ class Segmenter:
             raise UnknownModel(f"{name} has no version {version}; loaded are {', '.join(map(str, sorted(loaded)))}")
         return loaded[max(loaded) if version is None else version]
 
+    def reading(self, options: SegmentOptions) -> Reading:
+        """Say what the model of these options reads of an image. Raises UnknownModel, BadOption."""
+        return Reading(self.find(options.model, options.version).card.input, options.bands)
+
     def plan(
         self, height: int, width: int, options: SegmentOptions, *, limits: Limits | None = None
     ) -> RequestPlan:  # fmt: skip
@@ -177,7 +182,7 @@ class Segmenter:
 
         noise: replaces the seeded noise, for protocols that prescribe their own. Raises any PenumbraError.
         """
-        image = check_array(image_HW3, self.limits, self.find(options.model, options.version).card.input)
+        image = check_array(image_HW3, self.limits, self.reading(options))
         plan = self.plan(*image.shape[:2], options)
         plan = replace(plan, noise=noise or plan.noise)
         return QueuedRequest(self.scheduler, plan, image, cancelled=cancelled, deadline=deadline)
@@ -191,7 +196,7 @@ class Segmenter:
         bounds how many run at a time.
         """
         check_long(options)
-        image = check_array(image_HW3, limits, self.find(options.model, options.version).card.input)
+        image = check_array(image_HW3, limits, self.reading(options))
         plan = self.plan(*image.shape[:2], options, limits=limits)
         return QueuedRequest(self.scheduler, plan, image, cancelled=cancelled, from_y=y)
 

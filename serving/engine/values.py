@@ -1,14 +1,18 @@
-"""Which of an image's values is white: the one rule by which numbers of any type become 8 bits.
+"""Which of an image's values is white: the one rule by which numbers of any type become 8 bits, for cards of uint8.
+
+Cards of other types have values as they are, and a warning where those cannot be what the network learned from.
 
 Eight bits are what they are. 16 bits keep their high byte. Everything else, and 16 bits that are not filled, has the
 smallest of the usual ranges that holds nearly all values of the whole file, and a warning that names it.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from penumbra.models.card import RGB, InputSpec
 from penumbra.models.errors import BadImage
 
 OUTSIDE = 0.001
@@ -21,6 +25,15 @@ USUAL = (255, 1023, 2047, 4095, 16383, 65535)
 """White of the 8, 10, 11, 12, 14 and 16 bits that sensors have."""
 NEARLY_BLACK = 15
 """The largest value of 4 bits. Floats that it holds and 1 does not are of no usual kind, and are not read."""
+
+BRIGHTNESS = np.array((0.299, 0.587, 0.114), np.float32)
+"""Shares of red, green and blue in it, by ITU-R 601."""
+PIECE_VALUES = 2**22
+"""As many become grey together."""
+NEARLY_NOTHING = 3
+"""Values below a share of one in so many of the mean are dark; nearly all of them are in a file of fewer bits."""
+FAR = 20
+"""Standard deviations beyond the mean that no picture has; another unit has them."""
 
 DARK = 4095
 """The largest value of 12 bits, which of 65535 is nearly black."""
@@ -122,3 +135,84 @@ def to_8_bits(values: NDArray[np.generic], white: int) -> NDArray[np.uint8]:
     if white < 255:
         return (whole * np.uint16(255) // np.uint16(white)).astype(np.uint8)
     return (whole >> (white.bit_length() - 8)).astype(np.uint8)
+
+
+def mean_of(spec: InputSpec) -> NDArray[np.float64]:
+    """Give for each band the value that a network saw on average, which stands where there is none; by the card."""
+    factor_C, offset_C = map(np.array, spec.factor_offset)
+    mean_C: NDArray[np.float64] = -offset_C / factor_C
+    return mean_C[::-1] if spec.order == "BGR" else mean_C
+
+
+def to_type(values_Chw: NDArray[Any], spec: InputSpec, nodata: float | None) -> NDArray[Any]:
+    """Make values those of a card's type, with the mean of their band where nothing was measured.
+
+    Raises BadImage for a type that is another measure, and for a value that the card's type cannot hold.
+    """
+    dtype, found = np.dtype(spec.dtype), values_Chw.dtype
+    is_void = (values_Chw == nodata) | (~np.isfinite(values_Chw) if found.kind == "f" else False)
+    if found == dtype and not is_void.any():
+        return values_Chw
+    filled = np.where(is_void, mean_of(spec)[:, None, None], values_Chw)
+    if dtype.kind != "f":
+        ends, filled = np.iinfo(dtype), np.rint(filled)
+        if filled.size and (filled.min() < ends.min or filled.max() > ends.max):
+            raise BadImage(
+                f"the image has {found} values from {filled.min():.6g} to {filled.max():.6g}, and the model reads "
+                f"{dtype}, {ends.min} to {ends.max}; declare what is no measurement as nodata, or scale it"
+            )
+    return filled.astype(dtype)
+
+
+def check_type(found: np.dtype[Any], spec: InputSpec, *, what: str = "image") -> None:
+    """Raise BadImage where values of one type cannot be meant as those of the card's.
+
+    Whole numbers of 16 and 32 bits are the same measure, and so are floats of any; all else is a change of scale, which
+    nobody has stated.
+    """
+    dtype = np.dtype(spec.dtype)
+    alike = "iu" if dtype.kind in "iu" else "f"
+    if found != dtype and (found.kind not in alike or (found.itemsize == 1) != (dtype.itemsize == 1)):
+        raise BadImage(
+            f"the {what} has {found} values and the model reads {dtype}, in units of its own; convert them to these"
+        )
+
+
+def in_bands(pixels_hw3: NDArray[Any], spec: InputSpec) -> NDArray[Any]:
+    """Make a card's bands of red, green and blue: in its order, some of them, or their brightness. Raises BadImage."""
+    if spec.bands == ("grey",):
+        parts = np.array_split(pixels_hw3, max(1, pixels_hw3.size // PIECE_VALUES))
+        grey_hw = np.concatenate([part @ BRIGHTNESS for part in parts])
+        return (np.rint(grey_hw) if pixels_hw3.dtype.kind in "iu" else grey_hw).astype(pixels_hw3.dtype)[:, :, None]
+    if not {*spec.bands} <= {*RGB}:
+        raise BadImage(
+            f"the image has red, green and blue, and the model reads {', '.join(spec.bands)}; send a raster of these"
+        )
+    return np.ascontiguousarray(pixels_hw3[:, :, [RGB.index(band) for band in spec.bands]])
+
+
+def judge(blocks: Iterable[NDArray[Any]], spec: InputSpec, *, num_values: int) -> tuple[str, ...]:
+    """Say what the caller should know of values that a network cannot have learned from: another bit depth or unit.
+
+    blocks: all measured values, of which no more are taken than the answer needs.
+    """
+    factor_C, mean_C = np.abs(spec.factor_offset[0]), mean_of(spec)
+    if (factor_C == 1).all() and not mean_C.any():  # the network itself makes of them what it wants
+        return ()
+    usual, most, top = (float(x_C.mean()) for x_C in (mean_C, mean_C + FAR / factor_C, 1 / factor_C))
+    least = usual / NEARLY_NOTHING if usual > 0 else top / 16
+    num_bright, num_far, measured = 0, 0, 0
+    for values in blocks:
+        measured += values.size
+        num_bright += int(np.count_nonzero(values > least))
+        num_far += int(np.count_nonzero(values > most))
+        if num_bright > OUTSIDE * num_values and num_far < measured / 4:
+            return ()
+    if not measured:
+        return ("no pixel of the image holds a measurement",)
+    seen = f"the model's are {usual:.6g} on average" if usual > 0 else f"the model's go to {top:.6g}"
+    if num_bright <= OUTSIDE * measured:
+        return (f"{HELD} of the image's values are at most {least:.6g}, and {seen}: it may be of another bit depth",)
+    if num_far > measured / 2:
+        return (f"most of the image's values are above {most:.6g}, and {seen}: it may be of another bit depth or unit",)
+    return ()

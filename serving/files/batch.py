@@ -90,7 +90,7 @@ def segment_url(segmenter: Segmenter, url: str, options: SegmentOptions) -> tupl
     """Segment an image at a URL or path whole; returns its bytes too. Raises OSError and any PenumbraError."""
     files, path = files_of(url)
     data = files.cat_file(path)
-    return data, segmenter.segment(open_image(data, IN_MEMORY).load(), options)
+    return data, segmenter.segment(open_image(data, IN_MEMORY, segmenter.reading(options)).load(), options)
 
 
 class Answerer:

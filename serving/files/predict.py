@@ -61,7 +61,7 @@ def predict_file(
     try:
         if not path.is_file():  # a pipe would be waited for, and can be read only once
             raise BadImage("it is a pipe or a device; a file is wanted")
-        raster = open_raster(path)
+        raster = open_raster(path, segmenter.reading(options))
         maps = options.maps(segmenter.find(options.model, options.version).card)
         kinds = ("labels", "maps") if raster else ("labels", "overlay", *maps)
         files = {name: output / f"{path.stem}_{name}.{'tif' if raster else 'png'}" for name in kinds}
@@ -79,7 +79,7 @@ def predict_picture(
 ) -> Outcome:  # fmt: skip
     """Segment a picture in memory, and write pictures to look at."""
     started = time.perf_counter()
-    image = open_image(path, segmenter.limits)
+    image = open_image(path, segmenter.limits, segmenter.reading(options))
     decode_ms = 1e3 * (time.perf_counter() - started)
     prediction = segmenter.segment(image, options)
     prediction = replace(prediction, timing_ms={"decode": decode_ms} | prediction.timing_ms)

@@ -29,7 +29,7 @@ from penumbra.serving.files.inputs import find_images
 from penumbra.serving.files.predict import IN_MEMORY
 from penumbra.serving.files.receipts import PAGE_MARK
 from penumbra.serving.files.report import Result, progress_bar
-from penumbra.serving.render.pictures import heat_picture, overlay
+from penumbra.serving.render.pictures import heat_picture, overlay, shown
 from penumbra.serving.spool import disk
 
 CELLS, LEVELS = 8, 4
@@ -114,7 +114,7 @@ def look_of(prediction: Prediction) -> FloatArray:
     It is the mean difference of the cells' colours, and that of the cells' class shares.
     """
     assert prediction.image is not None
-    cells_88 = Image.fromarray(prediction.image[:, :]).resize((CELLS, CELLS), Image.Resampling.BOX)
+    cells_88 = Image.fromarray(shown(prediction)).resize((CELLS, CELLS), Image.Resampling.BOX)
     colors_N = np.asarray(cells_88, np.float32).ravel() / 255
     rows = [
         part for row in np.array_split(prediction.labels_HW, LEVELS) for part in np.array_split(row, LEVELS, axis=1)

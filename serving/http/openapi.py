@@ -5,6 +5,7 @@ from typing import Any
 
 from penumbra.serving.engine.options import OPTIONS
 from penumbra.serving.http import openapi_v2 as oip_openapi
+from penumbra.serving.http.upload import RAW
 from penumbra.serving.render import WRITERS
 
 ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
@@ -79,7 +80,7 @@ def _segment() -> dict[str, Any]:
         "parameters": parameters,
         "requestBody": {"required": True, "content": {
             "multipart/form-data": {"schema": {"type": "object", "properties": form, "required": ["image"]}},
-        } | {f"image/{kind}": BYTES for kind in ("jpeg", "png", "webp", "tiff", "bmp")}},
+        } | dict.fromkeys((*(f"image/{kind}" for kind in ("jpeg", "png", "webp", "tiff", "bmp")), *RAW), BYTES)},
         "responses": {"200": ANSWER} | REFUSALS,
     }  # fmt: skip
 

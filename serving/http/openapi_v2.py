@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
-from penumbra.serving.oip.tensors import IMAGE, PROMPTS
+from penumbra.serving.oip.tensors import IMAGE, NAMES, PROMPTS
 
 JSON, BINARY = "application/json", "application/octet-stream"
 STRING: dict[str, Any] = {"type": "string"}
@@ -57,7 +57,7 @@ def _operation(summary: str, *, path: str = "", faults: Mapping[str, str] | None
 
 def _infer(path: str) -> dict[str, Any]:
     specs = (IMAGE, *chain(*PROMPTS.values()))
-    datatypes = dict.fromkeys(datatype for spec in specs for datatype in (spec.datatype, *dict(spec.also)))
+    datatypes = dict.fromkeys(kind for spec in specs for kind in (spec.datatype, *dict(spec.also), *NAMES.values()))
     tensor = OBJECT | {
         "required": ["name", "datatype", "shape"],
         "properties": {

@@ -11,6 +11,8 @@ from starlette.requests import Request
 
 from penumbra.models.errors import BadImage, BadOption, UnsupportedMedia
 
+RAW = ("application/octet-stream", "application/x-npz", "application/x-npy")
+"""Media types of bodies that are pictures, beside images."""
 MAX_FIELDS, MAX_FIELD_BYTES = 16, 64 * 1024
 
 
@@ -60,7 +62,7 @@ def refuse_options(request: Request) -> None:
 
 def is_raw(request: Request) -> bool:
     """Whether the body is a picture's bytes and nothing else."""
-    return _media_of(request).startswith("image/") or _media_of(request) == "application/octet-stream"
+    return _media_of(request).startswith("image/") or _media_of(request) in RAW
 
 
 async def disconnected(request: Request) -> None:

@@ -22,6 +22,8 @@ DTYPES = {
     "INT32": "<i4", "INT64": "<i8", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8", "BF16": "<u2",
 }  # fmt: skip
 """Datatypes, each as numpy reads its raw form; BYTES has no fixed width and is read by `split_strings`."""
+NAMES = {"uint8": "UINT8", "uint16": "UINT16", "int16": "INT16", "float32": "FP32"}
+"""Datatypes of pictures, by the card's type."""
 VALUES: dict[str, set[type]] = {"O": {str, bytes}, "b": {bool}, "u": {int}, "i": {int}, "f": {int, float}}
 """Kinds of datatypes, as numpy calls them, each with the types of its values where they come one by one."""
 SHOWN = 60
@@ -92,7 +94,8 @@ PROMPTS = {
 
 def inputs_of(card: Card) -> tuple[TensorSpec, ...]:
     """List what a model reads."""
-    return (IMAGE, *PROMPTS[card.prompt.kind])
+    image = replace(IMAGE, datatype=NAMES[card.input.dtype], shape=(-1, -1, card.input.num_bands))
+    return (image, *PROMPTS[card.prompt.kind])
 
 
 def outputs_of(card: Card) -> tuple[TensorSpec, ...]:
@@ -184,11 +187,11 @@ def pack(values: Sequence[Any], name: str, datatype: str) -> bytes:
         raise BadOption(f"the input {name[:SHOWN]!r} has a value that is no {datatype}: {error}") from None
 
 
-def read_image(tensor: Tensor) -> bytes | NDArray[np.uint8]:
+def read_image(tensor: Tensor) -> bytes | NDArray[Any]:
     """Return the picture in a checked tensor: pixels, or an encoded file."""
     if tensor.datatype == "BYTES":
         return next(split_strings(tensor))
-    return np.frombuffer(tensor.data, np.uint8).reshape(tensor.shape)
+    return np.frombuffer(tensor.data, DTYPES[tensor.datatype]).reshape(tensor.shape)
 
 
 def read_boxes(tensor: Tensor) -> tuple[Box, ...]:

@@ -20,6 +20,8 @@ from PIL.PngImagePlugin import PngInfo
 from penumbra.models.card import IGNORE, KNOWN_MAPS, UNITLESS, Card
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.kernels import FloatArray
+from penumbra.serving.engine.layout import COLOURS
+from penumbra.serving.engine.windows import normalise
 
 BLOCK = 512
 """Rows that are worked on at a time; a multiple of the tiles of our TIFFs."""
@@ -136,13 +138,28 @@ def paint(labels_hW: NDArray[np.uint8], card: Card, *, y0: int = 0, stripe_px: i
     return colors_hW3
 
 
+def shown(prediction: Prediction, rows: slice = slice(None)) -> NDArray[np.uint8]:
+    """Show the image's red, green and blue, or its first band where it has none of them, uint8 [h, W, 3].
+
+    Where it is not of 8 bits, black and white are two standard deviations from the mean of what the network saw, or 0
+    and 1 of what it is given where its card names no mean.
+    """
+    assert prediction.image is not None
+    spec, values = prediction.card.input, prediction.image[rows, :]
+    bands = [spec.bands.index(band) for band in COLOURS] if {*COLOURS} <= {*spec.bands} else [0, 0, 0]
+    if spec.dtype == "uint8":
+        return np.asarray(values if spec.bands == COLOURS else values[:, :, bands], np.uint8)
+    seen = normalise(values, spec)[:, :, :: -1 if spec.order == "BGR" else 1][:, :, bands]
+    return (255 * (seen / 4 + 0.5 if any(spec.mean) else seen)).clip(0, 255).astype(np.uint8)
+
+
 def overlay(prediction: Prediction, rows: slice = slice(None)) -> NDArray[np.uint8]:
     """Lay the labels' colours over the image, [h, W, 3]."""
     assert prediction.image is not None
     height, width = prediction.labels_HW.shape
     stripe_px = max(STRIPE_PX, max(height, width) // STRIPES)
     colors_hW3 = paint(prediction.labels_HW[rows], prediction.card, y0=rows.indices(height)[0], stripe_px=stripe_px)
-    blended_hW3 = prediction.image[rows, :] * np.uint16(256 - OPACITY) + colors_hW3 * np.uint16(OPACITY)
+    blended_hW3 = shown(prediction, rows) * np.uint16(256 - OPACITY) + colors_hW3 * np.uint16(OPACITY)
     return (blended_hW3 >> 8).astype(np.uint8)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -250,10 +251,10 @@ def test_one_odd_failure_is_that_images_alone(
     for number in range(13):
         photo(tmp_path / "in" / f"{number:02}.png", rng)
 
-    def opening(data: bytes, limits: object) -> object:
+    def opening(data: bytes, *rest: Any) -> object:
         if data == (tmp_path / "in" / "04.png").read_bytes():
             raise AssertionError("something\nodd")
-        return open_image(data, limits)  # type: ignore[arg-type]
+        return open_image(data, *rest)
 
     monkeypatch.setattr("penumbra.serving.files.batch.open_image", opening)
     result = run(tmp_path / "in", tmp_path / "out", "-m", "toy-pointwise", "--store", toy_store, "--json")

@@ -1,0 +1,77 @@
+"""Pictures as numpy writes them: an array [H, W, C] in a .npy file, or alone or as `image` in an .npz archive."""
+
+import io
+import math
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from penumbra.models.errors import BadImage
+
+ARCHIVE, ARRAY = b"PK\x03\x04", npy.MAGIC_PREFIX
+NAMES = ("image.npy", "image")
+FAULTS = (OSError, ValueError, SyntaxError, EOFError, KeyError, RuntimeError, NotImplementedError, zipfile.BadZipFile,
+          zlib.error)  # fmt: skip
+Shape = tuple[int, int, int]
+
+
+def is_array(source: bytes | Path) -> bool:
+    """Tell by its first bytes whether a file is one of numpy's."""
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            return is_array(file.read(len(ARRAY)))
+    return source.startswith((ARCHIVE, ARRAY))
+
+
+@contextmanager
+def array_header(source: bytes | Path) -> Iterator[tuple[Shape, Callable[[], NDArray[Any]]]]:
+    """Give an array's shape, of which only the header is read so far, and what reads it. Raises BadImage, also then."""
+    with ExitStack() as opened:
+        try:
+            file: IO[bytes] = opened.enter_context(
+                io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+            )
+            file = _member(opened, file) if file.read(len(ARCHIVE)) == ARCHIVE else file
+            file.seek(0)
+            major = npy.read_magic(file)[0]
+            read_header = npy.read_array_header_1_0 if major == 1 else npy.read_array_header_2_0
+            shape, is_fortran, dtype = read_header(file)
+        except FAULTS as error:
+            raise BadImage(f"the array cannot be read ({_reason(error)})") from None
+        if len(shape) != 3 or dtype.kind not in "uif":
+            raise BadImage(f"the array is {dtype} {list(shape)}; numbers [height, width, bands] are wanted")
+
+        def read() -> NDArray[Any]:
+            size = math.prod(shape) * dtype.itemsize
+            try:
+                data = file.read(size)
+            except FAULTS as error:
+                raise BadImage(f"the array is damaged ({_reason(error)})") from None
+            if len(data) < size:
+                raise BadImage(f"the array is truncated: it has {len(data):,} of its {size:,} bytes")
+            return np.frombuffer(data, dtype).reshape(shape, order="F" if is_fortran else "C")
+
+        yield shape, read
+
+
+def _member(opened: ExitStack, file: IO[bytes]) -> IO[bytes]:
+    """Open the picture in an archive. Raises BadImage where it is not clear which one that is."""
+    archive = opened.enter_context(zipfile.ZipFile(file))
+    names = archive.namelist()
+    found = [name for name in names if name in NAMES] or names
+    if len(found) != 1:
+        raise BadImage(
+            f"the archive has {len(names)} arrays and none is called image; one alone, or one so called, is read"
+        )
+    return opened.enter_context(archive.open(found[0]))
+
+
+def _reason(error: Exception) -> str:
+    return str(error).partition("\n")[0][:120] or type(error).__name__
