@@ -16,13 +16,9 @@ NUM_BOXES = 3
 
 
 def random_view(
-    image_3HW: Tensor,
-    label_HW: Tensor,
-    *,
-    size: tuple[int, int],
-    scale: tuple[float, float],
+    image_3HW: Tensor, label_HW: Tensor, *, size: tuple[int, int], scale: tuple[float, float],
     generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Draw a scaled, cropped, perhaps mirrored view: image_3hw float in [0, 1] and label_hw int64 of `size`.
 
     What lies beyond the picture is mean grey and IGNORE. Both uint8 inputs are cut and resized alike. A label may

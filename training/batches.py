@@ -64,14 +64,9 @@ class Batches:
     """An endless supply of batches; the state of `generator` is the place in the stream."""
 
     def __init__(
-        self,
-        frames: FrameSet,
-        split: tuple[Tensor, Tensor],
-        recipe: Recipe,
-        generator: torch.Generator,
-        *,
+        self, frames: FrameSet, split: tuple[Tensor, Tensor], recipe: Recipe, generator: torch.Generator, *,
         num_classes: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.frames, self.recipe, self.generator, self.num_classes = frames, recipe, generator, num_classes
         self.labelled, self.unlabelled = split
         if unknown := [kind for kind in recipe.corruptions if kind not in CORRUPTIONS]:

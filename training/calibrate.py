@@ -145,10 +145,8 @@ def calibrate(
     check_risks(split, risks, class_risks)
     usual = dataclasses.replace(question, samples=None).options(0).num_samples(card)
     if num_samples != usual and card.map_of_novelty == "entropy":
-        click.echo(
-            f"samples is {num_samples} and an answer has {usual} where it asks for no other: such answers will tell no "
-            "novelty, and warn where they abstain; leave samples out to calibrate those", err=True,
-        )  # fmt: skip
+        what = f"samples is {num_samples} and an answer has {usual} where it asks for no other"
+        click.echo(f"{what}: such answers will tell no novelty; leave samples out to calibrate those", err=True)
 
     def try_card(trial: Card, indices: list[int], *, title: str) -> Iterator[Answer]:
         """Answer some frames as if the model had this card; to be read to the end before asking anew."""
@@ -198,12 +196,7 @@ def check_risks(split: Split, risks: Sequence[float], class_risks: Sequence[floa
 def frames_in_all(risk: float) -> int:
     """Say how many frames a risk needs, so that enough of them are for the thresholds."""
     needed = least_frames(risk)
-
-    def num_thresholds(num: int) -> int:
-        first, last = split_places(num)
-        return last - first
-
-    return next(num for num in count(max(needed * 4 // 3, LEAST_FRAMES)) if num_thresholds(num) >= needed)
+    return next(num for num in count(max(needed * 4 // 3, LEAST_FRAMES)) if len(range(*split_places(num))) >= needed)
 
 
 def figures_of(card: Card, answers: Iterable[Answer], *, num_samples: int) -> dict[str, float]:

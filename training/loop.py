@@ -75,9 +75,7 @@ class Training:
         hosts, staged = find_hosts(network), self.objective if isinstance(self.objective, Staged) else None
         self.begins = {host: staged.begin_of(host) if staged else 0.0 for host in hosts}
         if not hosts and (recipe.host_rate, recipe.frozen_share) != (1.0, 0.0):
-            raise BadOption(
-                "host_rate and frozen_share are of an EfficientNet, and the network has none; leave them out"
-            )
+            raise BadOption("host_rate and frozen_share are of an EfficientNet, which is not there; leave them out")
         optimizer = torch.optim.AdamW(parameter_groups(network, hosts, recipe), lr=recipe.learning_rate)
         self.forward, self.optimizer = self.fabric.setup(self.objective, optimizer)
 

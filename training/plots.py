@@ -139,16 +139,15 @@ def against_samples(document: dict[str, Any]) -> Figure:
         for name in names:
             label = name.rpartition("/")[2].replace("_", " ")
             axes.plot(counts, np.array([row[name] for row in rows], float), "o-", markersize=4, label=label)
-        axes.set(xscale="log", xlabel="samples S")
+        axes.set(xscale="log", xlabel="samples S", xticks=counts, xticklabels=counts)
         axes.set_ylim(bottom=0.5 if "AUROC" in title else 0)  # cut off, a small gain would look like a large one
         axes.set_title(title, fontsize=10)
-        axes.set_xticks(counts, [str(count) for count in counts])
         axes.minorticks_off()
         if len(names) > 1:
             axes.legend(fontsize=8)
     axes.plot(counts, counts, "--", color="grey", linewidth=1, label="proportional")
-    axes.set(yscale="log")
-    axes.set_yticks(counts, [str(count) for count in counts])
+    axes.set(yscale="log", yticks=counts, yticklabels=counts)
+    axes.autoscale(axis="y")  # a logarithm has no 0 to begin at
     axes.minorticks_off()
     axes.legend(fontsize=8)
     figure.suptitle(f"{document['model']} v{document['version']} against its samples", fontsize=10)
@@ -169,7 +168,8 @@ def shifts(document: dict[str, Any]) -> Figure:
             bars = np.maximum(np.abs(ends - values), 0)
             axes.errorbar((0, *SEVERITIES), values, bars, fmt="o-", markersize=4, capsize=3)
             axes.set(ylabel=key.partition("/")[2], xticks=(0, *SEVERITIES))
-            axes.set_title(kind.replace("_", " "), fontsize=9)
+            seen = ", seen in training" if kind in document["shift"]["seen"] else ""
+            axes.set_title(kind.replace("_", " ") + seen, fontsize=9)
     for axes in grid.ravel():  # once all of a row is drawn, for its axes share their range
         axes.set_ylim(bottom=0)
     figure.suptitle(f"{title_of(document)}: severity of corruptions", fontsize=10)

@@ -32,7 +32,7 @@ from penumbra.training.evaluation.run import (
 )
 from penumbra.training.evaluation.verb import evaluate_artifact, typical
 from penumbra.training.frames import Frame, Frames
-from penumbra.training.plots import draw_all
+from penumbra.training.plots import against_samples, draw_all
 from tests.conftest import CLASSES, GAIN, picture, toy_card
 
 MAPS = ("confidence", "entropy", "mutual_information")
@@ -252,6 +252,16 @@ def test_samples_are_compared_in_quality_and_cost(segmenter: Segmenter, frames: 
     assert rows[0]["time_ratio"] == 1 and rows[0]["err/AUROC/mutual_information"] is None
     nll = [row["seg/NLL"] for row in rows]
     assert nll[0] and nll[-1] and nll[-1] < nll[0], "a mean over samples is a better forecast than one"
+
+
+def test_the_time_of_samples_is_drawn_where_it_is_seen() -> None:
+    row: dict[str, float | None] = dict.fromkeys(("seg/mIoU", "seg/NLL", "cal/ECE", "err/AUROC/entropy"), 0.6)
+    row["err/AUROC/mutual_information"] = None
+    rows = [row | {"samples": count, "time_ratio": count} for count in (1, 2, 5)]
+    axes = against_samples({"model": "any", "version": 1, "against_samples": rows}).axes[-1]
+    low, high = axes.get_ylim()
+    assert 0.5 < low < 1 and 5 < high < 10
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2", "5"]
 
 
 def test_a_single_pass_is_not_compared_with_itself(segmenter: Segmenter, frames: Frames) -> None:

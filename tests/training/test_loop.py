@@ -129,7 +129,7 @@ def test_a_base_that_is_no_recipe_is_refused(base: str, tmp_path: Path) -> None:
 def test_what_a_network_has_no_use_for_is_refused(tmp_path: Path) -> None:
     frames = find_data("shapes").load(tmp_path, "train")
     for changes in ({"host_rate": 0.1}, {"frozen_share": 0.1}):
-        with pytest.raises(BadOption, match="are of an EfficientNet, and the network has none"):
+        with pytest.raises(BadOption, match="are of an EfficientNet, which is not there"):
             Training(dataclasses.replace(tiny.recipe("cps", tmp_path, steps=1), **changes), frames, 3)
 
 

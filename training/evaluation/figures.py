@@ -184,8 +184,8 @@ class ClassAbstention:
         rows = [[-np.inf if nats is None else nats for nats in row] for row in calibration.class_entropy_nats]
         self._above = dict(zip(calibration.class_risks, np.array(rows, np.float32), strict=True))
         self._coverage, self._num_frames = dict.fromkeys(self._above, 0.0), 0
-        self._shares = {risk: np.zeros(num_classes) for risk in self._above}
-        self._answered = {risk: np.zeros(num_classes, np.int64) for risk in self._above}
+        self._sums_2K = {risk: np.zeros((2, num_classes)) for risk in self._above}
+        """By risk the wrong shares of the frames, and the pixels that are answered."""
         self._called_K, self._num_frames_K = np.zeros((2, num_classes), np.int64)
 
     def add(self, entropy: Floats, labels: Labels, wrong: Mask) -> None:
@@ -198,18 +198,15 @@ class ClassAbstention:
         for risk, above_K in self._above.items():
             kept = entropy <= above_K[labels]
             answered_K, wrong_K = (np.bincount(labels[which], minlength=num_classes) for which in (kept, kept & wrong))
-            self._shares[risk] += wrong_K / np.maximum(answered_K, 1)
-            self._answered[risk] += answered_K
+            self._sums_2K[risk] += wrong_K / np.maximum(answered_K, 1), answered_K
             self._coverage[risk] += float(kept.mean())
 
     def figures(self, names: Sequence[str]) -> dict[str, float]:
         """Average over frames, and over pixels; NaN for a class that none of them was called."""
         figures = {f"abstain/class_coverage@{risk:g}": sum / self._num_frames for risk, sum in self._coverage.items()}
-        for risk, share_K in self._shares.items():
-            is_called_K = self._called_K > 0
-            risk_K = np.where(is_called_K, share_K / np.maximum(self._num_frames_K, 1), np.nan)
-            withheld_K = np.where(is_called_K, 1 - self._answered[risk] / np.maximum(self._called_K, 1), np.nan)
-            for what, values_K in (("risk", risk_K), ("withheld", withheld_K)):
+        num_frames_K, called_K = (np.where(self._called_K, x_K, np.nan) for x_K in (self._num_frames_K, self._called_K))
+        for risk, (share_K, answered_K) in self._sums_2K.items():
+            for what, values_K in (("risk", share_K / num_frames_K), ("withheld", 1 - answered_K / called_K)):
                 figures |= {
                     f"abstain/class_{what}@{risk:g}/{n}": x for n, x in zip(names, values_K.tolist(), strict=True)
                 }

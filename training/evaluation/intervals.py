@@ -33,17 +33,14 @@ def find_blocks(names: Sequence[str], indices: Iterable[int]) -> list[list[int]]
     which one car drove, for most of its sequences are a single labelled frame.
     """
     drives = [name.partition("_")[0] if "_" in name else "" for name in names]
-    order = sorted(range(len(names)), key=lambda i: (drives[i], _spell(names[i])))
+    # The parts of a name are text and numbers in turns, so that frame_2 comes before frame_10.
+    parts = [[int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)] for name in names]
+    order = sorted(range(len(names)), key=lambda i: (drives[i], parts[i]))
     chosen, blocks = set(indices), list[list[int]]()
     for _, drive in groupby(order, key=lambda i: drives[i]):
         rows = list(drive)
         blocks += (rows[at : at + BLOCK_FRAMES] for at in range(0, len(rows), BLOCK_FRAMES))
     return [some for block in blocks if (some := [i for i in block if i in chosen])]
-
-
-def _spell(name: str) -> list[str | int]:
-    """Take a name apart so that frame_2 comes before frame_10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def flatten_sums(confusion_KK: torch.Tensor, reliability: Reliability, by_confidence: Ranking) -> Doubles:

@@ -145,12 +145,11 @@ def compare_samples(
             answer = segment_frame(segmenter, frame, dataclasses.replace(options, samples=count))
             evaluations[count].add(answer)
             seconds[count] += answer.seconds
-    rows: list[dict[str, float | None]] = []
-    for count, evaluation in evaluations.items():
-        figures = evaluation.figures()
-        compared = {name: figures.get(name) for name in COMPARED}
-        rows.append({"samples": count, "time_ratio": seconds[count] / seconds[1], **compared})
-    return rows
+    figures = {count: evaluation.figures() for count, evaluation in evaluations.items()}
+    return [
+        {"samples": count, "time_ratio": seconds[count] / seconds[1], **{name: row.get(name) for name in COMPARED}}
+        for count, row in figures.items()
+    ]
 
 
 def follow(indices: list[int], title: str) -> Iterable[int]:

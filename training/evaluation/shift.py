@@ -23,7 +23,7 @@ from penumbra.training.evaluation.figures import Evaluation
 from penumbra.training.evaluation.intervals import figures_of, find_intervals
 from penumbra.training.evaluation.run import Measured, defined, evaluate, segment_frames
 from penumbra.training.frames import Frame, FrameSet
-from penumbra.training.metrics import Doubles, Ranking
+from penumbra.training.metrics import Ranking
 
 NUM_OBJECTS = 2
 """Pasted into each frame."""
@@ -100,7 +100,10 @@ def measure_shift(
     unseen = [kind for kind in CORRUPTIONS if kind not in seen]
     for name, kinds in {"corruptions": list(CORRUPTIONS), "corruptions-unseen": unseen}.items():
         if kinds:
-            rows[name] = _pool([blocks[f"{kind}-{severity}"] for kind in kinds for severity in SEVERITIES], clean)
+            pooled = np.sum([blocks[f"{kind}-{severity}"] for kind in kinds for severity in SEVERITIES], axis=0)
+            figures = defined(figures_of(pooled.sum(0), clean.card.num_classes))
+            intervals = find_intervals(list(pooled), clean.card.num_classes, seed=clean.question.seed)
+            rows[name] = {"figures": figures, "intervals": intervals}
     pasted = Changed(frames, paste_objects, clean.question.seed)
     return {"seen": sorted(seen), "variants": rows, "objects": find_strange(segmenter, clean, frames, pasted)}
 
@@ -108,15 +111,6 @@ def measure_shift(
 def find_seen(card: Card) -> list[str]:
     """Find the kinds of corruption that a model's card says it was trained on, or what it learnt from was."""
     return sorted({*CORRUPTIONS}.intersection(re.findall(r"\w+", card.provenance.data)))
-
-
-def _pool(variants: list[Doubles], clean: Measured) -> dict[str, Any]:
-    """Summarise several variants by the sums of their blocks, of the same frames in all of them."""
-    blocks, num_classes = np.sum(variants, axis=0), clean.card.num_classes
-    return {
-        "figures": defined(figures_of(blocks.sum(0), num_classes)),
-        "intervals": find_intervals(list(blocks), num_classes, seed=clean.question.seed),
-    }
 
 
 def _row(evaluation: Evaluation, clean: Measured) -> dict[str, Any]:

@@ -104,27 +104,25 @@ def report(measured: Measured) -> None:
             "" if interval is None else "{:.4f} to {:.4f}".format(*interval), "" if error is None else f"{error:.0e}",
         )  # fmt: skip
     console.print(table)
-    if rows := document["against_samples"]:
-        against = Table(*(Column(name.removeprefix("err/").replace("_", " "), overflow="fold") for name in rows[0]))
-        for row in rows:
-            against.add_row(*("" if value is None else f"{value:.4g}" for value in row.values()))
-        console.print(against)
-    for part, rows in tables_of(measured.beyond):
-        beyond = Table(part, *(Column(name.replace("_", " "), overflow="fold") for name in next(iter(rows.values()))))
+    for part, rows in tables_of(document):
+        heads = (Column(name.replace("_", " "), overflow="fold") for name in next(iter(rows.values())))
+        beyond = Table(Column(part, min_width=max(map(len, rows))), *heads)
         for name, row in rows.items():
             beyond.add_row(name, *("" if value is None else f"{value:.4f}" for value in row.values()))
         console.print(beyond)
 
 
-def tables_of(beyond: dict[str, Any]) -> Iterator[tuple[str, dict[str, dict[str, float | None]]]]:
-    """Choose from the document's parts of shifts what is shown: a title, and rows of figures by name."""
-    if shift := beyond.get("shift"):
+def tables_of(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, dict[str, float | None]]]]:
+    """Choose from a document what is shown of samples and shifts: a title, and rows of figures by name."""
+    if rows := document.get("against_samples"):
+        yield "samples", {str(row.pop("samples")): row for row in map(dict, rows)}
+    if shift := document.get("shift"):
         rows = {}
         for name, row in shift["variants"].items():
             told = {f"told by {score}": value for score, value in row.get("separation", {}).items()}
-            mark = " (seen in training)" if name.rpartition("-")[0] in shift["seen"] else ""
+            mark = " (seen)" if name.rpartition("-")[0] in shift["seen"] else ""
             rows[name + mark] = {figure.partition("/")[2]: row["figures"][figure] for figure in WITH_INTERVALS} | told
         yield "pictures", rows
         yield "pasted objects", shift["objects"]
-    for class_name, maps in beyond.get("hidden", {}).items():
+    for class_name, maps in document.get("hidden", {}).items():
         yield f"pixels of {class_name}", maps
