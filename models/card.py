@@ -46,6 +46,7 @@ NUM_VIEWS: dict[str, int] = {"none": 1, "flip": 2, "d4": 8, "scales": 3}
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 Byte = Annotated[int, Field(ge=0, le=255)]
 
 
@@ -91,14 +92,17 @@ class Sampling:
     members: their names; a single pass has one where it is one of several networks. noise_length: L of noise_SBL.
     noise_per: whether windows of one image share a draw or have their own. law: of a latent's draws; `antithetic` ones
     come in pairs, sample 2k + 1 is minus sample 2k, so with an even S what is linear in them cancels in the mean.
-    keep: probability that a channel survives (dropout only). default_samples: S when a request names none.
+    keep: probability that a channel survives (dropout only). keeps: where several dropouts have rates of their own,
+    how many channels of the noise in turn have which; `keep` is then their mean. default_samples: S when a request
+    names none.
     """
 
     kind: Literal["latent", "dropout", "members", "single"] = "single"
     noise_length: Count = 0
     noise_per: Literal["image", "window"] = "image"
     law: Literal["independent", "antithetic"] = "independent"
-    keep: Annotated[float, Field(gt=0, le=1)] = 1.0
+    keep: Share = 1.0
+    keeps: tuple[tuple[Positive, Share], ...] = ()
     members: tuple[str, ...] = ()
     default_samples: Positive = 1
 
@@ -106,6 +110,11 @@ class Sampling:
     def is_stochastic(self) -> bool:
         """Whether samples are drawn, so that a request may ask for any number of them."""
         return self.kind in ("latent", "dropout")
+
+    @property
+    def masks(self) -> tuple[tuple[int, float], ...]:
+        """Return how many channels of a mask have which keep rate, in the order of the noise."""
+        return self.keeps or ((self.noise_length, self.keep),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,6 +342,9 @@ def _check_facts(card: Card) -> None:
             sampling.kind == "members" and sampling.default_samples != num_members,
         f"has the members {', '.join(sampling.members)} and takes {sampling.kind} samples":
             num_members > (1 if sampling.kind == "single" else 0) and sampling.kind != "members",
+        f"sampling.keeps are of {sum(length for length, _ in sampling.keeps)} channels and sampling.noise_length is "
+        f"{sampling.noise_length}":
+            sampling.keeps != () and sum(length for length, _ in sampling.keeps) != sampling.noise_length,
         f"sampling.law is {sampling.law!r} and sampling.kind {sampling.kind!r}; only a latent's draws have a law":
             sampling.law != "independent" and sampling.kind != "latent",
         f"has the views d4, which turn a window on its side, and windows of {window.height}x{window.width}; square "

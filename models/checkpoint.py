@@ -88,7 +88,7 @@ def build_network(card: Card) -> Network:
     if config.num_classes != card.num_classes:
         raise BadArtifact(f"card.config.num_classes is {config.num_classes}; the card names {card.num_classes} classes")
     network = method.build(config).eval()
-    own, chosen = ((s.kind, s.noise_length, s.keep, s.members) for s in (network.sampling, card.sampling))
+    own, chosen = ((s.kind, s.noise_length, s.masks, s.members) for s in (network.sampling, card.sampling))
     if own != chosen:  # the rest is the card's to choose
         raise BadArtifact(f"card.sampling is {chosen}; the network has {own}")
     if network.prompt != card.prompt:

@@ -38,7 +38,7 @@ def draw_noise(sampling: Sampling, num_samples: int, num_images: int, generator:
     """Draw noise_SBL of the distribution that a network declares: dropout masks, or standard normal by its law."""
     shape = (num_samples, num_images, sampling.noise_length)
     if sampling.kind == "dropout":
-        return draw_masks(shape, sampling.keep, generator)
+        return torch.cat([draw_masks((*shape[:2], length), keep, generator) for length, keep in sampling.masks], dim=2)
     if sampling.law == "independent":
         return torch.randn(shape, generator=generator)
     half_SBL = torch.randn((num_samples + 1) // 2, *shape[1:], generator=generator)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from penumbra.models.card import Sampling
 from penumbra.models.contract import Features, Network
+from penumbra.models.plain.dropout import sampling_of
 from penumbra.models.plain.programs import load_program
 
 FORMATS = {"onnx": ("onnx", "openvino"), "torchscript": ("torchscript",), "pt2": ()}
@@ -19,16 +20,22 @@ LEAST = 1e-30
 
 @dataclass(frozen=True, slots=True)
 class PlainConfig:
-    """What the program is. output: what it gives, K channels of logits or of probabilities, or a single one."""
+    """What the program is. output: what it gives, K channels of logits or of probabilities, or a single one.
+
+    masks: of a program that takes masks of its dropouts beside the picture; how many channels in turn have which keep
+    rate.
+    """
 
     num_classes: int
     form: Literal["onnx", "torchscript", "pt2"]
     num_bytes: int
     output: Literal["logits", "probabilities", "sigmoid", "sigmoid logit"] = "logits"
+    masks: tuple[tuple[int, float], ...] = ()
 
 
 class PlainNetwork(Network):
-    """encode runs the program, and decode gives its logits as the one sample that there is.
+    """encode runs the program, and decode gives its logits as the one sample that there is; or, where it takes masks,
+    each runs its part of it.
 
     A module that holds a loaded program, `body`, is no part of the state: its weights are in the program's bytes.
     """
@@ -38,16 +45,21 @@ class PlainNetwork(Network):
     def __init__(self, config: PlainConfig) -> None:
         super().__init__()
         self.config = config
-        self.sampling = Sampling()
+        self.sampling = sampling_of(config.masks) if config.masks else Sampling()
         self.program = nn.Buffer(torch.zeros(config.num_bytes, dtype=torch.uint8))
         self.register_module("body", None)
         self.formats = FORMATS[config.form]
 
     def encode(self, image_BChw: Tensor) -> Features:
+        if self.config.masks:
+            return self.load().encode(image_BChw)  # type: ignore[operator, no-any-return]
         return (as_logits(self.load()(image_BChw), self.config.output),)
 
     def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
-        return torch.stack(features)
+        if not self.config.masks:
+            return torch.stack(features)
+        answer_SBKhw = self.load().decode(*features, noise_SBL)  # type: ignore[operator]
+        return as_logits(answer_SBKhw.flatten(0, 1), self.config.output).unflatten(0, noise_SBL.shape[:2])
 
     def load(self) -> nn.Module:
         """Load the program, unless it is. Raises BadCheckpoint: it does not load here, or it would unpickle code."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from penumbra.models.errors import BadCheckpoint, BadOption
+from penumbra.models.plain.cut import partition
 
 PREFERRED = ("logits", "out")
 """Names that transformers' and torchvision's networks give their answer beside others."""
@@ -78,6 +79,14 @@ class _Picked(nn.Module):
         return pick(self.body(image_BChw))
 
 
+class Halves(nn.Module):
+    """A program of a picture and masks, cut where the masks begin."""
+
+    def __init__(self, encode: nn.Module, decode: nn.Module) -> None:
+        super().__init__()
+        self.encode, self.decode = encode, decode
+
+
 def pick(answer: Any) -> Tensor:
     """Find the answer among what a network gives: by a usual name, or else the first tensor."""
     if isinstance(answer, Mapping):
@@ -98,7 +107,10 @@ def _load_torchscript(program: bytes) -> nn.Module:
 
 def _load_pt2(program: bytes) -> nn.Module:
     """Load a program of torch.export, without the checks of its inputs, which cannot be traced."""
-    body = read_pt2(program).module(check_guards=False)
+    exported = read_pt2(program)
+    if len(exported.graph_signature.user_inputs) == 2:
+        return Halves(*partition(exported))
+    body = exported.module(check_guards=False)
     body._forward_pre_hooks.clear()
     return _Picked(body)
 

@@ -45,7 +45,7 @@ class SeededNoise:
         if self._sampling.law == "antithetic" and sample % 2:
             return -self._draw_one(sample - 1, stream)
         rng = np.random.Generator(np.random.Philox(key=self._seed, counter=[0, 0, stream, sample]))
-        length, keep = self._sampling.noise_length, self._sampling.keep
         if self._sampling.kind == "dropout":
-            return ((rng.random(length) < keep) / keep).astype(np.float32)
-        return rng.standard_normal(length, dtype=np.float32)
+            masks = [(rng.random(length) < keep) / keep for length, keep in self._sampling.masks]
+            return np.concatenate(masks).astype(np.float32)
+        return rng.standard_normal(self._sampling.noise_length, dtype=np.float32)

@@ -43,8 +43,9 @@ SLOW = (
     "cpal wrn38-dropout",
     "cps lite",
     "plain pt2",
+    "plain dropout",
 )
-COMPILED = ("toy latent", "self_correcting linear", "plain pt2")
+COMPILED = ("toy latent", "self_correcting linear", "plain pt2", "plain dropout")
 """A compiler works on every graph for half a minute: few cases, the second with members that a prompt adds."""
 
 

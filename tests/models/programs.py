@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional as F
 
+from penumbra.models.plain.dropout import mask_dropouts
+from penumbra.models.plain.programs import read_pt2
+
 
 class Tiny(nn.Module):
     """Stride 2, its answer in a dict, as torchvision's segmentation networks have it; dropout is off at export."""
@@ -59,6 +62,14 @@ def program(form: str, network: nn.Module, *, channels: int = 3, axes: tuple[int
             names = {"image": {axis: f"axis{axis}" for axis in axes}}
             kwargs = {"input_names": ["image"], "output_names": ["logits"], "dynamic_axes": names}
             torch.onnx.export(Answer(network), (example[: 2 if 0 in axes else 1],), buffer, dynamo=False, **kwargs)
+    return buffer.getvalue()
+
+
+@cache
+def masked_program(seed: int = 0) -> bytes:
+    """The program of torch.export whose dropout is an input."""
+    brought, buffer = read_pt2(tiny_program("pt2", seed)), io.BytesIO()
+    torch.export.save(mask_dropouts(brought, torch.randn(2, 3, 32, 48)).program, buffer)
     return buffer.getvalue()
 
 

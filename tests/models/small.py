@@ -30,7 +30,7 @@ from penumbra.serving.engine.noise import SeededNoise
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
-from tests.models.programs import tiny_program
+from tests.models.programs import masked_program, tiny_program
 
 BACKBONE = ResNetConfig(depth=18, width=8)
 LITE = EfficientNetConfig("efficientnet_lite", width=0.25, depth=0.5)
@@ -83,6 +83,7 @@ SMALL: dict[str, Any] = {
     "proto_seg parametric": ProtoConfig(3, head="parametric", hrnet=HRNET),
     "proto_seg parametric-dropout": ProtoConfig(3, head="parametric", sampling="dropout", hrnet=HRNET),
     **{f"plain {form}": PlainConfig(3, form, len(tiny_program(form))) for form in ("onnx", "torchscript", "pt2")},  # type: ignore[arg-type]
+    "plain dropout": PlainConfig(3, "pt2", len(masked_program()), masks=((8, 0.8),)),
     "cpal cam": CpalConfig(3, depth=18, width=4),
     "cpal scales": CpalConfig(3, depth=18, width=4, scales=(1.0, 0.5, 1.5), flip=True, members=("is_cam",)),
     "cpal context": CpalConfig(
@@ -122,7 +123,9 @@ def fresh(name: str, *, seed: int = 0) -> Network:
             if key.endswith("_centres"):
                 nn.init.normal_(buffer)
     if isinstance(network, PlainNetwork):
-        network.program.copy_(torch.frombuffer(bytearray(tiny_program(network.config.form, seed)), dtype=torch.uint8))
+        config = network.config
+        program = masked_program(seed) if config.masks else tiny_program(config.form, seed)
+        network.program.copy_(torch.frombuffer(bytearray(program), dtype=torch.uint8))
     return network.train()
 
 

@@ -180,6 +180,8 @@ ONE_CLASS = {"name": "x", "color": [0, 0, 0]}
         ("sampling", {"kind": "dropout", "noise_length": 3, "keep": 0}, "keep is 0"),
         ("sampling", {"kind": "latent", "noise_length": -1}, "noise_length is -1"),
         ("sampling", {"kind": "single", "members": ["a", "b"]}, "members a, b and takes single samples"),
+        ("sampling", {"kind": "dropout", "noise_length": 3, "keeps": [[2, 0.5]]}, "keeps are of 2 channels and"),
+        ("sampling", {"kind": "dropout", "noise_length": 3, "keeps": [[2, 0.5], [1, 0]]}, "keeps[1][1] is 0"),
         ("sampling.law", "paired", "sampling.law is 'paired'; one of 'independent', 'antithetic' is wanted"),
         ("sampling", {"kind": "dropout", "noise_length": 3, "law": "antithetic"}, "only a latent's draws have a law"),
         ("window.trained", [0, 5], "window.trained"),

@@ -91,5 +91,5 @@ def single_pass(card: Card) -> Card:
     if not card.sampling.is_stochastic:
         return card
     keep = 1.0 if card.sampling.kind == "dropout" else NOTHING_KEPT
-    sampling = replace(card.sampling, kind="dropout", keep=keep, law="independent", default_samples=1)
-    return replace(card, sampling=sampling)
+    drawn = replace(card.sampling, kind="dropout", keep=keep, keeps=(), law="independent", default_samples=1)
+    return replace(card, sampling=drawn)

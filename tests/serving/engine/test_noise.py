@@ -57,6 +57,16 @@ def test_latents_are_standard_normal() -> None:
     assert abs(np.corrcoef(values[0], values[1])[0, 1]) < 0.05
 
 
+def test_dropouts_of_several_rates_follow_each_other_in_one_mask() -> None:
+    several = Sampling(kind="dropout", noise_length=3000, keep=0.7, keeps=((1000, 0.5), (2000, 0.8)))
+    torch_like = draw_noise(several, 8, 1, torch.Generator().manual_seed(0))[:, 0].numpy()
+    for values in (draw(several, num_samples=8), torch_like):
+        assert set(np.unique(values[:, :1000])) == {0, np.float32(2)}
+        assert set(np.unique(values[:, 1000:])) == {0, np.float32(1.25)}
+        assert abs(values[:, 1000:].mean() - 1) < 0.02
+    assert np.array_equal(draw(several)[:, :1000] > 0, draw(Sampling("dropout", 3000, keep=0.5))[:, :1000] > 0)
+
+
 def test_masks_keep_or_drop_and_leave_the_mean_at_one() -> None:
     values = draw(dataclasses.replace(MASKS, noise_length=5000), num_samples=20)
     assert set(np.unique(values)) == {np.float32(0), np.float32(1 / 0.8)}
