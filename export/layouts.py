@@ -1,6 +1,6 @@
 """Rename the tensors of a published file to our names, by the layouts that the method states as data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,20 +78,25 @@ def published_name(ours: str, layouts: Sequence[Layout]) -> str:
 
 def _recognise(content: Any, method: Method, *, where: str) -> Layout:
     layouts = _layouts(method)
-    fitting = [layout for layout in layouts if _fits(content, layout)]
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        raise BadCheckpoint(f"{where} fits several layouts of {method.name}: {few([x.name for x in fitting])}")
+    known = [layout for layout in layouts if _fits(content, layout)]
+    if len(known) == 1:
+        return known[0]
+    if known:
+        raise BadCheckpoint(f"{where} fits several layouts of {method.name}: {few([x.name for x in known])}")
     refusal = f"{where} is no checkpoint of {method.name}, which knows {'; '.join(layout.name for layout in layouts)}"
-    for other in methods().values():
-        for layout in _layouts(other):
-            if _fits(content, layout):
-                raise BadCheckpoint(f"{refusal}: it looks like {other.name}, {layout.name}")
+    for other, layout in fitting(content):
+        raise BadCheckpoint(f"{refusal}: it looks like {other.name}, {layout.name}")
+    refusal += " (penumbra import --help says how any network is brought)"
     if not isinstance(content, Mapping):
         raise BadCheckpoint(f"{refusal}: it holds one object instead of tensors by name; its state_dict is wanted")
     largest = max([content, *(value for value in content.values() if isinstance(value, Mapping))], key=len)
     raise BadCheckpoint(f"{refusal}: it holds {few([str(name) for name in largest]) or 'nothing'}")
+
+
+def fitting(content: Any) -> Iterator[tuple[Method, Layout]]:
+    """Yield the methods whose layouts a file's content has."""
+    for method in methods().values():
+        yield from ((method, layout) for layout in _layouts(method) if _fits(content, layout))
 
 
 def _layouts(method: Method) -> tuple[Layout, ...]:

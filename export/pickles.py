@@ -109,7 +109,7 @@ def _names(path: Path) -> set[str]:
     if start.startswith(ZIP_START):
         return _names_in_zip(path)
     if start.endswith(b"{"):
-        raise BadCheckpoint("is a safetensors file; files of torch.save are imported")
+        raise BadCheckpoint("is a safetensors file: penumbra import module PACKAGE:BUILD --weights reads it")
     if tarfile.is_tarfile(path):
         raise BadCheckpoint("has the tar format of torch 0.1; load it and save it again with a torch of 0.4 to 1.5")
     with path.open("rb") as file:
@@ -124,7 +124,7 @@ def _names_in_zip(path: Path) -> set[str]:
         entries = archive.infolist()
         programs = [entry for entry in entries if entry.filename.endswith(".pkl")]
         if any(entry.filename.endswith("/constants.pkl") for entry in programs):
-            raise BadCheckpoint("is a TorchScript program; files of torch.save that hold tensors are imported")
+            raise BadCheckpoint("is a TorchScript program: penumbra import torchscript")
         if len(programs) != 1 or programs[0].file_size > PROGRAM_BYTES:
             raise BadCheckpoint("is a zip archive, but not one of torch.save")
         if sum(entry.file_size for entry in entries) > path.stat().st_size:

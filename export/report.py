@@ -18,7 +18,7 @@ FEW = 12
 """Lines of a table, above which names are counted instead."""
 
 
-def print_imported(imported: Imported, output: Path) -> None:
+def print_imported(imported: Imported, output: Path, *, is_exported: bool = False) -> None:
     """Print what inference does not need, then what the checkpoint is and what to do with it."""
     card = imported.card
     table = Table(Column("not imported", overflow="fold"), "tensors")
@@ -29,13 +29,16 @@ def print_imported(imported: Imported, output: Path) -> None:
         table.add_row(f"{entry} (beside the tensors)", "")
     if table.row_count:
         Console(markup=False, emoji=False).print(table)
+    for note in imported.notes:
+        click.echo(note)
     sampling, prompt = card.sampling, card.prompt
     names = f" ({', '.join(sampling.members)})" if sampling.members else ""
     axis = f"{sampling.kind}{names}, {sampling.default_samples} samples"
     if prompt.kind != "none":
         axis += f"; with {prompt.kind}: {', '.join(prompt.members or sampling.members)}"
     click.echo(f"{output}: {card.method}, {card.num_classes} classes, {axis}")
-    click.echo(f"next: penumbra export {output}")
+    if not is_exported:
+        click.echo(f"next: penumbra export {output}")
 
 
 def print_parity(card: Card, directory: Path, *, as_json: bool, measured: Parity | None = None) -> None:

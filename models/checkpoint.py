@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from penumbra.models import find_method
 from penumbra.models.card import Card, dump_card, parse_card
@@ -17,6 +17,7 @@ from penumbra.models.errors import BadArtifact, BadCheckpoint, BadOption
 from penumbra.models.files import write_whole
 from penumbra.models.strict import read_strict
 
+SUFFIX = ".safetensors"
 COUNTER = "num_batches_tracked"
 """A counter of BatchNorm: never needed, sometimes missing, sometimes a float."""
 SHOWN = 4
@@ -115,7 +116,7 @@ def load_checkpoint(path: Path) -> tuple[Card, Network]:
 
 
 def fill_network(
-    network: Network, tensors: Mapping[str, Tensor], *, where: str, theirs: Mapping[str, str] | None = None
+    network: nn.Module, tensors: Mapping[str, Tensor], *, where: str, theirs: Mapping[str, str] | None = None
 ) -> None:
     """Copy tensors into a network, by name. theirs: what a tensor is called where it comes from, if otherwise.
 

@@ -17,6 +17,7 @@ import click
 
 from penumbra import options as shared
 from penumbra.failures import Verbs, sentence_of
+from penumbra.importing import import_files
 from penumbra.ranking import rank
 from penumbra.serving.process import print_version
 
@@ -194,32 +195,7 @@ def train(recipe: Path, data: Path, **options: Any) -> None:
     click.echo(follow(read_recipe(recipe), data, **options))
 
 
-@main.command(name="import")
-@click.argument("method")
-@click.argument("files", nargs=-1, required=True, type=shared.FILE)
-@click.option("--output", "-o", required=True, type=shared.ANY_FILE, help="x.safetensors")
-@click.option(
-    "--classes", metavar="NAME|FILE", help="voc, cityscapes, camvid, or a file of names; by count if left out."
-)
-@click.option("--protocol", type=click.Choice(["published", "penumbra"]), default="published", show_default=True,
-              help="Run as the paper's code does, or as we would.")  # fmt: skip
-@click.option("--sampling", help="Where the method has a choice: dropout, for one.")
-@shared.JSON
-def import_files(
-    method: str, files: tuple[Path, ...], output: Path, classes: str | None, as_json: bool, **options: Any
-) -> None:  # fmt: skip
-    """Import a METHOD's published FILES, which are never run, as a checkpoint."""
-    from penumbra.export.importer import import_checkpoint
-    from penumbra.export.report import print_imported
-    from penumbra.models.classes import read_classes
-
-    imported = import_checkpoint(method, files, output, classes=read_classes(classes) if classes else None, **options)
-    for warning in imported.warnings:
-        click.echo(f"penumbra: warning: {warning}", err=True)
-    if as_json:
-        click.echo(json.dumps({"file": str(output)} | dataclasses.asdict(imported)))
-        return
-    print_imported(imported, output)
+main.add_command(import_files)
 
 
 @main.command()

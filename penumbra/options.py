@@ -27,6 +27,7 @@ STORE = click.option(
 )  # fmt: skip
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+ANY_PATH = click.Path(exists=True, path_type=Path)
 ANY_FILE = click.Path(dir_okay=False, path_type=Path)
 ANY_FOLDER = click.Path(file_okay=False, path_type=Path)
 MODEL = click.option("--model", "-m", help="Which model; may be left out when the store has one.")

@@ -48,6 +48,8 @@ class EnsembleNetwork(Network):
         self.members = nn.ModuleList(Member(member, config.input, resized=resized) for member in config.networks)
         names = tuple(name for member in self.members for name in member.names)  # type: ignore[union-attr]
         self.sampling = Sampling(kind="members", members=names, default_samples=len(names))
+        if any(member.network.formats for member in self.members):  # type: ignore[union-attr]
+            self.formats = ("torchscript",)
 
     def encode(self, image_B3hw: Tensor) -> Features:
         return (torch.cat([member(image_B3hw) for member in self.members]).transpose(0, 1),)
@@ -67,6 +69,8 @@ class Member(nn.Module):
         method = find_method(config.method)
         where = f"config of {config.name}"
         self.network: Network = method.build(read_strict(method.config, config.config, where=where))
+        if "torchscript" not in (self.network.formats or ("torchscript",)):
+            raise BadOption(f"{config.name} is an ONNX program, which torch cannot join with others; bring its module")
         self.readout, self.resized = config.readout, resized
         self.names = [f"{config.name}.{name}" for name in self.network.sampling.members] or [config.name]
         shared = [(s.bands, s.dtype, s.clip, s.resolution) for s in (source, config.input)]

@@ -68,7 +68,7 @@ class Onnx(nn.Module):
         return torch.cat([torch.from_numpy(answer) for answer in answers]).to(image_BChw)
 
 
-class _Picked(nn.Module):
+class Picked(nn.Module):
     """A torch program that may give several tensors, of which one is the answer."""
 
     def __init__(self, body: nn.Module) -> None:
@@ -102,7 +102,7 @@ def pick(answer: Any) -> Tensor:
 def _load_torchscript(program: bytes) -> nn.Module:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated", category=DeprecationWarning)
-        return _Picked(torch.jit.load(io.BytesIO(program), map_location="cpu").eval())  # type: ignore[no-untyped-call]
+        return Picked(torch.jit.load(io.BytesIO(program), map_location="cpu").eval())  # type: ignore[no-untyped-call]
 
 
 def _load_pt2(program: bytes) -> nn.Module:
@@ -112,7 +112,7 @@ def _load_pt2(program: bytes) -> nn.Module:
         return Halves(*partition(exported))
     body = exported.module(check_guards=False)
     body._forward_pre_hooks.clear()
-    return _Picked(body)
+    return Picked(body)
 
 
 def read_pt2(program: bytes) -> torch.export.ExportedProgram:

@@ -32,8 +32,8 @@ INPUTS = {
 def checkpoint(path: Path, name: str, **changes: object) -> Path:
     network, config = seeded(name), SMALL[name]
     card = Card(
-        path.stem, 1, name.split()[0], dataclasses.asdict(config), CLASSES, INPUTS[name], WindowSpec(64, 80),
-        network.sampling, Readout(align_corners=name != "cps", temperature=1.5),
+        path.stem, 1, name.split()[0], dataclasses.asdict(config), CLASSES, INPUTS.get(name, InputSpec()),
+        WindowSpec(64, 80), network.sampling, Readout(align_corners=name != "cps", temperature=1.5),
     )  # fmt: skip
     save_checkpoint(path, dataclasses.replace(card, **changes), network)
     return path
@@ -135,3 +135,12 @@ def test_members_times_views_are_the_mean_of_every_member_in_every_view(
     np.testing.assert_allclose(prediction.maps["confidence"], mean_Khw.amax(0), atol=2e-4)
     information = torch.special.entr(mean_Khw).sum(0) - torch.special.entr(prob_SKhw).sum(1).mean(0)
     np.testing.assert_allclose(prediction.maps["mutual_information"], information, atol=2e-4)
+
+
+def test_programs_of_torch_are_members_and_onnx_programs_are_refused(tmp_path: Path) -> None:
+    names = ("plain torchscript", "cps")  # the one of pt2 has the weights of the first
+    paths = [checkpoint(tmp_path / f"{name.split()[-1]}.safetensors", name) for name in names]
+    make_ensemble(paths, tmp_path / "both.safetensors")
+    export_checkpoint(tmp_path / "both.safetensors", tmp_path / "store")
+    with pytest.raises(BadOption, match="onnx is an ONNX program, which torch cannot join with others"):
+        make_ensemble([checkpoint(tmp_path / "onnx.safetensors", "plain onnx"), *paths], tmp_path / "all.safetensors")

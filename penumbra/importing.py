@@ -1,0 +1,100 @@
+"""`penumbra import`: a published checkpoint of a method, or any network, becomes a checkpoint of ours."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from penumbra import options as shared
+
+
+@click.command(name="import")
+@click.argument("method", metavar="METHOD|FORM")
+@click.argument("files", nargs=-1)
+@click.option("--output", "-o", type=shared.ANY_FILE, help="x.safetensors; of a FORM by default named after the file.")
+@click.option("--classes", metavar="NAME|FILE", help="voc, cityscapes, camvid, or a file of names.")
+@click.option("--protocol", type=click.Choice(["published", "penumbra"]), default="published", show_default=True,
+              help="Of a METHOD: run it as the paper's code does, or as we would.")  # fmt: skip
+@click.option("--sampling", help="Of a METHOD with a choice: dropout, for one.")
+@click.option("--weights", type=shared.FILE, help="Of a module: a file of torch.save or safetensors.")
+@click.option("--input", "picture", metavar="FILE.json|FIELDS",
+              help="Of a FORM: size=512x512 bands=red,green,blue mean=0.5 std=0.2 scale=255 dtype=uint8.")  # fmt: skip
+@click.option("--tensor", help="Of onnx: which of its tensors is the answer.")
+@click.option("--pictures", type=shared.ANY_PATH, help="Of a FORM: a picture or a folder, for the gate's windows.")
+@click.option("--backend", help="Of a FORM: the format to export.")
+@click.option("--no-export", is_flag=True, help="Of a FORM: write the checkpoint alone.")
+@click.option("--dry", is_flag=True, help="Of a FORM: say what it is and what would happen, and write nothing.")
+@shared.STORE
+@shared.JSON
+def import_files(method: str, files: tuple[str, ...], output: Path | None, as_json: bool, **options: Any) -> None:
+    """Import FILES of a METHOD's authors, or any network: a FORM is onnx, torchscript, pt2, or module PACKAGE:BUILD.
+
+    A network is exported into the store, too. No file of torch.save is run. A FILE alone is asked what it is.
+    """
+    from penumbra.export.kinds import find_form
+    from penumbra.export.networks import FORMS
+
+    if not files:
+        method, files = find_form(Path(method)), (method,)
+    if method in FORMS:
+        return _import_network(method, files, output, as_json=as_json, **options)
+    _import_published(method, files, output, as_json=as_json, **options)
+
+
+def _import_published(
+    method: str, files: tuple[str, ...], output: Path | None, *, as_json: bool, classes: str | None, protocol: Any,
+    sampling: str | None, **others: Any,
+) -> None:  # fmt: skip
+    from penumbra.export.importer import import_checkpoint
+    from penumbra.export.report import print_imported
+    from penumbra.models.classes import read_classes
+
+    named = classes and read_classes(classes)
+    paths = [Path(name) for name in files]
+    for path in paths:
+        if not path.is_file():
+            raise click.UsageError(f"there is no file {path}")
+    if output is None:
+        raise click.UsageError("a method's checkpoint needs a name; add -o x.safetensors")
+    imported = import_checkpoint(method, paths, output, classes=named or None, protocol=protocol, sampling=sampling)
+    _warn(imported.warnings)
+    if as_json:
+        click.echo(json.dumps({"file": str(output)} | dataclasses.asdict(imported)))
+    else:
+        print_imported(imported, output)
+
+
+def _import_network(
+    form: str, files: tuple[str, ...], output: Path | None, *, as_json: bool, pictures: Path | None,
+    backend: str | None, store: Path, no_export: bool, dry: bool, **options: Any,
+) -> None:  # fmt: skip
+    from penumbra.export.bring import Given
+    from penumbra.export.bundle import export_checkpoint
+    from penumbra.export.networks import checkpoint_name, import_network
+    from penumbra.export.report import print_imported, print_parity
+    from penumbra.models.checkpoint import SUFFIX
+    from penumbra.serving.engine.store import open_artifact
+
+    if len(files) != 1:
+        raise click.UsageError(f"{len(files)} files are named; one network is imported at a time")
+    given = Given(*(options[name] for name in ("classes", "picture", "weights", "tensor")))
+    output = output or Path(checkpoint_name(files[0], given) + SUFFIX)
+    imported = import_network(form, files[0], None if dry else output, given)
+    _warn(imported.warnings)
+    directory = None
+    if not dry and not no_export:
+        directory = export_checkpoint(output, store, backend=backend)
+    if as_json:
+        facts = {"file": str(output), "directory": directory and str(directory)}
+        click.echo(json.dumps(facts | dataclasses.asdict(imported)))
+        return
+    print_imported(imported, output, is_exported=bool(directory))
+    if directory:
+        print_parity(open_artifact(directory).card, directory, as_json=False)
+
+
+def _warn(sentences: tuple[str, ...]) -> None:
+    for sentence in sentences:
+        click.echo(f"penumbra: warning: {sentence}", err=True)

