@@ -66,7 +66,7 @@ def given(options: Mapping[str, Any]) -> dict[str, str]:
 def of_answers(verb: Any) -> Any:
     """The options of an answer that a file can have too."""
     risks, prompts = ("max_class_risk", "max_risk"), ("alpha", "tags", "boxes")
-    for name in (*risks, *prompts, "bands", "outputs", "overlap", "views", "seed", "samples"):
+    for name in (*risks, *prompts, "bands", "scale", "outputs", "overlap", "views", "seed", "samples"):
         verb = from_table(name)(verb)
     return verb
 

@@ -26,6 +26,7 @@ from penumbra.serving.engine.plan import RequestPlan, plan_request, resolve
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.request import Cancellation, QueuedRequest
 from penumbra.serving.engine.runtime import Runtime
+from penumbra.serving.engine.scale import metres_of
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.telemetry import Request, Telemetry
 
@@ -193,6 +194,9 @@ class Gateway:
         if array:
             admit(array.shape[0], array.shape[1])
         image = array or open_image(cast(bytes, task.image), limits, task.reading, admit=admit).load()
+        if task.runtime.card.input.resolution.kind == "gsd":  # only the whole header says where it lies
+            metres = metres_of(image, task.runtime.card)
+            plans = [plan_request(task.runtime, task.options, *image.shape[:2], limits=limits, metres=metres)]
         task.request.size = image.shape[:2]
         task.check()
         before_ms = dict(task.request.timing_ms) | {"decode": 1e3 * (time.perf_counter() - started)}

@@ -86,7 +86,7 @@ def collect(
     Raises any PenumbraError. Changes the arrays.
     """
     plan, card = request.plan, request.plan.card
-    size = plan.windows.height, plan.windows.width
+    size = plan.windows.size
     labels_HW = np.empty(size, np.uint8) if labels_HW is None else labels_HW
     maps = {name: np.empty(size, np.float32) for name in plan.options.maps(card)} if maps is None else maps
     sums_H2 = np.empty((size[0], 2), np.int64) if sums_H2 is None else sums_H2
@@ -124,21 +124,21 @@ def _count_ignored(labels_HW: NDArray[np.uint8], request: QueuedRequest) -> tupl
     if not has_withheld and not request.image_HW3.can_be_void:
         return 0, None
     num_ignored, num_void = 0, 0
-    for y in range(0, windows.height, windows.window_height):
+    for y in range(0, windows.size[0], windows.window_height):
         rows = slice(y, y + windows.window_height)
         num_ignored += int(np.count_nonzero(labels_HW[rows] == IGNORE))
         void_hW = request.image_HW3.void(rows) if has_withheld else None
         num_void += 0 if void_hW is None else int(np.count_nonzero(void_hW))
     if not has_withheld:
         return num_ignored, None
-    num_measured = windows.height * windows.width - num_void
+    num_measured = windows.size[0] * windows.size[1] - num_void
     return num_void, (num_ignored - num_void) / max(num_measured, 1)
 
 
 def _warnings(request: QueuedRequest) -> tuple[str, ...]:
     """Say what a caller should know: of the image, and of windows, samples or a risk that are not the usual ones."""
     plan, card, options = request.plan, request.plan.card, request.plan.options
-    warnings = request.image_HW3.warnings
+    warnings = request.image_HW3.warnings + plan.of_scale
     trained, run = card.window.trained, (plan.windows.window_height, plan.windows.window_width)
     if trained not in (None, run):
         warnings += (

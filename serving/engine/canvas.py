@@ -20,6 +20,7 @@ from penumbra.models.errors import BadImage
 from penumbra.serving.engine import operators
 from penumbra.serving.engine.options import PROBABILITIES
 from penumbra.serving.engine.raster import Raster
+from penumbra.serving.engine.scale import at_size
 from penumbra.serving.engine.uncertainty import Band
 from penumbra.serving.engine.windows import Window, WindowPlan, clip
 
@@ -105,7 +106,8 @@ class Surface:
     ) -> None:  # fmt: skip
         """first_y: the row of the image whose band is the first to be finished. most: windows of a batch."""
         self.plan, self.wanted, self.most, self.blended = plan, wanted, most, -1
-        self._image_HW3, self._transfers = image_HW3, transfers
+        self._image_HW3, self._transfers = at_size(image_HW3, (plan.height, plan.width)), transfers
+        self._original_HW3 = image_HW3
         self._first_y, self._first_row = first_y, plan.row_before(first_y)
         self._top = self._end = max(plan.starts_y[self._first_row], 0)
         self._strip_hWC: Tensor | None = None
@@ -155,8 +157,8 @@ class Surface:
 
     def void(self, rows: range) -> tuple[NDArray[np.bool_] | None, Tensor | None]:
         """Say where these rows of the picture hold no measurement, [h, W] here and uint8 on the device."""
-        if self._strip_hWC is None:
-            void_hW = self._image_HW3.void(slice(rows.start, rows.stop))
+        if self._strip_hWC is None or self.plan.answer:
+            void_hW = self._original_HW3.void(slice(rows.start, rows.stop))
         else:
             void_hW = self._void_hW
             void_hW = None if void_hW is None else void_hW[rows.start - self._top : rows.stop - self._top]
@@ -168,8 +170,28 @@ class Surface:
         plan, first = self.plan, max(self.plan.starts_y[window.row], 0)
         if window.column + 1 < len(plan.starts_x) or first < self._first_y:
             return range(0)
-        last = window.row + 1 == len(plan.starts_y)
-        return range(first, plan.height if last else plan.starts_y[window.row + 1])
+        end = plan.height if window.row + 1 == len(plan.starts_y) else plan.starts_y[window.row + 1]
+        return range(plan.rows_above(first), plan.rows_above(end))
+
+    def rows_of(self, rows: range) -> Tensor:
+        """Give a ring that has these rows of the answer: the canvas, or where that is of another size a part of it,
+        resized bilinearly."""
+        plan, (height, width) = self.plan, self.plan.size
+        if not plan.answer:
+            return self.canvas_RCW
+        ys = [rows.start + (place - rows.start) % len(rows) for place in range(len(rows))]
+        above, below, part_h = (x.to(self.canvas_RCW.device) for x in between(ys, plan.height, height))
+        left, right, part_W = (x.to(self.canvas_RCW.device) for x in between(range(width), plan.width, width))
+        num_rows, part_h11 = len(self.canvas_RCW), part_h[:, None, None]
+        rows_hCw = torch.lerp(self.canvas_RCW[above % num_rows], self.canvas_RCW[below % num_rows], part_h11)
+        return torch.lerp(rows_hCw[..., left], rows_hCw[..., right], part_W)
+
+
+def between(places: Sequence[int], length: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Find between which of `length` pixels those of an image of `size` lie, and how far from the first."""
+    at = ((torch.tensor([*places], dtype=torch.float64) + 0.5) * (length / size) - 0.5).clamp(0, length - 1)
+    first = at.floor().long()
+    return first, (first + 1).clamp(max=length - 1), (at - first).float()
 
 
 def ring_height(plan: WindowPlan, most: int) -> int:
@@ -177,7 +199,9 @@ def ring_height(plan: WindowPlan, most: int) -> int:
     further = (most + len(plan.starts_x) - 2) // len(plan.starts_x)
     ends = [min(y0 + plan.window_height, plan.height) for y0 in plan.starts_y]
     ends = ends[further:] or ends[-1:]
-    return max(end - max(y0, 0) for y0, end in zip(plan.starts_y, ends + ends[-1:] * further, strict=False))
+    return bool(plan.answer) + max(
+        end - max(y0, 0) for y0, end in zip(plan.starts_y, ends + ends[-1:] * further, strict=False)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +282,7 @@ def segments_of(
     for surface, window in pairs:
         rows, segment = surface.finished(window), None
         if rows:
-            segment, end = lay_out(surface.wanted, rows, surface.plan.width, card, num_samples, end)
+            segment, end = lay_out(surface.wanted, rows, surface.plan.size[1], card, num_samples, end)
             segment = replace(segment, void_hW=surface.void(rows))
         segments.append(segment)
     return segments, end

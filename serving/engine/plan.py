@@ -1,29 +1,37 @@
 """What a request asks of a model, checked and laid out: made once, before its pixels are looked at."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from penumbra.models.card import NUM_VIEWS, Card, Sampling
 from penumbra.models.errors import BadOption, TooLarge
 from penumbra.serving.engine.canvas import Wanted
 from penumbra.serving.engine.noise import NoiseSource, SeededNoise
 from penumbra.serving.engine.options import PROBABILITIES, Limits, SegmentOptions, abstain_above, check_options
-from penumbra.serving.engine.prompts import PromptSource, check_prompt
+from penumbra.serving.engine.prompts import Boxes, PromptSource, check_prompt
 from penumbra.serving.engine.runtime import Runtime
+from penumbra.serving.engine.scale import CARD, find_scale
 from penumbra.serving.engine.windows import WindowPlan, count_windows, cover
 
+MOST_BAND_BYTES = 2**31
+"""Of the rows of an answer that are resized together."""
 NORMAL = 2
 """The priority of a request that names none."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RequestPlan:
-    """A request that can be answered has a model, options with their defaults set, windows, noise and a prompt."""
+    """A request that can be answered has a model, options with their defaults set, windows, noise and a prompt.
+
+    of_scale: what its caller should know of the scale at which it is run.
+    """
 
     runtime: Runtime
     options: SegmentOptions
     windows: WindowPlan
     noise: NoiseSource
     prompt: PromptSource | None = None
+    of_scale: tuple[str, ...] = ()
 
     @property
     def card(self) -> Card:
@@ -53,6 +61,7 @@ class RequestPlan:
     def is_usual(self) -> bool:
         """Tell whether the answer is made as in a calibration: with the card's overlap and views, and no prompt."""
         is_usual = self.options.overlap in (None, self.card.window.overlap) and self.views == self.card.views
+        is_usual = is_usual and self.options.scale in (None, CARD)
         return is_usual and self.prompt is None
 
     @property
@@ -80,20 +89,28 @@ def resolve(options: SegmentOptions, card: Card, limits: Limits) -> SegmentOptio
 
 
 def plan_request(
-    runtime: Runtime, options: SegmentOptions, height: int, width: int, *, limits: Limits
+    runtime: Runtime, options: SegmentOptions, height: int, width: int, *, limits: Limits, metres: float = 0.0
 ) -> RequestPlan:  # fmt: skip
-    """Lay out the windows of an image of this size. options: as `resolve` gives them.
+    """Lay out the windows of an image of this size. options: as `resolve` gives them. metres: of a pixel on the ground.
 
     Raises BadOption for a prompt that does not fit the image, and TooLarge.
     """
     card = runtime.card
     prompt = check_prompt(card, height, width, boxes=options.boxes, tags=options.tags, alpha=options.alpha)
-    _check_windows(height, width, card, options, limits=limits)
+    factor, of_scale = find_scale(card, options.scale, height, width, metres)
+    run = max(1, round(factor * height)), max(1, round(factor * width))
+    if isinstance(prompt, Boxes):
+        prompt = replace(prompt, boxes_N5=prompt.boxes_N5 * ([run[1] / width, run[0] / height] * 2 + [1]))
+    _check_windows(*run, card, options, limits=limits)
     if PROBABILITIES in options.outputs:
         _check_probabilities(height, width, card, limits=limits)
     sampling = card.sampling_with(prompt=prompt is not None)
     noise = SeededNoise(sampling, seed=options.seed, num_samples=options.num_samples(card))
-    return RequestPlan(runtime, options, cover(height, width, card.window, options.overlap), noise, prompt)
+    windows = cover(*run, card.window, options.overlap)
+    if run != (height, width):
+        windows = replace(windows, answer=(height, width))
+        _check_band(windows, card)
+    return RequestPlan(runtime, options, windows, noise, prompt, of_scale)
 
 
 def check_long(options: SegmentOptions) -> None:
@@ -121,6 +138,17 @@ def _check_windows(height: int, width: int, card: Card, options: SegmentOptions,
             f"the image needs {num_windows} windows x {num_samples} samples{views} = {num_windows * num_members:,} "
             f"window-samples and the limit of the queue (limit_queue_samples) is {limits.queue_samples:,}; lower the "
             f"overlap or the samples{', leave out the views' if views else ''}, or send a smaller image or parts of it"
+        )
+
+
+def _check_band(windows: WindowPlan, card: Card) -> None:
+    """Raise TooLarge where rows that are resized together would fill the memory."""
+    most = max(b - a for a, b in pairwise((*windows.starts_y, windows.height))) * windows.size[0] / windows.height
+    size = int(4 * most * windows.size[1] * (card.num_classes + 1 + len(card.extra_maps)))
+    if size > MOST_BAND_BYTES:
+        raise TooLarge(
+            f"the image is run at another scale, and a band of its answer at {windows.size[1]}x{windows.size[0]} px "
+            f"takes {size:,} bytes; the limit is {MOST_BAND_BYTES:,}: send a smaller image or parts of it, or scale=1"
         )
 
 

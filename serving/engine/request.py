@@ -20,6 +20,7 @@ from penumbra.serving.engine.canvas import Landing, Surface, read_out, segments_
 from penumbra.serving.engine.moments import Moments
 from penumbra.serving.engine.plan import NORMAL, RequestPlan
 from penumbra.serving.engine.raster import Raster
+from penumbra.serving.engine.scale import at_size
 from penumbra.serving.engine.steps import WindowInput
 from penumbra.serving.engine.uncertainty import Band, withhold_classes, withhold_void
 from penumbra.serving.engine.windows import Window
@@ -100,8 +101,9 @@ class QueuedRequest:
         deadline: a time of `time.perf_counter`. from_y: of long work, the row of the image whose band is the first;
         it is never refused and takes no place in the queue from others, so its number is bounded elsewhere.
         """
-        assert image_HW3.shape[:2] == (plan.windows.height, plan.windows.width)
+        assert image_HW3.shape[:2] == plan.windows.size
         self.plan, self.image_HW3 = plan, image_HW3
+        self._scaled_HW3 = at_size(image_HW3, (plan.windows.height, plan.windows.width))
         self.cancelled, self.deadline = cancelled or Cancellation(), deadline
         self.in_background = from_y is not None
         self.timing_ms = dict.fromkeys(("queue", "run", "stitch", "read_out", "total"), 0.0)
@@ -145,7 +147,7 @@ class QueuedRequest:
         assert self.surface
         pairs = [(self.surface, window)]
         with self.clock("stitch"):
-            if (window.height, window.width) == self.image_HW3.shape[:2]:  # there is nothing to blend it with
+            if (window.height, window.width) == self._scaled_HW3.shape[:2]:  # there is nothing to blend it with
                 self.surface.canvas_RCW = answer.stats_hCw
                 if answer.num_samples > 1:
                     answer.stats_hCw.numpy()[:, : card.num_classes + 1] *= np.float32(1 / answer.num_samples)
@@ -155,7 +157,7 @@ class QueuedRequest:
         if segment:
             with self.clock("read_out"):
                 out = torch.zeros(num_bytes, dtype=torch.uint8)
-                read_out([(self.surface.canvas_RCW, segment, wanted)], out, card)
+                read_out([(self.surface.rows_of(segment.rows), segment, wanted)], out, card)
                 band = segment.band(out.numpy())
             yield band
 
@@ -283,7 +285,7 @@ class QueuedRequest:
         if window.index == self.first_window and plan.runtime.stays_on_device:
             self.surface = plan.runtime.surface(self.image_HW3, plan.windows, plan.wanted, first_y=self._first_y)
         noise_SL = plan.noise.draw(window.index)[:num_samples]
-        return WindowInput(self.image_HW3, window, plan.windows, noise_SL, plan.prompt, self.surface, plan.views)
+        return WindowInput(self._scaled_HW3, window, plan.windows, noise_SL, plan.prompt, self.surface, plan.views)
 
     def take(self) -> Window:
         """Take the next window, at the cost of the request's virtual time and its class's."""

@@ -26,9 +26,10 @@ from penumbra.serving.engine.layout import Reading
 from penumbra.serving.engine.noise import NoiseSource
 from penumbra.serving.engine.options import Limits, SegmentOptions
 from penumbra.serving.engine.plan import RequestPlan, check_long, plan_request, resolve
-from penumbra.serving.engine.raster import Pixels
+from penumbra.serving.engine.raster import Pixels, Raster
 from penumbra.serving.engine.request import QueuedRequest
 from penumbra.serving.engine.runtime import Runtime, Tuning, is_out_of_memory
+from penumbra.serving.engine.scale import metres_of
 from penumbra.serving.engine.scheduler import Observer, Scheduler
 from penumbra.serving.engine.signature import PublicKeys
 from penumbra.serving.engine.store import find_artifact, open_artifact, versions
@@ -166,12 +167,19 @@ class Segmenter:
         return Reading(self.find(options.model, options.version).card.input, options.bands)
 
     def plan(
-        self, height: int, width: int, options: SegmentOptions, *, limits: Limits | None = None
+        self, height: int, width: int, options: SegmentOptions, *, limits: Limits | None = None, metres: float = 0.0
     ) -> RequestPlan:  # fmt: skip
-        """Plan a request for an image of this size. Raises all that can be refused before the pixels are looked at."""
+        """Plan a request for an image of this size. metres: of a pixel on the ground.
+
+        Raises all that can be refused before the pixels are looked at.
+        """
         limits = limits or self.limits
         runtime = self.find(options.model, options.version)
-        return plan_request(runtime, resolve(options, runtime.card, limits), height, width, limits=limits)
+        options = resolve(options, runtime.card, limits)
+        return plan_request(runtime, options, height, width, limits=limits, metres=metres)
+
+    def _metres(self, image: Raster, options: SegmentOptions) -> float:
+        return metres_of(image, self.find(options.model, options.version).card)
 
     def bands(
         self, image_HW3: Pixels, options: SegmentOptions, *, noise: NoiseSource | None = None,
@@ -183,7 +191,7 @@ class Segmenter:
         noise: replaces the seeded noise, for protocols that prescribe their own. Raises any PenumbraError.
         """
         image = check_array(image_HW3, self.limits, self.reading(options))
-        plan = self.plan(*image.shape[:2], options)
+        plan = self.plan(*image.shape[:2], options, metres=self._metres(image, options))
         plan = replace(plan, noise=noise or plan.noise)
         return QueuedRequest(self.scheduler, plan, image, cancelled=cancelled, deadline=deadline)
 
@@ -197,7 +205,7 @@ class Segmenter:
         """
         check_long(options)
         image = check_array(image_HW3, limits, self.reading(options))
-        plan = self.plan(*image.shape[:2], options, limits=limits)
+        plan = self.plan(*image.shape[:2], options, limits=limits, metres=self._metres(image, options))
         return QueuedRequest(self.scheduler, plan, image, cancelled=cancelled, from_y=y)
 
     def segment(

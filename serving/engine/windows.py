@@ -39,7 +39,8 @@ class WindowPlan:
     """A plan has all windows of one image, in row-major order. clipped: they end at the border, and are smaller there.
 
     starts_y, starts_x: first pixel of every row and column of windows. weights_y[r], weights_x[c]: normalised
-    blend weights [window height] and [window width]; over all windows they sum to 1 at every pixel.
+    blend weights [window height] and [window width]; over all windows they sum to 1 at every pixel. answer: height and
+    width of the image where that is run at another size, whose the other numbers then are.
     """
 
     height: int
@@ -51,18 +52,31 @@ class WindowPlan:
     weights_y: tuple[FloatArray, ...]
     weights_x: tuple[FloatArray, ...]
     clipped: bool = False
+    answer: tuple[int, int] | None = None
 
     @property
     def num_windows(self) -> int:
         return len(self.starts_y) * len(self.starts_x)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Give height and width of the answer."""
+        return self.answer or (self.height, self.width)
+
+    def rows_above(self, y: int) -> int:
+        """Count the answer's rows that depend on nothing from row y on: fewer than y's own where it is interpolated."""
+        if not self.answer or y == self.height:
+            return self.size[0] if self.answer else y
+        return max(0, math.ceil((y - 0.5) * self.answer[0] / self.height - 0.5))
+
     def band_of(self, y: int) -> int:
-        """Find the image row at which the band that holds row y begins: bands begin where rows of windows do."""
-        return max([0, *(y0 for y0 in self.starts_y if y0 <= y)])
+        """Find the row at which the band that holds the answer's row y begins: bands begin where rows of windows do."""
+        return max([0, *(y0 for y0 in self.starts_y if self.rows_above(max(y0, 0)) <= y)])
 
     def row_before(self, y: int) -> int:
-        """Find the first row of windows that an answer from image row y on needs; windows before it end above y."""
-        return next(row for row, y0 in enumerate(self.starts_y) if y0 + self.window_height > y)
+        """Find the first row of windows that an answer from row y on needs; windows before it end above y, or above the
+        row before where rows are interpolated."""
+        return next(row for row, y0 in enumerate(self.starts_y) if y0 + self.window_height > y - bool(self.answer))
 
     def __iter__(self) -> Iterator[Window]:
         return self.windows(0)

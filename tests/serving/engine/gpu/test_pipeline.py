@@ -8,6 +8,7 @@ import pytest
 from penumbra.models.card import Card, WindowSpec
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.options import PROBABILITIES, SegmentOptions
+from penumbra.serving.engine.raster import Pixels, Raster
 from tests.conftest import picture, toy_card
 from tests.models.small import SMALL, card_of, seeded
 from tests.models.small import picture as any_picture
@@ -41,7 +42,7 @@ def assert_alike(here: Prediction, there: Prediction) -> None:
     np.testing.assert_allclose(there.prob_KHW, here.prob_KHW, atol=1e-5)
 
 
-def both(models: Models, image: np.ndarray, *options: SegmentOptions) -> None:
+def both(models: Models, image: Pixels, *options: SegmentOptions) -> None:
     answers: list[list[Prediction]] = []
     for staying in (False, True):
         with opened(models, staying=staying) as segmenter:
@@ -77,3 +78,12 @@ def test_views_are_alike_on_both_ways(form: str, views: str, rng: np.random.Gene
     card, network = toy_card(form, window=WindowSpec(32, 32), name="toy")  # type: ignore[arg-type]
     options = replace(asked(card, prompted=form == "boxed"), views=views, outputs=("default", PROBABILITIES))
     both({"toy": (card, network)}, picture(rng, 60, 75), options)
+
+
+@pytest.mark.parametrize("scale", [0.4, 2.5])
+def test_pictures_at_another_scale_are_answered_alike_on_both_ways(scale: float, rng: np.random.Generator) -> None:
+    card, network = toy_card("bright", name="toy")
+    void_HW = np.zeros((150, 100), np.bool_)
+    void_HW[60:70, 5:9] = True
+    both({"toy": (card, network)}, picture(rng, 150, 100), asked(card, scale=scale))
+    both({"toy": (card, network)}, Raster(picture(rng, 150, 100), void_HW=void_HW), asked(card, scale=scale))

@@ -1,0 +1,119 @@
+"""The scale at which a network sees a picture, and the picture at that scale, read piece by piece."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rasterio.errors import RasterioError
+from rasterio.warp import transform
+
+from penumbra.models.card import Card
+from penumbra.models.errors import BadOption
+from penumbra.serving.engine.kernels import FloatArray
+from penumbra.serving.engine.layout import PIXELS, Place
+from penumbra.serving.engine.raster import Raster
+
+FAR = 1.25
+"""Times larger or smaller than the card's scale from which on a picture is run at the card's."""
+CARD = "card"
+"""The option that asks for the card's scale, however near the picture's is."""
+BELOW_HALF = 0.499
+"""Added before a value is rounded down: halves, which are many, go one way whatever the last digit of their sum."""
+LATITUDE_M, FLATTENING_M, LONGITUDE_M = 111_132.95, 559.85, 111_412.84
+"""Metres of a degree: north is the first less the second times the cosine of twice the latitude, east the third times
+its cosine (WGS 84, to a thousandth)."""
+
+
+def find_scale(
+    card: Card, option: float | str | None, height: int, width: int, metres: float
+) -> tuple[float, tuple[str, ...]]:
+    """Find how many of the network's pixels an image's pixel becomes, and what the caller should know of that.
+
+    option: what the caller asks for. metres: of a pixel on the ground; 0 where it has no place there. Raises BadOption.
+    """
+    rule = card.input.resolution
+    if isinstance(option, float):
+        return option, ()
+    if option == CARD and rule.kind == "none":
+        raise BadOption(f"scale is 'card', and the card of {card.name} names none; give a factor, or leave scale out")
+    if rule.kind == "none":
+        return 1.0, ()
+    what = f"frames of {rule.value:g} px" if rule.kind == "frame" else f"pixels of {rule.value:g} m"
+    if rule.kind == "gsd" and not metres:
+        return 1.0, (f"{card.name} learned from {what}, and the image does not say how large its own are; give scale",)
+    factor = rule.value / min(height, width) if rule.kind == "frame" else metres / rule.value
+    if option == CARD:
+        return factor, ()
+    if 1 / FAR <= factor <= FAR:
+        return 1.0, ()
+    return factor, (f"{card.name} learned from {what}, so the image was run at {factor:.3g} times its size",)
+
+
+def metres_of(image: Raster, card: Card) -> float:
+    """Measure a pixel at an image's centre on the ground: the side of a square as large.
+
+    It is 0 where the image has no place there, and where the card has no rule that asks for it.
+    """
+    place: Place | None = image.place
+    if card.input.resolution.kind != "gsd" or place is None or place.crs is None or place.transform == PIXELS:
+        return 0.0
+    row, column = image.shape[0] / 2, image.shape[1] / 2
+    corners = [place.transform * (column + x, row + y) for x, y in ((0, 0), (1, 0), (0, 1))]
+    try:
+        east, north = map(np.array, transform(place.crs, "EPSG:4326", *zip(*corners, strict=True)))
+    except RasterioError:  # a system of the file's own
+        return 0.0
+    latitude = math.radians(north[0])
+    x_m = LONGITUDE_M * math.cos(latitude) * (east[1:] - east[0])
+    y_m = (LATITUDE_M - FLATTENING_M * math.cos(2 * latitude)) * (north[1:] - north[0])
+    return math.sqrt(abs(x_m[0] * y_m[1] - x_m[1] * y_m[0]))
+
+
+class ScaledRaster(Raster):
+    """An image at another size, by a triangle as wide as a pixel of the smaller of the two (bilinear, antialiased).
+
+    Any part of it has the same pixels as the whole. It is void nowhere: that is said of the image itself.
+    """
+
+    def __init__(self, image: Raster, size: tuple[int, int]) -> None:
+        self._image = image
+        self.shape, self.dtype = (*size, image.shape[2]), image.dtype
+
+    def __getitem__(self, part: tuple[slice, slice]) -> NDArray[Any]:
+        (rows_nT, weights_y), (columns_nT, weights_x) = (self._taps(axis, part[axis]) for axis in (0, 1))
+        top, left = rows_nT.min(), columns_nT.min()
+        pixels = self._image[top : rows_nT.max() + 1, left : columns_nT.max() + 1].astype(np.float32)
+        tall = _filter(pixels, rows_nT - top, weights_y)
+        values_hwC = _filter(tall.swapaxes(0, 1), columns_nT - left, weights_x).swapaxes(0, 1)
+        rounded = values_hwC if self.dtype.kind == "f" else np.floor(values_hwC + BELOW_HALF)
+        return np.ascontiguousarray(rounded, self.dtype)
+
+    def _taps(self, axis: int, part: slice) -> tuple[NDArray[np.int64], FloatArray]:
+        """Find of which of the image's pixels each of a part is made, and with what weights: both [pixels, taps]."""
+        length, step = self._image.shape[axis], self._image.shape[axis] / self.shape[axis]
+        centre_n1 = (np.arange(*part.indices(self.shape[axis]))[:, None] + 0.5) * step
+        reach = max(step, 1.0)
+        at_nT = np.floor(centre_n1 - reach).astype(np.int64) + np.arange(math.ceil(2 * reach) + 1)
+        weight_nT = np.maximum(0, 1 - np.abs(at_nT + 0.5 - centre_n1) / reach) * ((at_nT >= 0) & (at_nT < length))
+        return at_nT.clip(0, length - 1), (weight_nT / weight_nT.sum(1, keepdims=True)).astype(np.float32)
+
+    @property
+    def can_be_void(self) -> bool:
+        return False
+
+    def void(self, rows: slice) -> None:
+        return None
+
+
+def _filter(values: FloatArray, taps_nT: NDArray[np.int64], weight_nT: FloatArray) -> FloatArray:
+    """Add up weighted rows, tap by tap: the same sums whatever part is read."""
+    filtered = np.zeros((len(taps_nT), *values.shape[1:]), np.float32)
+    for taps_n, weight_n in zip(taps_nT.T, weight_nT.T, strict=True):
+        filtered += weight_n[:, None, None] * values[taps_n]
+    return filtered
+
+
+def at_size(image: Raster, size: tuple[int, int]) -> Raster:
+    """Give the image at another size, or itself where it has that."""
+    return image if image.shape[:2] == size else ScaledRaster(image, size)
