@@ -95,10 +95,6 @@ def _number(name: str, text: str) -> float:
     return value
 
 
-def _scale(name: str, text: str) -> float | str:
-    return "card" if text.strip() == "card" else _number(name, text)
-
-
 def _truth(name: str, text: str) -> bool:
     if text.strip().lower() not in ("true", "false"):
         raise BadOption(f"{name} is {text[:40]!r}; true or false is wanted")
@@ -197,9 +193,10 @@ class SegmentOptions:
         "mutual_information, and only it has a seam.", type="string",
     )  # fmt: skip
     scale: float | str | None = _row(
-        None, _scale, "How many of the network's pixels one of the picture's becomes: a factor, or card for the scale "
+        None, lambda name, text: text if text == "card" else _number(name, text),
+        "How many of the network's pixels one of the picture's becomes: a factor, or card for the scale "
         "that the model's card names. By default a picture that is far off it is run at the card's.",
-        right="0.01 to 100 is possible, or card", type="string",
+        right="0.01 to 100 is possible, or card", type="string", minimum=0.01, maximum=100,
     )  # fmt: skip
     bands: tuple[str, ...] = _row(
         (), _names, "Which of the picture's bands are the model's, in its order: comma-separated numbers from 1, or "
@@ -330,10 +327,8 @@ def check_options(options: SegmentOptions, card: Card, limits: Limits) -> int:
     """Check options against a model and the limits; returns the number of samples to draw. Raises BadOption."""
     for name, option in OPTIONS.items():
         value = getattr(options, name, None)
-        if option.right and value is not None and name != "scale":
+        if option.right and value is not None and not isinstance(value, str):
             option.check(name, value)
-    if isinstance(options.scale, float) and not 0.01 <= options.scale <= 100:
-        raise BadOption(f"scale is {options.scale:g}; {OPTIONS['scale'].right}")
     abstain_above(card, options.max_risk, options.max_class_risk)
     sampling = card.sampling_with(prompt=bool(options.boxes or options.tags))
     samples = options.num_samples(card)

@@ -14,7 +14,7 @@ from penumbra.serving.engine.scale import CARD, find_scale
 from penumbra.serving.engine.windows import WindowPlan, count_windows, cover
 
 MOST_BAND_BYTES = 2**31
-"""Of the rows of an answer that are resized together."""
+"""The rows of an answer that are resized together take at most so many bytes."""
 NORMAL = 2
 """The priority of a request that names none."""
 

@@ -31,7 +31,7 @@ from penumbra.serving.engine.layout import (
     make_upright,
     palette_of,
     read_place,
-)
+)  # fmt: skip
 from penumbra.serving.engine.values import check_type, find_white, in_bands, judge, to_8_bits, to_type
 
 CACHE_BYTES = 192 * 2**20
