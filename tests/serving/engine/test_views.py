@@ -53,6 +53,8 @@ def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Segmenter]:
     export(store, "pointwise", "flipped", sided=True, views="flip")
     card, network = toy_card("pointwise", name="wide")
     export_network(network, card, store)
+    clipped, network = toy_card("pointwise", name="clipped", window=dataclasses.replace(SQUARE, last="clip"))
+    export_network(network, clipped, store)
     whole, network = toy_card("pointwise", name="whole", window=WindowSpec(0, 0))
     export_network(network, whole, store)
     with Segmenter.open(store, threads=2, device="cpu", tuning=FIXED) as opened:
@@ -189,9 +191,10 @@ def test_the_networks_own_map_is_that_of_the_window_as_it_is(segmenter: Segmente
     np.testing.assert_array_equal(answer.maps["brightness"], without.maps["brightness"])
 
 
-def test_a_picture_that_is_seen_whole_is_turned_as_it_is(segmenter: Segmenter, rng: np.random.Generator) -> None:
-    image_HW3 = picture(rng, 40, 60)
-    assert ask(segmenter, image_HW3, model="whole", views="d4").maps["mutual_information"].max() <= 1e-6
+@pytest.mark.parametrize("model", ["whole", "clipped"])
+def test_windows_of_any_size_are_turned_as_they_are(segmenter: Segmenter, rng: np.random.Generator, model: str) -> None:
+    answer = ask(segmenter, picture(rng, 40, 60), model=model, views="d4", overlap=0.0)
+    assert answer.maps["mutual_information"].max() <= 1e-6
 
 
 def test_the_default_outputs_of_one_sample_in_several_views_have_mutual_information(segmenter: Segmenter) -> None:
