@@ -221,7 +221,7 @@ def _as_pixels(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def _as_lists(prediction: Any) -> PredictAnswer:
     maps = {name: values.tolist() for name, values in prediction.maps.items()}
     return PredictAnswer(
-        labels=prediction.labels_HW.tolist(), warnings=prediction.warnings, scores=prediction.shares, **maps
+        labels=prediction.labels_HW.tolist(), warnings=prediction.warnings, scores=prediction.scored, **maps
     )
 
 

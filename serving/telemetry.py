@@ -231,8 +231,7 @@ class Telemetry:
         if prediction.abstained is not None:
             self._abstained.labels(prediction.card.name).observe(prediction.abstained)
         for name, score in prediction.shares.items():
-            if score is not None:
-                self._scores[name].labels(prediction.card.name).observe(score)
+            self._scores[name].labels(prediction.card.name).observe(score)
 
     def page(self, accept: str) -> tuple[bytes, str]:
         """The metrics page and its content type: OpenMetrics where the scraper asks for it."""

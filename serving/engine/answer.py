@@ -57,9 +57,14 @@ class Prediction:
         } | ({"views": self.views} if self.views != "none" else {})  # fmt: skip
 
     @property
-    def shares(self) -> dict[str, float | None]:
+    def scored(self) -> dict[str, float | None]:
         """The scores by name; None where there is none."""
         return {"expected_error": self.scores.expected_error, "novelty": self.scores.novelty}
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Those of the scores that there are, by name."""
+        return {name: score for name, score in self.scored.items() if score is not None}
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -68,7 +73,7 @@ class Prediction:
             "members": list(self.members), "windows": self.num_windows, "size": list(self.labels_HW.shape),
             "units": "nats", "timing_ms": {phase: round(ms, 3) for phase, ms in self.timing_ms.items()},
             "warnings": list(self.warnings), "abstained": self.abstained, "void_pixels": self.num_void,
-            "scores": self.shares,
+            "scores": self.scored,
         } | ({"samples_asked": self.num_asked} if self.num_asked else {})  # fmt: skip
 
     def _repr_html_(self) -> str:

@@ -83,8 +83,7 @@ def report(outcome: Outcome) -> None:
     if prediction.num_void:
         console.print(f"{100 * prediction.num_void / (height * width):.1f} % of the pixels hold no measurement")
     for name, score in prediction.shares.items():
-        if score is not None:
-            console.print(f"{name.replace('_', ' ')} {100 * score:.1f} %")
+        console.print(f"{name.replace('_', ' ')} {100 * score:.1f} %")
     for warning in prediction.warnings:
         console.print(f"warning: {warning}", style="yellow")
     means = {"mean_entropy": 3, "mean_mutual_information": 4}

@@ -43,7 +43,7 @@ def answer_headers(prediction: Prediction, timing_ms: Mapping[str, float] | None
         "X-Penumbra-Abstained": "" if prediction.abstained is None else f"{prediction.abstained:.6f}",
     }
     for name, share in prediction.shares.items():
-        optional[f"X-Penumbra-{name.replace('_', '-').title()}"] = "" if share is None else f"{share:.6f}"
+        optional[f"X-Penumbra-{name.replace('_', '-').title()}"] = f"{share:.6f}"
     return {name: text for name, text in optional.items() if text} | {
         **{f"X-Penumbra-{name.title()}": str(fact) for name, fact in prediction.origin.items()},
         "Server-Timing": server_timing(timing_ms or prediction.timing_ms),

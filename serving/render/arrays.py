@@ -31,7 +31,7 @@ def write_npz(prediction: Prediction, file: BinaryIO) -> None:
     if prediction.prob_KHW is not None:
         arrays[PROBABILITIES] = prediction.prob_KHW
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        about = prediction.origin | prediction.shares | {"software": "Penumbra"}
+        about = prediction.origin | prediction.scored | {"software": "Penumbra"}
         archive.comment = json.dumps(about).encode()
         for name, values in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
@@ -97,7 +97,7 @@ def _profile(prediction: Prediction, bands: Sequence[str]) -> dict[str, Any]:
 def _annotate(target: Any, prediction: Prediction, bands: Sequence[str]) -> None:
     """Say who answered, colours, names of bands, and the place where it is not a plain transform."""
     facts = prediction.origin | prediction.shares
-    target.update_tags(**{f"PENUMBRA_{name.upper()}": fact for name, fact in facts.items() if fact is not None})
+    target.update_tags(**{f"PENUMBRA_{name.upper()}": fact for name, fact in facts.items()})
     place = prediction.image and prediction.image.place
     if place and place.gcps:
         target.gcps = (place.gcps, place.crs)

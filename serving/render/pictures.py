@@ -95,7 +95,7 @@ def write_png(prediction: Prediction, file: BinaryIO, picture: str, *, levels: i
         unit = "" if picture in UNITLESS else "nats" if picture in KNOWN_MAPS else "the model's"
         about = {"map": picture, "white": top, "black": 0, "unit": unit}  # turns its grey into values again
         draw = partial(quantised, prediction.maps[picture], top=top, levels=levels)
-    png.chunk(b"tEXt", b"Penumbra\0" + json.dumps(about | prediction.origin | prediction.shares).encode())
+    png.chunk(b"tEXt", b"Penumbra\0" + json.dumps(about | prediction.origin | prediction.scored).encode())
     for rows in blocks(height):
         png.add(draw(rows))
     png.end()
