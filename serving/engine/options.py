@@ -85,13 +85,13 @@ def _share(name: str, text: str) -> float:
         raise BadOption(f"{name} is {text[:40]!r}; a number from 0 to 0.9 is wanted") from None
 
 
-def _number(name: str, text: str) -> float:
+def _number(name: str, text: str, right: str = "a number") -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise BadOption(f"{name} is {text[:40]!r}; a number is wanted")
+        raise BadOption(f"{name} is {text[:40]!r}; {right} is wanted")
     return value
 
 
@@ -193,7 +193,7 @@ class SegmentOptions:
         "mutual_information, and only it has a seam.", type="string",
     )  # fmt: skip
     scale: float | str | None = _row(
-        None, lambda name, text: text if text == "card" else _number(name, text),
+        None, lambda name, text: text if text == "card" else _number(name, text, "a number, or card,"),
         "How many of the network's pixels one of the picture's becomes: a factor, or card for the scale "
         "that the model's card names. By default a picture that is far off it is run at the card's.",
         right="0.01 to 100 is possible, or card", type="string", minimum=0.01, maximum=100,
