@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from penumbra.export.bundle import WHOLE_IMAGE_EXAMPLE
 from penumbra.models import find_method
 from penumbra.models.card import Card, Provenance, Readout
 from penumbra.models.checkpoint import check_replaceable, load_checkpoint, read_card, save_checkpoint
@@ -19,7 +22,8 @@ def make_ensemble(checkpoints: Sequence[Path], output: Path) -> Card:
     """Write an ensemble of checkpoints with the same classes; members are named by their files' stems.
 
     Windows, palette and normalisation are the first checkpoint's; every network still gets pixels normalised as its
-    own card says. Raises BadOption (fewer than two, equal names, other classes) and BadCheckpoint.
+    own card says. Raises BadOption (fewer than two, equal names, other classes, one that the first's windows do not
+    suit) and BadCheckpoint.
     """
     stems = [path.stem for path in checkpoints]
     if len(stems) < 2 or len(set(stems)) < len(stems):
@@ -37,6 +41,7 @@ def make_ensemble(checkpoints: Sequence[Path], output: Path) -> Card:
     network: Any = find_method("ensemble").build(config).eval()
     for member, trained in zip(network.members, networks, strict=True):
         member.network.load_state_dict(trained.state_dict())
+    _check_runs(network, stems, first)
     # figures of the members do not hold for the ensemble, so none are carried over
     data, licences = (
         "; ".join(dict.fromkeys(filter(None, texts)))
@@ -50,6 +55,21 @@ def make_ensemble(checkpoints: Sequence[Path], output: Path) -> Card:
     )  # fmt: skip
     save_checkpoint(output, card, network)
     return card
+
+
+def _check_runs(network: Any, stems: Sequence[str], first: Card) -> None:
+    """Run every member once in a window of the first one's. Raises BadOption by the name of one that cannot be."""
+    height, width = (first.window.height, first.window.width) if first.window.height else WHOLE_IMAGE_EXAMPLE
+    for stem, member in zip(stems, network.members, strict=True):
+        try:
+            with torch.no_grad():
+                member(torch.zeros(1, len(first.input.bands), height, width))
+        except Exception as error:  # whatever a program raises
+            reason = [type(error).__name__, *filter(str.strip, str(error).splitlines())][-1].strip()
+            raise BadOption(
+                f"{stem} cannot be run in windows of {width}x{height}, those of {stems[0]} ({reason[:200]}); name it "
+                "first, or bring it with its axes free"
+            ) from None
 
 
 def losses(checkpoints: Sequence[Path]) -> list[str]:

@@ -16,10 +16,12 @@ from penumbra.models.card import Card, ClassInfo, InputSpec, Readout, WindowSpec
 from penumbra.models.checkpoint import load_checkpoint, save_checkpoint
 from penumbra.models.contract import Network
 from penumbra.models.errors import BadOption
+from penumbra.models.plain.net import PlainConfig, PlainNetwork
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.windows import normalise
 from tests.conftest import CLASSES, FIXED, picture, toy_card
+from tests.models.programs import Tiny, program
 from tests.models.small import SMALL, seeded
 
 INPUTS = {
@@ -29,11 +31,20 @@ INPUTS = {
 }
 
 
+class Placed(Tiny):
+    """Adds to every place of a window what belongs there, so that all windows have one size."""
+
+    def forward(self, image_BChw: torch.Tensor) -> dict[str, torch.Tensor]:
+        places_hw = torch.linspace(-1, 1, 32 * 48).view(32, 48)
+        return super().forward(image_BChw + places_hw)
+
+
 def checkpoint(path: Path, name: str, **changes: object) -> Path:
     network, config = seeded(name), SMALL[name]
     card = Card(
         path.stem, 1, name.split()[0], dataclasses.asdict(config), CLASSES, INPUTS.get(name, InputSpec()),
         WindowSpec(64, 80), network.sampling, Readout(align_corners=name != "cps", temperature=1.5),
+        prompt=network.prompt, extra_maps=network.extra_maps,
     )  # fmt: skip
     save_checkpoint(path, dataclasses.replace(card, **changes), network)
     return path
@@ -144,3 +155,38 @@ def test_programs_of_torch_are_members_and_onnx_programs_are_refused(tmp_path: P
     export_checkpoint(tmp_path / "both.safetensors", tmp_path / "store")
     with pytest.raises(BadOption, match="onnx is an ONNX program, which torch cannot join with others"):
         make_ensemble([checkpoint(tmp_path / "onnx.safetensors", "plain onnx"), *paths], tmp_path / "all.safetensors")
+
+
+@pytest.mark.parametrize(
+    "names", [("plain torchscript", "cps"), ("self_correcting linear", "plain pt2", "proto_seg prototype", "cpal cam")]
+)
+def test_plain_networks_and_the_methods_are_members_of_one_ensemble(
+    tmp_path: Path, rng: np.random.Generator, names: tuple[str, ...]
+) -> None:
+    paths = [checkpoint(tmp_path / f"{name.replace(' ', '_')}.safetensors", name) for name in names]
+    make_ensemble(paths, tmp_path / "all.safetensors")
+    image = picture(rng, 64, 80)
+    export_checkpoint(tmp_path / "all.safetensors", tmp_path / "store")
+    with Segmenter.open(tmp_path / "store", threads=1, device="cpu", tuning=FIXED) as segmenter:
+        prediction = segmenter.segment(image, SegmentOptions())
+    with torch.inference_mode():
+        mean_Khw = torch.cat([alone(path, image, (64, 80)) for path in paths]).mean(0)
+    np.testing.assert_allclose(prediction.maps["confidence"], mean_Khw.amax(0), atol=2e-4)
+
+
+def test_a_program_that_the_firsts_windows_do_not_suit_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    bound = program("torchscript", Placed().eval())
+    network = PlainNetwork(PlainConfig(3, "torchscript", len(bound)))
+    network.program.copy_(torch.frombuffer(bytearray(bound), dtype=torch.uint8))
+    card = Card(
+        "bound", 1, "plain", dataclasses.asdict(network.config), CLASSES, InputSpec(), WindowSpec(32, 48),
+        network.sampling, Readout(),
+    )  # fmt: skip
+    save_checkpoint(tmp_path / "bound.safetensors", card, network)
+    free, bound_path = checkpoint(tmp_path / "cps.safetensors", "cps"), tmp_path / "bound.safetensors"
+    with pytest.raises(
+        BadOption, match=r"bound cannot be run in windows of 80x64, those of cps \(.*; name it first, or"
+    ):
+        make_ensemble([free, bound_path], tmp_path / "all.safetensors")
+    assert not (tmp_path / "all.safetensors").exists()
+    assert make_ensemble([bound_path, free], tmp_path / "all.safetensors").window == WindowSpec(32, 48)
