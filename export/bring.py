@@ -16,6 +16,7 @@ from torch.export import Dim
 
 from penumbra.export.given import Facts, find_facts, input_of, size_of
 from penumbra.export.weights import fill_from
+from penumbra.models.card import Views
 from penumbra.models.errors import BadCheckpoint, BadOption
 from penumbra.models.plain.programs import Picked, load_program, read_pt2
 from penumbra.serving.engine.store import sha256_of
@@ -30,12 +31,17 @@ REMEDIES = {
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What the importer says: class names, `--input`, a module's weights, and which tensor of an ONNX graph to take."""
+    """What the importer says: class names, `--input`, a module's weights, and which tensor of an ONNX graph to take.
+
+    sampling: `dropout`, `none`, `views`, or dropout where there is some. views: those of a request that names none.
+    """
 
     classes: str | None = None
     input: str | None = None
     weights: Path | None = None
     tensor: str | None = None
+    sampling: str | None = None
+    views: Views | None = None
 
 
 @dataclass(frozen=True, slots=True)

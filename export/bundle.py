@@ -17,8 +17,11 @@ from penumbra.models.contract import Features, Network, Prompt
 from penumbra.models.errors import BadArtifact, BadOption
 from penumbra.models.files import whole_directory
 from penumbra.serving.engine.backends import BACKENDS, Backend, find_format, load_backend
+from penumbra.serving.engine.decode import open_image
 from penumbra.serving.engine.device import find_device
+from penumbra.serving.engine.layout import Reading
 from penumbra.serving.engine.noise import SeededNoise
+from penumbra.serving.engine.options import Limits
 from penumbra.serving.engine.store import (
     CARD,
     GOLDEN,
@@ -29,6 +32,7 @@ from penumbra.serving.engine.store import (
     open_artifact,
     sha256_of,
 )
+from penumbra.serving.engine.windows import cover, cut
 
 GOLDEN_WINDOWS, GOLDEN_SAMPLES = 2, 3
 WHOLE_IMAGE_EXAMPLE = (128, 160)
@@ -39,13 +43,13 @@ USUAL = "torchscript"
 
 def export_checkpoint(
     checkpoint: Path, store: Path, *, backend: str | None = None, precision: str = "fp32", device: str = "cpu",
-    frames: Sequence[Frame] = (), views: Views | None = None,
+    frames: Sequence[Frame] = (), views: Views | None = None, pictures: Sequence[Path] = (),
 ) -> Path:  # fmt: skip
     """Write the next version of the checkpoint's model into a store; returns its directory.
 
     backend: by default torchscript, or what the network names first. device: where the graphs are to run. frames:
     labelled pictures, on which the gate is held as well. views: in which it is answered by default; what was calibrated
-    in others is left out.
+    in others is left out. pictures: what golden windows are cut from instead of being drawn.
     Raises BadOption (unknown backend, or one that is not installed or has not this precision), BadCheckpoint, and
     ParityFailed, in which case nothing is written.
     """
@@ -54,7 +58,7 @@ def export_checkpoint(
     if views not in (None, card.views):
         card = dataclasses.replace(card, views=views, calibration=None, novelty=None)
     facts = ExportFacts(backend or "", precision, torch.__version__, {}, NOT_MEASURED, sha256_of(checkpoint))
-    return _export(network, dataclasses.replace(card, export=facts), store, find_device(device), frames)
+    return _export(network, dataclasses.replace(card, export=facts), store, find_device(device), frames, pictures)
 
 
 def export_network(
@@ -74,7 +78,10 @@ def find_writer(backend: str, precision: str) -> ModuleType:
     return writer
 
 
-def _export(network: Network, card: Card, store: Path, device: torch.device, frames: Sequence[Frame] = ()) -> Path:
+def _export(
+    network: Network, card: Card, store: Path, device: torch.device, frames: Sequence[Frame] = (),
+    pictures: Sequence[Path] = (),
+) -> Path:  # fmt: skip
     assert card.export
     formats, backend = network.formats or BACKENDS, card.export.backend or (network.formats or (USUAL,))[0]
     if backend not in formats:
@@ -86,7 +93,7 @@ def _export(network: Network, card: Card, store: Path, device: torch.device, fra
     target = store / card.name / str(card.version)
     with whole_directory(target) as draft:
         try:
-            _write(network, card, draft, device, frames)
+            _write(network, card, draft, device, frames, windows_of(pictures, card) if pictures else None)
         except BadArtifact as error:
             raise BadArtifact(str(error).replace(str(draft), str(target))) from None
         for path in draft.iterdir():
@@ -103,8 +110,10 @@ def verify_artifact(directory: Path, device: str = "cpu") -> Parity:
     return parity
 
 
-def _write(network: Network, card: Card, draft: Path, device: torch.device, frames: Sequence[Frame]) -> None:
-    facts, golden = card.export, ask(network, card)
+def _write(
+    network: Network, card: Card, draft: Path, device: torch.device, frames: Sequence[Frame], windows: Tensor | None
+) -> None:
+    facts, golden = card.export, ask(network, card, windows)
     assert facts
     writer = find_writer(facts.backend, facts.precision)
     stand_in = writer.write(network, card, golden, draft, precision=facts.precision, device=device)
@@ -125,9 +134,9 @@ def _write(network: Network, card: Card, draft: Path, device: torch.device, fram
     (draft / CARD).write_text(dump_card(dataclasses.replace(card, export=facts)), "utf-8")
 
 
-def ask(network: Network, card: Card) -> Golden:
+def ask(network: Network, card: Card, windows_BChw: Tensor | None = None) -> Golden:
     """Record the network's own answers to the golden windows: B = 2, by the card's sampling, S = 3 where S is free."""
-    image_B3hw = golden_image(card)
+    image_B3hw = golden_image(card) if windows_BChw is None else windows_BChw
     with torch.inference_mode():
         features = network.encode(image_B3hw)
         plain = _answer(network, features, card.sampling)
@@ -196,6 +205,18 @@ def golden_image(card: Card) -> Tensor:
         edge = np.where(x < cut * width, 0.5, -0.5)
         planes.append(np.sin(fy * y + fx * x + phase) + edge + rng.normal(0, 0.1, y.shape))
     return torch.from_numpy(np.stack(planes).reshape(GOLDEN_WINDOWS, -1, height, width)).float()
+
+
+def windows_of(pictures: Sequence[Path], card: Card) -> Tensor:
+    """Cut golden windows out of pictures: the first of the first, and the last of the last. Raises BadOption."""
+    if not card.window.height:
+        raise BadOption(f"{card.name} sees pictures whole; its golden windows are drawn, so leave the pictures out")
+    windows = []
+    for path, place in ((pictures[0], 0), (pictures[-1], -1)):
+        image = open_image(path, Limits(), Reading(card.input)).load()
+        plan = cover(*image.shape[:2], card.window)
+        windows.append(cut(image, list(plan)[place], plan, spec=card.window, norm=card.input).transpose(2, 0, 1))
+    return torch.from_numpy(np.stack(windows))
 
 
 def golden_prompt(card: Card, image_B3hw: Tensor) -> Prompt:

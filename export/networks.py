@@ -5,6 +5,7 @@ read the program -> what its pictures are -> run it on probes: what does it give
 
 import dataclasses
 import importlib
+import io
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,12 +19,15 @@ from penumbra.export.importer import IMPORTED, Imported
 from penumbra.models.card import NAME, Card, Provenance, Readout, WindowSpec, dump_card, parse_card
 from penumbra.models.checkpoint import SUFFIX, check_replaceable, save_checkpoint
 from penumbra.models.errors import BadArtifact, BadCheckpoint, BadOption
-from penumbra.models.plain.net import PlainConfig, PlainNetwork
+from penumbra.models.plain.dropout import mask_dropouts
+from penumbra.models.plain.net import PlainConfig, PlainNetwork, as_logits
+from penumbra.models.plain.programs import read_pt2
 
+SAMPLINGS = ("dropout", "views", "none")
 FORMS = ("onnx", "torchscript", "pt2", "module")
 ROUNDING = 1e-3
 """A sum of probabilities is 1 up to it, and a batch's answers are its windows' own, relative to the largest."""
-ALONE = "one pass has no mutual information; `penumbra ensemble` of several trainings has"
+ALONE = "one pass has no mutual information; --views flip has, and `penumbra ensemble` of several trainings"
 
 
 def import_network(form: str, source: str, output: Path | None, given: Given) -> Imported:
@@ -38,6 +42,7 @@ def import_network(form: str, source: str, output: Path | None, given: Given) ->
     if output:
         files = [path for path in (Path(source), given.weights) if path and path.is_file()]
         check_replaceable(output, made_by=IMPORTED, sources=files)
+    _check(form, given)
     said = read_facts(given.input) if given.input else {}
     brought = _reader(form)(source, given, said)
     found = {
@@ -48,12 +53,12 @@ def import_network(form: str, source: str, output: Path | None, given: Given) ->
     spec, unsaid = input_of(facts, brought.channels)
     kind, count, described = _try_out(brought, spec.num_bands, size)
     classes, unnamed = classes_of(given.classes, facts, count)
-    config = PlainConfig(count, brought.form, len(brought.program), kind)  # type: ignore[arg-type]
-    network = PlainNetwork(config)
-    network.program.copy_(torch.frombuffer(bytearray(brought.program), dtype=torch.uint8))
+    network, cut = _make(brought, kind, count, _probes(spec.num_bands, size)[0], given.sampling)
+    config = network.config
     card = Card(
         name=name, version=1, method="plain", config=dataclasses.asdict(config), classes=classes, input=spec,
         window=WindowSpec(*size), sampling=network.sampling, readout=Readout(align_corners=False),
+        views=given.views or ("flip" if given.sampling == "views" else "none"),
         provenance=Provenance(recipe=f"{IMPORTED}{brought.origin}"),
     )  # fmt: skip
     try:
@@ -62,8 +67,18 @@ def import_network(form: str, source: str, output: Path | None, given: Given) ->
         raise BadOption(str(error)) from None
     if output:
         save_checkpoint(output, card, network)
-    warnings = (*unsaid, *unnamed, ALONE)
-    return Imported(card, brought.left_out, warnings, notes=(*brought.notes, described))
+    alone = card.num_members(card.sampling.default_samples) == 1
+    warnings = (*unsaid, *unnamed, *[ALONE] * alone)
+    return Imported(card, brought.left_out, warnings, notes=(*brought.notes, described, *cut))
+
+
+def _check(form: str, given: Given) -> None:
+    """Raise BadOption where an option belongs to another form."""
+    if given.sampling not in (None, *SAMPLINGS):
+        raise BadOption(f"sampling is {given.sampling!r}; {', '.join(SAMPLINGS)} is wanted")
+    for option, owner in (("weights", "module"), ("tensor", "onnx")):
+        if getattr(given, option) and form != owner:
+            raise BadOption(f"--{option} belongs to {owner}, and the form is {form}; leave it out")
 
 
 def _reader(form: str) -> Callable[[str, Given, Facts], Brought]:
@@ -81,6 +96,39 @@ def checkpoint_name(source: str, given: Given) -> str:
     """Name a checkpoint after its file, or the weights of a module."""
     stem = given.weights.stem if given.weights else Path(source.partition("(")[0].replace(":", ".")).stem
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:100]
+
+
+def _make(
+    brought: Brought, kind: str, count: int, image_1Chw: Tensor, sampling: str | None
+) -> tuple[PlainNetwork, tuple[str, ...]]:
+    """Make the network, with the masks of its dropouts as noise where it has some that a mask can stand for.
+
+    Raises BadOption where dropout is asked for and there is none; BadCheckpoint: with nothing dropped it has changed.
+    """
+    program, masks, notes = brought.program, tuple[tuple[int, float], ...](), tuple[str, ...]()
+    if sampling == "dropout" and brought.form != "pt2":
+        raise BadOption(f"sampling is 'dropout', and {brought.form} has none left; bring the module, or a .pt2 of it")
+    if sampling in ("dropout", None) and brought.form == "pt2":
+        try:
+            masked = mask_dropouts(read_pt2(program), image_1Chw)
+        except BadOption as error:
+            if sampling:
+                raise
+            notes = (f"one pass: {str(error).partition('; ')[2]}",)
+        else:
+            buffer, own = io.BytesIO(), masked.sampling
+            torch.export.save(masked.program, buffer)
+            program, notes = buffer.getvalue(), masked.notes
+            masks = own.keeps or ((own.noise_length, own.keep),)
+    network = PlainNetwork(PlainConfig(count, brought.form, len(program), kind, masks))  # type: ignore[arg-type]
+    network.program.copy_(torch.frombuffer(bytearray(program), dtype=torch.uint8))
+    if masks:
+        with torch.inference_mode():
+            kept = network(image_1Chw, torch.ones(1, 1, network.sampling.noise_length))[0]
+            expected = as_logits(brought.run(image_1Chw), kind)
+        if not (kept - expected).abs().max() <= ROUNDING * max(1.0, float(expected.abs().max())):
+            raise BadCheckpoint(f"{brought.path} answers otherwise where its dropout is cut; add --sampling none")
+    return network, notes
 
 
 @torch.inference_mode()

@@ -34,6 +34,8 @@ def print_imported(imported: Imported, output: Path, *, is_exported: bool = Fals
     sampling, prompt = card.sampling, card.prompt
     names = f" ({', '.join(sampling.members)})" if sampling.members else ""
     axis = f"{sampling.kind}{names}, {sampling.default_samples} samples"
+    if card.views != "none":
+        axis += f", in the views {card.views}"
     if prompt.kind != "none":
         axis += f"; with {prompt.kind}: {', '.join(prompt.members or sampling.members)}"
     click.echo(f"{output}: {card.method}, {card.num_classes} classes, {axis}")

@@ -17,9 +17,10 @@ from penumbra import options as shared
 @click.option("--classes", metavar="NAME|FILE", help="voc, cityscapes, camvid, or a file of names.")
 @click.option("--protocol", type=click.Choice(["published", "penumbra"]), default="published", show_default=True,
               help="Of a METHOD: run it as the paper's code does, or as we would.")  # fmt: skip
-@click.option("--sampling", help="Of a METHOD with a choice: dropout, for one.")
+@click.option("--sampling", help="Of a METHOD with a choice: dropout, for one. Of a FORM: dropout, views or none.")
+@shared.from_table("views")
 @click.option("--weights", type=shared.FILE, help="Of a module: a file of torch.save or safetensors.")
-@click.option("--input", "picture", metavar="FILE.json|FIELDS",
+@click.option("--input", metavar="FILE.json|FIELDS",
               help="Of a FORM: size=512x512 bands=red,green,blue mean=0.5 std=0.2 scale=255 dtype=uint8.")  # fmt: skip
 @click.option("--tensor", help="Of onnx: which of its tensors is the answer.")
 @click.option("--pictures", type=shared.ANY_PATH, help="Of a FORM: a picture or a folder, for the gate's windows.")
@@ -45,12 +46,14 @@ def import_files(method: str, files: tuple[str, ...], output: Path | None, as_js
 
 def _import_published(
     method: str, files: tuple[str, ...], output: Path | None, *, as_json: bool, classes: str | None, protocol: Any,
-    sampling: str | None, **others: Any,
+    sampling: str | None, store: Path, **others: Any,
 ) -> None:  # fmt: skip
     from penumbra.export.importer import import_checkpoint
     from penumbra.export.report import print_imported
     from penumbra.models.classes import read_classes
 
+    if foreign := [name for name, value in others.items() if value]:
+        raise click.UsageError(f"--{foreign[0].replace('_', '-')} is for any network, and {method} is a method")
     named = classes and read_classes(classes)
     paths = [Path(name) for name in files]
     for path in paths:
@@ -68,7 +71,7 @@ def _import_published(
 
 def _import_network(
     form: str, files: tuple[str, ...], output: Path | None, *, as_json: bool, pictures: Path | None,
-    backend: str | None, store: Path, no_export: bool, dry: bool, **options: Any,
+    backend: str | None, store: Path, no_export: bool, dry: bool, protocol: str, **options: Any,
 ) -> None:  # fmt: skip
     from penumbra.export.bring import Given
     from penumbra.export.bundle import export_checkpoint
@@ -77,15 +80,15 @@ def _import_network(
     from penumbra.models.checkpoint import SUFFIX
     from penumbra.serving.engine.store import open_artifact
 
-    if len(files) != 1:
-        raise click.UsageError(f"{len(files)} files are named; one network is imported at a time")
-    given = Given(*(options[name] for name in ("classes", "picture", "weights", "tensor")))
+    if len(files) != 1 or protocol != "published":
+        raise click.UsageError(f"a {form} network is one file, and has no --protocol; {len(files)} files are named")
+    given = Given(**options)
     output = output or Path(checkpoint_name(files[0], given) + SUFFIX)
     imported = import_network(form, files[0], None if dry else output, given)
     _warn(imported.warnings)
     directory = None
     if not dry and not no_export:
-        directory = export_checkpoint(output, store, backend=backend)
+        directory = export_checkpoint(output, store, backend=backend, pictures=_files_of(pictures))
     if as_json:
         facts = {"file": str(output), "directory": directory and str(directory)}
         click.echo(json.dumps(facts | dataclasses.asdict(imported)))
@@ -93,6 +96,17 @@ def _import_network(
     print_imported(imported, output, is_exported=bool(directory))
     if directory:
         print_parity(open_artifact(directory).card, directory, as_json=False)
+
+
+def _files_of(pictures: Path | None) -> list[Path]:
+    from penumbra.serving.engine.decode import SUFFIXES
+
+    if pictures is None or pictures.is_file():
+        return [pictures] if pictures else []
+    found = sorted(path for path in pictures.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise click.UsageError(f"{pictures} has no pictures")
+    return found
 
 
 def _warn(sentences: tuple[str, ...]) -> None:

@@ -169,8 +169,9 @@ def _decode(graph: fx.Graph, noise: fx.Node, drawn: set[fx.Node], shown: set[fx.
 
 def _is_broadcast(node: fx.Node, noise: fx.Node, features: Container[fx.Node]) -> bool:
     """Tell whether a node joins a feature with a tensor of samples of the same axes, so that none need be repeated."""
-    if node.target not in BROADCAST or not all(isinstance(x, fx.Node) for x in node.args):
+    nodes = [x for x in node.args if isinstance(x, fx.Node)]
+    if node.target not in BROADCAST or len(nodes) != len(node.args):
         return False
-    left, right = sorted(node.args, key=lambda x: x in features)
+    left, right = sorted(nodes, key=lambda x: x in features)
     same = left.meta["val"].dim() == right.meta["val"].dim()
     return left not in features and right in features and same and is_windows(left, noise)

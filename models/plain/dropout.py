@@ -140,7 +140,7 @@ def _channel_axis(node: fx.Node) -> int | None:
     last = node.meta["val"].dim() - 1
     for step in (lambda node: node.all_input_nodes, lambda node: node.users):
         queue = [node]
-        for other in (other for near in queue for other in step(near)):
+        for other in (other for near in queue for other in step(near)):  # type: ignore[no-untyped-call]
             kind = kind_of(other)
             if kind in ("softmax", *CHANNELS_SECOND, *CHANNELS_LAST):
                 return None if kind == "softmax" else 1 if kind in CHANNELS_SECOND else last
@@ -182,4 +182,4 @@ def _export(module: fx.GraphModule, image: fx.Node, image_BChw: Tensor, length: 
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", FutureWarning)  # torch warns of its own use of its own names
         program = torch.export.export(module, examples, dynamic_shapes=(free, {0: Dim.AUTO, 1: Dim.STATIC}))
-        return program.run_decompositions({})
+        return program.run_decompositions({})  # type: ignore[no-any-return]

@@ -59,7 +59,8 @@ class PlainNetwork(Network):
         if not self.config.masks:
             return torch.stack(features)
         answer_SBKhw = self.load().decode(*features, noise_SBL)  # type: ignore[operator]
-        return as_logits(answer_SBKhw.flatten(0, 1), self.config.output).unflatten(0, noise_SBL.shape[:2])
+        logits_NKhw = as_logits(answer_SBKhw.flatten(0, 1), self.config.output)
+        return logits_NKhw.reshape(noise_SBL.shape[:2] + logits_NKhw.shape[1:])
 
     def load(self) -> nn.Module:
         """Load the program, unless it is. Raises BadCheckpoint: it does not load here, or it would unpickle code."""

@@ -7,13 +7,17 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import rasterio
 import torch
 from click.testing import CliRunner, Result
 from onnx import TensorProto, helper
+from PIL import Image
+from rasterio.transform import from_origin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,12 +29,15 @@ from penumbra.export.networks import import_network
 from penumbra.export.weights import fill_from
 from penumbra.models.card import InputSpec
 from penumbra.models.checkpoint import load_checkpoint
+from penumbra.models.contract import Network
 from penumbra.models.errors import BadCheckpoint, BadOption
 from penumbra.models.plain.programs import load_program
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.store import open_artifact
 from tests.conftest import FIXED, picture
 from tests.models.programs import Tiny, program, seeded_tiny, tiny_program
+from tests.serving.server import serving
 
 PEERS = Path(sys.prefix) / "peers"
 CSMASK, PUPIL = PEERS / "ukis_csmask", PEERS / "mouse_pupil_analysis"
@@ -61,12 +68,17 @@ def refused(path: Path | str, form: str, *words: str, said: str = SAID, kind: ty
         assert word in sentence
 
 
+def whole(network: Network, image: Tensor) -> Tensor:
+    """Its logits with nothing dropped, if it has dropout."""
+    return network(image, torch.ones(1, len(image), network.sampling.noise_length))
+
+
 # -- what it answers ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["onnx", "torchscript", "pt2"])
 def test_a_program_is_served_as_it_answers_elsewhere(form: str, tmp_path: Path, rng: np.random.Generator) -> None:
-    checkpoint = bring(write(tmp_path, form), form)
+    checkpoint = bring(write(tmp_path, form), form, sampling="none")
     directory = export_checkpoint(checkpoint, tmp_path / "store")
     verify_artifact(directory)
     image_HW3 = picture(rng, 32, 48)
@@ -96,7 +108,7 @@ def test_what_it_gives_is_found_out_and_keeps_its_probabilities(
     image = torch.randn(2, 3, 32, 48)
     with torch.inference_mode():
         z = seeded_tiny(num_classes=num_classes)(image)["out"]
-        assert torch.allclose(network(image, torch.zeros(1, 2, 0))[0].softmax(1), expected(z), atol=1e-6)
+        assert torch.allclose(whole(network, image)[0].softmax(1), expected(z), atol=1e-6)
 
 
 def test_a_program_of_a_fixed_batch_is_freed_of_it(tmp_path: Path) -> None:
@@ -111,6 +123,30 @@ def test_a_format_that_a_form_does_not_allow_is_refused_with_those_that_it_does(
 ) -> None:
     with pytest.raises(BadOption, match=f"ours cannot be exported as aot; it can as {backends}"):
         export_checkpoint(bring(write(tmp_path, form), form), tmp_path / "store", backend="aot")
+
+
+def test_dropout_in_a_program_becomes_samples_and_a_view_or_none_can_be_chosen_instead(tmp_path: Path) -> None:
+    path = write(tmp_path, "pt2")
+    for sampling, kind, views in (
+        (None, "dropout", "none"), ("dropout", "dropout", "none"), ("none", "single", "none"),
+        ("views", "single", "flip"),
+    ):  # fmt: skip
+        imported = import_network("pt2", str(path), None, Given(input=SAID, sampling=sampling))
+        assert (imported.card.sampling.kind, imported.card.views) == (kind, views)
+        assert any("mutual information" in warning for warning in imported.warnings) == (sampling == "none")
+    refused(write(tmp_path, "onnx"), "onnx", "onnx has none left", kind=BadOption, sampling="dropout")
+    refused(path, "pt2", "dropout, views, none is wanted", kind=BadOption, sampling="latent")
+    refused(path, "pt2", "--tensor belongs to onnx", kind=BadOption, tensor="x")
+
+
+def test_golden_windows_are_cut_from_pictures_where_some_are_given(tmp_path: Path, rng: np.random.Generator) -> None:
+    image_HW3 = picture(rng, 40, 60)
+    Image.fromarray(image_HW3).save(tmp_path / "a.png")
+    checkpoint = bring(write(tmp_path, "onnx"), "onnx")
+    directory = export_checkpoint(checkpoint, tmp_path / "store", pictures=[tmp_path / "a.png"])
+    first, last = open_artifact(directory).golden.image_B3hw
+    for window, corner in ((first, image_HW3[:32, :48]), (last, image_HW3[-32:, -48:])):
+        assert np.allclose(window.permute(1, 2, 0).numpy(), (corner / 255 - 0.5) / 0.25, atol=1e-6)
 
 
 # -- what is refused ------------------------------------------------------------------------------
@@ -227,7 +263,7 @@ def test_a_module_is_built_by_its_own_code_filled_and_kept_as_a_program(tmp_path
     _, network = load_checkpoint(output)
     image = torch.randn(2, 3, 32, 48)
     with torch.inference_mode():
-        assert torch.allclose(network(image, torch.zeros(1, 2, 0))[0], seeded_tiny(7)(image)["out"], atol=1e-6)
+        assert torch.allclose(whole(network, image)[0], seeded_tiny(7)(image)["out"], atol=1e-6)
 
 
 def test_a_module_that_torch_export_cannot_take_is_kept_as_torchscript_and_says_so(tmp_path: Path, module: str) -> None:
@@ -401,8 +437,17 @@ def test_the_labels_of_csmask_are_those_of_onnxruntime(bands: int, tmp_path: Pat
     y, x = np.mgrid[0:256, 0:256] / 40
     waves = np.stack([np.sin(x * (k + 1) / 2) * np.cos(y + k) for k in range(bands)], -1)
     scene_HWC = (0.3 + 0.25 * waves + rng.normal(0, 0.02, waves.shape)).astype(np.float32)
-    with Segmenter.open(tmp_path / "store", device="cpu", threads=1, tuning=FIXED) as segmenter:
-        labels_HW = segmenter.segment(scene_HWC, SegmentOptions()).labels_HW
+    with rasterio.open(
+        tmp_path / "scene.tif", "w", "GTiff", 256, 256, bands, dtype="float32", crs="EPSG:32631",
+        transform=from_origin(5e5, 5e6, 30, 30),
+    ) as scene:  # fmt: skip
+        scene.write(scene_HWC.transpose(2, 0, 1))
+        scene.descriptions = names
+    body, headers = (tmp_path / "scene.tif").read_bytes(), {"Content-Type": "image/tiff", "Accept": "image/png"}
+    with serving(tmp_path / "store", tmp_path) as server:
+        answer = httpx.post(f"{server.url}/segment", content=body, headers=headers, timeout=120)
+        assert answer.status_code == 200, answer.text
+    labels_HW = np.asarray(Image.open(io.BytesIO(answer.content)))
     session = onnxruntime.InferenceSession(path)
     pixels = ((scene_HWC - np.float32(mean)) / np.float32(std)).transpose(2, 0, 1)[None].astype(np.float32)
     expected_HW = session.run(None, {"input": pixels})[0].argmax(1)[0]
