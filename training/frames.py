@@ -60,12 +60,12 @@ class Frame(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Frames:
     """Frames in memory: image_N3HW and label_NHW (IGNORE = void), uint8, all of one size; names, each once, in the
-    same order; void_NHW where a picture speaks of pixels without a measurement."""
+    same order; voids: where each picture says that nothing was measured, if any does."""
 
     names: tuple[str, ...]
     image_N3HW: Tensor
     label_NHW: Tensor
-    void_NHW: Tensor | None = None
+    voids: tuple[Tensor | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -75,7 +75,7 @@ class Frames:
 
     def frame(self, index: int) -> Frame:
         """Give a frame with what its picture says of void pixels."""
-        return Frame(*self[index], None if self.void_NHW is None else self.void_NHW[index])
+        return Frame(*self[index], self.voids[index] if self.voids else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,18 +131,15 @@ def hold(files: FrameFiles) -> Frames:
         if here.shape != first.shape:
             raise BadData(f"{path} is {_size(here)}; the pictures before it are {_size(first)}")
     images, labels, voids = zip(*frames, strict=True)
-    whole_HW = torch.zeros(labels[0].shape, dtype=torch.bool)
-    can_be_void = any(void_HW is not None for void_HW in voids)
-    void_NHW = torch.stack([whole_HW if void_HW is None else void_HW for void_HW in voids]) if can_be_void else None
-    return Frames(files.names, torch.stack(images), torch.stack(labels), void_NHW)
+    return Frames(files.names, torch.stack(images), torch.stack(labels), voids)
 
 
 def choose(frames: FrameSet, rows: Sequence[int]) -> FrameSet:
     """Keep some of the frames, in the order of `rows`."""
     names = tuple(frames.names[i] for i in rows)
     if isinstance(frames, Frames):
-        void_NHW = None if frames.void_NHW is None else frames.void_NHW[rows]
-        return Frames(names, frames.image_N3HW[rows], frames.label_NHW[rows], void_NHW)
+        voids = tuple(frames.voids[i] for i in rows) if frames.voids else ()
+        return Frames(names, frames.image_N3HW[rows], frames.label_NHW[rows], voids)
     pictures, masks = (tuple(paths[i] for i in rows) for paths in (frames.pictures, frames.masks))
     return FrameFiles(names, pictures, masks, frames.ids)
 

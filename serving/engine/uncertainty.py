@@ -37,8 +37,7 @@ class Band:
 def withhold_classes(band: Band, classes: tuple[int, ...]) -> set[int]:
     """Withhold all that is called one of some classes, and tell which of them occur. Changes the band's labels."""
     found = {k for k in classes if (band.labels == k).any()}
-    for k in found:
-        band.labels[band.labels == k] = IGNORE
+    band.labels[np.isin(band.labels, [*found])] = IGNORE
     return found
 
 

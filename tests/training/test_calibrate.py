@@ -142,7 +142,7 @@ def test_void_pixels_count_in_a_reference_as_little_as_in_what_is_served(
     voids[1, :, 20:], voids[2] = True, True
     first = choose(frames, [0, 1, 2])
     assert isinstance(first, Frames)
-    evidence, framed = Evidence(card), dataclasses.replace(first, void_NHW=voids)
+    evidence, framed = Evidence(card), dataclasses.replace(first, voids=tuple(voids))
     for i in range(3):
         frame = choose(framed, [i]).frame(0)
         evidence.add(segment_frame(segmenter, frame, SegmentOptions(card.name)))
