@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def facts_beside(path: Path) -> Facts:
     for name in NEIGHBOURS:
         if (path.parent / name).is_file():
             found |= read_facts(str(path.parent / name))
-    return found
+    return {fact: value for fact, value in found.items() if fact != "dtype"}  # that is the weights'
 
 
 def find_facts(content: Any) -> Facts:
@@ -167,14 +168,10 @@ def _parse(value: str) -> Any:
         return [int(side) for side in value.split("x")]
     if "," in value:
         return [_parse(part) for part in value.split(",")]
-    try:
-        return int(value)
-    except ValueError:
-        pass
-    try:
-        return float(value)
-    except ValueError:
-        return value
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(value)
+    return value
 
 
 def _each(value: Any, num: int) -> list[Any]:

@@ -44,12 +44,10 @@ def import_network(form: str, source: str, output: Path | None, given: Given) ->
         check_replaceable(output, made_by=IMPORTED, sources=files)
     _check(form, given)
     said = read_facts(given.input) if given.input else {}
-    brought = _reader(form)(source, given, said)
-    found = {
-        fact: value for fact, value in (facts_beside(Path(brought.path)) | brought.facts).items() if fact != "dtype"
-    }
-    size = size_of(said if brought.height else found | said, brought.height, brought.width)
-    facts = found | said
+    beside = facts_beside(given.weights or Path(source))
+    brought = _reader(form)(source, given, beside | said)
+    facts = beside | brought.facts | said
+    size = size_of(said if brought.height else facts, brought.height, brought.width)
     spec, unsaid = input_of(facts, brought.channels)
     kind, count, described = _try_out(brought, spec.num_bands, size)
     classes, unnamed = classes_of(given.classes, facts, count)

@@ -266,6 +266,16 @@ def test_a_module_is_built_by_its_own_code_filled_and_kept_as_a_program(tmp_path
         assert torch.allclose(whole(network, image)[0], seeded_tiny(7)(image)["out"], atol=1e-6)
 
 
+def test_what_transformers_saved_beside_the_weights_of_a_module_is_read(tmp_path: Path, module: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"id2label": {"1": "sky", "0": "road", "2": "car"}, "dtype": "x"}))
+    saved = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": {"height": 32, "width": 48}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(saved))
+    torch.save(seeded_tiny().state_dict(), tmp_path / "w.pth")
+    card = import_network("module", f"{module}:Tiny", None, Given(weights=tmp_path / "w.pth")).card
+    assert [info.name for info in card.classes] == ["road", "sky", "car"]
+    assert (card.window.height, card.window.width, card.input.mean) == (32, 48, (0.5,) * 3)
+
+
 def test_a_module_that_torch_export_cannot_take_is_kept_as_torchscript_and_says_so(tmp_path: Path, module: str) -> None:
     imported = import_network("module", f"{module}:Odd", tmp_path / "ours.safetensors", Given(input=SAID))
     assert imported.card.config["form"] == "torchscript" and "TorchScript is kept" in " ".join(imported.notes)
