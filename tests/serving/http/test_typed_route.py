@@ -43,7 +43,7 @@ def test_the_typed_answer_says_what_to_know_of_it_where_there_is_something() -> 
     code = (
         "from types import SimpleNamespace as Some; import numpy as np; from serving.service import _as_lists\n"
         "for said in ((), ('a sentence',)):\n"
-        "    print(_as_lists(Some(labels_HW=np.zeros((1, 1), int), warnings=said, shares={}, "
+        "    print(_as_lists(Some(labels_HW=np.zeros((1, 1), int), warnings=said, scored={}, "
         "maps=dict.fromkeys(('confidence', 'entropy'), np.zeros((1, 1))))).model_dump_json())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
