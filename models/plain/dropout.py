@@ -34,17 +34,6 @@ DEFAULT_SAMPLES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
-    """A dropout that becomes a mask: which axes of its tensor are windows and channels, and the share that it keeps."""
-
-    node: fx.Node
-    window_axis: int
-    channel_axis: int
-    channels: int
-    keep: float
-
-
-@dataclass(frozen=True, slots=True)
 class Masked:
     """A program of (image_BChw, noise_BL), what its noise is, and in words what became of every dropout."""
 
@@ -65,23 +54,26 @@ def mask_dropouts(program: ExportedProgram, image_BChw: Tensor) -> Masked:
     _check(nodes, image, others)
     logits = _find_answer(program, nodes[-1].args[0])
     used = ancestors([logits])
-    sites, notes = [], []
+    with module.graph.inserting_after(image):
+        noise_BL = module.graph.placeholder("noise_BL")
+    masks, notes = [], []
     for node in [node for node in nodes if kind_of(node) in DROPOUTS and node.args[1]]:
-        site = _find_site(node, image, used)
-        if isinstance(site, Site):
-            sites.append(site)
-            notes.append(f"{_place(node)} is a mask of {site.channels} channels")
-        else:
+        axes = _find_axes(node, image, used)
+        if isinstance(axes, str):
             node.replace_all_uses_with(node.args[0])
-            module.graph.erase_node(node)
-            notes.append(f"{_place(node)} is left out: {site}")
-    if not sites:
-        raise BadOption(
-            f"sampling is 'dropout'; {'; '.join(notes) or 'the program holds no dropout, or only with p = 0'}"
-        )
-    _insert_masks(module.graph, image, sites)
+            notes.append(f"{_place(node)} is left out: {axes}")
+        else:
+            first, channels = sum(channels for channels, _ in masks), node.meta["val"].shape[axes[1]]
+            _insert_mask(noise_BL, node, slice(first, first + channels), axes)
+            masks.append((channels, 1 - node.args[1]))
+            notes.append(f"{_place(node)} is a mask of {channels} channels")
+        module.graph.erase_node(node)
+    if not masks:
+        reason = "; ".join(notes) or "the program holds no dropout, or only with p = 0"
+        raise BadOption(f"sampling is 'dropout'; {reason}")
     nodes[-1].args = (logits,)
-    sampling = sampling_of([(site.channels, site.keep) for site in sites])
+    module.graph.set_codegen(fx.graph.CodeGen())
+    sampling = sampling_of(masks)
     masked = _export(fx.GraphModule(module, module.graph), image, image_BChw, sampling.noise_length)
     return Masked(masked, sampling, tuple(notes))
 
@@ -119,20 +111,20 @@ def _place(node: fx.Node) -> str:
     return f"{'.'.join(path) or node.name} (p = {node.args[1]:.6g})"
 
 
-def _find_site(node: fx.Node, image: fx.Node, used: Container[fx.Node]) -> Site | str:
-    """Find the axes of a dropout's tensor, or say why no mask can stand for it."""
-    shape, dropped = node.meta["val"].shape, float(node.args[1])  # type: ignore[arg-type]
+def _find_axes(node: fx.Node, image: fx.Node, used: Container[fx.Node]) -> tuple[int, int] | str:
+    """Find the axes of windows and of channels in what is dropped, or say why no mask can stand for the dropout."""
+    shape = node.meta["val"].shape
     windows = [axis for axis in range(len(shape)) if is_windows(node, image, axis)]
     channel_axis = 1 if kind_of(node) == "feature_dropout" else _channel_axis(node)
     if (node.args[0] if _in_place(node) else node) not in used:
         return "no logits depend on it"
-    if dropped == 1:
+    if node.args[1] == 1:
         return "it drops everything"
     if channel_axis is None:
         return "attention weights have no channels"
     if not windows or not isinstance(shape[channel_axis], int):
         return f"of its {len(shape)} axes none is of windows, or that of channels has no fixed size"
-    return Site(node, windows[0], channel_axis, shape[channel_axis], 1 - dropped)
+    return windows[0], channel_axis
 
 
 def _channel_axis(node: fx.Node) -> int | None:
@@ -153,25 +145,18 @@ def _in_place(node: fx.Node) -> bool:
     return str(node.target).endswith("_.default")
 
 
-def _insert_masks(graph: fx.Graph, image: fx.Node, sites: Sequence[Site]) -> None:
-    """Put a product with its share of a new input, noise_BL, in the place of every dropout."""
-    graph.set_codegen(fx.graph.CodeGen())
-    with graph.inserting_after(image):
-        noise_BL = graph.placeholder("noise_BL")
-    first = 0
-    for site in sites:
-        shape = [1] * site.node.meta["val"].dim()
-        shape[site.channel_axis], shape[site.window_axis] = site.channels, -1
-        with graph.inserting_before(site.node):
-            mask = graph.call_function(aten.slice.Tensor, (noise_BL, 1, first, first + site.channels))
-            if site.channel_axis < site.window_axis:
-                mask = graph.call_function(aten.t.default, (mask,))
-            mask = graph.call_function(aten.reshape.default, (mask, shape))
-            times = aten.mul_.Tensor if _in_place(site.node) else aten.mul.Tensor
-            product = graph.call_function(times, (site.node.args[0], mask))
-        site.node.replace_all_uses_with(product)
-        graph.erase_node(site.node)
-        first += site.channels
+def _insert_mask(noise_BL: fx.Node, node: fx.Node, share: slice, axes: tuple[int, int]) -> None:
+    """Put a product with a share of the noise in the place of a dropout."""
+    graph, (window_axis, channel_axis) = node.graph, axes
+    shape = [1] * node.meta["val"].dim()
+    shape[window_axis], shape[channel_axis] = -1, share.stop - share.start
+    with graph.inserting_before(node):
+        mask = graph.call_function(aten.slice.Tensor, (noise_BL, 1, share.start, share.stop))
+        if channel_axis < window_axis:
+            mask = graph.call_function(aten.t.default, (mask,))
+        mask = graph.call_function(aten.reshape.default, (mask, shape))
+        times = aten.mul_.Tensor if _in_place(node) else aten.mul.Tensor
+        node.replace_all_uses_with(graph.call_function(times, (node.args[0], mask)))
 
 
 def _export(module: fx.GraphModule, image: fx.Node, image_BChw: Tensor, length: int) -> ExportedProgram:
