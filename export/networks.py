@@ -111,13 +111,13 @@ def _make(
             masked = mask_dropouts(read_pt2(program), image_1Chw)
         except BadOption as error:
             if sampling:
-                raise
-            notes = (f"one pass: {str(error).partition('; ')[2]}",)
+                raise BadOption(f"sampling is 'dropout'; {error}") from None
+            notes = (f"one pass: {error}",)
         else:
             buffer, own = io.BytesIO(), masked.sampling
             torch.export.save(masked.program, buffer)
-            program, notes = buffer.getvalue(), masked.notes
-            masks = own.keeps or ((own.noise_length, own.keep),)
+            mean = "labels are of the mean of the samples; --sampling none keeps the network's own pass"
+            program, masks, notes = buffer.getvalue(), own.masks, (mean, *masked.notes)
     network = PlainNetwork(PlainConfig(count, brought.form, len(program), kind, masks))  # type: ignore[arg-type]
     network.program.copy_(torch.frombuffer(bytearray(program), dtype=torch.uint8))
     if masks:

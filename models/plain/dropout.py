@@ -69,8 +69,7 @@ def mask_dropouts(program: ExportedProgram, image_BChw: Tensor) -> Masked:
             notes.append(f"{_place(node)} is a mask of {channels} channels")
         module.graph.erase_node(node)
     if not masks:
-        reason = "; ".join(notes) or "the program holds no dropout, or only with p = 0"
-        raise BadOption(f"sampling is 'dropout'; {reason}")
+        raise BadOption("; ".join(notes) or "the program holds no dropout, or only with p = 0")
     nodes[-1].args = (logits,)
     module.graph.set_codegen(fx.graph.CodeGen())
     sampling = sampling_of(masks)
@@ -102,7 +101,7 @@ def _check(nodes: Sequence[fx.Node], image: fx.Node, others: Sequence[fx.Node]) 
         if kind_of(node) == "batch_norm" and node.args[5]:
             raise BadOption("the program normalises by its batch, as in training; export it after model.eval()")
         if kind_of(node) in REFUSED:
-            raise BadOption(f"{_place(node)} is {kind_of(node)}, which no mask is; choose the sampling 'none'")
+            raise BadOption(f"{_place(node)} is {kind_of(node)}, which no mask of channels can stand for")
 
 
 def _place(node: fx.Node) -> str:

@@ -135,6 +135,9 @@ def test_dropout_in_a_program_becomes_samples_and_a_view_or_none_can_be_chosen_i
         assert (imported.card.sampling.kind, imported.card.views) == (kind, views)
         assert any("mutual information" in warning for warning in imported.warnings) == (sampling == "none")
     refused(write(tmp_path, "onnx"), "onnx", "onnx has none left", kind=BadOption, sampling="dropout")
+    imported = import_network("pt2", str(path), None, Given(input=SAID))
+    assert imported.notes[-1] == "drop (p = 0.2) is a mask of 8 channels"
+    assert "--sampling none keeps the network's own pass" in imported.notes[-2]
     refused(path, "pt2", "dropout, views, none is wanted", kind=BadOption, sampling="latent")
     refused(path, "pt2", "--tensor belongs to onnx", kind=BadOption, tensor="x")
 

@@ -247,10 +247,14 @@ def head_with(drop: nn.Module) -> Callable[[], nn.Module]:
 @pytest.mark.parametrize(
     ("network", "axes", "sentence"),
     [
-        (head_with(nn.Identity()), (0,), "sampling is 'dropout'; the program holds no dropout, or only with p = 0"),
+        (head_with(nn.Identity()), (0,), "the program holds no dropout, or only with p = 0"),
         (head_with(nn.Dropout(0)), (0,), "the program holds no dropout, or only with p = 0"),
         (head_with(nn.Dropout(1)), (0,), "drop .p = 1. is left out: it drops everything"),
-        (head_with(nn.AlphaDropout(0.5)), (0,), "drop .p = 0.5. is alpha_dropout, which no mask is; .* 'none'"),
+        (
+            head_with(nn.AlphaDropout(0.5)),
+            (0,),
+            "drop .p = 0.5. is alpha_dropout, which no mask of channels can stand for",
+        ),
         (Head, (), "a fixed number of pictures; export it with a dynamic first axis"),
     ],
 )
