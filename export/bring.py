@@ -115,6 +115,7 @@ def build_module(source: str, given: Given, said: Facts) -> Brought:
     form, program, note = _keep(chosen, example)
     body = load_of(form, program, source)
     expected, kept = chosen(example), body(example)
+    check_settled(expected, chosen(example), source)
     if not (expected - kept).abs().max() <= ALIKE * max(1.0, float(expected.abs().max())):
         raise BadCheckpoint(f"{source} answers otherwise than the {form} program made of it; export it yourself")
     weights = f"; {given.weights.name}, sha256 {sha256_of(given.weights)}" if given.weights else ""
@@ -173,6 +174,15 @@ def _facts_of(network: nn.Module) -> Facts:
             content: Any = getattr(value, "to_dict", lambda value=value: value)()
             found |= find_facts(content if name == "config" else {name: content})
     return {fact: value for fact, value in found.items() if fact not in ("dtype", "size")}
+
+
+def check_settled(first: Tensor, again: Tensor, source: str | Path) -> None:
+    """Raise BadCheckpoint where a network answers one picture in two ways."""
+    if not torch.equal(first.nan_to_num(), again.nan_to_num()):
+        raise BadCheckpoint(
+            f"{source} answers otherwise each time it is asked, so it is random in eval mode too; a dropout "
+            "that is one of training alone, as nn.Dropout or F.dropout(x, p, self.training), becomes samples"
+        )
 
 
 def load_of(form: str, program: bytes, source: str) -> nn.Module:

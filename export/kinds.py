@@ -1,12 +1,13 @@
 """Say what a file is, for who does not know how to bring it: by its content, of which nothing is run."""
 
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 from penumbra.export.layouts import fitting
 from penumbra.export.pickles import ZIP_START, read_torch_file
 from penumbra.export.weights import read_tensors
-from penumbra.models.checkpoint import SUFFIX, few
+from penumbra.models.checkpoint import SUFFIX, few, read_card
 from penumbra.models.errors import BadCheckpoint, BadOption
 
 ENTRIES = {"constants.pkl": "torchscript", "archive_format": "pt2", "serialized_exported_program.json": "pt2"}
@@ -33,6 +34,9 @@ def find_form(path: Path) -> str:
 
 def _describe(path: Path) -> str:
     """Say of weights what they look like."""
+    if path.suffix == SUFFIX:
+        with suppress(BadCheckpoint):
+            return f"{path} is {read_card(path).name}, a checkpoint of ours already: penumbra export {path}"
     tensors = read_tensors(path)
     content = tensors if path.suffix == SUFFIX else read_torch_file(path)
     for method, layout in fitting(content):

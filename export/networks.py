@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from penumbra.export.bring import Brought, Given, build_module, read_program, read_torchscript
+from penumbra.export.bring import Brought, Given, build_module, check_settled, read_program, read_torchscript
 from penumbra.export.given import Facts, classes_of, facts_beside, input_of, read_facts, size_of
 from penumbra.export.importer import IMPORTED, Imported
 from penumbra.models.card import NAME, Card, Provenance, Readout, WindowSpec, dump_card, parse_card
@@ -137,6 +137,7 @@ def _try_out(brought: Brought, channels: int, size: tuple[int, int]) -> tuple[st
     """
     probes = _probes(channels, size)
     answers = [_run(brought, probe, size) for probe in probes]
+    check_settled(answers[0], _run(brought, probes[0], size), brought.path)
     kind = _kind_of(answers, size, brought)
     together = _run(brought, torch.cat(probes[:2]), size, batch=True)
     difference = (together - torch.cat(answers[:2])).abs().max() if len(together) == 2 else torch.inf

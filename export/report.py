@@ -18,7 +18,7 @@ FEW = 12
 """Lines of a table, above which names are counted instead."""
 
 
-def print_imported(imported: Imported, output: Path, *, is_exported: bool = False) -> None:
+def print_imported(imported: Imported, output: Path, *, is_last: bool = False) -> None:
     """Print what inference does not need, then what the checkpoint is and what to do with it."""
     card = imported.card
     table = Table(Column("not imported", overflow="fold"), "tensors")
@@ -39,7 +39,7 @@ def print_imported(imported: Imported, output: Path, *, is_exported: bool = Fals
     if prompt.kind != "none":
         axis += f"; with {prompt.kind}: {', '.join(prompt.members or sampling.members)}"
     click.echo(f"{output}: {card.method}, {card.num_classes} classes, {axis}")
-    if not is_exported:
+    if not is_last:
         click.echo(f"next: penumbra export {output}")
 
 

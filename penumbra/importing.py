@@ -93,7 +93,7 @@ def _import_network(
         facts = {"file": str(output), "directory": directory and str(directory)}
         click.echo(json.dumps(facts | dataclasses.asdict(imported)))
         return
-    print_imported(imported, output, is_exported=bool(directory))
+    print_imported(imported, output, is_last=dry or bool(directory))
     if directory:
         print_parity(open_artifact(directory).card, directory, as_json=False)
 

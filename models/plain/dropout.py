@@ -56,7 +56,7 @@ def mask_dropouts(program: ExportedProgram, image_BChw: Tensor) -> Masked:
     used = ancestors([logits])
     with module.graph.inserting_after(image):
         noise_BL = module.graph.placeholder("noise_BL")
-    masks, notes = [], []
+    masks, notes = list[tuple[int, float]](), list[str]()
     for node in [node for node in nodes if kind_of(node) in DROPOUTS and node.args[1]]:
         axes = _find_axes(node, image, used)
         if isinstance(axes, str):

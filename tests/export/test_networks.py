@@ -27,6 +27,7 @@ from penumbra.export.bundle import export_checkpoint, verify_artifact
 from penumbra.export.given import find_facts, input_of, read_facts, size_of
 from penumbra.export.networks import import_network
 from penumbra.export.weights import fill_from
+from penumbra.export.zoo import ZOO
 from penumbra.models.card import InputSpec
 from penumbra.models.checkpoint import load_checkpoint
 from penumbra.models.contract import Network
@@ -420,6 +421,24 @@ def test_a_file_alone_is_asked_what_it_is(tmp_path: Path) -> None:
     torch.save(named("model."), tmp_path / "w.pth")
     assert "no network that they belong to" in run(tmp_path / "w.pth").stderr
     assert "no method, no form and no file" in run("deeplab").stderr
+    ours = ZOO / "cps-camvid.safetensors"
+    assert f"is cps-camvid, a checkpoint of ours already: penumbra export {ours}" in run(ours).stderr
+
+
+class Restless(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 1)
+
+    def forward(self, image_BChw: Tensor) -> Tensor:
+        return self.layer(nn.functional.dropout(image_BChw, 0.2, training=True))
+
+
+def test_a_network_that_draws_for_itself_is_refused(tmp_path: Path) -> None:
+    sentence = "answers otherwise each time it is asked, so it is random in eval mode too"
+    assert sentence in run("module", f"{__name__}:Restless", "--input", SAID).stderr
+    (tmp_path / "restless.pt").write_bytes(program("torchscript", Restless().eval()))
+    assert sentence in run("torchscript", tmp_path / "restless.pt", "--input", SAID).stderr
 
 
 def test_a_classifiers_file_is_told_to_be_one() -> None:
