@@ -1,11 +1,14 @@
-"""Read networks as people have them: ONNX, TorchScript and torch.export files, and modules that user's code builds."""
+"""Read networks as people have them: TorchScript and torch.export files, and modules that the user's own code builds.
+
+ONNX files are read by `penumbra.export.onnx_program`, which needs a library more.
+"""
 
 import ast
-import importlib
 import io
+import pkgutil
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,16 +20,13 @@ from torch.export import Dim
 from penumbra.export.given import Facts, find_facts, input_of, size_of
 from penumbra.export.weights import fill_from
 from penumbra.models.card import Views
-from penumbra.models.errors import BadCheckpoint, BadOption
+from penumbra.models.errors import BadCheckpoint, BadOption, first_line
 from penumbra.models.plain.programs import Picked, load_program, read_pt2
 from penumbra.serving.engine.store import sha256_of
 
-ALIKE = 1e-4
-"""Relative: how far a program may be from the module that it was made of."""
-REMEDIES = {
-    "argmax": "bring it without its argmax, so that it gives the logits that go into it",
-    "batch": "export it with a batch axis that is free (dynamic_shapes={0: Dim.DYNAMIC})",
-}
+WITHOUT_ARGMAX = "bring it without its argmax, so that it gives the logits that go into it"
+FREE_BATCH = "export it with a batch axis that is free (dynamic_shapes={0: Dim.DYNAMIC})"
+UNFILLED = "no --weights are named, so the network has those that its code gave it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +48,14 @@ class Given:
 class Brought:
     """A program that was read, and what is known of it.
 
-    run, in_batches: as it was brought, and as it is exported. channels, height, width: what it takes alone; None where
-    that is free or unknown. facts: what it says of its pictures and classes. remedies: what helps against an answer of
-    class numbers, and against a batch axis of fixed size. notes: sentences for whoever imports.
+    run: the network as it was brought. in_batches: as it is exported. channels, height, width: what it takes alone;
+    None where that is free or unknown. facts: what it says of its pictures and classes. without_argmax, free_batch:
+    what helps against an answer of class numbers, and against a batch axis of fixed size. notes: sentences for whoever
+    imports. left_out: names of tensors beside the network's.
     """
 
     form: str
     program: bytes
-    path: str | Path
     origin: str
     run: Callable[[Tensor], Tensor]
     in_batches: Callable[[Tensor], Tensor]
@@ -63,106 +63,96 @@ class Brought:
     height: int | None = None
     width: int | None = None
     facts: Facts = field(default_factory=dict)
-    remedies: Mapping[str, str] = field(default_factory=lambda: REMEDIES)
+    without_argmax: str = WITHOUT_ARGMAX
+    free_batch: str = FREE_BATCH
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
 
 
-def read_torchscript(source: str, given: Given, _: Facts) -> Brought:
+def read_torchscript(source: str) -> Brought:
     """Read a TorchScript program. It says nothing of its picture but what its first convolution takes."""
     program, origin = read_file(source, "torchscript")
-    body = load_of("torchscript", program, source)
-    first = next((weight for weight in body.parameters() if weight.dim() == 4), None)
-    return Brought(
-        "torchscript", program, Path(source), origin, body, body, first.shape[1] if first is not None else None
-    )
+    body = load_program("torchscript", program)
+    return Brought("torchscript", program, origin, body, body, _channels_of(body))
 
 
-def read_program(source: str, given: Given, _: Facts) -> Brought:
+def read_program(source: str) -> Brought:
     """Read a program of torch.export, which says what picture it takes."""
     program, origin = read_file(source, "pt2")
-    body = load_of("pt2", program, source)
+    body = load_program("pt2", program)
     exported = read_pt2(program)
     names = exported.graph_signature.user_inputs
     values = [node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder" and node.name in names]
     if len(values) != 1 or values[0].dim() != 4:
-        raise BadCheckpoint(
-            f"{source} takes {len(names)} inputs ({', '.join(map(str, names))}); one picture [B, C, h, w] is wanted"
-        )
+        inputs = ", ".join(map(str, names))
+        raise BadCheckpoint(f"it takes {len(names)} inputs ({inputs}); one picture [B, C, h, w] is wanted")
     channels, height, width = (side if isinstance(side, int) else None for side in values[0].shape[1:])
-    return Brought("pt2", program, Path(source), origin, body, body, channels, height, width)
+    return Brought("pt2", program, origin, body, body, channels, height, width)
 
 
-def build_module(source: str, given: Given, said: Facts) -> Brought:
+def build_module(source: str, weights: Path | None, said: Facts) -> Brought:
     """Build a module by the user's own code, fill it, and keep it as a program of torch.export, or else of TorchScript.
 
     source: PACKAGE:BUILD, a function or class, with keyword arguments where it takes some: `nets:UNet(classes=3)`.
     """
     network = _call(source).eval().requires_grad_(False)
-    left_out, notes = fill_from(network, given.weights) if given.weights else ((), (
-        "no --weights are named, so the network has those that its code gave it",))  # fmt: skip
-    facts = _facts_of(network)
-    first = next((weight for weight in network.parameters() if weight.dim() == 4), None)
-    channels = first.shape[1] if first is not None else None
-    spec, _ = input_of(facts | said, channels)
+    left_out, notes = fill_from(network, weights) if weights else ((), (UNFILLED,))
+    origin = f"{source}; {weights.name}, sha256 {sha256_of(weights)}" if weights else source
+    facts, channels = _facts_of(network), _channels_of(network)
     height, width = size_of(facts | said, None, None)
-    chosen = Picked(network).eval()
-    example = torch.randn(2, spec.num_bands, height, width, generator=torch.Generator().manual_seed(0))
-    try:
-        chosen(example)
-    except Exception as error:  # the user's code
-        raise BadCheckpoint(f"{source} fails on pictures {list(example.shape)}: {_first_line(error)}") from None
-    form, program, note = _keep(chosen, example)
-    body = load_of(form, program, source)
-    expected, kept = chosen(example), body(example)
-    check_settled(expected, chosen(example), source)
-    if not (expected - kept).abs().max() <= ALIKE * max(1.0, float(expected.abs().max())):
-        raise BadCheckpoint(f"{source} answers otherwise than the {form} program made of it; export it yourself")
-    weights = f"; {given.weights.name}, sha256 {sha256_of(given.weights)}" if given.weights else ""
+    picked = Picked(network).eval()
+    form, program, kept = _keep(picked, torch.zeros(2, input_of(facts | said, channels)[0].num_bands, height, width))
     return Brought(
-        form, program, source, f"{source}, {form}{weights}", body, body, channels, height, width, facts,
-        notes=(*notes, *note), left_out=left_out,
+        form, program, f"{origin}, {form}", picked, load_program(form, program), channels, height, width, facts,
+        notes=(*notes, *kept), left_out=left_out,
     )  # fmt: skip
 
 
-def _keep(network: nn.Module, example: Tensor) -> tuple[str, bytes, tuple[str, ...]]:
+def _keep(network: nn.Module, image_BChw: Tensor) -> tuple[str, bytes, tuple[str, ...]]:
+    """Make a program of a module; returns its form, its bytes, and a sentence where it is not the usual form."""
     buffer = io.BytesIO()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of exporters in motion; what comes out is compared with the module
         try:
-            exported = torch.export.export(network, (example,), dynamic_shapes=({0: Dim.DYNAMIC},))
+            exported = torch.export.export(network, (image_BChw,), dynamic_shapes=({0: Dim.DYNAMIC},))
             torch.export.save(exported, buffer)
             return "pt2", buffer.getvalue(), ()
         except Exception as error:  # of many kinds
-            buffer, reason = io.BytesIO(), _first_line(error)
-        torch.jit.save(torch.jit.trace(network, (example,), check_trace=False), buffer)  # type: ignore[no-untyped-call]
+            buffer, reason = io.BytesIO(), first_line(error)
+        try:
+            torch.jit.save(torch.jit.trace(network, (image_BChw,), check_trace=False), buffer)  # type: ignore[no-untyped-call]
+        except Exception as error:  # the user's code
+            raise BadCheckpoint(f"it fails on pictures {list(image_BChw.shape)}: {first_line(error)}") from None
     return "torchscript", buffer.getvalue(), (f"torch.export cannot take it ({reason}), so TorchScript is kept",)
 
 
 def _call(source: str) -> nn.Module:
     """Call PACKAGE:BUILD; what it raises is told in one sentence."""
-    package, colon, call = source.partition(":")
+    package, _, call = source.partition(":")
     try:
         tree = ast.parse(call, mode="eval").body
-        keywords = {str(k.arg): ast.literal_eval(k.value) for k in tree.keywords} if isinstance(tree, ast.Call) else {}
-        name = ast.unparse(tree.func if isinstance(tree, ast.Call) else tree)
+        made = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
+        keywords = {str(word.arg): ast.literal_eval(word.value) for word in made.keywords}
+        if made.args:
+            raise ValueError
     except (SyntaxError, ValueError):
-        colon = ""
-    if not colon or (isinstance(tree, ast.Call) and tree.args):
-        raise BadOption(f"the module is {source!r}; PACKAGE:BUILD or PACKAGE:BUILD(name=value) is wanted")
+        raise BadOption(f"the module is {source!r}; PACKAGE:BUILD or PACKAGE:BUILD(name=value) is wanted") from None
     sys.path.insert(0, "")
     try:
-        found: Any = importlib.import_module(package)
-        for part in name.split("."):
-            found = getattr(found, part)
+        found = pkgutil.resolve_name(f"{package}:{ast.unparse(made.func)}")
         network = found if isinstance(found, nn.Module) else found(**keywords)
     except Exception as error:  # the user's code
-        raise BadOption(f"{source} cannot be built: {type(error).__name__}: {_first_line(error)}") from None
+        raise BadOption(f"{source} cannot be built: {type(error).__name__}: {first_line(error)}") from None
     finally:
         sys.path.remove("")
     if not isinstance(network, nn.Module):
         raise BadOption(f"{source} gives {type(network).__name__}; a torch.nn.Module is wanted")
     return network
+
+
+def _channels_of(network: nn.Module) -> int | None:
+    """Find how many channels the first convolution takes."""
+    return next((weight.shape[1] for weight in network.parameters() if weight.dim() == 4), None)
 
 
 def _facts_of(network: nn.Module) -> Facts:
@@ -176,29 +166,10 @@ def _facts_of(network: nn.Module) -> Facts:
     return {fact: value for fact, value in found.items() if fact not in ("dtype", "size")}
 
 
-def check_settled(first: Tensor, again: Tensor, source: str | Path) -> None:
-    """Raise BadCheckpoint where a network answers one picture in two ways."""
-    if not torch.equal(first.nan_to_num(), again.nan_to_num()):
-        raise BadCheckpoint(
-            f"{source} answers otherwise each time it is asked, so it is random in eval mode too; a dropout "
-            "that is one of training alone, as nn.Dropout or F.dropout(x, p, self.training), becomes samples"
-        )
-
-
-def load_of(form: str, program: bytes, source: str) -> nn.Module:
-    try:
-        return load_program(form, program).requires_grad_(False)
-    except BadCheckpoint as error:
-        raise BadCheckpoint(f"{source}: {error}") from None
-
-
 def read_file(source: str, form: str) -> tuple[bytes, str]:
+    """Read a program's bytes, and say where they come from."""
     path = Path(source)
     try:
         return path.read_bytes(), f"{path.name}, {form}, sha256 {sha256_of(path)}"
     except OSError as error:
         raise BadOption(f"{path} cannot be read ({error.strerror}); a file of {form} is wanted") from None
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -56,9 +56,7 @@ def import_checkpoint(
     Raises BadOption, and BadCheckpoint: a file is unreadable, of another kind, incomplete, or not finite. Then nothing
     is written.
     """
-    if output.suffix != SUFFIX or not NAME.fullmatch(output.stem):
-        raise BadOption(f"the output is {output.name!r}; a plain name that ends in {SUFFIX} is wanted")
-    check_replaceable(output, made_by=IMPORTED, sources=files)
+    check_output(output, files)
     found = find_method(method)
     where = ", ".join(map(str, files))
     contents = _read_files(found, files, where=where)
@@ -83,6 +81,13 @@ def import_checkpoint(
     train_only = [name for content in contents for name in content.train_only] + unused
     warnings = assembly.warnings + _losses(found, assembly, card, unused=unused, published=protocol == "published")
     return Imported(card, tuple(train_only), warnings, tuple(e for content in contents for e in content.entries))
+
+
+def check_output(output: Path, sources: Sequence[Path]) -> None:
+    """Raise BadOption where a checkpoint cannot have this name, or would take the place of what is no import."""
+    if output.suffix != SUFFIX or not NAME.fullmatch(output.stem):
+        raise BadOption(f"the output is {output.name!r}; a plain name that ends in {SUFFIX} is wanted")
+    check_replaceable(output, made_by=IMPORTED, sources=sources)
 
 
 def _read_files(method: Method, files: Sequence[Path], *, where: str) -> list[PublishedFile]:

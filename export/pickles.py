@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import torch
 
-from penumbra.models.errors import BadCheckpoint
+from penumbra.models.errors import BadCheckpoint, first_line
 
 PACKAGES = frozenset((
     "__main__", "addict", "albumentations", "argparse", "config", "configs", "core", "cv2", "data", "dataset",
@@ -96,8 +96,7 @@ def read_torch_file(path: Path) -> Any:
     except BadCheckpoint as error:
         raise BadCheckpoint(f"{path} {error}") from None
     except Exception as error:  # a damaged stream of instructions can fail in any way
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise BadCheckpoint(f"{path} is damaged, or no file of torch.save ({reason})") from None
+        raise BadCheckpoint(f"{path} is damaged, or no file of torch.save ({first_line(error)})") from None
 
 
 def _names(path: Path) -> set[str]:

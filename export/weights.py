@@ -20,16 +20,21 @@ NESTING = 4
 """Levels of dictionaries that are looked into."""
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read all tensors of a file of safetensors or torch.save, nothing of which is run, by their places in it."""
-    if path.suffix == SUFFIX:
-        try:
-            return {name.replace(COMPILED, ""): tensor for name, tensor in load_file(path).items()}
-        except (SafetensorError, OSError) as error:
-            raise BadCheckpoint(f"{path} is not a safetensors file ({error})") from None
-    tensors = {name.replace(COMPILED, ""): tensor for name, tensor in _walk(read_torch_file(path))}
+def read_content(path: Path) -> Any:
+    """Read a file of safetensors or torch.save, nothing of which is run. Raises BadCheckpoint."""
+    if path.suffix != SUFFIX:
+        return read_torch_file(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise BadCheckpoint(f"{path} is not a safetensors file ({error})") from None
+
+
+def find_tensors(content: Any, *, where: str) -> dict[str, Tensor]:
+    """List all tensors of a file's content by their places in it. Raises BadCheckpoint where there are none."""
+    tensors = {place.replace(COMPILED, ""): tensor for place, tensor in _walk(content) if not place.endswith(COUNTER)}
     if not tensors:
-        raise BadCheckpoint(f"{path} holds no tensors by name; save the network's state_dict() and name that file")
+        raise BadCheckpoint(f"{where} holds no tensors by name; save the network's state_dict() and name that file")
     return tensors
 
 
@@ -39,28 +44,22 @@ def fill_from(network: nn.Module, path: Path) -> tuple[tuple[str, ...], tuple[st
     Its names are looked for behind any prefix (`module.`, `model.`, `state_dict.net.`). Where several sets are whole,
     the running average is taken. Raises BadCheckpoint: a tensor is missing, extra, of another shape, or not finite.
     """
-    tensors = read_tensors(path)
+    tensors = find_tensors(read_content(path), where=str(path))
     expected = [name for name in network.state_dict() if not name.endswith(COUNTER)]
-    prefixes = sorted({key.removesuffix(name) for name in expected for key in tensors if _ends(key, name)})
+    prefixes = {
+        key.removesuffix(name) for name in expected for key in tensors if key == name or key.endswith(f".{name}")
+    }
     if not prefixes:
         raise BadCheckpoint(f"{path} has none of the network's tensors ({few(expected)}); it holds {few([*tensors])}")
-    counts = {prefix: sum(prefix + name in tensors for name in expected) for prefix in prefixes}
-    whole = [prefix for prefix in prefixes if counts[prefix] == len(expected)]
+    counts = {prefix: sum(prefix + name in tensors for name in expected) for prefix in sorted(prefixes)}
+    whole = [prefix for prefix, count in counts.items() if count == len(expected)]
     smoothed = [prefix for prefix in whole if any(word in prefix.lower() for word in SMOOTHED)]
-    chosen = min(smoothed or whole or [max(prefixes, key=lambda prefix: counts[prefix])], key=len)
-    own = {key.removeprefix(chosen): tensor for key, tensor in tensors.items() if key.startswith(chosen)}
-    others = tuple(prefix.removeprefix(chosen) for prefix in whole if prefix != chosen and prefix.startswith(chosen))
-    weights = {
-        name: own[name] for name in own if not name.endswith(COUNTER) and not (others and name.startswith(others))
-    }
-    fill_network(network, weights, where=str(path))
-    left_out = tuple(key for key in tensors if not key.startswith(chosen) and not key.endswith(COUNTER))
+    chosen = min(smoothed or whole or [max(counts, key=counts.__getitem__)], key=len)
+    others = tuple(prefix for prefix in whole if prefix != chosen and prefix.startswith(chosen))
+    taken = [key for key in tensors if key.startswith(chosen) and not key.startswith(others)]
+    fill_network(network, {key.removeprefix(chosen): tensors[key] for key in taken}, where=str(path))
     several = f"{path.name} has the weights {len(whole)} times; those of {chosen or 'no prefix'!r} are taken"
-    return left_out, (several,) if len(whole) > 1 else ()
-
-
-def _ends(key: str, name: str) -> bool:
-    return key == name or key.endswith(f".{name}")
+    return tuple(key for key in tensors if key not in taken), (several,) if len(whole) > 1 else ()
 
 
 def _walk(content: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:

@@ -155,4 +155,10 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror.lower()}" if error.filename else error.strerror
     log.debug("an unexpected error", exc_info=error)
-    return f"it failed unexpectedly ({type(error).__name__}: {str(error).partition(chr(10))[0][:200]})"
+    return f"it failed unexpectedly ({type(error).__name__}: {first_line(error)})"
+
+
+def first_line(error: Exception) -> str:
+    """Say what a library says is wrong: the first line that has words, or else the kind of its error."""
+    lines = (line.strip()[:200] for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)

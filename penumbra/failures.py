@@ -71,7 +71,10 @@ def sentence_of(error: PenumbraError | OSError | ModuleNotFoundError) -> str:
     if isinstance(error, DiskFull) and isinstance(error.__cause__, OSError):
         error = error.__cause__
     if isinstance(error, ModuleNotFoundError):
-        return f"the package {error.name} is not installed; pip install 'penumbra-serving[training]' brings it"
+        from penumbra.serving.engine.backends import EXTRAS
+
+        extra = EXTRAS.get(error.name or "", "training")
+        return f"the package {error.name} is not installed; pip install 'penumbra-serving[{extra}]' brings it"
     if isinstance(error, PenumbraError) or error.errno is None or error.strerror is None:
         return str(error) or f"a file cannot be used ({type(error).__name__})"
     where = error.filename2 or error.filename

@@ -3,11 +3,14 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from penumbra import options as shared
+
+if TYPE_CHECKING:
+    from penumbra.export.importer import Imported
 
 
 @click.command(name="import")
@@ -29,86 +32,71 @@ from penumbra import options as shared
 @click.option("--dry", is_flag=True, help="Of a FORM: say what it is and what would happen, and write nothing.")
 @shared.STORE
 @shared.JSON
-def import_files(method: str, files: tuple[str, ...], output: Path | None, as_json: bool, **options: Any) -> None:
+def import_files(
+    method: str, files: tuple[str, ...], output: Path | None, as_json: bool, store: Path, **options: Any
+) -> None:
     """Import FILES of a METHOD's authors, or any network: a FORM is onnx, torchscript, pt2, or module PACKAGE:BUILD.
 
     A network is exported into the store, too. No file of torch.save is run. A FILE alone is asked what it is.
     """
     from penumbra.export.kinds import find_form
     from penumbra.export.networks import FORMS
+    from penumbra.export.report import print_imported, print_parity
+    from penumbra.serving.engine.store import open_artifact
 
     if not files:
         method, files = find_form(Path(method)), (method,)
+    directory = None
     if method in FORMS:
-        return _import_network(method, files, output, as_json=as_json, **options)
-    _import_published(method, files, output, as_json=as_json, **options)
+        imported, output, directory = _import_network(method, files, output, store, **options)
+    else:
+        imported, output = _import_published(method, files, output, **options)
+    for sentence in imported.warnings:
+        click.echo(f"penumbra: warning: {sentence}", err=True)
+    if as_json:
+        facts = {"file": str(output), "directory": directory and str(directory)}
+        click.echo(json.dumps(facts | dataclasses.asdict(imported)))
+        return
+    print_imported(imported, output, is_last=options["dry"] or bool(directory))
+    if directory:
+        print_parity(open_artifact(directory).card, directory, as_json=False)
 
 
 def _import_published(
-    method: str, files: tuple[str, ...], output: Path | None, *, as_json: bool, classes: str | None, protocol: Any,
-    sampling: str | None, store: Path, **others: Any,
-) -> None:  # fmt: skip
+    method: str, files: tuple[str, ...], output: Path | None, *, classes: str | None, protocol: Any,
+    sampling: str | None, **others: Any,
+) -> tuple["Imported", Path]:  # fmt: skip
     from penumbra.export.importer import import_checkpoint
-    from penumbra.export.report import print_imported
     from penumbra.models.classes import read_classes
 
     if foreign := [name for name, value in others.items() if value]:
         raise click.UsageError(f"--{foreign[0].replace('_', '-')} is for any network, and {method} is a method")
-    named = classes and read_classes(classes)
+    named = read_classes(classes) if classes else None
     paths = [Path(name) for name in files]
     for path in paths:
         if not path.is_file():
             raise click.UsageError(f"there is no file {path}")
     if output is None:
         raise click.UsageError("a method's checkpoint needs a name; add -o x.safetensors")
-    imported = import_checkpoint(method, paths, output, classes=named or None, protocol=protocol, sampling=sampling)
-    _warn(imported.warnings)
-    if as_json:
-        click.echo(json.dumps({"file": str(output)} | dataclasses.asdict(imported)))
-    else:
-        print_imported(imported, output)
+    return import_checkpoint(method, paths, output, classes=named, protocol=protocol, sampling=sampling), output
 
 
 def _import_network(
-    form: str, files: tuple[str, ...], output: Path | None, *, as_json: bool, pictures: Path | None,
-    backend: str | None, store: Path, no_export: bool, dry: bool, protocol: str, **options: Any,
-) -> None:  # fmt: skip
+    form: str, files: tuple[str, ...], output: Path | None, store: Path, *, pictures: Path | None, backend: str | None,
+    no_export: bool, dry: bool, protocol: str, **options: Any,
+) -> tuple["Imported", Path, Path | None]:  # fmt: skip
     from penumbra.export.bring import Given
     from penumbra.export.bundle import export_checkpoint
     from penumbra.export.networks import checkpoint_name, import_network
-    from penumbra.export.report import print_imported, print_parity
     from penumbra.models.checkpoint import SUFFIX
-    from penumbra.serving.engine.store import open_artifact
+    from penumbra.serving.files.inputs import find_images
 
     if len(files) != 1 or protocol != "published":
         raise click.UsageError(f"a {form} network is one file, and has no --protocol; {len(files)} files are named")
     given = Given(**options)
+    images = [Path(name) for name in find_images(str(pictures)).images] if pictures else []
     output = output or Path(checkpoint_name(files[0], given) + SUFFIX)
     imported = import_network(form, files[0], None if dry else output, given)
-    _warn(imported.warnings)
-    directory = None
-    if not dry and not no_export:
-        directory = export_checkpoint(output, store, backend=backend, pictures=_files_of(pictures))
-    if as_json:
-        facts = {"file": str(output), "directory": directory and str(directory)}
-        click.echo(json.dumps(facts | dataclasses.asdict(imported)))
-        return
-    print_imported(imported, output, is_last=dry or bool(directory))
-    if directory:
-        print_parity(open_artifact(directory).card, directory, as_json=False)
-
-
-def _files_of(pictures: Path | None) -> list[Path]:
-    from penumbra.serving.engine.decode import SUFFIXES
-
-    if pictures is None or pictures.is_file():
-        return [pictures] if pictures else []
-    found = sorted(path for path in pictures.iterdir() if path.suffix.lower() in SUFFIXES)
-    if not found:
-        raise click.UsageError(f"{pictures} has no pictures")
-    return found
-
-
-def _warn(sentences: tuple[str, ...]) -> None:
-    for sentence in sentences:
-        click.echo(f"penumbra: warning: {sentence}", err=True)
+    if dry or no_export:
+        return imported, output, None
+    return imported, output, export_checkpoint(output, store, backend=backend, pictures=images)

@@ -52,13 +52,13 @@ class PlainNetwork(Network):
 
     def encode(self, image_BChw: Tensor) -> Features:
         if self.config.masks:
-            return self.load().encode(image_BChw)  # type: ignore[operator, no-any-return]
+            return self.load().get_submodule("encode")(image_BChw)  # type: ignore[no-any-return]
         return (as_logits(self.load()(image_BChw), self.config.output),)
 
     def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
         if not self.config.masks:
             return torch.stack(features)
-        answer_SBKhw = self.load().decode(*features, noise_SBL)  # type: ignore[operator]
+        answer_SBKhw = self.load().get_submodule("decode")(*features, noise_SBL)
         logits_NKhw = as_logits(answer_SBKhw.flatten(0, 1), self.config.output)
         return logits_NKhw.reshape(noise_SBL.shape[:2] + logits_NKhw.shape[1:])
 
@@ -66,7 +66,7 @@ class PlainNetwork(Network):
         """Load the program, unless it is. Raises BadCheckpoint: it does not load here, or it would unpickle code."""
         if self.body is None:
             with torch.inference_mode(False), torch.no_grad():
-                self.body = load_program(self.config.form, self.as_bytes()).requires_grad_(False)
+                self.body = load_program(self.config.form, self.as_bytes())
         return self.body
 
     def as_bytes(self) -> bytes:
@@ -87,10 +87,6 @@ class PlainNetwork(Network):
             return super().state_dict(*arguments, **options)
         finally:
             self.body = body
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        self.body = None
-        super()._load_from_state_dict(*arguments)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.load()

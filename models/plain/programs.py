@@ -4,7 +4,6 @@ An ONNX graph is data. TorchScript and torch.export's programs are code, of torc
 where networks are imported and exported, and never by a server.
 """
 
-import importlib
 import io
 import os
 import re
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from penumbra.models.errors import BadCheckpoint, BadOption
+from penumbra.models.errors import BadCheckpoint, first_line
 from penumbra.models.plain.cut import partition
 
 PREFERRED = ("logits", "out")
@@ -34,16 +33,14 @@ CALLED = ("_operator", "math", "torch")
 
 
 def load_program(form: str, program: bytes) -> nn.Module:
-    """Load a program of a form. Raises BadCheckpoint: it does not load; BadOption: a library is missing."""
+    """Load a program of a form. Raises BadCheckpoint: it does not load; ModuleNotFoundError: ONNX needs onnxruntime."""
     readers = {"onnx": Onnx, "torchscript": _load_torchscript, "pt2": _load_pt2}
     try:
-        body: nn.Module = readers[form](program)
-    except (BadCheckpoint, BadOption):
+        return readers[form](program).requires_grad_(False)
+    except (BadCheckpoint, ModuleNotFoundError):
         raise
     except Exception as error:  # libraries fail in their own ways
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise BadCheckpoint(f"the {form} program cannot be loaded: {reason[:300]}") from None
-    return body
+        raise BadCheckpoint(f"the {form} program cannot be loaded: {first_line(error)}") from None
 
 
 class Onnx(nn.Module):
@@ -51,15 +48,11 @@ class Onnx(nn.Module):
 
     def __init__(self, program: bytes) -> None:
         super().__init__()
-        try:
-            runtime = importlib.import_module("onnxruntime")
-        except ModuleNotFoundError:
-            raise BadOption(
-                "an ONNX program needs onnxruntime, and it is not installed; pip install 'penumbra-serving[onnx]' helps"
-            ) from None
-        options = runtime.SessionOptions()
+        import onnxruntime  # an extra
+
+        options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what is wrong is in the error
-        self.session = runtime.InferenceSession(program, options, providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(program, options, providers=["CPUExecutionProvider"])
 
     def forward(self, image_BChw: Tensor) -> Tensor:
         (name,) = (entry.name for entry in self.session.get_inputs())
@@ -77,14 +70,6 @@ class Picked(nn.Module):
 
     def forward(self, image_BChw: Tensor) -> Tensor:
         return pick(self.body(image_BChw))
-
-
-class Halves(nn.Module):
-    """A program of a picture and masks, cut where the masks begin."""
-
-    def __init__(self, encode: nn.Module, decode: nn.Module) -> None:
-        super().__init__()
-        self.encode, self.decode = encode, decode
 
 
 def pick(answer: Any) -> Tensor:
@@ -106,10 +91,14 @@ def _load_torchscript(program: bytes) -> nn.Module:
 
 
 def _load_pt2(program: bytes) -> nn.Module:
-    """Load a program of torch.export, without the checks of its inputs, which cannot be traced."""
+    """Load a program of torch.export, without the checks of its inputs, which cannot be traced.
+
+    One of a picture and masks is cut where the masks begin, into `encode` and `decode`.
+    """
     exported = read_pt2(program)
     if len(exported.graph_signature.user_inputs) == 2:
-        return Halves(*partition(exported))
+        encode, decode = partition(exported)
+        return nn.ModuleDict({"encode": encode, "decode": decode})
     body = exported.module(check_guards=False)
     body._forward_pre_hooks.clear()
     return Picked(body)
