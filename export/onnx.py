@@ -9,7 +9,7 @@ import onnxscript  # noqa: F401  (torch's exporter needs both, and either may be
 import torch
 from torch.onnx import ONNXProgram
 
-from penumbra.export.onnx_program import encode_graph
+from penumbra.export.onnx_program import free_batch
 from penumbra.export.parts import Part, cut
 from penumbra.models.card import Card
 from penumbra.models.contract import Network
@@ -30,7 +30,7 @@ def write(
 def _model(network: Network, part: Part) -> onnx.ModelProto:
     """Convert a part, unless it is a graph already."""
     if isinstance(network, PlainNetwork) and network.config.form == "onnx" and part.name == "encode":
-        return encode_graph(network.as_bytes(), network.config.output)
+        return free_batch(network.as_bytes())
     return to_onnx(part).model_proto
 
 

@@ -1,17 +1,14 @@
-"""Read an ONNX program, and make an artifact's graph of it: the program itself, and logits behind it."""
+"""Read an ONNX program, and make an artifact's graph of it: the program itself, for any number of windows."""
 
 import onnx
 import torch
 from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto, helper
-from onnx.compose import add_prefix_graph
-from onnx.parser import parse_graph
 from torch import Tensor
 
 from penumbra.export.bring import WITHOUT_ARGMAX, Brought, read_file
 from penumbra.export.given import find_facts, parse_value
 from penumbra.models.errors import BadCheckpoint, BadOption, first_line
-from penumbra.models.plain.net import LEAST
 from penumbra.models.plain.programs import PREFERRED, Onnx, load_program
 
 DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
@@ -19,28 +16,6 @@ DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
 FEW = 8
 """Channels, at most, of a picture whose channels could be its last axis."""
 FREE_BATCH = "export it with a first axis that is free (dynamic_axes={'image': {0: 'B'}})"
-PREFIX = "penumbra_"
-"""How the names of the values begin that are added."""
-LOG = f"""
-    least = Constant<value = float {{ {LEAST} }}>()
-    positive = Max(prob, least)
-    logits = Log(positive)
-"""
-AS_LOGITS = {
-    "sigmoid logit": """
-    zero = Sub(answer, answer)
-    logits = Concat<axis = 1>(zero, answer)
-    """,
-    "sigmoid": f"""
-    one = Constant<value = float {{ 1.0 }}>()
-    other = Sub(one, answer)
-    prob = Concat<axis = 1>(other, answer)
-    {LOG}""",
-    "probabilities": f"""
-    prob = Identity(answer)
-    {LOG}""",
-}
-"""What `penumbra.models.plain.net.as_logits` does to an answer, in ONNX's own words."""
 
 
 def read_onnx(source: str, tensor: str | None) -> Brought:
@@ -66,7 +41,7 @@ def read_onnx(source: str, tensor: str | None) -> Brought:
         program = model.SerializeToString()
 
     def in_batches(image_BChw: Tensor) -> Tensor:
-        session = Onnx(encode_graph(program, "logits").SerializeToString()).session
+        session = Onnx(free_batch(program).SerializeToString()).session
         return torch.from_numpy(session.run(None, {picture.name: image_BChw.numpy()})[0])
 
     scores = [node.input[0] for node in graph.node if node.op_type == "ArgMax"]
@@ -118,20 +93,11 @@ def _choose_output(graph: GraphProto, tensor: str | None) -> tuple[str, ...]:
     return (f"of its outputs {', '.join(outputs)}, {name} is taken; --tensor names another",)
 
 
-def encode_graph(program: bytes, output: str) -> ModelProto:
-    """Free the batch axis of a program, and let it give logits, as `penumbra.models.plain.net.as_logits` does."""
+def free_batch(program: bytes) -> ModelProto:
+    """Make a graph of a program that takes any number of windows at once."""
     model = onnx.load_model_from_string(program)
-    graph = model.graph
-    del graph.value_info[:]
-    (answer,) = graph.output
-    answer.type.tensor_type.ClearField("shape")
-    for value in _inputs(graph):
+    del model.graph.value_info[:]
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    for value in _inputs(model.graph):
         value.type.tensor_type.shape.dim[0].dim_param = "windows"
-    if output != "logits":
-        behind = parse_graph(f"behind (float answer) => (float logits) {{ {AS_LOGITS[output]} }}")
-        behind = add_prefix_graph(behind, PREFIX)
-        graph.node.append(helper.make_node("Identity", [answer.name], [f"{PREFIX}answer"]))
-        graph.node.extend(behind.node)
-        del graph.output[:]
-        graph.output.append(helper.make_tensor_value_info(f"{PREFIX}logits", TensorProto.FLOAT, None))
     return model

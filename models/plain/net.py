@@ -34,8 +34,8 @@ class PlainConfig:
 
 
 class PlainNetwork(Network):
-    """encode runs the program, and decode gives its logits as the one sample that there is; or, where it takes masks,
-    each runs its part of it.
+    """encode runs the program, and decode makes logits of its answer, the one sample that there is; or, where it takes
+    masks, each runs its part of it.
 
     A module that holds a loaded program, `body`, is no part of the state: its weights are in the program's bytes.
     """
@@ -53,14 +53,12 @@ class PlainNetwork(Network):
     def encode(self, image_BChw: Tensor) -> Features:
         if self.config.masks:
             return self.load().get_submodule("encode")(image_BChw)  # type: ignore[no-any-return]
-        return (as_logits(self.load()(image_BChw), self.config.output),)
+        return (self.load()(image_BChw),)
 
     def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
-        if not self.config.masks:
-            return torch.stack(features)
-        answer_SBKhw = self.load().get_submodule("decode")(*features, noise_SBL)
-        logits_NKhw = as_logits(answer_SBKhw.flatten(0, 1), self.config.output)
-        return logits_NKhw.reshape(noise_SBL.shape[:2] + logits_NKhw.shape[1:])
+        if self.config.masks:
+            return as_logits(self.load().get_submodule("decode")(*features, noise_SBL), self.config.output)
+        return as_logits(torch.stack(features), self.config.output)
 
     def load(self) -> nn.Module:
         """Load the program, unless it is. Raises BadCheckpoint: it does not load here, or it would unpickle code."""
@@ -94,13 +92,16 @@ class PlainNetwork(Network):
         return self
 
 
-def as_logits(answer_BKhw: Tensor, output: str) -> Tensor:
-    """Give logits whose softmax are the answer's probabilities: of one channel, a sigmoid's, [0, z] of two classes."""
+def as_logits(answer_Khw: Tensor, output: str) -> Tensor:
+    """Give logits whose softmax are the answer's probabilities: of one channel, a sigmoid's, [0, z] of two classes.
+
+    There may be any axes in front of those of the answer.
+    """
     if output == "logits":
-        return answer_BKhw
+        return answer_Khw
     if output == "sigmoid logit":
-        return torch.cat((torch.zeros_like(answer_BKhw), answer_BKhw), dim=1)
-    prob_BKhw = answer_BKhw.to(torch.promote_types(answer_BKhw.dtype, torch.float32))
+        return torch.cat((torch.zeros_like(answer_Khw), answer_Khw), dim=-3)
+    prob_Khw = answer_Khw.to(torch.promote_types(answer_Khw.dtype, torch.float32))
     if output == "sigmoid":
-        prob_BKhw = torch.cat((1 - prob_BKhw, prob_BKhw), dim=1)
-    return prob_BKhw.clamp_min(LEAST).log()
+        prob_Khw = torch.cat((1 - prob_Khw, prob_Khw), dim=-3)
+    return prob_Khw.clamp_min(LEAST).log()
