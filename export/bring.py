@@ -90,40 +90,39 @@ def read_program(source: str) -> Brought:
     return Brought("pt2", program, origin, body, body, channels, height, width)
 
 
-def build_module(source: str, weights: Path | None, said: Facts) -> Brought:
-    """Build a module by the user's own code, fill it, and keep it as a program of torch.export, or else of TorchScript.
+def build_module(source: str, given: Given, said: Facts) -> Brought:
+    """Build a module by the user's own code, fill it, and keep it as a program of torch.export.
 
     source: PACKAGE:BUILD, a function or class, with keyword arguments where it takes some: `nets:UNet(classes=3)`.
     """
     network = _call(source).eval().requires_grad_(False)
+    weights = given.weights
     left_out, notes = fill_from(network, weights) if weights else ((), (UNFILLED,))
     origin = f"{source}; {weights.name}, sha256 {sha256_of(weights)}" if weights else source
     facts, channels = _facts_of(network), _channels_of(network)
     height, width = size_of(facts | said, None, None)
     picked = Picked(network).eval()
-    form, program, kept = _keep(picked, torch.zeros(2, input_of(facts | said, channels)[0].num_bands, height, width))
+    program = _export(picked, torch.zeros(2, input_of(facts | said, channels)[0].num_bands, height, width))
     return Brought(
-        form, program, f"{origin}, {form}", picked, load_program(form, program), channels, height, width, facts,
-        notes=(*notes, *kept), left_out=left_out,
+        "pt2", program, f"{origin}, pt2", picked, load_program("pt2", program), channels, height, width, facts,
+        notes=notes, left_out=left_out,
     )  # fmt: skip
 
 
-def _keep(network: nn.Module, image_BChw: Tensor) -> tuple[str, bytes, tuple[str, ...]]:
-    """Make a program of a module; returns its form, its bytes, and a sentence where it is not the usual form."""
+def _export(network: nn.Module, image_BChw: Tensor) -> bytes:
+    """Make a program of a module. No trace stands in where that fails: it would keep one way of every branch."""
     buffer = io.BytesIO()
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of exporters in motion; what comes out is compared with the module
+        warnings.simplefilter("ignore")  # of an exporter in motion; what comes out is compared with the module
         try:
             exported = torch.export.export(network, (image_BChw,), dynamic_shapes=({0: Dim.DYNAMIC},))
             torch.export.save(exported, buffer)
-            return "pt2", buffer.getvalue(), ()
-        except Exception as error:  # of many kinds
-            buffer, reason = io.BytesIO(), first_line(error)
-        try:
-            torch.jit.save(torch.jit.trace(network, (image_BChw,), check_trace=False), buffer)  # type: ignore[no-untyped-call]
-        except Exception as error:  # the user's code
-            raise BadCheckpoint(f"it fails on pictures {list(image_BChw.shape)}: {first_line(error)}") from None
-    return "torchscript", buffer.getvalue(), (f"torch.export cannot take it ({reason}), so TorchScript is kept",)
+        except Exception as error:  # of many kinds, the user's code among them
+            raise BadCheckpoint(
+                f"torch.export cannot take it on pictures {list(image_BChw.shape)} ({first_line(error)}); leave out "
+                "what chooses its way by pixels, or bring a trace that you have checked: penumbra import torchscript"
+            ) from None
+    return buffer.getvalue()
 
 
 def _call(source: str) -> nn.Module:

@@ -94,7 +94,7 @@ def _import(form: str, source: str, name: str, given: Given) -> tuple[Imported, 
 
 def _read(form: str, source: str, given: Given, facts: Facts) -> Brought:
     if form == "module":
-        return build_module(source, given.weights, facts)
+        return build_module(source, given, facts)
     if form == "onnx":
         from penumbra.export.onnx_program import read_onnx  # needs a library that the others do not
 

@@ -72,12 +72,9 @@ def _import_published(
     if foreign := [name for name, value in others.items() if value]:
         raise click.UsageError(f"--{foreign[0].replace('_', '-')} is for any network, and {method} is a method")
     named = read_classes(classes) if classes else None
-    paths = [Path(name) for name in files]
-    for path in paths:
-        if not path.is_file():
-            raise click.UsageError(f"there is no file {path}")
     if output is None:
         raise click.UsageError("a method's checkpoint needs a name; add -o x.safetensors")
+    paths = [Path(name) for name in files]
     return import_checkpoint(method, paths, output, classes=named, protocol=protocol, sampling=sampling), output
 
 

@@ -280,9 +280,8 @@ def test_what_transformers_saved_beside_the_weights_of_a_module_is_read(tmp_path
     assert (card.window.height, card.window.width, card.input.mean) == (32, 48, (0.5,) * 3)
 
 
-def test_a_module_that_torch_export_cannot_take_is_kept_as_torchscript_and_says_so(tmp_path: Path, module: str) -> None:
-    imported = import_network("module", f"{module}:Odd", tmp_path / "ours.safetensors", Given(input=SAID))
-    assert imported.card.config["form"] == "torchscript" and "TorchScript is kept" in " ".join(imported.notes)
+def test_a_module_that_chooses_its_way_by_pixels_is_refused_and_not_traced(module: str) -> None:
+    refused(f"{module}:Odd", "module", "torch.export cannot take it", "penumbra import torchscript")
 
 
 @pytest.mark.parametrize(
