@@ -25,7 +25,6 @@ from penumbra.models.plain.programs import Picked, load_program, read_pt2
 from penumbra.serving.engine.store import sha256_of
 
 WITHOUT_ARGMAX = "bring it without its argmax, so that it gives the logits that go into it"
-FREE_BATCH = "export it with a batch axis that is free (dynamic_shapes={0: Dim.DYNAMIC})"
 UNFILLED = "no --weights are named, so the network has those that its code gave it"
 
 
@@ -49,9 +48,9 @@ class Brought:
     """A program that was read, and what is known of it.
 
     run: the network as it was brought. in_batches: as it is exported. channels, height, width: what it takes alone;
-    None where that is free or unknown. facts: what it says of its pictures and classes. without_argmax, free_batch:
-    what helps against an answer of class numbers, and against a batch axis of fixed size. notes: sentences for whoever
-    imports. left_out: names of tensors beside the network's.
+    None where that is free or unknown. facts: what it says of its pictures and classes. without_argmax: what helps
+    against an answer of class numbers. notes: sentences for whoever imports. left_out: names of tensors beside the
+    network's.
     """
 
     form: str
@@ -64,7 +63,6 @@ class Brought:
     width: int | None = None
     facts: Facts = field(default_factory=dict)
     without_argmax: str = WITHOUT_ARGMAX
-    free_batch: str = FREE_BATCH
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
 

@@ -27,6 +27,11 @@ SAMPLINGS = ("dropout", "views", "none")
 FORMS = ("onnx", "torchscript", "pt2", "module")
 ROUNDING = 1e-3
 """A sum of probabilities is 1 up to it, and answers are the same, relative to the largest."""
+FREE_BATCH = (
+    "export it with a batch axis that is free: dynamic_shapes={0: Dim.DYNAMIC} of torch.export, "
+    "dynamic_axes={'image': {0: 'B'}} of torch.onnx"
+)
+OTHER_SIZE = "--input 'size=HEIGHTxWIDTH' gives it windows of another size"
 ALONE = "one pass has no mutual information; --views flip has, and `penumbra ensemble` of several trainings"
 MEAN = "labels are of the mean of the samples; --sampling none keeps the network's own pass"
 
@@ -62,6 +67,7 @@ def checkpoint_name(source: str, given: Given) -> str:
 
 
 def _import(form: str, source: str, name: str, given: Given) -> tuple[Imported, PlainNetwork]:
+    """Make card and network, and sentences on both; what is refused does not say of which source."""
     said, beside = read_facts(given.input or ""), facts_beside(given.weights or Path(source))
     brought = _read(form, source, given, beside | said)
     facts = beside | brought.facts | said
@@ -128,16 +134,15 @@ def _try_out(brought: Brought, probes: Sequence[Tensor]) -> tuple[str, list[int]
 
     Raises BadCheckpoint: it does not run, gives something else than a map of classes, or other answers in a batch.
     """
-    other_size = "--input 'size=HEIGHTxWIDTH' gives it windows of another size"
-    answers = [_run(brought.run, probe, other_size) for probe in probes]
-    if not torch.equal(answers[0].nan_to_num(), _run(brought.run, probes[0], other_size).nan_to_num()):
+    answers = [_run(brought.run, probe, OTHER_SIZE) for probe in probes]
+    if not torch.equal(answers[0].nan_to_num(), _run(brought.run, probes[0], OTHER_SIZE).nan_to_num()):
         raise BadCheckpoint("it answers otherwise each time it is asked, so it is random in eval mode too; a dropout "
                             "that is one of training alone, as nn.Dropout or F.dropout(x, p, self.training), becomes "
                             "samples")  # fmt: skip
     kind = _kind_of(answers, list(probes[0].shape), brought.without_argmax)
-    if not _is_same(_run(brought.in_batches, torch.cat([*probes]), brought.free_batch), torch.cat(answers)):
+    if not _is_same(_run(brought.in_batches, torch.cat([*probes]), FREE_BATCH), torch.cat(answers)):
         raise BadCheckpoint(f"its {brought.form} program answers several windows at once otherwise than it does one by "
-                            f"one; {brought.free_batch}")  # fmt: skip
+                            f"one; {FREE_BATCH}")  # fmt: skip
     return kind, list(answers[0].shape)
 
 

@@ -15,7 +15,6 @@ DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
 """Domains of the operators that onnxruntime has."""
 FEW = 8
 """Channels, at most, of a picture whose channels could be its last axis."""
-FREE_BATCH = "export it with a first axis that is free (dynamic_axes={'image': {0: 'B'}})"
 
 
 def read_onnx(source: str, tensor: str | None) -> Brought:
@@ -50,7 +49,7 @@ def read_onnx(source: str, tensor: str | None) -> Brought:
         "onnx", program, origin, load_program("onnx", program), in_batches, channels, height, width,
         facts=find_facts({entry.key: parse_value(entry.value) for entry in model.metadata_props}),
         without_argmax=f"add --tensor {scores[-1]}, which goes into its ArgMax" if scores else WITHOUT_ARGMAX,
-        free_batch=FREE_BATCH, notes=notes,
+        notes=notes,
     )  # fmt: skip
 
 

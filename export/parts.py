@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from penumbra.models.card import Card
 from penumbra.models.contract import Features, Network, Prompt
-from penumbra.models.errors import BadOption
+from penumbra.models.errors import BadOption, first_line
 from penumbra.serving.engine.backends import DTYPES
 from penumbra.serving.engine.runtime import SIZES
 from penumbra.serving.engine.store import Golden
@@ -42,7 +42,7 @@ class Part:
         try:
             return torch.export.export(self.module, self.example, dynamic_shapes=free)
         except (ValueError, torch._dynamo.exc.UserError) as error:
-            raise BadOption(f"{self.name} cannot be exported for every size: {str(error).splitlines()[0]}") from None
+            raise BadOption(f"{self.name} cannot be exported for every size: {first_line(error)}") from None
 
     def ranges(self, position: int, card: Card) -> list[tuple[int, int, int]]:
         """Give least, best and most of every axis of an input: what an engine is built for.

@@ -51,8 +51,6 @@ def import_files(
         imported, output, directory = _import_network(method, files, output, store, **options)
     else:
         imported, output = _import_published(method, files, output, **options)
-    for sentence in imported.warnings:
-        click.echo(f"penumbra: warning: {sentence}", err=True)
     if as_json:
         facts = {"file": str(output), "directory": directory and str(directory)}
         click.echo(json.dumps(facts | dataclasses.asdict(imported)))
@@ -75,7 +73,9 @@ def _import_published(
     if output is None:
         raise click.UsageError("a method's checkpoint needs a name; add -o x.safetensors")
     paths = [Path(name) for name in files]
-    return import_checkpoint(method, paths, output, classes=named, protocol=protocol, sampling=sampling), output
+    imported = import_checkpoint(method, paths, output, classes=named, protocol=protocol, sampling=sampling)
+    _warn(imported)
+    return imported, output
 
 
 def _import_network(
@@ -94,6 +94,12 @@ def _import_network(
     images = [Path(name) for name in find_images(str(pictures)).images] if pictures else []
     output = output or Path(checkpoint_name(files[0], given) + SUFFIX)
     imported = import_network(form, files[0], None if dry else output, given)
+    _warn(imported)
     if dry or no_export:
         return imported, output, None
     return imported, output, export_checkpoint(output, store, backend=backend, pictures=images)
+
+
+def _warn(imported: "Imported") -> None:
+    for sentence in imported.warnings:
+        click.echo(f"penumbra: warning: {sentence}", err=True)
