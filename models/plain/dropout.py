@@ -50,8 +50,8 @@ def mask_dropouts(program: ExportedProgram, image_BChw: Tensor) -> Masked:
     """
     module = program.module(check_guards=False)
     nodes = list(module.graph.nodes)
-    image, *others = (node for node in nodes if node.op == "placeholder")
-    _check(nodes, image, others)
+    (image,) = (node for node in nodes if node.op == "placeholder")
+    _check(nodes, image)
     logits = _find_answer(program, nodes[-1].args[0])
     used = ancestors([logits])
     with module.graph.inserting_after(image):
@@ -92,9 +92,7 @@ def _find_answer(program: ExportedProgram, outputs: Sequence[fx.Node]) -> fx.Nod
     return by_value[id(answer)]
 
 
-def _check(nodes: Sequence[fx.Node], image: fx.Node, others: Sequence[fx.Node]) -> None:
-    if others:
-        raise BadOption(f"the program takes {1 + len(others)} inputs; one picture is wanted")
+def _check(nodes: Sequence[fx.Node], image: fx.Node) -> None:
     if isinstance(image.meta["val"].shape[0], int):
         raise BadOption("the program takes a fixed number of pictures; export it with a dynamic first axis")
     for node in nodes:
