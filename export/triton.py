@@ -62,21 +62,20 @@ class _Normalise(nn.Module):
 
     factor_C: Tensor
     offset_C: Tensor
-    least_C: Tensor
-    most_C: Tensor
+    bounds_2C: Tensor | None
 
     def __init__(self, spec: InputSpec) -> None:
         super().__init__()
         self.bgr = spec.order == "BGR"
-        (factor_C, offset_C), (least_C, most_C) = map(torch.tensor, spec.factor_offset), map(torch.tensor, spec.bounds)
-        self.register_buffer("factor_C", factor_C)
-        self.register_buffer("offset_C", offset_C)
-        self.register_buffer("least_C", least_C)
-        self.register_buffer("most_C", most_C)
+        for name, values in zip(("factor_C", "offset_C"), spec.factor_offset, strict=True):
+            self.register_buffer(name, torch.tensor(values))
+        self.register_buffer("bounds_2C", torch.tensor(spec.bounds) if spec.bounds else None)
 
     def forward(self, image_BHWC: Tensor) -> Tensor:
         pixels_BHWC = image_BHWC.flip(3) if self.bgr else image_BHWC
-        values_BHWC = (pixels_BHWC.float() * self.factor_C + self.offset_C).clamp(self.least_C, self.most_C)
+        values_BHWC = pixels_BHWC.float() * self.factor_C + self.offset_C
+        if self.bounds_2C is not None:
+            values_BHWC = values_BHWC.clamp(self.bounds_2C[0], self.bounds_2C[1])
         return values_BHWC.permute(0, 3, 1, 2)
 
 

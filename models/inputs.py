@@ -1,6 +1,5 @@
 """What a picture is to a network: its bands and their type, how values become network input, and the scale."""
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -51,18 +50,16 @@ class InputSpec:
     @property
     def factor_offset(self) -> tuple[list[float], list[float]]:
         """The same as one multiply-add: input = values * factor + offset, per band in `order`."""
-        if not self.low:
-            factor = [1 / (self.scale * std) for std in self.std]
-            return factor, [-mean / std for mean, std in zip(self.mean, self.std, strict=True)]
-        rows = list(zip(self.low, self.high, self.mean, self.std, strict=True))
+        low, high = self.low or (0.0,) * self.num_bands, self.high or (self.scale,) * self.num_bands
+        rows = list(zip(low, high, self.mean, self.std, strict=True))
         factor = [1 / ((high - low) * std) for low, high, _, std in rows]
         return factor, [(low / (low - high) - mean) / std for low, high, mean, std in rows]
 
     @property
-    def bounds(self) -> tuple[list[float], list[float]]:
-        """The least and the largest network input of every band, in `order`: infinite unless `clip`."""
+    def bounds(self) -> tuple[list[float], list[float]] | None:
+        """The least and the largest network input of every band, in `order`, where values are clipped."""
         if not self.clip:
-            return [-math.inf] * self.num_bands, [math.inf] * self.num_bands
+            return None
         ends = [sorted(((0 - mean) / std, (1 - mean) / std)) for mean, std in zip(self.mean, self.std, strict=True)]
         return [least for least, _ in ends], [most for _, most in ends]
 

@@ -15,7 +15,7 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-const int penumbra_interface = 2; /* INTERFACE of kernels.py: a build of other arguments is not called. */
+const int penumbra_interface = 3; /* INTERFACE of kernels.py: a build of other arguments is not called. */
 
 /* exp(x) for x <= 0: 2^n * e^r with |r| <= ln 2 / 2 and a polynomial of degree 6; relative error < 1e-7. */
 INLINE float exp_nonpositive(float x) {
@@ -71,15 +71,12 @@ INLINE void source(long i, long length, long size, int align_corners, long *belo
 #define NORMALISE(type) \
     for (long y = 0; y < rows; y++) { \
         const type *restrict from = (const type *)(pixels + y * stride); \
-        for (long i = 0; i < length; i++) { \
-            float v = (float)from[i] * factor[i] + offset[i]; \
-            v = v < least[i] ? least[i] : v; \
-            out[y * length + i] = v > most[i] ? most[i] : v; \
-        } \
+        for (long i = 0; i < length; i++) out[y * length + i] = (float)from[i] * factor[i] + offset[i]; \
     }
 
 /* out[row][i] = pixels[row][i] * factor[i] + offset[i], rounded twice as in the plain form, and held within least[i] and
- * most[i]; a row of pixels is `stride` bytes after the one before. kind: 0 is uint8, 1 uint16, 2 int16 and 3 float. */
+ * most[i] unless those are NULL; a row of pixels is `stride` bytes after the one before. kind: 0 is uint8, 1 uint16,
+ * 2 int16 and 3 float. */
 #if defined(__GNUC__) && !defined(__clang__)
 __attribute__((optimize("fp-contract=off")))
 #endif
@@ -92,6 +89,11 @@ FOR_EACH_CPU void penumbra_normalise(
         case 2: NORMALISE(int16_t) break;
         default: NORMALISE(float)
     }
+    for (long y = 0; least && y < rows; y++)
+        for (long i = 0; i < length; i++) {
+            float v = out[y * length + i] < least[i] ? least[i] : out[y * length + i];
+            out[y * length + i] = v > most[i] ? most[i] : v;
+        }
 }
 
 /* Adds, for output rows [y0, y1), the softmax of every resized sample to the first K channels of stats[h][C][w], and its

@@ -22,7 +22,7 @@ log = logging.getLogger("penumbra")
 FloatArray = NDArray[np.float32]
 
 
-INTERFACE = 2
+INTERFACE = 3
 """The number that kernels.c has; both go up when a function's arguments change."""
 KINDS = ("uint8", "uint16", "int16", "float32")
 """Types of pictures, as kernels.c counts them."""
@@ -48,7 +48,7 @@ COMPILED = load(Path(__file__).parent)
 def normalise(pixels_hwC: NDArray[Any], norm: Sequence[FloatArray]) -> FloatArray:
     """pixels * factor + offset, held within least and most, as float32 [h, w, C]. Views of whole pixels are fine.
 
-    norm: those four, each of the length of a row.
+    norm: those four, or factor and offset alone, each of the length of a row.
     """
     rows, columns, channels = pixels_hwC.shape
     row_bytes = pixels_hwC.strides[0]
@@ -56,7 +56,7 @@ def normalise(pixels_hwC: NDArray[Any], norm: Sequence[FloatArray]) -> FloatArra
     out = np.empty((rows, columns, channels), np.float32)
     COMPILED.penumbra_normalise(
         _pointer(pixels_hwC), *_longs(KINDS.index(pixels_hwC.dtype.name), row_bytes, rows, columns * channels),
-        *map(_pointer, norm), _pointer(out),
+        *map(_pointer, norm), *(None,) * (4 - len(norm)), _pointer(out),
     )  # fmt: skip
     return out
 

@@ -152,10 +152,9 @@ def cut(image_HWC: Pixels, window: Window, plan: WindowPlan, *, spec: WindowSpec
         return pixels
     if spec.padding == "mirror":
         return np.pad(pixels, (*beyond, (0, 0)), mode="symmetric")
-    fits = plan.height <= plan.window_height and plan.width <= plan.window_width
     padded = np.zeros((window.height, window.width, norm.num_bands), np.float32)
-    if spec.padding == "black" or (spec.padding == "mean_or_black" and not fits):
-        padded += normalise(np.zeros((1, 1, norm.num_bands), norm.dtype), norm)
+    if is_black_beyond(plan, spec):
+        padded += black(norm)
     inside = tuple(slice(before, size - after) for (before, after), size in zip(beyond, padded.shape[:2], strict=True))
     padded[inside] = pixels
     return padded
@@ -169,14 +168,26 @@ def clip(window: Window, plan: WindowPlan) -> tuple[slice, slice, tuple[tuple[in
     return slice(y0, y1), slice(x0, x1), beyond
 
 
+def is_black_beyond(plan: WindowPlan, spec: WindowSpec) -> bool:
+    """Tell whether black stands beyond an image, rather than zeros (`WindowSpec.padding`)."""
+    fits = plan.height <= plan.window_height and plan.width <= plan.window_width
+    return spec.padding == "black" or (spec.padding == "mean_or_black" and not fits)
+
+
+def black(norm: InputSpec) -> FloatArray:
+    """Give what the network sees where all values are 0, per band: float32 [C]."""
+    black_C: FloatArray = normalise(np.zeros((1, 1, norm.num_bands), norm.dtype), norm)[0, 0]
+    return black_C
+
+
 def normalise(pixels_hwC: NDArray[Any], norm: InputSpec) -> FloatArray:
     """Make network input of values by the card's rule, in its channel order: float32 [h, w, C]."""
     if norm.order == "BGR":
         pixels_hwC = pixels_hwC[:, :, ::-1]
     height, width, num_bands = pixels_hwC.shape
-    rows = [np.tile(np.asarray(values, np.float32), width) for values in (*norm.factor_offset, *norm.bounds)]
+    rows = [np.tile(np.asarray(values, np.float32), width) for values in (*norm.factor_offset, *(norm.bounds or ()))]
     if kernels.COMPILED and kernels.is_packed(pixels_hwC):
         return kernels.normalise(pixels_hwC, rows)
     normalised: FloatArray = pixels_hwC.reshape(height, num_bands * width) * rows[0]  # whole rows: five times as fast
     normalised += rows[1]
-    return normalised.clip(*rows[2:], out=normalised).reshape(height, width, num_bands)
+    return (normalised.clip(*rows[2:]) if norm.clip else normalised).reshape(height, width, num_bands)

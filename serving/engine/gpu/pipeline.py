@@ -16,7 +16,7 @@ from penumbra.serving.engine.canvas import Landing, Surface, read_out, segments_
 from penumbra.serving.engine.moments import Statistics
 from penumbra.serving.engine.prompts import Boxes, Tags
 from penumbra.serving.engine.steps import Steps, WindowInput
-from penumbra.serving.engine.windows import Window
+from penumbra.serving.engine.windows import Window, black, is_black_beyond
 
 BOXES = 64
 """Boxes that are drawn together; each takes a row of every class in every window while they are."""
@@ -28,25 +28,19 @@ class DeviceSteps(Steps):
     def __init__(self, card: Card, device: torch.device) -> None:
         super().__init__(card, device)
         spec = card.input
-        (factor_C, offset_C), bounds_2C = (np.array(x, np.float32) for x in (spec.factor_offset, spec.bounds))
-        factor, offset, self._black_C = map(self.transfers.up, (factor_C, offset_C, offset_C.clip(*bounds_2C)))
-        bounds = self.transfers.up(bounds_2C) if spec.clip else None
+        factor, offset = (self.transfers.up(np.array(values, np.float32)) for values in spec.factor_offset)
+        bounds = self.transfers.up(np.array(spec.bounds, np.float32)) if spec.clip else None
+        self._black_C = self.transfers.up(black(spec))
         self._norm = operators.Norm(
             factor, offset, torch.zeros_like(offset), card.window.padding == "mirror", spec.order == "BGR", bounds
         )
 
     def cut(self, inputs: Sequence[WindowInput]) -> Tensor:
         """Cut the windows as the network takes them, image_B3hw in channels-last."""
-        is_black = [self._is_black(one) for one in inputs]
+        is_black = [is_black_beyond(one.plan, self.card.window) for one in inputs]
         order = np.argsort(is_black, kind="stable")
         parts = [self._cut([inputs[i] for i in order if is_black[i] == kind], kind) for kind in sorted({*is_black})]
         return parts[0] if len(parts) == 1 else torch.cat(parts)[self.transfers.up(np.argsort(order))]
-
-    def _is_black(self, one: WindowInput) -> bool:
-        """Tell whether black stands beyond a window's image, rather than zeros (`WindowSpec.padding`)."""
-        plan, padding = one.plan, self.card.window.padding
-        fits = plan.height <= plan.window_height and plan.width <= plan.window_width
-        return padding == "black" or (padding == "mean_or_black" and not fits)
 
     def _cut(self, inputs: Sequence[WindowInput], is_black: bool) -> Tensor:
         pairs, table = placed(inputs), list[int]()
