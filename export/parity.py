@@ -22,7 +22,7 @@ from penumbra.serving.engine.uncertainty import Band
 from penumbra.serving.engine.windows import clip, cover, cut
 
 Frame = tuple[NDArray[np.uint8], NDArray[np.uint8]]
-"""image_HW3 and label_HW, IGNORE where nothing is labelled."""
+"""image_HWC and label_HW, IGNORE where nothing is labelled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +80,11 @@ def measure_frames(network: Network, graphs: Backend, card: Card, frames: Iterab
     """
     figures, num_frames, num_classes = [], 0, card.num_classes
     confusion_2KK = torch.zeros(2, num_classes, num_classes, dtype=torch.int64)
-    for image_HW3, label_HW in frames:
+    for image_HWC, label_HW in frames:
         num_frames += 1
         plan = cover(label_HW.shape[0], label_HW.shape[1], card.window)
         for window in plan:
-            image = torch.from_numpy(cut(image_HW3, window, plan, spec=card.window, norm=card.input)).permute(2, 0, 1)
+            image = torch.from_numpy(cut(image_HWC, window, plan, spec=card.window, norm=card.input)).permute(2, 0, 1)
             noise = SeededNoise(card.sampling, seed=0, num_samples=card.sampling.default_samples).draw(window.index)
             noise_SBL = torch.from_numpy(noise)[:, None]
             expected, exported = (half.decode(half.encode(image[None]), noise_SBL).cpu() for half in (network, graphs))

@@ -114,7 +114,7 @@ def collect(
     return Prediction(
         card, plan.options.seed, request.num_samples, plan.windows.num_windows, plan.sampling.members, warnings,
         labels_HW, {name: maps[name] for name in maps if name in card.maps(request.num_members)}, request.timing_ms,
-        abstained, request.image_HW3, prob_KHW, plan.num_samples if plan.options.anytime else None, num_void=num_void,
+        abstained, request.image_HWC, prob_KHW, plan.num_samples if plan.options.anytime else None, num_void=num_void,
         scores=scores, views=plan.views,
     )  # fmt: skip
 
@@ -126,13 +126,13 @@ def _count_ignored(labels_HW: NDArray[np.uint8], request: QueuedRequest) -> tupl
     another process's.
     """
     windows, has_withheld = request.plan.windows, bool(request.plan.options.risks)
-    if not has_withheld and not request.image_HW3.can_be_void:
+    if not has_withheld and not request.image_HWC.can_be_void:
         return 0, None
     num_ignored, num_void = 0, 0
     for y in range(0, windows.size[0], windows.window_height):
         rows = slice(y, y + windows.window_height)
         num_ignored += int(np.count_nonzero(labels_HW[rows] == IGNORE))
-        void_hW = request.image_HW3.void(rows) if has_withheld else None
+        void_hW = request.image_HWC.void(rows) if has_withheld else None
         num_void += 0 if void_hW is None else int(np.count_nonzero(void_hW))
     if not has_withheld:
         return num_ignored, None
@@ -143,7 +143,7 @@ def _count_ignored(labels_HW: NDArray[np.uint8], request: QueuedRequest) -> tupl
 def _warnings(request: QueuedRequest) -> tuple[str, ...]:
     """Say what a caller should know: of the image, and of windows, samples or a risk that are not the usual ones."""
     plan, card, options = request.plan, request.plan.card, request.plan.options
-    warnings = request.image_HW3.warnings + plan.of_scale
+    warnings = request.image_HWC.warnings + plan.of_scale
     trained, run = card.window.trained, (plan.windows.window_height, plan.windows.window_width)
     if trained not in (None, run):
         warnings += (

@@ -9,6 +9,7 @@ lane, from a picture whose rows went up once, as they came, and finished rows co
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,13 +102,13 @@ class Surface:
     """
 
     def __init__(
-        self, image_HW3: Raster, plan: WindowPlan, wanted: Wanted, *, transfers: Transfers, channels: int,
+        self, image_HWC: Raster, plan: WindowPlan, wanted: Wanted, *, transfers: Transfers, channels: int,
         first_y: int = 0, most: int,
     ) -> None:  # fmt: skip
         """first_y: the row of the image whose band is the first to be finished. most: windows of a batch."""
         self.plan, self.wanted, self.most, self.blended = plan, wanted, most, -1
-        self._image_HW3, self._transfers = at_size(image_HW3, (plan.height, plan.width)), transfers
-        self._original_HW3 = image_HW3
+        self._image_HWC, self._transfers = at_size(image_HWC, (plan.height, plan.width)), transfers
+        self._original_HWC = image_HWC
         self._first_y, self._first_row = first_y, plan.row_before(first_y)
         self._top = self._end = max(plan.starts_y[self._first_row], 0)
         self._strip_hWC: Tensor | None = None
@@ -120,8 +121,8 @@ class Surface:
         """Give a strip of the picture with its rows [y0, y1), and its first row; rows before y0 are forgotten. Where it
         is void is read with it and kept here."""
         if y1 > self._end or self._strip_hWC is None:
-            height, width, num_bands = self._image_HW3.shape
-            end = min(height, max(y1, self._end + STRIP_BYTES // (self._image_HW3.dtype.itemsize * num_bands * width)))
+            height, width, num_bands = self._image_HWC.shape
+            end = min(height, max(y1, self._end + STRIP_BYTES // (self._image_HWC.dtype.itemsize * num_bands * width)))
             try:
                 rows_hWC, void_hW = self._read(end)
             except BadImage:  # what is sound before the damage is answered first, as on a CPU
@@ -135,9 +136,9 @@ class Surface:
             self._void_hW, self._top, self._end = void_hW, y0 if kept else self._top, end
         return self._strip_hWC, self._top
 
-    def _read(self, end: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
+    def _read(self, end: int) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
         rows = slice(self._end, end)
-        return self._image_HW3[rows, :], self._image_HW3.void(rows)
+        return self._image_HWC[rows, :], self._image_HWC.void(rows)
 
     def place(self, window: Window) -> list[int]:
         """Say where the canvas takes a window: its origin, the part of it that lies in the image, the places of its
@@ -158,7 +159,7 @@ class Surface:
     def void(self, rows: range) -> tuple[NDArray[np.bool_] | None, Tensor | None]:
         """Say where these rows of the picture hold no measurement, [h, W] here and uint8 on the device."""
         if self._strip_hWC is None or self.plan.answer:
-            void_hW = self._original_HW3.void(slice(rows.start, rows.stop))
+            void_hW = self._original_HWC.void(slice(rows.start, rows.stop))
         else:
             void_hW = self._void_hW
             void_hW = None if void_hW is None else void_hW[rows.start - self._top : rows.stop - self._top]

@@ -94,16 +94,16 @@ class QueuedRequest:
     """
 
     def __init__(
-        self, scheduler: Queue, plan: RequestPlan, image_HW3: Raster, *,
+        self, scheduler: Queue, plan: RequestPlan, image_HWC: Raster, *,
         cancelled: threading.Event | None = None, deadline: float = float("inf"), from_y: int | None = None,
     ) -> None:  # fmt: skip
         """cancelled: set it to withdraw; where it is a `Cancellation`, at once, and else with the batch at work.
         deadline: a time of `time.perf_counter`. from_y: of long work, the row of the image whose band is the first;
         it is never refused and takes no place in the queue from others, so its number is bounded elsewhere.
         """
-        assert image_HW3.shape[:2] == plan.windows.size
-        self.plan, self.image_HW3 = plan, image_HW3
-        self._scaled_HW3 = at_size(image_HW3, (plan.windows.height, plan.windows.width))
+        assert image_HWC.shape[:2] == plan.windows.size
+        self.plan, self.image_HWC = plan, image_HWC
+        self._scaled_HWC = at_size(image_HWC, (plan.windows.height, plan.windows.width))
         self.cancelled, self.deadline = cancelled or Cancellation(), deadline
         self.in_background = from_y is not None
         self.timing_ms = dict.fromkeys(("queue", "run", "stitch", "read_out", "total"), 0.0)
@@ -143,11 +143,11 @@ class QueuedRequest:
             return
         card, wanted = self.plan.card, self.plan.wanted
         if window.index == self.first_window:
-            self.surface = self.plan.runtime.surface(self.image_HW3, self.plan.windows, wanted, first_y=self._first_y)
+            self.surface = self.plan.runtime.surface(self.image_HWC, self.plan.windows, wanted, first_y=self._first_y)
         assert self.surface
         pairs = [(self.surface, window)]
         with self.clock("stitch"):
-            if (window.height, window.width) == self._scaled_HW3.shape[:2]:  # there is nothing to blend it with
+            if (window.height, window.width) == self._scaled_HWC.shape[:2]:  # there is nothing to blend it with
                 self.surface.canvas_RCW = answer.stats_hCw
                 if answer.num_samples > 1:
                     answer.stats_hCw.numpy()[:, : card.num_classes + 1] *= np.float32(1 / answer.num_samples)
@@ -283,9 +283,9 @@ class QueuedRequest:
         """Give what a lane runs for a window. Called in the plan's order."""
         plan = self.plan
         if window.index == self.first_window and plan.runtime.stays_on_device:
-            self.surface = plan.runtime.surface(self.image_HW3, plan.windows, plan.wanted, first_y=self._first_y)
+            self.surface = plan.runtime.surface(self.image_HWC, plan.windows, plan.wanted, first_y=self._first_y)
         noise_SL = plan.noise.draw(window.index)[:num_samples]
-        return WindowInput(self._scaled_HW3, window, plan.windows, noise_SL, plan.prompt, self.surface, plan.views)
+        return WindowInput(self._scaled_HWC, window, plan.windows, noise_SL, plan.prompt, self.surface, plan.views)
 
     def take(self) -> Window:
         """Take the next window, at the cost of the request's virtual time and its class's."""

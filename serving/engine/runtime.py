@@ -22,7 +22,7 @@ from penumbra.serving.engine.canvas import Landing, Surface, Wanted
 from penumbra.serving.engine.device import stays_on
 from penumbra.serving.engine.gpu.pipeline import DeviceSteps
 from penumbra.serving.engine.kernels import FloatArray
-from penumbra.serving.engine.moments import Moments, Statistics
+from penumbra.serving.engine.moments import Moments, Statistics, channels
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.steps import Answer, HostSteps, WindowInput
 from penumbra.serving.engine.store import Artifact, Recorded
@@ -92,10 +92,11 @@ class Runtime:
         kind = DeviceSteps if self.stays_on_device else HostSteps
         self._steps: DeviceSteps | HostSteps = kind(self.card, self.device)
 
-    def surface(self, image_HW3: Raster, plan: WindowPlan, wanted: Wanted, *, first_y: int = 0) -> Surface:
+    def surface(self, image_HWC: Raster, plan: WindowPlan, wanted: Wanted, *, first_y: int = 0) -> Surface:
         """Make a request's canvas. first_y: the row of the image whose band is the first to be finished."""
         most = self.windows_per_batch if self.stays_on_device else 1  # a request's thread stitches one by one
-        return self._steps.surface(image_HW3, plan, wanted, first_y=first_y, most=most)
+        transfers, size = self._steps.transfers, channels(self.card)
+        return Surface(image_HWC, plan, wanted, transfers=transfers, channels=size, first_y=first_y, most=most)
 
     def run(self, inputs: Sequence[WindowInput]) -> list[Answer]:
         """Answer every window, in order. All inputs have one size, one S and the same views, and all have a prompt or

@@ -2,7 +2,7 @@
 
 from penumbra.serving.engine.segmenter import Segmenter
 with Segmenter.open(Path("store")) as segmenter:
-    prediction = segmenter.segment(image_HW3, SegmentOptions(model="np_semiseg-camvid", samples=8))
+    prediction = segmenter.segment(image_HWC, SegmentOptions(model="np_semiseg-camvid", samples=8))
     prediction.labels_HW, prediction.maps["mutual_information"]
 """
 
@@ -182,7 +182,7 @@ class Segmenter:
         return metres_of(image, self.find(options.model, options.version).card)
 
     def bands(
-        self, image_HW3: Pixels, options: SegmentOptions, *, noise: NoiseSource | None = None,
+        self, image_HWC: Pixels, options: SegmentOptions, *, noise: NoiseSource | None = None,
         cancelled: threading.Event | None = None, deadline: float = float("inf"),
     ) -> QueuedRequest:  # fmt: skip
         """Answer in bands of rows, for images that are not to be held in memory twice: [H, W, C] of the card's
@@ -190,13 +190,13 @@ class Segmenter:
 
         noise: replaces the seeded noise, for protocols that prescribe their own. Raises any PenumbraError.
         """
-        image = check_array(image_HW3, self.limits, self.reading(options))
+        image = check_array(image_HWC, self.limits, self.reading(options))
         plan = self.plan(*image.shape[:2], options, metres=self._metres(image, options))
         plan = replace(plan, noise=noise or plan.noise)
         return QueuedRequest(self.scheduler, plan, image, cancelled=cancelled, deadline=deadline)
 
     def bands_from(
-        self, y: int, image_HW3: Pixels, options: SegmentOptions, *, limits: Limits, cancelled: threading.Event
+        self, y: int, image_HWC: Pixels, options: SegmentOptions, *, limits: Limits, cancelled: threading.Event
     ) -> QueuedRequest:
         """Go on with long work where it ended: from the band that holds row y.
 
@@ -204,16 +204,16 @@ class Segmenter:
         bounds how many run at a time.
         """
         check_long(options)
-        image = check_array(image_HW3, limits, self.reading(options))
+        image = check_array(image_HWC, limits, self.reading(options))
         plan = self.plan(*image.shape[:2], options, limits=limits, metres=self._metres(image, options))
         return QueuedRequest(self.scheduler, plan, image, cancelled=cancelled, from_y=y)
 
     def segment(
-        self, image_HW3: Pixels, options: SegmentOptions, *, noise: NoiseSource | None = None,
+        self, image_HWC: Pixels, options: SegmentOptions, *, noise: NoiseSource | None = None,
         cancelled: threading.Event | None = None, deadline: float = float("inf"),
     ) -> Prediction:  # fmt: skip
         """Give labels and uncertainty of an image [H, W, C] of the card's bands and type. Raises any PenumbraError."""
-        return collect(self.bands(image_HW3, options, noise=noise, cancelled=cancelled, deadline=deadline))
+        return collect(self.bands(image_HWC, options, noise=noise, cancelled=cancelled, deadline=deadline))
 
     def close(self) -> None:
         """Finish accepted work."""

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from penumbra.models.card import Card
 from penumbra.models.errors import ModelFault
-from penumbra.serving.engine.canvas import Landing, Surface, Transfers, Wanted
+from penumbra.serving.engine.canvas import Landing, Surface, Transfers
 from penumbra.serving.engine.kernels import FloatArray
-from penumbra.serving.engine.moments import Moments, Statistics, channels, not_finite
+from penumbra.serving.engine.moments import Moments, Statistics, not_finite
 from penumbra.serving.engine.prompts import PromptSource
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.windows import Window, WindowPlan, cut
@@ -31,7 +31,7 @@ class WindowInput:
     surface: where a GPU keeps what belongs to the request. views: in which it is run (`penumbra.serving.engine.views`).
     """
 
-    image_HW3: Raster
+    image_HWC: Raster
     window: Window
     plan: WindowPlan
     noise_SL: FloatArray
@@ -46,13 +46,6 @@ class Steps:
     def __init__(self, card: Card, device: torch.device) -> None:
         self.card, self.transfers = card, Transfers(device)
 
-    def surface(
-        self, image_HW3: Raster, plan: WindowPlan, wanted: Wanted, *, first_y: int = 0, most: int
-    ) -> Surface:  # fmt: skip
-        """Make what a request has on the device, as `Surface` describes it."""
-        size = channels(self.card)
-        return Surface(image_HW3, plan, wanted, transfers=self.transfers, channels=size, first_y=first_y, most=most)
-
     def noise(self, inputs: Sequence[WindowInput]) -> Tensor:
         """Stack the noise of all windows, noise_SBL."""
         return self.transfers.up(np.stack([one.noise_SL for one in inputs], axis=1))
@@ -64,7 +57,7 @@ class HostSteps(Steps):
     def cut(self, inputs: Sequence[WindowInput]) -> Tensor:
         """Cut the windows as the network takes them, image_B3hw."""
         spec, norm = self.card.window, self.card.input
-        windows = [cut(one.image_HW3, one.window, one.plan, spec=spec, norm=norm) for one in inputs]
+        windows = [cut(one.image_HWC, one.window, one.plan, spec=spec, norm=norm) for one in inputs]
         return torch.from_numpy(np.stack(windows)).permute(0, 3, 1, 2)
 
     def prompts(self, inputs: Sequence[WindowInput]) -> tuple[Tensor, ...]:
@@ -76,7 +69,7 @@ class HostSteps(Steps):
         """Give every window's moments, or the fault that ends it; each request's own thread stitches them."""
         fault, num_samples = not_finite(statistics.card), statistics.num_samples
         assert statistics.flags_B is not None
-        is_shared = any(one.image_HW3 is not inputs[0].image_HW3 for one in inputs)
+        is_shared = any(one.image_HWC is not inputs[0].image_HWC for one in inputs)
         return [
             # Else a caller who reads slowly would keep the windows of all others in these batches.
             Moments(stats_hCw.clone() if is_shared else stats_hCw, num_samples) if flag == 0 else fault

@@ -43,7 +43,7 @@ class SteppedRuntime:
     entered: threading.Event = field(default_factory=threading.Event)
 
     def run(self, inputs: list[WindowInput]) -> list[Moments | ModelFault]:
-        values = [int(one.image_HW3[one.window.y0 :, :][0, 0, 0]) for one in inputs]
+        values = [int(one.image_HWC[one.window.y0 :, :][0, 0, 0]) for one in inputs]
         self.entered.set()
         assert self.go.wait(WAIT_S)
         self.before(values)

@@ -241,7 +241,7 @@ def test_whatever_requests_do_every_one_ends_and_the_queue_is_empty(
 
 def test_lanes_without_work_keep_no_picture_of_the_last_one(scheduler: Scheduler) -> None:
     request = work(scheduler, runtime(), 3)
-    picture = weakref.ref(request.image_HW3)
+    picture = weakref.ref(request.image_HWC)
     assert len(consume(scheduler.submit(request))) == 3
     del request
     end = time.perf_counter() + WAIT_S
