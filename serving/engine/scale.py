@@ -5,14 +5,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rasterio.errors import RasterioError
 from rasterio.warp import transform
 
 from penumbra.models.card import Card
 from penumbra.models.errors import BadOption
 from penumbra.serving.engine.kernels import FloatArray
 from penumbra.serving.engine.layout import PIXELS, Place
-from penumbra.serving.engine.raster import Raster
+from penumbra.serving.engine.raster import RASTER_FAULTS, Raster
 
 FAR = 1.25
 """Times larger or smaller than the card's scale from which on a picture is run at the card's."""
@@ -20,9 +19,8 @@ CARD = "card"
 """The option that asks for the card's scale, however near the picture's is."""
 BELOW_HALF = 0.499
 """Added before a value is rounded down: halves, which are many, go one way whatever the last digit of their sum."""
-LATITUDE_M, FLATTENING_M, LONGITUDE_M = 111_132.95, 559.85, 111_412.84
-"""Metres of a degree: north is the first less the second times the cosine of twice the latitude, east the third times
-its cosine (WGS 84, to a thousandth)."""
+GEOCENTRIC = "EPSG:4978"
+"""The system of metres from the centre of the Earth along three axes (WGS 84)."""
 
 
 def find_scale(
@@ -35,19 +33,23 @@ def find_scale(
     rule = card.input.resolution
     if isinstance(option, float):
         return option, ()
-    if option == CARD and rule.kind == "none":
-        raise BadOption(f"scale is 'card', and the card of {card.name} names none; give a factor, or leave scale out")
     if rule.kind == "none":
+        if option == CARD:
+            raise BadOption(
+                f"scale is {CARD!r}, and the card of {card.name} names none; give a factor, or leave scale out"
+            )
         return 1.0, ()
-    what = f"frames of {rule.value:g} px" if rule.kind == "frame" else f"pixels of {rule.value:g} m"
-    if rule.kind == "gsd" and not metres:
-        return 1.0, (f"{card.name} learned from {what}, and the image does not say how large its own are; give scale",)
-    factor = rule.value / min(height, width) if rule.kind == "frame" else metres / rule.value
+    if rule.kind == "frame":
+        learned, factor = f"{card.name} learned from frames of {rule.value:g} px", rule.value / min(height, width)
+    else:
+        learned, factor = f"{card.name} learned from pixels of {rule.value:g} m", metres / rule.value
+    if not factor:
+        return 1.0, (f"{learned}, and the image does not say how large its own are; give scale",)
     if option == CARD:
         return factor, ()
     if 1 / FAR <= factor <= FAR:
         return 1.0, ()
-    return factor, (f"{card.name} learned from {what}, so the image was run at {factor:.3g} times its size",)
+    return factor, (f"{learned}, so the image was run at {factor:.3g} times its size",)
 
 
 def metres_of(image: Raster, card: Card) -> float:
@@ -61,13 +63,11 @@ def metres_of(image: Raster, card: Card) -> float:
     row, column = image.shape[0] / 2, image.shape[1] / 2
     corners = [place.transform * (column + x, row + y) for x, y in ((0, 0), (1, 0), (0, 1))]
     try:
-        east, north = map(np.array, transform(place.crs, "EPSG:4326", *zip(*corners, strict=True)))
-    except RasterioError:  # a system of the file's own
+        corners_33 = np.transpose(transform(place.crs, GEOCENTRIC, *zip(*corners, strict=True), [0.0] * len(corners)))
+    except RASTER_FAULTS:  # a system of the file's own, or a place beyond the system
         return 0.0
-    latitude = math.radians(north[0])
-    x_m = LONGITUDE_M * math.cos(latitude) * (east[1:] - east[0])
-    y_m = (LATITUDE_M - FLATTENING_M * math.cos(2 * latitude)) * (north[1:] - north[0])
-    return math.sqrt(abs(x_m[0] * y_m[1] - x_m[1] * y_m[0]))
+    area_m2 = np.linalg.norm(np.cross(*(corners_33[1:] - corners_33[0])))
+    return math.sqrt(area_m2) if np.isfinite(area_m2) else 0.0
 
 
 class ScaledRaster(Raster):
@@ -79,6 +79,7 @@ class ScaledRaster(Raster):
     def __init__(self, image: Raster, size: tuple[int, int]) -> None:
         self._image = image
         self.shape, self.dtype = (*size, image.shape[2]), image.dtype
+        self._void_HW = None
 
     def __getitem__(self, part: tuple[slice, slice]) -> NDArray[Any]:
         (rows_nT, weights_y), (columns_nT, weights_x) = (self._taps(axis, part[axis]) for axis in (0, 1))
@@ -97,13 +98,6 @@ class ScaledRaster(Raster):
         at_nT = np.floor(centre_n1 - reach).astype(np.int64) + np.arange(math.ceil(2 * reach) + 1)
         weight_nT = np.maximum(0, 1 - np.abs(at_nT + 0.5 - centre_n1) / reach) * ((at_nT >= 0) & (at_nT < length))
         return at_nT.clip(0, length - 1), (weight_nT / weight_nT.sum(1, keepdims=True)).astype(np.float32)
-
-    @property
-    def can_be_void(self) -> bool:
-        return False
-
-    def void(self, rows: slice) -> None:
-        return None
 
 
 def _filter(values: FloatArray, taps_nT: NDArray[np.int64], weight_nT: FloatArray) -> FloatArray:

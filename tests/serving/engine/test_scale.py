@@ -106,6 +106,7 @@ def test_a_picture_far_from_the_cards_frame_is_run_at_it_and_says_so(segmenter: 
         ({"crs": "EPSG:3857", "transform": from_origin(334_000, 6_870_000, 40, 40)}, 24.5),
         ({"crs": "EPSG:4326", "transform": from_origin(3, 52.4, 1e-4, 1e-4)}, 8.7),
         ({"crs": None, "transform": from_origin(0, 0, 5, 5)}, 0),
+        ({"crs": "EPSG:32631", "transform": from_origin(1e9, 1e9, 5, 5)}, 0),
     ],
 )
 def test_pixels_are_measured_on_the_ground(segmenter: Segmenter, place: dict[str, Any], metres: float) -> None:
