@@ -146,12 +146,12 @@ class Inference:
         """Read and check a request; returns it with its model's card, its picture and its options."""
         request = read()
         card = self.find(request.model, request.version).card
-        given = check_inputs(request.inputs, inputs_of(card), model=card.name)
+        options = read_options(request.parameters)
+        given = check_inputs(request.inputs, inputs_of(card, options.bands), model=card.name)
         known = ("labels", *KNOWN_MAPS, *(extra.name for extra in card.extra_maps), PROBABILITIES)
         names = [output.name for output in request.outputs]
         if unknown := next((name for name in names if name not in known), None):
             raise BadOption(f"{card.name} has no output {unknown[:SHOWN]!r}; it may have {', '.join(known)}")
-        options = read_options(request.parameters)
         for name, reader in PROMPT_READERS.items():
             if name in given and name in request.parameters:
                 raise BadOption(f"{name} is given twice, as input and as parameter; once is enough")

@@ -22,10 +22,10 @@ DTYPES = {
     "INT32": "<i4", "INT64": "<i8", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8", "BF16": "<u2",
 }  # fmt: skip
 """Datatypes, each as numpy reads its raw form; BYTES has no fixed width and is read by `split_strings`."""
-NAMES = {"uint8": "UINT8", "uint16": "UINT16", "int16": "INT16", "float32": "FP32"}
-"""Datatypes of pictures, by the card's type."""
 VALUES: dict[str, set[type]] = {"O": {str, bytes}, "b": {bool}, "u": {int}, "i": {int}, "f": {int, float}}
 """Kinds of datatypes, as numpy calls them, each with the types of its values where they come one by one."""
+NAMES = {"uint8": "UINT8", "uint16": "UINT16", "int16": "INT16", "float32": "FP32"}
+"""Datatypes of pictures, by the card's type."""
 SHOWN = 60
 """Characters of a caller's text that an error repeats; gRPC carries errors in a header of a few kilobytes."""
 Shape = tuple[int, ...]
@@ -92,9 +92,9 @@ PROMPTS = {
 }
 
 
-def inputs_of(card: Card) -> tuple[TensorSpec, ...]:
-    """List what a model reads."""
-    image = replace(IMAGE, datatype=NAMES[card.input.dtype], shape=(-1, -1, card.input.num_bands))
+def inputs_of(card: Card, bands: Sequence[str] = ()) -> tuple[TensorSpec, ...]:
+    """List what a model reads. bands: those that a caller chooses for it, from a picture of any number."""
+    image = replace(IMAGE, datatype=NAMES[card.input.dtype], shape=(-1, -1, -1 if bands else card.input.num_bands))
     return (image, *PROMPTS[card.prompt.kind])
 
 
