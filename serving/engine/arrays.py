@@ -1,7 +1,6 @@
 """Pictures as numpy writes them: an array [H, W, C] in a .npy file, or alone or as `image` in an .npz archive."""
 
 import io
-import math
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -9,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
@@ -42,21 +40,19 @@ def array_header(source: bytes | Path) -> Iterator[tuple[Shape, Callable[[], NDA
             file.seek(0)
             major = npy.read_magic(file)[0]
             read_header = npy.read_array_header_1_0 if major == 1 else npy.read_array_header_2_0
-            shape, is_fortran, dtype = read_header(file)
+            shape, _, dtype = read_header(file)
         except FAULTS as error:
-            raise BadImage(f"the array cannot be read ({_reason(error)})") from None
+            raise BadImage(f"the array cannot be read ({reason_of(error)})") from None
         if len(shape) != 3 or dtype.kind not in "uif":
             raise BadImage(f"the array is {dtype} {list(shape)}; numbers [height, width, bands] are wanted")
 
         def read() -> NDArray[Any]:
-            size = math.prod(shape) * dtype.itemsize
             try:
-                data = file.read(size)
+                file.seek(0)
+                values: NDArray[Any] = npy.read_array(file, allow_pickle=False)
             except FAULTS as error:
-                raise BadImage(f"the array is damaged ({_reason(error)})") from None
-            if len(data) < size:
-                raise BadImage(f"the array is truncated: it has {len(data):,} of its {size:,} bytes")
-            return np.frombuffer(data, dtype).reshape(shape, order="F" if is_fortran else "C")
+                raise BadImage(f"the array is damaged or truncated ({reason_of(error)})") from None
+            return values
 
         yield shape, read
 
@@ -73,5 +69,6 @@ def _member(opened: ExitStack, file: IO[bytes]) -> IO[bytes]:
     return opened.enter_context(archive.open(found[0]))
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Give the first line of what a library says of a file."""
     return str(error).partition("\n")[0][:120] or type(error).__name__

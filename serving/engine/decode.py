@@ -19,12 +19,12 @@ from PIL import ExifTags, Image, ImageOps
 
 from penumbra.models.card import RGB, InputSpec
 from penumbra.models.errors import BadImage, TooLarge
-from penumbra.serving.engine.arrays import array_header, is_array
+from penumbra.serving.engine.arrays import array_header, is_array, reason_of
 from penumbra.serving.engine.damage import check_png, has_all_rows, read_jpeg, shorten_webp, slim_png
-from penumbra.serving.engine.layout import FLIPS, GREY, READ_AS_GREY, RGB8, Reading, make_upright, pick_bands
+from penumbra.serving.engine.layout import FLIPS, RGB8, Reading, find_bands, make_upright
 from penumbra.serving.engine.options import PILLOW_PIXELS, Limits
 from penumbra.serving.engine.raster import PIECE_PIXELS, Pixels, Raster, open_file, open_raster
-from penumbra.serving.engine.values import check_type, find_white, in_bands, judge, to_type
+from penumbra.serving.engine.values import brightness, check_type, examine, to_type
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
 SUFFIXES = (
@@ -51,42 +51,35 @@ def open_image(
 
     Raises BadImage, BadOption for bands that were chosen, and TooLarge before decoding pixels over the limit.
     """
-    raster = open_raster(source, reading)
-    if raster:
-        _admit(raster.shape[:2], limits, admit)
-        return raster
-    if is_array(source):
-        with array_header(source) as (shape, read):
-            _admit(shape[:2], limits, admit)
-            check_pixels(-(-shape[0] * shape[2] // reading.spec.num_bands), shape[1], limits)  # all bands are unpacked
-            return check_array(read(), limits, reading)
-    with _header(source, limits) as (picture, kind, file):
-        _admit(_size_as_shown(picture), limits, admit)
-        try:
-            return _decode(picture, kind, file, reading)
-        except PILLOW_FAULTS as error:
-            raise BadImage(f"the {kind} image is damaged or truncated ({_reason(error)})") from None
+    with _opened(source, limits, reading) as (size, read):
+        check_pixels(*size, limits)
+        if admit:
+            admit(*size)
+        return read()
 
 
 def measure_image(source: bytes | Path, limits: Limits, reading: Reading = RGB8) -> tuple[int, int]:
     """Read height and width, as a viewer shows them, from the header alone. Raises as `open_image`."""
+    with _opened(source, limits, reading) as (size, _):
+        check_pixels(*size, limits)
+        return size
+
+
+@contextmanager
+def _opened(
+    source: bytes | Path, limits: Limits, reading: Reading
+) -> Iterator[tuple[tuple[int, int], Callable[[], Raster]]]:
+    """Give a picture's height and width, for which only its header is read, and what reads the rest."""
     raster = open_raster(source, reading)
     if raster:
-        size = raster.shape[:2]
+        yield raster.shape[:2], lambda: raster
     elif is_array(source):
-        with array_header(source) as (shape, _):
-            size = shape[:2]
+        with array_header(source) as ((height, width, num_bands), read):
+            check_pixels(-(-height * num_bands // reading.spec.num_bands), width, limits)  # all bands are unpacked
+            yield (height, width), lambda: check_array(read(), limits, reading)
     else:
-        with _header(source, limits) as (picture, _, _):
-            size = _size_as_shown(picture)
-    _admit(size, limits, None)
-    return size
-
-
-def _admit(size: tuple[int, int], limits: Limits, admit: Admit | None) -> None:
-    check_pixels(*size, limits)
-    if admit:
-        admit(*size)
+        with _header(source, limits) as (picture, kind, file):
+            yield _size_as_shown(picture), lambda: _decode(picture, kind, file, reading)
 
 
 @contextmanager
@@ -130,14 +123,10 @@ def _fault(kind: str, file: BinaryIO) -> str:
         Image.OPEN[kind][0](file, "")
     except (SyntaxError, OSError, ValueError) as error:
         if error.__cause__ is None:  # else Pillow stumbled
-            return _reason(error)
+            return reason_of(error)
     except PILLOW_FAULTS:
         pass
     return "its header is broken or ends too early"
-
-
-def _reason(error: Exception) -> str:
-    return str(error).partition("\n")[0][:120] or type(error).__name__
 
 
 def _size_as_shown(picture: Image.Image) -> tuple[int, int]:
@@ -171,7 +160,7 @@ def check_array(image: Pixels, limits: Limits, reading: Reading = RGB8) -> Raste
     """
     spec, found, dtype = reading.spec, f"{image.dtype} {list(image.shape)}", image.dtype.newbyteorder("=")
     if reading.chosen and isinstance(image, np.ndarray) and image.ndim == 3:
-        image = image[:, :, [n - 1 for n in pick_bands(reading.chosen, [""] * image.shape[2], spec.bands)]]
+        image = image[:, :, [band - 1 for band in find_bands(reading, [""] * image.shape[2])[0]]]
     if dtype != spec.dtype or len(image.shape) != 3 or image.shape[2] != spec.num_bands or 0 in image.shape:
         bands = "" if spec.bands == RGB else f" of {', '.join(spec.bands)}"
         raise BadImage(f"the image is {found}; {spec.dtype} [height, width, {spec.num_bands}]{bands} is wanted")
@@ -179,20 +168,20 @@ def check_array(image: Pixels, limits: Limits, reading: Reading = RGB8) -> Raste
     if isinstance(image, Raster):
         return image
     image = np.require(image, dtype, ("C", "A"))
-    return Raster(image) if dtype == np.uint8 else _as_measured(image, spec)
-
-
-def _as_measured(image_HWC: NDArray[Any], spec: InputSpec) -> Raster:
-    """Make a raster of values as they are, with the mean where one is no number, and what there is to know of them."""
-    void_HW = ~np.isfinite(image_HWC).all(2) if image_HWC.dtype.kind == "f" else None
-    if void_HW is None or not void_HW.any():
-        return Raster(image_HWC, warnings=judge([image_HWC], spec, num_values=image_HWC.size))
-    warnings = judge([image_HWC[~void_HW]], spec, num_values=image_HWC.size)
-    filled = to_type(image_HWC.transpose(2, 0, 1), spec, None).transpose(1, 2, 0)
-    return Raster(np.ascontiguousarray(filled), void_HW=void_HW, warnings=warnings)
+    if dtype == np.uint8:
+        return Raster(image)
+    void_HW = np.logical_not(np.isfinite(image).all(2)) if dtype.kind == "f" else None
+    return _as_raster(to_type(image.transpose(2, 0, 1), spec, None).transpose(1, 2, 0), void_HW, (), spec)
 
 
 def _decode(picture: Image.Image, kind: str, file: BinaryIO, reading: Reading) -> Raster:
+    try:
+        return _decode_pixels(picture, kind, file, reading)
+    except PILLOW_FAULTS as error:
+        raise BadImage(f"the {kind} image is damaged or truncated ({reason_of(error)})") from None
+
+
+def _decode_pixels(picture: Image.Image, kind: str, file: BinaryIO, reading: Reading) -> Raster:
     file.seek(0)
     data = file.read()
     read = read_jpeg(data, "CMYK" if picture.mode == "CMYK" else "RGB") if kind == "JPEG" else None
@@ -201,7 +190,7 @@ def _decode(picture: Image.Image, kind: str, file: BinaryIO, reading: Reading) -
         if picture.mode == "CMYK":  # as everybody since Adobe's first version, the file has it inverted
             pixels = np.asarray(Image.fromarray(255 - pixels, "CMYK").convert("RGB"))
         upright = make_upright(pixels.transpose(2, 0, 1), FLIPS[_orientation(picture)]).transpose(1, 2, 0)
-        return _as_raster(np.ascontiguousarray(upright), None, warnings, reading)
+        return _of_colours(upright, None, warnings, reading)
     if kind == "PNG":
         check_png(data)
         if data[PNG_DEPTH] == 16:  # of colours, Pillow keeps the high byte only, whatever the low one holds
@@ -214,7 +203,7 @@ def _decode(picture: Image.Image, kind: str, file: BinaryIO, reading: Reading) -
     if shown.has_transparency_data:
         void_HW = np.asarray(shown.convert("RGBA").getchannel("A")) == 0
     warnings = (WEBP_DAMAGE,) if kind == "WEBP" and _goes_astray(data) else ()
-    return _as_raster(np.asarray(shown.convert("RGB")), void_HW, warnings, reading)
+    return _of_colours(np.asarray(shown.convert("RGB")), void_HW, warnings, reading)
 
 
 def _goes_astray(webp: bytes) -> bool:
@@ -226,22 +215,29 @@ def _goes_astray(webp: bytes) -> bool:
         return False
 
 
-def _as_raster(
-    pixels: NDArray[np.uint8], void_HW: NDArray[np.bool_] | None, warnings: tuple[str, ...], reading: Reading
+def _of_colours(
+    pixels_HW3: NDArray[np.uint8], void_HW: NDArray[np.bool_] | None, warnings: tuple[str, ...], reading: Reading
 ) -> Raster:  # fmt: skip
-    """Make a raster of red, green and blue in the card's bands, with a warning where it is nearly black or void."""
-    spec = reading.spec
-    if spec.dtype != "uint8":
-        check_type(pixels.dtype, spec)
-    if reading.chosen:
-        pixels = pixels[:, :, [n - 1 for n in pick_bands(reading.chosen, [*RGB], spec.bands)]]
-    elif spec.bands != RGB:
-        is_grey = spec.bands != GREY or all((pixels[:, :, :1] == pixels[:, :, 1:]).all((1, 2)))
-        warnings, pixels = warnings + (() if is_grey else (READ_AS_GREY,)), in_bands(pixels, spec)
+    """Make a raster of red, green and blue in the card's bands."""
+    spec, pixels_HWC = reading.spec, pixels_HW3
+    check_type(pixels_HWC.dtype, spec)
+    found, of_bands = find_bands(reading, RGB)
+    if found != [1, 2, 3]:
+        pixels_HWC = pixels_HWC[:, :, [band - 1 for band in found]]
+    if len(found) > spec.num_bands:
+        is_grey = (pixels_HWC[:, :, :1] == pixels_HWC[:, :, 1:]).all()
+        warnings, pixels_HWC = warnings + (() if is_grey else tuple(of_bands)), brightness(pixels_HWC)
+    return _as_raster(pixels_HWC, void_HW, warnings, spec)
+
+
+def _as_raster(
+    pixels_HWC: NDArray[Any], void_HW: NDArray[np.bool_] | None, warnings: tuple[str, ...], spec: InputSpec
+) -> Raster:  # fmt: skip
+    """Make a raster, and say what there is to know of its values where it is not void."""
     if void_HW is not None and not void_HW.any():
         void_HW = None
-    step = max(1, PIECE_PIXELS // pixels.shape[1])
-    parts = [slice(y, y + step) for y in range(0, len(pixels), step)]
-    values = (pixels[rows] if void_HW is None else pixels[rows][~void_HW[rows]] for rows in parts)
-    _, of_values = find_white(values, pixels.dtype, num_values=pixels.size)
-    return Raster(np.ascontiguousarray(pixels), void_HW=void_HW, warnings=warnings + of_values)
+    step = max(1, PIECE_PIXELS // pixels_HWC.shape[1])
+    parts = [slice(y, y + step) for y in range(0, len(pixels_HWC), step)]
+    values = (pixels_HWC[rows] if void_HW is None else pixels_HWC[rows][~void_HW[rows]] for rows in parts)
+    _, of_values = examine(values, pixels_HWC.dtype, spec, num_values=pixels_HWC.size)
+    return Raster(np.ascontiguousarray(pixels_HWC), void_HW=void_HW, warnings=warnings + of_values)

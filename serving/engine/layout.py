@@ -1,6 +1,7 @@
 """What a raster file says of itself beside its values: which band is which, how it is turned, and where it lies."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from rasterio.control import GroundControlPoint
 from penumbra.models.card import RGB, InputSpec
 from penumbra.models.errors import BadImage, BadOption
 
-COLOURS, GREY = RGB, ("grey",)
+GREY = ("grey",)
 MAY_BE_ALPHA = re.compile("$|band|a$|.*(alpha|mask|transp|opac)").match
 """Matches names that leave this open. A band of another name is not alpha, though GDAL says it of the fourth."""
 READ_AS_GREY = "the image is in colour, and is read as grey: its brightness by ITU-R 601"
@@ -60,34 +61,26 @@ def make_upright(values: NDArray[Any], flips: Flips) -> NDArray[Any]:
     return upright[:, :: -1 if rows else 1, :: -1 if columns else 1]
 
 
-def choose_bands(
-    dataset: Any, bands: tuple[str, ...] = COLOURS, chosen: tuple[str, ...] = ()
-) -> tuple[list[int], int, tuple[str, ...]]:  # fmt: skip
-    """Choose the bands of a card, or for one of colours those of grey or of four inks; that of alpha or 0; and say what
-    to know of it.
+def choose_bands(dataset: Any, reading: Reading = RGB8) -> tuple[list[int], int, tuple[str, ...]]:
+    """Choose the bands that a network reads, or instead of colours those of grey or of four inks; that of alpha or 0;
+    and say what to know of it.
 
-    bands: the card's. chosen: the caller's choice of them. Names of bands are followed before colour interpretations,
-    which writers set without being asked. Raises BadImage, and BadOption for what was chosen.
+    Names of bands are followed before colour interpretations, which writers set without being asked. Raises BadImage,
+    and BadOption for what the caller chose.
     """
-    kinds = [colour.name for colour in dataset.colorinterp]
+    bands, kinds = reading.spec.bands, [colour.name for colour in dataset.colorinterp]
     names = [(text or "").strip().lower() for text in dataset.descriptions]
+    said = [name or SPELT.get(kind, kind) for name, kind in zip(names, kinds, strict=True)]
     alpha = next((i for i, kind in enumerate(kinds, 1) if kind == "alpha" and MAY_BE_ALPHA(names[i - 1])), 0)
-    warnings = list[str]()
-    if chosen:
-        found = pick_bands(chosen, [name or kind for name, kind in zip(names, kinds, strict=True)], bands)
-    elif bands == COLOURS:
-        found, warnings = _find_colours(kinds, names, alpha)
-    else:
-        found, warnings = _find_bands(bands, kinds, names)
-    if alpha in found and (chosen or bands != COLOURS):
+    are_colours = bands == RGB and not reading.chosen
+    found, warnings = _find_colours(kinds, names, alpha) if are_colours else find_bands(reading, said)
+    if alpha in found and not are_colours:
         alpha = 0
-    shown = [ascii(name)[1:-1][:40] for name in names]
-    unused = [i for i in range(1, len(kinds) + 1) if i != alpha and i not in found]
-    if unused and not chosen:
-        what = {1: "grey", 4: ", ".join(INKS)}.get(len(found), "red, green and blue")
-        what = what if bands == COLOURS else ", ".join(bands)
-        left = ", ".join(f"{i} ({shown[i - 1] or kinds[i - 1]})" for i in unused)
-        warnings.insert(0, f"the image is read as {what} from band {_list(found)}; not used: band {left}")
+    unused = [i for i in range(1, len(said) + 1) if i != alpha and i not in found]
+    if unused and not reading.chosen:
+        read_as = {1: GREY, len(INKS): INKS}.get(len(found), RGB) if bands == RGB else bands
+        left = ", ".join(f"{i} ({_shown(said[i - 1])})" for i in unused)
+        warnings.insert(0, f"the image is read as {', '.join(read_as)} from {_numbers(found)}; not used: band {left}")
     if any(dataset.scales[i - 1] != 1 or dataset.offsets[i - 1] != 0 for i in found):
         warnings.append("the file's scale and offset of its values are not applied")
     return found, alpha, tuple(warnings)
@@ -96,69 +89,75 @@ def choose_bands(
 def _find_colours(kinds: list[str], names: list[str], alpha: int) -> tuple[list[int], list[str]]:
     """Find red, green and blue, four inks, or grey."""
     others = [band for band in range(1, len(kinds) + 1) if band != alpha]
-    tagged = _positions(INKS, kinds) or _positions(COLOURS, kinds)
-    named = _positions(COLOURS, names)
-    grey = [kinds.index("gray") + 1] if "gray" in kinds else others[:1]
-    found = named or tagged or (others[:3] if len(others) >= 3 else grey or [alpha])
+    named, tagged = _positions(RGB, names), _positions(INKS, kinds) or _positions(RGB, kinds)
+    grey = _positions(("gray",), kinds) or others[:1] or [alpha]
+    found = named or tagged or (others[:3] if len(others) >= 3 else grey)
     warnings = []
     if named and tagged and named != tagged:
-        warnings.append(f"the bands' names say that {_list(named)} are red, green and blue, and were followed; their "
-                        f"colour interpretation says {_list(tagged)}")  # fmt: skip
+        warnings.append(f"the names of {_numbers(named)} are red, green and blue, and were followed; by their colour "
+                        f"interpretation these are {_numbers(tagged)}")  # fmt: skip
     claims = [names[band - 1] for band in found]
-    if len(found) == 3 and any(name not in ("", colour) for name, colour in zip(claims, COLOURS, strict=True)):
-        shown = ", ".join(ascii(name)[1:-1][:40] or "empty" for name in claims)
-        warnings.append(f"band {_list(found)} are read as red, green and blue; their names are {shown}")
+    if len(found) == 3 and any(name not in ("", colour) for name, colour in zip(claims, RGB, strict=True)):
+        warnings.append(f"red, green and blue are read from {_numbers(found)}, whose names are "
+                        f"{', '.join(map(_shown, claims))}")  # fmt: skip
     return found, warnings
 
 
-def _find_bands(bands: tuple[str, ...], kinds: list[str], names: list[str]) -> tuple[list[int], list[str]]:
-    """Find bands by what the file says of its own; where it is silent, as many as are missing are taken in their order.
+def find_bands(reading: Reading, said: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Find the bands that a network reads among an image's, by what these are called, and say what to know of it.
 
-    Colours stand for grey. Raises BadImage.
+    Where nothing is said of as many as are missing, they are taken in their order. Colours stand for grey. Raises
+    BadImage, and BadOption for what the caller chose.
     """
-    said = [name or SPELT.get(kind, kind) for name, kind in zip(names, kinds, strict=True)]
-    found = {band: said.index(band) + 1 for band in bands if band in said}
-    missing = [band for band in bands if band not in found]
-    if missing and bands == GREY and (colours := _positions(COLOURS, said)):
+    if reading.chosen:
+        return _pick_bands(reading, said), []
+    bands = reading.spec.bands
+    missing = [band for band in bands if band not in said]
+    if missing and bands == GREY and (colours := _positions(RGB, said)):
         return colours, [READ_AS_GREY]
-    silent = [i for i, text in enumerate(said, 1) if text == "" or (text not in found and text in GREY)]
-    if len(missing) != len(silent) and missing:
-        has = ", ".join(ascii(text)[1:-1][:40] or "no name" for text in said[:12])
+    silent = [i for i, text in enumerate(said, 1) if text in {"", *GREY} - {*bands}]
+    if missing and len(missing) != len(silent):
         raise BadImage(
-            f"the image has {len(said)} bands ({has}{' ...' * (len(said) > 12)}), and the model reads "
-            f"{', '.join(bands)}; name its bands so, or give their numbers in this order with the option bands"
+            f"{_described(said)}; the model reads {', '.join(bands)}: name the bands so, or give their numbers in this "
+            "order with the option bands"
         )
-    found |= dict(zip(missing, silent, strict=False))
-    is_plain = not missing or (bands == GREY and len(said) == 1)
-    what = f"band {_list([found[band] for band in missing])} are read as {', '.join(missing)}; the file does not say"
-    return [found[band] for band in bands], [] if is_plain else [f"{what} what they are"]
+    taken = dict(zip(missing, silent, strict=False))
+    found = [taken.get(band) or said.index(band) + 1 for band in bands]
+    if not missing or (len(said) == 1 and bands == GREY):
+        return found, []
+    return found, [f"the file does not name {', '.join(missing)}, read from {_numbers([*taken.values()])}"]
 
 
-def pick_bands(chosen: tuple[str, ...], said: list[str], bands: tuple[str, ...]) -> list[int]:
+def _pick_bands(reading: Reading, said: Sequence[str]) -> list[int]:
     """Find the bands that a caller chose, by numbers from 1 or by names. said: their names. Raises BadOption."""
+    chosen, bands = reading.chosen, reading.spec.bands
     if len(chosen) != len(bands):
         raise BadOption(f"bands names {len(chosen)}; the model reads {len(bands)}: {', '.join(bands)}")
-    found = []
+    numbered = [*enumerate(said, 1)]
+    places = {name: i for i, name in reversed(numbered) if name} | {str(i): i for i, _ in numbered}
     for one in chosen:
-        number = (
-            int(one) if one.isascii() and one.isdigit() else said.index(one.lower()) + 1 if one.lower() in said else 0
-        )
-        if not 1 <= number <= len(said):
-            has = ", ".join(f"{i} ({ascii(text)[1:-1][:40]})" for i, text in enumerate(said[:12], 1))
-            raise BadOption(
-                f"bands has {one[:40]!r}; the image has {len(said)} bands: {has}{' ...' * (len(said) > 12)}"
-            )
-        found.append(number)
-    return found
+        if one.lower() not in places:
+            raise BadOption(f"bands has {one[:40]!r}; {_described(said)}")
+    return [places[one.lower()] for one in chosen]
 
 
-def _positions(names: tuple[str, ...], found: list[str]) -> list[int]:
+def _positions(names: Sequence[str], found: Sequence[str]) -> list[int]:
     """Find where all of them are, counted from 1; nothing where one is missing."""
     return [found.index(name) + 1 for name in names] if set(names) <= set(found) else []
 
 
-def _list(bands: list[int]) -> str:
-    return ", ".join(map(str, bands))
+def _numbers(bands: list[int]) -> str:
+    return f"band{'s' * (len(bands) > 1)} {', '.join(map(str, bands))}"
+
+
+def _shown(name: str) -> str:
+    return ascii(name)[1:-1][:40] or "no name"
+
+
+def _described(said: Sequence[str]) -> str:
+    """Say which bands an image has, the first of them by name."""
+    names = ", ".join(f"{i} ({_shown(name)})" for i, name in enumerate(said[:12], 1))
+    return f"the image has {len(said)} bands: {names}{' ...' * (len(said) > 12)}"
 
 
 def palette_of(dataset: Any, band: int) -> NDArray[np.uint8] | None:

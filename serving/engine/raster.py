@@ -18,11 +18,12 @@ from rasterio._err import CPLE_BaseError
 from rasterio.errors import NodataShadowWarning, NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window as Frame
 
+from penumbra.models.card import RGB
 from penumbra.models.errors import BadImage
 from penumbra.serving.engine.directories import find_directory
 from penumbra.serving.engine.layout import (
-    COLOURS,
     FLIPS,
+    GREY,
     INKS,
     RGB8,
     Place,
@@ -32,7 +33,7 @@ from penumbra.serving.engine.layout import (
     palette_of,
     read_place,
 )  # fmt: skip
-from penumbra.serving.engine.values import check_type, find_white, in_bands, judge, to_8_bits, to_type
+from penumbra.serving.engine.values import brightness, check_type, examine, to_8_bits, to_type
 
 CACHE_BYTES = 192 * 2**20
 """GDAL's cache of decoded blocks; by default a twentieth of the memory. It holds a row of windows of 120,000 px."""
@@ -104,23 +105,29 @@ class FileRaster(Raster):
         self, dataset: Any, source: object, reading: Reading, *, kind: str, orientation: int, warnings: tuple[str, ...]
     ) -> None:  # fmt: skip
         """source: the path, or what must outlive the dataset that reads it. kind: of file, for sentences."""
-        self._dataset, self._source, self._kind, self._reading = dataset, source, kind, reading
+        self._dataset, self._source, self._kind, self._spec = dataset, source, kind, reading.spec
         spec = reading.spec
         self._lock, self._white_lock = threading.Lock(), threading.Lock()
         self._pixels, self.dtype = None, np.dtype(spec.dtype)
-        self._white: int | None = None
-        self._bands, self._alpha, of_bands = choose_bands(dataset, spec.bands, reading.chosen)
+        self._bands, self._alpha, of_bands = choose_bands(dataset, reading)
         self._dtype = np.dtype(dataset.dtypes[self._bands[0] - 1])
         if self._dtype.kind not in "uif":
             raise BadImage(f"the {kind} image has {self._dtype} values; whole numbers and floats are read")
-        if self.dtype != np.uint8:
-            check_type(self._dtype, spec, what=f"{kind} image")
+        check_type(self._dtype, spec, what=f"{kind} image")
         no_mask = {"all_valid"} if self._alpha else {"all_valid", "alpha"}
         self._is_masked = any(no_mask.isdisjoint(flag.name for flag in flags) for flags in dataset.mask_flag_enums)
         self._is_inverted = dataset.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
         self._palette = None if self._is_inverted else palette_of(dataset, self._bands[0])
+        self._is_inks = spec.bands == RGB and len(self._bands) == len(INKS)
+        shows_colours = self.dtype == np.uint8 and (self._palette is None or spec.bands in (RGB, GREY))
+        if not shows_colours and (self._is_inks or self._is_inverted or self._palette is not None):
+            raise BadImage(
+                f"the {kind} image is of inks, of a palette, or white where values are least, and the model reads "
+                f"{self.dtype} values of {', '.join(spec.bands)} as they are; convert it to these"
+            )
         declared = int(dataset.tags(self._bands[0], ns="IMAGE_STRUCTURE").get("NBITS", 0))
-        self._num_bits = declared if self._dtype.kind == "u" and declared <= 16 else 0
+        num_bits = declared if self._dtype.kind == "u" and declared <= 16 else 0
+        self._white = 2**num_bits - 1 if num_bits or self._palette is not None else None
         self._flips = FLIPS[orientation]
         size = (dataset.width, dataset.height) if self._flips[0] else (dataset.height, dataset.width)
         self.shape = (*size, spec.num_bands)
@@ -139,20 +146,20 @@ class FileRaster(Raster):
     def __getitem__(self, part: tuple[slice, slice]) -> NDArray[Any]:
         if self._pixels is not None:
             return self._pixels[part]
-        white, values, spec = self._find_white(), self._read(*part, self._bands), self._reading.spec
+        white, values, spec = self._find_white(), self._read(*part, self._bands), self._spec
         if self._palette is not None:
-            return in_bands(self._palette[values[0]], spec)
-        if self.dtype != np.uint8:
-            values = to_type(white - values if self._is_inverted else values, spec, self._nodata)
+            values = self._palette[values[0]].transpose(2, 0, 1)
+        elif self.dtype != np.uint8:
+            values = to_type(values, spec, self._nodata)
         else:
             values = to_8_bits(values, white)
-            if len(values) == len(INKS) and spec.bands == COLOURS:
+            if self._is_inks:
                 light = 255 - values.astype(np.uint16)
                 values = (light[:3] * light[3] // 255).astype(np.uint8)
             if self._is_inverted:
                 values = 255 - values
         if len(values) > spec.num_bands:
-            return in_bands(values.transpose(1, 2, 0), spec)
+            return brightness(values.transpose(1, 2, 0))
         return np.ascontiguousarray(np.broadcast_to(values, (spec.num_bands, *values.shape[1:])).transpose(1, 2, 0))
 
     def load(self) -> "FileRaster":
@@ -184,18 +191,10 @@ class FileRaster(Raster):
     def _find_white(self) -> int:
         """Find the value that becomes white: one for the whole file, however it is read."""
         with self._white_lock:
-            if self._white is not None:
-                return self._white
-            num_values, of_values = self.shape[0] * self.shape[1] * len(self._bands), tuple[str, ...]()
-            if self._palette is not None or self._num_bits:
-                self._white = 2**self._num_bits - 1  # as the file declares
-            elif self.dtype == np.uint8:
-                self._white, of_values = find_white(self._measurements(), self._dtype, num_values=num_values)
-            else:
-                self._white = int(np.iinfo(self._dtype).max) if self._dtype.kind in "iu" else 0
-            if self.dtype != np.uint8 and not self._is_inverted:
-                of_values = judge(self._measurements(), self._reading.spec, num_values=num_values)
-            self._warnings += of_values
+            if self._white is None:
+                num_values = self.shape[0] * self.shape[1] * len(self._bands)
+                self._white, of_values = examine(self._measurements(), self._dtype, self._spec, num_values=num_values)
+                self._warnings += of_values
             return self._white
 
     def _measurements(self) -> Iterator[NDArray[Any]]:
@@ -252,14 +251,9 @@ def open_raster(source: bytes | Path, reading: Reading = RGB8) -> FileRaster | N
 
 
 def open_file(
-    source: bytes | Path,
-    kind: str,
-    reading: Reading,
-    *,
-    at: int = 0,
-    orientation: int = 1,
+    source: bytes | Path, kind: str, reading: Reading, *, at: int = 0, orientation: int = 1,
     warnings: tuple[str, ...] = (),
-) -> FileRaster:
+) -> FileRaster:  # fmt: skip
     """Open what GDAL reads in a file of a kind (TIFF or PNG). at: offset of the TIFF's directory; 0 is the first.
 
     Raises as `open_raster`.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from penumbra.models.card import RGB, InputSpec
+from penumbra.models.card import InputSpec
 from penumbra.models.errors import BadImage
 
 OUTSIDE = 0.001
@@ -45,14 +45,23 @@ NEARLY_BLACK_16 = (
 )
 
 
-def find_white(
-    blocks: Iterable[NDArray[np.generic]], dtype: np.dtype[np.generic], *, num_values: int
+def examine(
+    blocks: Iterable[NDArray[Any]], dtype: np.dtype[Any], spec: InputSpec, *, num_values: int
 ) -> tuple[int, tuple[str, ...]]:
-    """Find the value that becomes white, and what the caller should know of it.
+    """Find the value that becomes white, of which only cards of uint8 know, and what to know of an image's values.
 
     blocks: all measured values, of which no more are taken than the answer needs. num_values: in the whole image.
     Raises BadImage where no range holds them.
     """
+    if spec.dtype == "uint8":
+        return _find_white(blocks, dtype, num_values=num_values)
+    return 0, _judge(blocks, spec, num_values=num_values)
+
+
+def _find_white(
+    blocks: Iterable[NDArray[np.generic]], dtype: np.dtype[np.generic], *, num_values: int
+) -> tuple[int, tuple[str, ...]]:
+    """Find the value that becomes white, and what the caller should know of it; see `examine`."""
     ranges = _ranges(dtype)
     read = [white for white in ranges if white != NEARLY_BLACK or dtype == np.uint8]
     is_filled = dtype in (np.uint8, np.uint16)  # the last range is the type's own and holds whatever comes
@@ -167,35 +176,28 @@ def to_type(values_Chw: NDArray[Any], spec: InputSpec, nodata: float | None) -> 
 def check_type(found: np.dtype[Any], spec: InputSpec, *, what: str = "image") -> None:
     """Raise BadImage where values of one type cannot be meant as those of the card's.
 
-    Whole numbers of 16 and 32 bits are the same measure, and so are floats of any; all else is a change of scale, which
-    nobody has stated.
+    Eight bits are made of any; of the others whole numbers of 16 and 32 bits are the same measure, and so are floats.
+    All else is a change of scale, which nobody has stated.
     """
     dtype = np.dtype(spec.dtype)
-    alike = "iu" if dtype.kind in "iu" else "f"
-    if found != dtype and (found.kind not in alike or (found.itemsize == 1) != (dtype.itemsize == 1)):
+    alike = "f" if dtype.kind == "f" else "iu"
+    if dtype == np.uint8 or found == dtype:
+        return
+    if found.kind not in alike or found.itemsize == 1:
         raise BadImage(
             f"the {what} has {found} values and the model reads {dtype}, in units of its own; convert them to these"
         )
 
 
-def in_bands(pixels_hw3: NDArray[Any], spec: InputSpec) -> NDArray[Any]:
-    """Make a card's bands of red, green and blue: in its order, some of them, or their brightness. Raises BadImage."""
-    if spec.bands == ("grey",):
-        parts = np.array_split(pixels_hw3, max(1, pixels_hw3.size // PIECE_VALUES))
-        grey_hw = np.concatenate([part @ BRIGHTNESS for part in parts])
-        return (np.rint(grey_hw) if pixels_hw3.dtype.kind in "iu" else grey_hw).astype(pixels_hw3.dtype)[:, :, None]
-    if not {*spec.bands} <= {*RGB}:
-        raise BadImage(
-            f"the image has red, green and blue, and the model reads {', '.join(spec.bands)}; send a raster of these"
-        )
-    return np.ascontiguousarray(pixels_hw3[:, :, [RGB.index(band) for band in spec.bands]])
+def brightness(pixels_hw3: NDArray[Any]) -> NDArray[Any]:
+    """Make grey [h, w, 1] of red, green and blue, of the same type."""
+    parts = np.array_split(pixels_hw3, max(1, pixels_hw3.size // PIECE_VALUES))
+    grey_hw = np.concatenate([part @ BRIGHTNESS for part in parts])
+    return (np.rint(grey_hw) if pixels_hw3.dtype.kind in "iu" else grey_hw).astype(pixels_hw3.dtype)[:, :, None]
 
 
-def judge(blocks: Iterable[NDArray[Any]], spec: InputSpec, *, num_values: int) -> tuple[str, ...]:
-    """Say what the caller should know of values that a network cannot have learned from: another bit depth or unit.
-
-    blocks: all measured values, of which no more are taken than the answer needs.
-    """
+def _judge(blocks: Iterable[NDArray[Any]], spec: InputSpec, *, num_values: int) -> tuple[str, ...]:
+    """Say what the caller should know of values that a network cannot have learned from: another bit depth or unit."""
     factor_C, mean_C = np.abs(spec.factor_offset[0]), mean_of(spec)
     if (factor_C == 1).all() and not mean_C.any():  # the network itself makes of them what it wants
         return ()

@@ -18,9 +18,9 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from penumbra.models.card import IGNORE, KNOWN_MAPS, UNITLESS, Card
+from penumbra.models.card import RGB as COLOURS
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.kernels import FloatArray
-from penumbra.serving.engine.layout import COLOURS
 from penumbra.serving.engine.windows import normalise
 
 BLOCK = 512

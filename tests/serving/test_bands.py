@@ -1,5 +1,6 @@
 """Pictures of any bands and type: what fits is answered as numpy and torch by hand do, and what does not says so."""
 
+import asyncio
 import io
 import json
 from collections.abc import Iterator
@@ -7,11 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc import service_pb2_grpc
 
 from penumbra.export.bundle import export_network
 from penumbra.models.card import InputSpec
@@ -20,9 +24,18 @@ from penumbra.serving.engine.decode import check_array, open_image
 from penumbra.serving.engine.layout import Reading
 from penumbra.serving.engine.options import Limits
 from penumbra.serving.engine.raster import Raster
-from tests.conftest import GAIN, toy_card
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.gateway import Gateway
+from penumbra.serving.http.admission import Bodies
+from penumbra.serving.keys import Keys
+from penumbra.serving.oip.grpc import Calls, service_handlers
+from penumbra.serving.oip.grpc_server import GrpcServer
+from penumbra.serving.oip.protocol import Inference
+from penumbra.serving.telemetry import Telemetry
+from tests.conftest import FIXED, GAIN, toy_card
 from tests.serving.engine.tiffs import pillows, tiff
 from tests.serving.in_process import in_process
+from tests.serving.server import free_port
 
 BANDS = ("blue", "green", "red", "nir", "swir1", "swir2")
 SIX = InputSpec(
@@ -33,15 +46,22 @@ GREY = InputSpec((0.5,), (0.25,), bands=("grey",))
 RGBN = InputSpec((0.5,) * 4, (0.25,) * 4, bands=("red", "green", "blue", "nir"))
 HEIGHTS = InputSpec((100.0,), (50.0,), 1.0, bands=("height",), dtype="float32")
 BGRN16 = InputSpec((0.2,) * 4, (0.1,) * 4, 10_000.0, bands=("blue", "green", "red", "nir"), dtype="uint16")
+DEEP = replace(GREY, dtype="uint16", scale=65535.0)
+DEEP_RGB = InputSpec(dtype="uint16", scale=65535.0)
 WIDE = Limits()
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = tmp_path_factory.mktemp("store")
     for name, spec in (("six", SIX), ("grey", GREY)):
         card, network = toy_card("pointwise", name=name, spec=spec)
         export_network(network, card, store)
+    return store
+
+
+@pytest.fixture(scope="module")
+def client(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     with in_process(store, tmp_path_factory.mktemp("surface"), deterministic=True, predrain_s=0) as opened:
         yield opened
 
@@ -125,6 +145,43 @@ def test_a_tensor_of_six_bands_is_answered_as_by_hand(client: httpx.Client, scen
     assert refused.status_code == 400 and "'UINT8'; UINT16 or BYTES is read" in refused.json()["error"]
 
 
+def test_grpc_answers_tensors_of_six_bands_or_of_more_from_which_six_are_chosen(store: Path, scene: np.ndarray) -> None:
+    def message(values_HWC: np.ndarray, **parameters: str) -> pb.ModelInferRequest:
+        request = pb.ModelInferRequest(model_name="six")
+        request.inputs.add(name="image", datatype="UINT16", shape=values_HWC.shape)
+        request.outputs.add(name="entropy")
+        request.raw_input_contents.append(values_HWC.tobytes())
+        for name, text in parameters.items():
+            request.parameters[name].string_param = text
+        return request
+
+    async def ask(segmenter: Segmenter) -> None:
+        gateway, address = Gateway(segmenter, Telemetry(), limit_requests=1, timeout_s=60), f"127.0.0.1:{free_port()}"
+        gateway.state = "ready"
+        server = GrpcServer(address=address, message_bytes=2**20, keys=Keys(), telemetry=gateway.telemetry)
+        await server.start()
+        server.open(service_handlers(Calls(Inference(gateway), Bodies(2**30))))
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            more = np.dstack((scene[:, :, ::-1], scene[:, :, :1]))
+            for request in (message(scene), message(more, bands="6,5,4,3,2,1")):
+                (raw,) = (await stub.ModelInfer(request)).raw_output_contents
+                entropy_HW = np.frombuffer(raw, np.float32).reshape(75, 130)
+                np.testing.assert_allclose(entropy_HW, by_hand(scene, SIX)["entropy"], atol=1e-5)
+            for request, said in (
+                (message(more), "has the shape [75, 130, 7]; [-1, -1, 6] is read"),
+                (message(more, bands="1,2,3,4,5,8"), "bands has '8'; the image has 7 bands: 1 (no name)"),
+            ):
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await stub.ModelInfer(request)
+                assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT and said in refused.value.details()
+        await server.stop(0)
+        gateway.close()
+
+    with Segmenter.open(store, device="cpu", threads=1, tuning=FIXED) as segmenter:
+        asyncio.run(asyncio.wait_for(ask(segmenter), 60))
+
+
 def test_every_form_of_answer_shows_a_scene_without_colours(client: httpx.Client, scene: np.ndarray) -> None:
     for media, options in (("image/png", {"picture": "overlay"}), ("image/tiff", {}), ("application/json", {})):
         answer = client.post(
@@ -169,7 +226,7 @@ def test_a_fourth_band_that_is_tagged_alpha_and_read_is_named(rng: np.random.Gen
     values = rng.integers(0, 256, (20, 30, 4), dtype=np.uint8)
     raster = read(tiff(values, colours="red green blue alpha"), RGBN)
     assert (raster[:, :] == values).all() and not raster.can_be_void
-    assert raster.warnings == ("band 4 are read as nir; the file does not say what they are",)
+    assert raster.warnings == ("the file does not name nir, read from band 4",)
 
 
 def test_bands_are_chosen_by_number_or_name(rng: np.random.Generator) -> None:
@@ -194,23 +251,37 @@ VALUES = np.random.Generator(np.random.PCG64(3)).integers(0, 9000, (20, 30, 6), 
 @pytest.mark.parametrize(
     ("source", "spec", "named"),
     [
-        (tiff(VALUES[:, :, :4]), SIX, "has 4 bands (grey, no name, no name, no name), and the model reads blue, green"),
+        (
+            tiff(VALUES[:, :, :4]),
+            SIX,
+            "has 4 bands: 1 (grey), 2 (no name), 3 (no name), 4 (no name); the model reads blue, green",
+        ),
         (tiff(VALUES, names="b1 b2 b3 b4 b5 b6"), SIX, "give their numbers in this order with the option bands"),
         (tiff(VALUES.astype(np.uint8)), SIX, "the TIFF image has uint8 values and the model reads uint16"),
         (tiff(VALUES.astype(np.float32)), SIX, "the TIFF image has float32 values and the model reads uint16"),
         (tiff(VALUES.astype(np.int16) - 5000, names=" ".join(BANDS)), SIX, "int16 values from -4"),
+        (
+            tiff(VALUES[:, :, 0], photometric="miniswhite"),
+            DEEP,
+            "white where values are least, and the model reads uint16 values of grey",
+        ),
+        (tiff(VALUES[:, :, :4], photometric="cmyk"), DEEP_RGB, "the TIFF image is of inks"),
         (tiff(VALUES[:, :, :1]), HEIGHTS, "the TIFF image has uint16 values and the model reads float32"),
         (png(VALUES[:, :, :3].astype(np.uint8)), SIX, "the image has uint8 values and the model reads uint16"),
         (
             png(VALUES[:, :, :3].astype(np.uint8)),
             RGBN,
-            "has red, green and blue, and the model reads red, green, blue, n",
+            "has 3 bands: 1 (red), 2 (green), 3 (blue); the model reads red, green, blue, nir",
         ),
         (VALUES[:, :, :5], SIX, "the image is uint16 [20, 30, 5]; uint16 [height, width, 6] of blue, green, red, nir"),
         (VALUES.astype(np.int16), SIX, "the image is int16 [20, 30, 6]; uint16"),
         (npz(a=VALUES, b=VALUES), SIX, "the archive has 2 arrays and none is called image"),
         (npy(VALUES[0]), SIX, "the array is uint16 [30, 6]; numbers [height, width, bands] are wanted"),
-        (npy(VALUES)[:-5], SIX, "the array is truncated: it has 7,195 of its 7,200 bytes"),
+        (
+            npy(VALUES)[:-5],
+            SIX,
+            "the array is damaged or truncated (EOF: reading array data, expected 7200 bytes got 7195)",
+        ),
         (npy(VALUES)[:40], SIX, "the array cannot be read"),
         (npz(image=VALUES)[:-9], SIX, "the array cannot be read"),
         (npy(np.array([[[{}]]])), SIX, "the array is object [1, 1, 1]"),
@@ -225,12 +296,10 @@ def test_what_does_not_fit_is_refused_by_name(source: Any, spec: InputSpec, name
 def test_unnamed_bands_are_taken_in_the_cards_order_with_a_word() -> None:
     raster = read(tiff(VALUES), SIX)
     assert (raster[:, :] == VALUES).all()
-    assert raster.warnings == (
-        f"band 1, 2, 3, 4, 5, 6 are read as {', '.join(BANDS)}; the file does not say what they are",
-    )
+    assert raster.warnings == (f"the file does not name {', '.join(BANDS)}, read from bands 1, 2, 3, 4, 5, 6",)
     more = read(tiff(np.dstack((VALUES, VALUES[:, :, :1])), names=f"{' '.join(BANDS)} quality"), SIX)
     assert more.warnings == (
-        f"the image is read as {', '.join(BANDS)} from band 1, 2, 3, 4, 5, 6; not used: band 7 (quality)",
+        f"the image is read as {', '.join(BANDS)} from bands 1, 2, 3, 4, 5, 6; not used: band 7 (quality)",
     )
 
 
@@ -270,7 +339,6 @@ def test_a_bomb_of_an_array_is_refused_by_its_header() -> None:
         read(wide.getvalue(), SIX)
 
 
-def test_a_png_of_16_bits_is_read_as_it_is(tmp_path: Path) -> None:
-    deep = replace(GREY, dtype="uint16", scale=65535.0)
+def test_a_png_of_16_bits_is_read_as_it_is() -> None:
     values = (VALUES[:, :, 0] * 7).astype(np.uint16)
-    assert (read(png(values), deep)[:, :][:, :, 0] == values).all()
+    assert (read(png(values), DEEP)[:, :][:, :, 0] == values).all()

@@ -32,8 +32,8 @@ def test_bands_are_read_by_their_colours_or_names_and_the_one_left_out_is_named(
     raster = opened(tiff(values, photometric="minisblack", **how))
     assert np.array_equal(raster[:, :], rgb) and placed(raster)
     assert raster.warnings == (
-        "the image is read as red, green and blue from band 3, 2, 1; not used: band 4 "
-        f"({'nir' if 'names' in how else 'undefined'})",
+        "the image is read as red, green, blue from bands 3, 2, 1; not used: band 4 "
+        f"({'nir' if 'names' in how else 'no name'})",
     )
 
 
@@ -51,7 +51,9 @@ def test_bands_without_a_word_are_taken_in_order_and_nothing_is_said(rgb: np.nda
 @pytest.mark.parametrize("names", ["nir red green", "B02 B03 B04", "red green red_edge"])
 def test_names_that_are_not_the_colours_read_are_named(names: str, rgb: np.ndarray) -> None:
     (said,) = opened(tiff(rgb, names=names)).warnings
-    assert said == f"band 1, 2, 3 are read as red, green and blue; their names are {', '.join(names.lower().split())}"
+    assert (
+        said == f"red, green and blue are read from bands 1, 2, 3, whose names are {', '.join(names.lower().split())}"
+    )
 
 
 def test_a_fourth_band_that_is_named_otherwise_is_not_alpha(rgb: np.ndarray) -> None:
