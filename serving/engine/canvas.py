@@ -177,20 +177,20 @@ class Surface:
     def rows_of(self, rows: range) -> Tensor:
         """Give a ring that has these rows of the answer: the canvas, or where that is of another size a part of it,
         resized bilinearly."""
-        plan, (height, width) = self.plan, self.plan.size
+        plan, (height, width), device = self.plan, self.plan.size, self.canvas_RCW.device
         if not plan.answer:
             return self.canvas_RCW
-        ys = [rows.start + (place - rows.start) % len(rows) for place in range(len(rows))]
-        above, below, part_h = (x.to(self.canvas_RCW.device) for x in between(ys, plan.height, height))
-        left, right, part_W = (x.to(self.canvas_RCW.device) for x in between(range(width), plan.width, width))
+        ys = torch.arange(rows.start, rows.stop, device=device).roll(rows.start)
+        above, below, part_h = between(ys, plan.height, height)
+        left, right, part_W = between(torch.arange(width, device=device), plan.width, width)
         num_rows, part_h11 = len(self.canvas_RCW), part_h[:, None, None]
         rows_hCw = torch.lerp(self.canvas_RCW[above % num_rows], self.canvas_RCW[below % num_rows], part_h11)
         return torch.lerp(rows_hCw[..., left], rows_hCw[..., right], part_W)
 
 
-def between(places: Sequence[int], length: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def between(places: Tensor, length: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Find between which of `length` pixels those of an image of `size` lie, and how far from the first."""
-    at = ((torch.tensor([*places], dtype=torch.float64) + 0.5) * (length / size) - 0.5).clamp(0, length - 1)
+    at = ((places.double() + 0.5) * (length / size) - 0.5).clamp(0, length - 1)
     first = at.floor().long()
     return first, (first + 1).clamp(max=length - 1), (at - first).float()
 

@@ -225,8 +225,9 @@ def _of_colours(
     if found != [1, 2, 3]:
         pixels_HWC = pixels_HWC[:, :, [band - 1 for band in found]]
     if len(found) > spec.num_bands:
-        is_grey = (pixels_HWC[:, :, :1] == pixels_HWC[:, :, 1:]).all()
-        warnings, pixels_HWC = warnings + (() if is_grey else tuple(of_bands)), brightness(pixels_HWC)
+        if (pixels_HWC[:, :, :1] != pixels_HWC[:, :, 1:]).any():
+            warnings += tuple(of_bands)
+        pixels_HWC = brightness(pixels_HWC)
     return _as_raster(pixels_HWC, void_HW, warnings, spec)
 
 
