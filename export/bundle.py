@@ -14,7 +14,7 @@ from penumbra.export.parity import Frame, check_parity, measure_frames, measure_
 from penumbra.models.card import Card, ExportFacts, Parity, Sampling, Views, dump_card, parse_card
 from penumbra.models.checkpoint import load_checkpoint
 from penumbra.models.contract import Features, Network, Prompt
-from penumbra.models.errors import BadArtifact, BadOption
+from penumbra.models.errors import BadArtifact, BadOption, first_line
 from penumbra.models.files import whole_directory
 from penumbra.serving.engine.backends import BACKENDS, Backend, find_format, load_backend
 from penumbra.serving.engine.decode import open_image
@@ -116,7 +116,12 @@ def _write(
     facts, golden = card.export, ask(network, card, windows)
     assert facts
     writer = find_writer(facts.backend, facts.precision)
-    stand_in = writer.write(network, card, golden, draft, precision=facts.precision, device=device)
+    try:
+        stand_in = writer.write(network, card, golden, draft, precision=facts.precision, device=device)
+    except RuntimeError as error:  # of torch's tracers and exporters
+        raise BadOption(
+            f"{card.name} cannot be written as {facts.backend} ({first_line(error)}); try another --backend"
+        ) from None
     (draft / GOLDEN).write_bytes(save(golden_tensors(golden)))
     files = {path.name: sha256_of(path) for path in sorted(draft.iterdir())}
     built_for = find_format("penumbra.serving.engine.backends", facts.backend).target(device)

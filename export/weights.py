@@ -41,14 +41,18 @@ def find_tensors(content: Any, *, where: str) -> dict[str, Tensor]:
 def fill_from(network: nn.Module, path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Give a network the weights of a file; returns names of what was left out, and sentences on what was chosen.
 
-    Its names are looked for behind any prefix (`module.`, `model.`, `state_dict.net.`). Where several sets are whole,
-    the running average is taken. Raises BadCheckpoint: a tensor is missing, extra, of another shape, or not finite.
+    Its names are looked for behind any prefix (`module.`, `model.`, `state_dict.net.`); of a wrapper that the file does
+    not know, those of the network in it. Where several sets are whole, the running average is taken. Raises
+    BadCheckpoint: a tensor is missing, extra, of another shape, or not finite.
     """
     tensors = find_tensors(read_content(path), where=str(path))
     expected = [name for name in network.state_dict() if not name.endswith(COUNTER)]
     prefixes = {
         key.removesuffix(name) for name in expected for key in tensors if key == name or key.endswith(f".{name}")
     }
+    inner = [*network.children()]
+    if not prefixes and len(inner) == 1 and not [*network.parameters(recurse=False)]:
+        return fill_from(inner[0], path)
     if not prefixes:
         raise BadCheckpoint(f"{path} has none of the network's tensors ({few(expected)}); it holds {few([*tensors])}")
     counts = {prefix: sum(prefix + name in tensors for name in expected) for prefix in sorted(prefixes)}

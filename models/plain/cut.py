@@ -21,7 +21,6 @@ def partition(program: ExportedProgram) -> tuple[fx.GraphModule, fx.GraphModule]
     """
     module = program.module(check_guards=False)
     graph = module.graph
-    _tidy(graph)
     make_traceable(graph)
     image, noise = (node for node in graph.nodes if node.op == "placeholder")
     for number in [user for user in noise.users if is_size(user)]:
@@ -78,6 +77,7 @@ def take(x: Tensor, axis: int = 0, first: int | None = None, end: int | None = N
 
 def make_traceable(graph: fx.Graph) -> None:
     """Have torch's own functions take the sizes in a graph: to a trace, what an operator takes is a constant."""
+    _tidy(graph)
     for node in graph.nodes:
         kind = kind_of(node)
         if kind == "sym_size":
@@ -101,7 +101,7 @@ def _tidy(graph: fx.Graph) -> None:
         kind = kind_of(node)
         if kind in ("view", "_unsafe_view"):
             node.target = aten.reshape.default
-        elif kind == "clone" and not node.kwargs:
+        elif kind == "detach" or (kind == "clone" and not node.kwargs):
             node.replace_all_uses_with(node.args[0])
         elif kind == "_native_batch_norm_legit_no_training":
             (first,) = node.users

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from penumbra.models.errors import BadCheckpoint, first_line
-from penumbra.models.plain.cut import partition
+from penumbra.models.plain.cut import make_traceable, partition
 
 PREFERRED = ("logits", "out")
 """Names that transformers' and torchvision's networks give their answer beside others."""
@@ -101,6 +101,8 @@ def _load_pt2(program: bytes) -> nn.Module:
         return nn.ModuleDict({"encode": encode, "decode": decode})
     body = exported.module(check_guards=False)
     body._forward_pre_hooks.clear()
+    make_traceable(body.graph)
+    body.recompile()
     return Picked(body)
 
 

@@ -424,6 +424,49 @@ def test_a_file_alone_is_asked_what_it_is(tmp_path: Path) -> None:
     assert f"is cps-camvid, a checkpoint of ours already: penumbra export {ours}" in run(ours).stderr
 
 
+class Tokens(nn.Module):
+    """Reads the number of windows in its own reshapes, as attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Conv2d(3, 4, 8, 8), nn.Linear(4, 3)
+
+    def forward(self, image_BChw: Tensor) -> Tensor:
+        map_BDhw = self.layer(image_BChw)
+        b, d, h, w = map_BDhw.shape
+        tokens = map_BDhw.flatten(2).transpose(1, 2).contiguous().view(b, h * w, 2, d // 2).transpose(1, 2)
+        return self.head(tokens.transpose(1, 2).reshape(b, h * w, d)).view(b, h, w, 3).permute(0, 3, 1, 2)
+
+
+def test_a_network_that_reads_how_many_windows_there_are_is_exported(tmp_path: Path) -> None:
+    output = tmp_path / "tokens.safetensors"
+    import_network("module", f"{__name__}:Tokens", output, Given(input=SAID))
+    for backend in ("torchscript", "onnx"):
+        verify_artifact(export_checkpoint(output, tmp_path / "store", backend=backend))
+
+
+class Unheard(nn.Module):
+    def forward(self, image_BChw: Tensor) -> Tensor:
+        return torch.special.i1e(image_BChw)
+
+
+def test_a_program_that_a_format_cannot_take_is_told_in_a_sentence(tmp_path: Path) -> None:
+    output = tmp_path / "unheard.safetensors"
+    import_network("module", f"{__name__}:Unheard", output, Given(input=SAID))
+    with pytest.raises(BadOption, match=r"^unheard cannot be written as onnx \(.*\); try another --backend$"):
+        export_checkpoint(output, tmp_path / "store", backend="onnx")
+    assert not list((tmp_path / "store").rglob("*.json"))
+
+
+def test_the_weights_of_a_network_within_a_wrapper_are_found(tmp_path: Path) -> None:
+    torch.save({"state_dict": named("")}, tmp_path / "w.pth")
+    inner = seeded_tiny()
+    for weight in inner.parameters():
+        weight.data.zero_()
+    fill_from(nn.Sequential(inner), tmp_path / "w.pth")
+    assert all(torch.equal(tensor, named("")[name]) for name, tensor in inner.state_dict().items())
+
+
 class Restless(nn.Module):
     def __init__(self) -> None:
         super().__init__()
