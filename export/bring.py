@@ -33,6 +33,7 @@ class Given:
     """What the importer says: class names, `--input`, a module's weights, and which tensor of an ONNX graph to take.
 
     sampling: `dropout`, `none`, `views`, or dropout where there is some. views: those of a request that names none.
+    module: one that is built already, and may be changed.
     """
 
     classes: str | None = None
@@ -41,6 +42,7 @@ class Given:
     tensor: str | None = None
     sampling: str | None = None
     views: Views | None = None
+    module: nn.Module | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ def build_module(source: str, given: Given, said: Facts) -> Brought:
 
     source: PACKAGE:BUILD, a function or class, with keyword arguments where it takes some: `nets:UNet(classes=3)`.
     """
-    network = _call(source).eval().requires_grad_(False)
+    network = (_call(source) if given.module is None else given.module).eval().requires_grad_(False)
     weights = given.weights
     left_out, notes = fill_from(network, weights) if weights else ((), (UNFILLED,))
     origin = f"{source}; {weights.name}, sha256 {sha256_of(weights)}" if weights else source

@@ -4,7 +4,7 @@ This folder is the import name. `models`, `serving`, `export` and `training` ins
 names at the root of the repository, so that a wheel installs `penumbra` and nothing else, and editors, type checkers
 and tests see the same modules. `penumbra.__main__` is the command.
 
-For a program or a notebook, `from penumbra import Segmenter, SegmentOptions, export_network` and the other names of
+For a program or a notebook, `from penumbra import Segmenter, SegmentOptions, export_module` and the other names of
 `__all__` are all that is needed. They are loaded when they are asked for, because the command must start fast.
 """
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from penumbra.export.bundle import export_checkpoint, export_network, verify_artifact
+    from penumbra.export.modules import export_module
     from penumbra.models.card import Card
     from penumbra.models.errors import PenumbraError
     from penumbra.serving.engine.answer import Prediction
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from penumbra.serving.engine.segmenter import Segmenter
 
 __all__ = [
-    "Card", "PenumbraError", "Prediction", "SegmentOptions", "Segmenter", "export_checkpoint", "export_network",
-    "verify_artifact",
+    "Card", "PenumbraError", "Prediction", "SegmentOptions", "Segmenter", "export_checkpoint", "export_module",
+    "export_network", "verify_artifact",
 ]  # fmt: skip
 
 _FOLDER = Path(__file__).parent
@@ -31,6 +32,7 @@ if not (_FOLDER / "models").exists():  # a Bento, and a checkout without symboli
 
 _HOMES = {
     "penumbra.export.bundle": ("export_checkpoint", "export_network", "verify_artifact"),
+    "penumbra.export.modules": ("export_module",),
     "penumbra.models.card": ("Card",),
     "penumbra.models.errors": ("PenumbraError",),
     "penumbra.serving.engine.answer": ("Prediction",),
