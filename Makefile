@@ -32,7 +32,7 @@ serve: .venv/server
 test: setup  # what a change can break, within five minutes on two cores
 	$(BIN)/pytest -m 'not slow' --numprocesses $(TEST_PROCESSES) --dist loadfile --max-worker-restart 0
 
-test-all: test .venv/peers  # the same, and after it what is slow (CONTRIBUTING.md), alone on the machine
+test-all: test .venv/peers .venv/libraries  # the same, and after it what is slow (CONTRIBUTING.md), alone on the machine
 	$(BIN)/pytest -m slow
 
 # What some tests and benchmarks.peers ask, beside our own environment: other servers, MONAI, torch-tensorrt's Python, and
@@ -42,6 +42,13 @@ test-all: test .venv/peers  # the same, and after it what is slow (CONTRIBUTING.
 		tensorrt-cu13-bindings==11.0.0.114 dllist==2.0.0 \
 		litserve==0.2.19 fastapi==0.165.0 annotated-doc==0.0.7 monai==1.6.1 \
 		ukis-csmask==1.0.0 mouse-pupil-analysis==0.3.0
+
+# Libraries that networks come from, for docs/extend/cookbook.md: 220 MB, and no second torch; without them it skips.
+.venv/libraries: | .venv/ready
+	-$(BIN)/pip install --quiet --no-deps --target $@ torchvision==0.28.0 timm==1.0.31 \
+		segmentation-models-pytorch==0.6.0 transformers==5.24.0 tokenizers==0.23.3 huggingface-hub==2.4.0 \
+		httpx2==2.16.2 httpcore2==2.16.2 truststore==0.10.5 typer==0.29.2 tqdm==4.70.1 regex==2026.11.19 \
+		dynamic-network-architectures==0.4.4
 
 test-gpu:  # ten minutes on a CUDA GPU, with the torch that is there (docs/measure/gpu.md); without a GPU it says so
 	$(PYTHON) -m benchmarks.gpu
