@@ -50,6 +50,7 @@ torch.set_grad_enabled(False)
 SMP = """
 import segmentation_models_pytorch as smp
 network = lively(smp.{name}(encoder_name="resnet18", encoder_weights=None, classes=5))
+network.segmentation_head[0].bias -= network(image).mean((0, 2, 3))
 state = {{"{prefix}" + name: tensor for name, tensor in network.state_dict().items()}}
 torch.save({content}, "best.ckpt")
 expect(network(image))
@@ -92,6 +93,8 @@ small = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder
     "dim_feedforward": 32, "encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 2, "num_queries": 6}
 network = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=swin, num_labels=5, **small)).eval()
 network.class_predictor.weight.normal_()
+for weight in [p for name, p in network.named_parameters() if "mask_embedder" in name or "mask_projection" in name]:
+    weight.normal_(0, 0.2)
 network.save_pretrained("mask2former")
 processor = Mask2FormerImageProcessor(size={"height": 256, "width": 256})
 processor.save_pretrained("mask2former")
