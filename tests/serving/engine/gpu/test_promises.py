@@ -167,7 +167,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, turn: int, 
 
 
 PLACES: list[tuple[type, str]] = [
-    (DeviceSteps, "surface"), (Surface, "__init__"), (Surface, "strip"), (DeviceSteps, "cut"), (Backend, "encode"),
+    (Runtime, "surface"), (Surface, "__init__"), (Surface, "strip"), (DeviceSteps, "cut"), (Backend, "encode"),
     (DeviceSteps, "noise"), (Backend, "decode"), (Transfers, "room"), (Transfers, "up"),
 ]  # fmt: skip
 
