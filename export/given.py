@@ -135,8 +135,9 @@ def classes_of(source: str | None, facts: Facts, count: int) -> tuple[tuple[Clas
         names, notes = [f"class {k}" for k in range(count)], (
             f"nothing names the network's {count} classes; --classes does, with {', '.join(TABLES)} or a file of one "
             "name per line",)  # fmt: skip
-    given = tuple(ClassInfo(str(name), color_of(k)) for k, name in enumerate(names or ()))
-    named = read_classes(source) if source else given
+    named = read_classes(source) if source else tuple(
+        ClassInfo(str(name), color_of(k)) for k, name in enumerate(names or ())
+    )  # fmt: skip
     if len(named) != count:
         raise BadOption(
             f"{len(named)} classes are named, and the network gives {count}; name as many, in its channels' order"

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from penumbra.__main__ import main
 from penumbra.export.bring import Given
 from penumbra.export.bundle import export_checkpoint, verify_artifact
-from penumbra.export.given import find_facts, input_of, read_facts, size_of
+from penumbra.export.given import classes_of, find_facts, input_of, read_facts, size_of
 from penumbra.export.networks import import_network
 from penumbra.export.weights import fill_from
 from penumbra.export.zoo import ZOO
@@ -456,6 +456,14 @@ def test_a_program_that_a_format_cannot_take_is_told_in_a_sentence(tmp_path: Pat
     with pytest.raises(BadOption, match=r"^unheard cannot be written as onnx \(.*\); try another --backend$"):
         export_checkpoint(output, tmp_path / "store", backend="onnx")
     assert not list((tmp_path / "store").rglob("*.json"))
+
+
+def test_how_many_classes_there_are_is_no_name_of_any(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("road\nsky\ncar\n")  # smp's networks keep the number that they were built with
+    assert [named.name for named in classes_of(str(tmp_path / "names.txt"), {"classes": 3}, 3)[0]] == [
+        "road", "sky", "car",
+    ]  # fmt: skip
+    assert classes_of(None, {"classes": 3}, 3)[1]
 
 
 def test_the_weights_of_a_network_within_a_wrapper_are_found(tmp_path: Path) -> None:
