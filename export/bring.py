@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from penumbra.export.given import Facts, find_facts, input_of, size_of
+from penumbra.export.pickles import ZIP_START
 from penumbra.export.weights import fill_from
 from penumbra.models.card import Views
 from penumbra.models.errors import BadCheckpoint, BadOption, first_line
@@ -26,6 +27,8 @@ from penumbra.serving.engine.store import sha256_of
 
 WITHOUT_ARGMAX = "bring it without its argmax, so that it gives the logits that go into it"
 UNFILLED = "no --weights are named, so the network has those that its code gave it"
+ARCHIVES = {"torchscript": "torch.jit.save", "pt2": "torch.export.save"}
+"""What writes such a file, which is a zip archive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +172,9 @@ def read_file(source: str, form: str) -> tuple[bytes, str]:
     """Read a program's bytes, and say where they come from."""
     path = Path(source)
     try:
-        return path.read_bytes(), f"{path.name}, {form}, sha256 {sha256_of(path)}"
+        program = path.read_bytes()
+        if form in ARCHIVES and not program.startswith(ZIP_START):
+            raise BadCheckpoint(f"it is no archive; a file that {ARCHIVES[form]} wrote is wanted")
+        return program, f"{path.name}, {form}, sha256 {sha256_of(path)}"
     except OSError as error:
         raise BadOption(f"{path} cannot be read ({error.strerror}); a file of {form} is wanted") from None

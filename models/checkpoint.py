@@ -38,8 +38,8 @@ def check_replaceable(path: Path, *, made_by: str, sources: Sequence[Path] = ())
     except BadCheckpoint:
         recipe = ""
     if not recipe.startswith(made_by):
-        what = f"no checkpoint whose recipe begins with {made_by!r}"
-        raise BadOption(f"{path} is in the way, and {what}; move it, or name another output")
+        what = f"no checkpoint of ours that says {made_by.strip()!r} of where it comes from"
+        raise BadOption(f"{path} is in the way, and is {what}; move it, or name another output")
 
 
 def save_checkpoint(path: Path, card: Card, network: Network, *, half: bool = False) -> None:

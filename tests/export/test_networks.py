@@ -484,6 +484,13 @@ class Restless(nn.Module):
         return self.layer(nn.functional.dropout(image_BChw, 0.2, training=True))
 
 
+def test_a_file_that_is_no_archive_is_refused_in_a_whole_sentence(tmp_path: Path) -> None:
+    (tmp_path / "page.pt").write_text("<!doctype html>")
+    for form, writer in (("torchscript", "torch.jit.save"), ("pt2", "torch.export.save")):
+        said = run(form, tmp_path / "page.pt", "--dry").stderr
+        assert said.endswith(f"page.pt: it is no archive; a file that {writer} wrote is wanted\n")
+
+
 def test_a_network_that_draws_for_itself_is_refused(tmp_path: Path) -> None:
     sentence = "answers otherwise each time it is asked, so it is random in eval mode too"
     assert sentence in run("module", f"{__name__}:Restless", "--input", SAID).stderr
