@@ -186,7 +186,7 @@ def test_what_takes_the_place_of_a_verb_without_streams_has_them() -> None:
     assert done.returncode == 0
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("iso-8859-1", marks=pytest.mark.slow)])
 def test_a_terminal_that_cannot_show_a_name_is_no_failure(tmp_path: Path, encoding: str) -> None:
     card, network = toy_card("pointwise")
     data = replace(card.provenance, data="Łódź, 2024 … 日本")

@@ -257,6 +257,7 @@ def init_model(config, checkpoint=None, device="cuda:0"):
 """Has what the recipe asks of mmseg.apis, and a segmentor's names of tensors."""
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_mmsegs_layout_is_read_by_the_users_own_module(tmp_path: Path) -> None:
     (tmp_path / "mmseg").mkdir()
     (tmp_path / "mmseg" / "__init__.py").write_text("")
@@ -304,6 +305,7 @@ def yolo(path: Path, *, instances: bool = False) -> tuple[NDArray[np.float32], N
     return weight, bias
 
 
+@pytest.mark.slow
 def test_the_onnx_of_ultralytics_semantic_models_is_taken_before_its_argmax(tmp_path: Path) -> None:
     picture = prepare(tmp_path, side=64)
     weight, bias = yolo(tmp_path / "yolo26n-sem.onnx")

@@ -162,7 +162,12 @@ def samples_of(part: Part, card: Card) -> int:
 
 @pytest.mark.parametrize(
     "name",
-    ["toy boxed", "np_semiseg film", "np_semiseg linear", pytest.param("cpal everywhere", marks=pytest.mark.slow)],
+    [
+        "toy boxed",
+        "np_semiseg film",
+        pytest.param("np_semiseg linear", marks=pytest.mark.slow),
+        pytest.param("cpal everywhere", marks=pytest.mark.slow),
+    ],
 )
 def test_small_networks_build_in_every_precision_and_their_graphs_are_right(name: str) -> None:
     for built in build(seeded(name), card_of(name), tuple(NAMES)):

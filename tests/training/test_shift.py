@@ -208,7 +208,9 @@ def test_objects_take_labels_away_and_a_hidden_class_too(frames: Frames) -> None
         find_class(card, "Moon")
 
 
-@pytest.mark.parametrize("extra", [("--control",), ("--shift", "--hidden", "red")])
+@pytest.mark.parametrize(
+    "extra", [("--control",), pytest.param(("--shift", "--hidden", "red"), marks=pytest.mark.slow)]
+)
 def test_the_command_measures_shifts_and_controls(store: Path, tmp_path: Path, extra: tuple[str, ...]) -> None:
     arguments = ["evaluate", "toy-latent", "--data", tmp_path, "--set", "shapes", "--every", 4, "--store", store]
     arguments += [*extra, "--json", tmp_path / "out.json", "--plots", tmp_path / "plots"]
