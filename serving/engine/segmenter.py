@@ -7,7 +7,6 @@ with Segmenter.open(Path("store")) as segmenter:
 """
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from penumbra.serving.engine.layout import Reading
 from penumbra.serving.engine.noise import NoiseSource
 from penumbra.serving.engine.options import Limits, SegmentOptions
 from penumbra.serving.engine.plan import RequestPlan, check_long, plan_request, resolve
+from penumbra.serving.engine.quota import num_cores
 from penumbra.serving.engine.raster import Pixels, Raster
 from penumbra.serving.engine.request import QueuedRequest
 from penumbra.serving.engine.runtime import Runtime, Tuning, is_out_of_memory
@@ -59,7 +59,7 @@ class Segmenter:
         self._device = find_device(device or "")
         self._tuning = tuning or Tuning()
         self._trusted_keys = trusted_keys
-        threads = threads or len(os.sched_getaffinity(0))
+        threads = threads or num_cores()
         lanes = min(lanes or (2 if stays_on(self._device) else threads), threads)
         is_shared = self._tuning.deterministic or stays_on(self._device)  # all of a GPU is every batch's
         self.cores = Cores(threads, lanes, widen=not is_shared)
