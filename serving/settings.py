@@ -65,6 +65,7 @@ class Settings(BaseSettings):
     samples_per_call: int = Field(0, ge=0)
     cuda_graphs: bool = False
     target_ms: float = Field(0.0, ge=0, le=1e3 * LONGEST_S)
+    large_share: int = Field(ENGINE.large_share, ge=1)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["text", "json"] = "text"
     revision: str = ""

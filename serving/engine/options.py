@@ -292,7 +292,7 @@ class Limits:
     """Published bounds. queue_samples counts windows x samples that were accepted and not yet answered.
 
     window_pixels: of one window; it bounds the memory of models that see an image whole. probability_bytes: of the
-    output PROBABILITIES.
+    output PROBABILITIES. large_share: of the turns that a request has where one of a single window has one.
     """
 
     pixels: int = 64_000_000
@@ -300,6 +300,7 @@ class Limits:
     queue_samples: int = 65_536
     window_pixels: int = 2**22
     probability_bytes: int = 2**28
+    large_share: int = 4
 
 
 def parse_options(texts: Mapping[str, str]) -> SegmentOptions:

@@ -23,7 +23,8 @@ NORMAL = 2
 class RequestPlan:
     """A request that can be answered has a model, options with their defaults set, windows, noise and a prompt.
 
-    of_scale: what its caller should know of the scale at which it is run.
+    of_scale: what its caller should know of the scale at which it is run. share: how many turns it has where a request
+    of a single window has one.
     """
 
     runtime: Runtime
@@ -32,6 +33,7 @@ class RequestPlan:
     noise: NoiseSource
     prompt: PromptSource | None = None
     of_scale: tuple[str, ...] = ()
+    share: int = 1
 
     @property
     def card(self) -> Card:
@@ -110,7 +112,8 @@ def plan_request(
     if run != (height, width):
         windows = replace(windows, answer=(height, width))
         _check_band(windows, card)
-    return RequestPlan(runtime, options, windows, noise, prompt, of_scale)
+    share = min(windows.num_windows, limits.large_share)
+    return RequestPlan(runtime, options, windows, noise, prompt, of_scale, share)
 
 
 def check_long(options: SegmentOptions) -> None:

@@ -3,16 +3,18 @@
 Batches run in lanes, threads that share the cores out: on a CPU one per core, since two windows on a core each take
 less time than one after the other on both, and nobody waits for the slower half of every layer; on a GPU two, since one
 batch is queued there while another runs. The batch element is a window, never a request. Requests of one priority take
-turns by work done (windows x samples x views), so a huge image cannot starve a small one; priorities share the device
-by `STRIDES`, so none starves another; a request is only ever a few windows ahead of what its thread has stitched, so
-memory does not depend on its size. Promises: every window of a request is answered exactly once, with its moments, its
-rows or the error that ends the request; a failing batch fails only the requests whose own windows fail; a cancelled or
-expired request is told at once, also while its batch runs, and its windows leave the queue.
+turns by work done (windows x samples x views, over `RequestPlan.share`), so a huge image cannot starve a small one, nor
+small ones that keep coming a large one; priorities share the device by `STRIDES`, so none starves another; a request is
+only ever a few windows ahead of what its thread has stitched, so memory does not depend on its size. Promises: every
+window of a request is answered exactly once, with its moments, its rows or the error that ends the request; a failing
+batch fails only the requests whose own windows fail; a cancelled or expired request is told at once, also while its
+batch runs, and its windows leave the queue.
 """
 
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -234,10 +236,12 @@ class Scheduler:
         self._virtual_time = lead.priority_class.virtual_time
         ready = [request for request in ready if request.batch_key == lead.batch_key]
         windows: list[tuple[QueuedRequest, Window]] = []
-        size = self._throughput.batch_size(lead)
+        size, shares = self._throughput.batch_size(lead), Counter[PriorityClass]()
+        for request in self._requests:
+            shares[request.priority_class] += request.plan.share if request.untaken else 0
         while ready and len(windows) < size:
             request = min(ready, key=lambda request: request.precedence)
-            windows.append((request, request.take()))
+            windows.append((request, request.take(shares[request.priority_class])))
             ready = [request for request in ready if request.has_room]
         self._beginning = self._in_order
         cores = min(self._free, self._cores.of_batch(sum(request.num_windows for request in self._requests)))
