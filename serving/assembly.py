@@ -19,7 +19,7 @@ from penumbra.serving.http.routes import ERROR_HANDLERS, routes
 from penumbra.serving.jobs import Jobs, lock
 from penumbra.serving.oip.protocol import Inference
 from penumbra.serving.process import build_facts, own_directory
-from penumbra.serving.http.admission import Bodies
+from penumbra.serving.room import Bodies
 from penumbra.serving.settings import Settings
 from penumbra.serving.telemetry import Telemetry
 from penumbra.serving.watch import StoreWatch, look
@@ -55,7 +55,7 @@ def _gateway(settings: Settings, telemetry: Telemetry, *, trusted_keys: PublicKe
     torch.set_num_threads(1)  # only the scheduler's lanes enter parallel regions; others would fight
     limits = Limits(
         settings.limit_pixels, settings.limit_samples, settings.limit_queue_samples, settings.limit_window_pixels,
-        large_share=settings.large_share,
+        large_share=settings.large_share, memory_bytes=settings.limit_memory_bytes,
     )  # fmt: skip
     fixed = settings.model_dump(include={"windows_per_batch", "samples_per_call", "deterministic", "cuda_graphs"})
     tuning = Tuning(**fixed, target_s=settings.target_ms / 1e3)

@@ -77,6 +77,7 @@ class Settings(BaseSettings):
     limit_samples: int = Field(ENGINE.samples, ge=1)
     limit_queue_samples: int = Field(ENGINE.queue_samples, ge=1)
     limit_window_pixels: int = Field(ENGINE.window_pixels, ge=1)
+    limit_memory_bytes: int = Field(ENGINE.memory_bytes, ge=1)
     limit_requests: int = Field(64, ge=1)
     limit_job_bytes: int = Field(4 * 2**30, ge=1)
     limit_job_pixels: int = Field(2_000_000_000, ge=1)

@@ -3,9 +3,12 @@
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import numpy as np
+
 from penumbra.models.card import NUM_VIEWS, Card, Sampling
 from penumbra.models.errors import BadOption, TooLarge
-from penumbra.serving.engine.canvas import Wanted
+from penumbra.serving.engine.canvas import Wanted, ring_height
+from penumbra.serving.engine.moments import channels
 from penumbra.serving.engine.noise import NoiseSource, SeededNoise
 from penumbra.serving.engine.options import PROBABILITIES, Limits, SegmentOptions, abstain_above, check_options
 from penumbra.serving.engine.prompts import Boxes, PromptSource, check_prompt
@@ -58,6 +61,16 @@ class RequestPlan:
     @property
     def priority(self) -> int:
         return self.options.priority or NORMAL
+
+    def num_bytes(self, lanes: int) -> int:
+        """Predict the memory that the request takes beside its body: the picture, the answer, the canvas, and windows
+        that wait to be stitched. Samples take none of their own, for they are added up as they come."""
+        windows, card = self.windows, self.card
+        floats = len(self.options.maps(card)) + (card.num_classes if PROBABILITIES in self.options.outputs else 0)
+        pixel_bytes = card.input.num_bands * np.dtype(card.input.dtype).itemsize + 1 + 4 * floats
+        waiting = min(windows.num_windows, (lanes + 1) * self.runtime.windows_per_batch + 1)
+        stats = waiting * windows.window_height * windows.window_width + ring_height(windows, 1) * windows.width
+        return windows.size[0] * windows.size[1] * pixel_bytes + 4 * channels(card) * stats
 
     @property
     def is_usual(self) -> bool:
