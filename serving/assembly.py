@@ -37,8 +37,9 @@ def assemble(
     gateway = _gateway(settings, telemetry, trusted_keys=trusted_keys)
     segmenter, build = gateway.segmenter, build_facts(settings.revision)
     telemetry.add_facts(
-        build, queued_windows=lambda: segmenter.scheduler.queued[0], refused_models=lambda: len(segmenter.refused)
-    )
+        build, queued_windows=lambda: segmenter.scheduler.queued[0], refused_models=lambda: len(segmenter.refused),
+        resident=lambda: segmenter.residency.resident,
+    )  # fmt: skip
     inference = Inference(gateway, store=settings.store if settings.model_control else None)
     oip_routes = v2.routes(
         inference, body_bytes=settings.limit_body_bytes, json_bytes=settings.limit_json_bytes, bodies=bodies
@@ -56,6 +57,7 @@ def _gateway(settings: Settings, telemetry: Telemetry, *, trusted_keys: PublicKe
     limits = Limits(
         settings.limit_pixels, settings.limit_samples, settings.limit_queue_samples, settings.limit_window_pixels,
         large_share=settings.large_share, memory_bytes=settings.limit_memory_bytes,
+        model_bytes=settings.model_mb * 2**20,
     )  # fmt: skip
     fixed = settings.model_dump(include={"windows_per_batch", "samples_per_call", "deterministic", "cuda_graphs"})
     tuning = Tuning(**fixed, target_s=settings.target_ms / 1e3)

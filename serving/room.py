@@ -10,11 +10,12 @@ from penumbra.models.errors import Cancelled, QueueFull, TooLarge
 class Room:
     """Room has a limit, and requests take bytes of it until their end. Any thread may call it.
 
-    too_large, full: the sentences of a refusal, with places for `size`, `held` and `limit`.
+    one, every: what takes the bytes, of one request and of all. remedy: what makes it fewer.
     """
 
-    too_large: str
-    full: str
+    one: str
+    every: str
+    remedy: str
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes, self._held_bytes = limit_bytes, 0
@@ -32,10 +33,15 @@ class Room:
                 if has_ended:  # and a thread is still at work for it
                     raise Cancelled("the request was cancelled")
                 if taken + size > self._limit_bytes:  # also alone, however often it is tried
-                    raise TooLarge(self.too_large.format(size=taken + size, limit=self._limit_bytes))
+                    raise TooLarge(
+                        f"{self.one} takes {taken + size:,} bytes and the limit of all {self.every} together is "
+                        f"{self._limit_bytes:,}; {self.remedy}"
+                    )
                 if self._held_bytes + size > self._limit_bytes:
-                    sentence = self.full.format(held=self._held_bytes, size=size, limit=self._limit_bytes)
-                    raise QueueFull(sentence, retry_after_s=1)
+                    raise QueueFull(
+                        f"the {self.every} of all requests have {self._held_bytes:,} bytes, this one needs {size:,} "
+                        f"more and the limit is {self._limit_bytes:,}; try again in 1 s", retry_after_s=1,
+                    )  # fmt: skip
                 self._held_bytes, taken = self._held_bytes + size, taken + size
 
         try:
@@ -46,27 +52,15 @@ class Room:
 
 
 class Bodies(Room):
-    """The bytes of all requests' bodies together, over every protocol, from their first byte to their answer."""
+    """Bodies are counted over every protocol, from their first byte to their answer."""
 
-    too_large = (
-        "the body takes {size:,} bytes and the limit of all bodies together is {limit:,}; send a smaller or better "
-        "compressed image, or parts of it"
-    )
-    full = (
-        "the bodies of all requests have {held:,} bytes, this one needs {size:,} more and the limit is {limit:,}; try "
-        "again in 1 s"
-    )
+    one, every = "the body", "bodies"
+    remedy = "send a smaller or better compressed image, or parts of it"
 
 
 class Memory(Room):
-    """The memory that all requests at work take together, by `RequestPlan.num_bytes`, from before their pictures are
-    decoded until their answers are written."""
+    """Memory is counted as `RequestPlan.num_bytes` predicts it, from before a picture is decoded until its answer is
+    written."""
 
-    too_large = (
-        "the picture, its canvas and its answer take {size:,} bytes of memory and the limit of all requests together "
-        "(limit_memory_bytes) is {limit:,}; send a smaller image or parts of it, ask for fewer maps, or make it a job"
-    )
-    full = (
-        "the requests at work take {held:,} bytes of memory, this one needs {size:,} more and the limit "
-        "(limit_memory_bytes) is {limit:,}; try again in 1 s"
-    )
+    one, every = "the picture with its canvas and its answer", "pictures, canvases and answers (limit_memory_bytes)"
+    remedy = "send a smaller image or parts of it, ask for fewer maps, or make it a job"

@@ -45,9 +45,10 @@ MOST_THREADS = 1024
 class Settings(BaseSettings):
     """Each field is the environment variable PENUMBRA_<NAME>; docs/operate/settings.md says what it is for.
 
-    A 0 lets threads, lanes and the sizes of batches be found at the start, and switches watch_store_s, target_ms and
-    cache_mb off. Where a text is empty, there is no gRPC (grpc_address), CUDA is taken if there is one (device), no
-    trace is sent (otlp_endpoint), and everybody may ask (api_keys); without trusted_keys_file any artifact is taken.
+    A 0 lets threads, lanes and the sizes of batches be found at the start, and switches watch_store_s, target_ms,
+    cache_mb and model_mb off. Where a text is empty, there is no gRPC (grpc_address), CUDA is taken if there is one
+    (device), no trace is sent (otlp_endpoint), and everybody may ask (api_keys); without trusted_keys_file any artifact
+    is taken.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
@@ -84,6 +85,7 @@ class Settings(BaseSettings):
     limit_jobs: int = Field(16, ge=1)
     job_keep_s: float = Field(86_400.0, gt=0, le=LONGEST_S)
     cache_mb: int = Field(0, ge=0)
+    model_mb: int = Field(0, ge=0)
     timeout_s: float = Field(300.0, gt=0, le=LONGEST_S)
     predrain_s: float = Field(2.0, ge=0, le=LONGEST_S)
     otlp_endpoint: str = ""

@@ -1,7 +1,8 @@
-"""One setting of the C allocator that is worth more than the choice of engine."""
+"""Settings of the C allocator: one of them is worth more than the choice of engine."""
 
 import ctypes
 import sys
+from contextlib import suppress
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 
@@ -21,3 +22,9 @@ def keep_freed_memory() -> bool:
         return False
     largest = 2**31 - 1
     return all([mallopt(M_MMAP_THRESHOLD, largest), mallopt(M_TRIM_THRESHOLD, largest), mallopt(M_ARENA_MAX, 1)])
+
+
+def give_memory_back() -> None:
+    """Return what malloc has kept to the system, once something large has been freed that will not come back soon."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -293,7 +293,8 @@ class Limits:
 
     window_pixels: of one window; it bounds the memory of models that see an image whole. probability_bytes: of the
     output PROBABILITIES. large_share: of the turns that a request has where one of a single window has one.
-    memory_bytes: of all requests at work, as `RequestPlan.num_bytes` predicts them.
+    memory_bytes: of all requests at work, as `RequestPlan.num_bytes` predicts them. model_bytes: of the files of all
+    models in memory; 0 is none.
     """
 
     pixels: int = 64_000_000
@@ -303,6 +304,7 @@ class Limits:
     probability_bytes: int = 2**28
     large_share: int = 4
     memory_bytes: int = 2**32
+    model_bytes: int = 0
 
 
 def parse_options(texts: Mapping[str, str]) -> SegmentOptions:

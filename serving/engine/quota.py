@@ -6,39 +6,30 @@ from contextlib import suppress
 from pathlib import Path
 
 CGROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-"""Where Linux shows control groups, and those of this process."""
+"""Where Linux shows control groups, and which are this process's."""
 
 
 def num_cores(groups: Path = CGROUPS, own: Path = OWN) -> int:
-    """Count the whole cores that this process may use, at least one.
-
-    A quota of 2.5 cores makes two: three busy threads would all be stopped for a sixth of the time, and so would
-    whoever waits for them; the half is left for what decodes and writes.
-    """
-    return max(1, math.floor(min(len(os.sched_getaffinity(0)), find_quota(groups, own))))
-
-
-def find_quota(groups: Path, own: Path) -> float:
-    """Find the least quota of this process's control groups and of those above them, in cores; infinite without one.
-
-    In a container what is shown begins with its own group, whatever the path outside is; so both are looked for.
-    """
+    """Count the whole cores that this process may use, at least one. A quota of 2.5 cores makes two: three busy threads
+    would all be stopped for a sixth of the time, and the half is left for what decodes and writes."""
     quotas = [math.inf]
     with suppress(OSError):  # another system
         for line in own.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            if controllers and "cpu" not in controllers.split(","):
-                continue
-            for root in (groups / controllers, groups / "cpu") if controllers else (groups, groups / "unified"):
-                group = root / path.lstrip("/")
-                above = [one for one in (group, *group.parents) if one.is_relative_to(root)]
-                quotas += map(_quota_of, above)
-    return min(quotas)
+            if not controllers or "cpu" in controllers.split(","):
+                quotas += map(_quota_of, _groups_above(path, groups, controllers))
+    return max(1, math.floor(min(len(os.sched_getaffinity(0)), *quotas)))
+
+
+def _groups_above(path: str, groups: Path, controllers: str) -> list[Path]:
+    """List a group and those above it. What a container is shown begins with its own group, whatever its path is."""
+    roots = (groups / controllers, groups / "cpu") if controllers else (groups, groups / "unified")
+    return [one for root in roots for one in (root / path[1:] / "cpu.max").parents if one.is_relative_to(root)]
 
 
 def _quota_of(group: Path) -> float:
-    """Read the quota of one group: of version 2 (cpu.max) or 1 (cpu.cfs_quota_us). "max" and -1 are none."""
-    with suppress(OSError, ValueError):
+    """Read the quota of a group in cores, of version 2 (cpu.max) or 1 (cpu.cfs_quota_us); infinite without one."""
+    with suppress(OSError, ValueError):  # of "max", too
         quota, period = (group / "cpu.max").read_text().split()
         return int(quota) / int(period)
     with suppress(OSError, ValueError):

@@ -290,11 +290,8 @@ class QueuedRequest:
         return WindowInput(self._scaled_HWC, window, plan.windows, noise_SL, plan.prompt, self.surface, plan.views)
 
     def take(self, shares: int) -> Window:
-        """Take the next window, at the cost of the request's virtual time and its class's.
-
-        shares: of all requests of its class that have windows left. However many more come, it keeps its part of them:
-        who comes later begins later.
-        """
+        """Take the next window, at the cost of the request's virtual time and its class's. shares: of all requests of
+        its class that have windows left; whoever comes now begins later, so that it keeps its part of them."""
         self.started = self.started or time.perf_counter()
         self.untaken -= 1
         self.ahead += 1

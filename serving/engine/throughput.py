@@ -138,8 +138,6 @@ class ThroughputModel:
     def _fit(
         self, request: QueuedRequest, left_s: float, *, queued_s: Callable[[int], float], num_others: int, turns: float
     ) -> None:  # fmt: skip
-        """turns: of all others, for each of its own."""
-
         def needed_s(num_samples: int, num_windows: int) -> float:
             """Others take at most their turns while this one takes its own, and at most what they have; a window takes
             its time however many lanes there are."""

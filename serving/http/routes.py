@@ -51,7 +51,8 @@ class Surface:
         refuse_options(request)
         segmenter = self._gateway.segmenter
         refused = [{"name": name, "error": reason} for name, reason in segmenter.refused.items()]
-        return JSONResponse({"models": [summary(card) for card in segmenter.cards()], "refused": refused})
+        models = [summary(card) | {"in_memory": segmenter.is_in_memory(card)} for card in segmenter.cards()]
+        return JSONResponse({"models": models, "refused": refused})
 
     async def model(self, request: Request) -> Response:
         refuse_options(request)

@@ -156,12 +156,12 @@ def test_the_memory_that_requests_will_take_is_counted_before_their_pictures_are
     with Segmenter(threads=1, device="cpu", tuning=FIXED, limits=Limits(memory_bytes=80_000)) as opened:
         opened.load(toy_store / "toy-pointwise" / "1")
         bounded = gateway(opened)
-        with pytest.raises(TooLarge, match=r"take 1,865,984 bytes .*limit_memory_bytes\) is 80,000; send a smaller"):
+        with pytest.raises(TooLarge, match=r"takes 1,865,984 bytes .*limit_memory_bytes\) together is 80,000; send"):
             answer(cut_off)
         with ThreadPoolExecutor(1) as threads:
             first = threads.submit(answer, IMAGE)
             assert writing.wait(WAIT_S)
-            with pytest.raises(QueueFull, match=r"take (\d+,\d{3}) bytes of memory, this one needs \1 more"):
+            with pytest.raises(QueueFull, match=r"have (\d+,\d{3}) bytes, this one needs \1 more"):
                 answer(IMAGE)
             assert answer(IMAGE, replace(OPTIONS, outputs=())).num_windows == 1, "labels alone have room beside it"
             go.set()
