@@ -153,9 +153,7 @@ class Telemetry:
         self._model_bytes = gauge("model_bytes", "Bytes of the files of the models in memory.")
         self._refused = gauge("models_refused", "Models whose newest version in the store is refused.")
         self._entropy = histogram("entropy_mean", "Mean entropy of an answer, nats.", ["model"], buckets=NATS)
-        self._abstained = histogram(
-            "abstain_ratio", "Share of pixels withheld for a risk.", ["model"], buckets=ABSTAINED
-        )
+        self._abstained = histogram("abstain_ratio", "Share of pixels withheld.", ["model"], buckets=ABSTAINED)
         expected = "Share of an answer's pixels that is wrong, as far as the model can tell."
         strange = "Share of the model's reference pictures that were less strange than an answer's."
         self._scores = {

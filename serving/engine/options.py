@@ -289,13 +289,9 @@ OPTIONS: dict[str, Option] = {
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Published bounds. queue_samples counts windows x samples that were accepted and not yet answered.
-
-    window_pixels: of one window; it bounds the memory of models that see an image whole. probability_bytes: of the
-    output PROBABILITIES. large_share: of the turns that a request has where one of a single window has one.
-    memory_bytes: of all requests at work, as `RequestPlan.num_bytes` predicts them. model_bytes: of the files of all
-    models in memory; 0 is none.
-    """
+    """Published bounds; docs/use/limits.md says of what. queue_samples counts windows x samples not yet answered, and
+    memory_bytes what `RequestPlan.num_bytes` predicts. large_share: of turns, where a request of a single window has
+    one. model_bytes: of models in memory; 0 is none."""
 
     pixels: int = 64_000_000
     samples: int = 64
