@@ -17,7 +17,7 @@ SIZES = (1, 2, 3, 4, 5, 8, 16)
 
 def compare(runtime: Runtime) -> dict[str, float]:
     """Largest difference of any moment from alone, by batch size and by chunk; 0 means the same bytes."""
-    inputs = runtime._golden_inputs()
+    inputs = runtime.golden_inputs()
     runtime.windows_per_batch = runtime.samples_per_call = 1
     alone = [runtime.run([window])[0] for window in inputs]
     differences = {}

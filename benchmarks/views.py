@@ -34,7 +34,7 @@ def main() -> None:
         export_network(network, card, Path(folder))
         with Segmenter.open(Path(folder), device="cpu", threads=1, tuning=Tuning(1, 1)) as segmenter:
             runtime = segmenter.find(None)
-            window = runtime._golden_inputs()[0]
+            window = runtime.golden_inputs()[0]
             asked: dict[str, Callable[[], object]] = {}
             for views in NUM_VIEWS:
                 options = SegmentOptions(views=views, outputs=("entropy",))

@@ -18,11 +18,12 @@ from penumbra.serving.engine.backends import Backend
 from penumbra.serving.engine.canvas import Wanted, lay_out, read_out
 from penumbra.serving.engine.moments import Statistics
 from penumbra.serving.engine.noise import SeededNoise
+from penumbra.serving.engine.raster import Pixels
 from penumbra.serving.engine.uncertainty import Band
 from penumbra.serving.engine.windows import clip, cover, cut
 
-Frame = tuple[NDArray[np.uint8], NDArray[np.uint8]]
-"""image_HWC and label_HW, IGNORE where nothing is labelled."""
+Frame = tuple[Pixels, NDArray[np.uint8] | None]
+"""image_HWC and label_HW, IGNORE where nothing is labelled; None for a picture that is only to be answered alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,30 +77,35 @@ def measure_parity(expected_SBKhw: Tensor, exported_SBKhw: Tensor, card: Card, *
 def measure_frames(network: Network, graphs: Backend, card: Card, frames: Iterable[Frame]) -> Parity:
     """Measure the worst figure of all windows of all frames, the mean of label flips, and the change of mean IoU.
 
-    Pixels where windows overlap count as often as they are covered. Raises BadOption: there is no frame, or no label.
+    Pixels where windows overlap count as often as they are covered. Raises BadOption: there is no frame, or no label
+    on those that are to have one.
     """
-    figures, num_frames, num_classes = [], 0, card.num_classes
+    figures, num_frames, is_labelled, num_classes = [], 0, False, card.num_classes
     confusion_2KK = torch.zeros(2, num_classes, num_classes, dtype=torch.int64)
     for image_HWC, label_HW in frames:
         num_frames += 1
-        plan = cover(label_HW.shape[0], label_HW.shape[1], card.window)
+        plan = cover(image_HWC.shape[0], image_HWC.shape[1], card.window)
         for window in plan:
             image = torch.from_numpy(cut(image_HWC, window, plan, spec=card.window, norm=card.input)).permute(2, 0, 1)
             noise = SeededNoise(card.sampling, seed=0, num_samples=card.sampling.default_samples).draw(window.index)
             noise_SBL = torch.from_numpy(noise)[:, None]
             expected, exported = (half.decode(half.encode(image[None]), noise_SBL).cpu() for half in (network, graphs))
             figures.append(measure_parity(expected, exported, card, height=window.height, width=window.width))
+            if label_HW is None:
+                continue
+            is_labelled = True
             rows, columns, beyond = clip(window, plan)
             truth = torch.from_numpy(np.pad(label_HW[rows, columns], beyond, constant_values=IGNORE))
             for counts_KK, logits_SBKhw in zip(confusion_2KK, (expected, exported), strict=True):
                 labels = read_maps(logits_SBKhw[:, 0], card, window.height, window.width)[0]
                 counts_KK += confusion(torch.from_numpy(labels), truth, num_classes=num_classes)
-    if not confusion_2KK[0].any():
+    if not figures or (is_labelled and not confusion_2KK[0].any()):
         raise BadOption("there is no labelled frame to measure the export on, or none of their pixels has a label")
     before, after = (float(intersection_over_union(counts_KK).nanmean()) for counts_KK in confusion_2KK)
+    change = 100 * (after - before) if is_labelled else None
     flips = float(np.mean([parity.label_flips_percent for parity in figures]))
     return dataclasses.replace(
-        worst_parity(figures), label_flips_percent=flips, miou_change=100 * (after - before), num_frames=num_frames
+        worst_parity(figures), label_flips_percent=flips, miou_change=change, num_frames=num_frames
     )
 
 

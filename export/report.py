@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from penumbra.export.importer import Imported
+from penumbra.export.load import Speed
 from penumbra.export.parity import TOLERANCES
+from penumbra.export.tune import DRAWN, Outcome
 from penumbra.models.card import Card, Parity
 from penumbra.serving.watch import how_to_serve
 
@@ -43,12 +45,16 @@ def print_imported(imported: Imported, output: Path, *, is_last: bool = False) -
         click.echo(f"next: penumbra export {output}")
 
 
-def print_parity(card: Card, directory: Path, *, as_json: bool, measured: Parity | None = None) -> None:
-    """Print the gate's figures beside what is allowed. measured: here and now, if not at export."""
+def print_parity(
+    card: Card, directory: Path, *, as_json: bool, measured: Parity | None = None, speed: Speed | None = None
+) -> None:  # fmt: skip
+    """Print the gate's figures beside what is allowed. measured: here and now, if not at export. speed: of a tuned one,
+    likewise."""
     assert card.export
     figures, allowed = measured or card.export.parity, TOLERANCES[card.export.precision]
     if as_json:
-        click.echo(json.dumps({"directory": str(directory), "parity": dataclasses.asdict(figures)}))
+        document = {"directory": str(directory), "parity": dataclasses.asdict(figures)}
+        click.echo(json.dumps(document | ({"speed": speed._asdict()} if speed else {})))
         return
     limits = {
         "relative": f"<= {allowed.relative:g}", "extras_relative": f"<= {allowed.relative:g}",
@@ -59,7 +65,41 @@ def print_parity(card: Card, directory: Path, *, as_json: bool, measured: Parity
     click.echo(directory)
     for name, value in dataclasses.asdict(figures).items():
         click.echo(f"  {name:26} {'none' if value is None else f'{value:.6g}':12} {limits.get(name, '')}".rstrip())
+    if (tuned := card.tuned) and speed:
+        for name, value in speed._asdict().items():
+            click.echo(f"  {name:26} {value:<12.6g} {getattr(tuned, name):.6g} when it was tuned")
+        click.echo(f"  tuned on {tuned.processor} with {tuned.threads} threads, for {tuned.load}")
     if measured is None:
         if card.export.measured == "graph":
             click.echo("  measured on the graph that the engines were built from; a GPU that loads them measures them")
         click.echo(how_to_serve(card.name), err=True)
+
+
+def print_tuned(outcome: Outcome, *, as_json: bool) -> None:
+    """Print what was measured, what it was measured on, and what became the next version."""
+    tuned, front = outcome.tuned, outcome.front
+    if as_json:
+        document = dataclasses.asdict(outcome) | {"directory": str(outcome.directory)}
+        click.echo(json.dumps(document | {"front": [row.name for row in front]}))
+        return
+    console, accuracy = Console(markup=False, emoji=False), [f"{name} change" for name in outcome.chosen.changes]
+    heads = ("windows/s", "p95, ms", "MiB", "flips, %", "variance", *accuracy)
+    first = (Column(name, no_wrap=True) for name in ("", "format", "sizes"))
+    table = Table(*first, *heads)
+    for row in sorted(outcome.rows, key=lambda row: -row.windows_per_s):
+        table.add_row(
+            "*" * (row in front) + ">" * (row == outcome.chosen), row.name, "x".join(map(str, row.sizes or ())),
+            f"{row.windows_per_s:.1f}", f"{row.p95_ms:.1f}", f"{row.memory_mb:.0f}", f"{row.label_flips_percent:.3f}",
+            f"{row.variance_ratio:.3f}", *(f"{change:+.4f}" for change in row.changes.values()),
+        )  # fmt: skip
+    console.print(table)
+    click.echo("> chosen, * on the Pareto front; sizes are windows per batch x samples per call x lanes")
+    for name, why in outcome.refused.items():
+        click.echo(f"{name}: {why}")
+    if not outcome.is_complete:
+        click.echo("the search was ended before it was over; this is the best so far")
+    click.echo(f"the gate was held on {tuned.gate}, speed measured for {tuned.load} on {tuned.processor}")
+    if tuned.gate == DRAWN:
+        click.echo("half precision flips far fewer labels of photographs than of drawn windows; give it --pictures")
+    click.echo(f"{outcome.directory}: {outcome.chosen}")
+    click.echo(how_to_serve(outcome.directory.parent.name), err=True)

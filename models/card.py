@@ -15,6 +15,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from penumbra.models.errors import BadArtifact
+from penumbra.models.exported import ExportFacts as ExportFacts
+from penumbra.models.exported import Parity as Parity
+from penumbra.models.exported import Positive
+from penumbra.models.exported import Tuned as Tuned
 from penumbra.models.inputs import RGB as RGB
 from penumbra.models.inputs import InputSpec as InputSpec
 from penumbra.models.inputs import ScaleRule as ScaleRule
@@ -45,7 +49,6 @@ NUM_VIEWS: dict[str, int] = {"none": 1, "flip": 2, "d4": 8, "scales": 3}
 """Views of a window, each of which is a member of every sample: test-time augmentation."""
 
 Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Byte = Annotated[int, Field(ge=0, le=255)]
 
@@ -209,44 +212,6 @@ class Provenance:
 
 
 @dataclass(frozen=True, slots=True)
-class Parity:
-    """How far the exported graphs are from their checkpoint in eager fp32, sample by sample, same noise and prompt.
-
-    On the golden windows and, where the export was shown some, on labelled frames. extras_relative: of the network's
-    own maps. miou_change: of the labels on the frames, in percentage points; None where there were no frames.
-    """
-
-    max_abs: float
-    relative: float
-    label_flips_percent: float
-    entropy_rank_correlation: float
-    variance_ratio: float
-    extras_relative: float = 0.0
-    miou_change: float | None = None
-    num_frames: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class ExportFacts:
-    """What makes a card an artifact's: backend, precision, sha256 per file, and the parity figures.
-
-    checkpoint: sha256 of the file it was exported from; empty for a network that was in memory.
-    built_for: facts of the machine that graphs in machine code are bound to, by name; empty where they run anywhere.
-    measured: what the figures are of, the artifact's own files, or the graph that its engines were built from, where no
-    machine at hand could run them.
-    """
-
-    backend: str
-    precision: str
-    torch: str
-    files: dict[str, str]
-    parity: Parity
-    checkpoint: str = ""
-    built_for: dict[str, str] = field(default_factory=dict)
-    measured: Literal["files", "graph"] = "files"
-
-
-@dataclass(frozen=True, slots=True)
 class Card:
     """The facts about one model. `config` are the hyperparameters that rebuild its network.
 
@@ -274,6 +239,11 @@ class Card:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    @property
+    def tuned(self) -> Tuned | None:
+        """Return by what measurement an artifact was chosen, if by any."""
+        return self.export.tuned if self.export else None
 
     @property
     def map_of_novelty(self) -> str:

@@ -19,8 +19,8 @@ from penumbra import options as shared
 from penumbra.failures import Verbs, sentence_of
 from penumbra.importing import import_files
 from penumbra.ranking import rank
-from penumbra.serving.engine.quota import num_cores
 from penumbra.serving.process import print_version
+from penumbra.tuning import MINUTES, tune, tune_model
 
 BENTOML = (
     "import runpy, signal; signal.signal(signal.SIGINT, signal.SIG_DFL); "
@@ -37,8 +37,6 @@ def main() -> None:
     """Serve trained segmentation checkpoints and say, per pixel, how sure they are."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("penumbra.disk").setLevel(logging.CRITICAL)  # a verb says it itself
-    if num_cores() < len(os.sched_getaffinity(0)):  # torch, which is imported later, knows of no quota
-        os.environ.setdefault("OMP_NUM_THREADS", str(num_cores()))
 
 
 @main.command()
@@ -226,6 +224,8 @@ def ensemble(checkpoints: tuple[Path, ...], output: Path) -> None:
 @click.option("--device", default="cpu", show_default=True, help="Where the graphs are to run: cpu or cuda.")
 @click.option("--data", type=shared.FOLDER,
               help="Labelled pictures, on which the export is measured too.")  # fmt: skip
+@click.option("--tune", "is_tuned", is_flag=True, help="Then tune it, as penumbra tune does.")
+@MINUTES
 @shared.from_table("views")
 @shared.DATA_SET
 @shared.SPLIT
@@ -234,7 +234,8 @@ def ensemble(checkpoints: tuple[Path, ...], output: Path) -> None:
 @shared.JSON
 def export(
     checkpoint: Path, target: str, output: Path | None, backend: str | None, precision: str, device: str,
-    data: Path | None, data_set: str, split: str, every: int, store: Path, as_json: bool, views: Any,
+    data: Path | None, data_set: str, split: str, every: int, store: Path, as_json: bool, views: Any, is_tuned: bool,
+    minutes: float,
 ) -> None:  # fmt: skip
     """Export a checkpoint into a store, proved against the checkpoint, or not at all."""
     from rich.console import Console
@@ -255,17 +256,22 @@ def export(
         directory = export_checkpoint(
             checkpoint, store, backend=backend, precision=precision, device=device, frames=frames, views=views
         )
-    print_parity(open_artifact(directory).card, directory, as_json=as_json)
+    if not (is_tuned and as_json):  # one document is printed
+        print_parity(open_artifact(directory).card, directory, as_json=as_json)
+    if is_tuned:
+        tune_model(
+            directory.parent.name, store, minutes=minutes, as_json=as_json, data=data, data_set=data_set, split=split,
+            every=every, device=device, checkpoint=checkpoint,
+        )  # fmt: skip
 
 
 def _read_frames(checkpoint: Path, every: int, **where: Any) -> list[Any]:
     """Every n-th labelled frame, as `penumbra.export.parity` takes them."""
     from penumbra.models.checkpoint import read_card
-    from penumbra.training.evaluation.run import Question, load_frames
+    from penumbra.training.evaluation.run import Question, as_arrays, load_frames
 
-    frames = load_frames(Question(checkpoint.stem, **where), read_card(checkpoint))
-    chosen = [frames[i] for i in range(0, len(frames), every)]
-    return [(image_3HW.permute(1, 2, 0).contiguous().numpy(), label_HW.numpy()) for image_3HW, label_HW in chosen]
+    frames: list[Any] = as_arrays(load_frames(Question(checkpoint.stem, **where), read_card(checkpoint)), every=every)
+    return frames
 
 
 def _export_repository(source: Path, store: Path, repository: Path | None, *, as_json: bool) -> None:
@@ -278,19 +284,24 @@ def _export_repository(source: Path, store: Path, repository: Path | None, *, as
     click.echo(json.dumps({"directory": str(repository), "models": names}) if as_json else "\n".join(names))
 
 
+main.add_command(tune)
+
+
 @main.command()
 @click.argument("name")
 @shared.VERSION
 @shared.STORE
 @shared.JSON
 def verify(name: str, version: int | None, store: Path, as_json: bool) -> None:
-    """Check an artifact's hashes and measure it on this machine against its checkpoint."""
+    """Check an artifact's hashes, measure it on this machine against its checkpoint, and how fast a tuned one is."""
     from penumbra.export.bundle import verify_artifact
     from penumbra.export.report import print_parity
+    from penumbra.export.tune import remeasure
     from penumbra.serving.engine.store import artifact_card, find_artifact
 
     directory = find_artifact(store, name, version)
-    print_parity(artifact_card(directory), directory, as_json=as_json, measured=verify_artifact(directory))
+    measured, speed = verify_artifact(directory), remeasure(directory)
+    print_parity(artifact_card(directory), directory, as_json=as_json, measured=measured, speed=speed)
 
 
 @main.command()

@@ -66,7 +66,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_help_lists_the_verbs_in_the_order_of_the_work() -> None:
     output = run("--help").stdout
     verbs = (
-        "serve", "predict", "models", "train", "import", "ensemble", "export", "verify", "sign", "evaluate",
+        "serve", "predict", "models", "train", "import", "ensemble", "export", "tune", "verify", "sign", "evaluate",
         "calibrate",
     )  # fmt: skip
     places = [output.index(f"\n  {verb} ") for verb in verbs]

@@ -6,8 +6,6 @@ the pictures that novelty is measured against.
 """
 
 import dataclasses
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -19,11 +17,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from penumbra.models.card import MOST_MEANS, Calibration, Card, Novelty, dump_card, parse_card
+from penumbra.models.card import MOST_MEANS, Calibration, Card, Novelty
 from penumbra.models.errors import BadData, BadOption
-from penumbra.models.files import whole_directory
 from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.serving.engine.store import CARD, find_artifact, next_version
+from penumbra.serving.engine.store import find_artifact, next_version, write_version
 from penumbra.serving.watch import how_to_serve
 from penumbra.training.conformal import AbstentionLoss, ClassLoss, find_thresholds, least_frames, too_few
 from penumbra.training.evaluation.answers import LIMITS, Answer, Question
@@ -222,20 +219,6 @@ def split_places(num: int) -> tuple[int, int]:
     """Say where the frames of the thresholds begin and end: a quarter before them, if not more than can be used, and a
     quarter behind them."""
     return min(num // 4, MOST_FOR_TEMPERATURE), num - (num + 3) // 4
-
-
-def write_version(source: Path, target: Path, card: Card) -> None:
-    """Write an artifact beside another one: the same files, hard-linked where possible, under another card."""
-    parse_card(dump_card(card))
-    assert card.export
-    with whole_directory(target) as draft:
-        for name in card.export.files:
-            try:
-                os.link(source / name, draft / name)
-            except OSError:  # a file system without hard links
-                shutil.copy2(source / name, draft / name)
-        (draft / CARD).write_text(dump_card(card), "utf-8")
-        (draft / CARD).chmod(0o644)
 
 
 def report(calibrated: Calibrated, target: Path) -> None:

@@ -21,11 +21,10 @@ from torch.nn import functional as F
 
 from penumbra.models.card import Card
 from penumbra.serving.engine.noise import SeededNoise
-from penumbra.serving.engine.quota import num_cores
 from penumbra.serving.engine.store import open_artifact
 from penumbra.serving.render.pictures import palette
 
-THREADS = num_cores()
+THREADS = len(os.sched_getaffinity(0))
 """Of torch, for every server alike."""
 PEERS = Path(sys.prefix) / "peers"
 """`make .venv/peers` puts what we compare with there."""

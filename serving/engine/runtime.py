@@ -59,6 +59,7 @@ class Tuning:
     """A tuning says how batch and chunk sizes are found.
 
     windows_per_batch, samples_per_call: fixed sizes; 0 chooses by measurement. budget_s: time for that, per model.
+    lanes: batches of the model at a time, which share all cores out; 0 is as many as there are lanes.
     deterministic: take only batch sizes up to which every window's result has the same bytes as alone.
     target_s: time that a request of one window may take, which bounds batches while they run; 0 bounds none.
     cuda_graphs: capture the calls of the sizes that were found, and of single windows.
@@ -66,6 +67,7 @@ class Tuning:
 
     windows_per_batch: int = 0
     samples_per_call: int = 0
+    lanes: int = 0
     deterministic: bool = False
     budget_s: float = 0.4
     target_s: float = 0.0
@@ -75,13 +77,13 @@ class Tuning:
 class Runtime:
     """A runtime encodes each window once and decodes its samples in chunks, so memory is bounded by batch and chunk.
 
-    windows_per_batch, samples_per_call: chosen by `warm_up` from measurement.
+    windows_per_batch, samples_per_call: chosen by `warm_up` from measurement. lanes: as `Tuning` has them.
     """
 
     def __init__(self, artifact: Artifact, *, device: torch.device) -> None:
         self.card: Card = artifact.card
-        self.windows_per_batch = 1
-        self.samples_per_call = 1
+        self.windows_per_batch = self.samples_per_call = 1
+        self.lanes = 0
         self._window_core_s, self._window_samples = 0.0, 0
         """Seconds times cores of one window with so many samples, as measured while getting ready."""
         self._golden = artifact.golden
@@ -184,7 +186,7 @@ class Runtime:
 
         A network that is slow on a CPU keeps one of each: more gain nothing there, and its golden window was its run.
         """
-        inputs = self._golden_inputs()
+        inputs, self.lanes = self.golden_inputs(), tuning.lanes
         is_slow = self._backend.device.type == "cpu" and self._window_core_s > SLOW * tuning.budget_s
         if not is_slow:
             settle(self.run(inputs[:1]))
@@ -198,50 +200,39 @@ class Runtime:
         if tuning.windows_per_batch:
             self.windows_per_batch = tuning.windows_per_batch
         elif self.card.window.height and not is_slow:
-            # Images that are seen whole differ in size: what pays for one may not fit another.
             share_s = tuning.budget_s * 2 / 3
-            window, maps = self.card.window, self.card.num_classes + 1 + len(self.card.extra_maps)
-            window_bytes = 4 * window.height * window.width * maps
-            most = BATCH_BYTES.get(self._backend.device.type, BATCH_BYTES["cpu"]) // window_bytes
-            sizes = [size for size in SIZES if size == 1 or size <= most]
             run = partial(self._run_batch, inputs)
-            self._choose("windows_per_batch", sizes, lambda: run(self.windows_per_batch), budget_s=share_s)
+            self._choose("windows_per_batch", self.batch_sizes, lambda: run(self.windows_per_batch), budget_s=share_s)
         if not is_slow:
             started = time.perf_counter()
             settle(self.run(inputs[:1]))
             self._window_core_s, self._window_samples = _core_seconds(started), len(inputs[0].noise_SL)
         if tuning.deterministic:
             self.windows_per_batch = self._largest_identical_batch(inputs)
-        self._capture(tuning, inputs)
+        if tuning.cuda_graphs and self.card.window.height:
+            self._backend.capture(self._run_batch(inputs, size) for size in (self.windows_per_batch, 1))
         log.info(
             "%s: %d windows per batch and %d samples per call on %s%s",
             self.card.name, self.windows_per_batch, self.samples_per_call, self._backend.device,
             ", each with the same bytes as alone" if tuning.deterministic else "",
         )  # fmt: skip
 
-    def _capture(self, tuning: Tuning, inputs: list[WindowInput]) -> None:
-        if tuning.cuda_graphs and self.card.window.height:
-            self._backend.capture(self._run_batch(inputs, size) for size in (self.windows_per_batch, 1))
-
-    def leave_memory(self) -> None:
-        """Let go of the graphs: until `come_back` nothing can be run."""
-        del self._backend, self._golden
-        if self.stays_on_device:
-            torch.cuda.empty_cache()
-
-    def come_back(self, artifact: Artifact, tuning: Tuning) -> None:
-        """Load the graphs again, and run as before. Raises BadArtifact where the golden window is not reproduced."""
-        self._golden = artifact.golden
-        self._backend = load_backend(artifact.card, artifact.directory, self.device)
-        self.check_golden()
-        self._capture(tuning, self._golden_inputs())
+    @property
+    def batch_sizes(self) -> list[int]:
+        """List the numbers of windows that a batch can sensibly have: those whose moments are not too much memory."""
+        window, maps = self.card.window, self.card.num_classes + 1 + len(self.card.extra_maps)
+        if not window.height:  # images that are seen whole differ in size: what pays for one may not fit another
+            return [1]
+        window_bytes = 4 * window.height * window.width * maps
+        most = BATCH_BYTES.get(self._backend.device.type, BATCH_BYTES["cpu"]) // window_bytes
+        return [size for size in SIZES if size == 1 or size <= most]
 
     def core_seconds_per_pixel(self) -> Iterator[tuple[int, float]]:
         """Measure a window with one sample, where that is possible, and with the usual number of them.
 
         A slow network never ran with the usual number: what that takes is computed from its encoder and one sample.
         """
-        window = self._golden_inputs()[0]
+        window = self.golden_inputs()[0]
         num_pixels, usual = window.window.height * window.window.width, len(window.noise_SL)
         usual_core_s = self._window_core_s
         if self.card.sampling.is_stochastic and usual > 1:
@@ -257,7 +248,7 @@ class Runtime:
             yield 1, _core_seconds(started) / num_pixels
         yield usual, usual_core_s / num_pixels
 
-    def _golden_inputs(self) -> list[WindowInput]:
+    def golden_inputs(self) -> list[WindowInput]:
         """Make pictures of the golden windows again, each a request of one window with the usual number of samples."""
         factor, offset = (np.array(values, np.float32) for values in self.card.input.factor_offset)
         images = (self._golden.image_B3hw.permute(0, 2, 3, 1).numpy() - offset) / factor

@@ -7,6 +7,7 @@ with Segmenter.open(Path("store")) as segmenter:
 """
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Mapping
@@ -16,23 +17,20 @@ from pathlib import Path
 import torch
 
 from penumbra.models.card import Card
-from penumbra.models.errors import BadArtifact, BadOption, NotReady, PenumbraError, UnknownModel
+from penumbra.models.errors import BadArtifact, BadOption, PenumbraError, UnknownModel
 from penumbra.serving.engine.allocator import keep_freed_memory
 from penumbra.serving.engine.answer import Prediction, collect
-from penumbra.serving.engine.backends import first_words
 from penumbra.serving.engine.decode import check_array
-from penumbra.serving.engine.device import find_device, stays_on
+from penumbra.serving.engine.device import find_device, name_hardware, stays_on
 from penumbra.serving.engine.layout import Reading
 from penumbra.serving.engine.noise import NoiseSource
 from penumbra.serving.engine.options import Limits, SegmentOptions
 from penumbra.serving.engine.plan import RequestPlan, check_long, plan_request, resolve
-from penumbra.serving.engine.quota import num_cores
 from penumbra.serving.engine.raster import Pixels, Raster
 from penumbra.serving.engine.request import QueuedRequest
-from penumbra.serving.engine.residency import Observer, Residency
 from penumbra.serving.engine.runtime import Runtime, Tuning, is_out_of_memory
 from penumbra.serving.engine.scale import metres_of
-from penumbra.serving.engine.scheduler import Scheduler
+from penumbra.serving.engine.scheduler import Observer, Scheduler
 from penumbra.serving.engine.signature import PublicKeys
 from penumbra.serving.engine.store import find_artifact, open_artifact, versions
 from penumbra.serving.engine.throughput import Cores
@@ -61,7 +59,9 @@ class Segmenter:
         self._device = find_device(device or "")
         self._tuning = tuning or Tuning()
         self._trusted_keys = trusted_keys
-        threads = threads or num_cores()
+        self._has_lanes = bool(lanes)
+        """Whether their number was said, so that no model brings its own."""
+        threads = threads or len(os.sched_getaffinity(0))
         lanes = min(lanes or (2 if stays_on(self._device) else threads), threads)
         is_shared = self._tuning.deterministic or stays_on(self._device)  # all of a GPU is every batch's
         self.cores = Cores(threads, lanes, widen=not is_shared)
@@ -70,10 +70,9 @@ class Segmenter:
         """Held by whoever puts other tables in the place of these two, which are never changed: readers need none."""
         self._runtimes: Mapping[str, Mapping[int, Runtime]] = {}
         self.refused: Mapping[str, str] = {}
-        self.residency = Residency(self.limits.model_bytes, load=self._bring_back, observer=observer)
         self.scheduler = Scheduler(
             queue_samples=self.limits.queue_samples, cores=self.cores, observer=self._observer,
-            target_s=self._tuning.target_s, in_order=stays_on(self._device), residency=self.residency,
+            target_s=self._tuning.target_s, in_order=stays_on(self._device),
         )  # fmt: skip
 
     @classmethod
@@ -115,9 +114,8 @@ class Segmenter:
             runtime = Runtime(artifact, device=self._device)
             runtime.check_golden()
             torch.set_num_threads(self.cores.least)  # sizes are chosen for a server that has much to do
-            runtime.warm_up(self._tuning)
+            runtime.warm_up(self._tuning_of(artifact.card))
             self.scheduler.record_speed(runtime)
-            self.residency.add(runtime, directory, load_s=time.perf_counter() - started)
             return runtime
 
         card = artifact.card
@@ -133,37 +131,34 @@ class Segmenter:
             loaded = {**self._runtimes.get(card.name, {}), card.version: runtime}
             kept = {version: loaded[version] for version in {*sorted(loaded)[-KEPT_VERSIONS:], card.version}}
             self._runtimes = {**self._runtimes, card.name: kept}
-        self._note_loaded(card, time.perf_counter() - started)
-        return card
-
-    def _note_loaded(self, card: Card, seconds: float) -> None:
+        seconds = time.perf_counter() - started
         if self._observer:
             self._observer.model_loaded(card.name, seconds=seconds)
         log.info("%s version %d is served; it was loaded in %.1f s", card.name, card.version, seconds)
+        return card
 
-    def _bring_back(self, runtime: Runtime, directory: Path) -> None:
-        """Load a model again from the artifact that it was. Raises NotReady, and refuses it unless memory is short."""
-        card, started = runtime.card, time.perf_counter()
-        try:
-            artifact = open_artifact(directory, trusted_keys=self._trusted_keys)
-            if artifact.card != card:
-                raise BadArtifact(f"{directory} is another artifact than the one that was loaded; load it again")
-            torch.set_num_threads(self.cores.threads)
-            runtime.come_back(artifact, self._tuning)
-            self._note_loaded(card, time.perf_counter() - started)
-        except Exception as error:  # whatever a graph raises
-            log.error("%s version %d cannot be loaded again", card.name, card.version, exc_info=error)
-            if not is_out_of_memory(error):
-                self.unload(card.name, card.version)
-                self.refuse(directory, BadArtifact(f"{directory} cannot be loaded again: {first_words(error)}"))
-            raise NotReady(
-                f"{card.name} version {card.version} left memory and cannot be loaded again; ask another replica"
-            ) from None
+    def _tuning_of(self, card: Card) -> Tuning:
+        """Follow what a model was tuned to on this very machine, as far as nothing else is said."""
+        tuned, said = card.tuned, self._tuning
+        if not tuned:
+            return said
+        if not self.is_tuned_here(card):
+            log.warning(
+                "%s version %d was tuned on %s with %d threads, and this is %s with %d: it runs, with sizes of batches "
+                "that are found here; `penumbra tune %s` chooses for this machine", card.name, card.version,
+                tuned.processor, tuned.threads, name_hardware(self._device), self.cores.threads, card.name,
+            )  # fmt: skip
+            return said
+        return replace(
+            said, windows_per_batch=said.windows_per_batch or tuned.windows_per_batch,
+            samples_per_call=said.samples_per_call or tuned.samples_per_call,
+            lanes=0 if self._has_lanes else tuned.lanes,
+        )  # fmt: skip
 
-    def is_in_memory(self, card: Card) -> bool:
-        """Tell whether a model that is served can be run at once; else its first request loads it again."""
-        runtime = self._runtimes.get(card.name, {}).get(card.version)
-        return runtime is not None and self.residency.is_in(runtime)
+    def is_tuned_here(self, card: Card) -> bool:
+        """Tell whether a model was tuned, and on the processor and threads that it has here."""
+        tuned, here = card.tuned, (name_hardware(self._device), self.cores.threads)
+        return tuned is not None and (tuned.processor, tuned.threads) == here
 
     def unload(self, name: str, version: int | None = None) -> None:
         """Forget a model, or one version: requests that have it are still answered, and the last frees its memory."""

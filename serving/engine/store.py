@@ -4,13 +4,16 @@ Opening one checks everything that can be checked without running it; the golden
 """
 
 import hashlib
+import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from penumbra.models.card import Card, parse_card
+from penumbra.models.card import Card, dump_card, parse_card
 from penumbra.models.errors import BadArtifact, UnknownModel
+from penumbra.models.files import whole_directory
 from penumbra.serving.engine.signature import PublicKeys, check_signature
 
 if TYPE_CHECKING:  # torch is imported where tensors are read: looking into a store is instant
@@ -153,6 +156,20 @@ def next_version(store: Path, name: str) -> int:
     """Number a model's next artifact: above all that are there, also those that hold no card."""
     taken = [int(path.name) for path in (store / name).glob("*") if re.fullmatch("[1-9][0-9]*", path.name)]
     return max(taken, default=0) + 1
+
+
+def write_version(source: Path, target: Path, card: Card) -> None:
+    """Write an artifact beside another one: the same files, hard-linked where possible, under another card."""
+    parse_card(dump_card(card))
+    assert card.export
+    with whole_directory(target) as draft:
+        for name in card.export.files:
+            try:
+                os.link(source / name, draft / name)
+            except OSError:  # a file system without hard links
+                shutil.copy2(source / name, draft / name)
+        (draft / CARD).write_text(dump_card(card), "utf-8")
+        (draft / CARD).chmod(0o644)
 
 
 def find_artifact(store: Path, name: str, version: int | None = None) -> Path:

@@ -33,9 +33,13 @@ class Cores:
         """Count the cores that every batch has."""
         return self.threads // self.lanes
 
-    def of_batch(self, num_windows: int) -> int:
-        """Count the cores of a batch while there are so many windows."""
-        return max(self.least, self.threads // num_windows) if self.widen else self.least
+    def least_of(self, lanes: int) -> int:
+        """Count the cores that every batch has of a model that was tuned for so many lanes; 0 leaves it at `least`."""
+        return max(self.least, self.threads // lanes) if lanes and self.widen else self.least
+
+    def of_batch(self, num_windows: int, lanes: int = 0) -> int:
+        """Count the cores of a batch while there are so many windows. lanes: those that its model was tuned for."""
+        return max(self.least_of(lanes), self.threads // num_windows) if self.widen else self.least
 
 
 class SecondsBySize:
@@ -90,7 +94,7 @@ class ThroughputModel:
         """Learn from a batch of windows like those of a request."""
         pixel_s = seconds / request.window_pixels
         self.by_samples(request.plan.runtime).learn(num_samples, cores * pixel_s / num_windows)
-        if self._batch_s and cores == self._cores.least:
+        if self._batch_s and cores == self._cores.least_of(request.plan.runtime.lanes):
             self._batches(request.plan.runtime, num_samples).learn(num_windows, pixel_s)
 
     def batch_size(self, request: QueuedRequest) -> int:
@@ -123,7 +127,6 @@ class ThroughputModel:
         if not any(request.plan.is_anytime for request in requests):
             return
         now, num_others = time.perf_counter(), len(requests) - 1
-        shares = sum(request.plan.share for request in requests)
 
         @cache
         def queued_s(most: int) -> float:
@@ -132,19 +135,18 @@ class ThroughputModel:
 
         for request in requests:
             if request.plan.is_anytime and request.untaken:
-                turns = shares / request.plan.share - 1
-                self._fit(request, request.deadline - now, queued_s=queued_s, num_others=num_others, turns=turns)
+                self._fit(request, request.deadline - now, queued_s=queued_s, num_others=num_others)
 
     def _fit(
-        self, request: QueuedRequest, left_s: float, *, queued_s: Callable[[int], float], num_others: int, turns: float
+        self, request: QueuedRequest, left_s: float, *, queued_s: Callable[[int], float], num_others: int
     ) -> None:  # fmt: skip
         def needed_s(num_samples: int, num_windows: int) -> float:
-            """Others take at most their turns while this one takes its own, and at most what they have; a window takes
-            its time however many lanes there are."""
+            """In fair turns each other request takes at most as much as this one, and all at most what they have; a
+            window takes its time however many lanes there are."""
             own_s = self.core_s(request, num_samples, num_windows)
             waiting_s = self.core_s(request, request.samples_within(num_samples), request.untaken)
             others_s = queued_s(num_samples) - waiting_s
-            shared_s = (own_s + min(others_s, own_s * turns)) / self._cores.threads
+            shared_s = (own_s + min(others_s, own_s * num_others)) / self._cores.threads
             return max(shared_s, self.core_s(request, num_samples, 1) / self._cores.of_batch(num_windows + num_others))
 
         if request.started and needed_s(request.num_samples, request.untaken) <= left_s:

@@ -51,8 +51,8 @@ class Surface:
         refuse_options(request)
         segmenter = self._gateway.segmenter
         refused = [{"name": name, "error": reason} for name, reason in segmenter.refused.items()]
-        models = [summary(card) | {"in_memory": segmenter.is_in_memory(card)} for card in segmenter.cards()]
-        return JSONResponse({"models": models, "refused": refused})
+        served = [summary(card, is_tuned_here=segmenter.is_tuned_here(card)) for card in segmenter.cards()]
+        return JSONResponse({"models": served, "refused": refused})
 
     async def model(self, request: Request) -> Response:
         refuse_options(request)
@@ -80,8 +80,9 @@ class Surface:
         return HTMLResponse(_docs_html(document(self._build, typed=self._typed)))
 
 
-def summary(card: Card) -> dict[str, object]:
+def summary(card: Card, *, is_tuned_here: bool) -> dict[str, object]:
     """What a list of models says of each."""
+    tuned = card.tuned
     return {
         "name": card.name, "version": card.version, "method": card.method,
         "classes": [c.name for c in card.classes], "sampling": dataclasses.asdict(card.sampling),
@@ -92,6 +93,7 @@ def summary(card: Card) -> dict[str, object]:
         "novelty": card.novelty.map if card.novelty else None,
         "window": [card.window.height, card.window.width], "data": card.provenance.data,
         "licence": card.provenance.licence, "metrics": card.provenance.metrics,
+        "tuned": tuned and {"processor": tuned.processor, "threads": tuned.threads, "is_here": is_tuned_here},
     }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.serving.engine.store import GOLDEN, artifact_card, open_artifact
+from penumbra.serving.engine.store import GOLDEN, artifact_card, open_artifact, write_version
 from penumbra.training.calibrate import (
     Calibrated,
     Evidence,
@@ -30,7 +30,6 @@ from penumbra.training.calibrate import (
     mean_nll,
     set_temperature,
     split_frames,
-    write_version,
 )
 from penumbra.training.conformal import NUM_CANDIDATES, AbstentionLoss, ClassLoss, find_thresholds, least_frames
 from penumbra.training.evaluation.answers import segment_frame

@@ -14,7 +14,7 @@ from penumbra.models.card import Card
 from penumbra.models.errors import BadData
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.training.data import DataSet, find_data, load_split
-from penumbra.training.evaluation.answers import Answer, Question, check_classes, segment_frame
+from penumbra.training.evaluation.answers import Answer, Labels, Question, check_classes, segment_frame
 from penumbra.training.evaluation.figures import Evaluation
 from penumbra.training.evaluation.intervals import find_blocks
 from penumbra.training.frames import FrameSet
@@ -68,6 +68,12 @@ def load_frames(question: Question, card: Card) -> FrameSet:
     for warning in filter(None, warnings):
         Console(stderr=True, markup=False, emoji=False).print(f"warning: {warning}", style="yellow")
     return load_split(data, question.data, question.split)
+
+
+def as_arrays(frames: FrameSet, *, every: int) -> list[tuple[Labels, Labels]]:
+    """Give every n-th frame as image_HWC and label_HW."""
+    chosen = [frames[i] for i in range(0, len(frames), every)]
+    return [(image_3HW.permute(1, 2, 0).contiguous().numpy(), label_HW.numpy()) for image_3HW, label_HW in chosen]
 
 
 def check_unseen(card: Card, data: DataSet, split: str) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from penumbra.serving.engine.backends import Graph, flat
+from penumbra.serving.engine.device import hardware_of
 
 INPUTS = "penumbra_inputs"
 FORMATS = ("contiguous", "channels_last")
@@ -56,19 +57,5 @@ def open_graph(path: Path, device: torch.device, _: str) -> Graph:
 
 
 def target(device: torch.device) -> dict[str, str]:
-    """Name the processor, or the GPU and its compute capability, and torch."""
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        machine = {"gpu": torch.cuda.get_device_name(device), "compute capability": f"{major}.{minor}"}
-    else:
-        machine = {"processor": f"{_processor()} with {torch.backends.cpu.get_cpu_capability()}"}
-    return machine | {"torch": torch.__version__}
-
-
-def _processor() -> str:
-    """Name the processor's model: code is compiled for the instructions of exactly that (-march=native)."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "an unknown processor"
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "an unknown processor")
+    """Name the hardware that code is compiled for, and torch."""
+    return hardware_of(device) | {"torch": torch.__version__}

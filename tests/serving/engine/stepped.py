@@ -34,6 +34,7 @@ class SteppedRuntime:
     """
 
     windows_per_batch: int = 1
+    lanes: int = 0
     stays_on_device: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cuda:1"))
     before: Callable[[list[int]], None] = lambda values: None

@@ -192,13 +192,13 @@ def test_warming_up_captures_the_sizes_that_it_found(
 ) -> None:  # fmt: skip
     """For one window and two: encode, and decode of a chunk and of what it leaves of eight; members have no chunk."""
     runtime = _runtime(tmp_path, name)
-    before = runtime.run(runtime._golden_inputs())
+    before = runtime.run(runtime.golden_inputs())
     with caplog.at_level(logging.INFO):
         runtime.warm_up(Tuning(windows_per_batch=2, samples_per_call=samples_per_call, cuda_graphs=True))
     assert cuda.did.count("capture") == captures
     assert f"{captures} calls are CUDA graphs, for which torch holds 0 MiB more" in caplog.messages
     cuda.replays = 0
-    after = runtime.run(runtime._golden_inputs())
+    after = runtime.run(runtime.golden_inputs())
     assert cuda.replays == replays
     for one, other in zip(before, after, strict=True):
         np.testing.assert_allclose(one.stats_hCw, other.stats_hCw, rtol=1e-6)  # in chunks of another size

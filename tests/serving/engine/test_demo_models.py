@@ -25,7 +25,7 @@ def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Segmenter]:
 
 
 def _moments(runtime: Runtime, batch: int, chunk: int) -> list[Moments]:
-    inputs = runtime._golden_inputs()
+    inputs = runtime.golden_inputs()
     runtime.samples_per_call = chunk
     answers = runtime.run([inputs[i % len(inputs)] for i in range(batch)])
     assert all(isinstance(answer, Moments) for answer in answers)

@@ -27,6 +27,7 @@ class MetRuntime:
 
     meet: Callable[[int, int], None]
     windows_per_batch: int = 1
+    lanes: int = 0
     stays_on_device: bool = False
     card: Card = field(default_factory=lambda: toy_card("latent", window=SPEC)[0])
 
@@ -54,6 +55,12 @@ def scheduler(request: pytest.FixtureRequest) -> Iterator[Scheduler]:
 )
 def test_few_windows_have_more_cores_each(cores: Cores, of_batch: dict[int, int]) -> None:
     assert {num_windows: cores.of_batch(num_windows) for num_windows in of_batch} == of_batch
+
+
+def test_a_model_that_was_tuned_for_few_lanes_has_more_cores_in_each_batch() -> None:
+    cores = Cores(8, lanes=8)
+    assert [cores.of_batch(100, lanes) for lanes in (0, 8, 4, 1)] == [1, 1, 2, 8]
+    assert Cores(8, lanes=8, widen=False).of_batch(100, 1) == 1
 
 
 def test_a_window_alone_has_all_cores_and_a_crowd_shares_them(scheduler: Scheduler) -> None:

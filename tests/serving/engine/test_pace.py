@@ -58,6 +58,7 @@ class TimedRuntime:
     slower: float = 1.0
     start_s: float = 0.0
     windows_per_batch: int = 1
+    lanes: int = 0
     stays_on_device: bool = False
     card: Card = field(default_factory=lambda: toy_card("latent", window=SPEC)[0])
     rounds: list[int] = field(default_factory=list)

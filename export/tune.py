@@ -1,0 +1,347 @@
+"""`penumbra tune`: what is fastest on this machine, of all formats, precisions and sizes that the gate passes.
+
+What is measured is what will be served: the engine with its scheduler and lanes answers whole pictures. Every candidate
+is built and proved as an export is, and tried; the better half goes on to all sizes, each for a short time; the better
+half of those for longer, until one is left (successive halving, Jamieson & Talwalkar 2016). An interruption, or the end
+of the time, keeps the best so far.
+"""
+
+import itertools
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from penumbra.export.bundle import export_checkpoint
+from penumbra.export.candidates import Candidate, Row, Sizes, find_candidates, find_sizes
+from penumbra.export.load import Answers, Load, Speed, ask
+from penumbra.export.parity import Frame
+from penumbra.export.zoo import ZOO
+from penumbra.models.card import Card, Tuned, dump_card
+from penumbra.models.errors import BadOption, reason_of
+from penumbra.models.files import drafted
+from penumbra.serving.engine.allocator import resident_bytes
+from penumbra.serving.engine.backends import BACKENDS
+from penumbra.serving.engine.decode import open_image
+from penumbra.serving.engine.device import find_device, name_hardware
+from penumbra.serving.engine.layout import Reading
+from penumbra.serving.engine.options import Limits
+from penumbra.serving.engine.raster import Pixels
+from penumbra.serving.engine.runtime import Tuning
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.store import CARD, artifact_card, find_artifact, next_version, sha256_of, write_version
+from penumbra.serving.files.predict import IN_MEMORY
+
+FEW = 8
+"""Pictures that callers ask for and that the gate is held on: more say little more of either, and take their time."""
+TURNS = 3
+"""How often the best of each candidate are measured at last, in turns: what disturbs one disturbs the others."""
+SPARE = 0.05
+"""Share of the time that is left for ending: a batch at work, the files, the table."""
+AGAIN_S = 5.0
+"""Seconds after which the end of the time is said once more, should a library have swallowed it."""
+DRAWN = "drawn windows"
+"""What the gate is held on where nobody gives it pictures."""
+Setting = tuple[Candidate, Sizes | None]
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True, slots=True)
+class TuneOptions:
+    """How to tune. ends: when, a time of `time.perf_counter`.
+
+    pictures: files that callers ask for and golden windows are cut from; without any, those of the frames, or drawn
+    windows. frames: labelled pictures for the gate. judge: measures a loaded model's figures of accuracy, by name.
+    checkpoint: None looks for it. backends: of which formats; none stands for all. machine_code: also those that are
+    bound to this kind of machine. seconds: for which a setting is measured at first, and at most at a time.
+    """
+
+    ends: float
+    load: Load
+    pictures: Sequence[Path] = ()
+    frames: Sequence[Frame] = ()
+    judge: Callable[[Segmenter], dict[str, float]] | None = None
+    checkpoint: Path | None = None
+    device: str = ""
+    backends: Sequence[str] = ()
+    machine_code: bool = False
+    seconds: tuple[float, float] = (0.3, 4.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a tuning found. rows: the version before first, as it is served. chosen: which of them became the artifact
+    of the directory. refused: why, by name. is_complete: whether the search came to its end."""
+
+    directory: Path
+    tuned: Tuned
+    rows: list[Row]
+    chosen: Row
+    refused: dict[str, str]
+    is_complete: bool
+
+    @property
+    def front(self) -> list[Row]:
+        """List the rows that none is better than in every way."""
+        return [row for row in self.rows if not any(other.dominates(row) for other in self.rows)]
+
+
+def tune_artifact(name: str, store: Path, options: TuneOptions, say: Say = print) -> Outcome:
+    """Find what is fastest and write it as the model's next version. To be called from the main thread.
+
+    say: takes a line about every step. Raises BadOption: there is no checkpoint, or nothing could be measured.
+    """
+    source = find_artifact(store, name)
+    card = artifact_card(source)
+    options = replace(options, checkpoint=find_checkpoint(card, options.checkpoint))
+    with drafted(store / name) as drafts:
+        tuner = Tuner(source, drafts, options, say)
+        with until(options.ends - SPARE * (options.ends - time.perf_counter())):
+            tuner.search()
+        return tuner.conclude()
+
+
+def find_checkpoint(card: Card, given: Path | None) -> Path:
+    """Find the very file that an artifact was exported from: the given one, here by its name, or in the zoo."""
+    assert card.export
+    if not card.export.checkpoint:
+        raise BadOption(f"{card.name} was exported from memory, and formats are built from a file; export a checkpoint")
+    file = f"{card.name}.safetensors"
+    places = [given] if given else [Path(file), ZOO / file]
+    for path in places:
+        if path.is_file() and sha256_of(path) == card.export.checkpoint:
+            return path
+    raise BadOption(
+        f"{card.name} version {card.version} was exported from a file of sha256 {card.export.checkpoint[:12]}..., "
+        f"which is not {' or '.join(map(str, places))}; name it with --checkpoint"
+    )
+
+
+@contextmanager
+def until(ends: float) -> Iterator[None]:
+    """End the block with Ctrl-C, or at a time, as if somebody had pressed it then; what follows the block goes on."""
+
+    def ring(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(ends - time.perf_counter(), 1e-3), AGAIN_S)
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Tuner:
+    """A tuner proves and measures candidates; `conclude` may be called wherever `search` was interrupted."""
+
+    def __init__(self, source: Path, drafts: Path, options: TuneOptions, say: Say) -> None:
+        self._source, self._drafts, self._options, self._say = source, drafts, options, say
+        self._card, self._device = artifact_card(source), find_device(options.device)
+        self._now = Candidate("as it is", "", "", source, self._card.export)
+        self._candidates = find_candidates(
+            options.backends or BACKENDS, self._device, machine_code=options.machine_code
+        )
+        self._alive: list[Setting] = []
+        self._all_sizes: list[Sizes] = []
+        self._threads, self._is_complete = 1, False
+        self._files = list(options.pictures) or self._save_frames()
+        self._pictures: list[Pixels] = [
+            open_image(path, Limits(), Reading(self._card.input)).load() for path in few(self._files)
+        ]
+        self._frames = few(options.frames)
+        if options.pictures:
+            self._frames += [(picture, None) for picture in self._pictures]
+
+    def _save_frames(self) -> list[Path]:
+        """Make files of labelled pictures: an export cuts its golden windows out of files."""
+        frames = few(self._options.frames)
+        paths = [self._drafts / f"{i}.png" for i in range(len(frames))]
+        for path, (image_HWC, _) in zip(paths, frames, strict=True):
+            Image.fromarray(image_HWC[:, :]).save(path)
+        return paths
+
+    def search(self) -> None:
+        """Prove every candidate, then halve what is left until one setting remains."""
+        self._try(self._now, [None])
+        self._say(f"{self._now}: {self._speed_of((self._now, None))}")
+        half_time = (self._options.ends + time.perf_counter()) / 2
+        for candidate in self._candidates:
+            if not candidate.refused and time.perf_counter() > half_time:
+                candidate.refused = "was not tried, since half of the time was over"
+            if not candidate.refused:
+                self._prove(candidate)
+            self._say(f"{candidate}: {candidate.refused or self._speed_of(self._best_of(candidate))}")
+        ranked = sorted(self._alive, key=self._speed_of, reverse=True)
+        better = list(dict.fromkeys(candidate for candidate, _ in ranked))
+        better = better[: max(2, -(-len(better) // 2))]
+        self._halve([(candidate, sizes) for candidate in better for sizes in self._all_sizes])
+        self._alive = [self._best_of(candidate) for candidate in better]
+        for _ in range(TURNS):
+            self._measure_all([(self._now, None), *self._alive], self._options.seconds[1] / TURNS)
+        self._is_complete = True
+
+    def _prove(self, candidate: Candidate) -> None:
+        """Export a candidate through the gate, and try it with as many and as few lanes as there are."""
+        options, card = self._options, self._card
+        assert options.checkpoint
+        try:
+            candidate.directory = export_checkpoint(
+                options.checkpoint, self._drafts, backend=candidate.backend, precision=candidate.precision,
+                device=str(self._device), frames=self._frames, views=card.views,
+                pictures=self._files if card.window.height else (),
+            )  # fmt: skip
+            candidate.facts = artifact_card(candidate.directory).export
+            # The rest of the card is the store's, which may have been calibrated since.
+            own = replace(card, version=int(candidate.directory.name), export=candidate.facts)
+            (candidate.directory / CARD).write_text(dump_card(own), "utf-8")
+            most = self._all_sizes[-1]
+            self._try(
+                candidate, list(dict.fromkeys(most._replace(windows_per_batch=1, lanes=n) for n in (most.lanes, 1)))
+            )
+        except Exception as error:  # whatever an exporter or a graph raises, it is this candidate that is refused
+            candidate.refused = reason_of(error).removeprefix(f"{card.name} does not reproduce its checkpoint: ")
+            candidate.settings.clear()
+            return
+        self._alive += [(candidate, sizes) for sizes in candidate.settings]
+
+    def _try(self, candidate: Candidate, sizes: Sequence[Sizes | None]) -> None:
+        """Measure a candidate for the first time, and what it takes of memory, and how right it is."""
+        before = resident_bytes()
+        with self._loaded(candidate) as segmenter:
+            runtime = segmenter.find(self._card.name)
+            self._threads, self._all_sizes = segmenter.cores.threads, find_sizes(runtime, segmenter.cores)
+            self._pictures = self._pictures or [one.image_HWC for one in runtime.golden_inputs()]
+            for one in sizes:
+                self._measure(segmenter, (candidate, one), self._options.seconds[0])
+            on_gpu = torch.cuda.memory_reserved(runtime.device) if runtime.stays_on_device else 0
+            candidate.memory_mb = (resident_bytes() - before + on_gpu) / 2**20
+            candidate.figures = self._options.judge(segmenter) if self._options.judge else {}
+
+    def _halve(self, settings: list[Setting]) -> None:
+        """Measure all settings, keep the better half, and so on, for the longer the fewer there are."""
+        least_s, most_s = self._options.seconds
+        for num_before in itertools.count():
+            if len(settings) == 1:
+                break
+            left_s = self._options.ends - time.perf_counter()
+            seconds = left_s / len(settings) / (math.ceil(math.log2(len(settings))) + 1)
+            self._say(f"{len(settings)} settings of {len({candidate for candidate, _ in settings})} candidates")
+            self._alive = settings
+            unmeasured = [setting for setting in settings if len(self._measured(setting)) <= num_before]
+            self._measure_all(unmeasured, min(max(seconds, least_s), most_s))
+            self._alive = settings = sorted(settings, key=self._speed_of, reverse=True)[: -(-len(settings) // 2)]
+
+    def _measure_all(self, settings: Sequence[Setting], seconds: float) -> None:
+        for candidate, group in itertools.groupby(settings, key=lambda setting: setting[0]):
+            with self._loaded(candidate) as segmenter:
+                for setting in group:
+                    self._measure(segmenter, setting, seconds)
+
+    def _measure(self, segmenter: Segmenter, setting: Setting, seconds: float) -> None:
+        """Have callers ask, first without a clock: whatever meets new sizes takes longer then."""
+        (candidate, sizes), name = setting, self._card.name
+        if sizes:
+            runtime = segmenter.find(name)
+            runtime.windows_per_batch, runtime.samples_per_call, runtime.lanes = sizes
+        answers = {}
+        for callers in self._options.load.callers(self._threads):
+            ask(segmenter, name, self._pictures, callers=callers, seconds=0)
+            answers[callers] = ask(segmenter, name, self._pictures, callers=callers, seconds=seconds)
+        candidate.settings.setdefault(sizes, []).append(answers)
+
+    @contextmanager
+    def _loaded(self, candidate: Candidate) -> Iterator[Segmenter]:
+        """Load a candidate, whose sizes `_measure` sets; what is served now finds its own."""
+        tuning = Tuning() if candidate is self._now else Tuning(1, 1)
+        with Segmenter(limits=IN_MEMORY, device=self._options.device, tuning=tuning) as segmenter:
+            segmenter.load(candidate.directory)
+            yield segmenter
+
+    def _measured(self, setting: Setting) -> list[Answers]:
+        return setting[0].settings.get(setting[1], [])
+
+    def _speed_of(self, setting: Setting) -> Speed:
+        return self._options.load.speed(self._measured(setting))
+
+    def _best_of(self, candidate: Candidate) -> Setting:
+        """Choose the fastest setting of those that went furthest: the luck of a short measurement is no speed."""
+        settings = [(candidate, sizes) for sizes in candidate.settings]
+        return max(settings, key=lambda setting: (len(self._measured(setting)), self._speed_of(setting)))
+
+    def _best(self) -> Setting:
+        """Choose the fastest of what is still in the race. Raises BadOption: nothing was measured, or is in time."""
+        measured = [setting for setting in self._alive if self._measured(setting)]
+        if not measured:
+            reasons = [f"{candidate} {candidate.refused}" for candidate in self._candidates if candidate.refused]
+            raise BadOption("; ".join(["nothing could be measured in this time; give it more --minutes", *reasons]))
+        best = max(measured, key=self._speed_of)
+        if not self._speed_of(best).windows_per_s:
+            raise BadOption(f"nothing answers within {self._options.load.target_ms:g} ms here; raise --target-ms")
+        return best
+
+    @property
+    def _gate(self) -> str:
+        """Say what the gate was held on."""
+        labelled = sum(label_HW is not None for _, label_HW in self._frames)
+        kinds = {"labelled frame": labelled, "picture": len(self._frames) - labelled}
+        return " and ".join(f"{num} {kind}{'s' * (num > 1)}" for kind, num in kinds.items() if num) or DRAWN
+
+    def conclude(self) -> Outcome:
+        """Write the fastest as the next version. Raises BadOption where there is none."""
+        load, card, store = self._options.load, self._card, self._source.parents[1]
+        best = self._best()
+        proved = [candidate for candidate in (self._now, *self._candidates) if candidate.settings]
+        rows = [self._row(best if best[0] is candidate else self._best_of(candidate)) for candidate in proved]
+        chosen = rows[proved.index(best[0])]
+        refused = {str(candidate): candidate.refused for candidate in self._candidates if candidate.refused}
+        over = {row.name: str(row) for row in rows} | refused
+        assert best[0].facts and chosen.sizes
+        tuned = Tuned(
+            name_hardware(self._device), self._threads, *chosen.sizes, load.kind, load.target_ms,
+            chosen.windows_per_s, chosen.p95_ms, chosen.memory_mb, self._gate, over,
+        )  # fmt: skip
+        card = replace(card, version=next_version(store, card.name), export=replace(best[0].facts, tuned=tuned))
+        directory = store / card.name / str(card.version)
+        write_version(best[0].directory, directory, card)
+        return Outcome(directory, tuned, rows, chosen, refused, self._is_complete)
+
+    def _row(self, setting: Setting) -> Row:
+        candidate, sizes = setting
+        assert candidate.facts
+        parity, now = candidate.facts.parity, self._now.figures
+        changes = {name: value - now[name] for name, value in candidate.figures.items()}
+        return Row(
+            str(candidate), sizes, *self._speed_of(setting), candidate.memory_mb, parity.label_flips_percent,
+            parity.variance_ratio, changes,
+        )  # fmt: skip
+
+
+def few(items: Sequence[Any]) -> list[Any]:
+    """Take a few, from the first to the last."""
+    return [*items[:: -(-len(items) // FEW) or 1]]
+
+
+def remeasure(directory: Path, seconds: float = 3.0) -> Speed | None:
+    """Measure an artifact that was tuned once more under its load, on its golden windows."""
+    card = artifact_card(directory)
+    if not card.tuned:
+        return None
+    load, answers = Load(card.tuned.load, card.tuned.target_ms), {}
+    with Segmenter(limits=IN_MEMORY) as segmenter:
+        segmenter.load(directory)
+        pictures = [one.image_HWC for one in segmenter.find(card.name).golden_inputs()]
+        for callers in load.callers(segmenter.cores.threads):
+            ask(segmenter, card.name, pictures, callers=callers, seconds=0)
+            answers[callers] = ask(segmenter, card.name, pictures, callers=callers, seconds=seconds)
+    return load.speed([answers])

@@ -1,0 +1,185 @@
+"""Tuning: the fastest that the gate passes becomes the next version, whatever ends the search."""
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from penumbra.__main__ import main
+from penumbra.export.bundle import export_checkpoint
+from penumbra.export.candidates import Row
+from penumbra.export.load import Load, Speed
+from penumbra.export.report import print_tuned
+from penumbra.export.tune import Outcome, TuneOptions, remeasure, tune_artifact
+from penumbra.export.zoo import ZOO
+from penumbra.models.card import Tuned
+from penumbra.models.checkpoint import save_checkpoint
+from penumbra.models.errors import BadOption
+from penumbra.models.toy.net import ToyConfig, ToyNetwork
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.store import artifact_card, open_artifact, write_version
+from penumbra.serving.http.routes import summary
+from tests.conftest import picture, toy_card
+
+NAME = "toy-pointwise"
+QUICK = (0.001, 0.002)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("toy") / "toy.safetensors"
+    config = ToyConfig(gain=10.0)
+    card = dataclasses.replace(toy_card("pointwise")[0], config=dataclasses.asdict(config))
+    save_checkpoint(path, card, ToyNetwork(config))
+    return path
+
+
+@pytest.fixture
+def store(tmp_path: Path, checkpoint: Path) -> Path:
+    export_checkpoint(checkpoint, tmp_path / "store")
+    return tmp_path / "store"
+
+
+def tune(
+    checkpoint: Path, store: Path, say: Callable[[str], object] = lambda line: None, minutes: float = 5.0,
+    pictures: Sequence[Path] = (),
+) -> Outcome:  # fmt: skip
+    """Tune over torchscript alone, in the least time."""
+    ends = time.perf_counter() + 60 * minutes
+    where = {"checkpoint": checkpoint, "backends": ["torchscript"], "device": "cpu", "seconds": QUICK}
+    return tune_artifact(NAME, store, TuneOptions(ends, Load(), pictures, **where), say)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Outcome:
+    store = tmp_path_factory.mktemp("tuned")
+    export_checkpoint(checkpoint, store)
+    return tune(checkpoint, store)
+
+
+def test_the_fastest_is_the_next_version_whose_sizes_the_engine_follows(tuned: Outcome) -> None:
+    outcome, store = tuned, tuned.directory.parents[1]
+    card = open_artifact(outcome.directory).card
+    assert (outcome.directory, card.version, outcome.is_complete) == (store / NAME / "2", 2, True)
+    names = ["as it is", "torchscript bf16", "torchscript fp32", "torchscript fp16"]
+    assert [row.name for row in outcome.rows] == names and outcome.chosen in outcome.rows
+    assert card.export and card.tuned == outcome.tuned and list(outcome.tuned.over) == names
+    assert f"{card.export.backend} {card.export.precision}" == outcome.chosen.name
+    assert outcome.tuned.gate == "drawn windows" and outcome.tuned.windows_per_s > 0
+    assert not list((store / NAME).glob(".draft-*"))
+    with Segmenter.open(store, device="cpu") as segmenter:
+        runtime = segmenter.find(NAME)
+        assert segmenter.is_tuned_here(card)
+        assert (runtime.windows_per_batch, runtime.samples_per_call, runtime.lanes) == outcome.chosen.sizes
+    with Segmenter.open(store, device="cpu", lanes=1) as segmenter:
+        assert segmenter.find(NAME).lanes == 0, "lanes that are said are not the card's"
+
+
+def near_ties(folder: Path) -> Path:
+    """A picture whose brightest channel is brighter by less than eight bits of a logit can tell: both are 8.25."""
+    image_HW3 = np.full((32, 48, 3), 210, np.uint8)
+    image_HW3[..., 1] = 211
+    path = folder / "ties.png"
+    Image.fromarray(image_HW3).save(path)
+    return path
+
+
+def test_what_fails_the_gate_on_the_pictures_is_not_measured(checkpoint: Path, store: Path, tmp_path: Path) -> None:
+    outcome = tune(checkpoint, store, pictures=[near_ties(tmp_path)])
+    assert "of labels flip" in outcome.refused["torchscript bf16"]
+    assert outcome.tuned.gate == "1 picture" and "torchscript bf16" not in {row.name for row in outcome.rows}
+    assert outcome.tuned.over["torchscript bf16"] == outcome.refused["torchscript bf16"]
+
+
+def test_an_interruption_keeps_the_best_so_far(checkpoint: Path, store: Path) -> None:
+    def interrupt(line: str) -> None:
+        if line.startswith("torchscript fp32"):
+            raise KeyboardInterrupt
+
+    outcome = tune(checkpoint, store, interrupt)
+    assert not outcome.is_complete and outcome.chosen.name.startswith("torchscript")
+    assert open_artifact(outcome.directory).card.tuned == outcome.tuned
+
+
+def test_no_time_leaves_the_store_as_it_was(checkpoint: Path, store: Path) -> None:
+    before = sorted(store.rglob("*"))
+    with pytest.raises(BadOption, match="give it more --minutes"):
+        tune(checkpoint, store, minutes=1e-4)
+    assert sorted(store.rglob("*")) == before
+
+
+def test_what_was_tuned_elsewhere_runs_and_says_so(
+    tuned: Outcome, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    card, directory = artifact_card(tuned.directory), tmp_path / NAME / "2"
+    elsewhere = dataclasses.replace(tuned.tuned, processor="Difference Engine", windows_per_batch=7)
+    assert card.export
+    card = dataclasses.replace(card, export=dataclasses.replace(card.export, tuned=elsewhere))
+    write_version(tuned.directory, directory, card)
+    with caplog.at_level(logging.WARNING, "penumbra"), Segmenter(device="cpu") as segmenter:
+        segmenter.load(directory)
+        assert segmenter.find(NAME).windows_per_batch != 7
+        assert not segmenter.is_tuned_here(card)
+    assert "was tuned on Difference Engine" in caplog.text and f"`penumbra tune {NAME}`" in caplog.text
+    assert summary(card, is_tuned_here=False)["tuned"] == {
+        "processor": "Difference Engine", "threads": elsewhere.threads, "is_here": False,
+    }  # fmt: skip
+
+
+def test_goodput_counts_what_is_in_time_and_takes_the_callers_who_get_most() -> None:
+    answers = {1: [(0.1, 2), (0.1, 2)], 4: [(0.2, 2)] * 8}
+    assert Load().speed([answers]) == Speed(pytest.approx(40), pytest.approx(200))
+    assert Load(target_ms=150).speed([answers, answers]) == Speed(pytest.approx(20), pytest.approx(100))
+    assert Load("latency").callers(8) == (1,) and Load(target_ms=5).callers(8) == (1, 8, 16)
+
+
+def test_a_row_is_on_the_front_unless_another_is_nowhere_worse() -> None:
+    fast = Row("fast", None, 90.0, 10.0, 50.0, 0.2, 1.0, {"mIoU": -0.1})
+    exact = dataclasses.replace(fast, name="exact", windows_per_s=40.0, label_flips_percent=0.0, changes={"mIoU": 0.0})
+    worse = dataclasses.replace(exact, name="worse", changes={"mIoU": -0.2})
+    tuned = Tuned("x", 1, 1, 1, 1, "throughput", 0, 1, 1, 1, "")
+    outcome = Outcome(Path(), tuned, [fast, exact, worse], fast, {}, is_complete=True)
+    assert outcome.front == [fast, exact]
+
+
+def test_a_table_says_what_was_chosen_and_what_the_gate_was_held_on(
+    tuned: Outcome, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_tuned(tuned, as_json=False)
+    shown = capsys.readouterr().out
+    (chosen,) = (line for line in shown.splitlines() if "> │" in line)
+    assert tuned.chosen.name in chosen and "the gate was held on drawn windows" in shown and "--pictures" in shown
+    print_tuned(tuned, as_json=True)
+    document = json.loads(capsys.readouterr().out)
+    assert document["chosen"]["name"] == tuned.chosen.name and document["front"]
+    assert remeasure(tuned.directory, seconds=0) is not None and remeasure(tuned.directory.parent / "1") is None
+
+
+def test_what_cannot_be_tuned_is_refused_in_a_sentence(store: Path, tmp_path: Path) -> None:
+    for arguments, words in (
+        ([], "name it with --checkpoint"),
+        (["--checkpoint", str(near_ties(tmp_path))], "ties.png; name it with --checkpoint"),
+        (["--latency", "--throughput"], "one is tuned for at a time"),
+    ):
+        result = CliRunner().invoke(main, ["tune", NAME, "--store", str(store), *arguments])
+        assert result.exit_code == 2 and words in result.stderr
+
+
+@pytest.mark.slow
+def test_the_command_tunes_a_demo_model_and_verify_measures_it_again(tmp_path: Path, rng: np.random.Generator) -> None:
+    photo, name = tmp_path / "a.png", "supervised-camvid"
+    Image.fromarray(picture(rng, 36, 48)).resize((480, 360), Image.Resampling.BICUBIC).save(photo)
+    export_checkpoint(ZOO / f"{name}.safetensors", tmp_path / "store")
+    store = ["--store", str(tmp_path / "store")]
+    result = CliRunner().invoke(main, ["tune", name, *store, "--pictures", str(photo), "--minutes", "0.5"])
+    assert result.exit_code == 0, result.output
+    assert "chosen" in result.stdout and "the gate was held on 1 picture" in result.stdout
+    verified = CliRunner().invoke(main, ["verify", name, *store])
+    assert verified.exit_code == 0 and "when it was tuned" in verified.stdout
