@@ -12,7 +12,6 @@ of noise.
 
 import ctypes
 import dataclasses
-import os
 import subprocess
 import sys
 import tempfile
@@ -38,6 +37,7 @@ from penumbra.models.contract import Network
 from penumbra.models.cps.net import CpsConfig, CpsNetwork
 from penumbra.serving.engine.allocator import keep_freed_memory
 from penumbra.serving.engine.backends import Backend, find_format, load_backend
+from penumbra.serving.engine.quota import num_cores
 
 R50 = "cps R50"
 FORMATS = (
@@ -211,7 +211,7 @@ def cold_start(backend: str) -> float:
 @click.command()
 @click.option("--rounds", default=11, show_default=True)
 @click.option("--only", help="One network: 'cps R50', or one of the zoo.")
-@click.option("--threads", default=len(os.sched_getaffinity(0)), show_default=True)
+@click.option("--threads", default=num_cores(), show_default=True)
 @click.option("--answer", "asked", nargs=2, type=(str, int), hidden=True)
 def main(rounds: int, only: str | None, threads: int, asked: tuple[str, int] | None) -> None:
     torch.set_num_threads(threads)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from penumbra.serving.engine.quota import num_cores
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -34,7 +36,7 @@ def measure(variants: dict[str, Callable[[], object]], *, rounds: int) -> dict[s
 def machine() -> dict[str, Any]:
     """Say what figures are measured on."""
     return {
-        "machine": platform.machine(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(),
+        "machine": platform.machine(), "cores": num_cores(), "python": platform.python_version(),
         "torch": torch.__version__, "load_average": os.getloadavg()[0],
     }  # fmt: skip
 

@@ -19,6 +19,7 @@ from penumbra import options as shared
 from penumbra.failures import Verbs, sentence_of
 from penumbra.importing import import_files
 from penumbra.ranking import rank
+from penumbra.serving.engine.quota import num_cores
 from penumbra.serving.process import print_version
 from penumbra.tuning import MINUTES, tune, tune_model
 
@@ -37,6 +38,8 @@ def main() -> None:
     """Serve trained segmentation checkpoints and say, per pixel, how sure they are."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("penumbra.disk").setLevel(logging.CRITICAL)  # a verb says it itself
+    if num_cores() < len(os.sched_getaffinity(0)):  # torch, which is imported later, knows of no quota
+        os.environ.setdefault("OMP_NUM_THREADS", str(num_cores()))
 
 
 @main.command()

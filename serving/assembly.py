@@ -15,11 +15,11 @@ from penumbra.serving.engine.signature import PublicKeys
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.http import jobs as job_routes
 from penumbra.serving.http import v2
-from penumbra.serving.http.admission import Bodies
 from penumbra.serving.http.routes import ERROR_HANDLERS, routes
 from penumbra.serving.jobs import Jobs, lock
 from penumbra.serving.oip.protocol import Inference
 from penumbra.serving.process import build_facts, own_directory
+from penumbra.serving.room import Bodies
 from penumbra.serving.settings import Settings
 from penumbra.serving.telemetry import Telemetry
 from penumbra.serving.watch import StoreWatch, look
@@ -37,8 +37,9 @@ def assemble(
     gateway = _gateway(settings, telemetry, trusted_keys=trusted_keys)
     segmenter, build = gateway.segmenter, build_facts(settings.revision)
     telemetry.add_facts(
-        build, queued_windows=lambda: segmenter.scheduler.queued[0], refused_models=lambda: len(segmenter.refused)
-    )
+        build, queued_windows=lambda: segmenter.scheduler.queued[0], refused_models=lambda: len(segmenter.refused),
+        resident=lambda: segmenter.residency.resident,
+    )  # fmt: skip
     inference = Inference(gateway, store=settings.store if settings.model_control else None)
     oip_routes = v2.routes(
         inference, body_bytes=settings.limit_body_bytes, json_bytes=settings.limit_json_bytes, bodies=bodies
@@ -54,8 +55,10 @@ def _gateway(settings: Settings, telemetry: Telemetry, *, trusted_keys: PublicKe
     """The engine over the store, and the gateway over the engine. A store without one good model is an error."""
     torch.set_num_threads(1)  # only the scheduler's lanes enter parallel regions; others would fight
     limits = Limits(
-        settings.limit_pixels, settings.limit_samples, settings.limit_queue_samples, settings.limit_window_pixels
-    )
+        settings.limit_pixels, settings.limit_samples, settings.limit_queue_samples, settings.limit_window_pixels,
+        large_share=settings.large_share, memory_bytes=settings.limit_memory_bytes,
+        model_bytes=settings.model_mb * 2**20,
+    )  # fmt: skip
     fixed = settings.model_dump(include={"windows_per_batch", "samples_per_call", "deterministic", "cuda_graphs"})
     tuning = Tuning(**fixed, target_s=settings.target_ms / 1e3)
     segmenter = Segmenter.open(

@@ -28,6 +28,7 @@ from penumbra.serving.engine.request import Cancellation, QueuedRequest
 from penumbra.serving.engine.runtime import Runtime
 from penumbra.serving.engine.scale import metres_of
 from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.room import Memory
 from penumbra.serving.telemetry import Request, Telemetry
 
 log = logging.getLogger("penumbra")
@@ -73,6 +74,7 @@ class Gateway:
         self.state: Literal["starting", "ready", "draining"] = "starting"
         self._limit_requests, self._timeout_s = limit_requests, timeout_s
         self._cache = AnswerCache(cache_bytes) if cache_bytes else None
+        self._memory = Memory(segmenter.limits.memory_bytes)
         self.vital: list[Callable[[], bool]] = [lambda: segmenter.scheduler.is_alive]
         """Threads that a server cannot do without: is each of them alive?"""
         self._inflight = 0
@@ -151,12 +153,12 @@ class Gateway:
         request, card = task.request, task.runtime.card
         array = None if isinstance(task.image, bytes) else check_array(task.image, self.segmenter.limits, task.reading)
         key = key_of(task.image, card, task.options) if self._cache else None
-        with self._alone(key, task):
+        with self._alone(key, task), self._memory.room() as take:
             task.check()
             started = time.perf_counter()
             request.timing_ms = {"wait": 1e3 * (started - request.started)}
             kept = self._recall(key, card) if key else None
-            prediction = replace(kept, timing_ms=request.timing_ms) if kept else self._segment(task, array)
+            prediction = replace(kept, timing_ms=request.timing_ms) if kept else self._segment(task, array, take)
             body = task.write(prediction)
             if self._cache and key and not kept:
                 size = len(task.image) if isinstance(task.image, bytes) else task.image.nbytes
@@ -183,13 +185,15 @@ class Gateway:
         self.telemetry.cache_asked(hit=kept is not None)
         return kept
 
-    def _segment(self, task: "Task[T]", array: Raster | None) -> Prediction:
-        """Refuse by header and options first: pixels are decoded only for requests that can be answered."""
+    def _segment(self, task: "Task[T]", array: Raster | None, take: Callable[[int], None]) -> Prediction:
+        """Refuse by header and options first: pixels are decoded only for requests that can be answered. take: of the
+        memory for it."""
         started, limits = time.perf_counter(), self.segmenter.limits
         plans: list[RequestPlan] = []
 
         def admit(height: int, width: int) -> None:
             plans.append(plan_request(task.runtime, task.options, height, width, limits=limits))
+            take(plans[0].num_bytes(self.segmenter.cores.lanes))
 
         if array:
             admit(array.shape[0], array.shape[1])

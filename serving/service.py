@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.applications import Starlette
 
 from penumbra.models.errors import BadImage, BadOption, PenumbraError
-from penumbra.serving.http.admission import AccessLog, Bodies, Guard, Timeout, refusal
+from penumbra.serving.http.admission import AccessLog, Guard, Timeout, refusal
 from penumbra.serving.http.head import bound_heads
 from penumbra.serving.keys import warn_if_open
 from penumbra.serving.process import (
@@ -34,6 +34,7 @@ from penumbra.serving.process import (
     give_up,
     set_up_logs,
 )
+from penumbra.serving.room import Bodies
 from penumbra.serving.settings import check_settings
 from penumbra.serving.telemetry import Telemetry, export_traces, tracer_provider
 

@@ -45,9 +45,10 @@ MOST_THREADS = 1024
 class Settings(BaseSettings):
     """Each field is the environment variable PENUMBRA_<NAME>; docs/operate/settings.md says what it is for.
 
-    A 0 lets threads, lanes and the sizes of batches be found at the start, and switches watch_store_s, target_ms and
-    cache_mb off. Where a text is empty, there is no gRPC (grpc_address), CUDA is taken if there is one (device), no
-    trace is sent (otlp_endpoint), and everybody may ask (api_keys); without trusted_keys_file any artifact is taken.
+    A 0 lets threads, lanes and the sizes of batches be found at the start, and switches watch_store_s, target_ms,
+    cache_mb and model_mb off. Where a text is empty, there is no gRPC (grpc_address), CUDA is taken if there is one
+    (device), no trace is sent (otlp_endpoint), and everybody may ask (api_keys); without trusted_keys_file any artifact
+    is taken.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
@@ -65,6 +66,7 @@ class Settings(BaseSettings):
     samples_per_call: int = Field(0, ge=0)
     cuda_graphs: bool = False
     target_ms: float = Field(0.0, ge=0, le=1e3 * LONGEST_S)
+    large_share: int = Field(ENGINE.large_share, ge=1)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["text", "json"] = "text"
     revision: str = ""
@@ -76,12 +78,14 @@ class Settings(BaseSettings):
     limit_samples: int = Field(ENGINE.samples, ge=1)
     limit_queue_samples: int = Field(ENGINE.queue_samples, ge=1)
     limit_window_pixels: int = Field(ENGINE.window_pixels, ge=1)
+    limit_memory_bytes: int = Field(ENGINE.memory_bytes, ge=1)
     limit_requests: int = Field(64, ge=1)
     limit_job_bytes: int = Field(4 * 2**30, ge=1)
     limit_job_pixels: int = Field(2_000_000_000, ge=1)
     limit_jobs: int = Field(16, ge=1)
     job_keep_s: float = Field(86_400.0, gt=0, le=LONGEST_S)
     cache_mb: int = Field(0, ge=0)
+    model_mb: int = Field(0, ge=0)
     timeout_s: float = Field(300.0, gt=0, le=LONGEST_S)
     predrain_s: float = Field(2.0, ge=0, le=LONGEST_S)
     otlp_endpoint: str = ""

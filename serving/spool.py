@@ -31,7 +31,7 @@ from penumbra.serving.engine.segmenter import Segmenter
 
 log = logging.getLogger("penumbra.disk")
 
-LONG = Limits(pixels=2**40, queue_samples=2**40)
+LONG = Limits(pixels=2**40, queue_samples=2**40, large_share=1)
 """Limits of work that is bounded by its disk."""
 MARK = "spool.json"
 """File in a spool's directory that says what it is the spool of, and its files. No map has a dot in its name."""

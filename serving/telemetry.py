@@ -147,11 +147,13 @@ class Telemetry:
         self._windows = counter("windows", "Windows run.", ["model"])
         self._samples = counter("samples", "Samples drawn: windows x S.", ["model"])
         self._load_seconds = gauge("model_load_seconds", "Time to open, check and warm up.", ["model"])
+        self._loads = counter("model_loads", "Loads of a model, the first and those after it was evicted.", ["model"])
+        self._evictions = counter("model_evictions", "Times that a model left memory for another.", ["model"])
+        self._models = gauge("models_in_memory", "Models in memory.")
+        self._model_bytes = gauge("model_bytes", "Bytes of the files of the models in memory.")
         self._refused = gauge("models_refused", "Models whose newest version in the store is refused.")
         self._entropy = histogram("entropy_mean", "Mean entropy of an answer, nats.", ["model"], buckets=NATS)
-        self._abstained = histogram(
-            "abstain_ratio", "Share of pixels withheld for a risk.", ["model"], buckets=ABSTAINED
-        )
+        self._abstained = histogram("abstain_ratio", "Share of pixels withheld.", ["model"], buckets=ABSTAINED)
         expected = "Share of an answer's pixels that is wrong, as far as the model can tell."
         strange = "Share of the model's reference pictures that were less strange than an answer's."
         self._scores = {
@@ -165,12 +167,15 @@ class Telemetry:
         PlatformCollector(registry=self.registry)
 
     def add_facts(
-        self, build: Mapping[str, str], *, queued_windows: Callable[[], int], refused_models: Callable[[], int]
+        self, build: Mapping[str, str], *, queued_windows: Callable[[], int], refused_models: Callable[[], int],
+        resident: Callable[[], tuple[int, int]],
     ) -> None:  # fmt: skip
-        """Add the facts that are known once the engine stands."""
+        """Add the facts that are known once the engine stands. resident: models in memory, and their bytes."""
         self._build.info({"commit": ""} | dict(build))
         self._queue_windows.set_function(queued_windows)
         self._refused.set_function(refused_models)
+        self._models.set_function(lambda: resident()[0])
+        self._model_bytes.set_function(lambda: resident()[1])
 
     def batch_done(self, model: str, *, windows: int, capacity: int, samples: int) -> None:
         self._batch_windows.labels(model).observe(windows)
@@ -183,6 +188,10 @@ class Telemetry:
 
     def model_loaded(self, model: str, *, seconds: float) -> None:
         self._load_seconds.labels(model).set(seconds)
+        self._loads.labels(model).inc()
+
+    def model_evicted(self, model: str) -> None:
+        self._evictions.labels(model).inc()
 
     def cache_asked(self, *, hit: bool) -> None:
         (self._cache_hits if hit else self._cache_misses).inc()

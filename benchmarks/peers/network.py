@@ -21,10 +21,11 @@ from torch.nn import functional as F
 
 from penumbra.models.card import Card
 from penumbra.serving.engine.noise import SeededNoise
+from penumbra.serving.engine.quota import num_cores
 from penumbra.serving.engine.store import open_artifact
 from penumbra.serving.render.pictures import palette
 
-THREADS = len(os.sched_getaffinity(0))
+THREADS = num_cores()
 """Of torch, for every server alike."""
 PEERS = Path(sys.prefix) / "peers"
 """`make .venv/peers` puts what we compare with there."""

@@ -1,4 +1,4 @@
-"""The C allocator: one setting of it is worth more than the choice of engine."""
+"""Settings of the C allocator: one of them is worth more than the choice of engine."""
 
 import ctypes
 import os
@@ -26,10 +26,15 @@ def keep_freed_memory() -> bool:
     return all([mallopt(M_MMAP_THRESHOLD, largest), mallopt(M_TRIM_THRESHOLD, largest), mallopt(M_ARENA_MAX, 1)])
 
 
-def resident_bytes() -> int:
-    """Give kept memory back to the system where glibc can, and count what this process then has in memory."""
+def give_memory_back() -> None:
+    """Return what malloc has kept to the system, once something large has been freed that will not come back soon."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def resident_bytes() -> int:
+    """Count what this process has in memory, less what malloc can give back."""
+    give_memory_back()
     with suppress(OSError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return 0

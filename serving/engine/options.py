@@ -289,17 +289,18 @@ OPTIONS: dict[str, Option] = {
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Published bounds. queue_samples counts windows x samples that were accepted and not yet answered.
-
-    window_pixels: of one window; it bounds the memory of models that see an image whole. probability_bytes: of the
-    output PROBABILITIES.
-    """
+    """Published bounds; docs/use/limits.md says of what. queue_samples counts windows x samples not yet answered, and
+    memory_bytes what `RequestPlan.num_bytes` predicts. large_share: of turns, where a request of a single window has
+    one. model_bytes: of models in memory; 0 is none."""
 
     pixels: int = 64_000_000
     samples: int = 64
     queue_samples: int = 65_536
     window_pixels: int = 2**22
     probability_bytes: int = 2**28
+    large_share: int = 4
+    memory_bytes: int = 2**32
+    model_bytes: int = 0
 
 
 def parse_options(texts: Mapping[str, str]) -> SegmentOptions:

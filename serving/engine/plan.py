@@ -3,9 +3,12 @@
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import numpy as np
+
 from penumbra.models.card import NUM_VIEWS, Card, Sampling
 from penumbra.models.errors import BadOption, TooLarge
-from penumbra.serving.engine.canvas import Wanted
+from penumbra.serving.engine.canvas import Wanted, ring_height
+from penumbra.serving.engine.moments import channels
 from penumbra.serving.engine.noise import NoiseSource, SeededNoise
 from penumbra.serving.engine.options import PROBABILITIES, Limits, SegmentOptions, abstain_above, check_options
 from penumbra.serving.engine.prompts import Boxes, PromptSource, check_prompt
@@ -23,7 +26,8 @@ NORMAL = 2
 class RequestPlan:
     """A request that can be answered has a model, options with their defaults set, windows, noise and a prompt.
 
-    of_scale: what its caller should know of the scale at which it is run.
+    of_scale: what its caller should know of the scale at which it is run. share: how many turns it has where a request
+    of a single window has one.
     """
 
     runtime: Runtime
@@ -32,6 +36,7 @@ class RequestPlan:
     noise: NoiseSource
     prompt: PromptSource | None = None
     of_scale: tuple[str, ...] = ()
+    share: int = 1
 
     @property
     def card(self) -> Card:
@@ -56,6 +61,16 @@ class RequestPlan:
     @property
     def priority(self) -> int:
         return self.options.priority or NORMAL
+
+    def num_bytes(self, lanes: int) -> int:
+        """Predict the memory that the request takes beside its body: the picture, the answer, the canvas, and windows
+        that wait to be stitched. Samples take none of their own, for they are added up as they come."""
+        windows, card = self.windows, self.card
+        floats = len(self.options.maps(card)) + (card.num_classes if PROBABILITIES in self.options.outputs else 0)
+        pixel_bytes = card.input.num_bands * np.dtype(card.input.dtype).itemsize + 1 + 4 * floats
+        waiting = min(windows.num_windows, (lanes + 1) * self.runtime.windows_per_batch + 1)
+        stats = waiting * windows.window_height * windows.window_width + ring_height(windows, 1) * windows.width
+        return windows.size[0] * windows.size[1] * pixel_bytes + 4 * channels(card) * stats
 
     @property
     def is_usual(self) -> bool:
@@ -110,7 +125,8 @@ def plan_request(
     if run != (height, width):
         windows = replace(windows, answer=(height, width))
         _check_band(windows, card)
-    return RequestPlan(runtime, options, windows, noise, prompt, of_scale)
+    share = min(windows.num_windows, limits.large_share)
+    return RequestPlan(runtime, options, windows, noise, prompt, of_scale, share)
 
 
 def check_long(options: SegmentOptions) -> None:

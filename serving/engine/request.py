@@ -61,12 +61,14 @@ class Cancellation(threading.Event):
 class PriorityClass:
     """The requests of one priority share a class.
 
-    virtual_time: of the class among the classes. request_time: that of the request which it served last.
+    virtual_time: of the class among the classes. request_time: what one that comes now begins with: what those that
+    are there have been served, per share. due: what the window that was taken last adds to it.
     """
 
     priority: int
     virtual_time: float = 0.0
     request_time: float = 0.0
+    due: float = 0.0
 
 
 class Queue(Protocol):
@@ -287,14 +289,17 @@ class QueuedRequest:
         noise_SL = plan.noise.draw(window.index)[:num_samples]
         return WindowInput(self._scaled_HWC, window, plan.windows, noise_SL, plan.prompt, self.surface, plan.views)
 
-    def take(self) -> Window:
-        """Take the next window, at the cost of the request's virtual time and its class's."""
+    def take(self, shares: int) -> Window:
+        """Take the next window, at the cost of the request's virtual time and its class's. shares: of all requests of
+        its class that have windows left; whoever comes now begins later, so that it keeps its part of them."""
         self.started = self.started or time.perf_counter()
-        self.priority_class.request_time = self.virtual_time
         self.untaken -= 1
         self.ahead += 1
-        self.virtual_time += self.num_members
-        self.priority_class.virtual_time += self.num_members * STRIDES[self.priority_class.priority]
+        self.virtual_time += self.num_members / self.plan.share
+        its_class = self.priority_class
+        its_class.request_time += its_class.due
+        its_class.due = self.num_members / shares
+        its_class.virtual_time += self.num_members * STRIDES[its_class.priority]
         return next(self._windows)
 
     def ending(self, now: float) -> PenumbraError | None:

@@ -209,13 +209,29 @@ class Runtime:
             self._window_core_s, self._window_samples = _core_seconds(started), len(inputs[0].noise_SL)
         if tuning.deterministic:
             self.windows_per_batch = self._largest_identical_batch(inputs)
-        if tuning.cuda_graphs and self.card.window.height:
-            self._backend.capture(self._run_batch(inputs, size) for size in (self.windows_per_batch, 1))
+        self._capture(tuning, inputs)
         log.info(
             "%s: %d windows per batch and %d samples per call on %s%s",
             self.card.name, self.windows_per_batch, self.samples_per_call, self._backend.device,
             ", each with the same bytes as alone" if tuning.deterministic else "",
         )  # fmt: skip
+
+    def _capture(self, tuning: Tuning, inputs: list[WindowInput]) -> None:
+        if tuning.cuda_graphs and self.card.window.height:
+            self._backend.capture(self._run_batch(inputs, size) for size in (self.windows_per_batch, 1))
+
+    def leave_memory(self) -> None:
+        """Let go of the graphs: until `come_back` nothing can be run."""
+        del self._backend, self._golden
+        if self.stays_on_device:
+            torch.cuda.empty_cache()
+
+    def come_back(self, artifact: Artifact, tuning: Tuning) -> None:
+        """Load the graphs again, and run as before. Raises BadArtifact where the golden window is not reproduced."""
+        self._golden = artifact.golden
+        self._backend = load_backend(artifact.card, artifact.directory, self.device)
+        self.check_golden()
+        self._capture(tuning, self.golden_inputs())
 
     @property
     def batch_sizes(self) -> list[int]:

@@ -3,22 +3,24 @@
 Batches run in lanes, threads that share the cores out: on a CPU one per core, since two windows on a core each take
 less time than one after the other on both, and nobody waits for the slower half of every layer; on a GPU two, since one
 batch is queued there while another runs. The batch element is a window, never a request. Requests of one priority take
-turns by work done (windows x samples x views), so a huge image cannot starve a small one; priorities share the device
-by `STRIDES`, so none starves another; a request is only ever a few windows ahead of what its thread has stitched, so
-memory does not depend on its size. Promises: every window of a request is answered exactly once, with its moments, its
-rows or the error that ends the request; a failing batch fails only the requests whose own windows fail; a cancelled or
-expired request is told at once, also while its batch runs, and its windows leave the queue.
+turns by work done (windows x samples x views, over `RequestPlan.share`), so a huge image cannot starve a small one, nor
+small ones that keep coming a large one; priorities share the device by `STRIDES`, so none starves another; a request is
+only ever a few windows ahead of what its thread has stitched, so memory does not depend on its size. Promises: every
+window of a request is answered exactly once, with its moments, its rows or the error that ends the request; a failing
+batch fails only the requests whose own windows fail; a cancelled or expired request is told at once, also while its
+batch runs, and its windows leave the queue.
 """
 
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -26,6 +28,7 @@ from penumbra.models.errors import Cancelled, ModelFault, NotReady, PenumbraErro
 from penumbra.serving.engine.canvas import Landing
 from penumbra.serving.engine.moments import Moments, not_finite
 from penumbra.serving.engine.request import STRIDES, PriorityClass, QueuedRequest
+from penumbra.serving.engine.residency import Observer, Residency
 from penumbra.serving.engine.runtime import Runtime, is_out_of_memory, settle
 from penumbra.serving.engine.steps import Answer
 from penumbra.serving.engine.throughput import Cores, ThroughputModel
@@ -37,19 +40,6 @@ WindowResult = Moments | Landing | PenumbraError
 """What becomes of a window."""
 Run = tuple[int, Callable[[], object]]
 """What a lane runs next, and on how many cores."""
-
-
-class Observer(Protocol):
-    """An observer hears what the engine does, from any lane; `penumbra.serving.telemetry` makes metrics of it."""
-
-    def batch_done(self, model: str, *, windows: int, capacity: int, samples: int) -> None:
-        """A batch of `windows` out of `capacity` windows, with `samples` samples in all, in every view, was run."""
-
-    def out_of_memory(self, model: str) -> None:
-        """A batch did not fit and is run again in halves."""
-
-    def model_loaded(self, model: str, *, seconds: float) -> None:
-        """A model was loaded, checked and warmed up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +57,13 @@ class Scheduler:
 
     def __init__(
         self, *, queue_samples: int, cores: Cores, observer: Observer | None = None, target_s: float = 0.0,
-        in_order: bool = False,
+        in_order: bool = False, residency: Residency | None = None,
     ) -> None:  # fmt: skip
         """target_s: of `ThroughputModel`. in_order: batches are begun one after another, as they were taken: of a GPU,
-        on which one runs while a lane has the next one queued behind it."""
+        on which one runs while a lane has the next one queued behind it. residency: of the models; else all are in."""
         self._queue_samples, self._cores, self._observer = queue_samples, cores, observer
-        self._condition = threading.Condition()
+        self._residency = residency or Residency()
+        self._condition = self._residency.condition
         self._requests: list[QueuedRequest] = []
         self._calls: list[tuple[Callable[[], object], Future[object]]] = []
         self._idle, self._free = set(range(cores.lanes)), cores.threads
@@ -204,6 +195,10 @@ class Scheduler:
         with self._condition:
             while not (self._stopped and not self._requests and not self._calls):
                 if lane == min(self._idle) and self._may_begin:
+                    self._end_withdrawn()
+                    if self._residency.choose(self._requests):
+                        self._calls.append((self._swap, Future()))
+                        self._condition.notify_all()
                     next_run = self._take_call() if lane == 0 and self._calls else self._take()
                     if next_run:
                         self._idle.remove(lane)
@@ -225,24 +220,33 @@ class Scheduler:
 
     def _take(self) -> Run | None:
         """Make the next batch: of the request that is served next, and of others whose windows fit beside its own."""
-        self._end_withdrawn()
         self._throughput.fit_samples(self._requests)
-        ready = [request for request in self._requests if request.has_room]
+        ready = [one for one in self._requests if one.has_room and self._residency.may_run(one.plan.runtime)]
         if not ready:
             return None
         lead = min(ready, key=lambda request: request.precedence)
         self._virtual_time = lead.priority_class.virtual_time
         ready = [request for request in ready if request.batch_key == lead.batch_key]
         windows: list[tuple[QueuedRequest, Window]] = []
-        size = self._throughput.batch_size(lead)
+        size, shares = self._throughput.batch_size(lead), Counter[PriorityClass]()
+        for request in self._requests:
+            shares[request.priority_class] += request.plan.share if request.untaken else 0
         while ready and len(windows) < size:
             request = min(ready, key=lambda request: request.precedence)
-            windows.append((request, request.take()))
+            windows.append((request, request.take(shares[request.priority_class])))
             ready = [request for request in ready if request.has_room]
         self._beginning = self._in_order
+        self._residency.count_batch(lead.plan.runtime, 1)
         num_windows = sum(request.num_windows for request in self._requests)
         cores = min(self._free, self._cores.of_batch(num_windows, lead.plan.runtime.lanes))
         return cores, partial(self._run, Batch(lead.plan.runtime, lead.num_samples, windows, cores))
+
+    def _swap(self) -> None:
+        """Bring a model back to memory. Where that cannot be, the requests that wait for it end."""
+        coming, why = self._residency.swap()
+        with self._condition:
+            for request in [one for one in self._requests if why and one.plan.runtime is coming]:
+                self._end(request, NotReady(why))
 
     def _end_withdrawn(self) -> None:
         now = time.perf_counter()
@@ -260,6 +264,7 @@ class Scheduler:
         num_samples = num_windows * batch.num_samples * batch.windows[0][0].plan.num_views
         rate = num_samples * self._cores.threads / (seconds * batch.cores)
         with self._condition:
+            self._residency.count_batch(batch.runtime, -1)
             self._throughput.learn(batch.windows[0][0], batch.num_samples, num_windows, seconds, cores=batch.cores)
             self._samples_per_s = rate if not self._samples_per_s else 0.9 * self._samples_per_s + 0.1 * rate
             self._end_withdrawn()  # a deadline that passed during its last batch is missed, too

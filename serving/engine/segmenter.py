@@ -7,7 +7,6 @@ with Segmenter.open(Path("store")) as segmenter:
 """
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Mapping
@@ -17,20 +16,23 @@ from pathlib import Path
 import torch
 
 from penumbra.models.card import Card
-from penumbra.models.errors import BadArtifact, BadOption, PenumbraError, UnknownModel
+from penumbra.models.errors import BadArtifact, BadOption, NotReady, PenumbraError, UnknownModel
 from penumbra.serving.engine.allocator import keep_freed_memory
 from penumbra.serving.engine.answer import Prediction, collect
+from penumbra.serving.engine.backends import first_words
 from penumbra.serving.engine.decode import check_array
 from penumbra.serving.engine.device import find_device, name_hardware, stays_on
 from penumbra.serving.engine.layout import Reading
 from penumbra.serving.engine.noise import NoiseSource
 from penumbra.serving.engine.options import Limits, SegmentOptions
 from penumbra.serving.engine.plan import RequestPlan, check_long, plan_request, resolve
+from penumbra.serving.engine.quota import num_cores
 from penumbra.serving.engine.raster import Pixels, Raster
 from penumbra.serving.engine.request import QueuedRequest
+from penumbra.serving.engine.residency import Observer, Residency
 from penumbra.serving.engine.runtime import Runtime, Tuning, is_out_of_memory
 from penumbra.serving.engine.scale import metres_of
-from penumbra.serving.engine.scheduler import Observer, Scheduler
+from penumbra.serving.engine.scheduler import Scheduler
 from penumbra.serving.engine.signature import PublicKeys
 from penumbra.serving.engine.store import find_artifact, open_artifact, versions
 from penumbra.serving.engine.throughput import Cores
@@ -61,7 +63,7 @@ class Segmenter:
         self._trusted_keys = trusted_keys
         self._has_lanes = bool(lanes)
         """Whether their number was said, so that no model brings its own."""
-        threads = threads or len(os.sched_getaffinity(0))
+        threads = threads or num_cores()
         lanes = min(lanes or (2 if stays_on(self._device) else threads), threads)
         is_shared = self._tuning.deterministic or stays_on(self._device)  # all of a GPU is every batch's
         self.cores = Cores(threads, lanes, widen=not is_shared)
@@ -70,9 +72,10 @@ class Segmenter:
         """Held by whoever puts other tables in the place of these two, which are never changed: readers need none."""
         self._runtimes: Mapping[str, Mapping[int, Runtime]] = {}
         self.refused: Mapping[str, str] = {}
+        self.residency = Residency(self.limits.model_bytes, load=self._bring_back, observer=observer)
         self.scheduler = Scheduler(
             queue_samples=self.limits.queue_samples, cores=self.cores, observer=self._observer,
-            target_s=self._tuning.target_s, in_order=stays_on(self._device),
+            target_s=self._tuning.target_s, in_order=stays_on(self._device), residency=self.residency,
         )  # fmt: skip
 
     @classmethod
@@ -116,6 +119,7 @@ class Segmenter:
             torch.set_num_threads(self.cores.least)  # sizes are chosen for a server that has much to do
             runtime.warm_up(self._tuning_of(artifact.card))
             self.scheduler.record_speed(runtime)
+            self.residency.add(runtime, directory, load_s=time.perf_counter() - started)
             return runtime
 
         card = artifact.card
@@ -131,11 +135,37 @@ class Segmenter:
             loaded = {**self._runtimes.get(card.name, {}), card.version: runtime}
             kept = {version: loaded[version] for version in {*sorted(loaded)[-KEPT_VERSIONS:], card.version}}
             self._runtimes = {**self._runtimes, card.name: kept}
-        seconds = time.perf_counter() - started
+        self._note_loaded(card, time.perf_counter() - started)
+        return card
+
+    def _note_loaded(self, card: Card, seconds: float) -> None:
         if self._observer:
             self._observer.model_loaded(card.name, seconds=seconds)
         log.info("%s version %d is served; it was loaded in %.1f s", card.name, card.version, seconds)
-        return card
+
+    def _bring_back(self, runtime: Runtime, directory: Path) -> None:
+        """Load a model again from the artifact that it was. Raises NotReady, and refuses it unless memory is short."""
+        card, started = runtime.card, time.perf_counter()
+        try:
+            artifact = open_artifact(directory, trusted_keys=self._trusted_keys)
+            if artifact.card != card:
+                raise BadArtifact(f"{directory} is another artifact than the one that was loaded; load it again")
+            torch.set_num_threads(self.cores.threads)
+            runtime.come_back(artifact, self._tuning)
+            self._note_loaded(card, time.perf_counter() - started)
+        except Exception as error:  # whatever a graph raises
+            log.error("%s version %d cannot be loaded again", card.name, card.version, exc_info=error)
+            if not is_out_of_memory(error):
+                self.unload(card.name, card.version)
+                self.refuse(directory, BadArtifact(f"{directory} cannot be loaded again: {first_words(error)}"))
+            raise NotReady(
+                f"{card.name} version {card.version} left memory and cannot be loaded again; ask another replica"
+            ) from None
+
+    def is_in_memory(self, card: Card) -> bool:
+        """Tell whether a model that is served can be run at once; else its first request loads it again."""
+        runtime = self._runtimes.get(card.name, {}).get(card.version)
+        return runtime is not None and self.residency.is_in(runtime)
 
     def _tuning_of(self, card: Card) -> Tuning:
         """Follow what a model was tuned to on this very machine, as far as nothing else is said."""

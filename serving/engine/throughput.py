@@ -127,6 +127,7 @@ class ThroughputModel:
         if not any(request.plan.is_anytime for request in requests):
             return
         now, num_others = time.perf_counter(), len(requests) - 1
+        shares = sum(request.plan.share for request in requests)
 
         @cache
         def queued_s(most: int) -> float:
@@ -135,18 +136,19 @@ class ThroughputModel:
 
         for request in requests:
             if request.plan.is_anytime and request.untaken:
-                self._fit(request, request.deadline - now, queued_s=queued_s, num_others=num_others)
+                turns = shares / request.plan.share - 1
+                self._fit(request, request.deadline - now, queued_s=queued_s, num_others=num_others, turns=turns)
 
     def _fit(
-        self, request: QueuedRequest, left_s: float, *, queued_s: Callable[[int], float], num_others: int
+        self, request: QueuedRequest, left_s: float, *, queued_s: Callable[[int], float], num_others: int, turns: float
     ) -> None:  # fmt: skip
         def needed_s(num_samples: int, num_windows: int) -> float:
-            """In fair turns each other request takes at most as much as this one, and all at most what they have; a
-            window takes its time however many lanes there are."""
+            """Others take at most their turns while this one takes its own, and at most what they have; a window takes
+            its time however many lanes there are."""
             own_s = self.core_s(request, num_samples, num_windows)
             waiting_s = self.core_s(request, request.samples_within(num_samples), request.untaken)
             others_s = queued_s(num_samples) - waiting_s
-            shared_s = (own_s + min(others_s, own_s * num_others)) / self._cores.threads
+            shared_s = (own_s + min(others_s, own_s * turns)) / self._cores.threads
             return max(shared_s, self.core_s(request, num_samples, 1) / self._cores.of_batch(num_windows + num_others))
 
         if request.started and needed_s(request.num_samples, request.untaken) <= left_s:

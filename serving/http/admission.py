@@ -2,9 +2,8 @@
 may be sent."""
 
 import asyncio
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
@@ -18,11 +17,11 @@ from penumbra.models.errors import (
     HeadTooLarge,
     NotReady,
     PenumbraError,
-    QueueFull,
     TooLarge,
     UnsupportedMedia,
 )
 from penumbra.serving.keys import METRICS_PATH, Keys
+from penumbra.serving.room import Bodies
 from penumbra.serving.settings import Settings
 from penumbra.serving.telemetry import CURRENT, ID, TRACE, Telemetry, begin, logged
 
@@ -42,46 +41,6 @@ LAST = {"Connection": "close"}
 def refusal(error: PenumbraError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The answer that an error is told in: its status, its sentence, and when to come again or whom to send."""
     return JSONResponse({"error": str(error)}, error.http_status, {**error.headers, **(headers or {})})
-
-
-class Bodies:
-    """The bytes of all requests' bodies together, over every protocol, from their first byte to their answer.
-
-    Any thread may call it.
-    """
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes, self._held_bytes = limit_bytes, 0
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def room(self) -> Iterator[Callable[[int], None]]:
-        """Yield what a request takes its bytes by, which are given back at its end. It raises QueueFull and
-        TooLarge."""
-        taken, has_ended = 0, False
-
-        def take(size: int) -> None:
-            nonlocal taken
-            with self._lock:
-                if has_ended:  # and a thread is still at work for it
-                    raise Cancelled("the request was cancelled")
-                if taken + size > self._limit_bytes:  # also alone, however often it is tried
-                    raise TooLarge(
-                        f"the body takes {taken + size:,} bytes and the limit of all bodies together is "
-                        f"{self._limit_bytes:,}; send a smaller or better compressed image, or parts of it"
-                    )
-                if self._held_bytes + size > self._limit_bytes:
-                    raise QueueFull(
-                        f"the bodies of all requests have {self._held_bytes:,} bytes, this one needs {size:,} more and "
-                        f"the limit is {self._limit_bytes:,}; try again in 1 s", retry_after_s=1,
-                    )  # fmt: skip
-                self._held_bytes, taken = self._held_bytes + size, taken + size
-
-        try:
-            yield take
-        finally:
-            with self._lock:
-                self._held_bytes, has_ended = self._held_bytes - taken, True
 
 
 class AccessLog:

@@ -51,7 +51,10 @@ class Surface:
         refuse_options(request)
         segmenter = self._gateway.segmenter
         refused = [{"name": name, "error": reason} for name, reason in segmenter.refused.items()]
-        served = [summary(card, is_tuned_here=segmenter.is_tuned_here(card)) for card in segmenter.cards()]
+        served = [
+            summary(card, is_tuned_here=segmenter.is_tuned_here(card)) | {"in_memory": segmenter.is_in_memory(card)}
+            for card in segmenter.cards()
+        ]
         return JSONResponse({"models": served, "refused": refused})
 
     async def model(self, request: Request) -> Response:

@@ -18,12 +18,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route, Router
 
 from penumbra.models.errors import BadOption, TooLarge, Unsupported
-from penumbra.serving.http.admission import Bodies
 from penumbra.serving.http.segment import server_timing
 from penumbra.serving.http.upload import disconnected
 from penumbra.serving.oip.protocol import LARGE_BYTES, OWN_FIELDS, PARAMETERS, Inference, InferResponse, unknown_above
 from penumbra.serving.oip.request import InferRequest, member, read_request, unknown_names
 from penumbra.serving.oip.tensors import SHOWN, Output, Tensor, join_strings
+from penumbra.serving.room import Bodies
 
 Handler = Callable[[Request], Awaitable[Response]]
 HEADER_LENGTH = "inference-header-content-length"

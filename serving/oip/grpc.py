@@ -19,12 +19,12 @@ from tritonclient.grpc import service_pb2 as pb
 
 from penumbra.models.errors import UNEXPECTED, BadOption, PenumbraError, Unsupported
 from penumbra.serving import VERSION
-from penumbra.serving.http.admission import Bodies
 from penumbra.serving.keys import SERVICE
 from penumbra.serving.oip.grpc_server import Context, Handler, begun_call, named_errors
 from penumbra.serving.oip.protocol import Inference, InferResponse, unknown_above
 from penumbra.serving.oip.request import InferRequest, read_request
 from penumbra.serving.oip.tensors import SHOWN
+from penumbra.serving.room import Bodies
 from penumbra.serving.telemetry import Request, logged
 
 log = logging.getLogger("penumbra")

@@ -204,7 +204,11 @@ class Inference:
     def index(self, *, ready_only: bool = False) -> list[dict[str, str]]:
         """List the models of the store: served, refused with the reason, and not loaded."""
         segmenter = self.gateway.segmenter
-        served = [{"name": c.name, "version": str(c.version), "state": "READY"} for c in segmenter.cards()]
+        served = [
+            {"name": c.name, "version": str(c.version), "state": "READY"}
+            | ({} if segmenter.is_in_memory(c) else {"reason": "not in memory; its next request loads it"})
+            for c in segmenter.cards()
+        ]
         if ready_only:
             return served
         names = {entry["name"] for entry in served}

@@ -10,8 +10,9 @@ import httpx
 from starlette.applications import Starlette
 
 from penumbra.serving.assembly import assemble
-from penumbra.serving.http.admission import AccessLog, Bodies, Guard, Timeout
+from penumbra.serving.http.admission import AccessLog, Guard, Timeout
 from penumbra.serving.keys import Keys
+from penumbra.serving.room import Bodies
 from penumbra.serving.settings import Settings
 from penumbra.serving.telemetry import Telemetry
 from tests.serving.server import FIXED

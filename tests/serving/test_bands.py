@@ -26,11 +26,11 @@ from penumbra.serving.engine.options import Limits
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.gateway import Gateway
-from penumbra.serving.http.admission import Bodies
 from penumbra.serving.keys import Keys
 from penumbra.serving.oip.grpc import Calls, service_handlers
 from penumbra.serving.oip.grpc_server import GrpcServer
 from penumbra.serving.oip.protocol import Inference
+from penumbra.serving.room import Bodies
 from penumbra.serving.telemetry import Telemetry
 from tests.conftest import FIXED, GAIN, toy_card
 from tests.serving.engine.tiffs import pillows, tiff

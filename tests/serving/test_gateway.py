@@ -2,8 +2,10 @@
 
 import asyncio
 import gzip
+import io
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,17 +14,27 @@ from typing import Literal
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 from starlette.applications import Starlette
 
-from penumbra.models.errors import BadOption, Cancelled, DeadlineExceeded, ModelFault, NotReady, QueueFull, UnknownModel
+from penumbra.models.errors import (
+    BadOption,
+    Cancelled,
+    DeadlineExceeded,
+    ModelFault,
+    NotReady,
+    QueueFull,
+    TooLarge,
+    UnknownModel,
+)
 from penumbra.serving.engine.answer import Prediction
-from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.options import PROBABILITIES, Limits, SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.http import v2
-from penumbra.serving.http.admission import Bodies
 from penumbra.serving.http.routes import ERROR_HANDLERS
 from penumbra.serving.oip.protocol import Inference
+from penumbra.serving.room import Bodies
 from penumbra.serving.telemetry import Request, Telemetry
 from tests.conftest import FIXED, picture
 
@@ -125,6 +137,47 @@ def test_requests_over_the_limit_are_refused_and_their_places_come_back(segmente
         await one.answer(IMAGE, OPTIONS, labels, request=Request())
 
     asyncio.run(scenario())
+
+
+def test_the_memory_that_requests_will_take_is_counted_before_their_pictures_are_decoded(toy_store: Path) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((300, 400, 3), np.uint8)).save(buffer, "PNG")
+    cut_off = buffer.getvalue()[:60]  # what is known of it is its header
+
+    def answer(image: bytes | np.ndarray, options: SegmentOptions = OPTIONS) -> Prediction:
+        return asyncio.run(bounded.answer(image, options, lambda _: meet(), request=Request()))[0]
+
+    def meet() -> None:
+        if not writing.is_set():
+            writing.set()
+            assert go.wait(WAIT_S)
+
+    writing, go = threading.Event(), threading.Event()
+    with Segmenter(threads=1, device="cpu", tuning=FIXED, limits=Limits(memory_bytes=80_000)) as opened:
+        opened.load(toy_store / "toy-pointwise" / "1")
+        bounded = gateway(opened)
+        with pytest.raises(TooLarge, match=r"takes 1,865,984 bytes .*limit_memory_bytes\) together is 80,000; send"):
+            answer(cut_off)
+        with ThreadPoolExecutor(1) as threads:
+            first = threads.submit(answer, IMAGE)
+            assert writing.wait(WAIT_S)
+            with pytest.raises(QueueFull, match=r"have (\d+,\d{3}) bytes, this one needs \1 more"):
+                answer(IMAGE)
+            assert answer(IMAGE, replace(OPTIONS, outputs=())).num_windows == 1, "labels alone have room beside it"
+            go.set()
+            first.result(WAIT_S)
+        assert answer(IMAGE).num_windows == 1
+
+
+def test_what_is_predicted_for_a_request_is_what_its_arrays_have(segmenter: Segmenter) -> None:
+    options = SegmentOptions("toy-latent", outputs=("default", PROBABILITIES), samples=4)
+    image = picture(np.random.Generator(np.random.PCG64(0)), 300, 400)
+    prediction, predicted = segmenter.segment(image, options), segmenter.plan(300, 400, options).num_bytes(1)
+    assert prediction.prob_KHW is not None
+    arrays = [image, prediction.labels_HW, prediction.prob_KHW, *prediction.maps.values()]
+    rest = predicted - sum(array.nbytes for array in arrays)
+    assert 0 < rest < predicted / 4, "the canvas, and windows on their way to it"
+    assert predicted == segmenter.plan(300, 400, replace(options, samples=64)).num_bytes(1)
 
 
 def test_an_unforeseen_failure_is_a_fault_without_its_text(

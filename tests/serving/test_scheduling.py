@@ -16,11 +16,11 @@ from penumbra.models.errors import DeadlineExceeded
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.gateway import Gateway
-from penumbra.serving.http.admission import Bodies
 from penumbra.serving.http.segment import answer_headers
 from penumbra.serving.oip.grpc import Calls
 from penumbra.serving.oip.protocol import Inference, response_of
 from penumbra.serving.oip.request import InferRequest
+from penumbra.serving.room import Bodies
 from penumbra.serving.telemetry import Telemetry
 from tests.conftest import FIXED, picture
 from tests.serving.server import Server

@@ -28,12 +28,12 @@ from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.http import routes as rest
 from penumbra.serving.http import v2
-from penumbra.serving.http.admission import Bodies
 from penumbra.serving.keys import Keys
 from penumbra.serving.oip.grpc import Calls, service_handlers
 from penumbra.serving.oip.grpc_server import GrpcServer
 from penumbra.serving.oip.protocol import Inference
 from penumbra.serving.render import parse_request, render
+from penumbra.serving.room import Bodies
 from penumbra.serving.telemetry import Request, Telemetry
 from tests.conftest import FIXED, picture, toy_card
 from tests.serving.server import free_port, until

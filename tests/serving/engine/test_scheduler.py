@@ -5,6 +5,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penumbra.models.errors import Cancelled, ModelFault, NotReady, PenumbraError, QueueFull
+from penumbra.serving.engine.request import QueuedRequest
 from penumbra.serving.engine.scheduler import Scheduler
 from penumbra.serving.engine.throughput import Cores
 from tests.serving.engine.stepped import WAIT_S, consume, in_threads, outcome, runtime, work
@@ -87,6 +89,37 @@ def test_a_request_is_only_a_few_windows_ahead_of_its_reader(scheduler: Schedule
         scheduler.call(lambda: None)
     assert 0 < sum(map(len, engine.batches)) <= 2 * 2 + 2
     assert len(consume(stream)) == 100
+
+
+@pytest.mark.parametrize(("share", "last"), [(1, 18), (3, 13)])
+def test_small_requests_that_keep_coming_hold_a_large_one_up_by_their_turns_and_no_more(
+    scheduler: Scheduler, share: int, last: int
+) -> None:
+    """Two small ones wait at any time; three take turns, and after a share of three a large one has three of five."""
+    engine = runtime(going=False)
+    small: list[QueuedRequest] = []
+
+    def come(run: list[int]) -> None:
+        while large.ahead > 1:  # until its thread has looked: what holds it up are others' turns alone
+            time.sleep(0.001)
+        if run == [2] and len(small) < 60:
+            small.append(scheduler.submit(work(scheduler, engine, 1, value=2)))
+
+    engine.before = come
+    large = work(scheduler, engine, 6, value=1)
+    large.plan = replace(large.plan, share=share)
+    scheduler.submit(large)
+    assert engine.entered.wait(WAIT_S)
+    with ThreadPoolExecutor(1) as threads:
+        reader = threads.submit(outcome, large)
+        come([2])
+        come([2])
+        engine.go.set()
+        assert reader.result(WAIT_S) == 6
+    order = [value for batch in engine.batches for value in batch]
+    assert max(place for place, value in enumerate(order, 1) if value == 1) <= last
+    for request in small:
+        scheduler.withdraw(request)
 
 
 # -- priorities ----------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from PIL import Image
 from tritonclient.grpc import service_pb2_grpc
 
 from penumbra.models.errors import Cancelled, QueueFull, TooLarge
-from penumbra.serving.http.admission import Bodies
+from penumbra.serving.room import Bodies
 from tests.serving.http.asking import PNG, ask, bomb, is_refused
 from tests.serving.server import MEASURED, Server, serving, until
 

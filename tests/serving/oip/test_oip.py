@@ -25,8 +25,8 @@ from tritonclient.utils import InferenceServerException
 
 from penumbra.serving.engine.runtime import SIZES
 from penumbra.serving.http import v2
-from penumbra.serving.http.admission import Bodies
 from penumbra.serving.oip.protocol import Inference
+from penumbra.serving.room import Bodies
 from tests.conftest import picture
 from tests.serving.conftest import BODY_BYTES
 from tests.serving.server import Server, until
