@@ -137,9 +137,11 @@ class Guard:
                 f"the request's line and headers have {size:,} bytes and the limit is "
                 f"{self._settings.limit_head_bytes:,}; send long options as form fields"
             )
-        key = self._keys.check_path(path, Headers(scope=scope).get("authorization", ""))
-        if request := CURRENT.get():
-            request.key = key
+        headers = Headers(scope=scope)
+        if scope["method"] != "OPTIONS" or "access-control-request-method" not in headers:  # which browsers send bare
+            key = self._keys.check_path(path, headers.get("authorization", ""))
+            if request := CURRENT.get():
+                request.key = key
         if self._routes.state.is_loaded:
             return self._routes if path in HEALTH_PATHS else self._app
         if scope["method"] in ("GET", "HEAD"):

@@ -15,7 +15,7 @@ UNKNOWN = BAD | {"404": "Unknown model or version"}
 LARGE = {"413": "Over a limit"}
 FAULTS = UNKNOWN | LARGE | {
     "429": "Queue full; see Retry-After", "500": "The model failed on this request",
-    "501": "A Content-Encoding that is not read", "503": "Loading or draining", "504": "Deadline passed",
+    "415": "A Content-Encoding that is not read", "503": "Loading or draining", "504": "Deadline passed",
 }  # fmt: skip
 CONTROL_FAULTS = {"403": "Loading and unloading is off", "500": "The model cannot be loaded"}
 

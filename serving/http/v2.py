@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route, Router
 
-from penumbra.models.errors import BadOption, TooLarge, Unsupported
+from penumbra.models.errors import BadOption, TooLarge, UnsupportedMedia
 from penumbra.serving.http.segment import server_timing
 from penumbra.serving.http.upload import disconnected
 from penumbra.serving.oip.protocol import LARGE_BYTES, OWN_FIELDS, PARAMETERS, Inference, InferResponse, unknown_above
@@ -146,12 +146,12 @@ def decompress(
 ) -> bytes:  # fmt: skip
     """Return the body as it was before its encoding; gzip may have several members (RFC 1952).
 
-    take: counts the bytes as they come. Raises Unsupported, TooLarge, BadOption, and QueueFull from `take`.
+    take: counts the bytes as they come. Raises UnsupportedMedia, TooLarge, BadOption, and QueueFull from `take`.
     """
     if encoding in PLAIN:
         return body
     if encoding not in WINDOW_BITS:
-        raise Unsupported(f"the Content-Encoding is {encoding[:SHOWN]!r}; gzip and deflate are read")
+        raise UnsupportedMedia(f"the Content-Encoding is {encoding[:SHOWN]!r}; gzip and deflate are read")
     stream = zlib.decompressobj(WINDOW_BITS[encoding])
     pieces, size = [], 0
     for start in range(0, len(body), PIECE_BYTES):

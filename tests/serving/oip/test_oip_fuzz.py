@@ -89,7 +89,7 @@ def _is_done_or_refused(work: Callable[[], object]) -> bool:
     try:
         work()
     except PenumbraError as error:
-        return error.http_status in (400, 404, 413, 501) and len(str(error)) < 2000
+        return error.http_status in (400, 404, 413, 415) and len(str(error)) < 2000
     return True
 
 

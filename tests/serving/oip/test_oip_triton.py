@@ -47,6 +47,7 @@ NOT_TENSORS = {
 ANSWERED_OTHERWISE: dict[str, int | str] = {
     "overflow_shape": "INVALID_ARGUMENT",  # Triton's product of sizes wraps round and its model then fails
     "uint8_contents_out_of_range": "INVALID_ARGUMENT",  # Triton takes the lowest byte of 300
+    "unsupported_encoding": 415,  # Triton answers 501
     "batch_zero": 200,  # no batch dimension: an empty tensor is of the right shape, and refused as a picture later
 }
 
