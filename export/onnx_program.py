@@ -53,14 +53,14 @@ def read_onnx(source: str, tensor: str | None) -> Brought:
     )  # fmt: skip
 
 
-def _inputs(graph: GraphProto) -> list[ValueInfoProto]:
+def inputs_of(graph: GraphProto) -> list[ValueInfoProto]:
     """List what a graph takes; old ones list their weights there, too."""
     constants = {tensor.name for tensor in graph.initializer}
     return [value for value in graph.input if value.name not in constants]
 
 
 def _the_picture(graph: GraphProto) -> ValueInfoProto:
-    inputs = _inputs(graph)
+    inputs = inputs_of(graph)
     names = ", ".join(value.name for value in inputs)
     if len(inputs) != 1:
         raise BadCheckpoint(f"it takes {len(inputs)} inputs ({names}); a network of one picture is wanted")
@@ -96,7 +96,8 @@ def free_batch(program: bytes) -> ModelProto:
     """Make a graph of a program that takes any number of windows at once."""
     model = onnx.load_model_from_string(program)
     del model.graph.value_info[:]
-    model.graph.output[0].type.tensor_type.ClearField("shape")
-    for value in _inputs(model.graph):
+    (answer,) = model.graph.output
+    answer.CopyFrom(helper.make_tensor_value_info(answer.name, answer.type.tensor_type.elem_type, [None] * 4))
+    for value in inputs_of(model.graph):
         value.type.tensor_type.shape.dim[0].dim_param = "windows"
     return model

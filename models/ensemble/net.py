@@ -1,5 +1,6 @@
 """Networks of any methods side by side. Each sees the image as it was trained to, and gives its members' logits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,9 @@ from penumbra.models.card import InputSpec, Readout, Sampling
 from penumbra.models.contract import Features, Network
 from penumbra.models.errors import BadOption
 from penumbra.models.strict import read_strict
+
+OF_TORCH = ("torchscript",)
+"""The format that torch's programs have in common; networks that are no programs have every format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +48,21 @@ class EnsembleNetwork(Network):
     def __init__(self, config: EnsembleConfig) -> None:
         super().__init__()
         shapes = {(m.method, repr(sorted(m.config.items())), m.readout.align_corners) for m in config.networks}
-        resized = len(shapes) > 1
-        self.members = nn.ModuleList(Member(member, config.input, resized=resized) for member in config.networks)
-        names = tuple(name for member in self.members for name in member.names)  # type: ignore[union-attr]
+        members = [Member(member, config.input, resized=len(shapes) > 1) for member in config.networks]
+        self.members = nn.ModuleList(members)
+        names = tuple(name for member in members for name in member.names)
         self.sampling = Sampling(kind="members", members=names, default_samples=len(names))
-        if any(member.network.formats for member in self.members):  # type: ignore[union-attr]
-            self.formats = ("torchscript",)
+        formats = [member.network.formats for member in members]
+        graphs = [member.names[0] for member in members if "torchscript" not in (member.network.formats or OF_TORCH)]
+        if 0 < len(graphs) < len(members):
+            raise BadOption(
+                f"{graphs[0]} is an ONNX program and others are none; an ensemble is of ONNX programs alone or without "
+                "any: bring its module"
+            )
+        self.formats = formats[0] if graphs else OF_TORCH * any(formats)
 
     def encode(self, image_B3hw: Tensor) -> Features:
-        return (torch.cat([member(image_B3hw) for member in self.members]).transpose(0, 1),)
+        return gather([member(image_B3hw) for member in self.members])
 
     def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
         return features[0].transpose(0, 1)
@@ -69,8 +79,6 @@ class Member(nn.Module):
         method = find_method(config.method)
         where = f"config of {config.name}"
         self.network: Network = method.build(read_strict(method.config, config.config, where=where))
-        if "torchscript" not in (self.network.formats or ("torchscript",)):
-            raise BadOption(f"{config.name} is an ONNX program, which torch cannot join with others; bring its module")
         self.readout, self.resized = config.readout, resized
         self.names = [f"{config.name}.{name}" for name in self.network.sampling.members] or [config.name]
         shared = [(s.bands, s.dtype, s.clip, s.resolution) for s in (source, config.input)]
@@ -86,18 +94,30 @@ class Member(nn.Module):
         self.offset_311 = nn.Buffer(offset_311, persistent=False)
 
     def forward(self, image_B3hw: Tensor) -> Tensor:
-        channels_B3hw = image_B3hw.flip(1) if self.exchanged else image_B3hw
-        own_B3hw = channels_B3hw * self.factor_311 + self.offset_311
         sampling = self.network.sampling
         shape = (len(self.names), image_B3hw.shape[0], sampling.noise_length)
         # Nothing is random under masks of 1, and at a latent's mean.
         noise_MBL = image_B3hw.new_ones(shape) if sampling.kind == "dropout" else image_B3hw.new_zeros(shape)
-        logits_MBKhw: Tensor = self.network(own_B3hw, noise_MBL) / self.readout.temperature
+        return self.read_out(self.network(self.renormalise(image_B3hw), noise_MBL), image_B3hw)
+
+    def renormalise(self, image_B3hw: Tensor) -> Tensor:
+        """Make the image what the network learned from."""
+        channels_B3hw = image_B3hw.flip(1) if self.exchanged else image_B3hw
+        return channels_B3hw * self.factor_311 + self.offset_311
+
+    def read_out(self, logits_MBKhw: Tensor, image_B3hw: Tensor) -> Tensor:
+        """Make the network's logits the ensemble's, of a window of the image's size."""
+        logits_MBKhw = logits_MBKhw / self.readout.temperature
         if not self.resized:
             return logits_MBKhw
         size, align = image_B3hw.shape[2:], self.readout.align_corners
         full = F.interpolate(logits_MBKhw.flatten(0, 1), size=size, mode="bilinear", align_corners=align)
         return full.reshape(logits_MBKhw.shape[:3] + size)
+
+
+def gather(logits_MBKhw: Sequence[Tensor]) -> Features:
+    """Make the one feature of an ensemble, whose members are an axis, of what its networks' members say."""
+    return (torch.cat([*logits_MBKhw]).transpose(0, 1),)
 
 
 def renormalisation(source: InputSpec, target: InputSpec) -> tuple[Tensor, Tensor]:

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from torch import nn
 from torch.nn import functional as F
 
 from penumbra.__main__ import main
+from penumbra.export.bring import Given
 from penumbra.export.bundle import export_checkpoint
 from penumbra.export.ensemble import losses, make_ensemble
+from penumbra.export.networks import import_network
 from penumbra.models.card import Card, ClassInfo, InputSpec, Readout, WindowSpec
 from penumbra.models.checkpoint import load_checkpoint, save_checkpoint
 from penumbra.models.contract import Network
@@ -21,7 +24,7 @@ from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.windows import normalise
 from tests.conftest import CLASSES, FIXED, picture, toy_card
-from tests.models.programs import Tiny, program
+from tests.models.programs import Tiny, program, seeded_tiny
 from tests.models.small import SMALL, seeded
 
 INPUTS = {
@@ -148,13 +151,47 @@ def test_members_times_views_are_the_mean_of_every_member_in_every_view(
     np.testing.assert_allclose(prediction.maps["mutual_information"], information, atol=2e-4)
 
 
-def test_programs_of_torch_are_members_and_onnx_programs_are_refused(tmp_path: Path) -> None:
-    names = ("plain torchscript", "cps")  # the one of pt2 has the weights of the first
-    paths = [checkpoint(tmp_path / f"{name.split()[-1]}.safetensors", name) for name in names]
-    make_ensemble(paths, tmp_path / "both.safetensors")
-    export_checkpoint(tmp_path / "both.safetensors", tmp_path / "store")
-    with pytest.raises(BadOption, match="onnx is an ONNX program, which torch cannot join with others"):
-        make_ensemble([checkpoint(tmp_path / "onnx.safetensors", "plain onnx"), *paths], tmp_path / "all.safetensors")
+def test_programs_of_torch_and_onnx_programs_are_members_of_two_ensembles(tmp_path: Path) -> None:
+    paths = [checkpoint(tmp_path / f"{name.split()[-1]}.safetensors", name) for name in ("plain onnx", "cps")]
+    with pytest.raises(BadOption, match="onnx is an ONNX program and others are none; an ensemble is of ONNX programs"):
+        make_ensemble(paths, tmp_path / "all.safetensors")
+    assert not (tmp_path / "all.safetensors").exists()
+
+
+def brought(path: Path, seed: int, *, said: str = "", **options: object) -> Path:
+    path.with_suffix(".onnx").write_bytes(program("onnx", seeded_tiny(seed, **options)))
+    import_network(
+        "onnx", str(path.with_suffix(".onnx")), path, Given(input=f"size=64x80 {said or 'mean=0.5 std=0.25'}")
+    )
+    return path
+
+
+@pytest.mark.parametrize("backend", ["onnx", pytest.param("openvino", marks=pytest.mark.slow)])
+def test_onnx_programs_are_joined_into_one_that_answers_as_they_do_one_by_one(
+    tmp_path: Path, rng: np.random.Generator, backend: str
+) -> None:
+    """The second has another stride and normalisation, and gives probabilities; an ensemble can be a member, too."""
+    film, softmax = "mean=104,116.7,122.7 std=1 scale=1 order=bgr", nn.Sequential(nn.AvgPool2d(2), nn.Softmax(1))
+    a, b = brought(tmp_path / "a.safetensors", 0), brought(tmp_path / "b.safetensors", 1, said=film, activation=softmax)
+    names, paths, joined = ("a", "b"), [a, b], tmp_path / "ab.safetensors"
+    make_ensemble(paths, joined)
+    if backend == "openvino":
+        names, paths = ("ab.a", "ab.b", "c"), [a, b, brought(tmp_path / "c.safetensors", 2)]
+        make_ensemble([joined, paths[-1]], tmp_path / "all.safetensors")
+        joined = tmp_path / "all.safetensors"
+    export_checkpoint(joined, tmp_path / "store", backend=backend)
+    image, outputs = picture(rng, 64, 80), ("probabilities", "entropy", "mutual_information")
+    with Segmenter.open(tmp_path / "store", threads=1, device="cpu", tuning=FIXED) as segmenter:
+        prediction = segmenter.segment(image, SegmentOptions(outputs=outputs))
+    assert prediction.members == names
+    with torch.inference_mode():
+        prob_SKhw = torch.cat([alone(path, image, (64, 80)) for path in paths])
+    mean_Khw = prob_SKhw.mean(0)
+    np.testing.assert_allclose(prediction.prob_KHW, mean_Khw, atol=1e-5)
+    information = torch.special.entr(mean_Khw).sum(0) - torch.special.entr(prob_SKhw).sum(1).mean(0)
+    np.testing.assert_allclose(prediction.maps["mutual_information"], information, atol=1e-5)
+    sure = mean_Khw.topk(2, dim=0).values.diff(dim=0)[0].abs() > 1e-4
+    assert (torch.from_numpy(prediction.labels_HW)[sure] == mean_Khw.argmax(0)[sure]).all()
 
 
 @pytest.mark.parametrize(
