@@ -4,15 +4,18 @@ A pickle is a program: it names functions and calls them. Training scripts save 
 beside the weights, so foreign names are common in honest files. Every name in the file is looked at before anything
 is loaded. torch's own restricted reader (`weights_only`) rebuilds tensors and plain containers; names under PACKAGES
 become stand-ins that take any arguments and keep nothing, so nothing is imported; any other name refuses the file.
+A plain pickle of a state dict is read by the same rules, of which REBUILT has the names that make tensors.
 """
 
+import io
+import pickle
 import pickletools
 import tarfile
 import warnings
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,13 +25,15 @@ from penumbra.models.errors import BadCheckpoint, first_line
 
 PACKAGES = frozenset((
     "__main__", "addict", "albumentations", "argparse", "config", "configs", "core", "cv2", "data", "dataset",
-    "datasets", "datetime", "easydict", "enum", "fvcore", "lib", "lightning", "mmcv", "mmengine", "model", "models",
-    "munch", "net", "network", "networks", "numpy", "omegaconf", "options", "pathlib", "PIL", "pytorch_lightning",
-    "src", "tools", "torch", "torchvision", "train", "trainer", "training", "transforms", "typing", "util", "utils",
-    "uuid", "yacs",
+    "datasets", "datetime", "easydict", "enum", "fvcore", "hydra", "lib", "lightning", "lightning_fabric",
+    "ml_collections", "mmcv", "mmengine", "mmseg", "model", "models", "monai", "munch", "net", "network", "networks",
+    "numpy", "omegaconf", "options", "pathlib", "PIL", "pytorch_lightning", "segmentation_models_pytorch", "src",
+    "timm", "tools", "torch", "torchgeo", "torchmetrics", "torchvision", "train", "trainer", "training", "transformers",
+    "transforms", "typing", "util", "utils", "uuid", "yacs",
 ))  # fmt: skip
-"""Top-level packages whose names become stand-ins: numpy, configuration and augmentation libraries, and what research
-code calls its own modules. Weights are tensors, so nothing else is needed; torch's tensor types stay themselves."""
+"""Top-level packages whose names become stand-ins: numpy, configuration, augmentation and network libraries, and what
+research code calls its own modules. Weights are tensors, so nothing else is needed; torch's tensor types stay
+themselves."""
 
 PLAIN = {
     "_codecs": ("encode",),
@@ -85,11 +90,10 @@ def read_torch_file(path: Path) -> Any:
         raise BadCheckpoint(f"there is no file {path}")
     try:
         names = _names(path)
-        for name in sorted(names):
-            module, _, last = name.rpartition(".")
-            if name.partition(".")[0] not in PACKAGES and last not in PLAIN.get(module, ()):
-                raise BadCheckpoint(f"refers to {name}, which no checkpoint needs; nothing of the file was run")
-        stand_ins: list[Any] = [(InertMapping if n.rpartition(".")[2] in MAPPINGS else Inert, n) for n in names]
+        if names is None:
+            with path.open("rb") as file:
+                return _Weights(file).load()
+        stand_ins: list[Any] = [(stand_in(name), name) for name in sorted(names)]
         with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old formats, which are the point here
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -99,8 +103,52 @@ def read_torch_file(path: Path) -> Any:
         raise BadCheckpoint(f"{path} is damaged, or no file of torch.save ({first_line(error)})") from None
 
 
-def _names(path: Path) -> set[str]:
-    """Collect every "module.name" that the file's pickles refer to."""
+def stand_in(name: str) -> type:
+    """Make what stands for a "module.name". Raises BadCheckpoint for one outside the lists."""
+    module, _, last = name.rpartition(".")
+    if name.partition(".")[0] not in PACKAGES and last not in PLAIN.get(module, ()):
+        raise BadCheckpoint(
+            f"refers to {name}, which no checkpoint needs, so nothing of the file was run; save the network's "
+            "state_dict() alone"
+        )
+    return InertMapping if last in MAPPINGS else Inert
+
+
+def _storage(content: bytes) -> Any:
+    """Read the storage of a tensor as a plain pickle holds it: a file of torch.save within the file."""
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+REBUILT: dict[str, Callable[..., Any]] = {
+    "_codecs.encode": lambda text, _: text.encode("latin1"),  # bytes, in protocol 2
+    "builtins.set": set,
+    "collections.OrderedDict": OrderedDict,
+    "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
+    "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
+    "torch.storage._load_from_bytes": _storage,
+}
+"""What a plain pickle may call: it makes tensors and their containers."""
+
+
+class _Weights(pickle.Unpickler):
+    """Reads a plain pickle, of which nothing is imported, and nothing called but what rebuilds tensors.
+
+    Every name is an object of this file's alone: a pickle can change what it names.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        called = _called(module, name)
+        rebuild = REBUILT.get(called)
+        return (lambda *arguments: rebuild(*arguments)) if rebuild else type(name, (stand_in(called),), {})
+
+
+def _called(module: str, name: str) -> str:
+    """Give a name as Python 3 has it: protocol 2 speaks of `__builtin__`."""
+    return ".".join(NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name)))
+
+
+def _names(path: Path) -> set[str] | None:
+    """Collect every "module.name" that the file's pickles refer to; None where it is a plain pickle."""
     with path.open("rb") as file:
         start = file.read(9)
     if not start:
@@ -114,7 +162,7 @@ def _names(path: Path) -> set[str]:
     with path.open("rb") as file:
         first = [value for code, value, _ in pickletools.genops(file) if code.name == "LONG1"]
         if first != [MAGIC]:
-            raise BadCheckpoint("is a pickle, but not one of torch.save")
+            return None
         return {name for _ in range(LEGACY_PICKLES - 1) for name in _globals(file)}
 
 
@@ -133,10 +181,9 @@ def _names_in_zip(path: Path) -> set[str]:
 
 
 def _globals(program: IO[bytes]) -> Iterator[str]:
-    """Yield the names in one pickle, as Python 3 calls them: protocol 2 speaks of `__builtin__`."""
+    """Yield the names in one pickle."""
     for code, value, _ in pickletools.genops(program):
         if code.name == "PROTO" and value not in PROTOCOLS:
             raise BadCheckpoint(f"is written in pickle protocol {value}; protocol 2, which torch.save uses, is read")
         if code.name in ("GLOBAL", "INST"):
-            module, name = str(value).split(" ", 1)
-            yield ".".join(NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name)))
+            yield _called(*str(value).split(" ", 1))

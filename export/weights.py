@@ -17,7 +17,7 @@ COMPILED = "_orig_mod."
 SMOOTHED = ("ema", "shadow", "averaged", "swa", "teacher")
 """Words in the places of a running average of the weights, which is what such training is evaluated with."""
 NESTING = 4
-"""Levels of dictionaries that are looked into."""
+"""Levels of dictionaries and lists that are looked into."""
 
 
 def read_content(path: Path) -> Any:
@@ -67,9 +67,9 @@ def fill_from(network: nn.Module, path: Path) -> tuple[tuple[str, ...], tuple[st
 
 
 def _walk(content: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of nested dictionaries with their places; floats become float32."""
+    """Yield the tensors of nested dictionaries and lists with their places; floats become float32."""
     if isinstance(content, Tensor):
         yield place[:-1], content.float() if content.is_floating_point() else content
-    elif isinstance(content, Mapping) and depth < NESTING:
-        for name, value in content.items():
+    elif isinstance(content, Mapping | list | tuple) and depth < NESTING:
+        for name, value in content.items() if isinstance(content, Mapping) else enumerate(content):
             yield from _walk(value, f"{place}{name}.", depth + 1)
