@@ -8,7 +8,7 @@ import io
 import pkgutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from penumbra.export.bundle import example_size
 from penumbra.export.given import Facts, find_facts, input_of, size_of
 from penumbra.export.pickles import ZIP_START
 from penumbra.export.weights import fill_from
@@ -27,6 +28,10 @@ from penumbra.serving.engine.store import sha256_of
 
 WITHOUT_ARGMAX = "bring it without its argmax, so that it gives the logits that go into it"
 UNFILLED = "no --weights are named, so the network has those that its code gave it"
+RENAMED = (
+    "; transformers renames tensors from version to version, which its own from_pretrained undoes: bring "
+    "transformers:CLASS.from_pretrained(pretrained_model_name_or_path=FOLDER) without --weights"
+)
 ARCHIVES = {"torchscript": "torch.jit.save", "pt2": "torch.export.save"}
 """What writes such a file, which is a zip archive."""
 
@@ -100,25 +105,32 @@ def build_module(source: str, given: Given, said: Facts) -> Brought:
     """
     network = (_call(source) if given.module is None else given.module).eval().requires_grad_(False)
     weights = given.weights
-    left_out, notes = fill_from(network, weights) if weights else ((), (UNFILLED,))
+    try:
+        left_out, notes = fill_from(network, weights) if weights else ((), (UNFILLED,))
+    except BadCheckpoint as error:
+        raise BadCheckpoint(f"{error}{RENAMED * type(network).__module__.startswith('transformers.')}") from None
     origin = f"{source}; {weights.name}, sha256 {sha256_of(weights)}" if weights else source
     facts, channels = _facts_of(network), _channels_of(network)
     height, width = size_of(facts | said, None, None)
-    picked = Picked(network).eval()
-    program = _export(picked, torch.zeros(2, input_of(facts | said, channels)[0].num_bands, height, width))
+    picked, num_bands = Picked(network).eval(), input_of(facts | said, channels)[0].num_bands
+    example = torch.zeros(2, num_bands, *example_size(height, width))
+    program = _export(picked, example, free=(0,) if height else (0, 2, 3))
     return Brought(
         "pt2", program, f"{origin}, pt2", picked, load_program("pt2", program), channels, height, width, facts,
         notes=notes, left_out=left_out,
     )  # fmt: skip
 
 
-def _export(network: nn.Module, image_BChw: Tensor) -> bytes:
-    """Make a program of a module. No trace stands in where that fails: it would keep one way of every branch."""
+def _export(network: nn.Module, image_BChw: Tensor, *, free: Sequence[int]) -> bytes:
+    """Make a program of a module. No trace stands in where that fails: it would keep one way of every branch.
+
+    free: axes of the picture that may have any length.
+    """
     buffer = io.BytesIO()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of an exporter in motion; what comes out is compared with the module
         try:
-            exported = torch.export.export(network, (image_BChw,), dynamic_shapes=({0: Dim.DYNAMIC},))
+            exported = torch.export.export(network, (image_BChw,), dynamic_shapes=(dict.fromkeys(free, Dim.DYNAMIC),))
             torch.export.save(exported, buffer)
         except Exception as error:  # of many kinds, the user's code among them
             raise BadCheckpoint(
@@ -160,7 +172,8 @@ def _channels_of(network: nn.Module) -> int | None:
 def _facts_of(network: nn.Module) -> Facts:
     """Read what the networks of transformers, timm and smp say of themselves."""
     found: Facts = {}
-    for holder in (getattr(network, "encoder", None), getattr(network, "backbone", None), network):
+    encoder = getattr(network, "encoder", None)
+    for holder in (getattr(encoder, "model", None), encoder, getattr(network, "backbone", None), network):
         for name in ("config", "default_cfg", "pretrained_cfg"):
             value = getattr(holder, name, None)
             content: Any = getattr(value, "to_dict", lambda value=value: value)()

@@ -199,9 +199,14 @@ def _decode_apart(graphs: Backend, features: Features, noise_SBL: Tensor, sampli
     return torch.cat([graphs.decode(features, noise).cpu() for noise in torch.split(noise_SBL, chunk)])
 
 
+def example_size(height: int, width: int) -> tuple[int, int]:
+    """Give the size of windows, or where these are whole pictures that of one."""
+    return (height, width) if height else WHOLE_IMAGE_EXAMPLE
+
+
 def golden_image(card: Card) -> Tensor:
     """Draw a reproducible smooth picture with edges, normalised, B = 2."""
-    height, width = (card.window.height, card.window.width) if card.window.height else WHOLE_IMAGE_EXAMPLE
+    height, width = example_size(card.window.height, card.window.width)
     rng = np.random.Generator(np.random.PCG64(0))
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     planes = []

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from penumbra.export.bundle import WHOLE_IMAGE_EXAMPLE
+from penumbra.export.bundle import example_size
 from penumbra.models import find_method
 from penumbra.models.card import Card, Provenance, Readout
 from penumbra.models.checkpoint import check_replaceable, load_checkpoint, read_card, save_checkpoint
@@ -59,7 +59,7 @@ def make_ensemble(checkpoints: Sequence[Path], output: Path) -> Card:
 
 def _check_runs(network: Any, stems: Sequence[str], first: Card) -> None:
     """Run every member once in a window of the first one's. Raises BadOption by the name of one that cannot be."""
-    height, width = (first.window.height, first.window.width) if first.window.height else WHOLE_IMAGE_EXAMPLE
+    height, width = example_size(first.window.height, first.window.width)
     for stem, member in zip(stems, network.members, strict=True):
         try:
             with torch.no_grad():

@@ -84,13 +84,18 @@ def find_facts(content: Any) -> Facts:
 
 
 def size_of(facts: Facts, height: int | None, width: int | None) -> tuple[int, int]:
-    """Find the window's size: the program's own where it has one. Raises BadOption where another one is wanted."""
+    """Find the window's size: the program's own where it has one, and (0, 0) of pictures that are seen whole.
+
+    Raises BadOption where the program takes another one.
+    """
     size = facts.get("size")
+    if size == "whole" and not height and not width:
+        return 0, 0
     if isinstance(size, Mapping):
         size = [size.get(side, size.get("shortest_edge")) for side in ("height", "width")]
     sides = [size] * 2 if isinstance(size, int) else list(size or DEFAULT_SIZE)[-2:]
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise BadOption(f"size is {size!r}; HEIGHTxWIDTH in pixels is wanted")
+        raise BadOption(f"size is {size!r}; HEIGHTxWIDTH in pixels is wanted, or whole of a network of any size")
     own = (height or sides[0], width or sides[1])
     if size and own != tuple(sides):
         raise BadOption(f"size is {sides[0]}x{sides[1]}, and the network takes {own[0]}x{own[1]} alone; leave it out")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from penumbra.export.bring import Brought, Given, build_module, read_program, read_torchscript
+from penumbra.export.bundle import example_size
 from penumbra.export.given import Facts, classes_of, facts_beside, input_of, read_facts, size_of
 from penumbra.export.importer import IMPORTED, Imported, check_output
 from penumbra.models.card import Card, Provenance, Readout, WindowSpec, dump_card, parse_card
@@ -31,7 +32,9 @@ FREE_BATCH = (
     "export it with a batch axis that is free: dynamic_shapes={0: Dim.DYNAMIC} of torch.export, "
     "dynamic_axes={'image': {0: 'B'}} of torch.onnx"
 )
-OTHER_SIZE = "--input 'size=HEIGHTxWIDTH' gives it windows of another size"
+OTHER_SIZE = "--input 'size=HEIGHTxWIDTH' gives it windows of a size that it takes"
+ODD_SIZE = (101, 67)
+"""A picture's, which no network's strides divide."""
 ALONE = "one pass has no mutual information; --views flip has, and `penumbra ensemble` of several trainings"
 MEAN = "labels are of the mean of the samples; --sampling none keeps the network's own pass"
 
@@ -73,17 +76,15 @@ def _import(form: str, source: str, name: str, given: Given) -> tuple[Imported, 
     facts = beside | brought.facts | said
     height, width = size_of(said if brought.height else facts, brought.height, brought.width)
     spec, unsaid = input_of(facts, brought.channels)
-    probes = _probes(spec.num_bands, height, width)
+    probes = _probes(spec.num_bands, *(seen := example_size(height, width)))
     kind, (_, channels, *sides) = _try_out(brought, probes)
+    others = [] if height else _probes(spec.num_bands, *ODD_SIZE)[:1]
     classes, unnamed = classes_of(given.classes, facts, max(2, channels))
     program, masks, cut = _cut(brought, probes[0], given.sampling)
     config = PlainConfig(len(classes), brought.form, len(program), kind, masks)  # type: ignore[arg-type]
     network = PlainNetwork(config)
     network.program.copy_(torch.frombuffer(bytearray(program), dtype=torch.uint8))
-    with torch.inference_mode():
-        kept = network(probes[0], torch.ones(1, 1, network.sampling.noise_length))[0]
-        if not _is_same(kept, as_logits(brought.run(probes[0]), kind)):
-            raise BadCheckpoint("it answers otherwise where its dropout is cut; add --sampling none")
+    _check_kept(network, brought, (probes[0], *others))
     card = Card(
         name=name, version=1, method="plain", config=dataclasses.asdict(config), classes=classes, input=spec,
         window=WindowSpec(height, width), sampling=network.sampling, readout=Readout(align_corners=False),
@@ -92,7 +93,7 @@ def _import(form: str, source: str, name: str, given: Given) -> tuple[Imported, 
     )  # fmt: skip
     card = parse_card(dump_card(card))  # checked
     found = f"one channel, a {kind}, which becomes two classes exactly" if channels == 1 else kind
-    found = f"on probes it gives {found} [B, {channels}, {sides[0]}, {sides[1]}] for {height}x{width} px"
+    found = f"on probes it gives {found} [B, {channels}, {sides[0]}, {sides[1]}] for {seen[0]}x{seen[1]} px"
     alone = (ALONE,) if card.num_members(card.sampling.default_samples) == 1 else ()
     notes = (*brought.notes, found, *cut)
     return Imported(card, brought.left_out, (*unsaid, *unnamed, *alone), notes=notes), network
@@ -126,6 +127,17 @@ def _cut(brought: Brought, image_1Chw: Tensor, sampling: str | None) -> tuple[by
     buffer = io.BytesIO()
     torch.export.save(masked.program, buffer)
     return buffer.getvalue(), masked.sampling.masks, (MEAN, *masked.notes)
+
+
+@torch.inference_mode()
+def _check_kept(network: PlainNetwork, brought: Brought, probes: Sequence[Tensor]) -> None:
+    """Raise BadCheckpoint where what is kept answers otherwise than what was brought, or not at a probe's size."""
+    noise_11L = torch.ones(1, 1, network.sampling.noise_length)
+    for probe in probes:
+        expected = as_logits(_run(brought.run, probe, OTHER_SIZE), network.config.output)
+        if not _is_same(_run(lambda image_1Chw: network(image_1Chw, noise_11L)[0], probe, OTHER_SIZE), expected):
+            masked = "it answers otherwise where its dropout is cut; add --sampling none"
+            raise BadCheckpoint(masked if network.config.masks else f"its program is of one size alone; {OTHER_SIZE}")
 
 
 @torch.inference_mode()
@@ -192,7 +204,7 @@ def _kind_of(answers: Sequence[Tensor], picture: list[int], without_argmax: str)
             channels == 1 and least == 1 == most,
         f"it gives {channels} sigmoids, of which several can be true at once; a pixel has one class here, so bring "
         "each channel as a network of its own (--tensor), or logits of one class each":
-            channels > 1 and are_shares and not all(map(_adds_up, answers)),
+            channels > 1 and are_shares and any((answer.sum(1) - 1).abs().max() > ROUNDING for answer in answers),
     }  # fmt: skip
     for sentence, is_so in refusals.items():
         if is_so:
@@ -200,7 +212,3 @@ def _kind_of(answers: Sequence[Tensor], picture: list[int], without_argmax: str)
     if channels == 1:
         return "sigmoid" if are_shares else "sigmoid logit"
     return "probabilities" if are_shares else "logits"
-
-
-def _adds_up(prob_BKhw: Tensor) -> bool:
-    return bool(((prob_BKhw.double().sum(1) - 1).abs() <= ROUNDING).all())

@@ -30,11 +30,15 @@ if TYPE_CHECKING:
 @click.option("--backend", help="Of a FORM: the format to export.")
 @click.option("--no-export", is_flag=True, help="Of a FORM: write the checkpoint alone.")
 @click.option("--dry", is_flag=True, help="Of a FORM: say what it is and what would happen, and write nothing.")
+@click.option("--try", "tried", metavar="PICTURE", type=shared.FILE,
+              help="Of a FORM: answer a picture, too, as `penumbra predict` does.")  # fmt: skip
 @shared.STORE
 @shared.JSON
+@click.pass_context
 def import_files(
-    method: str, files: tuple[str, ...], output: Path | None, as_json: bool, store: Path, **options: Any
-) -> None:
+    context: click.Context, /, method: str, files: tuple[str, ...], output: Path | None, as_json: bool, store: Path,
+    tried: Path | None, **options: Any,
+) -> None:  # fmt: skip
     """Import FILES of a METHOD's authors, or any network: a FORM is onnx, torchscript, pt2, or module PACKAGE:BUILD.
 
     A network is exported into the store, too. No file of torch.save is run. A FILE alone is asked what it is.
@@ -46,6 +50,8 @@ def import_files(
 
     if not files:
         method, files = find_form(Path(method)), (method,)
+    if tried and (method not in FORMS or options["dry"] or options["no_export"]):
+        raise click.UsageError("--try answers by what is exported: of a FORM, and without --dry and --no-export")
     directory = None
     if method in FORMS:
         imported, output, directory = _import_network(method, files, output, store, **options)
@@ -54,10 +60,15 @@ def import_files(
     if as_json:
         facts = {"file": str(output), "directory": directory and str(directory)}
         click.echo(json.dumps(facts | dataclasses.asdict(imported)))
-        return
-    print_imported(imported, output, is_last=options["dry"] or bool(directory))
-    if directory:
-        print_parity(open_artifact(directory).card, directory, as_json=False)
+    else:
+        print_imported(imported, output, is_last=options["dry"] or bool(directory))
+        if directory:
+            print_parity(open_artifact(directory).card, directory, as_json=False)
+    if tried:
+        verbs: Any = context.find_root().command
+        context.invoke(
+            verbs.commands["predict"], images=(tried,), model=imported.card.name, store=store, as_json=as_json
+        )
 
 
 def _import_published(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import sys
 import zipfile
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from penumbra.export.given import classes_of, find_facts, input_of, read_facts, 
 from penumbra.export.networks import import_network
 from penumbra.export.weights import fill_from
 from penumbra.export.zoo import ZOO
-from penumbra.models.card import InputSpec
+from penumbra.models.card import InputSpec, WindowSpec
 from penumbra.models.checkpoint import load_checkpoint
 from penumbra.models.contract import Network
 from penumbra.models.errors import BadCheckpoint, BadOption
@@ -45,7 +46,7 @@ CSMASK, PUPIL = PEERS / "ukis_csmask", PEERS / "mouse_pupil_analysis"
 LITE2 = "models/efficientnet-lite2-9656183e.pth"
 needs_csmask = pytest.mark.skipif(not CSMASK.exists(), reason="needs ukis-csmask: make .venv/peers")
 needs_pupil = pytest.mark.skipif(not PUPIL.exists(), reason="needs mouse-pupil-analysis: make .venv/peers")
-SAID = "size=32x48 mean=0.5 std=0.25"
+SAID, WHOLE = "size=32x48 mean=0.5 std=0.25", "size=whole mean=0.5 std=0.25"
 
 
 def write(tmp_path: Path, form: str, **options: object) -> Path:
@@ -78,16 +79,31 @@ def whole(network: Network, image: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("form", ["onnx", "torchscript", "pt2"])
-def test_a_program_is_served_as_it_answers_elsewhere(form: str, tmp_path: Path, rng: np.random.Generator) -> None:
-    checkpoint = bring(write(tmp_path, form), form, sampling="none")
+@pytest.mark.parametrize(("said", "size"), [(SAID, (32, 48)), (WHOLE, (45, 71))])
+def test_a_program_is_served_as_it_answers_elsewhere(
+    form: str, said: str, size: tuple[int, int], tmp_path: Path, rng: np.random.Generator
+) -> None:
+    checkpoint = bring(write(tmp_path, form), form, sampling="none", said=said)
     directory = export_checkpoint(checkpoint, tmp_path / "store")
     verify_artifact(directory)
-    image_HW3 = picture(rng, 32, 48)
+    image_HW3 = picture(rng, *size)
     with Segmenter.open(tmp_path / "store", device="cpu", threads=1, tuning=FIXED) as segmenter:
         prob_KHW = segmenter.segment(image_HW3, SegmentOptions(outputs=("probabilities",))).prob_KHW
     pixels = (torch.from_numpy(image_HW3).permute(2, 0, 1)[None].float() / 255 - 0.5) / 0.25
-    logits = F.interpolate(seeded_tiny()(pixels)["out"], size=(32, 48), mode="bilinear")
+    logits = F.interpolate(seeded_tiny()(pixels)["out"], size=size, mode="bilinear")
     assert np.abs(prob_KHW - logits.softmax(1)[0].detach().numpy()).max() < 1e-5
+
+
+def test_a_network_of_one_size_is_not_shown_whole_pictures(tmp_path: Path, module: str) -> None:
+    (tmp_path / "fixed.onnx").write_bytes(program("onnx", seeded_tiny(), axes=(0,)))
+    refused(tmp_path / "fixed.onnx", "onnx", "whole of a network of any size", said=WHOLE, kind=BadOption)
+    places = NODE("Constant", [], ["places"], value=helper.make_tensor("", TensorProto.FLOAT, [128, 1], [0.5] * 128))
+    path = graph(
+        tmp_path / "net.onnx", [places, NODE("Add", ["image", "places"], ["answer"])], shape=("B", 3, "h", "w")
+    )
+    refused(path, "onnx", "cannot run on 1 windows of 3 bands and 101x67 px", "a size that it takes", said=WHOLE)
+    card = import_network("module", f"{module}:Tiny", None, Given(input=WHOLE)).card
+    assert card.window == WindowSpec(0, 0) and card.sampling.kind == "dropout"
 
 
 @pytest.mark.parametrize("form", ["onnx", "torchscript", "pt2"])
@@ -245,6 +261,16 @@ class Odd(Tiny):
     def forward(self, image):
         return super().forward(image)["out"] * (2 if image.sum().item() > -1e9 else 1)
 
+class Renamed(Tiny):
+    __module__ = "transformers.models.tiny"
+
+def encoded():
+    network = Tiny()
+    network.encoder = torch.nn.Module()
+    network.encoder.model = torch.nn.Identity()
+    network.encoder.model.default_cfg = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.2, 0.3), "input_size": (3, 9, 9)}
+    return network
+
 def broken():
     raise RuntimeError("no such\\nencoder")
 """
@@ -280,6 +306,18 @@ def test_what_transformers_saved_beside_the_weights_of_a_module_is_read(tmp_path
     assert (card.window.height, card.window.width, card.input.mean) == (32, 48, (0.5,) * 3)
 
 
+def test_what_timm_says_of_an_encoder_within_smps_is_read(module: str) -> None:
+    imported = import_network("module", f"{module}:encoded", None, Given(input="size=32x48"))
+    assert imported.card.input.mean == (0.4, 0.5, 0.6) and imported.card.window == WindowSpec(32, 48)
+
+
+def test_weights_of_another_transformers_are_refused_with_what_reads_them(tmp_path: Path, module: str) -> None:
+    torch.save({"segformer.stage.weight": torch.ones(1)}, tmp_path / "w.pth")
+    refused(
+        f"{module}:Renamed", "module", "none of the network's tensors", "from_pretrained", weights=tmp_path / "w.pth"
+    )
+
+
 def test_a_module_that_chooses_its_way_by_pixels_is_refused_and_not_traced(module: str) -> None:
     refused(f"{module}:Odd", "module", "torch.export cannot take it", "penumbra import torchscript")
 
@@ -312,17 +350,20 @@ def named(prefix: str, seed: int = 1) -> dict[str, Tensor]:
         {"net": named(""), "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}},
         {"ema_state_dict": {"module": named("")}, "state_dict": named("", 0)},
         {"state_dict": {k: v.half() if v.is_floating_point() else v for k, v in named("model.").items()}},
+        (named("net."), {"lr": 0.1}),
     ],
-    ids=range(12),
+    ids=range(13),
 )  # fmt: skip
 def test_weights_are_found_behind_any_prefix_and_the_running_average_is_preferred(
     content: dict[str, object], tmp_path: Path
 ) -> None:
     torch.save(content, tmp_path / "w.pth")
-    network = Tiny()
-    fill_from(network, tmp_path / "w.pth")
-    for name, tensor in seeded_tiny(1).state_dict().items():
-        assert torch.allclose(network.state_dict()[name], tensor, atol=1e-3)
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps(content))
+    for file in ("w.pth", "w.pkl"):
+        network = Tiny()
+        fill_from(network, tmp_path / file)
+        for name, tensor in seeded_tiny(1).state_dict().items():
+            assert torch.allclose(network.state_dict()[name], tensor, atol=1e-3)
 
 
 def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
@@ -407,9 +448,14 @@ def test_one_command_brings_a_network_into_a_store(tmp_path: Path, monkeypatch: 
     result = run(write(tmp_path, "onnx"), "--input", "size=32x48", "--classes", "names.txt", "--dry")
     assert result.exit_code == 0 and "it gives logits [B, 3, 16, 24] for 32x48 px" in result.stdout
     assert not list(tmp_path.glob("*.safetensors")) and "ImageNet" in result.stderr
-    result = run("onnx", tmp_path / "net.onnx", "--input", "size=32x48", "--classes", "names.txt", "--json")
-    answer = json.loads(result.stdout)
+    Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save("a.png")
+    result = run(
+        "onnx", tmp_path / "net.onnx", "--input", "size=32x48", "--classes", "names.txt", "--json", "--try", "a.png"
+    )
+    answer, tried = map(json.loads, result.stdout.splitlines())
     assert Path(answer["directory"]) == Path("store/net/1") and answer["card"]["classes"][0]["name"] == "road"
+    assert tried["model"] == "net" and Path(tried["files"]["labels"]).exists()
+    assert "--try answers by what is exported" in run("onnx", "net.onnx", "--dry", "--try", "a.png").stderr
     verify_artifact(Path(answer["directory"]).resolve())
 
 
