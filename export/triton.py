@@ -12,6 +12,7 @@ at each call, so of one sample its mutual information is 0.
 Triton batches along the first axis only, so noise and logits are [B, S, ...] here, and S may differ from call to call.
 """
 
+import logging
 import os
 import shutil
 import tempfile
@@ -45,6 +46,7 @@ DTYPES = {torch.float32: pb.TYPE_FP32, torch.uint8: pb.TYPE_UINT8}
 PROMPTS = {"boxes": ("boxes", "alpha"), "tags": ("tags",)}
 
 Tensors = dict[str, Tensor]
+log = logging.getLogger("penumbra")
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +205,9 @@ def write_repository(artifact: Artifact, repository: Path) -> list[str]:
         )
     if card.views != "none":
         raise BadOption(f"{card.name} is answered in the views {card.views}, and Triton runs windows as they are only")
+    if (rule := card.input.resolution).kind != "none":
+        how = "Triton does not resize, so do before you cut windows"
+        log.warning("%s sees pictures by the scale rule %s:%g; %s", card.name, rule.kind, rule.value, how)
     with drafted(repository) as draft:
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated", category=DeprecationWarning)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rasterio.transform import from_gcps
 from rasterio.warp import transform
 
 from penumbra.models.card import Card
@@ -58,10 +59,11 @@ def metres_of(image: Raster, card: Card) -> float:
     It is 0 where the image has no place there, and where the card has no rule that asks for it.
     """
     place: Place | None = image.place
-    if card.input.resolution.kind != "gsd" or place is None or place.crs is None or place.transform == PIXELS:
+    if card.input.resolution.kind != "gsd" or place is None or place.crs is None:
         return 0.0
+    at = from_gcps(place.gcps) if place.transform == PIXELS else place.transform  # of no points one of no size
     row, column = image.shape[0] / 2, image.shape[1] / 2
-    corners = [place.transform * (column + x, row + y) for x, y in ((0, 0), (1, 0), (0, 1))]
+    corners = [at * (column + x, row + y) for x, y in ((0, 0), (1, 0), (0, 1))]
     try:
         corners_33 = np.transpose(transform(place.crs, GEOCENTRIC, *zip(*corners, strict=True), [0.0] * len(corners)))
     except RASTER_FAULTS:  # a system of the file's own, or a place beyond the system

@@ -24,7 +24,7 @@ from penumbra.__main__ import main
 from penumbra.export.bundle import export_network
 from penumbra.export.parity import read_window
 from penumbra.export.triton import MAX_BATCH, export_repository, write_repository
-from penumbra.models.card import MAPS, Card, ClassInfo, InputSpec, Readout, WindowSpec
+from penumbra.models.card import MAPS, Card, ClassInfo, InputSpec, Readout, ScaleRule, WindowSpec
 from penumbra.models.checkpoint import save_checkpoint
 from penumbra.models.errors import BadOption, UnknownModel
 from penumbra.serving.engine.backends import load_backend
@@ -187,6 +187,17 @@ def test_a_checkpoint_is_proved_on_its_way_into_a_repository(tmp_path: Path) -> 
     export_repository(str(tmp_path / "plain.safetensors"), tmp_path / "store", tmp_path / "repository")
     assert read_config(tmp_path / "repository/plain").platform == "ensemble"
     assert not (tmp_path / "store").exists()
+
+
+def test_a_scale_rule_that_triton_does_not_follow_is_told(
+    exported_cps: Artifact, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    card = exported_cps.card
+    ruled = replace(card, input=replace(card.input, resolution=ScaleRule("frame", 360)))
+    write_repository(replace(exported_cps, card=ruled), tmp_path / "repository")
+    assert caplog.messages == [
+        "small sees pictures by the scale rule frame:360; Triton does not resize, so do before you cut windows"
+    ]
 
 
 def test_nothing_is_overwritten_and_nothing_is_left_behind(tmp_path: Path) -> None:

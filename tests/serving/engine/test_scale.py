@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rasterio.control import GroundControlPoint
 from rasterio.transform import from_origin
 from torch.nn import functional as F
 
@@ -52,6 +53,12 @@ def by_hand(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     seen = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=True).add(0.499).floor()
     prob = torch.softmax(GAIN * seen / 255, 1)
     return F.interpolate(prob, size=image.shape[:2], mode="bilinear", align_corners=False)[0].numpy()
+
+
+def points(metres: float) -> list[GroundControlPoint]:
+    """Corners of a picture of 60x80 pixels of so many metres."""
+    corners = [(row, column) for row in (0, 60) for column in (0, 80)]
+    return [GroundControlPoint(y, x, 5e5 + metres * x, 5.8e6 - metres * y) for y, x in corners]
 
 
 def near(found: np.ndarray, expected: np.ndarray) -> None:
@@ -105,6 +112,8 @@ def test_a_picture_far_from_the_cards_frame_is_run_at_it_and_says_so(segmenter: 
         ({"crs": "EPSG:32631", "transform": from_origin(500_000, 5_800_000, 2.5, 2.5)}, 2.5),
         ({"crs": "EPSG:3857", "transform": from_origin(334_000, 6_870_000, 40, 40)}, 24.5),
         ({"crs": "EPSG:4326", "transform": from_origin(3, 52.4, 1e-4, 1e-4)}, 8.7),
+        ({"crs": "EPSG:32631", "gcps": points(2.5)}, 2.5),
+        ({"crs": "EPSG:32631", "gcps": points(2.5)[:1]}, 0),
         ({"crs": None, "transform": from_origin(0, 0, 5, 5)}, 0),
         ({"crs": "EPSG:32631", "transform": from_origin(1e9, 1e9, 5, 5)}, 0),
     ],
