@@ -41,6 +41,9 @@ async function chooseModel() {
   $("about").textContent = `${card.method}, version ${card.version}: ${aboutSamples(sampling)}`;
   $("samples-row").hidden = $("seed-row").hidden = !isFree;
   $("samples").value = $("samples-shown").value = sampling.default_samples;
+  const turns = card.window.height === card.window.width ? ["none", "flip", "d4", "scales"] : ["none", "flip", "scales"];
+  $("views").replaceChildren(...turns.map((name) => new Option(name)));
+  $("views").value = card.views;
   for (const [id, risks] of [["risk", calibration?.risks ?? []], ["class-risk", calibration?.class_risks ?? []]]) {
     $(`${id}-row`).hidden = !risks.length;
     $(id).replaceChildren(new Option("not bounded", ""), ...risks.map((risk) => new Option(`${100 * risk} %`, risk)));
@@ -57,8 +60,9 @@ async function chooseModel() {
 function mapsOfAnswer() {
   const free = !$("samples-row").hidden, members = Object.keys(prompt()).length ? card.prompt.members.length : 0;
   const samples = free ? Number($("samples").value) : members || card.sampling.default_samples;
-  const { single, several } = maps[card.name];
-  return samples > 1 ? several : (single ?? several);
+  const isOne = samples === 1 && $("views").value === "none", { single, several } = maps[card.name];
+  const [absent, present] = isOne ? ["mutual_information", "seam"] : ["seam", "mutual_information"];
+  return (single ?? several).map((name) => (name === absent ? present : name));
 }
 
 /** Offers these maps; the one that is shown stays, if it is among them. */
@@ -74,7 +78,7 @@ function aboutSamples({ kind, members }) {
 }
 
 function options() {
-  const chosen = { seed: Number($("seed").value) };
+  const chosen = { seed: Number($("seed").value), views: $("views").value };
   if (!$("samples-row").hidden) chosen.samples = Number($("samples").value);
   if ($("risk").value) chosen.max_risk = Number($("risk").value);
   if ($("class-risk").value) chosen.max_class_risk = Number($("class-risk").value);

@@ -108,6 +108,10 @@ def offered(page: sync_api.Page) -> list[str]:
 def test_a_map_that_an_answer_has_not_is_not_offered(page: sync_api.Page, photo: tuple[np.ndarray, bytes]) -> None:
     give(page, photo[1], model="toy-pointwise")
     assert offered(page) == [*MAPS_OF_ONE] and page.input_value("#map") == "entropy"
+    page.select_option("#views", "flip")
+    page.click("#run")
+    sync_api.expect(page.locator("#map option", has_text="mutual information")).to_be_attached(timeout=WAIT_MS)
+    assert offered(page) == [*MAPS]
     page.select_option("#model", "toy-latent")
     sync_api.expect(page.locator("#status")).to_contain_text("4 samples", timeout=WAIT_MS)
     assert offered(page) == [*MAPS]
