@@ -11,7 +11,7 @@ from typing import IO, Any
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from penumbra.models.errors import BadImage
+from penumbra.models.errors import BadImage, first_line
 
 ARCHIVE, ARRAY = b"PK\x03\x04", npy.MAGIC_PREFIX
 NAMES = ("image.npy", "image")
@@ -42,7 +42,7 @@ def array_header(source: bytes | Path) -> Iterator[tuple[Shape, Callable[[], NDA
             read_header = npy.read_array_header_1_0 if major == 1 else npy.read_array_header_2_0
             shape, _, dtype = read_header(file)
         except FAULTS as error:
-            raise BadImage(f"the array cannot be read ({reason_of(error)})") from None
+            raise BadImage(f"the array cannot be read ({first_line(error)})") from None
         if len(shape) != 3 or dtype.kind not in "uif":
             raise BadImage(f"the array is {dtype} {list(shape)}; numbers [height, width, bands] are wanted")
 
@@ -51,7 +51,7 @@ def array_header(source: bytes | Path) -> Iterator[tuple[Shape, Callable[[], NDA
                 file.seek(0)
                 values: NDArray[Any] = npy.read_array(file, allow_pickle=False)
             except FAULTS as error:
-                raise BadImage(f"the array is damaged or truncated ({reason_of(error)})") from None
+                raise BadImage(f"the array is damaged or truncated ({first_line(error)})") from None
             return values
 
         yield shape, read
@@ -67,8 +67,3 @@ def _member(opened: ExitStack, file: IO[bytes]) -> IO[bytes]:
             f"the archive has {len(names)} arrays and none is called image; one alone, or one so called, is read"
         )
     return opened.enter_context(archive.open(found[0]))
-
-
-def reason_of(error: Exception) -> str:
-    """Give the first line of what a library says of a file."""
-    return str(error).partition("\n")[0][:120] or type(error).__name__

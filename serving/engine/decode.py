@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
 from penumbra.models.card import RGB, InputSpec
-from penumbra.models.errors import BadImage, TooLarge
-from penumbra.serving.engine.arrays import array_header, is_array, reason_of
+from penumbra.models.errors import BadImage, TooLarge, first_line
+from penumbra.serving.engine.arrays import array_header, is_array
 from penumbra.serving.engine.damage import check_png, has_all_rows, read_jpeg, shorten_webp, slim_png
 from penumbra.serving.engine.layout import FLIPS, RGB8, Reading, find_bands, make_upright
 from penumbra.serving.engine.options import PILLOW_PIXELS, Limits
@@ -79,7 +79,8 @@ def _opened(
             yield (height, width), lambda: check_array(read(), limits, reading)
     else:
         with _header(source, limits) as (picture, kind, file):
-            yield _size_as_shown(picture), lambda: _decode(picture, kind, file, reading)
+            upright = picture.size if FLIPS[_orientation(picture)][0] else picture.size[::-1]
+            yield upright, lambda: _decode(picture, kind, file, reading)
 
 
 @contextmanager
@@ -123,15 +124,10 @@ def _fault(kind: str, file: BinaryIO) -> str:
         Image.OPEN[kind][0](file, "")
     except (SyntaxError, OSError, ValueError) as error:
         if error.__cause__ is None:  # else Pillow stumbled
-            return reason_of(error)
+            return first_line(error)
     except PILLOW_FAULTS:
         pass
     return "its header is broken or ends too early"
-
-
-def _size_as_shown(picture: Image.Image) -> tuple[int, int]:
-    """Give height and width once the orientation is applied."""
-    return (picture.width, picture.height) if FLIPS[_orientation(picture)][0] else (picture.height, picture.width)
 
 
 def _orientation(picture: Image.Image) -> int:
@@ -178,7 +174,7 @@ def _decode(picture: Image.Image, kind: str, file: BinaryIO, reading: Reading) -
     try:
         return _decode_pixels(picture, kind, file, reading)
     except PILLOW_FAULTS as error:
-        raise BadImage(f"the {kind} image is damaged or truncated ({reason_of(error)})") from None
+        raise BadImage(f"the {kind} image is damaged or truncated ({first_line(error)})") from None
 
 
 def _decode_pixels(picture: Image.Image, kind: str, file: BinaryIO, reading: Reading) -> Raster:
