@@ -7,9 +7,7 @@ with `export` filled in. Reading is strict: an unknown, missing or mistyped fiel
 import dataclasses
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -23,6 +21,9 @@ from penumbra.models.inputs import RGB as RGB
 from penumbra.models.inputs import InputSpec as InputSpec
 from penumbra.models.inputs import ScaleRule as ScaleRule
 from penumbra.models.inputs import failures_of_input
+from penumbra.models.references import Calibration as Calibration
+from penumbra.models.references import Novelty as Novelty
+from penumbra.models.references import Share, failures_of_references, maps_of_novelty
 from penumbra.models.strict import read_strict
 
 CARD_FORMAT = 1
@@ -31,9 +32,6 @@ IGNORE = 255
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """A model's name is a directory, a label of metrics and a part of URLs."""
 MAP_NAME = re.compile(r"(?!labels$|probabilities$|default$|image$)[a-z][a-z0-9_]{0,39}")
-
-MOST_MEANS = 1_001
-"""A novelty is told to a thousandth at the finest, so its reference needs no more quantiles."""
 
 MAPS = ("confidence", "margin", "entropy", "expected_entropy", "mutual_information")
 """The maps of every answer of several samples, defined in `penumbra.serving.engine.uncertainty`."""
@@ -49,7 +47,6 @@ NUM_VIEWS: dict[str, int] = {"none": 1, "flip": 2, "d4": 8, "scales": 3}
 """Views of a window, each of which is a member of every sample: test-time augmentation."""
 
 Count = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(gt=0, le=1)]
 Byte = Annotated[int, Field(ge=0, le=255)]
 
 
@@ -163,44 +160,6 @@ class Readout:
 
 
 @dataclass(frozen=True, slots=True)
-class Calibration:
-    """What the option `max_risk` rests on: entropy thresholds found on frames that taught the network nothing.
-
-    risks: ascending, each the share of a picture's pixels that are wrong and not abstained from, at most, in
-    expectation over pictures like the calibration frames (Angelopoulos et al. 2022). entropy_nats: by risk, the
-    entropy above which a pixel is abstained from. num_frames: how many were calibrated on. num_samples: S then.
-    data: which frames they were. class_risks, class_entropy_nats: the same of the option `max_class_risk`, which bounds
-    for each class the wrong share of what is called it; by risk, then by class, and None where a class is withheld.
-    """
-
-    risks: tuple[float, ...]
-    entropy_nats: tuple[float, ...]
-    num_frames: Positive
-    num_samples: Positive
-    data: str
-    class_risks: tuple[float, ...] = ()
-    class_entropy_nats: tuple[tuple[float | None, ...], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Novelty:
-    """What the score `novelty` of an answer is measured against: pictures like those the model is meant for.
-
-    map: the map whose mean over a picture says how strange it is: `density` where the model has one, else `entropy`.
-    means: ascending, that mean of the reference pictures, at most 1,001 quantiles of it. warn_above: the novelty above
-    which an answer carries a warning. num_pictures: how many the quantiles are of. num_samples: S then. data: which
-    pictures they were.
-    """
-
-    map: str
-    means: tuple[float, ...]
-    num_pictures: Positive
-    num_samples: Positive
-    data: str
-    warn_above: Annotated[float, Field(gt=0, le=1)] = 0.99
-
-
-@dataclass(frozen=True, slots=True)
 class Provenance:
     """Where the weights come from. metrics: measured figures, named, on the split that the key names."""
 
@@ -246,10 +205,10 @@ class Card:
         return self.export.tuned if self.export else None
 
     @property
-    def map_of_novelty(self) -> str:
-        """Name the map whose mean over a picture says how strange it is, whether there is a reference or not."""
+    def maps_of_novelty(self) -> tuple[str, ...]:
+        """Name the maps whose means can say how strange a picture is, whether there is a reference or not."""
         own = [extra.name for extra in self.extra_maps if extra.name == "density"]
-        return self.novelty.map if self.novelty else (*own, "entropy")[0]
+        return maps_of_novelty(self.novelty.map if self.novelty else (*own, "entropy")[0])
 
     def maps(self, num_samples: int) -> tuple[str, ...]:
         """Return names of the maps that an answer of so many samples has, the model's own last: all that is offered.
@@ -323,41 +282,8 @@ def _check_facts(card: Card) -> None:
             (prompt.background or 0) >= card.num_classes,
         f"extra_maps are {', '.join(extra)}; plain names are wanted, each once and none of {', '.join(KNOWN_MAPS)}":
             len({*extra, *KNOWN_MAPS}) < len(extra) + len(KNOWN_MAPS) or not all(map(MAP_NAME.fullmatch, extra)),
-    } | failures_of_input(card.input) | _failures_of_references(card, ("entropy", *extra))  # fmt: skip
+    } | failures_of_input(card.input) | failures_of_references(
+        card.calibration, card.novelty, num_classes=card.num_classes, maps=("entropy", *extra)
+    )  # fmt: skip
     for sentence in (sentence for sentence, failed in failures.items() if failed):
         raise BadArtifact(f"the card of {card.name[:60]!r}: {sentence}")
-
-
-def _failures_of_references(card: Card, maps: tuple[str, ...]) -> dict[str, bool]:
-    """Tell which sentences hold of what answers are measured against. maps: those that novelty may go by."""
-    calibration, novelty = card.calibration, card.novelty
-    return {
-        f"calibration is {calibration}; ascending risks between 0 and 1, each with a threshold, or one of each of the "
-        f"{card.num_classes} classes, are wanted":
-            calibration is not None and not _is_sound(calibration, card.num_classes),
-        f"novelty.map is {novelty and novelty.map}; it can be {' or '.join(maps)}":
-            novelty is not None and novelty.map not in maps,
-        f"has {len(novelty.means) if novelty else 0} novelty.means; 1 to {MOST_MEANS:,} are wanted, ascending":
-            novelty is not None and not (0 < len(novelty.means) <= MOST_MEANS and _is_ascending(novelty.means)),
-    }  # fmt: skip
-
-
-def _is_ascending(values: Iterable[float]) -> bool:
-    return all(before <= after for before, after in pairwise(values))
-
-
-def _is_sound(calibration: Calibration, num_classes: int) -> bool:
-    """Whether a larger risk never abstains from more, and every figure is possible."""
-    marginal = [(nats,) for nats in calibration.entropy_nats]
-    pairs = ((calibration.risks, marginal, 1), (calibration.class_risks, calibration.class_entropy_nats, num_classes))
-    for risks, rows, length in pairs:
-        columns = [[-1 if nats is None else nats for nats in column] for column in zip(*rows, strict=False)]
-        if not (
-            list(risks) == sorted(set(risks))
-            and all(0 < risk < 1 for risk in risks)
-            and [len(row) for row in rows] == [length] * len(risks)
-            and all(nats is None or nats >= 0 for row in rows for nats in row)
-            and all(map(_is_ascending, columns))
-        ):
-            return False
-    return bool(calibration.risks or calibration.class_risks)

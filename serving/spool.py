@@ -25,6 +25,7 @@ from penumbra.serving.engine.answer import Prediction, collect
 from penumbra.serving.engine.canvas import SUMS
 from penumbra.serving.engine.kernels import FloatArray
 from penumbra.serving.engine.options import Limits, SegmentOptions
+from penumbra.serving.engine.plain import NUM_SUMS
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.request import Progress
 from penumbra.serving.engine.segmenter import Segmenter
@@ -80,7 +81,7 @@ class Spool:
         """
         self._segmenter, self._image, self._options = segmenter, image, options
         card = segmenter.find(options.model, options.version).card
-        key = hashlib.sha256(f"{source} {options} {dump_card(card)}".encode()).hexdigest()
+        key = hashlib.sha256(f"{source} {options} {NUM_SUMS} {dump_card(card)}".encode()).hexdigest()
         self._directory = directory
         if _key_in(directory) != key:
             with disk():
@@ -90,7 +91,7 @@ class Spool:
                 (directory / MARK).write_text(json.dumps({"key": key, "files": names}))
         size = (image.shape[0], image.shape[1])
         self._labels = RowFile(directory / "labels", size, np.uint8)
-        self._sums = RowFile(directory / SUMS, (size[0], 2), np.int64)
+        self._sums = RowFile(directory / SUMS, (size[0], NUM_SUMS), np.int64)
         self._maps = {name: RowFile(directory / name, size, np.float32) for name in options.maps(card)}
 
     def remove(self) -> None:

@@ -17,8 +17,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from penumbra.models.card import MOST_MEANS, Calibration, Card, Novelty
+from penumbra.models.card import Calibration, Card, Novelty
 from penumbra.models.errors import BadData, BadOption
+from penumbra.models.references import MOST_MEANS
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import find_artifact, next_version, write_version
 from penumbra.serving.watch import how_to_serve
@@ -34,6 +35,8 @@ CLASS_RISKS = (0.1, 0.2)
 LEAST_FRAMES = 8
 LEAST_TO_WARN = 99
 """Pictures, all of which one ordinary picture in a hundred is stranger than."""
+LEAST_DEVIATION = 1e-6
+"""A mean differs by less only where it rounds differently."""
 LEAST_RISK = 1e-6
 """Nobody has the frames for less."""
 MOST_FOR_TEMPERATURE = 32
@@ -78,16 +81,17 @@ class Evidence:
 
     def __init__(self, card: Card) -> None:
         self.card, self.loss, self.class_loss = card, AbstentionLoss(), ClassLoss(card.num_classes)
-        self.map = card.map_of_novelty
-        self.means: list[float] = []
+        self.means: list[list[float]] = []
+        """By picture, of `Card.maps_of_novelty`."""
 
     def add(self, answer: Answer) -> None:
         known_HW = answer.known_HW
         entropy, wrong = answer.maps["entropy"][known_HW], answer.wrong_HW[known_HW]
         self.loss.add(entropy, wrong)
         self.class_loss.add(entropy, answer.labels_HW[known_HW].astype(np.int64), wrong)
-        if not np.isnan(answer.maps[self.map]).all():  # a wholly void picture has no novelty when it is served either
-            self.means.append(float(np.nanmean(answer.maps[self.map], dtype=np.float64)))
+        maps = [answer.uncertainties[name] for name in self.card.maps_of_novelty]
+        if not np.isnan(maps[0]).all():  # a wholly void picture has no novelty when it is served either
+            self.means.append([float(np.nanmean(values_HW, dtype=np.float64)) for values_HW in maps])
 
     def calibration(
         self, risks: Sequence[float], class_risks: Sequence[float], num_samples: int, data: str
@@ -106,13 +110,18 @@ class Evidence:
 
     def novelty(self, num_samples: int, data: str) -> Novelty | None:
         """Describe how strange these pictures are to the model, by quantiles where they are many."""
-        means, num = sorted(self.means), len(self.means)
+        num = len(self.means)
         if not num:
             return None
+        centres, spreads = np.mean(self.means, axis=0), np.maximum(np.std(self.means, axis=0), LEAST_DEVIATION)
+        scales = tuple(zip(centres.tolist(), spreads.tolist(), strict=True)) if len(centres) > 1 else ()
+        warn_above = 0.99 if num >= LEAST_TO_WARN else 1.0
+        own = self.card.maps_of_novelty[-1]
+        novelty = Novelty(own, (), num, num_samples, data, warn_above, scales)
+        values = sorted(map(novelty.strangeness, self.means))
         if num > MOST_MEANS:
-            means = np.quantile(means, np.linspace(0, 1, MOST_MEANS)).tolist()
-        novelty = Novelty(self.map, tuple(means), num, num_samples, data)
-        return novelty if num >= LEAST_TO_WARN else dataclasses.replace(novelty, warn_above=1.0)
+            values = np.quantile(values, np.linspace(0, 1, MOST_MEANS)).tolist()
+        return dataclasses.replace(novelty, means=tuple(values))
 
 
 def calibrate_artifact(
@@ -141,7 +150,7 @@ def calibrate(
     split = split_frames(range(0, len(frames), question.every), seed=question.seed)
     check_risks(split, risks, class_risks)
     usual = dataclasses.replace(question, samples=None).options(0).num_samples(card)
-    if num_samples != usual and card.map_of_novelty == "entropy":
+    if num_samples != usual:
         what = f"samples is {num_samples} and an answer has {usual} where it asks for no other"
         click.echo(f"{what}: such answers will tell no novelty; leave samples out to calibrate those", err=True)
 

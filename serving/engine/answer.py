@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from penumbra.models.card import IGNORE, Card
 from penumbra.serving.engine.kernels import FloatArray
 from penumbra.serving.engine.options import PROBABILITIES
+from penumbra.serving.engine.plain import NUM_SUMS
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.request import Progress, QueuedRequest
 from penumbra.serving.engine.scores import Scores, score, warn_of_strangeness
@@ -84,7 +85,7 @@ class Prediction:
 
 def collect(
     request: QueuedRequest, labels_HW: NDArray[np.uint8] | None = None, maps: dict[str, FloatArray] | None = None,
-    sums_H2: NDArray[np.int64] | None = None, *, progress: Progress = lambda num_done, num_windows: None,
+    sums_H3: NDArray[np.int64] | None = None, *, progress: Progress = lambda num_done, num_windows: None,
 ) -> Prediction:  # fmt: skip
     """Run a request to its end, and set the rows of labels, maps and sums band by band, by default in memory.
 
@@ -94,7 +95,7 @@ def collect(
     size = plan.windows.size
     labels_HW = np.empty(size, np.uint8) if labels_HW is None else labels_HW
     maps = {name: np.empty(size, np.float32) for name in plan.options.maps(card)} if maps is None else maps
-    sums_H2 = np.empty((size[0], 2), np.int64) if sums_H2 is None else sums_H2
+    sums_H3 = np.empty((size[0], NUM_SUMS), np.int64) if sums_H3 is None else sums_H3
     has_prob = PROBABILITIES in plan.options.outputs
     prob_KHW = np.empty((card.num_classes, *size), np.float32) if has_prob else None
     with request.clock("total"), closing(request.bands(progress)) as bands:
@@ -104,11 +105,11 @@ def collect(
                 maps[name][rows] = band.maps[name]
             if prob_KHW is not None and band.prob_hKW is not None:
                 prob_KHW[:, rows] = band.prob_hKW.swapaxes(0, 1)
-            sums_H2[rows] = band.sums_h2
+            sums_H3[rows] = band.sums_h3
             labels_HW[rows] = band.labels  # last: whoever goes on after a stop counts these
     num_void, abstained = _count_ignored(labels_HW, request)
     scores = score(
-        card, sums_H2[:], size[0] * size[1] - num_void, num_samples=request.num_samples, is_usual=plan.is_usual
+        card, sums_H3[:], size[0] * size[1] - num_void, num_samples=request.num_samples, is_usual=plan.is_usual
     )  # fmt: skip
     warnings = (*warn_of_strangeness(card, scores), *_warnings(request))
     return Prediction(

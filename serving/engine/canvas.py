@@ -20,6 +20,7 @@ from penumbra.models.card import Card
 from penumbra.models.errors import BadImage
 from penumbra.serving.engine import operators
 from penumbra.serving.engine.options import PROBABILITIES
+from penumbra.serving.engine.plain import NUM_SUMS
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.scale import at_size
 from penumbra.serving.engine.uncertainty import Band
@@ -229,13 +230,13 @@ class Segment:
         """Read the rows of an answer from the bytes."""
         size = len(self.rows), self.width
         arrays, places = {}, dict(self.places)
-        sums_h2 = np.ndarray((size[0], 2), np.int64, copied, offset=places.pop(SUMS))
+        sums_h3 = np.ndarray((size[0], NUM_SUMS), np.int64, copied, offset=places.pop(SUMS))
         for name, place in places.items():
             shape = (size[0], self.num_classes, size[1]) if name == PROBABILITIES else size
             kind = np.dtype(np.uint8 if name == "labels" else np.float32)
             arrays[name] = np.ndarray(shape, kind, copied, offset=place)
         labels, prob_hKW = arrays.pop("labels"), arrays.pop(PROBABILITIES, None)
-        return Band(self.rows.start, labels, arrays, prob_hKW, sums_h2, self.void_hW[0])
+        return Band(self.rows.start, labels, arrays, prob_hKW, sums_h3, self.void_hW[0])
 
 
 def lay_out(
@@ -243,7 +244,7 @@ def lay_out(
 ) -> tuple[Segment, int]:  # fmt: skip
     """Lay out what is wanted of finished rows in the bytes from `start` on, and say where the next may begin."""
     places = {SUMS: -(-start // 8) * 8}
-    start = places[SUMS] + 16 * len(rows)
+    start = places[SUMS] + 8 * NUM_SUMS * len(rows)
     names = {*card.maps(num_samples), PROBABILITIES} & {*wanted.outputs}
     for name in sorted(names):
         places[name] = start
@@ -314,9 +315,9 @@ def read_out(finished: Sequence[tuple[Tensor, Segment, Wanted]], out: Tensor, ca
         void_hW = segment.void_hW[1]
         table += [places[id(canvas)], *segment.table(card), -1 if void_hW is None else len(voids)]
         voids += [] if void_hW is None else [void_hW]
-    extras = [extra.name for extra in card.extra_maps]
+    extras, own = [extra.name for extra in card.extra_maps], card.maps_of_novelty[-1]
     operators.read_out(
         kept, out, table, thresholds, num_classes=card.num_classes, softmax=card.readout.average == "logits",
-        channel=card.num_classes + 1 + extras.index(card.map_of_novelty) if card.map_of_novelty in extras else -1,
+        channel=card.num_classes + 1 + extras.index(own) if own in extras else -1,
         voids=voids,
     )  # fmt: skip

@@ -15,7 +15,7 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-const int penumbra_interface = 3; /* INTERFACE of kernels.py: a build of other arguments is not called. */
+const int penumbra_interface = 4; /* INTERFACE of kernels.py: a build of other arguments is not called. */
 
 /* exp(x) for x <= 0: 2^n * e^r with |r| <= ln 2 / 2 and a polynomial of degree 6; relative error < 1e-7. */
 INLINE float exp_nonpositive(float x) {
@@ -189,12 +189,12 @@ FOR_EACH_CPU void penumbra_blend(
 
 /* Reads rows y to y + rows of a canvas, a ring of R rows [C][W] of mean probabilities, mean sample entropies and extra
  * maps, into planes of `out`, which begin at these bytes and are not wanted where that is negative: labels, confidence,
- * margin, entropy, expected entropy, entropy beyond it, probabilities [rows][K][W], the extra maps, and sums [rows][2].
+ * margin, entropy, expected entropy, entropy beyond it, probabilities [rows][K][W], the extra maps, and sums [rows][3].
  * Ties go to the lowest class; labels are 255 above the `threshold` of their class; zero probabilities add no entropy, and
  * what is no number counts as zero. In the map at `channel` it counts for the most.
  *
- * Sums are of 1 - confidence and of the map at `channel`, or of the entropy where that is negative, in units of 2^-24 and
- * without the pixels that are hidden[rows][W]; that may be NULL. */
+ * Sums are of 1 - confidence, of the entropy, and of the map at `channel`, or 0 where that is negative, in units of 2^-24
+ * and without the pixels that are hidden[rows][W]; that may be NULL. */
 FOR_EACH_CPU void penumbra_read_out(
     const float *restrict canvas, long R, long C, long K, long W, long y, long rows, const float *restrict threshold,
     uint8_t *restrict out, const int64_t *restrict planes, const uint8_t *restrict hidden, long channel) {
@@ -203,7 +203,7 @@ FOR_EACH_CPU void penumbra_read_out(
     int64_t *restrict sums = planes[6 + C - K] < 0 ? NULL : (int64_t *)(out + planes[6 + C - K]);
     for (long row = 0; row < rows; row++) {
         const float *restrict prob = canvas + (y + row) % R * C * W, *restrict expected = prob + K * W;
-        int64_t sum[2] = {0, 0};
+        int64_t sum[3] = {0, 0, 0};
         for (long i = 4; i < 7 + C - K - 1; i++) { /* what is only copied */
             if (planes[i] < 0 || i == 5) continue;
             long width = (i == 6 ? K : 1) * W, first = i == 6 ? 0 : i == 4 ? K : K + i - 6;
@@ -227,12 +227,15 @@ FOR_EACH_CPU void penumbra_read_out(
                 out[planes[0] + at + x] = nats[x] > threshold[best[x]] ? 255 : (uint8_t)best[x];
                 second[x] = c[x] - second[x];
             }
-            const float *restrict novel = channel < 0 ? nats : prob + channel * W + x0;
             for (long x = 0; sums && x < n; x++) {
-                float v = novel[x] < 32768.0f ? novel[x] : 32768.0f;
                 int64_t measured = !hidden || !hidden[at + x];
                 sum[0] += measured * (int64_t)((1.0f - c[x]) * 16777216.0f);
-                sum[1] += measured * (int64_t)((v > -32768.0f ? v : -32768.0f) * 16777216.0f);
+                sum[1] += measured * (int64_t)(nats[x] * 16777216.0f);
+            }
+            const float *restrict own = prob + channel * W + x0;
+            for (long x = 0; sums && channel >= 0 && x < n; x++) {
+                float v = own[x] < 32768.0f ? own[x] : 32768.0f;
+                sum[2] += (!hidden || !hidden[at + x]) * (int64_t)((v > -32768.0f ? v : -32768.0f) * 16777216.0f);
             }
             if (planes[1] >= 0) memcpy(out + planes[1] + at * 4, c, n * 4);
             if (planes[2] >= 0) memcpy(out + planes[2] + at * 4, second, n * 4);
@@ -244,6 +247,6 @@ FOR_EACH_CPU void penumbra_read_out(
             }
             memcpy(out + planes[5] + at * 4, c, n * 4);
         }
-        if (sums) memcpy(sums + 2 * row, sum, sizeof sum);
+        if (sums) memcpy(sums + 3 * row, sum, sizeof sum);
     }
 }

@@ -22,7 +22,7 @@ log = logging.getLogger("penumbra")
 FloatArray = NDArray[np.float32]
 
 
-INTERFACE = 3
+INTERFACE = 4
 """The number that kernels.c has; both go up when a function's arguments change."""
 KINDS = ("uint8", "uint16", "int16", "float32")
 """Types of pictures, as kernels.c counts them."""

@@ -98,15 +98,15 @@ def read_out(
 
     segments, one after another: canvas, first image row, number of rows, then where in `out` its planes begin: labels
     (uint8 [rows, W]), confidence, margin, entropy, expected_entropy, disagreement (float32 [rows, W], at multiples of
-    four), probabilities (float32 [rows, K, W]), the extra maps (channels K + 1 on), and sums (int64 [rows, 2], at a
+    four), probabilities (float32 [rows, K, W]), the extra maps (channels K + 1 on), and sums (int64 [rows, 3], at a
     multiple of eight, where `out` holds zeros); -1: not requested. The last number is the segment's of `voids`, or -1.
     thresholds, K a segment: the label of a pixel is 255 where its entropy is above the threshold of its class. softmax:
     the channels hold logits.
 
-    Sums are those of a row's 1 - confidence, and of the extra map at `channel` or, where that is -1, of its entropy, in
-    units of 2^-24: whole numbers, which add up to the same in any order. Left out is where a void (uint8 [rows, W]) is
-    not 0, and the map is taken as at most 2^15 from 0. A probability that is no number counts as 0 in all that is read
-    out but itself, and such a value of the map as 2^15.
+    Sums are those of a row's 1 - confidence, of its entropy, and of the extra map at `channel` or, where that is -1, 0,
+    in units of 2^-24: whole numbers, which add up to the same in any order. Left out is where a void (uint8 [rows, W])
+    is not 0, and the map is taken as at most 2^15 from 0. A probability that is no number counts as 0 in all that is
+    read out but itself, and such a value of the map as 2^15.
     """
     num_planes = 8 + canvases[0].shape[1] - num_classes - 1
     assert len(segments) * num_classes == (4 + num_planes) * len(thresholds) and out.dtype == torch.uint8

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 UNITS = 2.0**24
 """Units of the sums that scores are made of, in one."""
+NUM_SUMS = 3
+"""Sums of a row: of 1 - confidence, of the entropy, and of the map of the model's own that novelty goes by."""
 MOST = 2.0**15
 """A pixel's map of novelty counts for at most so much, that no sum of a row overflows."""
 
@@ -104,7 +106,8 @@ def read_out(
         is_above = torch.stack([entropy > threshold for threshold in threshold_K], dim=1)
         labels = labels.to(torch.uint8).masked_fill(is_above.gather(1, labels[:, None])[:, 0], 255)
         floats = (confidence, confidence - second, entropy, expected, disagreement, prob)
-        sums = _row_sums((1 - confidence, entropy if channel < 0 else rows[:, channel]), voids[void : void + 1])
+        own = torch.zeros_like(entropy) if channel < 0 else rows[:, channel]
+        sums = _row_sums((1 - confidence, entropy, own), voids[void : void + 1])
         for plane, offset in zip((labels, *floats, *extras.unbind(1), sums), offsets, strict=True):
             if offset >= 0:
                 begin, flat = int(offset), plane.contiguous().view(-1)

@@ -22,7 +22,7 @@ from penumbra.serving.engine.kernels import FloatArray
 class Band:
     """A band is finished rows of an answer, from row y0 of the image: labels uint8 [h, W] and float32 maps [h, W].
 
-    maps: those that were asked for. prob_hKW: the probabilities, where they were. sums_h2: what scores are made of, as
+    maps: those that were asked for. prob_hKW: the probabilities, where they were. sums_h3: what scores are made of, as
     `penumbra.serving.engine.operators.read_out` has it. void_hW: pixels without a measurement, where there can be such.
     """
 
@@ -30,7 +30,7 @@ class Band:
     labels: NDArray[np.uint8]
     maps: dict[str, FloatArray]
     prob_hKW: FloatArray | None
-    sums_h2: NDArray[np.int64]
+    sums_h3: NDArray[np.int64]
     void_hW: NDArray[np.bool_] | None = None
 
 

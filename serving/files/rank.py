@@ -66,7 +66,7 @@ class Ranker:
         samples, reference = check_options(self._options, card, IN_MEMORY), card.novelty
         if by == "novelty" and reference is None:
             raise BadOption(f"{card.name} has no reference for novelty; `penumbra calibrate {card.name}` gives it one")
-        made_of = (reference.num_samples, card.views) if reference and reference.map == "entropy" else None
+        made_of = (reference.num_samples, card.views) if reference and reference.needs_equals else None
         if by == "novelty" and made_of not in (None, (samples, options.views or card.views)):
             raise BadOption(
                 f"samples is {samples} and views is {options.views or card.views}; {card.name} has a novelty of "

@@ -93,7 +93,7 @@ def summary(card: Card, *, is_tuned_here: bool) -> dict[str, object]:
         "extra_maps": [extra.name for extra in card.extra_maps],
         "risks": list(card.calibration.risks) if card.calibration else [],
         "class_risks": list(card.calibration.class_risks) if card.calibration else [],
-        "novelty": card.novelty.map if card.novelty else None,
+        "novelty": ", ".join(card.novelty.maps) if card.novelty else None,
         "window": [card.window.height, card.window.width], "data": card.provenance.data,
         "licence": card.provenance.licence, "metrics": card.provenance.metrics,
         "tuned": tuned and {"processor": tuned.processor, "threads": tuned.threads, "is_here": is_tuned_here},

@@ -204,6 +204,13 @@ ONE_CLASS = {"name": "x", "color": [0, 0, 0]}
         ("novelty.means.1", float("nan"), "novelty.means"),
         ("novelty.warn_above", 0, "novelty.warn_above is 0"),
         ("novelty.warn_above", 1.5, "novelty.warn_above is 1.5"),
+        (
+            "novelty.scales",
+            [[0, 1], [0, 1]],
+            "novelty.scales are ((0.0, 1.0), (0.0, 1.0)); none or, where its map is not",
+        ),
+        ("novelty.scales", [[0, 1, 1]], "novelty.scales[0]"),
+        ("novelty.scales", [[0, float("inf")], [0, 1]], "novelty.scales"),
         ("novelty.num_pictures", 0, "novelty.num_pictures is 0"),
         ("novelty.num_samples", 0, "novelty.num_samples is 0"),
         *[
@@ -257,7 +264,7 @@ PATHS = [
     "sampling.kind", "sampling.members", "sampling.keep", "readout.temperature", "provenance.metrics", "export",
     "export.files", "export.parity.max_abs", "format", "prompt", "prompt.alpha", "prompt.background", "prompt.members",
     "extra_maps", "window.trained", "window.max_pixels", "window.last", "readout.average", "novelty",
-    "novelty.map", "novelty.means", "novelty.means.0", "novelty.warn_above",
+    "novelty.map", "novelty.means", "novelty.means.0", "novelty.warn_above", "novelty.scales",
 ]  # fmt: skip
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=5),
@@ -275,7 +282,15 @@ def test_anything_in_any_field_is_read_back_equal_or_refused(path: str, value: A
 def test_a_map_of_the_model_s_own_may_be_what_tells_strangeness() -> None:
     card = toy_card("bright")[0]
     novelty = dataclasses.replace(NOVELTY, map="brightness", num_samples=1)
-    assert parse_card(dump_card(dataclasses.replace(card, novelty=novelty))).novelty == novelty
+    scaled = dataclasses.replace(novelty, scales=((0.1, 0.5), (2.0, 4.0)))
+    for reference in (novelty, scaled):
+        assert parse_card(dump_card(dataclasses.replace(card, novelty=reference))).novelty == reference
+    flat = dataclasses.replace(card, novelty=dataclasses.replace(scaled, scales=((0.1, 0.0), (2.0, 4.0))))
+    with pytest.raises(BadArtifact, match="each with a deviation above 0"):
+        parse_card(dump_card(flat))
+    assert (novelty.maps, scaled.maps) == (("brightness",), ("entropy", "brightness"))
+    assert novelty.strangeness((9.0, 0.3)) == 0.3
+    assert [scaled.strangeness(means) for means in ((1.1, 2.0), (-9.0, 2.0), (0.1, 6.0), (0.1, -6.0))] == [2, 0, 1, 2]
 
 
 def test_255_classes_can_be_served() -> None:

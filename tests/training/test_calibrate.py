@@ -13,8 +13,9 @@ from click.testing import CliRunner
 
 from penumbra.__main__ import main
 from penumbra.export.bundle import export_network, verify_artifact
-from penumbra.models.card import IGNORE, MOST_MEANS, Card
+from penumbra.models.card import IGNORE, Card, ExtraMap
 from penumbra.models.errors import BadData, BadOption
+from penumbra.models.references import MOST_MEANS
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.runtime import Tuning
@@ -129,9 +130,27 @@ def test_the_frames_of_the_thresholds_are_what_novelty_is_measured_against(
     assert novelty.num_samples == 1 and list(novelty.means) == sorted(novelty.means)
     runtime.card, old = calibrated.card, runtime.card
     images = (np.ascontiguousarray(frames.image_N3HW[i].permute(1, 2, 0)) for i in calibrated.split.thresholds)
-    means = [segmenter.segment(image, SegmentOptions("toy-pointwise")).maps["entropy"].mean() for image in images]
+    scores = [segmenter.segment(image, SegmentOptions("toy-pointwise")).scores for image in images]
     runtime.card = old
-    assert novelty.means == pytest.approx(sorted(means), rel=1e-5)
+    assert novelty.means == pytest.approx(sorted(each.means[0] for each in scores), rel=1e-5) and novelty.scales == ()
+
+
+def test_a_map_of_the_models_own_and_the_entropy_are_brought_to_one_scale(rng: np.random.Generator) -> None:
+    """New pictures of the same kind are stranger than 9 in 10 as often as that says, on either side."""
+    card, alarms = toy_card("pointwise")[0], []
+    card = dataclasses.replace(card, extra_maps=(ExtraMap("density", "made up", "nats"),))
+    for _ in range(100):
+        means_NM = rng.standard_t(5, size=(220, 2)) @ rng.normal(size=(2, 2)) + 7
+        evidence = Evidence(card)
+        evidence.means = means_NM[:120].tolist()
+        novelty = evidence.novelty(1, "made up")
+        assert novelty and novelty.map == "density" and novelty.warn_above == 0.99 and len(novelty.means) == 120
+        np.testing.assert_allclose(novelty.scales, np.stack((means_NM[:120].mean(0), means_NM[:120].std(0)), axis=1))
+        alarms += [novelty.share_below(means) > 0.9 for means in means_NM[120:].tolist()]
+    assert np.mean(alarms) == pytest.approx(0.1, abs=0.015)
+    evidence.means = [[0.3, 0.3]] * 20
+    alike = evidence.novelty(1, "made up")
+    assert alike and alike.share_below((0.3, 0.3)) == 0 and alike.share_below((0.3, 0.2999)) == 1
 
 
 def test_void_pixels_count_in_a_reference_as_little_as_in_what_is_served(
@@ -146,15 +165,15 @@ def test_void_pixels_count_in_a_reference_as_little_as_in_what_is_served(
         frame = choose(framed, [i]).frame(0)
         evidence.add(segment_frame(segmenter, frame, SegmentOptions(card.name)))
         raster = Raster(np.ascontiguousarray(frame.image_3HW.permute(1, 2, 0)), void_HW=voids[i].numpy())
-        served.append(segmenter.segment(raster, SegmentOptions(card.name)).scores.mean)
-    assert served[2] is None and evidence.means == pytest.approx(served[:2], abs=1e-6)
+        served.append(segmenter.segment(raster, SegmentOptions(card.name)).scores.means)
+    assert served[2] == () and np.allclose(evidence.means, served[:2], atol=1e-6)
     novelty = evidence.novelty(1, "three pictures")
     assert novelty and novelty.num_pictures == 2 and Evidence(card).novelty(1, "none") is None
 
 
 def test_a_thousand_quantiles_stand_for_more_pictures(calibrated: Calibrated) -> None:
     evidence = Evidence(calibrated.card)
-    evidence.means = list(np.linspace(3, 1, 5001))
+    evidence.means = np.linspace(3, 1, 5001)[:, None].tolist()
     novelty = evidence.novelty(1, "made up")
     assert len(novelty.means) == MOST_MEANS and novelty.num_pictures == 5001 and novelty.warn_above == 0.99
     assert novelty.means[0] == 1 and novelty.means[-1] == 3 and list(novelty.means) == sorted(novelty.means)

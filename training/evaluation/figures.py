@@ -23,7 +23,7 @@ STEPS = np.linspace(0, 1, 101)
 class Evaluation:
     """The counts of all that is measured of one model's answers; a frame adds a few numbers and a block 14 kB.
 
-    pictures: of every frame the share of wrong pixels, the expected one, and the means of the other maps.
+    pictures: of every frame the share of wrong pixels, the expected one, the means of the other maps, and its novelty.
     blocks: the sums of each block of frames.
     """
 
@@ -39,7 +39,11 @@ class Evaluation:
         self.patches = {(name, size): Ranking() for name in uncertainties for size in PATCH_PX}
         self._abstention = Abstention(card.calibration) if card.calibration else None
         self._by_class = ClassAbstention(card.calibration, card.num_classes) if card.calibration else None
-        self.pictures: dict[str, list[float]] = {name: [] for name in ("error", *self.rankings)}
+        self._novelty = (
+            card.novelty if card.novelty and card.num_members(card.novelty.num_samples) == num_members else None
+        )
+        scores = ("error", *self.rankings, *(["novelty"] if self._novelty else []))
+        self.pictures: dict[str, list[float]] = {name: [] for name in scores}
         self.blocks: list[Doubles] = []
 
     def add(self, answer: Answer) -> None:
@@ -55,6 +59,9 @@ class Evaluation:
         for name, ranking in self.rankings.items():
             ranking.add(maps[name][known_HW], wrong_HW[known_HW])
             self.pictures[name].append(float(maps[name][measured_HW].mean()))
+        if self._novelty:
+            means = [self.pictures[name][-1] for name in self.card.maps_of_novelty]
+            self.pictures["novelty"].append(self._novelty.share_below(means))
         for (name, size), ranking in self.patches.items():
             ranking.add(*patches(maps[name], wrong_HW, known_HW, size=size))
         counted = (answer.maps["confidence"], answer.prob_HW, answer.squares_HW, ~wrong_HW)

@@ -177,16 +177,17 @@ def _units(values, measured):
 
 
 @triton.jit
-def _add_sums(out, plane, row, void, at, measured, error, novel):
+def _add_sums(out, plane, row, void, at, measured, error, entropy, own):
     """Add to a row's sums what is measured. void: the first of the listed voids."""
     if tl.load(plane) >= 0:
         index = tl.load(plane + 1)
         if index >= 0:
             void_hW = tl.load(void + index * 4).to(tl.pointer_type(tl.uint8))
             measured &= tl.load(void_hW + at, mask=measured, other=1) == 0
-        sums = (out + tl.load(plane)).to(tl.pointer_type(tl.int64)) + row * 2
+        sums = (out + tl.load(plane)).to(tl.pointer_type(tl.int64)) + row * 3
         tl.atomic_add(sums, _units(error, measured), sem="relaxed")
-        tl.atomic_add(sums + 1, _units(novel, measured), sem="relaxed")
+        tl.atomic_add(sums + 1, _units(entropy, measured), sem="relaxed")
+        tl.atomic_add(sums + 2, _units(own, measured), sem="relaxed")
 
 
 @_kernel
@@ -227,8 +228,8 @@ def _read_out(
         _store(out, planes + 5, at, tl.where(entropy > expected, entropy - expected, 0.0), real)
         for extra in range(1, C - K):
             _store(out, planes + 6 + extra, at, tl.load(here + (K + extra) * W, mask=real, other=0.0), real)
-        novel = tl.where(channel < 0, entropy, tl.load(here + tl.maximum(channel, 0) * W, mask=real, other=0.0))
-        _add_sums(out, planes + 6 + C - K, row, tensors + voids * 4, at, real, 1.0 - confidence, novel)
+        own = tl.load(here + tl.maximum(channel, 0) * W, mask=real & (channel >= 0), other=0.0)
+        _add_sums(out, planes + 6 + C - K, row, tensors + voids * 4, at, real, 1.0 - confidence, entropy, own)
 
 
 def make_ready() -> None:

@@ -25,6 +25,7 @@ from tests.conftest import picture, toy_card
 MEANS = (0.1, 0.2, 0.3, 0.4)
 BY_ENTROPY = Novelty("entropy", MEANS, num_pictures=200, num_samples=2, data="made up", warn_above=0.75)
 BY_OWN = dataclasses.replace(BY_ENTROPY, map="brightness")
+BY_BOTH = dataclasses.replace(BY_OWN, scales=((0.5, 1.0), (0.5, 2.0)))
 LATENT = dataclasses.replace(toy_card("latent")[0], novelty=BY_ENTROPY)
 ALL_WITHHELD = Calibration((0.1,), (0.0,), 9, 1, "made up")
 MAPS = ("confidence", "entropy")
@@ -40,8 +41,10 @@ def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Segmenter]:
         yield opened
 
 
-def sums_of(mean: float, *, num_pixels: int = 10) -> np.ndarray:
-    return np.array([[int(0.25 * UNITS * num_pixels), int(mean * UNITS * num_pixels)]], np.int64)
+def sums_of(entropy: float, own: float | None = None) -> np.ndarray:
+    """The sums of a row of ten pixels whose expected error is 0.25, and whose maps have these means."""
+    means = 0.25, entropy, entropy if own is None else own
+    return np.array([[round(mean * UNITS * 10) for mean in means]], np.int64)
 
 
 @pytest.mark.parametrize("model", ["latent", "bright", "pointwise"])
@@ -53,9 +56,10 @@ def test_scores_are_the_means_of_the_maps_with_and_without_them(
     image = picture(rng, 70, 90)
     told = segmenter.segment(image, options)
     assert told.scores.expected_error == pytest.approx(1 - told.maps["confidence"].mean(dtype=float), abs=1e-6)
-    assert told.scores.mean == pytest.approx(told.maps[(*own, "entropy")[0]].mean(dtype=float), abs=1e-6)
+    means = [told.maps[name].mean(dtype=float) for name in ("entropy", *own)]
+    assert told.scores.means == pytest.approx(means, abs=1e-6)
     novelty = told.scores.novelty
-    assert novelty == (None if model == "pointwise" else np.mean(np.array(MEANS) < told.scores.mean))
+    assert novelty == (None if model == "pointwise" else np.mean(np.array(MEANS) < told.scores.means[-1]))
     bare = segmenter.segment(image, dataclasses.replace(options, outputs=()))
     assert bare.scores == told.scores and bare.facts["scores"] == {
         "expected_error": told.scores.expected_error, "novelty": novelty,
@@ -87,10 +91,10 @@ def test_sums_are_the_same_in_whatever_bands_rows_are_read(rng: np.random.Genera
             segment, num_bytes = lay_out(Wanted(()), rows, 70, LATENT, 2)
             out = torch.zeros(num_bytes, dtype=torch.uint8)
             read_out([(canvas, segment, Wanted(()))], out, LATENT)
-            found.append(segment.band(out.numpy()).sums_h2)
+            found.append(segment.band(out.numpy()).sums_h3)
         return np.concatenate(found)
 
-    assert np.array_equal(sums(0, 9), sums(0, 1, 4, 9)) and sums(0, 9).all()
+    assert np.array_equal(sums(0, 9), sums(0, 1, 4, 9)) and sums(0, 9)[:, :2].all() and not sums(0, 9)[:, 2].any()
 
 
 def test_work_that_another_process_went_on_with_has_the_scores_of_the_whole(
@@ -107,7 +111,7 @@ def test_work_that_another_process_went_on_with_has_the_scores_of_the_whole(
         Spool(tmp_path / "s", segmenter, raster, options, source="it").fill(
             limits=LONG, cancelled=stop, progress=stop_midway
         )
-    assert 0 < (tmp_path / "s" / "row.sums").stat().st_size < 150 * 16
+    assert 0 < (tmp_path / "s" / "row.sums").stat().st_size < 150 * 24
     rest = Spool(tmp_path / "s", segmenter, raster, options, source="it").fill(limits=LONG, cancelled=threading.Event())
     assert rest.scores == segmenter.segment(image, options).scores
 
@@ -119,27 +123,46 @@ def test_novelty_is_the_share_of_reference_pictures_that_were_less_strange(mean:
     assert bool(warn_of_strangeness(LATENT, scores)) == (novelty > 0.75)
 
 
+@pytest.mark.parametrize(
+    ("entropy", "own", "novelty"),
+    [(0.5, 0.5, 0.0), (0.75, 0.5, 0.5), (-0.5, 0.5, 0.0), (0.5, 1.0, 0.5), (0.5, 0.0, 0.5), (0.75, 9.0, 1.0)],
+)
+def test_two_maps_make_a_picture_as_strange_as_the_one_that_finds_it_stranger(
+    entropy: float, own: float, novelty: float
+) -> None:
+    """Too high an entropy, and too much or too little of the other map."""
+    card = dataclasses.replace(toy_card("bright")[0], novelty=BY_BOTH)
+    scores = score(card, sums_of(entropy, own), 10, num_samples=2, is_usual=True)
+    assert scores.novelty == novelty and bool(warn_of_strangeness(card, scores)) == (novelty == 1)
+
+
 def test_an_entropy_of_another_overlap_is_compared_with_none(segmenter: Segmenter, rng: np.random.Generator) -> None:
     image, options = picture(rng, 70, 90), SegmentOptions(model="toy-latent", samples=2)
     usual, otherwise = (
         segmenter.segment(image, dataclasses.replace(options, overlap=overlap)).scores for overlap in (None, 0.6)
     )
-    assert usual.novelty is not None and otherwise.novelty is None and otherwise.mean
+    assert usual.novelty is not None and otherwise.novelty is None and otherwise.means
 
 
 def test_an_entropy_is_compared_with_those_of_as_many_samples_and_no_prompt_alone() -> None:
     bright = dataclasses.replace(toy_card("bright")[0], novelty=BY_OWN)
+    both = dataclasses.replace(bright, novelty=BY_BOTH)
+    assert score(both, sums_of(9), 10, num_samples=2, is_usual=True).novelty == 1
     for num_samples, is_usual in ((3, True), (2, False)):
-        assert score(LATENT, sums_of(9), 10, num_samples=num_samples, is_usual=is_usual).novelty is None
+        for card in (LATENT, both):
+            assert score(card, sums_of(9), 10, num_samples=num_samples, is_usual=is_usual).novelty is None
         assert score(bright, sums_of(9), 10, num_samples=num_samples, is_usual=is_usual).novelty == 1
 
 
 def test_the_warning_says_against_what_and_how_far(segmenter: Segmenter) -> None:
-    (sentence,) = warn_of_strangeness(LATENT, Scores(0.1, 1.0, 0.5))
+    (sentence,) = warn_of_strangeness(LATENT, Scores(0.1, 1.0, (0.5,)))
     assert sentence == (
         "this picture is stranger than all of the 200 pictures that toy-latent was calibrated on (its mean entropy is "
         "0.5 nats, and 75 % of theirs are at most 0.3): its answer may be wrong, and its uncertainties too"
     )
+    bright = dataclasses.replace(toy_card("bright")[0], novelty=BY_BOTH)
+    (sentence,) = warn_of_strangeness(bright, Scores(0.1, 1.0, (0.5, 3.0)))
+    assert "(its mean entropy is 0.5 nats, brightness is 3: up to 1.25 deviations from theirs, and 75 % of" in sentence
     white = np.full((40, 40, 3), 255, np.uint8)
     warnings = segmenter.segment(white, SegmentOptions(model="toy-bright", outputs=())).warnings
     assert len(warnings) == 1 and "its mean brightness is" in warnings[0]

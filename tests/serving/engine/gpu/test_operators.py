@@ -405,24 +405,23 @@ def test_what_is_no_number_is_read_as_zero_or_as_the_strangest_in_every_form(
     canvas[0, :3] = np.array([[0.2, 0.5, 0.3]] * 4, np.float32).T
     canvas[0, 1, 1] = canvas[0, :3, 2] = canvas[0, 4, 3] = canvas[0, 3, 3] = math.nan
     out = torch.zeros(200, dtype=torch.uint8)
-    offsets = [16, 20, 36, 52, 68, 84, 100, 148, 0]  # labels, five maps, probabilities, the model's own map, sums
+    offsets = [24, 28, 44, 60, 76, 92, 108, 156, 0]  # labels, five maps, probabilities, the model's own map, sums
     operators.read_out(
         [torch.from_numpy(canvas)], out, [0, 0, 1, *offsets, -1], [math.inf] * 3, num_classes=3, softmax=softmax,
         channel=channel,
     )  # fmt: skip
-    values = out[20:164].numpy().view(np.float32)
+    values = out[28:172].numpy().view(np.float32)
     confidence, margin, entropy, expected, disagreement = values[:20].reshape(5, 4)
     gone = [1, 2] if softmax else [2]  # a softmax has no number where one of its logits is none
     assert (
-        out[16:20].tolist() == [1, 0 if softmax else 2, 0, 1] and np.isnan(values[20:32].reshape(3, 4)[:, gone]).all()
+        out[24:28].tolist() == [1, 0 if softmax else 2, 0, 1] and np.isnan(values[20:32].reshape(3, 4)[:, gone]).all()
     )
     assert (confidence[gone] == 0).all() and (margin[gone] == 0).all() and (entropy[gone] == 0).all()
     assert confidence[0] == confidence[3] > 0.3 and np.isnan(expected[3]) and disagreement[3] == 0
     if not softmax:
         assert (confidence[1], margin[1]) == pytest.approx((0.3, 0.1))
-    units = out[:16].numpy().view(np.int64)
-    novel = entropy if channel < 0 else np.array([0, 0, 0, 2**15])
-    np.testing.assert_allclose(units / 2**24, ((1 - confidence).sum(), novel.sum()), rtol=1e-5, atol=1e-5)
+    units, own = out[:24].numpy().view(np.int64), 0 if channel < 0 else 2**15
+    np.testing.assert_allclose(units / 2**24, ((1 - confidence).sum(), entropy.sum(), own), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_classes", CLASSES)
@@ -434,18 +433,18 @@ def test_the_sums_of_rows_are_of_what_was_measured_in_any_tile_and_order(
     ring, void = canvas_of(rng, 7, num_classes, 301, extras=2), rng.random((4, 301)) < 0.3
     ring[:, num_classes + 1] = 10.0 ** rng.integers(-3, 6, (7, 301)) * rng.choice((-1, 1), (7, 301))
     none = [-1] * 8  # of the planes between labels and sums
-    segments = [0, 5, 4, 1000, *none, 0, 0, 0, 3, 2, 2204, *none, 64, -1, 0, 0, 1, 2806, *none, -1, -1]
+    segments = [0, 5, 4, 1000, *none, 0, 0, 0, 3, 2, 2204, *none, 96, -1, 0, 0, 1, 2806, *none, -1, -1]
     out = torch.zeros(3200, dtype=torch.uint8)
     operators.read_out(
         [torch.from_numpy(ring)], out, segments, [0.1] * 3 * num_classes, num_classes=num_classes, softmax=False,
         voids=[torch.from_numpy(void.view(np.uint8))], channel=channel if channel < 0 else num_classes + channel,
     )  # fmt: skip
     above_K = np.full(num_classes, np.inf)
-    for place, y, measured in ((0, 5, ~void), (64, 3, np.ones((2, 301), bool))):
+    for place, y, measured in ((0, 5, ~void), (96, 3, np.ones((2, 301), bool))):
         taken = ring[np.arange(y, y + len(measured)) % 7]
         _, confidence, _, entropy, *_ = read_by_the_cpu(taken, num_classes, softmax=False, above_K=above_K)
-        novel = entropy if channel < 0 else taken[:, num_classes + 1].astype(np.float64).clip(-(2**15), 2**15)
-        sums_h2 = out[place : place + 16 * len(measured)].numpy().view(np.int64).reshape(-1, 2) / 2**24
-        for ours, values in zip(sums_h2.T, (1 - confidence, novel), strict=True):
+        own = taken[:, num_classes + 1].astype(np.float64).clip(-(2**15), 2**15) * (channel >= 0)
+        sums_h3 = out[place : place + 24 * len(measured)].numpy().view(np.int64).reshape(-1, 3) / 2**24
+        for ours, values in zip(sums_h3.T, (1 - confidence, entropy, own), strict=True):
             np.testing.assert_allclose(ours, (values * measured).sum(1), rtol=1e-6, atol=3e-4)
-    assert not out[96:1000].any(), "nothing is written beyond, nor where no sums are requested"
+    assert not out[144:1000].any(), "nothing is written beyond, nor where no sums are requested"

@@ -63,14 +63,14 @@ def bytes_up(requests: list[QueuedRequest]) -> dict[torch.dtype, int]:
 
 
 def bytes_down(requests: list[QueuedRequest]) -> int:
-    """What may come down: four bytes a window, labels, what was requested, and of every row two sums. A band ends at a
-    multiple of four and begins at one of eight."""
+    """What may come down: four bytes a window, labels, what was requested, and of every row three sums. A band ends at
+    a multiple of four and begins at one of eight."""
     total = 0
     for one in requests:
         windows, card, outputs = one.plan.windows, one.plan.card, one.plan.options.outputs
         planes = len(outputs) + (card.num_classes - 1) * (PROBABILITIES in outputs)
         total += 4 * windows.num_windows + (4 * planes + 1) * windows.height * windows.width
-        total += 16 * windows.height + (3 + 4) * len(windows.starts_y)
+        total += 24 * windows.height + (3 + 4) * len(windows.starts_y)
     return total
 
 
