@@ -29,7 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.overhead import start_server
 from benchmarks.rounds import measure, save
-from penumbra.export.bundle import ask, export_network, find_writer
+from penumbra.export.bundle import export_network, find_writer
+from penumbra.export.golden import ask
 from penumbra.export.zoo import ZOO
 from penumbra.models.card import Card, ClassInfo, ExportFacts, InputSpec, Parity, Readout, WindowSpec
 from penumbra.models.checkpoint import load_checkpoint

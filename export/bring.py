@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from penumbra.export.bundle import example_size
 from penumbra.export.given import Facts, find_facts, input_of, size_of
+from penumbra.export.golden import example_size
 from penumbra.export.pickles import ZIP_START
 from penumbra.export.weights import fill_from
 from penumbra.models.card import Views

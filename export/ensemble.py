@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from penumbra.export.bundle import example_size
+from penumbra.export.golden import example_size
 from penumbra.models import find_method
 from penumbra.models.card import Card, Provenance, Readout
 from penumbra.models.checkpoint import check_replaceable, load_checkpoint, read_card, save_checkpoint

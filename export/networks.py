@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from penumbra.export.bring import Brought, Given, build_module, read_program, read_torchscript
-from penumbra.export.bundle import example_size
 from penumbra.export.given import Facts, classes_of, facts_beside, input_of, read_facts, size_of
+from penumbra.export.golden import example_size
 from penumbra.export.importer import IMPORTED, Imported, check_output
 from penumbra.models.card import Card, Provenance, Readout, WindowSpec, dump_card, parse_card
 from penumbra.models.checkpoint import save_checkpoint

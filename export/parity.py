@@ -40,7 +40,7 @@ FULL = Tolerance(relative=1e-3, flips_percent=0.01, rank_correlation=0.9999, var
 """53-layer random nets differ by 3.5e-4 between engines in fp32."""
 HALF = Tolerance(relative=0.1, flips_percent=0.5, rank_correlation=0.995, variance=0.1)
 """A logit has 8 bits in bf16, and an outlier among millions says little: labels and ranks decide."""
-TOLERANCES = {"fp32": FULL, "tf32": HALF, "bf16": HALF, "fp16": HALF}
+TOLERANCES = {"fp32": FULL, "tf32": HALF, "bf16": HALF, "fp16": HALF, "int8": HALF}
 ENTROPY_RESOLUTION = 1e-5
 """Nats. Entropies that agree to this are the same to every reader of a map, and their order is rounding."""
 
@@ -156,6 +156,17 @@ def check_parity(parity: Parity, card: Card) -> None:
     for sentence, failed in failures.items():
         if failed:
             raise ParityFailed(f"{card.name} does not reproduce its checkpoint: {sentence}")
+
+
+def strain(parity: Parity, card: Card) -> float:
+    """Return the largest share of its tolerance that a figure takes up: 1 is all that the gate allows, NaN is more."""
+    allowed = TOLERANCES[card.export.precision if card.export else "fp32"]
+    shares = (
+        parity.relative / allowed.relative, parity.extras_relative / allowed.relative,
+        parity.label_flips_percent / allowed.flips_percent, abs(parity.variance_ratio - 1) / allowed.variance,
+        (1 - parity.entropy_rank_correlation) / (1 - allowed.rank_correlation),
+    )  # fmt: skip
+    return max(share if math.isfinite(share) else math.inf for share in shares)
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:

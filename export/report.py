@@ -65,6 +65,9 @@ def print_parity(
     click.echo(directory)
     for name, value in dataclasses.asdict(figures).items():
         click.echo(f"  {name:26} {'none' if value is None else f'{value:.6g}':12} {limits.get(name, '')}".rstrip())
+    if card.export.num_int8:
+        kept = f"; the gate left out {', '.join(card.export.kept)}" if card.export.kept else ""
+        click.echo(f"  {card.export.num_int8} layers are in int8{kept}")
     if (tuned := card.tuned) and speed:
         for name, value in speed._asdict().items():
             click.echo(f"  {name:26} {value:<12.6g} {getattr(tuned, name):.6g} when it was tuned")

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tritonclient.grpc import model_config_pb2 as pb
 
-from penumbra.export.bundle import export_checkpoint, golden_image, golden_prompt
+from penumbra.export.bundle import export_checkpoint
+from penumbra.export.golden import golden_image, golden_prompt
 from penumbra.export.torchscript import save_script
 from penumbra.models.card import Card, InputSpec, Sampling, dump_card
 from penumbra.models.contract import Features

@@ -58,6 +58,7 @@ class ExportFacts:
     built_for: facts of the machine that graphs in machine code are bound to, by name; empty where they run anywhere.
     measured: what the figures are of, the artifact's own files, or the graph that its engines were built from, where no
     machine at hand could run them. tuned: by what measurement it was chosen, if by any.
+    num_int8: layers that compute in int8. kept: names of those that the gate left out.
     """
 
     backend: str
@@ -69,3 +70,5 @@ class ExportFacts:
     built_for: dict[str, str] = field(default_factory=dict)
     measured: Literal["files", "graph"] = "files"
     tuned: Tuned | None = None
+    num_int8: int = 0
+    kept: tuple[str, ...] = ()

@@ -223,10 +223,11 @@ def ensemble(checkpoints: tuple[Path, ...], output: Path) -> None:
 @click.option("--output", "-o", type=shared.ANY_FOLDER, help="The Triton repository.")
 @click.option("--backend", show_default="torchscript, or onnx for an ONNX program",
               help="Or onnx, openvino, aot, tensorrt, tensorrt_rtx.")  # fmt: skip
-@click.option("--precision", default="fp32", show_default=True, help="Or bf16, fp16, as far as the backend has it.")
+@click.option("--precision", default="fp32", show_default=True, help="Or bf16, fp16, int8, if the backend has it.")
 @click.option("--device", default="cpu", show_default=True, help="Where the graphs are to run: cpu or cuda.")
 @click.option("--data", type=shared.FOLDER,
               help="Labelled pictures, on which the export is measured too.")  # fmt: skip
+@shared.pictures("for the gate's windows, and for int8, which needs them")
 @click.option("--tune", "is_tuned", is_flag=True, help="Then tune it, as penumbra tune does.")
 @MINUTES
 @shared.from_table("views")
@@ -237,8 +238,8 @@ def ensemble(checkpoints: tuple[Path, ...], output: Path) -> None:
 @shared.JSON
 def export(
     checkpoint: Path, target: str, output: Path | None, backend: str | None, precision: str, device: str,
-    data: Path | None, data_set: str, split: str, every: int, store: Path, as_json: bool, views: Any, is_tuned: bool,
-    minutes: float,
+    data: Path | None, pictures: list[Path], data_set: str, split: str, every: int, store: Path, as_json: bool,
+    views: Any, is_tuned: bool, minutes: float,
 ) -> None:  # fmt: skip
     """Export a checkpoint into a store, proved against the checkpoint, or not at all."""
     from rich.console import Console
@@ -257,14 +258,15 @@ def export(
         f"Building {backend or 'graphs'} {precision} of {checkpoint.name}, and measuring it"
     ):
         directory = export_checkpoint(
-            checkpoint, store, backend=backend, precision=precision, device=device, frames=frames, views=views
-        )
+            checkpoint, store, backend=backend, precision=precision, device=device, frames=frames, views=views,
+            pictures=pictures,
+        )  # fmt: skip
     if not (is_tuned and as_json):  # one document is printed
         print_parity(open_artifact(directory).card, directory, as_json=as_json)
     if is_tuned:
         tune_model(
             directory.parent.name, store, minutes=minutes, as_json=as_json, data=data, data_set=data_set, split=split,
-            every=every, device=device, checkpoint=checkpoint,
+            every=every, device=device, checkpoint=checkpoint, pictures=pictures,
         )  # fmt: skip
 
 

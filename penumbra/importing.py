@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--input", metavar="FILE.json|FIELDS",
               help="Of a FORM: size=512x512 bands=red,green,blue mean=0.5 std=0.2 scale=255 dtype=uint8.")  # fmt: skip
 @click.option("--tensor", help="Of onnx: which of its tensors is the answer.")
-@click.option("--pictures", type=shared.ANY_PATH, help="Of a FORM: a picture or a folder, for the gate's windows.")
+@shared.pictures("of a FORM, for the gate's windows")
 @click.option("--backend", help="Of a FORM: the format to export.")
 @click.option("--no-export", is_flag=True, help="Of a FORM: write the checkpoint alone.")
 @click.option("--dry", is_flag=True, help="Of a FORM: say what it is and what would happen, and write nothing.")
@@ -90,25 +90,23 @@ def _import_published(
 
 
 def _import_network(
-    form: str, files: tuple[str, ...], output: Path | None, store: Path, *, pictures: Path | None, backend: str | None,
-    no_export: bool, dry: bool, protocol: str, **options: Any,
+    form: str, files: tuple[str, ...], output: Path | None, store: Path, *, pictures: list[Path],
+    backend: str | None, no_export: bool, dry: bool, protocol: str, **options: Any,
 ) -> tuple["Imported", Path, Path | None]:  # fmt: skip
     from penumbra.export.bring import Given
     from penumbra.export.bundle import export_checkpoint
     from penumbra.export.networks import checkpoint_name, import_network
     from penumbra.models.checkpoint import SUFFIX
-    from penumbra.serving.files.inputs import find_images
 
     if len(files) != 1 or protocol != "published":
         raise click.UsageError(f"a {form} network is one file, and has no --protocol; {len(files)} files are named")
     given = Given(**options)
-    images = [Path(name) for name in find_images(str(pictures)).images] if pictures else []
     output = output or Path(checkpoint_name(files[0], given) + SUFFIX)
     imported = import_network(form, files[0], None if dry else output, given)
     _warn(imported)
     if dry or no_export:
         return imported, output, None
-    return imported, output, export_checkpoint(output, store, backend=backend, pictures=images)
+    return imported, output, export_checkpoint(output, store, backend=backend, pictures=pictures)
 
 
 def _warn(imported: "Imported") -> None:

@@ -58,6 +58,18 @@ def from_table(name: str) -> Callable[[Any], Any]:
     return click.option(flag, type=kind, default=default, show_default=True, help=OPTIONS[name].about)
 
 
+def _find_pictures(_: click.Context, __: click.Parameter, source: Path | None) -> list[Path]:
+    from penumbra.serving.files.inputs import find_images
+
+    return [Path(name) for name in find_images(str(source)).images] if source else []
+
+
+def pictures(what_for: str) -> Callable[[Any], Any]:
+    """Make an option that names a picture or a folder, of which the verb gets a list of files."""
+    about = f"A picture or a folder: {what_for}."
+    return click.option("--pictures", type=ANY_PATH, callback=_find_pictures, help=about)
+
+
 def given(options: Mapping[str, Any]) -> dict[str, str]:
     """Give those options as text that were said or have a default."""
     return {name: str(value) for name, value in options.items() if value is not None}

@@ -21,7 +21,7 @@ MINUTES = click.option("--minutes", type=click.FloatRange(min=0, min_open=True),
 @click.option("--latency", is_flag=True, help="For one caller alone, instead of as many as keep the machine busy.")
 @click.option("--throughput", is_flag=True, help="For many callers, which is the default.")
 @click.option("--target-ms", type=click.FloatRange(min=0, min_open=True), help="Answers that take longer do not count.")
-@click.option("--pictures", type=shared.ANY_PATH, help="A picture or a folder: the load, and what the gate is held on.")
+@shared.pictures("the load, and what the gate is held on")
 @click.option("--data", type=shared.FOLDER, help="Labelled pictures, for the gate and for changes of accuracy.")
 @shared.DATA_SET
 @shared.SPLIT
@@ -45,7 +45,7 @@ def tune(name: str, store: Path, as_json: bool, latency: bool, throughput: bool,
 
 def tune_model(
     name: str, store: Path, *, minutes: float, as_json: bool, kind: Any = "throughput", target_ms: float | None = None,
-    pictures: Path | None = None, data: Path | None = None, every: int, data_set: str, split: str, **others: Any,
+    pictures: list[Path], data: Path | None = None, every: int, data_set: str, split: str, **others: Any,
 ) -> None:  # fmt: skip
     """Tune a model of the store, on pictures and on labelled data where they are given, and print what was found."""
     ends = time.perf_counter() + 60 * minutes
@@ -53,10 +53,8 @@ def tune_model(
     from penumbra.export.report import print_tuned
     from penumbra.export.tune import TuneOptions, tune_artifact
     from penumbra.serving.engine.store import artifact_card, find_artifact
-    from penumbra.serving.files.inputs import find_images
 
-    images = [Path(image) for image in find_images(str(pictures)).images] if pictures else []
-    options = TuneOptions(ends, Load(kind, target_ms or 0.0), images, **others)
+    options = TuneOptions(ends, Load(kind, target_ms or 0.0), pictures, **others)
     if data:
         from penumbra.training.evaluation.run import Question, as_arrays, evaluate, load_frames
 

@@ -34,7 +34,8 @@ logging.disable(logging.WARNING)
 import torch_tensorrt  # noqa: E402 - after the shell above stands in for CUDA
 import torch_tensorrt.dynamo._compiler as compiler  # noqa: E402
 
-from penumbra.export.bundle import NOT_MEASURED, ask  # noqa: E402
+from penumbra.export.bundle import NOT_MEASURED  # noqa: E402
+from penumbra.export.golden import ask  # noqa: E402
 from penumbra.export.parts import Part  # noqa: E402
 from penumbra.export.tensorrt import RULES, Build, build, prepare  # noqa: E402
 from penumbra.models.card import ExportFacts, WindowSpec  # noqa: E402

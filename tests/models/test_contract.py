@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from penumbra import models
-from penumbra.export.bundle import export_network, golden_prompt
+from penumbra.export.bundle import export_network
+from penumbra.export.golden import golden_prompt
 from penumbra.export.parity import FULL
 from penumbra.models import find_method, methods
 from penumbra.models.blocks.resnet import ResNet, ResNetConfig

@@ -41,8 +41,10 @@ EXTRAS = {
     "tensorrt": "tensorrt", "torch_tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx",
 }  # fmt: skip
 """The optional install that brings a library."""
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""What a precision computes in."""
+DTYPES = {
+    "fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32,
+}  # fmt: skip
+"""What a precision computes in. Around layers in int8 that is for OpenVINO to say, which is in float32 outside."""
 Graph = Callable[..., Any]
 """Takes a part's arguments as `penumbra.models.contract` has them, and gives its tensors."""
 
@@ -165,13 +167,17 @@ def find_format(package: str, name: str) -> ModuleType:
     """Find the module of a format in `package`. Raises BadOption: unknown, or its library is not installed."""
     if name not in BACKENDS:
         raise BadOption(f"there is no backend {name!r}; known are {', '.join(BACKENDS)}")
+    return import_with_extra(f"{package}.{name}", f"the backend {name}")
+
+
+def import_with_extra(module: str, what: str) -> ModuleType:
+    """Import a module that needs an optional library. what: how it is called in a sentence. Raises BadOption."""
     try:
-        return importlib.import_module(f"{package}.{name}")
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
             raise
         extra = EXTRAS[error.name]
         raise BadOption(
-            f"the backend {name} needs {error.name}, which is not installed; "
-            f"pip install 'penumbra-serving[{extra}]' brings it"
+            f"{what} needs {error.name}, which is not installed; pip install 'penumbra-serving[{extra}]' brings it"
         ) from None

@@ -1,4 +1,4 @@
-"""The same ONNX graphs in OpenVINO, on the CPU: fp32 as exported, or in bf16 where the card says so."""
+"""The same ONNX graphs in OpenVINO, on the CPU: as exported, fp32 or with int8, or in bf16 where the card says so."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from penumbra.serving.engine.backends import Graph, anywhere, flat
 
-HINTS = {"fp32": "f32", "bf16": "bf16"}
-"""Set always: left alone, OpenVINO takes bf16 where the processor has it."""
+HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
+"""Set always: left alone, OpenVINO takes bf16 where the processor has it. Around layers in int8 that is meant."""
 target, DEVICES = anywhere, ("cpu",)
 
 

@@ -8,7 +8,8 @@ from unittest.mock import patch
 
 import torch
 
-from penumbra.export.bundle import NOT_MEASURED, ask
+from penumbra.export.bundle import NOT_MEASURED
+from penumbra.export.golden import ask
 from penumbra.export.parts import cut
 from penumbra.models.card import Card, ExportFacts
 from penumbra.models.contract import Network

@@ -1,0 +1,98 @@
+"""Golden windows: pictures of a network's input, and what the network itself answers to them.
+
+They are drawn, or cut out of pictures; the gate holds an export to the answers, and every load of an artifact does.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penumbra.models.card import Card, Sampling
+from penumbra.models.contract import Features, Network, Prompt
+from penumbra.models.errors import BadOption
+from penumbra.serving.engine.decode import open_image
+from penumbra.serving.engine.layout import Reading
+from penumbra.serving.engine.noise import SeededNoise
+from penumbra.serving.engine.options import Limits
+from penumbra.serving.engine.store import Golden, Recorded
+from penumbra.serving.engine.windows import cover, cut
+
+GOLDEN_WINDOWS, GOLDEN_SAMPLES = 2, 3
+WHOLE_IMAGE_EXAMPLE = (128, 160)
+"""Golden size for models whose window is the whole image."""
+
+
+def ask(network: Network, card: Card, windows_BChw: Tensor | None = None) -> Golden:
+    """Record the network's own answers to windows, drawn by default: by the card's sampling, S = 3 where S is free."""
+    image_B3hw = golden_image(card) if windows_BChw is None else windows_BChw
+    with torch.inference_mode():
+        features = network.encode(image_B3hw)
+        plain = _answer(network, features, card.sampling)
+        extras_BEhw = features[-1] if card.extra_maps else None
+        if card.prompt.kind == "none":
+            return Golden(image_B3hw, plain, extras_BEhw=extras_BEhw)
+        prompt = golden_prompt(card, image_B3hw)
+        prompted = _answer(network, network.take_prompt(image_B3hw, features, prompt), card.sampling_with(prompt=True))
+        return Golden(image_B3hw, plain, prompt, prompted, extras_BEhw)
+
+
+def _answer(network: Network, features: Features, sampling: Sampling) -> Recorded:
+    fixed = sampling.kind in ("members", "single")
+    num_samples = sampling.default_samples if fixed else GOLDEN_SAMPLES
+    noises = [SeededNoise(sampling, seed=b, num_samples=num_samples).draw(0) for b in range(len(features[0]))]
+    noise_SBL = torch.from_numpy(np.stack(noises, axis=1))
+    return Recorded(noise_SBL, network.decode(features, noise_SBL))
+
+
+def example_size(height: int, width: int) -> tuple[int, int]:
+    """Give the size of windows, or where these are whole pictures that of one."""
+    return (height, width) if height else WHOLE_IMAGE_EXAMPLE
+
+
+def golden_image(card: Card) -> Tensor:
+    """Draw a reproducible smooth picture with edges, normalised, B = 2."""
+    height, width = example_size(card.window.height, card.window.width)
+    rng = np.random.Generator(np.random.PCG64(0))
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    planes = []
+    for _ in range(GOLDEN_WINDOWS * card.input.num_bands):
+        fy, fx, phase, cut = (rng.uniform(*limits) for limits in ((0.005, 0.06), (0.005, 0.06), (0, 6.28), (0.2, 0.8)))
+        edge = np.where(x < cut * width, 0.5, -0.5)
+        planes.append(np.sin(fy * y + fx * x + phase) + edge + rng.normal(0, 0.1, y.shape))
+    return torch.from_numpy(np.stack(planes).reshape(GOLDEN_WINDOWS, -1, height, width)).float()
+
+
+def windows_of(pictures: Sequence[Path], card: Card, count: int = GOLDEN_WINDOWS) -> Tensor:
+    """Cut golden windows out of pictures, from the first of the first to the last of the last. Raises BadOption."""
+    if not card.window.height:
+        raise BadOption(f"{card.name} sees pictures whole; its golden windows are drawn, so leave the pictures out")
+    windows = []
+    for i in range(count):
+        path = pictures[i * (len(pictures) - 1) // (count - 1)]
+        image = open_image(path, Limits(), Reading(card.input)).load()
+        plan = cover(*image.shape[:2], card.window)
+        window = list(plan)[i * (plan.num_windows - 1) // (count - 1)]
+        if (window.height, window.width) != (card.window.height, card.window.width):
+            raise BadOption(
+                f"{path} is {image.shape[1]}x{image.shape[0]}; golden windows of {card.name} are cut from pictures of "
+                f"{card.window.width}x{card.window.height} or more"
+            )
+        windows.append(cut(image, window, plan, spec=card.window, norm=card.input).transpose(2, 0, 1))
+    return torch.from_numpy(np.stack(windows))
+
+
+def golden_prompt(card: Card, image_B3hw: Tensor) -> Prompt:
+    """Make a prompt for the golden windows: two overlapping boxes, or two tags, of the first classes to be named."""
+    named = [k for k in range(card.num_classes) if k != card.prompt.background][:2]
+    num_windows, _, height, width = image_B3hw.shape
+    if card.prompt.kind == "tags":
+        tags_BK = torch.zeros(num_windows, card.num_classes)
+        tags_BK[:, named] = 1
+        return (tags_BK,)
+    boxes_BKhw = torch.zeros(num_windows, card.num_classes, height, width)
+    boxes_BKhw[:, named[0], : height // 2, : width // 2] = 1
+    boxes_BKhw[:, named[-1], height // 3 :, width // 3 :] = 1
+    return (boxes_BKhw,) if card.prompt.alpha is None else (boxes_BKhw, torch.full((num_windows,), card.prompt.alpha))

@@ -1,0 +1,189 @@
+"""Post-training quantisation: the ONNX graphs of an export compute in int8 wherever its gate lets them.
+
+A layer is a convolution or a product with constant weights. What enters it is rounded to 8 bits within the range that
+was seen on pictures, and its weights are, channel by channel. All layers are tried at once; where the gate refuses
+that, each is tried alone, and those that take up most of what the gate allows are given back, as few as it takes. What
+is not in int8 is in bf16 where the processor has it, else in float32.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnxruntime.quantization import CalibrationDataReader, QDQQuantizer, QuantType, TensorsData, create_calibrator
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from penumbra.export.golden import golden_prompt
+from penumbra.export.onnx import anonymous
+from penumbra.export.parity import check_parity, strain
+from penumbra.models.card import Card, Parity
+from penumbra.models.contract import Network
+from penumbra.models.errors import BadOption, ParityFailed
+from penumbra.serving.engine.noise import SeededNoise
+
+RANGE_WINDOWS, PROOF_WINDOWS = 32, 8
+"""Windows that ranges are taken from, and others on which the gate is held beside the two golden ones."""
+LEAST_PICTURES, PROOF_EVERY = 8, 4
+"""Pictures that are needed; every fourth is kept for the proof."""
+SEARCH_S = 240.0
+"""Most seconds in which layers are tried alone: where that is too short for all, neighbours are tried together."""
+LEAST_OPSET = 13
+KINDS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+OPTIONS = {"OpTypesToExcludeOutputQuantization": KINDS, "MatMulConstBOnly": True}
+"""What leaves a layer is rounded only where it enters the next one; sums and activations between them are wider."""
+
+
+def split(pictures: Sequence[Path], card: Card, device: torch.device) -> tuple[Sequence[Path], Sequence[Path]]:
+    """Split pictures into those of the proof and those of the ranges. Raises BadOption: too few, or no int8."""
+    if device.type != "cpu":
+        raise BadOption(f"int8 is for the CPU, and {card.name} is to run on {device}; fp16 and bf16 are for it")
+    if not card.window.height:
+        raise BadOption(f"{card.name} sees pictures whole, and int8 is proved on windows of one size; take bf16")
+    if len(pictures) < LEAST_PICTURES:
+        raise BadOption(
+            f"int8 takes the ranges of its values from pictures like those that will be sent, and is proved on others "
+            f"of them: {LEAST_PICTURES} or more are needed, and {len(pictures)} are given; add --pictures FOLDER"
+        )
+    return pictures[::PROOF_EVERY], [path for i, path in enumerate(pictures) if i % PROOF_EVERY]
+
+
+class Quantiser:
+    """A quantiser holds the float32 graphs of a draft and the range of every value that enters one of their layers.
+
+    layers: names, such as `encode encoder.conv1`, in the order in which they run; the graph of a prompt has none.
+    The ranges are those of the network's own calls on the windows, with as many samples as are usual.
+    """
+
+    def __init__(self, network: Network, card: Card, draft: Path, windows_BChw: Tensor) -> None:
+        self._card, self._draft = card, draft
+        windows = zip(torch.split(windows_BChw, 1), strict=True)
+        calls = {"encode": windows, "decode": _decodes(network, card, windows_BChw)}
+        self._graphs = {part: _read(draft / f"{part}.onnx") for part in calls}
+        self._nodes = {
+            f"{part} {name}": (part, node) for part, graph in self._graphs.items() for name, node in _layers(graph)
+        }
+        self._ranges = {part: _ranges(graph, calls[part]) for part, graph in self._graphs.items()}
+        self.layers = list(self._nodes)
+
+    def write(self, layers: Collection[str]) -> None:
+        """Write the draft's graphs anew, with these layers in int8 and all others as they were."""
+        for part, model in self._graphs.items():
+            nodes = [node for where, node in map(self._nodes.__getitem__, layers) if where == part]
+            if nodes:  # none would be taken for all
+                by_channel, seven_bits, types = True, False, (QuantType.QInt8, QuantType.QUInt8)
+                quantizer = QDQQuantizer(
+                    model, by_channel, seven_bits, *types, self._ranges[part], nodes, [], KINDS, OPTIONS
+                )  # a copy is worked on
+                model = anonymous(quantizer.quantize_model())
+            (self._draft / f"{part}.onnx").write_bytes(model.SerializeToString())
+
+    def choose(self, quickly: Callable[[], Parity], wholly: Callable[[], Parity]) -> list[str]:
+        """Write as many layers in int8 as the gate lets pass, and return those that are not.
+
+        quickly: measures what is written on little, to tell layers apart; wholly: for the gate. Raises ParityFailed
+        where the gate lets none pass.
+        """
+
+        def refusal(layers: Collection[str]) -> ParityFailed | None:
+            self.write(layers)
+            try:
+                check_parity(wholly(), self._card)
+            except ParityFailed as error:
+                return error
+            return None
+
+        def strain_of(layers: Collection[str]) -> float:
+            self.write(layers)
+            return strain(quickly(), self._card)
+
+        if not self.layers:
+            raise BadOption(f"{self._card.name} has no convolution and no product of constant weights to be in int8")
+        failed = refusal(self.layers)
+        if not failed:
+            return []
+        started = time.perf_counter()
+        strain_of(self.layers)
+        num_groups = np.clip(int(SEARCH_S / (time.perf_counter() - started)), 1, len(self.layers))
+        groups = sorted((list(group) for group in np.array_split(self.layers, num_groups)), key=strain_of)
+        passing, failing = 0, len(groups)
+        while failing - passing > 1:
+            middle = (passing + failing) // 2
+            error = refusal(list(chain(*groups[:middle])))
+            passing, failing, failed = (passing, middle, error) if error else (middle, failing, failed)
+        if not passing:
+            raise failed
+        chosen = set(chain(*groups[:passing]))
+        self.write(chosen)
+        return [layer for layer in self.layers if layer not in chosen]
+
+
+def _read(path: Path) -> onnx.ModelProto:
+    """Read a graph, in which every node has a name. Raises BadOption: int8 channel by channel came with opset 13."""
+    model = onnx.load(path)
+    version = next((entry.version for entry in model.opset_import if not entry.domain), 0)
+    if version < LEAST_OPSET:
+        raise BadOption(
+            f"the network is an ONNX program of opset {version}; for int8 it has to be of {LEAST_OPSET} or more"
+        )
+    for i, node in enumerate(model.graph.node):
+        node.name = node.name or f"{node.op_type}_{i}"
+    return model
+
+
+def _layers(model: onnx.ModelProto) -> Iterator[tuple[str, str]]:
+    """Yield the layers' names, by their weights, and their nodes' names."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type in KINDS and node.input[1] in weights:
+            yield node.input[1].removeprefix("network.").removesuffix(".weight"), node.name
+
+
+def _decodes(network: Network, card: Card, windows_BChw: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Yield calls of decode: one for every window, and where the network takes prompts, one more with a prompt."""
+    for i, image_BChw in enumerate(torch.split(windows_BChw, 1)):
+        with torch.inference_mode():
+            features = network.encode(image_BChw)
+            yield features, _noise(card, i, prompt=False)
+            if card.prompt.kind != "none":
+                prompted = network.take_prompt(image_BChw, features, golden_prompt(card, image_BChw))
+                yield prompted, _noise(card, i, prompt=True)
+
+
+def _noise(card: Card, seed: int, *, prompt: bool) -> Tensor:
+    sampling = card.sampling_with(prompt=prompt)
+    source = SeededNoise(sampling, seed=seed, num_samples=sampling.default_samples)
+    return torch.from_numpy(source.draw(0))[:, None]
+
+
+class _Calls(CalibrationDataReader):  # type: ignore[misc]
+    """Calls of a graph, as onnxruntime's tools take them."""
+
+    def __init__(self, model: onnx.ModelProto, calls: Iterable[tuple[Any, ...]]) -> None:
+        self._names, self._calls = [entry.name for entry in model.graph.input], iter(calls)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        call = next(self._calls, None)
+        if call is None:
+            return None
+        tensors = (tensor.contiguous().numpy() for tensor in pytree.tree_leaves(call))
+        return dict(zip(self._names, tensors, strict=True))
+
+
+def _ranges(model: onnx.ModelProto, calls: Iterable[tuple[Any, ...]]) -> TensorsData | None:
+    """Find the least and the greatest value of whatever enters or leaves a layer; None where there is no layer."""
+    if not any(node.op_type in KINDS for node in model.graph.node):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        onnx.save(model, Path(folder) / "graph.onnx")
+        calibrator = create_calibrator(
+            Path(folder) / "graph.onnx", KINDS, augmented_model_path=str(Path(folder) / "ranges.onnx")
+        )
+        calibrator.collect_data(_Calls(model, calls))
+        return calibrator.compute_data()
