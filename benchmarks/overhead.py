@@ -5,12 +5,22 @@
 The bare loop runs the same windows with the same batch size and samples through the same runtime, in as many
 lanes, without decoding, scheduling, stitching, writing or HTTP. Both take turns on this machine; the clients' own
 work counts against the server.
+
+    python -m benchmarks.overhead --core-time --model supervised-camvid [--beside CHECKOUT]
+
+What a request costs beside its network, in milliseconds of one core: a JPEG of one window in, its labels as an indexed
+PNG out. It is the time that all threads of the server are on a core, by the kernel's own count, less that of the bare
+network: encode and decode of the same artifact in as many lanes. The network and the servers (that of another checkout
+beside this one's) take turns. It is told by phase: the event loop has the process' first thread, requests have the
+threads that come with the first request, and the lanes are there before it. Time on a core hardly depends on who waits
+for whom, but a shared cache does: what counts is the median of pairs.
 """
 
 import http.client
 import io
 import os
 import queue
+import random
 import signal
 import socket
 import statistics
@@ -18,6 +28,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +48,9 @@ from penumbra.serving.engine.windows import cover
 
 SIZES = ((240, 320), (360, 480), (360, 640), (480, 640), (720, 960))
 CLIENTS, REQUESTS, ROUNDS = 16, 48, 7
+ROOT = Path(__file__).parents[1]
+ONE_SIZE = (360, 480)
+PHASES = ("loop", "request threads", "lanes")
 SIZES_FIXED = Tuning(windows_per_batch=1, samples_per_call=4)
 """The same for both sides; what warm-up would choose differs from start to start by what else the machine does."""
 
@@ -103,7 +117,7 @@ def served(port: int, name: str, bodies: list[bytes], windows: list[int]) -> flo
     return sum(windows[i % len(windows)] for i in range(REQUESTS)) / seconds
 
 
-def start_server(store: Path) -> tuple[subprocess.Popen[bytes], int]:
+def start_server(store: Path, checkout: Path = ROOT) -> tuple[subprocess.Popen[bytes], int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -123,9 +137,12 @@ def start_server(store: Path) -> tuple[subprocess.Popen[bytes], int]:
     environment |= {
         "PENUMBRA_WINDOWS_PER_BATCH": str(SIZES_FIXED.windows_per_batch),
         "PENUMBRA_SAMPLES_PER_CALL": str(SIZES_FIXED.samples_per_call),
+        "PYTHONPATH": str(checkout),
     }
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-    for _ in range(240):
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=checkout
+    )
+    for _ in range(1200):
         time.sleep(0.25)
         try:
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1)
@@ -135,13 +152,110 @@ def start_server(store: Path) -> tuple[subprocess.Popen[bytes], int]:
         except OSError:
             continue
     process.send_signal(signal.SIGTERM)
-    raise SystemExit("the server did not become ready within a minute")
+    raise SystemExit("the server did not become ready within five minutes")
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A server's worker process, with the threads that it had before the first request."""
+
+    process: int
+    before: frozenset[int]
+
+    @classmethod
+    def of(cls, server: int) -> "Worker":
+        """The process among a server's that has used most of the processor so far: it has loaded the model."""
+        family = [server]
+        for one in family:
+            family += [int(child) for child in Path(f"/proc/{one}/task/{one}/children").read_text().split()]
+        worker = max(family, key=lambda one: sum(core_seconds(one).values()))
+        return cls(worker, frozenset(core_seconds(worker)))
+
+    def spent(self) -> np.ndarray:
+        """Seconds on a core so far, by `PHASES`."""
+        seconds = np.zeros(len(PHASES))
+        for thread, spent_s in core_seconds(self.process).items():
+            seconds[0 if thread == self.process else 2 if thread in self.before else 1] += spent_s
+        return seconds
+
+
+def core_seconds(process: int) -> dict[int, float]:
+    """Seconds that each thread of a process was on a core."""
+    threads = Path(f"/proc/{process}/task").iterdir()
+    return {int(thread.name): int((thread / "schedstat").read_text().split()[0]) / 1e9 for thread in threads}
+
+
+def network_s(segmenter: Segmenter, name: str, image: np.ndarray) -> float:
+    """Core seconds of a window through the network alone, in lanes."""
+    runtime = segmenter.find(name)
+    card = runtime.card
+    noise = SeededNoise(card.sampling, seed=0, num_samples=card.sampling.default_samples).draw(0)
+    plan = cover(*image.shape[:2], card.window)
+    inputs = [WindowInput(Raster(image), window, plan, noise) for window in plan]
+    assert len(inputs) == 1
+    image_1chw, noise_S1L = runtime._steps.cut(inputs), runtime._steps.noise(inputs)
+    spent = []
+
+    def work() -> None:
+        started = time.thread_time()
+        features = runtime._backend.encode(image_1chw)
+        runtime._backend.decode(features, noise_S1L)
+        spent.append(time.thread_time() - started)
+
+    in_lanes(segmenter.cores, [work] * REQUESTS)
+    return sum(spent) / REQUESTS
+
+
+def measure_core_time(model: str, store: Path, checkouts: dict[str, Path]) -> dict[str, object]:
+    """Core milliseconds of a request by server and phase, and what of them is not the network."""
+    image, body = next((image, body) for image, body in pictures() if image.shape[:2] == ONE_SIZE)
+    servers = {name: start_server(store, checkout) for name, checkout in checkouts.items()}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in servers}
+    networks, shuffler = list[float](), random.Random(0)
+    try:
+        workers = {name: Worker.of(process.pid) for name, (process, _) in servers.items()}
+        with Segmenter(tuning=SIZES_FIXED) as segmenter:
+            segmenter.load(find_artifact(store, model))
+
+            def take_turn(name: str) -> None:
+                if name == "network":
+                    networks.append(network_s(segmenter, model, image))
+                    return
+                before = workers[name].spent()
+                served(servers[name][1], model, [body], [1])
+                found[name].append((workers[name].spent() - before) / REQUESTS)
+
+            for _ in range(2 * ROUNDS + 1):
+                for name in shuffler.sample(["network", *servers], len(servers) + 1):
+                    take_turn(name)
+    finally:
+        for process, _ in servers.values():
+            process.send_signal(signal.SIGTERM)
+            process.wait(30)
+    network_ms = 1e3 * np.array(networks[1:])
+    results: dict[str, object] = {"the network alone, core-ms": float(np.median(network_ms))}
+    for name, rounds in found.items():
+        phases_ms = 1e3 * np.array(rounds[1:])  # the first only warms up
+        phases_ms[:, -1] -= network_ms
+        others_ms = phases_ms.sum(1)
+        results[f"{name}: all that is not the network, core-ms (bar 8)"] = float(np.median(others_ms))
+        for phase, spent_ms in zip(PHASES, np.median(phases_ms, axis=0), strict=True):
+            results[f"{name}: {phase}{', less the network' * (phase == 'lanes')}"] = float(spent_ms)
+        results[f"{name}: every round"] = others_ms.round(1).tolist()
+    return results
 
 
 @click.command()
+@click.option("--core-time", is_flag=True, help="Measure what one request costs beside its network.")
+@click.option("--beside", type=click.Path(path_type=Path, exists=True), help="Another checkout, with --core-time.")
 @click.option("--model", default="np_semiseg-camvid", show_default=True)
 @click.option("--store", type=click.Path(path_type=Path), default=Path("store"), show_default=True)
-def main(model: str, store: Path) -> None:
+def main(core_time: bool, beside: Path | None, model: str, store: Path) -> None:
+    if core_time:
+        checkouts = {"here": ROOT} | ({"beside": beside.absolute()} if beside else {})
+        about = {"model": model, "clients": CLIENTS}
+        save("core_time", about | measure_core_time(model, store.absolute(), checkouts))
+        return
     images, bodies = map(list, zip(*pictures(), strict=True))
     process, port = start_server(store)
     try:
@@ -161,7 +275,7 @@ def main(model: str, store: Path) -> None:
         "model": model, "samples": card.sampling.default_samples, "clients": CLIENTS,
         "windows per batch": SIZES_FIXED.windows_per_batch,
         "bare loop, windows/s": statistics.median(bare), "served, windows/s": statistics.median(through),
-        "served over bare, median of paired rounds (bar 0.90)":
+        "served over bare, median of paired rounds (bar 0.93)":
             statistics.median(s / b for s, b in zip(through, bare, strict=True)),
         "every round": [round(s / b, 3) for s, b in zip(through, bare, strict=True)],
     })  # fmt: skip

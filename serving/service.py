@@ -56,6 +56,8 @@ BODIES = Bodies(SETTINGS.limit_bodies_bytes)
 APP = Starlette()
 """The application of our routes, which are filled in when the worker has built the engine."""
 APP.state.is_loaded = False
+TRACING = {"sample_rate": 0.0} | ({} if SETTINGS.otlp_endpoint else {"excluded_urls": ".*"})
+"""BentoML's spans, of which ours are children. Where nobody collects them, each would be made and thrown away."""
 TYPED = "The same as arrays in JSON, for bentoml.SyncHTTPClient."
 """What the OpenAPI document says of the typed route."""
 
@@ -93,7 +95,7 @@ class PredictAnswer(BaseModel):
     workers=1,
     traffic={"timeout": SETTINGS.timeout_s + 30},
     metrics={"enabled": False},
-    tracing={"sample_rate": 0.0},
+    tracing=TRACING,
     logging={"access": {"enabled": False}},
 )
 class Penumbra:

@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 # BentoML sets this for its own metrics; at its first import prometheus_client would switch to shared files.
 os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
 
@@ -233,10 +231,8 @@ class Telemetry:
         for phase, milliseconds in timing_ms.items():
             if phase != "total":
                 self._phase_seconds.labels(phase).observe(milliseconds / 1e3)
-        measured = prediction.labels_HW.size - prediction.num_void
-        if "entropy" in prediction.maps and measured:
-            mean = float(np.nansum(prediction.maps["entropy"], dtype=np.float64) / measured)
-            self._entropy.labels(prediction.card.name).observe(mean)
+        if prediction.scores.means:
+            self._entropy.labels(prediction.card.name).observe(prediction.scores.means[0])
         if prediction.abstained is not None:
             self._abstained.labels(prediction.card.name).observe(prediction.abstained)
         for name, score in prediction.shares.items():

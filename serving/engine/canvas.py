@@ -20,7 +20,7 @@ from penumbra.models.card import Card
 from penumbra.models.errors import BadImage
 from penumbra.serving.engine import operators
 from penumbra.serving.engine.options import PROBABILITIES
-from penumbra.serving.engine.plain import NUM_SUMS
+from penumbra.serving.engine.plain import NUM_SUMS, OnlySample
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.scale import at_size
 from penumbra.serving.engine.uncertainty import Band
@@ -40,6 +40,11 @@ class Wanted:
 
     outputs: tuple[str, ...]
     above_nats_K: tuple[float, ...] = ()
+
+    def thresholds(self, num_classes: int) -> list[float]:
+        """Give the entropy of each class above which a label is withheld as it is read out."""
+        above_nats_K = self.above_nats_K or (math.inf,) * num_classes
+        return [math.inf if nats == -math.inf else nats for nats in above_nats_K]
 
     @property
     def withheld(self) -> tuple[int, ...]:
@@ -255,7 +260,8 @@ def lay_out(
 
 @dataclass(frozen=True, slots=True)
 class Landing:
-    """What a window on a device is answered with: the rows of the answer that it finished, on their way to the host.
+    """What a window on a device is answered with, and on a CPU the only one of a picture that has a single sample: the
+    rows of the answer that it finished, on their way to the host.
 
     index: of the window in its batch, and of the float32 that is 0 where all its values are finite.
     """
@@ -306,18 +312,33 @@ def read_out(finished: Sequence[tuple[Tensor, Segment, Wanted]], out: Tensor, ca
     """Read finished rows out of canvases into `out`: each with its segment, and what is wanted of it."""
     kept = list({id(canvas): canvas for canvas, _, _ in finished}.values())
     places = {id(canvas): i for i, canvas in enumerate(kept)}
-    everything = (math.inf,) * card.num_classes
-    thresholds = [
-        math.inf if nats == -math.inf else nats for *_, wanted in finished for nats in wanted.above_nats_K or everything
-    ]
+    thresholds = [nats for *_, wanted in finished for nats in wanted.thresholds(card.num_classes)]
     table, voids = list[int](), list[Tensor]()
     for canvas, segment, _ in finished:
         void_hW = segment.void_hW[1]
         table += [places[id(canvas)], *segment.table(card), -1 if void_hW is None else len(voids)]
         voids += [] if void_hW is None else [void_hW]
-    extras, own = [extra.name for extra in card.extra_maps], card.maps_of_novelty[-1]
     operators.read_out(
         kept, out, table, thresholds, num_classes=card.num_classes, softmax=card.readout.average == "logits",
-        channel=card.num_classes + 1 + extras.index(own) if own in extras else -1,
-        voids=voids,
+        channel=_channel_of_novelty(card), voids=voids,
     )  # fmt: skip
+
+
+def _channel_of_novelty(card: Card) -> int:
+    extras, own = [extra.name for extra in card.extra_maps], card.maps_of_novelty[-1]
+    return card.num_classes + 1 + extras.index(own) if own in extras else -1
+
+
+def answer(only: OnlySample, image_HWC: Raster, wanted: Wanted, card: Card) -> Landing:
+    """Answer a picture by the only sample of its only window, without a canvas."""
+    height, width = image_HWC.shape[:2]
+    segment, num_bytes = lay_out(wanted, range(height), width, card, 1, start=4)  # behind the float32 of `is_finite`
+    void_hW = image_HWC.void(slice(0, height))
+    voids = [] if void_hW is None else [torch.from_numpy(np.ascontiguousarray(void_hW).view(np.uint8))]
+    out = torch.empty(num_bytes, dtype=torch.uint8)
+    out[:4] = 0
+    operators.answer(
+        only, out, [0, *segment.table(card), len(voids) - 1], wanted.thresholds(card.num_classes), voids=voids,
+        channel=_channel_of_novelty(card),
+    )  # fmt: skip
+    return Landing(1, Copied(out, None), 0, replace(segment, void_hW=(void_hW, None)))

@@ -1,13 +1,13 @@
 """Binding of kernels.c: functions that release the GIL while they run, on arrays and tensors of the CPU.
 
-`COMPILED` is None where the extension was not built; callers then use their plain forms. `accumulate`, `blend` and
-`read_out` are forms of the operators (`penumbra.serving.engine.operators`).
+`COMPILED` is None where the extension was not built; callers then use their plain forms. `accumulate`, `blend`,
+`read_out` and `answer` are forms of the operators (`penumbra.serving.engine.operators`).
 """
 
 import ctypes
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -18,11 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from penumbra.serving.engine.plain import OnlySample
+
 log = logging.getLogger("penumbra")
 FloatArray = NDArray[np.float32]
 
 
-INTERFACE = 4
+INTERFACE = 5
 """The number that kernels.c has; both go up when a function's arguments change."""
 KINDS = ("uint8", "uint16", "int16", "float32")
 """Types of pictures, as kernels.c counts them."""
@@ -77,24 +79,12 @@ def accumulate(
 ) -> None:
     """Accumulate window by window, bands of rows in as many threads as torch has in this one."""
     assert COMPILED and not average_logits
-    num_bands, (_, height, channels, width) = torch.get_num_threads(), stats.shape
-    edges = [height * band // num_bands for band in range(num_bands + 1)]
+    _, height, channels, width = stats.shape
+    rule = int(first), int(align_corners), ctypes.c_float(1 / temperature)
     for b, stats_hCw in enumerate(stats):
         logits_SKhw = logits[:, b].float().contiguous()
-        arguments = (
-            _address(logits_SKhw), *_longs(*logits_SKhw.shape), _address(stats_hCw), *_longs(channels, height, width)
-        )  # fmt: skip
-
-        def add(
-            begin: int, end: int, arguments: tuple[object, ...] = arguments, scale: float = 1 / temperature
-        ) -> None:  # fmt: skip
-            assert COMPILED
-            if COMPILED.penumbra_accumulate(
-                *arguments, *_longs(begin, end), int(first), int(align_corners), ctypes.c_float(scale)
-            ):
-                raise MemoryError("no memory for the scratch rows of the moments kernel")
-
-        deque((_rows().map if num_bands > 1 else map)(add, edges, edges[1:]), maxlen=0)
+        of_window = _address(logits_SKhw), *_longs(*logits_SKhw.shape), _address(stats_hCw)
+        _in_bands(COMPILED.penumbra_accumulate, height, (*of_window, *_longs(channels, height, width)), rule)
 
 
 def blend(
@@ -134,6 +124,41 @@ def read_out(
             (ctypes.c_float * num_classes)(*threshold_K), _address(out), (ctypes.c_int64 * len(planes))(*planes),
             None if void < 0 else _address(voids[void]), *_longs(channel),
         )  # fmt: skip
+
+
+def answer(
+    only: OnlySample, out: Tensor, segment: list[int], thresholds: list[float], voids: list[Tensor], channel: int
+) -> None:  # fmt: skip
+    """Answer row by row, while what it takes of one is in the processor's cache."""
+    assert COMPILED
+    logits_Khw, extras_Ehw = only.logits_Khw.float().contiguous(), only.extras_Ehw.contiguous()
+    num_classes, *size = logits_Khw.shape
+    _, _, num_rows, *planes, void = segment
+    before = (
+        _address(logits_Khw), *_longs(num_classes + 1 + len(extras_Ehw), num_classes, *size), _address(extras_Ehw),
+        *_longs(*only.size, *only.place, only.width),
+    )  # fmt: skip
+    after = (
+        int(only.align_corners), ctypes.c_float(1 / only.temperature), (ctypes.c_float * num_classes)(*thresholds),
+        _address(out), (ctypes.c_int64 * len(planes))(*planes), None if void < 0 else _address(voids[void]),
+        *_longs(channel),
+    )  # fmt: skip
+    _in_bands(COMPILED.penumbra_answer, num_rows, before, after)
+
+
+def _in_bands(
+    function: Callable[..., int], num_rows: int, before: tuple[object, ...], after: tuple[object, ...]
+) -> None:  # fmt: skip
+    """Call a function of a band of rows, in as many threads as torch has in this one: `before` and `after` are what it
+    takes before the band's first row and end, and after them."""
+    num_bands = torch.get_num_threads()
+    edges = [num_rows * band // num_bands for band in range(num_bands + 1)]
+
+    def run(begin: int, end: int) -> None:
+        if function(*before, *_longs(begin, end), *after):
+            raise MemoryError("no memory for the scratch rows of a kernel")
+
+    deque((_rows().map if num_bands > 1 else map)(run, edges, edges[1:]), maxlen=0)
 
 
 def _pointer(array: NDArray[Any]) -> ctypes.c_void_p:

@@ -65,16 +65,20 @@ class Statistics:
         self._flag(extras_BEhw)
 
     def _flag(self, values: Tensor) -> None:
-        others = tuple(range(1, values.dim()))
-        if values.is_cuda:
-            flags_B = values.mul(0).sum(others, dtype=torch.float32)
-        else:  # more operators, but none that takes as much memory as the values
-            flags_B = (values.amin(others) * 0 + values.amax(others) * 0).float()
+        flags_B = flags_of(values)
         self.flags_B = flags_B if self.flags_B is None else self.flags_B + flags_B
 
     def _set(self, first: int, maps_BDhw: Tensor) -> None:
         resized_BDhw = resize(maps_BDhw, self.size, self.card.readout)
         self.stats_BhCw[:, :, first : first + maps_BDhw.shape[1]] = resized_BDhw.transpose(1, 2)
+
+
+def flags_of(values: Tensor) -> Tensor:
+    """Give 0 for each window whose values [B, ...] are all finite, else NaN."""
+    others = tuple(range(1, values.dim()))
+    if values.is_cuda:
+        return values.mul(0).sum(others, dtype=torch.float32)
+    return (values.amin(others) * 0 + values.amax(others) * 0).float()  # no operator that takes as much memory
 
 
 def channels(card: Card) -> int:

@@ -4,6 +4,7 @@ They loop over windows, samples and segments, and wait for nothing.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +16,23 @@ NUM_SUMS = 3
 """Sums of a row: of 1 - confidence, of the entropy, and of the map of the model's own that novelty goes by."""
 MOST = 2.0**15
 """A pixel's map of novelty counts for at most so much, that no sum of a row overflows."""
+
+
+@dataclass(frozen=True, slots=True)
+class OnlySample:
+    """The only sample of a picture's only window: its logits, the network's own maps at the window's size, and how the
+    logits are resized to that.
+
+    place, width: the row and the column of the window where the picture begins, and the picture's width.
+    """
+
+    logits_Khw: Tensor
+    extras_Ehw: Tensor
+    size: tuple[int, int]
+    place: tuple[int, int]
+    width: int
+    align_corners: bool
+    temperature: float
 
 
 def cut(
@@ -120,3 +138,15 @@ def _row_sums(maps: Sequence[Tensor], void: Sequence[Tensor]) -> Tensor:
     for void_hW in void:
         units_hWM = units_hWM.masked_fill(void_hW[:, :, None] != 0, 0)
     return units_hWM.sum(1)
+
+
+def answer(
+    only: OnlySample, out: Tensor, segment: list[int], thresholds: list[float], voids: list[Tensor], channel: int
+) -> None:  # fmt: skip
+    """Answer by a canvas of all rows; see `operators.answer`."""
+    (height, width), (y0, x0), num_classes = only.size, only.place, len(only.logits_Khw)
+    stats_1hCw = torch.empty((1, height, num_classes + 1 + len(only.extras_Ehw), width))
+    accumulate(only.logits_Khw[None, None], stats_1hCw, True, only.align_corners, only.temperature, False)
+    stats_1hCw[0, :, num_classes + 1 :] = only.extras_Ehw.transpose(0, 1)
+    canvas_hCW = stats_1hCw[0, y0:, :, x0 : x0 + only.width]
+    read_out([canvas_hCW], voids, out, segment, thresholds, num_classes, False, channel)

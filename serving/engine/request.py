@@ -287,7 +287,10 @@ class QueuedRequest:
         if window.index == self.first_window and plan.runtime.stays_on_device:
             self.surface = plan.runtime.surface(self.image_HWC, plan.windows, plan.wanted, first_y=self._first_y)
         noise_SL = plan.noise.draw(window.index)[:num_samples]
-        return WindowInput(self._scaled_HWC, window, plan.windows, noise_SL, plan.prompt, self.surface, plan.views)
+        wanted = plan.wanted if plan.windows.num_windows == 1 and not plan.windows.answer else None
+        return WindowInput(
+            self._scaled_HWC, window, plan.windows, noise_SL, plan.prompt, self.surface, plan.views, wanted
+        )  # fmt: skip
 
     def take(self, shares: int) -> Window:
         """Take the next window, at the cost of the request's virtual time and its class's. shares: of all requests of

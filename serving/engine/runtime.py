@@ -22,9 +22,9 @@ from penumbra.serving.engine.canvas import Landing, Surface, Wanted
 from penumbra.serving.engine.device import stays_on
 from penumbra.serving.engine.gpu.pipeline import DeviceSteps
 from penumbra.serving.engine.kernels import FloatArray
-from penumbra.serving.engine.moments import Moments, Statistics, channels
+from penumbra.serving.engine.moments import Moments, Statistics, channels, flags_of, not_finite, resize
 from penumbra.serving.engine.raster import Raster
-from penumbra.serving.engine.steps import Answer, HostSteps, WindowInput
+from penumbra.serving.engine.steps import Answer, HostSteps, WindowInput, answer
 from penumbra.serving.engine.store import Artifact, Recorded
 from penumbra.serving.engine.views import AS_IS, VIEWS, View
 from penumbra.serving.engine.windows import WindowPlan, cover
@@ -125,6 +125,9 @@ class Runtime:
     def _sample(self, encoded: Iterable[tuple[View, Features]], inputs: Sequence[WindowInput]) -> Sequence[Answer]:
         """Decode what was encoded, and add it up. The network's own maps are those of the first view."""
         noise_SBL = self._steps.noise(inputs)
+        if any(map(self._steps.is_only, inputs)):
+            ((_, features),) = encoded
+            return self._answer_each(features, noise_SBL, inputs)
         sampling = self.card.sampling_with(prompt=inputs[0].prompt is not None)
         chunk = len(noise_SBL) if sampling.kind == "members" else self.samples_per_call  # members come out together
         size = inputs[0].window.height, inputs[0].window.width
@@ -137,6 +140,26 @@ class Runtime:
                 statistics.add(view.turn_back(logits_SBKhw, aligned=self.card.readout.align_corners))
         statistics.finish()
         return self._steps.answers(statistics, inputs)
+
+    def _answer_each(self, features: Features, noise_1BL: Tensor, inputs: Sequence[WindowInput]) -> list[Answer]:
+        """Answer windows of one sample on a CPU: those that are all of a picture by their logits, others by moments."""
+        size, card, answers = (inputs[0].window.height, inputs[0].window.width), self.card, list[Answer]()
+        logits_1BKhw = self._backend.decode(features, noise_1BL)
+        own_BEhw = features[-1] if card.extra_maps else logits_1BKhw[0, :, :0]
+        flags_B = flags_of(logits_1BKhw[0]) + (flags_of(own_BEhw) if card.extra_maps else 0)
+        extras_BEhw = resize(own_BEhw, size, card.readout) if card.extra_maps else own_BEhw
+        for b, one in enumerate(inputs):
+            if flags_B[b] != 0:
+                answers.append(not_finite(card))
+            elif self._steps.is_only(one):
+                answers.append(answer(one, logits_1BKhw[0, b], extras_BEhw[b], card))
+            else:
+                statistics = Statistics(card, 1, size, self.device)
+                if card.extra_maps:
+                    statistics.set_extras(own_BEhw[b : b + 1])
+                statistics.add(logits_1BKhw[:, b : b + 1])
+                answers += self._steps.answers(statistics, [one])
+        return answers
 
     def check_golden(self) -> None:
         """Run the golden window, without and with its prompt, and its own maps. Raises BadArtifact when this machine
@@ -315,8 +338,8 @@ class Runtime:
     def _largest_identical_batch(self, inputs: list[WindowInput]) -> int:
         alone = [_bytes_of(self.run([window])[0]) for window in inputs]
         for size in range(2, self.windows_per_batch + 1):
-            for i, answer in enumerate(self._run_batch(inputs, size)):
-                if _bytes_of(answer) != alone[i % len(inputs)]:
+            for i, one in enumerate(self._run_batch(inputs, size)):
+                if _bytes_of(one) != alone[i % len(inputs)]:
                     return size - 1
         return self.windows_per_batch
 
@@ -336,9 +359,9 @@ def _core_seconds(started: float) -> float:
 
 def settle(answers: Sequence[Answer | PenumbraError]) -> None:
     """Wait until a device has computed answers."""
-    for answer in answers:
-        if isinstance(answer, Landing):
-            answer.copied.wait()
+    for one in answers:
+        if isinstance(one, Landing):
+            one.copied.wait()
 
 
 def _bytes_of(answer: Answer) -> list[bytes]:

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from penumbra.models.card import Card
 from penumbra.models.errors import ModelFault
-from penumbra.serving.engine.canvas import Landing, Surface, Transfers
+from penumbra.serving.engine import canvas
+from penumbra.serving.engine.canvas import Landing, Surface, Transfers, Wanted
 from penumbra.serving.engine.kernels import FloatArray
 from penumbra.serving.engine.moments import Moments, Statistics, not_finite
+from penumbra.serving.engine.plain import OnlySample
 from penumbra.serving.engine.prompts import PromptSource
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.windows import Window, WindowPlan, cut
@@ -29,6 +31,7 @@ class WindowInput:
     """A window's input is its place in an image, its noise_SL, and its prompt if there is one.
 
     surface: where a GPU keeps what belongs to the request. views: in which it is run (`penumbra.serving.engine.views`).
+    wanted: what of the answer is read out, where the window is the picture's only one.
     """
 
     image_HWC: Raster
@@ -38,6 +41,7 @@ class WindowInput:
     prompt: PromptSource | None = None
     surface: Surface | None = None
     views: str = "none"
+    wanted: Wanted | None = None
 
 
 class Steps:
@@ -50,6 +54,10 @@ class Steps:
         """Stack the noise of all windows, noise_SBL."""
         return self.transfers.up(np.stack([one.noise_SL for one in inputs], axis=1))
 
+    def is_only(self, one: WindowInput) -> bool:
+        """Tell whether a window's one sample is all of an answer, which is read out of its logits (`answer`)."""
+        return False
+
 
 class HostSteps(Steps):
     """The steps on a CPU."""
@@ -58,12 +66,18 @@ class HostSteps(Steps):
         """Cut the windows as the network takes them, image_B3hw."""
         spec, norm = self.card.window, self.card.input
         windows = [cut(one.image_HWC, one.window, one.plan, spec=spec, norm=norm) for one in inputs]
-        return torch.from_numpy(np.stack(windows)).permute(0, 3, 1, 2)
+        stacked = np.stack(windows) if len(windows) > 1 else windows[0][None]
+        return torch.from_numpy(stacked).permute(0, 3, 1, 2)
 
     def prompts(self, inputs: Sequence[WindowInput]) -> tuple[Tensor, ...]:
         """Stack the prompts, as `penumbra.models.contract.Prompt` has them; nothing where there are none."""
         cuts = [one.prompt.cut(one.window, one.plan) for one in inputs if one.prompt]
         return tuple(torch.from_numpy(np.stack(arrays)) for arrays in zip(*cuts, strict=True))
+
+    def is_only(self, one: WindowInput) -> bool:
+        rule = self.card.readout.softmax_at, self.card.readout.average
+        is_one = len(one.noise_SL) == 1 and one.views == "none" and one.wanted is not None
+        return is_one and rule == ("window", "probabilities")
 
     def answers(self, statistics: Statistics, inputs: Sequence[WindowInput]) -> list[Answer]:
         """Give every window's moments, or the fault that ends it; each request's own thread stitches them."""
@@ -75,3 +89,14 @@ class HostSteps(Steps):
             Moments(stats_hCw.clone() if is_shared else stats_hCw, num_samples) if flag == 0 else fault
             for stats_hCw, flag in zip(statistics.stats_BhCw, statistics.flags_B.tolist(), strict=True)
         ]
+
+
+def answer(one: WindowInput, logits_Khw: Tensor, extras_Ehw: Tensor, card: Card) -> Landing:
+    """Answer a picture whose only window and sample this is. extras: the network's own maps, at the window's size."""
+    window, readout = one.window, card.readout
+    only = OnlySample(
+        logits_Khw, extras_Ehw, (window.height, window.width), (max(-window.y0, 0), max(-window.x0, 0)), one.plan.width,
+        readout.align_corners, readout.temperature,
+    )  # fmt: skip
+    assert one.wanted
+    return canvas.answer(only, one.image_HWC, one.wanted, card)

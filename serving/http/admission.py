@@ -29,8 +29,6 @@ STREAMED = ("POST", "/jobs")
 """What may be larger than memory, where it is a raw body: its handler bounds it as it comes."""
 BENTO_PATHS = {"/predict": "POST", "/schema.json": "GET"}
 """Path and method of what BentoML itself answers; everything else is ours (`penumbra.serving.http.routes`)."""
-HEALTH_PATHS = ("/healthz", "/livez", "/readyz")
-"""Paths that BentoML has too, before ours and with other bodies; they go straight to ours."""
 LIVE_PATHS = ("/healthz", "/livez", "/v2/health/live")
 READY_PATHS = {"/readyz": {"ready": False, "state": "starting"}, "/v2/health/ready": {"ready": False}}
 """Path -> what it answers while models are loaded."""
@@ -129,7 +127,7 @@ class Guard:
             await answer(scope, receive, send)
 
     def _admit(self, scope: Scope) -> ASGIApp:
-        """What answers a request, by its line and headers. Raises PenumbraError."""
+        """What answers a request, by its line and headers: our routes, unless it is BentoML's. Raises PenumbraError."""
         path, size = scope["path"], len(scope["raw_path"]) + len(scope["query_string"])
         size += sum(len(name) + len(value) for name, value in scope["headers"])
         if size > self._settings.limit_head_bytes:
@@ -143,7 +141,7 @@ class Guard:
             if request := CURRENT.get():
                 request.key = key
         if self._routes.state.is_loaded:
-            return self._routes if path in HEALTH_PATHS else self._app
+            return self._app if BENTO_PATHS.get(path) == scope["method"] else self._routes
         if scope["method"] in ("GET", "HEAD"):
             if path in LIVE_PATHS:
                 return JSONResponse({"live": True})

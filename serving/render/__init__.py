@@ -6,6 +6,7 @@ answer whose arrays lie on disk (`penumbra.serving.spool`) is written in the mem
 
 import io
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import BinaryIO
 
 from penumbra.models.errors import BadOption, NotAcceptable
@@ -34,7 +35,7 @@ WRITERS: dict[str, Write] = {
 
 
 MAPLESS = ("image/png", "image/tiff")
-"""Formats that show one picture, and need no map but its own."""
+"""Formats that show one picture, and need no map but its own: the default ones are not computed for them."""
 WITH_MEANS = ("application/json", "application/geo+json")
 """Formats that tell the mean of every map, of the default ones at least."""
 
@@ -45,7 +46,10 @@ WITH_PROBABILITIES = "application/x-npz"
 def parse_request(media: str, fields: Mapping[str, str]) -> tuple[SegmentOptions, Style]:
     """Read what to compute and how to show it, for an answer in a media type. Raises BadOption."""
     style = parse_style(fields)
-    options = parse_options(fields).with_maps(style.maps)
+    options = parse_options(fields)
+    if media in MAPLESS:
+        options = replace(options, outputs=tuple(name for name in options.outputs if name != DEFAULT))
+    options = options.with_maps(style.maps)
     if PROBABILITIES in options.outputs and media != WITH_PROBABILITIES:
         raise BadOption(f"outputs has {PROBABILITIES}, which {media} cannot hold; ask for {WITH_PROBABILITIES}")
     return (options.with_maps((DEFAULT,)) if media in WITH_MEANS else options), style
