@@ -64,7 +64,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 bench: setup  # the demo store must be there: run `make serve` once
-	for name in sampling methods moments memory overhead identity protocols engines large peers; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in sampling methods moments memory overhead shares identity protocols engines large peers; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 load: setup  # two minutes of callers over HTTP and gRPC against a server of its own; report in build/load
 	$(BIN)/python -m loadtests.run

@@ -298,7 +298,7 @@ class Limits:
     queue_samples: int = 65_536
     window_pixels: int = 2**22
     probability_bytes: int = 2**28
-    large_share: int = 4
+    large_share: int = 1
     memory_bytes: int = 2**32
     model_bytes: int = 0
 

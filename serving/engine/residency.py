@@ -82,7 +82,7 @@ class Residency:
 
     def may_run(self, runtime: Runtime) -> bool:
         """Tell whether a batch of a model may begin."""
-        return self.is_in(runtime) and runtime not in self._leaving
+        return not self._limit_bytes or (self.is_in(runtime) and runtime not in self._leaving)
 
     def add(self, runtime: Runtime, directory: Path, *, load_s: float) -> None:
         """Note a model that was loaded. Raises OSError where its files have gone."""
