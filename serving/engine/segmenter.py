@@ -151,7 +151,7 @@ class Segmenter:
             if artifact.card != card:
                 raise BadArtifact(f"{directory} is another artifact than the one that was loaded; load it again")
             torch.set_num_threads(self.cores.threads)
-            runtime.come_back(artifact, self._tuning)
+            runtime.come_back(artifact, self._tuning_of(card))
             self._note_loaded(card, time.perf_counter() - started)
         except Exception as error:  # whatever a graph raises
             log.error("%s version %d cannot be loaded again", card.name, card.version, exc_info=error)

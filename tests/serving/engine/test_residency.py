@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from prometheus_client.parser import text_string_to_metric_families
 
 from penumbra.models.errors import DeadlineExceeded, NotReady, PenumbraError, UnknownModel
@@ -20,6 +21,8 @@ from penumbra.serving.engine.options import Limits, SegmentOptions
 from penumbra.serving.engine.residency import Residency
 from penumbra.serving.engine.scheduler import Scheduler
 from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.signature import SIGNATURE, sign_card
+from penumbra.serving.engine.store import CARD
 from penumbra.serving.engine.throughput import Cores
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.oip.protocol import Inference
@@ -225,14 +228,25 @@ def test_answers_are_the_same_whether_a_model_was_out_or_not_and_every_surface_s
         assert counted[f"penumbra_model_evictions_total{MODELS[0]}"] == 3
 
 
-def test_what_has_changed_on_the_disk_while_it_was_out_is_refused_and_others_go_on(store: Path) -> None:
-    image = picture(np.random.Generator(np.random.PCG64(0)), 20, 30)
-    with opened(store) as segmenter:
+@pytest.mark.parametrize(
+    ("file", "why"), [("decode.ts", "decode.ts was changed after its export"), (SIGNATURE, f"readable {SIGNATURE}")]
+)
+def test_what_has_changed_on_the_disk_while_it_was_out_is_refused_and_others_go_on(
+    store: Path, file: str, why: str
+) -> None:
+    image, key = picture(np.random.Generator(np.random.PCG64(0)), 20, 30), Ed25519PrivateKey.generate()
+    for name in MODELS:
+        sign_card(store / name / "1", (store / name / "1" / CARD).read_bytes(), key)
+    with opened(store, trusted_keys=(key.public_key(),)) as segmenter:
         until(lambda: segmenter.residency.resident[0] == 1)
-        (store / MODELS[0] / "1" / "decode.ts").write_bytes(b"another graph")
+        assert segmenter.segment(image, SegmentOptions(MODELS[0])).num_windows == 1, "it came back as it was"
+        assert segmenter.segment(image, SegmentOptions(MODELS[1])).num_windows == 1
+        (store / MODELS[0] / "1" / file).unlink()
+        if file != SIGNATURE:
+            (store / MODELS[0] / "1" / file).write_bytes(b"another graph")
         with pytest.raises(NotReady, match=f"{MODELS[0]} version 1 left memory and cannot be loaded again"):
             segmenter.segment(image, SegmentOptions(MODELS[0]))
-        assert "decode.ts was changed after its export" in segmenter.refused[MODELS[0]]
+        assert why in segmenter.refused[MODELS[0]]
         with pytest.raises(UnknownModel):
             segmenter.find(MODELS[0])
         assert [segmenter.segment(image, SegmentOptions(name)).num_windows for name in MODELS[1:]] == [1, 1]
