@@ -20,7 +20,7 @@ from penumbra.models.card import Card
 from penumbra.models.errors import BadImage
 from penumbra.serving.engine import operators
 from penumbra.serving.engine.options import PROBABILITIES
-from penumbra.serving.engine.plain import NUM_SUMS, OnlySample
+from penumbra.serving.engine.plain import NUM_SUMS
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.scale import at_size
 from penumbra.serving.engine.uncertainty import Band
@@ -320,25 +320,11 @@ def read_out(finished: Sequence[tuple[Tensor, Segment, Wanted]], out: Tensor, ca
         voids += [] if void_hW is None else [void_hW]
     operators.read_out(
         kept, out, table, thresholds, num_classes=card.num_classes, softmax=card.readout.average == "logits",
-        channel=_channel_of_novelty(card), voids=voids,
+        channel=channel_of_novelty(card), voids=voids,
     )  # fmt: skip
 
 
-def _channel_of_novelty(card: Card) -> int:
+def channel_of_novelty(card: Card) -> int:
+    """Find the channel of the model's own map that novelty goes by; -1 where there is none."""
     extras, own = [extra.name for extra in card.extra_maps], card.maps_of_novelty[-1]
     return card.num_classes + 1 + extras.index(own) if own in extras else -1
-
-
-def answer(only: OnlySample, image_HWC: Raster, wanted: Wanted, card: Card) -> Landing:
-    """Answer a picture by the only sample of its only window, without a canvas."""
-    height, width = image_HWC.shape[:2]
-    segment, num_bytes = lay_out(wanted, range(height), width, card, 1, start=4)  # behind the float32 of `is_finite`
-    void_hW = image_HWC.void(slice(0, height))
-    voids = [] if void_hW is None else [torch.from_numpy(np.ascontiguousarray(void_hW).view(np.uint8))]
-    out = torch.empty(num_bytes, dtype=torch.uint8)
-    out[:4] = 0
-    operators.answer(
-        only, out, [0, *segment.table(card), len(voids) - 1], wanted.thresholds(card.num_classes), voids=voids,
-        channel=_channel_of_novelty(card),
-    )  # fmt: skip
-    return Landing(1, Copied(out, None), 0, replace(segment, void_hW=(void_hW, None)))

@@ -1,7 +1,7 @@
 """Binding of kernels.c: functions that release the GIL while they run, on arrays and tensors of the CPU.
 
-`COMPILED` is None where the extension was not built; callers then use their plain forms. `accumulate`, `blend`,
-`read_out` and `answer` are forms of the operators (`penumbra.serving.engine.operators`).
+`COMPILED` is None where the extension was not built; callers then use their plain forms. `accumulate`, `blend` and
+`read_out` are forms of the operators (`penumbra.serving.engine.operators`).
 """
 
 import ctypes
@@ -129,7 +129,8 @@ def read_out(
 def answer(
     only: OnlySample, out: Tensor, segment: list[int], thresholds: list[float], voids: list[Tensor], channel: int
 ) -> None:  # fmt: skip
-    """Answer row by row, while what it takes of one is in the processor's cache."""
+    """Answer row by row, with the bytes of `accumulate` and `read_out` but for the sum of entropies: a sample's own
+    stands for that of the mean, the same rounded otherwise."""
     assert COMPILED
     logits_Khw, extras_Ehw = only.logits_Khw.float().contiguous(), only.extras_Ehw.contiguous()
     num_classes, *size = logits_Khw.shape

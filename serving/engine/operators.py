@@ -1,5 +1,4 @@
-"""Four torch operators on batches of windows: each is one call, and in Triton one launch, whatever the batch holds; and
-a fifth function for a CPU alone, which is two of them in one pass.
+"""Four torch operators on batches of windows: each is one call, and in Triton one launch, whatever the batch holds.
 
 Triton runs them on CUDA (and on the CPU where TRITON_INTERPRET=1) and compiled C on the CPU; where there is neither,
 the forms of `plain` do. Nothing waits for the device. They are registered by torch.library itself: `custom_op` takes
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor
 
 from penumbra.serving.engine import kernels, plain
-from penumbra.serving.engine.plain import OnlySample
 
 log = logging.getLogger("penumbra")
 
@@ -115,18 +113,6 @@ def read_out(
     assert all(canvas.is_contiguous() and canvas.shape[1] == canvases[0].shape[1] for canvas in canvases)
     assert all(void.is_contiguous() and void.dtype == torch.uint8 for void in voids)
     torch.ops.penumbra.read_out.default(canvases, voids, out, segments, thresholds, num_classes, softmax, channel)
-
-
-def answer(
-    only: OnlySample, out: Tensor, segment: list[int], thresholds: list[float], *, voids: list[Tensor], channel: int
-) -> None:  # fmt: skip
-    """Read a picture's answer out of logits, with the bytes of `accumulate` and `read_out`, whose arguments these are.
-
-    There is one segment. In its sums, a sample's own entropy stands for that of the mean: the same, rounded otherwise.
-    """
-    assert len(thresholds) == len(only.logits_Khw) and all(void.is_contiguous() for void in voids)
-    form = plain if kernels.COMPILED is None else kernels
-    form.answer(only, out, segment, thresholds, voids, channel)
 
 
 def _shape_of_cut(pictures: list[Tensor], windows: list[int], size: list[int], *_norm: object) -> Tensor:

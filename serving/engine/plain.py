@@ -143,7 +143,8 @@ def _row_sums(maps: Sequence[Tensor], void: Sequence[Tensor]) -> Tensor:
 def answer(
     only: OnlySample, out: Tensor, segment: list[int], thresholds: list[float], voids: list[Tensor], channel: int
 ) -> None:  # fmt: skip
-    """Answer by a canvas of all rows; see `operators.answer`."""
+    """Read a picture's answer out of logits, by a canvas of all rows; the arguments are those of `read_out`, of one
+    segment."""
     (height, width), (y0, x0), num_classes = only.size, only.place, len(only.logits_Khw)
     stats_1hCw = torch.empty((1, height, num_classes + 1 + len(only.extras_Ehw), width))
     accumulate(only.logits_Khw[None, None], stats_1hCw, True, only.align_corners, only.temperature, False)

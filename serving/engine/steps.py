@@ -5,7 +5,7 @@ those of `penumbra.serving.engine.gpu.pipeline`, which stitches and reads out wh
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from penumbra.models.card import Card
 from penumbra.models.errors import ModelFault
-from penumbra.serving.engine import canvas
-from penumbra.serving.engine.canvas import Landing, Surface, Transfers, Wanted
+from penumbra.serving.engine import kernels, plain
+from penumbra.serving.engine.canvas import Copied, Landing, Surface, Transfers, Wanted, channel_of_novelty, lay_out
 from penumbra.serving.engine.kernels import FloatArray
 from penumbra.serving.engine.moments import Moments, Statistics, not_finite
 from penumbra.serving.engine.plain import OnlySample
@@ -93,10 +93,16 @@ class HostSteps(Steps):
 
 def answer(one: WindowInput, logits_Khw: Tensor, extras_Ehw: Tensor, card: Card) -> Landing:
     """Answer a picture whose only window and sample this is. extras: the network's own maps, at the window's size."""
-    window, readout = one.window, card.readout
-    only = OnlySample(
-        logits_Khw, extras_Ehw, (window.height, window.width), (max(-window.y0, 0), max(-window.x0, 0)), one.plan.width,
-        readout.align_corners, readout.temperature,
-    )  # fmt: skip
-    assert one.wanted
-    return canvas.answer(only, one.image_HWC, one.wanted, card)
+    window, readout, (height, width) = one.window, card.readout, one.image_HWC.shape[:2]
+    assert one.wanted and len(logits_Khw) == card.num_classes
+    place = max(-window.y0, 0), max(-window.x0, 0)
+    rule = readout.align_corners, readout.temperature
+    only = OnlySample(logits_Khw, extras_Ehw, (window.height, window.width), place, width, *rule)
+    segment, num_bytes = lay_out(one.wanted, range(height), width, card, 1, start=4)  # behind the float of `is_finite`
+    void_hW = one.image_HWC.void(slice(0, height))
+    voids = [] if void_hW is None else [torch.from_numpy(np.ascontiguousarray(void_hW).view(np.uint8))]
+    out = torch.empty(num_bytes, dtype=torch.uint8)
+    out[:4] = 0
+    table, form = [0, *segment.table(card), len(voids) - 1], plain if kernels.COMPILED is None else kernels
+    form.answer(only, out, table, one.wanted.thresholds(card.num_classes), voids, channel_of_novelty(card))
+    return Landing(1, Copied(out, None), 0, replace(segment, void_hW=(void_hW, None)))
