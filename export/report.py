@@ -104,5 +104,7 @@ def print_tuned(outcome: Outcome, *, as_json: bool) -> None:
     click.echo(f"the gate was held on {tuned.gate}, speed measured for {tuned.load} on {tuned.processor}")
     if tuned.gate == DRAWN:
         click.echo("half precision flips far fewer labels of photographs than of drawn windows; give it --pictures")
+    if outcome.chosen.windows_per_s <= outcome.rows[0].windows_per_s:
+        click.echo(f"it was no faster than the version before as it is ({outcome.rows[0]}); remove it, or tune longer")
     click.echo(f"{outcome.directory}: {outcome.chosen}")
     click.echo(how_to_serve(outcome.directory.parent.name), err=True)

@@ -6,8 +6,10 @@ half of those for longer, until one is left (successive halving, Jamieson & Talw
 of the time, keeps the best so far.
 """
 
+import gc
 import itertools
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +35,7 @@ from penumbra.serving.engine.decode import open_image
 from penumbra.serving.engine.device import find_device, name_hardware
 from penumbra.serving.engine.layout import Reading
 from penumbra.serving.engine.options import Limits
+from penumbra.serving.engine.quota import num_cores
 from penumbra.serving.engine.raster import Pixels
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
@@ -41,6 +44,8 @@ from penumbra.serving.files.predict import IN_MEMORY
 
 FEW = 8
 """Pictures that callers ask for and that the gate is held on: more say little more of either, and take their time."""
+BUSY = 0.5
+"""Load for each core above which others are at work here."""
 TURNS = 3
 """How often the best of each candidate are measured at last, in turns: what disturbs one disturbs the others."""
 SPARE = 0.05
@@ -173,6 +178,11 @@ class Tuner:
 
     def search(self) -> None:
         """Prove every candidate, then halve what is left until one setting remains."""
+        load = os.getloadavg()[0]
+        if load > BUSY * num_cores():
+            self._say(
+                f"this machine is busy (its load is {load:.1f}): what is measured is what others leave, and noisy"
+            )
         self._try(self._now, [None])
         self._say(f"{self._now}: {self._speed_of((self._now, None))}")
         half_time = (self._options.ends + time.perf_counter()) / 2
@@ -217,6 +227,7 @@ class Tuner:
 
     def _try(self, candidate: Candidate, sizes: Sequence[Sizes | None]) -> None:
         """Measure a candidate for the first time, and what it takes of memory, and how right it is."""
+        gc.collect()  # what an export leaves behind is not the candidate's
         before = resident_bytes()
         with self._loaded(candidate) as segmenter:
             runtime = segmenter.find(self._card.name)
@@ -256,7 +267,8 @@ class Tuner:
             runtime.windows_per_batch, runtime.samples_per_call, runtime.lanes = sizes
         answers = {}
         for callers in self._options.load.callers(self._threads):
-            ask(segmenter, name, self._pictures, callers=callers, seconds=0)
+            few_callers = min(callers, sizes.windows_per_batch * sizes.lanes) if sizes else callers
+            ask(segmenter, name, self._pictures, callers=few_callers, seconds=0)
             answers[callers] = ask(segmenter, name, self._pictures, callers=callers, seconds=seconds)
         candidate.settings.setdefault(sizes, []).append(answers)
 
