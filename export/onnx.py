@@ -17,7 +17,7 @@ from penumbra.export.onnx_program import free_batch, inputs_of
 from penumbra.export.parts import Part, cut
 from penumbra.models.card import Card
 from penumbra.models.contract import Features, Network
-from penumbra.models.ensemble.net import EnsembleNetwork, gather
+from penumbra.models.ensemble.net import EnsembleNetwork
 from penumbra.models.errors import BadOption, first_line
 from penumbra.models.plain.net import PlainNetwork
 from penumbra.serving.engine.store import Golden
@@ -73,7 +73,8 @@ class _Last(_First):
     def forward(self, image_BChw: Tensor, answers: tuple[Tensor, ...] = ()) -> Features:
         none_1B0 = image_BChw.new_zeros(1, image_BChw.shape[0], 0)
         pairs = zip(self.members, answers, strict=True)
-        return gather([one.read_out(one.network.decode((answer,), none_1B0), image_BChw) for one, answer in pairs])
+        read = [one.read_out(one.network.decode((answer,), none_1B0), image_BChw) for one, answer in pairs]
+        return (torch.cat(read).transpose(0, 1),)
 
 
 def _join(models: Sequence[onnx.ModelProto]) -> onnx.ModelProto:

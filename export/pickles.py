@@ -114,20 +114,15 @@ def stand_in(name: str) -> type:
     return InertMapping if last in MAPPINGS else Inert
 
 
-def _storage(content: bytes) -> Any:
-    """Read the storage of a tensor as a plain pickle holds it: a file of torch.save within the file."""
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-
-
 REBUILT: dict[str, Callable[..., Any]] = {
     "_codecs.encode": lambda text, _: text.encode("latin1"),  # bytes, in protocol 2
     "builtins.set": set,
     "collections.OrderedDict": OrderedDict,
     "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
     "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
-    "torch.storage._load_from_bytes": _storage,
+    "torch.storage._load_from_bytes": lambda file: torch.load(io.BytesIO(file), map_location="cpu", weights_only=True),
 }
-"""What a plain pickle may call: it makes tensors and their containers."""
+"""What a plain pickle may call: it makes tensors, whose storages are files of torch.save in it, and containers."""
 
 
 class _Weights(pickle.Unpickler):

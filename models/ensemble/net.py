@@ -1,6 +1,5 @@
 """Networks of any methods side by side. Each sees the image as it was trained to, and gives its members' logits."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +61,7 @@ class EnsembleNetwork(Network):
         self.formats = formats[0] if graphs else OF_TORCH * any(formats)
 
     def encode(self, image_B3hw: Tensor) -> Features:
-        return gather([member(image_B3hw) for member in self.members])
+        return (torch.cat([member(image_B3hw) for member in self.members]).transpose(0, 1),)
 
     def decode(self, features: Features, noise_SBL: Tensor) -> Tensor:
         return features[0].transpose(0, 1)
@@ -113,11 +112,6 @@ class Member(nn.Module):
         size, align = image_B3hw.shape[2:], self.readout.align_corners
         full = F.interpolate(logits_MBKhw.flatten(0, 1), size=size, mode="bilinear", align_corners=align)
         return full.reshape(logits_MBKhw.shape[:3] + size)
-
-
-def gather(logits_MBKhw: Sequence[Tensor]) -> Features:
-    """Make the one feature of an ensemble, whose members are an axis, of what its networks' members say."""
-    return (torch.cat([*logits_MBKhw]).transpose(0, 1),)
 
 
 def renormalisation(source: InputSpec, target: InputSpec) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import pickle
 import sys
 import zipfile
 from collections.abc import Callable
@@ -27,7 +26,6 @@ from penumbra.export.bring import Given
 from penumbra.export.bundle import export_checkpoint, verify_artifact
 from penumbra.export.given import classes_of, find_facts, input_of, read_facts, size_of
 from penumbra.export.networks import import_network
-from penumbra.export.weights import fill_from
 from penumbra.export.zoo import ZOO
 from penumbra.models.card import InputSpec, WindowSpec
 from penumbra.models.checkpoint import load_checkpoint
@@ -38,7 +36,7 @@ from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import open_artifact
 from tests.conftest import FIXED, picture
-from tests.models.programs import Tiny, program, seeded_tiny, tiny_program
+from tests.models.programs import named, program, seeded_tiny, tiny_program
 from tests.serving.server import serving
 
 PEERS = Path(sys.prefix) / "peers"
@@ -331,54 +329,6 @@ def test_a_module_that_cannot_be_built_is_refused_in_a_sentence(call: str, words
     refused(f"{module}{call}", "module", words, kind=BadOption)
 
 
-class Holder(nn.Module):
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.net = network
-
-
-def named(prefix: str, seed: int = 1) -> dict[str, Tensor]:
-    return {f"{prefix}{name}": tensor for name, tensor in seeded_tiny(seed).state_dict().items()}
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        named(""), named("module."), named("_orig_mod."), named("model."), named("net."), named("module._orig_mod."),
-        {"state_dict": named("model.") | {"criterion.weight": torch.ones(3)}, "epoch": 3},
-        {"model": named("", 0), "model_ema": named("")}, {"state_dict": named("student.", 0) | named("teacher.")},
-        {"net": named(""), "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}},
-        {"ema_state_dict": {"module": named("")}, "state_dict": named("", 0)},
-        {"state_dict": {k: v.half() if v.is_floating_point() else v for k, v in named("model.").items()}},
-        (named("net."), {"lr": 0.1}),
-    ],
-    ids=range(13),
-)  # fmt: skip
-def test_weights_are_found_behind_any_prefix_and_the_running_average_is_preferred(
-    content: dict[str, object], tmp_path: Path
-) -> None:
-    torch.save(content, tmp_path / "w.pth")
-    (tmp_path / "w.pkl").write_bytes(pickle.dumps(content))
-    for file in ("w.pth", "w.pkl"):
-        network = Tiny()
-        fill_from(network, tmp_path / file)
-        for name, tensor in seeded_tiny(1).state_dict().items():
-            assert torch.allclose(network.state_dict()[name], tensor, atol=1e-3)
-
-
-def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
-    path = tmp_path / "w.pth"
-    for content, words in (
-        ({"other": torch.ones(1)}, "none of the network's tensors"),
-        (named("model.") | {"model.att.weight": torch.ones(1)}, "that the network lacks: att.weight"),
-        ({name: named("")[name] for name in ("first.weight", "first.bias")}, "lacks the tensor second.weight"),
-        ({"epoch": 1}, "no tensors by name"),
-    ):
-        torch.save(content, path)
-        with pytest.raises(BadCheckpoint, match=words):
-            fill_from(Tiny(), path)
-
-
 # -- what is said of pictures ---------------------------------------------------------------------
 
 
@@ -510,15 +460,6 @@ def test_how_many_classes_there_are_is_no_name_of_any(tmp_path: Path) -> None:
         "road", "sky", "car",
     ]  # fmt: skip
     assert classes_of(None, {"classes": 3}, 3)[1]
-
-
-def test_the_weights_of_a_network_within_a_wrapper_are_found(tmp_path: Path) -> None:
-    torch.save({"state_dict": named("")}, tmp_path / "w.pth")
-    inner = seeded_tiny()
-    for weight in inner.parameters():
-        weight.data.zero_()
-    fill_from(nn.Sequential(inner), tmp_path / "w.pth")
-    assert all(torch.equal(tensor, named("")[name]) for name, tensor in inner.state_dict().items())
 
 
 class Restless(nn.Module):

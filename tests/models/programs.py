@@ -48,6 +48,11 @@ def seeded_tiny(seed: int = 0, **options: object) -> nn.Module:
     return network
 
 
+def named(prefix: str, seed: int = 1) -> dict[str, Tensor]:
+    """Its tensors, with something before their names."""
+    return {f"{prefix}{name}": tensor for name, tensor in seeded_tiny(seed).state_dict().items()}
+
+
 def program(form: str, network: nn.Module, *, channels: int = 3, axes: tuple[int, ...] = (0, 2, 3)) -> bytes:
     """Export a network. axes: which of the picture's are free."""
     example, buffer = torch.randn(2, channels, 32, 48), io.BytesIO()
