@@ -228,7 +228,8 @@ def _read_out(
         _store(out, planes + 5, at, tl.where(entropy > expected, entropy - expected, 0.0), real)
         for extra in range(1, C - K):
             _store(out, planes + 6 + extra, at, tl.load(here + (K + extra) * W, mask=real, other=0.0), real)
-        own = tl.load(here + tl.maximum(channel, 0) * W, mask=real & (channel >= 0), other=0.0)
+        own = tl.load(here + tl.maximum(channel, 0) * W, mask=real, other=0.0)
+        own = tl.where(channel < 0, 0.0, own)
         _add_sums(out, planes + 6 + C - K, row, tensors + voids * 4, at, real, 1.0 - confidence, entropy, own)
 
 

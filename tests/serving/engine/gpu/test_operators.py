@@ -453,28 +453,27 @@ def test_the_sums_of_rows_are_of_what_was_measured_in_any_tile_and_order(
 # --- both in one pass
 
 
-@pytest.mark.skipif(INTERPRETED, reason="it is for the CPU alone, and Triton rounds otherwise")
 @pytest.mark.parametrize("num_classes", CLASSES)
 @pytest.mark.parametrize("nats", [math.inf, 0.4])
 @pytest.mark.parametrize("leave", [(), (2, 3, 5), (1, 2, 3, 4, 5, 6, 7, 8)], ids=["all", "no entropy", "labels"])
 def test_an_only_sample_is_answered_with_the_bytes_of_its_moments(
     rng: np.random.Generator, num_classes: int, nats: float, leave: tuple[int, ...]
 ) -> None:
-    """A picture of 9 x 301 in the middle of its window, in parts void; by either map of novelty."""
+    """A picture of 9 x 301 in the middle of its window, in parts void; by either map of novelty, on a CPU alone."""
+    form = plain if kernels.COMPILED is None else kernels
     logits, extras = floats(rng, num_classes, 5, 40, scale=4), floats(rng, 2, 14, 310)
     void = torch.from_numpy((rng.random((9, 301)) < 0.3).view(np.uint8))
     only = plain.OnlySample(logits, extras, (14, 310), (3, 2), 301, True, 1.3)
-    stats = accumulated(logits[None, None], (14, 310), Readout(temperature=1.3), extras=2)
+    stats = torch.empty(1, 14, num_classes + 3, 310)
+    form.accumulate(logits[None, None], stats, True, True, 1.3, False)
     stats[0, :, num_classes + 1 :] = extras.transpose(0, 1)
     canvas = stats[0, 3:12, :, 2:303].contiguous()
     offsets = layout(9, 301, num_classes, 2, start=216, leave=leave)
     segment, above = [0, 0, 9, *offsets, 0, 0], [nats] * num_classes
     for channel in (-1, num_classes + 2):
         expected, out = (torch.zeros(150_000 + 12_000 * num_classes, dtype=torch.uint8) for _ in range(2))
-        operators.read_out(
-            [canvas], expected, segment, above, num_classes=num_classes, softmax=False, voids=[void], channel=channel
-        )
-        (plain if kernels.COMPILED is None else kernels).answer(only, out, segment, above, [void], channel)
+        form.read_out([canvas], [void], expected, segment, above, num_classes, False, channel)
+        form.answer(only, out, segment, above, [void], channel)
         assert torch.equal(out[216:], expected[216:])
         ours, theirs = (x[:216].numpy().view(np.int64).reshape(9, 3) for x in (out, expected))
         assert np.array_equal(ours[:, ::2], theirs[:, ::2])
