@@ -50,8 +50,8 @@ TURNS = 3
 """How often the best of each candidate are measured at last, in turns: what disturbs one disturbs the others."""
 SPARE = 0.05
 """Share of the time that is left for ending: a batch at work, the files, the table."""
-AGAIN_S = 5.0
-"""Seconds after which the end of the time is said once more, should a library have swallowed it."""
+AGAIN_S = 1.0
+"""Seconds after which the end of the time is said once more, should a library or a finaliser have swallowed it."""
 DRAWN = "drawn windows"
 """What the gate is held on where nobody gives it pictures."""
 Setting = tuple[Candidate, Sizes | None]
@@ -108,8 +108,10 @@ def tune_artifact(name: str, store: Path, options: TuneOptions, say: Say = print
     options = replace(options, checkpoint=find_checkpoint(card, options.checkpoint))
     with drafted(store / name) as drafts:
         tuner = Tuner(source, drafts, options, say)
-        with until(options.ends - SPARE * (options.ends - time.perf_counter())):
-            tuner.search()
+        left_s = options.ends - time.perf_counter()
+        with until(options.ends - SPARE * left_s):
+            if left_s > 0:
+                tuner.search()
         return tuner.conclude()
 
 
@@ -137,7 +139,7 @@ def until(ends: float) -> Iterator[None]:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, max(ends - time.perf_counter(), 1e-3), AGAIN_S)
+    signal.setitimer(signal.ITIMER_REAL, max(ends - time.perf_counter(), AGAIN_S), AGAIN_S)
     try:
         yield
     except KeyboardInterrupt:
@@ -243,7 +245,7 @@ class Tuner:
         """Measure all settings, keep the better half, and so on, for the longer the fewer there are."""
         least_s, most_s = self._options.seconds
         for num_before in itertools.count():
-            if len(settings) == 1:
+            if len(settings) <= 1:
                 break
             left_s = self._options.ends - time.perf_counter()
             seconds = left_s / len(settings) / (math.ceil(math.log2(len(settings))) + 1)
