@@ -66,16 +66,17 @@ class Quantiser:
         windows = zip(torch.split(windows_BChw, 1), strict=True)
         calls = {"encode": windows, "decode": _decodes(network, card, windows_BChw)}
         self._graphs = {part: _read(draft / f"{part}.onnx") for part in calls}
-        self._nodes = {
-            f"{part} {name}": (part, node) for part, graph in self._graphs.items() for name, node in _layers(graph)
-        }
+        self._nodes = dict[str, list[tuple[str, str]]]()  # of a layer that is used twice there are two
+        for part, graph in self._graphs.items():
+            for name, node in _layers(graph):
+                self._nodes.setdefault(f"{part} {name}", []).append((part, node))
         self._ranges = {part: _ranges(graph, calls[part]) for part, graph in self._graphs.items()}
         self.layers = list(self._nodes)
 
     def write(self, layers: Collection[str]) -> None:
         """Write the draft's graphs anew, with these layers in int8 and all others as they were."""
         for part, model in self._graphs.items():
-            nodes = [node for where, node in map(self._nodes.__getitem__, layers) if where == part]
+            nodes = [node for layer in layers for where, node in self._nodes[layer] if where == part]
             if nodes:  # none would be taken for all
                 by_channel, seven_bits, types = True, False, (QuantType.QInt8, QuantType.QUInt8)
                 quantizer = QDQQuantizer(

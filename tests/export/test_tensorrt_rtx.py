@@ -26,7 +26,8 @@ pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install 'pen
 
 from benchmarks.methods import NETWORKS
 from penumbra.export import tensorrt_rtx as rtx
-from penumbra.export.bundle import _measure, _measure_in, ask, export_network
+from penumbra.export.bundle import _measure, _measure_in, export_network
+from penumbra.export.golden import ask
 from penumbra.export.onnx import to_onnx
 from penumbra.export.parity import check_parity
 from penumbra.export.parts import Part, cut, is_open
