@@ -4,6 +4,7 @@ A model that is out is served all the same: its card, its speed and its sizes of
 wait in the queue, where the first of them has its graphs brought back from its artifact.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from penumbra.serving.engine.allocator import give_memory_back
 from penumbra.serving.engine.request import QueuedRequest
 from penumbra.serving.engine.runtime import Runtime
 
+log = logging.getLogger("penumbra")
 STAY, NEVER = 4, float("inf")
 """Times as long as its load took a model that has work stays, whoever waits: where more models are asked for than there
 is room for, most of the time is for running them."""
@@ -135,6 +137,9 @@ class Residency:
                 self._load(coming, self._stays[coming].directory)
         except PenumbraError as error:
             why = str(error)
+        except Exception as error:  # a device's, a full memory: the next model may come all the same
+            log.error("%s did not come back to memory", coming.card.name if coming else "a model", exc_info=error)
+            why = "the model could not be loaded again; the server's log says why"
         with self.condition:
             self._is_swapping, self._leaving, now = False, [], time.perf_counter()
             if coming and not why:

@@ -174,14 +174,21 @@ def test_a_model_that_has_work_stays_for_some_time_whoever_waits() -> None:
         assert loads == {out: 1} and len(stays.batches) == 30
 
 
-def test_a_load_that_fails_ends_the_requests_that_wait_for_it_and_no_other() -> None:
+@pytest.mark.parametrize("error", [NotReady("it is broken"), RuntimeError("device lost")], ids=lambda error: str(error))
+def test_a_load_that_fails_ends_the_requests_that_wait_for_it_and_no_other(error: Exception) -> None:
     def fail() -> None:
-        raise NotReady("it is broken")
+        raise error
 
+    said = (
+        "it is broken"
+        if isinstance(error, NotReady)
+        else "the model could not be loaded again; the server's log says why"
+    )
     out, other = models(2)
     with served([out, other], room=1, before=fail) as (scheduler, _), ThreadPoolExecutor(2) as threads:
         wait_until_out(out)
-        assert [str(one) for one in threads.map(lambda _: ask(scheduler, out, 5), range(2))] == ["it is broken"] * 2
+        for _ in range(2):  # the exchange that failed is over
+            assert [str(one) for one in threads.map(lambda _: ask(scheduler, out, 5), range(2))] == [said] * 2
 
 
 # -- the same with artifacts -----------------------------------------------------------------------
