@@ -23,6 +23,7 @@ import numpy as np
 from bentoml._internal.container import BentoMLContainer
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
 
 from penumbra.models.errors import BadImage, BadOption, PenumbraError
 from penumbra.serving.http.admission import AccessLog, Guard, Timeout, refusal
@@ -58,6 +59,8 @@ APP = Starlette()
 APP.state.is_loaded = False
 TRACING = {"sample_rate": 0.0} | ({} if SETTINGS.otlp_endpoint else {"excluded_urls": ".*"})
 """BentoML's spans, of which ours are children. Where nobody collects them, each would be made and thrown away."""
+ANYTHING = {name: ["*"] for name in ("allow_methods", "allow_headers", "expose_headers")}
+"""What a page of a named origin may send and read; there are no cookies."""
 TYPED = "The same as arrays in JSON, for bentoml.SyncHTTPClient."
 """What the OpenAPI document says of the typed route."""
 
@@ -236,6 +239,10 @@ if workers != 1:  # they would share a device, and each /metrics page would tell
 bentomls.TimeoutMiddleware = lambda app, timeout: AccessLog(Timeout(app, timeout))
 set_up_logs(SETTINGS.log_format, framework="bentoml")
 bound_heads(SETTINGS.limit_head_bytes)
+if SETTINGS.cors_origins:
+    Penumbra.add_asgi_middleware(  # type: ignore[attr-defined]
+        CORSMiddleware, allow_origins=SETTINGS.cors_origins.split(), **ANYTHING
+    )
 Penumbra.add_asgi_middleware(  # type: ignore[attr-defined]
     Guard, routes=APP, telemetry=TELEMETRY, keys=KEYS, settings=SETTINGS, bodies=BODIES
 )

@@ -47,8 +47,8 @@ class Settings(BaseSettings):
 
     A 0 lets threads, lanes and the sizes of batches be found at the start, and switches watch_store_s, target_ms,
     cache_mb and model_mb off. Where a text is empty, there is no gRPC (grpc_address), CUDA is taken if there is one
-    (device), no trace is sent (otlp_endpoint), and everybody may ask (api_keys); without trusted_keys_file any artifact
-    is taken.
+    (device), no trace is sent (otlp_endpoint), no page of another origin may ask (cors_origins), and everybody else may
+    (api_keys); without trusted_keys_file any artifact is taken.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
@@ -89,6 +89,12 @@ class Settings(BaseSettings):
     timeout_s: float = Field(300.0, gt=0, le=LONGEST_S)
     predrain_s: float = Field(2.0, ge=0, le=LONGEST_S)
     otlp_endpoint: str = ""
+    cors_origins: Annotated[
+        str,
+        _fitting(
+            r"\*|(https?://[^\s/]+( +|$))*", "origins as https://app.example with spaces between, or *, are wanted"
+        ),
+    ] = ""
     api_keys: SecretStr = SecretStr("")
     api_keys_file: Path | None = None
     trusted_keys_file: Path | None = None

@@ -135,11 +135,9 @@ class Guard:
                 f"the request's line and headers have {size:,} bytes and the limit is "
                 f"{self._settings.limit_head_bytes:,}; send long options as form fields"
             )
-        headers = Headers(scope=scope)
-        if scope["method"] != "OPTIONS" or "access-control-request-method" not in headers:  # which browsers send bare
-            key = self._keys.check_path(path, headers.get("authorization", ""))
-            if request := CURRENT.get():
-                request.key = key
+        key = self._keys.check_path(path, Headers(scope=scope).get("authorization", ""))
+        if request := CURRENT.get():
+            request.key = key
         if self._routes.state.is_loaded:
             return self._app if BENTO_PATHS.get(path) == scope["method"] else self._routes
         if scope["method"] in ("GET", "HEAD"):

@@ -44,7 +44,7 @@ def until(condition: Callable[[], object], *, bound_s: float = START_S) -> None:
 
 @contextmanager
 def serving(store: Path, directory: Path, **settings: object) -> Iterator[Server]:
-    """A ready server. settings: PENUMBRA_* and BENTOML_* variables by name; sizes of batches are `FIXED`."""
+    """A ready server over a store. settings: PENUMBRA_* variables by name; sizes of batches are `FIXED`."""
     with starting(store, directory, **settings) as server:
         until(lambda: server.process.poll() is not None or _is_ready(server))
         assert server.process.poll() is None, f"the server ended:\n{server.log.read_text()}"
@@ -57,10 +57,7 @@ def starting(store: Path, directory: Path, **settings: object) -> Iterator[Serve
     port, grpc_port = free_ports(2)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PENUMBRA_", "BENTOML_"))}
     environment |= {"HOME": str(directory), "TMPDIR": str(directory), "PENUMBRA_THREADS": "1"}
-    environment |= {
-        (name if name.startswith("bentoml_") else f"penumbra_{name}").upper(): str(value)
-        for name, value in (FIXED | settings).items()
-    }
+    environment |= {f"PENUMBRA_{name.upper()}": str(value) for name, value in (FIXED | settings).items()}
     command = [sys.executable, "-m", "penumbra", "serve", "--store", str(store)]
     command += ["--port", str(port), "--grpc-port", str(grpc_port)]
     log = directory / "server.log"
