@@ -88,7 +88,7 @@ class Residency:
 
     def add(self, runtime: Runtime, directory: Path, *, load_s: float) -> None:
         """Note a model that was loaded. Raises OSError where its files have gone."""
-        num_bytes = sum(path.stat().st_size for path in directory.iterdir())
+        num_bytes = sum(path.stat().st_size for path in directory.glob("*"))
         with self.condition:
             self._stays[runtime] = Stay(directory, num_bytes, load_s, time.perf_counter())
 
