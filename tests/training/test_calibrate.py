@@ -409,7 +409,7 @@ def test_the_command_writes_the_next_version_and_says_what_it_found(tmp_path: Pa
     code, stdout, stderr = run(*common, "--risks", "0.3")
     assert "tell no novelty" not in stderr
     assert "PENUMBRA_WATCH_STORE_S" in stderr and "/v2/repository/models/toy-latent/load" in stderr
-    assert code == 0 and "temperature" in stdout and "toy-latent/3" in stdout.replace("\n", "")
+    assert code == 0 and "temperature" in stdout and "toy-latent/3" in "".join(stdout.split())
     code, _, _ = run(*common, "--risks", "0.3", "--views", "flip")
     assert code == 0 and artifact_card(tmp_path / "toy-latent" / "4").views == "flip"
     code, _, stderr = run(*common, "--risks", "low")
