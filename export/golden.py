@@ -74,12 +74,14 @@ def windows_of(pictures: Sequence[Path], card: Card, count: int = GOLDEN_WINDOWS
         path = pictures[i * (len(pictures) - 1) // (count - 1)]
         image = open_image(path, Limits(), Reading(card.input)).load()
         plan = cover(*image.shape[:2], card.window)
-        window = list(plan)[i * (plan.num_windows - 1) // (count - 1)]
-        if (window.height, window.width) != (card.window.height, card.window.width):
+        size = (card.window.height, card.window.width)
+        whole = [one for one in plan if (one.height, one.width) == size]
+        if not whole:
             raise BadOption(
                 f"{path} is {image.shape[1]}x{image.shape[0]}; golden windows of {card.name} are cut from pictures of "
                 f"{card.window.width}x{card.window.height} or more"
             )
+        window = whole[i * (len(whole) - 1) // (count - 1)]
         windows.append(cut(image, window, plan, spec=card.window, norm=card.input).transpose(2, 0, 1))
     return torch.from_numpy(np.stack(windows))
 

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from penumbra.export.golden import golden_prompt
 from penumbra.export.onnx import anonymous
+from penumbra.export.onnx_program import inputs_of
 from penumbra.export.parity import check_parity, strain
 from penumbra.models.card import Card, Parity
 from penumbra.models.contract import Network
@@ -102,7 +103,10 @@ class Quantiser:
 
         def strain_of(layers: Collection[str]) -> float:
             self.write(layers)
-            return strain(quickly(), self._card)
+            try:
+                return strain(quickly(), self._card)
+            except ParityFailed:  # not finite
+                return float("inf")
 
         if not self.layers:
             raise BadOption(f"{self._card.name} has no convolution and no product of constant weights to be in int8")
@@ -167,7 +171,7 @@ class _Calls(CalibrationDataReader):  # type: ignore[misc]
     """Calls of a graph, as onnxruntime's tools take them."""
 
     def __init__(self, model: onnx.ModelProto, calls: Iterable[tuple[Any, ...]]) -> None:
-        self._names, self._calls = [entry.name for entry in model.graph.input], iter(calls)
+        self._names, self._calls = [entry.name for entry in inputs_of(model.graph)], iter(calls)
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         call = next(self._calls, None)

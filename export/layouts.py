@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from penumbra.export.pickles import is_whole
 from penumbra.models import methods
 from penumbra.models.checkpoint import COUNTER, few
 from penumbra.models.contract import Method
@@ -141,7 +142,7 @@ def _plain(value: Any, name: str, *, where: str) -> Tensor:
         and value.layout == torch.strided
         and value.device.type == "cpu"
         and not (value.is_quantized or value.is_complex())
-        and value.nbytes <= value.untyped_storage().nbytes()
+        and is_whole(value)
     )
     if not plain:
         raise BadCheckpoint(f"{where}: {name} is no plain tensor of numbers")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor
 
 from penumbra.models.errors import BadCheckpoint, first_line
 
@@ -120,9 +121,20 @@ REBUILT: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": OrderedDict,
     "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
     "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
-    "torch.storage._load_from_bytes": lambda file: torch.load(io.BytesIO(file), map_location="cpu", weights_only=True),
+    "torch.storage._load_from_bytes": lambda file: _read_storage(file),
 }
 """What a plain pickle may call: it makes tensors, whose storages are files of torch.save in it, and containers."""
+
+
+def _read_storage(file: bytes) -> Any:
+    if file.startswith(ZIP_START):  # torch writes these as streams; an archive could unpack to any size
+        raise BadCheckpoint("holds an archive where torch writes a storage; nothing of it was unpacked")
+    return torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)
+
+
+def is_whole(tensor: Tensor) -> bool:
+    """Tell whether a file holds all numbers of a tensor: where some stand for many, it could be of any size."""
+    return tensor.layout != torch.strided or tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 class _Weights(pickle.Unpickler):

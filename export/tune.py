@@ -221,6 +221,9 @@ class Tuner:
             self._try(
                 candidate, list(dict.fromkeys(most._replace(windows_per_batch=1, lanes=n) for n in (most.lanes, 1)))
             )
+        except KeyboardInterrupt:  # what is measured by half is not compared
+            candidate.settings.clear()
+            raise
         except Exception as error:  # whatever an exporter or a graph raises, it is this candidate that is refused
             candidate.refused = reason_of(error).removeprefix(f"{card.name} does not reproduce its checkpoint: ")
             candidate.settings.clear()
@@ -298,7 +301,11 @@ class Tuner:
         measured = [setting for setting in self._alive if self._measured(setting)]
         if not measured:
             reasons = [f"{candidate} {candidate.refused}" for candidate in self._candidates if candidate.refused]
-            raise BadOption("; ".join(["nothing could be measured in this time; give it more --minutes", *reasons]))
+            untried = len(reasons) < len(self._candidates)
+            why = (
+                "nothing could be measured in this time; give it more --minutes" if untried else "nothing can be served"
+            )
+            raise BadOption("; ".join([why, *reasons]))
         best = max(measured, key=self._speed_of)
         if not self._speed_of(best).windows_per_s:
             raise BadOption(f"nothing answers within {self._options.load.target_ms:g} ms here; raise --target-ms")
@@ -315,6 +322,9 @@ class Tuner:
         """Write the fastest as the next version. Raises BadOption where there is none."""
         load, card, store = self._options.load, self._card, self._source.parents[1]
         best = self._best()
+        for candidate in self._candidates:
+            if not candidate.settings and not candidate.refused:
+                candidate.refused = "was not tried, since the search was ended"
         proved = [candidate for candidate in (self._now, *self._candidates) if candidate.settings]
         rows = [self._row(best if best[0] is candidate else self._best_of(candidate)) for candidate in proved]
         chosen = rows[proved.index(best[0])]
@@ -325,6 +335,9 @@ class Tuner:
             name_hardware(self._device), self._threads, *chosen.sizes, load.kind, load.target_ms,
             chosen.windows_per_s, chosen.p95_ms, chosen.memory_mb, self._gate, over,
         )  # fmt: skip
+        newest = artifact_card(find_artifact(store, card.name))  # which may have been calibrated meanwhile
+        if newest.export and newest.export.checkpoint == best[0].facts.checkpoint:
+            card = newest
         card = replace(card, version=next_version(store, card.name), export=replace(best[0].facts, tuned=tuned))
         directory = store / card.name / str(card.version)
         write_version(best[0].directory, directory, card)
@@ -343,7 +356,8 @@ class Tuner:
 
 def few(items: Sequence[Any]) -> list[Any]:
     """Take a few, from the first to the last."""
-    return [*items[:: -(-len(items) // FEW) or 1]]
+    number = min(len(items), FEW)
+    return [items[i * (len(items) - 1) // max(number - 1, 1)] for i in range(number)]
 
 
 def remeasure(directory: Path, seconds: float = 3.0) -> Speed | None:

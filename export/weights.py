@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from penumbra.export.pickles import read_torch_file
+from penumbra.export.pickles import is_whole, read_torch_file
 from penumbra.models.checkpoint import COUNTER, SUFFIX, few, fill_network
 from penumbra.models.errors import BadCheckpoint
 
@@ -67,8 +67,10 @@ def fill_from(network: nn.Module, path: Path) -> tuple[tuple[str, ...], tuple[st
 
 
 def _walk(content: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of nested dictionaries and lists with their places; floats become float32."""
+    """Yield the tensors of nested dictionaries and lists with their places, floats as float32. Raises BadCheckpoint."""
     if isinstance(content, Tensor):
+        if not is_whole(content):
+            raise BadCheckpoint(f"{place[:-1]} has more numbers than the file holds; save a copy of it (.contiguous())")
         yield place[:-1], content.float() if content.is_floating_point() else content
     elif isinstance(content, Mapping | list | tuple) and depth < NESTING:
         for name, value in content.items() if isinstance(content, Mapping) else enumerate(content):

@@ -191,21 +191,21 @@ class Gateway:
         started, limits = time.perf_counter(), self.segmenter.limits
         plans: list[RequestPlan] = []
 
-        def admit(height: int, width: int) -> None:
-            plans.append(plan_request(task.runtime, task.options, height, width, limits=limits))
-            take(plans[0].num_bytes(self.segmenter.cores.lanes))
+        def admit(height: int, width: int, metres: float = 0) -> None:
+            plans.append(plan_request(task.runtime, task.options, height, width, limits=limits, metres=metres))
+            taken, needed = (plan.num_bytes(self.segmenter.cores.lanes) for plan in (plans[0], plans[-1]))
+            take(needed if len(plans) == 1 else max(0, needed - taken))
 
         if array:
             admit(array.shape[0], array.shape[1])
         image = array or open_image(cast(bytes, task.image), limits, task.reading, admit=admit).load()
         if task.runtime.card.input.resolution.kind == "gsd":  # only the whole header says where it lies
-            metres = metres_of(image, task.runtime.card)
-            plans = [plan_request(task.runtime, task.options, *image.shape[:2], limits=limits, metres=metres)]
+            admit(*image.shape[:2], metres_of(image, task.runtime.card))
         task.request.size = image.shape[:2]
         task.check()
         before_ms = dict(task.request.timing_ms) | {"decode": 1e3 * (time.perf_counter() - started)}
         queued = QueuedRequest(
-            self.segmenter.scheduler, plans[0], image, cancelled=task.cancelled, deadline=task.deadline
+            self.segmenter.scheduler, plans[-1], image, cancelled=task.cancelled, deadline=task.deadline
         )  # fmt: skip
         prediction = collect(queued)
         return replace(prediction, timing_ms=before_ms | prediction.timing_ms)

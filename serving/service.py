@@ -24,6 +24,7 @@ from bentoml._internal.container import BentoMLContainer
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from penumbra.models.errors import BadImage, BadOption, PenumbraError
 from penumbra.serving.http.admission import AccessLog, Guard, Timeout, refusal
@@ -59,8 +60,6 @@ APP = Starlette()
 APP.state.is_loaded = False
 TRACING = {"sample_rate": 0.0} | ({} if SETTINGS.otlp_endpoint else {"excluded_urls": ".*"})
 """BentoML's spans, of which ours are children. Where nobody collects them, each would be made and thrown away."""
-ANYTHING = {name: ["*"] for name in ("allow_methods", "allow_headers", "expose_headers")}
-"""What a page of a named origin may send and read; there are no cookies."""
 TYPED = "The same as arrays in JSON, for bentoml.SyncHTTPClient."
 """What the OpenAPI document says of the typed route."""
 
@@ -231,18 +230,22 @@ def _as_lists(prediction: Any) -> PredictAnswer:
     )
 
 
+def shared(app: ASGIApp) -> ASGIApp:
+    """Let pages of the named origins ask an application, send whatever they like, and read all of its answers."""
+    origins, all_of = SETTINGS.cors_origins.split(), ["*"]
+    if not origins:
+        return app
+    return CORSMiddleware(app, origins, allow_methods=all_of, allow_headers=all_of, expose_headers=all_of)
+
+
 if SETTINGS.otlp_endpoint:
     BentoMLContainer.tracer_provider.set(tracer_provider())
 workers = BentoMLContainer.config.get().get("services", {}).get("penumbra", {}).get("workers", 1)
 if workers != 1:  # they would share a device, and each /metrics page would tell of one of them
     raise BadOption(f"workers is {workers!r}; a server is one worker, so start one server for each device")
-bentomls.TimeoutMiddleware = lambda app, timeout: AccessLog(Timeout(app, timeout))
+bentomls.TimeoutMiddleware = lambda app, timeout: AccessLog(shared(Timeout(app, timeout)))
 set_up_logs(SETTINGS.log_format, framework="bentoml")
 bound_heads(SETTINGS.limit_head_bytes)
-if SETTINGS.cors_origins:
-    Penumbra.add_asgi_middleware(  # type: ignore[attr-defined]
-        CORSMiddleware, allow_origins=SETTINGS.cors_origins.split(), **ANYTHING
-    )
 Penumbra.add_asgi_middleware(  # type: ignore[attr-defined]
     Guard, routes=APP, telemetry=TELEMETRY, keys=KEYS, settings=SETTINGS, bodies=BODIES
 )

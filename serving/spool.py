@@ -159,4 +159,4 @@ def disk() -> Iterator[None]:
 
 def spool_bytes(height: int, width: int, options: SegmentOptions, card: Card) -> int:
     """Count the bytes of disk that an answer's arrays take."""
-    return height * (width * (1 + 4 * len(options.maps(card))) + 16)
+    return height * (width * (1 + 4 * len(options.maps(card))) + 8 * NUM_SUMS)

@@ -64,13 +64,16 @@ class RequestPlan:
 
     def num_bytes(self, lanes: int) -> int:
         """Predict the memory that the request takes beside its body: the picture, the answer, the canvas, and windows
-        that wait to be stitched. Samples take none of their own, for they are added up as they come."""
+        that wait to be stitched, of which a single one is the canvas. Samples take none of their own, for they are
+        added up as they come. Rows of an answer of another size are resized a band at a time, by way of two others."""
         windows, card = self.windows, self.card
         floats = len(self.options.maps(card)) + (card.num_classes if PROBABILITIES in self.options.outputs else 0)
         pixel_bytes = card.input.num_bands * np.dtype(card.input.dtype).itemsize + 1 + 4 * floats
         waiting = min(windows.num_windows, (lanes + 1) * self.runtime.windows_per_batch + 1)
-        stats = waiting * windows.window_height * windows.window_width + ring_height(windows, 1) * windows.width
-        return windows.size[0] * windows.size[1] * pixel_bytes + 4 * channels(card) * stats
+        canvas = ring_height(windows, 1) * windows.width if windows.num_windows > 1 else 0
+        stats = waiting * windows.window_height * windows.window_width + canvas
+        resized = 3 * _band_bytes(windows, card) if windows.answer else 0
+        return windows.size[0] * windows.size[1] * pixel_bytes + 4 * channels(card) * stats + resized
 
     @property
     def is_usual(self) -> bool:
@@ -159,13 +162,17 @@ def _check_windows(height: int, width: int, card: Card, options: SegmentOptions,
 
 def _check_band(windows: WindowPlan, card: Card) -> None:
     """Raise TooLarge where rows that are resized together would fill the memory."""
-    most = max(b - a for a, b in pairwise((*windows.starts_y, windows.height))) * windows.size[0] / windows.height
-    size = int(4 * most * windows.size[1] * (card.num_classes + 1 + len(card.extra_maps)))
+    size = _band_bytes(windows, card)
     if size > MOST_BAND_BYTES:
         raise TooLarge(
             f"the image is run at another scale, and a band of its answer at {windows.size[1]}x{windows.size[0]} px "
             f"takes {size:,} bytes; the limit is {MOST_BAND_BYTES:,}: send a smaller image or parts of it, or scale=1"
         )
+
+
+def _band_bytes(windows: WindowPlan, card: Card) -> int:
+    most = max(b - a for a, b in pairwise((*windows.starts_y, windows.height))) * windows.size[0] / windows.height
+    return int(4 * most * windows.size[1] * channels(card))
 
 
 def _check_probabilities(height: int, width: int, card: Card, *, limits: Limits) -> None:

@@ -253,8 +253,12 @@ class Runtime:
         """Load the graphs again, and run as before. Raises BadArtifact where the golden window is not reproduced."""
         self._golden = artifact.golden
         self._backend = load_backend(artifact.card, artifact.directory, self.device)
-        self.check_golden()
-        self._capture(tuning, self.golden_inputs())
+        try:
+            self.check_golden()
+            self._capture(tuning, self.golden_inputs())
+        except BaseException:
+            self.leave_memory()
+            raise
 
     @property
     def batch_sizes(self) -> list[int]:

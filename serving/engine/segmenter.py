@@ -157,7 +157,8 @@ class Segmenter:
             log.error("%s version %d cannot be loaded again", card.name, card.version, exc_info=error)
             if not is_out_of_memory(error):
                 self.unload(card.name, card.version)
-                self.refuse(directory, BadArtifact(f"{directory} cannot be loaded again: {first_words(error)}"))
+                why = first_words(error) if isinstance(error, BadArtifact) else "the server's log says more"
+                self.refuse(directory, BadArtifact(f"{directory} cannot be loaded again: {why}"))
             raise NotReady(
                 f"{card.name} version {card.version} left memory and cannot be loaded again; ask another replica"
             ) from None
@@ -187,8 +188,11 @@ class Segmenter:
 
     def is_tuned_here(self, card: Card) -> bool:
         """Tell whether a model was tuned, and on the processor and threads that it has here."""
-        tuned, here = card.tuned, (name_hardware(self._device), self.cores.threads)
-        return tuned is not None and (tuned.processor, tuned.threads) == here
+        tuned = card.tuned
+        return tuned is not None and (tuned.processor, tuned.threads) == (
+            name_hardware(self._device),
+            self.cores.threads,
+        )
 
     def unload(self, name: str, version: int | None = None) -> None:
         """Forget a model, or one version: requests that have it are still answered, and the last frees its memory."""

@@ -191,6 +191,19 @@ def test_a_name_behind_the_scanned_pickle_is_not_run(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+def test_an_archive_within_a_plain_pickle_is_not_unpacked(tmp_path: Path) -> None:
+    storage = io.BytesIO()
+    torch.save(torch.zeros(9), storage)  # an archive, which torch never writes there
+    path = tmp_path / "w.pkl"
+
+    class Nested:
+        def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, ...]]:
+            return torch.storage._load_from_bytes, (storage.getvalue(),)
+
+    path.write_bytes(pickle.dumps({"w": Nested()}))
+    refused(path, "archive", "nothing of it was unpacked")
+
+
 def test_a_whole_pickled_network_is_a_stand_in(tmp_path: Path) -> None:
     assert not isinstance(read_torch_file(saved(tmp_path / "a.pth", nn.Linear(2, 2))), (nn.Module, dict))
 

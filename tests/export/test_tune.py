@@ -17,9 +17,9 @@ from penumbra.export.bundle import export_checkpoint
 from penumbra.export.candidates import Row
 from penumbra.export.load import Load, Speed
 from penumbra.export.report import print_tuned
-from penumbra.export.tune import Outcome, TuneOptions, remeasure, tune_artifact
+from penumbra.export.tune import Outcome, TuneOptions, few, remeasure, tune_artifact
 from penumbra.export.zoo import ZOO
-from penumbra.models.card import Tuned
+from penumbra.models.card import Readout, Tuned
 from penumbra.models.checkpoint import save_checkpoint
 from penumbra.models.errors import BadOption
 from penumbra.models.toy.net import ToyConfig, ToyNetwork
@@ -106,6 +106,38 @@ def test_an_interruption_keeps_the_best_so_far(checkpoint: Path, store: Path) ->
     outcome = tune(checkpoint, store, interrupt)
     assert not outcome.is_complete and outcome.chosen.name.startswith("torchscript")
     assert open_artifact(outcome.directory).card.tuned == outcome.tuned
+
+
+def test_an_interruption_while_a_candidate_is_judged_leaves_it_out(checkpoint: Path, store: Path) -> None:
+    judged = []
+
+    def judge(_: Segmenter) -> dict[str, float]:
+        judged.append(1)
+        if len(judged) == 3:  # after that which is served and the first candidate
+            raise KeyboardInterrupt
+        return {"mIoU": 0.5}
+
+    where = {"checkpoint": checkpoint, "backends": ["torchscript"], "device": "cpu", "seconds": QUICK}
+    options = TuneOptions(time.perf_counter() + 300, Load(), judge=judge, **where)
+    outcome = tune_artifact(NAME, store, options, lambda line: None)
+    assert len(outcome.rows) == 2 and outcome.front and not outcome.is_complete
+    assert list(outcome.refused.values()) == ["was not tried, since the search was ended"] * 2
+
+
+def test_a_version_that_was_calibrated_meanwhile_is_what_is_written_anew(checkpoint: Path, store: Path) -> None:
+    def calibrate(line: str) -> None:
+        if line.startswith("torchscript fp32"):
+            artifact = open_artifact(store / NAME / "1")
+            card = dataclasses.replace(artifact.card, version=2, readout=Readout(temperature=1.5))
+            write_version(store / NAME / "1", store / NAME / "2", card)
+
+    outcome = tune(checkpoint, store, calibrate)
+    assert (outcome.directory.name, artifact_card(outcome.directory).readout.temperature) == ("3", 1.5)
+
+
+@pytest.mark.parametrize(("number", "taken"), [(1, [0]), (3, [0, 1, 2]), (11, [0, 1, 2, 4, 5, 7, 8, 10]), (0, [])])
+def test_a_few_are_as_many_as_there_are_up_to_eight_from_the_first_to_the_last(number: int, taken: list[int]) -> None:
+    assert few(range(number)) == taken
 
 
 def test_no_time_leaves_the_store_as_it_was(checkpoint: Path, store: Path) -> None:

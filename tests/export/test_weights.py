@@ -44,6 +44,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
         (named("model.") | {"model.att.weight": torch.ones(1)}, "that the network lacks: att.weight"),
         ({name: named("")[name] for name in ("first.weight", "first.bias")}, "lacks the tensor second.weight"),
         ({"epoch": 1}, "no tensors by name"),
+        ({"first.weight": torch.ones(1).expand(2**33)}, "first.weight has more numbers than the file holds"),
     ):
         torch.save(content, path)
         with pytest.raises(BadCheckpoint, match=words):
