@@ -6,9 +6,11 @@ that, each is tried alone, and those that take up most of what the gate allows a
 is not in int8 is in bf16 where the processor has it, else in float32.
 """
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -103,10 +105,9 @@ class Quantiser:
 
         def strain_of(layers: Collection[str]) -> float:
             self.write(layers)
-            try:
+            with suppress(ParityFailed):
                 return strain(quickly(), self._card)
-            except ParityFailed:  # not finite
-                return float("inf")
+            return math.inf  # what is not finite fails
 
         if not self.layers:
             raise BadOption(f"{self._card.name} has no convolution and no product of constant weights to be in int8")
