@@ -216,7 +216,8 @@ class Scheduler:
 
     def _take_call(self) -> Run:
         function, future = self._calls.pop(0)
-        return self._free, partial(_resolve, future, function)
+        cores = self._cores.least if function == self._swap else self._free  # models that are in memory go on
+        return cores, partial(_resolve, future, function)
 
     def _take(self) -> Run | None:
         """Make the next batch: of the request that is served next, and of others whose windows fit beside its own."""

@@ -121,6 +121,23 @@ def test_requests_that_come_together_wait_for_one_load() -> None:
         assert loads == {out: 1}
 
 
+def test_models_in_memory_answer_while_another_is_loaded() -> None:
+    engines, loading, go = models(3), threading.Event(), threading.Event()
+
+    def slow() -> None:
+        loading.set()
+        assert go.wait(WAIT_S)
+
+    with served(engines, room=2, before=slow, lanes=2) as (scheduler, _), ThreadPoolExecutor(1) as threads:
+        out = wait_until_out(engines[0])
+        waiting = threads.submit(ask, scheduler, out, 2)
+        assert loading.wait(WAIT_S)
+        (resident,) = [one for one in engines if one.is_there]  # the third one leaves for it
+        assert ask(scheduler, resident, 3) == 3 and not waiting.done()
+        go.set()
+        assert waiting.result(WAIT_S) == 2
+
+
 def test_a_request_waits_for_a_load_no_longer_than_its_deadline() -> None:
     engines, go = models(2), threading.Event()
 
