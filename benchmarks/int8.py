@@ -46,7 +46,7 @@ def accuracy(directory: Path, question: Question) -> dict[str, float]:
 
 
 def milliseconds(exact: Path, int8: Path | None, rounds: int) -> dict[str, float]:
-    """Of one window and of four, in every precision."""
+    """Measure one window and four at a time, in every precision."""
     card, _ = load_checkpoint(ZOO / f"{open_artifact(exact).card.name}.safetensors")
     graphs = {}
     for precision, directory in (("fp32", exact), ("bf16", exact), ("int8", int8)):
