@@ -12,11 +12,12 @@ from torch import Tensor
 
 from penumbra.models.card import Card, Sampling
 from penumbra.models.contract import Features, Network, Prompt
-from penumbra.models.errors import BadOption
+from penumbra.models.errors import BadImage, BadOption
 from penumbra.serving.engine.decode import open_image
 from penumbra.serving.engine.layout import Reading
 from penumbra.serving.engine.noise import SeededNoise
 from penumbra.serving.engine.options import Limits
+from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.store import Golden, Recorded
 from penumbra.serving.engine.windows import cover, cut
 
@@ -72,7 +73,7 @@ def windows_of(pictures: Sequence[Path], card: Card, count: int = GOLDEN_WINDOWS
     windows = []
     for i in range(count):
         path = pictures[i * (len(pictures) - 1) // (count - 1)]
-        image = open_image(path, Limits(), Reading(card.input)).load()
+        image = read_picture(path, card)
         plan = cover(*image.shape[:2], card.window)
         size = (card.window.height, card.window.width)
         whole = [one for one in plan if (one.height, one.width) == size]
@@ -84,6 +85,14 @@ def windows_of(pictures: Sequence[Path], card: Card, count: int = GOLDEN_WINDOWS
         window = whole[i * (len(whole) - 1) // (count - 1)]
         windows.append(cut(image, window, plan, spec=card.window, norm=card.input).transpose(2, 0, 1))
     return torch.from_numpy(np.stack(windows))
+
+
+def read_picture(path: Path, card: Card) -> Raster:
+    """Read a picture's pixels as a network takes them. Raises BadImage with the file's name, TooLarge."""
+    try:
+        return open_image(path, Limits(), Reading(card.input)).load()
+    except BadImage as error:
+        raise BadImage(f"{path}: {error}; take it out of the pictures") from None
 
 
 def golden_prompt(card: Card, image_B3hw: Tensor) -> Prompt:

@@ -23,6 +23,7 @@ from PIL import Image
 
 from penumbra.export.bundle import export_checkpoint
 from penumbra.export.candidates import Candidate, Row, Sizes, find_candidates, find_sizes
+from penumbra.export.golden import read_picture
 from penumbra.export.load import Answers, Load, Speed, ask
 from penumbra.export.parity import Frame
 from penumbra.export.zoo import ZOO
@@ -31,10 +32,7 @@ from penumbra.models.errors import BadOption, reason_of
 from penumbra.models.files import drafted
 from penumbra.serving.engine.allocator import resident_bytes
 from penumbra.serving.engine.backends import BACKENDS
-from penumbra.serving.engine.decode import open_image
 from penumbra.serving.engine.device import find_device, name_hardware
-from penumbra.serving.engine.layout import Reading
-from penumbra.serving.engine.options import Limits
 from penumbra.serving.engine.quota import num_cores
 from penumbra.serving.engine.raster import Pixels
 from penumbra.serving.engine.runtime import Tuning
@@ -163,9 +161,7 @@ class Tuner:
         self._all_sizes: list[Sizes] = []
         self._threads, self._is_complete = 1, False
         self._files = list(options.pictures) or self._save_frames()
-        self._pictures: list[Pixels] = [
-            open_image(path, Limits(), Reading(self._card.input)).load() for path in few(self._files)
-        ]
+        self._pictures: list[Pixels] = [read_picture(path, self._card) for path in few(self._files)]
         self._frames = few(options.frames)
         if options.pictures:
             self._frames += [(picture, None) for picture in self._pictures]

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from penumbra.export.golden import windows_of
-from penumbra.models.errors import BadOption
+from penumbra.models.errors import BadImage, BadOption
 from tests.conftest import picture, toy_card
 
 
@@ -20,6 +20,10 @@ def test_golden_windows_are_whole_ones_however_the_last_of_a_picture_lie(
     Image.fromarray(picture(rng, 71, 103)).save(path)
     Image.fromarray(picture(rng, 20, 103)).save(small)
     card = toy_card("pointwise")[0]
+    damaged = tmp_path / "c.png"
+    damaged.write_bytes(path.read_bytes()[:400])
+    with pytest.raises(BadImage, match=r"c\.png: .*; take it out of the pictures"):
+        windows_of([path, damaged], card)
     card = dataclasses.replace(card, window=dataclasses.replace(card.window, last=last))
     window = card.window
     windows_BChw = windows_of([path], card)
