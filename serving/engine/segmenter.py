@@ -144,7 +144,8 @@ class Segmenter:
         log.info("%s version %d is served; it was loaded in %.1f s", card.name, card.version, seconds)
 
     def _bring_back(self, runtime: Runtime, directory: Path) -> None:
-        """Load a model again from the artifact that it was. Raises NotReady, and refuses it unless memory is short."""
+        """Load a model again from the artifact that it was. Raises NotReady, and refuses the model unless that may
+        pass: memory is short, or the disk fails."""
         card, started = runtime.card, time.perf_counter()
         try:
             artifact = open_artifact(directory, trusted_keys=self._trusted_keys)
@@ -155,7 +156,9 @@ class Segmenter:
             self._note_loaded(card, time.perf_counter() - started)
         except Exception as error:  # whatever a graph raises
             log.error("%s version %d cannot be loaded again", card.name, card.version, exc_info=error)
-            if not is_out_of_memory(error):
+            fault = error.__context__
+            is_passing = isinstance(fault, OSError) and not isinstance(fault, FileNotFoundError)
+            if not (is_passing or is_out_of_memory(error)):
                 self.unload(card.name, card.version)
                 why = first_words(error) if isinstance(error, BadArtifact) else "the server's log says more"
                 self.refuse(directory, BadArtifact(f"{directory} cannot be loaded again: {why}"))

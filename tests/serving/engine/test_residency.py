@@ -1,5 +1,6 @@
 """Models that have room in memory for some of them: all are answered, and what is at work stays."""
 
+import errno
 import shutil
 import threading
 import time
@@ -274,3 +275,20 @@ def test_what_has_changed_on_the_disk_while_it_was_out_is_refused_and_others_go_
         with pytest.raises(UnknownModel):
             segmenter.find(MODELS[0])
         assert [segmenter.segment(image, SegmentOptions(name)).num_windows for name in MODELS[1:]] == [1, 1]
+
+
+def test_a_disk_that_fails_for_a_moment_takes_no_model_away(
+    store: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Path) -> str:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    image = picture(rng, 20, 30)
+    with opened(store) as segmenter:
+        until(lambda: segmenter.residency.resident[0] == 1)
+        with monkeypatch.context() as patch:
+            patch.setattr("penumbra.serving.engine.store.sha256_of", fail)
+            with pytest.raises(NotReady, match="cannot be loaded again"):
+                segmenter.segment(image, SegmentOptions(MODELS[0]))
+        assert not segmenter.refused
+        assert segmenter.segment(image, SegmentOptions(MODELS[0])).num_windows == 1, "and it is loaded when asked again"
