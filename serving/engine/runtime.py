@@ -263,7 +263,7 @@ class Runtime:
     @property
     def batch_sizes(self) -> list[int]:
         """List the numbers of windows that a batch can sensibly have: those whose moments are not too much memory."""
-        window, maps = self.card.window, self.card.num_classes + 1 + len(self.card.extra_maps)
+        window, maps = self.card.window, channels(self.card)
         if not window.height:  # images that are seen whole differ in size: what pays for one may not fit another
             return [1]
         window_bytes = 4 * window.height * window.width * maps
