@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from penumbra.models.card import Card
 from penumbra.models.errors import Cancelled, DeadlineExceeded, ModelFault, NotReady, PenumbraError, QueueFull
 from penumbra.serving.cache import AnswerCache, Key, key_of
-from penumbra.serving.engine.answer import Prediction, collect
+from penumbra.serving.engine.answer import Follow, Prediction, collect
 from penumbra.serving.engine.decode import check_array, open_image
 from penumbra.serving.engine.layout import Reading
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.plan import RequestPlan, plan_request, resolve
 from penumbra.serving.engine.raster import Raster
-from penumbra.serving.engine.request import Cancellation, QueuedRequest
+from penumbra.serving.engine.request import Cancellation, Progress, QueuedRequest
 from penumbra.serving.engine.runtime import Runtime
 from penumbra.serving.engine.scale import metres_of
 from penumbra.serving.engine.segmenter import Segmenter
@@ -37,7 +37,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Task(Generic[T]):
-    """A task is one request on its way through a request thread. deadline: a time of `time.perf_counter`."""
+    """A task is one request on its way through a request thread. deadline: a time of `time.perf_counter`. progress and
+    follow are called in that thread."""
 
     image: bytes | NDArray[Any]
     runtime: Runtime
@@ -45,6 +46,8 @@ class Task(Generic[T]):
     write: Callable[[Prediction], T]
     request: Request
     deadline: float
+    progress: Progress = lambda num_done, num_windows: None
+    follow: Follow = lambda band: None
     cancelled: Cancellation = field(default_factory=Cancellation)
 
     @property
@@ -101,12 +104,13 @@ class Gateway:
     async def answer(
         self, image: bytes | NDArray[Any], options: SegmentOptions, write: Callable[[Prediction], T], *,
         request: Request, gone: Callable[[], Awaitable[None]] | None = None,
+        progress: Progress = lambda num_done, num_windows: None, follow: Follow = lambda band: None,
     ) -> tuple[Prediction, T]:  # fmt: skip
         """Decode, segment and write one tracked request off the event loop.
 
         gone: returns when the caller has gone away. That or the deadline ends the request at once, whatever its thread
-        is at, and its place is free. Raises PenumbraError; any other failure is logged and becomes a ModelFault without
-        internals.
+        is at, and its place is free. progress, follow: called in that thread as the answer grows. Raises PenumbraError;
+        any other failure is logged and becomes a ModelFault without internals.
         """
         self.check_admission()
         request.started = time.perf_counter()
@@ -116,7 +120,8 @@ class Gateway:
             request.model = runtime.card.name
             options = resolve(options, runtime.card, self.segmenter.limits)
             within_s = min(self._timeout_s, (options.deadline_ms or math.inf) / 1e3)
-            task = Task(image, runtime, options, write, request, request.arrived + within_s)
+            deadline = request.arrived + within_s
+            task = Task(image, runtime, options, write, request, deadline, progress, follow)
             return await self._run(task, gone)
         except PenumbraError:
             raise
@@ -207,7 +212,7 @@ class Gateway:
         queued = QueuedRequest(
             self.segmenter.scheduler, plans[-1], image, cancelled=task.cancelled, deadline=task.deadline
         )  # fmt: skip
-        prediction = collect(queued)
+        prediction = collect(queued, progress=task.progress, follow=task.follow)
         return replace(prediction, timing_ms=before_ms | prediction.timing_ms)
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """From bands to one answer."""
 
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -15,6 +16,10 @@ from penumbra.serving.engine.plain import NUM_SUMS
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.request import Progress, QueuedRequest
 from penumbra.serving.engine.scores import Scores, score, warn_of_strangeness
+from penumbra.serving.engine.uncertainty import Band
+
+Follow = Callable[[Band], object]
+"""It is told of every band as it is finished; one that begins above the last one makes those before void."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +91,7 @@ class Prediction:
 def collect(
     request: QueuedRequest, labels_HW: NDArray[np.uint8] | None = None, maps: dict[str, FloatArray] | None = None,
     sums_H3: NDArray[np.int64] | None = None, *, progress: Progress = lambda num_done, num_windows: None,
+    follow: Follow = lambda band: None,
 ) -> Prediction:  # fmt: skip
     """Run a request to its end, and set the rows of labels, maps and sums band by band, by default in memory.
 
@@ -107,6 +113,7 @@ def collect(
                 prob_KHW[:, rows] = band.prob_hKW.swapaxes(0, 1)
             sums_H3[rows] = band.sums_h3
             labels_HW[rows] = band.labels  # last: whoever goes on after a stop counts these
+            follow(band)
     num_void, abstained = _count_ignored(labels_HW, request)
     scores = score(
         card, sums_H3[:], size[0] * size[1] - num_void, num_samples=request.num_samples, is_usual=plan.is_usual

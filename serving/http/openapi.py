@@ -5,6 +5,7 @@ from typing import Any
 
 from penumbra.serving.engine.options import OPTIONS
 from penumbra.serving.http import openapi_v2 as oip_openapi
+from penumbra.serving.http.stream import LINES
 from penumbra.serving.http.upload import RAW
 from penumbra.serving.render import WRITERS
 
@@ -30,10 +31,12 @@ SCORED = {"type": "object", "properties": {"scores": {
     },
 }}}  # fmt: skip
 BYTES = {"schema": {"type": "string", "format": "binary"}}
-ANSWER = {"description": "The answer", "headers": HEADERS, "content": dict.fromkeys(WRITERS, BYTES) | {
+CONTENT = dict.fromkeys(WRITERS, BYTES) | {
     "application/json": {"schema": SCORED},
     "application/geo+json": {"schema": {"type": "object", "properties": {"penumbra": SCORED}}},
-}}  # fmt: skip
+}  # fmt: skip
+ANSWER = {"description": "The answer", "headers": HEADERS, "content": CONTENT}
+STREAMABLE = {**ANSWER, "content": {**CONTENT, LINES: BYTES}}
 
 
 def document(build: Mapping[str, str], *, typed: str) -> dict[str, Any]:
@@ -81,7 +84,7 @@ def _segment() -> dict[str, Any]:
         "requestBody": {"required": True, "content": {
             "multipart/form-data": {"schema": {"type": "object", "properties": form, "required": ["image"]}},
         } | dict.fromkeys((*(f"image/{kind}" for kind in ("jpeg", "png", "webp", "tiff", "bmp")), *RAW), BYTES)},
-        "responses": {"200": ANSWER} | REFUSALS,
+        "responses": {"200": STREAMABLE} | REFUSALS,
     }  # fmt: skip
 
 

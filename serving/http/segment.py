@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.gateway import Gateway
+from penumbra.serving.http.stream import LINES, stream
 from penumbra.serving.http.upload import disconnected, read_upload
 from penumbra.serving.render import choose_format, parse_request, render_with_notes
 
@@ -18,6 +19,8 @@ PRINTABLE = bytes(range(0x20, 0x7F)).decode().replace("%", "")
 
 async def segment(gateway: Gateway, request: Request) -> Response:
     """Answer one picture. Raises PenumbraError."""
+    if request.headers.get("accept", "").strip().lower() == LINES:
+        return await stream(gateway, request)
     with gateway.telemetry.track("http") as tracked:
         media = choose_format(request.headers.get("accept", ""))
         data, fields = await read_upload(request)

@@ -44,7 +44,7 @@ def _pictures(prediction: Prediction) -> dict[str, Image.Image]:
     labels = overlay(prediction) if is_photograph else paint(prediction.labels_HW, prediction.card)
     pictures = {"labels": Image.fromarray(labels)}
     for name in [name for name in SHOWN if name in prediction.maps][:1]:
-        top = top_of(prediction, name)
+        top = top_of(name, prediction.card, prediction.maps[name])
         caption = f"{name.replace('_', ' ')}, dark 0 to light {top:.2f} nats"
         pictures[caption] = heat_picture(prediction.maps[name], top=top)
     return pictures

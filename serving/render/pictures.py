@@ -90,7 +90,7 @@ def write_png(prediction: Prediction, file: BinaryIO, picture: str, *, levels: i
     elif picture == "overlay":
         png, draw = PngWriter(file, (height, width), color=RGB), partial(overlay, prediction)
     else:
-        top = top_of(prediction, picture)
+        top = top_of(picture, prediction.card, prediction.maps[picture])
         png = PngWriter(file, (height, width), color=GREY, depth=16 if levels > 256 else 8)
         unit = "" if picture in UNITLESS else "nats" if picture in KNOWN_MAPS else "the model's"
         about = {"map": picture, "white": top, "black": 0, "unit": unit}  # turns its grey into values again
@@ -108,14 +108,14 @@ def quantised(values_HW: FloatArray, rows: slice, *, top: float, levels: int) ->
     return cast(NDArray[Any], grey)
 
 
-def top_of(prediction: Prediction, name: str) -> float:
+def top_of(name: str, card: Card, values_HW: FloatArray) -> float:
     """Find the value of a map that is shown white: 1 for shares, ln K for nats, the largest for a model's own maps."""
     if name in UNITLESS:
         return 1.0
     if name in KNOWN_MAPS:
-        return math.log(max(prediction.card.num_classes, 2))
-    values = prediction.maps[name]
-    tops = (np.fmax.reduce(values[rows], axis=None, initial=0) for rows in blocks(values.shape[0]))  # passes over NaN
+        return math.log(max(card.num_classes, 2))
+    rows_of = blocks(values_HW.shape[0])
+    tops = (np.fmax.reduce(values_HW[rows], axis=None, initial=0) for rows in rows_of)  # passes over NaN
     return float(max(tops)) or 1.0
 
 
