@@ -59,7 +59,7 @@ def test_a_code_block_runs(workplace: tuple[Path, Server], language: str, code: 
     command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euo", "pipefail", "-c", code]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PENUMBRA_")} | {
-        "PATH": path, "PYTHONPATH": str(ROOT),
+        "PATH": path, "PYTHONPATH": f"{ROOT}:{ROOT / 'integrations' / 'client'}",
     }  # fmt: skip
     if "localhost:8001" in code:
         compile(code, "a client of Triton", "exec")  # tests/export/test_triton.py asks a real one the same

@@ -1,6 +1,7 @@
 """The OpenAPI document of the HTTP surface, from one source."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from penumbra.serving.engine.options import OPTIONS
@@ -21,10 +22,31 @@ SCORES = {
     "expected_error": "Share of the picture's pixels that is wrong, as far as the model can tell.",
     "novelty": "Share of the model's reference pictures that were less strange, where it has any.",
 }
+TEXT, WHOLE = {"type": "string"}, {"type": "integer"}
+FACTS = {
+    "model": (TEXT, "Which model answered."), "version": (WHOLE, "Its version."), "seed": (WHOLE, "Of the noise."),
+    "samples": (WHOLE, "How many were drawn."),
+    "samples_asked": (WHOLE, "How many were asked for, where anytime may draw fewer."),
+    "members": (TEXT, "The samples' names with commas between them, percent-encoded as UTF-8."),
+    "abstained": (SHARE, "Share of the pixels that were withheld, where a risk was given."),
+    "warning": (TEXT, "What to know of this answer, percent-encoded as UTF-8."),
+} | {name: (SHARE, text) for name, text in SCORES.items()}  # fmt: skip
 HEADERS = {
-    f"X-Penumbra-{name.replace('_', '-').title()}": {"description": f"{text} Absent if unknown.", "schema": SHARE}
-    for name, text in SCORES.items()
+    f"X-Penumbra-{name.replace('_', '-').title()}": {"description": f"{text} Absent if unknown.", "schema": schema}
+    for name, (schema, text) in FACTS.items()
 }
+TIME = {"type": "number", "description": "Seconds since 1970."}
+JOB: dict[str, Any] = {
+    "id": TEXT, "state": {"type": "string", "enum": ["queued", "running", "writing", "done", "failed"]},
+    "percent": {"type": "number"}, "windows_done": WHOLE, "windows": WHOLE, "media_type": TEXT,
+    "options": {"type": "object", "additionalProperties": TEXT}, "error": TEXT | {"nullable": True}, "created": TIME,
+    "finished": TIME | {"nullable": True}, "expires": TIME | {"nullable": True}, "url": TEXT,
+    "result": TEXT | {"nullable": True},
+}  # fmt: skip
+NAMES = {"type": "array", "items": TEXT}
+MODEL: dict[str, Any] = {
+    "name": TEXT, "version": WHOLE, "classes": NAMES, "maps": {"type": "object", "additionalProperties": NAMES}
+}  # fmt: skip
 SCORED = {"type": "object", "properties": {"scores": {
     "type": "object", "required": [*SCORES], "properties": {
         name: SHARE | {"description": f"{text} Null if unknown.", "nullable": True} for name, text in SCORES.items()
@@ -51,11 +73,14 @@ def document(build: Mapping[str, str], *, typed: str) -> dict[str, Any]:
             "/segment": {"post": _segment()},
             "/jobs": {"post": _jobs()},
             "/jobs/{id}": {
-                "get": _plain("How a job stands: state, percent, windows.", parameter="id"),
+                "get": _plain("How a job stands: state, percent, windows.", parameter="id", schema=_ref("Job")),
                 "delete": _plain("Cancel a job and remove its files.", parameter="id", status="204"),
             },
             "/jobs/{id}/result": {"get": _result()},
-            "/models": {"get": _plain("Served models, and those that were refused with the reason.")},
+            "/models": {"get": _plain(
+                "Served models, and those that were refused with the reason.",
+                schema=_object({"models": {"type": "array", "items": _ref("Model")}}),
+            )},
             "/models/{name}": {"get": _plain("The card of a model: every fact but its weights.", parameter="name")},
             "/healthz": {"get": _plain("Liveness.")},
             "/livez": {"get": _plain("Liveness.")},
@@ -66,7 +91,7 @@ def document(build: Mapping[str, str], *, typed: str) -> dict[str, Any]:
             "/predict": {"post": _predict(typed)},
         } | oip_openapi.paths(),
         "components": {"schemas": {
-            "Error": {"type": "object", "properties": {"error": {"type": "string"}}, "required": ["error"]},
+            "Error": _object({"error": TEXT}), "Job": _object(JOB), "Model": _object(MODEL),
         }},
     }  # fmt: skip
 
@@ -91,7 +116,7 @@ def _segment() -> dict[str, Any]:
 def _jobs() -> dict[str, Any]:
     refusals = {status: REFUSALS[status] for status in REFUSALS if status not in ("500", "504")}
     created = {"description": "Accepted; Location says where to ask", "content": {
-        "application/json": {"schema": {"type": "object", "required": ["id", "url", "state"]}},
+        "application/json": {"schema": _ref("Job")},
     }}  # fmt: skip
     return _segment() | {
         "summary": "The same for images of any size: an id at once, the answer later. Large bodies are raw images.",
@@ -126,10 +151,20 @@ def _predict(summary: str) -> dict[str, Any]:
     }
 
 
+def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of an object that has all of some properties, and may have more."""
+    return {"type": "object", "properties": properties, "required": [*properties]}
+
+
+def _ref(name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
 def _plain(
-    summary: str, *, media: str = "application/json", parameter: str | None = None, status: str = "200"
-) -> dict[str, Any]:
-    content: dict[str, Any] = {} if status == "204" else {"content": {media: {"schema": {}}}}
+    summary: str, *, media: str = "application/json", parameter: str | None = None, status: str = "200",
+    schema: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:  # fmt: skip
+    content: dict[str, Any] = {} if status == "204" else {"content": {media: {"schema": {**schema}}}}
     operation: dict[str, Any] = {"summary": summary, "responses": {status: {"description": "OK"} | content}}
     if parameter:
         operation["parameters"] = [{"name": parameter, "in": "path", "required": True, "schema": {"type": "string"}}]
