@@ -29,6 +29,11 @@ BENTOML = (
 )
 """`python -m bentoml`, which Ctrl-C ends without a traceback also while it is being imported."""
 
+ENGINE = click.option(
+    "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
+    help="Here, or on the Ray cluster that RAY_ADDRESS names.",
+)  # fmt: skip
+
 
 @click.group(cls=Verbs)
 @click.option(
@@ -82,11 +87,12 @@ def serve(store: Path, host: str, port: int, grpc_port: int) -> None:
 @click.argument("images", nargs=-1, required=True, type=shared.FILE)
 @shared.MODEL
 @click.option("--output", "-o", type=shared.ANY_FOLDER, default="out", show_default=True)
+@ENGINE
 @shared.of_answers
 @shared.STORE
 @shared.JSON
 def predict(
-    images: tuple[Path, ...], model: str | None, output: Path, store: Path, as_json: bool, **options: Any
+    images: tuple[Path, ...], model: str | None, output: Path, store: Path, as_json: bool, engine: str, **options: Any
 ) -> None:
     """Segment picture files without a server; writes labels, overlay and uncertainty maps."""
     from penumbra.export.zoo import fill_store
@@ -94,6 +100,7 @@ def predict(
     from penumbra.serving.engine.options import DEFAULT, check_options, parse_options
     from penumbra.serving.engine.segmenter import Segmenter
     from penumbra.serving.engine.store import find_artifact
+    from penumbra.serving.files.cluster import on_ray
     from penumbra.serving.files.predict import IN_MEMORY, predict_files
     from penumbra.serving.files.report import outcome_facts, report
 
@@ -104,8 +111,10 @@ def predict(
     requested = dataclasses.replace(requested.with_maps((DEFAULT,)), model=shared.the_model(store, model))
     failures = []
     with Segmenter(limits=IN_MEMORY) as segmenter:
-        check_options(requested, segmenter.load(find_artifact(store, requested.model or "")), segmenter.limits)
-        for path, outcome in predict_files(segmenter, images, requested, output):
+        artifact = find_artifact(store, requested.model or "")
+        check_options(requested, segmenter.load(artifact), segmenter.limits)
+        spread = on_ray(artifact) if engine == "ray" else None
+        for path, outcome in predict_files(segmenter, images, requested, output, spread=spread):
             if isinstance(outcome, Exception):
                 failures.append(outcome)
                 why = sentence_of(outcome) if isinstance(outcome, OSError | DiskFull) else reason_of(outcome)
@@ -124,7 +133,7 @@ def predict(
 @shared.MODEL
 @click.option("--format", "-f", default="png", show_default=True, help="png, json, npz, geojson or tif.")
 @shared.from_table("picture")
-@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
+@ENGINE
 @shared.of_answers
 @shared.STORE
 @shared.JSON

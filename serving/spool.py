@@ -27,7 +27,7 @@ from penumbra.serving.engine.kernels import FloatArray
 from penumbra.serving.engine.options import Limits, SegmentOptions
 from penumbra.serving.engine.plain import NUM_SUMS
 from penumbra.serving.engine.raster import Raster
-from penumbra.serving.engine.request import Progress
+from penumbra.serving.engine.request import Progress, QueuedRequest, Run
 from penumbra.serving.engine.segmenter import Segmenter
 
 log = logging.getLogger("penumbra.disk")
@@ -105,17 +105,18 @@ class Spool:
             (self._directory / name).unlink(missing_ok=True)
 
     def fill(
-        self, *, limits: Limits, cancelled: threading.Event, progress: Progress = lambda num_done, num_windows: None
+        self, *, limits: Limits, cancelled: threading.Event, progress: Progress = lambda num_done, num_windows: None,
+        run: Run = QueuedRequest.bands,
     ) -> Prediction:  # fmt: skip
         """Run what is missing. The prediction's arrays are `RowFile`s: they answer slices of rows, as all writers ask.
 
-        Raises any PenumbraError, DiskFull among them; what was done stays.
+        run: what gives its bands. Raises any PenumbraError, DiskFull among them; what was done stays.
         """
         first_y = min(self._labels.num_rows, self._labels.shape[0] - 1)  # labels are written last
         request = self._segmenter.bands_from(first_y, self._image, self._options, limits=limits, cancelled=cancelled)
         labels_HW, maps = cast(NDArray[np.uint8], self._labels), cast(dict[str, FloatArray], self._maps)
         with disk():
-            return collect(request, labels_HW, maps, cast(NDArray[np.int64], self._sums), progress=progress)
+            return collect(request, labels_HW, maps, cast(NDArray[np.int64], self._sums), progress=progress, run=run)
 
 
 def _own(directory: Path) -> tuple[str, set[str]]:

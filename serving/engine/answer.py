@@ -14,7 +14,7 @@ from penumbra.serving.engine.kernels import FloatArray
 from penumbra.serving.engine.options import PROBABILITIES
 from penumbra.serving.engine.plain import NUM_SUMS
 from penumbra.serving.engine.raster import Raster
-from penumbra.serving.engine.request import Progress, QueuedRequest
+from penumbra.serving.engine.request import Progress, QueuedRequest, Run
 from penumbra.serving.engine.scores import Scores, score, warn_of_strangeness
 from penumbra.serving.engine.uncertainty import Band
 
@@ -91,11 +91,11 @@ class Prediction:
 def collect(
     request: QueuedRequest, labels_HW: NDArray[np.uint8] | None = None, maps: dict[str, FloatArray] | None = None,
     sums_H3: NDArray[np.int64] | None = None, *, progress: Progress = lambda num_done, num_windows: None,
-    follow: Follow = lambda band: None,
+    follow: Follow = lambda band: None, run: Run = QueuedRequest.bands,
 ) -> Prediction:  # fmt: skip
     """Run a request to its end, and set the rows of labels, maps and sums band by band, by default in memory.
 
-    Raises any PenumbraError. Changes the arrays.
+    run: what gives its bands. Raises any PenumbraError. Changes the arrays.
     """
     plan, card = request.plan, request.plan.card
     size = plan.windows.size
@@ -104,7 +104,7 @@ def collect(
     sums_H3 = np.empty((size[0], NUM_SUMS), np.int64) if sums_H3 is None else sums_H3
     has_prob = PROBABILITIES in plan.options.outputs
     prob_KHW = np.empty((card.num_classes, *size), np.float32) if has_prob else None
-    with request.clock("total"), closing(request.bands(progress)) as bands:
+    with request.clock("total"), closing(run(request, progress)) as bands:
         for band in bands:
             rows = slice(band.y0, band.y0 + len(band.labels))
             for name in maps.keys() & band.maps.keys():  # `anytime` may come down to one sample, which has fewer maps

@@ -31,6 +31,8 @@ STRIDES = {1: 1, NORMAL: 4, 3: 16}
 Progress = Callable[[int, int], object]
 """Takes how many windows are done, and how many there are."""
 Finished = tuple[Window, Moments | Landing]
+Run = Callable[["QueuedRequest", Progress], Generator[Band]]
+"""Gives a request's bands from the first that is due: `QueuedRequest.bands` here, and others on other machines."""
 
 
 class Cancellation(threading.Event):
@@ -109,9 +111,9 @@ class QueuedRequest:
         self.cancelled, self.deadline = cancelled or Cancellation(), deadline
         self.in_background = from_y is not None
         self.timing_ms = dict.fromkeys(("queue", "run", "stitch", "read_out", "total"), 0.0)
-        self._first_y = plan.windows.band_of(from_y or 0)
-        self._first_row = plan.windows.row_before(self._first_y)
-        self.withheld = {*plan.wanted.withheld} if self._first_y else set[int]()
+        self.first_y = plan.windows.band_of(from_y or 0)
+        self._first_row = plan.windows.row_before(self.first_y)
+        self.withheld = {*plan.wanted.withheld} if self.first_y else set[int]()
         """Those of the classes withheld altogether that occur, or may: what lies above `from_y` is not seen again."""
         self._scheduler, self._listening = scheduler, ExitStack()
         self.surface: Surface | None = None
@@ -145,7 +147,7 @@ class QueuedRequest:
             return
         card, wanted = self.plan.card, self.plan.wanted
         if window.index == self.first_window:
-            self.surface = self.plan.runtime.surface(self.image_HWC, self.plan.windows, wanted, first_y=self._first_y)
+            self.surface = self.plan.runtime.surface(self.image_HWC, self.plan.windows, wanted, first_y=self.first_y)
         assert self.surface
         pairs = [(self.surface, window)]
         with self.clock("stitch"):
@@ -285,7 +287,7 @@ class QueuedRequest:
         """Give what a lane runs for a window. Called in the plan's order."""
         plan = self.plan
         if window.index == self.first_window and plan.runtime.stays_on_device:
-            self.surface = plan.runtime.surface(self.image_HWC, plan.windows, plan.wanted, first_y=self._first_y)
+            self.surface = plan.runtime.surface(self.image_HWC, plan.windows, plan.wanted, first_y=self.first_y)
         noise_SL = plan.noise.draw(window.index)[:num_samples]
         wanted = plan.wanted if plan.windows.num_windows == 1 and not plan.windows.answer else None
         return WindowInput(

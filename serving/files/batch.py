@@ -19,6 +19,7 @@ from penumbra.serving.engine.decode import open_image
 from penumbra.serving.engine.options import SegmentOptions, check_options
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import find_artifact, open_artifact
+from penumbra.serving.files.cluster import connect
 from penumbra.serving.files.inputs import MANIFEST, canonical, find_images
 from penumbra.serving.files.predict import IN_MEMORY
 from penumbra.serving.files.receipts import Receipts, files_of, write_whole
@@ -157,17 +158,12 @@ def run_on_ray(request: BatchRequest, output: str, items: Sequence[BatchItem], *
     Nodes read the same store, images and output. What a node had not finished when it was lost is done by another; what
     it had is kept, so nothing is done twice. Raises BadOption where Ray is not installed.
     """
-    try:
-        import ray
-        import ray.data
-    except ImportError:
-        raise BadOption(
-            "the engine ray needs Ray; pip install 'penumbra-serving[ray]', or take the engine local"
-        ) from None
-    ray.init(ignore_reinit_error=True)
+    ray = connect()
+    from ray.data import from_items
+
     engines = max(1, int(ray.cluster_resources().get("CPU", 1)) // (cpus + 1))  # one more for Ray's own tasks
     blocks = min(len(items), 4 * engines)
-    answers = ray.data.from_items([asdict(item) for item in items], override_num_blocks=blocks).map_batches(
+    answers = from_items([asdict(item) for item in items], override_num_blocks=blocks).map_batches(
         RayAnswerer, fn_constructor_args=(request, output, cpus), batch_size=2 * AT_ONCE, num_cpus=cpus,
         concurrency=(1, engines), max_restarts=-1, max_task_retries=-1,
     )  # fmt: skip

@@ -16,8 +16,9 @@ from penumbra.models.files import write_whole
 from penumbra.serving.engine.decode import open_image
 from penumbra.serving.engine.options import Limits, SegmentOptions
 from penumbra.serving.engine.raster import Raster, open_raster
-from penumbra.serving.engine.request import Progress
+from penumbra.serving.engine.request import Progress, QueuedRequest, Run
 from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.files.cluster import Spread
 from penumbra.serving.files.receipts import Identity, check_replaceable, identity
 from penumbra.serving.files.report import Outcome, shown_progress
 from penumbra.serving.render import Style, render
@@ -33,7 +34,7 @@ BRIGHTEST_PERCENTILE = 99.5
 
 
 def predict_files(
-    segmenter: Segmenter, images: Sequence[Path], options: SegmentOptions, output: Path
+    segmenter: Segmenter, images: Sequence[Path], options: SegmentOptions, output: Path, *, spread: Spread | None = None
 ) -> Iterator[tuple[Path, Outcome | Exception]]:  # fmt: skip
     """Segment picture files one by one. What goes wrong with one is its own, and stands in its outcome's place."""
     pictures = frozenset(map(identity, images))
@@ -41,7 +42,7 @@ def predict_files(
         try:
             with shown_progress(path.name) as progress:
                 outcome: Outcome | Exception = predict_file(
-                    segmenter, path, options, output, progress=progress, pictures=pictures
+                    segmenter, path, options, output, progress=progress, pictures=pictures, spread=spread
                 )
         except Exception as error:
             outcome = error
@@ -51,24 +52,28 @@ def predict_files(
 def predict_file(
     segmenter: Segmenter, path: Path, options: SegmentOptions, output: Path, *,
     progress: Progress = lambda num_done, num_windows: None,
-    pictures: frozenset[Identity] = frozenset(),
+    pictures: frozenset[Identity] = frozenset(), spread: Spread | None = None,
 ) -> Outcome:  # fmt: skip
     """Segment one picture file and write `<stem>_*.png` and `<stem>_maps.npz`, for a raster `<stem>_*.tif`.
 
     A map's entry in `files` says which value is drawn white. pictures: all that are asked about; none of them is
-    overwritten, nor any file that Penumbra has not written. Raises BadImage naming the file, and any PenumbraError.
+    overwritten, nor any file that Penumbra has not written. spread: where a raster's bands are made, if not here.
+    Raises BadImage naming the file, and any PenumbraError.
     """
     try:
         if not path.is_file():  # a pipe would be waited for, and can be read only once
             raise BadImage("it is a pipe or a device; a file is wanted")
         raster = open_raster(path, segmenter.reading(options))
+        if spread and not raster:
+            raise BadImage("it is no TIFF, and is held in memory whole; take the engine local")
         maps = options.maps(segmenter.find(options.model, options.version).card)
         kinds = ("labels", "maps") if raster else ("labels", "overlay", *maps)
         files = {name: output / f"{path.stem}_{name}.{'tif' if raster else 'png'}" for name in kinds}
         files |= {} if raster else {"maps": output / f"{path.stem}_maps.npz"}
         check_replaceable(files.values(), pictures)
         if raster:
-            return predict_raster(segmenter, path, raster, options, files, progress=progress)
+            run = spread(segmenter, path, options) if spread else QueuedRequest.bands
+            return predict_raster(segmenter, path, raster, options, files, progress=progress, run=run)
         return predict_picture(segmenter, path, options, files)
     except BadImage as error:
         raise BadImage(f"{path}: {error}") from None
@@ -106,7 +111,7 @@ def predict_picture(
 
 def predict_raster(
     segmenter: Segmenter, path: Path, raster: Raster, options: SegmentOptions, files: dict[str, Path], *,
-    progress: Progress,
+    progress: Progress, run: Run,
 ) -> Outcome:  # fmt: skip
     """Segment a raster of any size in bands, into `<stem>_labels.tif` and `<stem>_maps.tif`, which lie where it does.
 
@@ -115,7 +120,7 @@ def predict_raster(
     partial = files["labels"].with_name(f"{path.stem}.partial")
     about = path.stat()
     spool = Spool(partial, segmenter, raster, options, source=f"{path.name} {about.st_size} {about.st_mtime_ns}")
-    prediction = spool.fill(limits=LONG, cancelled=threading.Event(), progress=progress)
+    prediction = spool.fill(limits=LONG, cancelled=threading.Event(), progress=progress, run=run)
     started = time.perf_counter()
     for name, bands in (("labels", ("labels",)), ("maps", tuple(prediction.maps))):
         with disk():
