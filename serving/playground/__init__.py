@@ -1,8 +1,11 @@
 """The playground at `/`: a page without a build step or anything from elsewhere. The rest of it is in the browser.
 
-It asks as any other client does: `GET /models`, the Open Inference Protocol for answers, `POST /jobs` for large images.
+It asks as any other client does: `GET /models`, the Open Inference Protocol for exact answers, `POST /segment` line by
+line for large pictures, `POST /jobs` for those over the limits. Its photographs are CC0: the cat by Stefan van der
+Walt, the coffee by Rachel Michetti, both as scikit-image has them.
 """
 
+import json
 from pathlib import Path
 
 from starlette.exceptions import HTTPException
@@ -10,7 +13,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-MEDIA = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+from penumbra.serving.render.pictures import HEAT
+
+MEDIA = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".jpg": "image/jpeg"}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -24,6 +29,7 @@ def routes() -> list[BaseRoute]:
     """The page at `/`, and its parts under `/playground/`."""
     folder = Path(__file__).parent
     parts = {path.name: (path.read_bytes(), MEDIA[path.suffix]) for path in folder.iterdir() if path.suffix in MEDIA}
+    parts["ramp.js"] = (f"export const STOPS = {json.dumps(HEAT)};".encode(), MEDIA[".js"])  # one table for all maps
 
     async def part(request: Request) -> Response:
         name = request.path_params.get("name", "index.html")

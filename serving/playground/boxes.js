@@ -1,64 +1,99 @@
-// Boxes: drawn by mouse on the image, or typed. Corners in pixels of the picture.
+// Boxes: drawn, moved and resized on the picture, or typed. Corners in pixels of the picture.
 
-import { $, clamp, make, pixelUnder } from "./elements.js";
+import { $, clamp, make } from "./elements.js";
 
-/** page(): {bitmap, drawAgain}. */
-export function boxEditor(page) {
-  let rows = [], classes = [], drag;
+const NEAR_PX = 8;
+
+/** size(): [width, height] of the picture or nothing. changed(): the boxes are others. */
+export function boxEditor({ size, changed }) {
+  let rows = [], classes = [], drag, tolerance = NEAR_PX;
 
   function change(next) {
     rows = next;
-    $("boxes").replaceChildren(...rows.map((row, i) => {
-      const remove = make("button", { type: "button", ariaLabel: `Remove box ${i + 1}` }, "×");
-      remove.addEventListener("click", () => change(rows.filter((other) => other !== row)));
-      return make("li", {}, `${classes[row[4]].name} ${row.slice(0, 4).join(", ")} `, remove);
-    }));
-    page().drawAgain();
+    $("boxes").replaceChildren(...rows.map(listed));
+    changed();
   }
 
-  function add(x0, y0, x1, y1) {
-    const { width, height } = page().bitmap;
+  function listed(row, i) {
+    const remove = make("button", { type: "button", ariaLabel: `Remove box ${i + 1}`, title: "Remove" }, "×");
+    const corners = make("input", { value: row.slice(0, 4).join(", "), ariaLabel: `Corners of box ${i + 1}` });
+    const kind = make("select", { ariaLabel: `Class of box ${i + 1}` }, ...classes.map(({ name }) => new Option(name)));
+    kind.selectedIndex = row[4];
+    remove.addEventListener("click", () => change(rows.filter((other) => other !== row)));
+    const edit = () => replace(i, [...corners.value.split(",").map(Number), kind.selectedIndex]);
+    for (const input of [corners, kind]) input.addEventListener("change", edit);
+    return make("li", {}, kind, corners, remove);
+  }
+
+  /** A box whose corners are in order and inside the picture, or nothing. */
+  function tidy([x0, y0, x1, y1, label]) {
+    const [width, height] = size();
     const [left, right] = [x0, x1].map((x) => clamp(Math.round(x), 0, width)).sort((a, b) => a - b);
     const [top, bottom] = [y0, y1].map((y) => clamp(Math.round(y), 0, height)).sort((a, b) => a - b);
-    if (right > left && bottom > top) change([...rows, [left, top, right, bottom, $("box-class").selectedIndex]]);
+    return right > left && bottom > top ? [left, top, right, bottom, label] : undefined;
   }
 
-  const place = (event) => pixelUnder($("image"), event, page().bitmap);
-  $("image").addEventListener("pointerdown", (event) => {
-    if ($("boxes-row").hidden || !page().bitmap) return;
-    $("image").setPointerCapture(event.pointerId);
-    drag = { from: place(event), to: place(event) };
+  /** Puts a box in the i-th place; one that is none leaves all as they were. */
+  function replace(i, row) {
+    const tidied = tidy(row);
+    change(tidied ? [...rows.slice(0, i), tidied, ...rows.slice(i + 1)] : rows);
+  }
+
+  /** What is taken hold of at a place: {i, part: which of x0, y0, x1, y1 go with the pointer}. */
+  function held([x, y]) {
+    for (let i = rows.length - 1; i >= 0; i--) {
+      const [x0, y0, x1, y1] = rows[i], isAt = (a, b) => Math.abs(a - b) <= tolerance;
+      const part = [isAt(x, x0), isAt(y, y0), isAt(x, x1) && !isAt(x, x0), isAt(y, y1) && !isAt(y, y0)];
+      const isIn = x > x0 - tolerance && x < x1 + tolerance && y > y0 - tolerance && y < y1 + tolerance;
+      if (isIn && part.some(Boolean)) return { i, part };
+      if (isIn) return { i, part: [true, true, true, true] };
+    }
+    return undefined;
+  }
+
+  const tool = {
+    /** Whether a drag that begins here is of a box. */
+    down(at, zoom) {
+      if ($("boxes-row").hidden || !$("draw-boxes").checked) return false;
+      tolerance = (NEAR_PX * devicePixelRatio) / zoom;
+      const taken = held(at), before = taken ? rows[taken.i] : [...at, ...at, $("box-class").selectedIndex];
+      drag = { ...(taken ?? { i: rows.length, part: [false, false, true, true] }), from: at, before, row: before };
+      return true;
+    },
+    move([x, y]) {
+      const by = [x - drag.from[0], y - drag.from[1]];
+      drag.row = drag.before.map((value, place) => (drag.part[place] ? value + by[place % 2] : value));
+    },
+    up() {
+      const { i, row, before } = drag;
+      drag = undefined;
+      if (row !== before) replace(i, row);
+    },
+  };
+
+  $("box-add").addEventListener("click", () => {
+    if (size()) replace(rows.length, [...["x0", "y0", "x1", "y1"].map((id) => Number($(id).value)), $("box-class").selectedIndex]);
   });
-  $("image").addEventListener("pointermove", (event) => {
-    if (!drag) return;
-    drag.to = place(event);
-    page().drawAgain();
-  });
-  $("image").addEventListener("pointerup", () => {
-    const drawn = drag;
-    drag = undefined;
-    if (drawn) add(...drawn.from, ...drawn.to);
-  });
-  $("image").addEventListener("pointercancel", () => (drag = undefined));
-  $("box-add").addEventListener("click", () => page().bitmap && add(...["x0", "y0", "x1", "y1"].map((id) => Number($(id).value))));
+  $("boxes-clear").addEventListener("click", () => change([]));
 
   return {
+    tool,
     /** Another model: its classes, and no boxes. */
     begin(known) {
       classes = known;
-      $("image").classList.toggle("drawing", !$("boxes-row").hidden);
       $("box-class").replaceChildren(...classes.map(({ name }) => new Option(name)));
       change([]);
     },
     clear: () => change([]),
     /** [[x0, y0, x1, y1, class], ...] */
     rows: () => rows,
-    draw(pen) {
-      const drawn = drag ? [...rows, [...drag.from, ...drag.to, $("box-class").selectedIndex]] : rows;
-      pen.lineWidth = (2 * pen.canvas.width) / (pen.canvas.clientWidth || pen.canvas.width);
+    draw(pen, zoom, colors) {
+      const drawn = drag ? [...rows.slice(0, drag.i), drag.row, ...rows.slice(drag.i + 1)] : rows;
       for (const [x0, y0, x1, y1, label] of drawn) {
-        pen.strokeStyle = `rgb(${classes[label]?.color ?? [255, 255, 255]})`;
-        pen.strokeRect(x0, y0, x1 - x0, y1 - y0);
+        for (const [width, tone] of [[5, "#000"], [3, "#fff"], [2, `rgb(${colors[label] ?? "255, 255, 255"})`]]) {
+          Object.assign(pen, { lineWidth: (width * devicePixelRatio) / zoom, strokeStyle: tone });
+          pen.strokeRect(x0, y0, x1 - x0, y1 - y0);
+        }
       }
     },
   };

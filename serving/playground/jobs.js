@@ -1,15 +1,14 @@
 // A picture that is too large to be answered at once: sent as a job, followed, and its labels offered as a file.
 
 import { $ } from "./elements.js";
+import { ask, queryOf } from "./protocol.js";
 
 const POLL_MS = 700;
 
-/** ask: fetch that throws refusals. say: shows a sentence. Ends when the job does, or is cancelled. */
-export async function runJob({ picture, model, options, prompt, ask, say }) {
-  const prompts = Object.fromEntries(Object.entries(prompt).map(([name, rows]) => [name, JSON.stringify(rows)]));
-  const query = new URLSearchParams({ model, ...options, ...prompts });
+/** say: shows a sentence. Ends when the job does, or is cancelled. */
+export async function runJob({ picture, request, say }) {
   say("Sending …");
-  const sent = await ask(`jobs?${query}`, {
+  const sent = await ask(`jobs?${queryOf(request)}`, {
     method: "POST", body: picture, headers: { "Content-Type": picture.type || "application/octet-stream", Accept: "image/png" },
   });
   const { id } = await sent.json();

@@ -1,280 +1,255 @@
 // The page: what was chosen, what came back, and how both are shown. One answer at a time.
 
+import { scaleOf, titleOf, wholeBand } from "./answer.js";
 import { boxEditor } from "./boxes.js";
-import { $, clamp, make, pixelUnder } from "./elements.js";
+import { offerDownloads, showCode } from "./downloads.js";
+import { showDraws } from "./draws.js";
+import { $ } from "./elements.js";
 import { runJob } from "./jobs.js";
-import { paintLabels, paintMap, scale } from "./pictures.js";
-import { infer, refusal } from "./protocol.js";
+import { makeLegend } from "./legend.js";
+import { colorsOf, isSafePossible, paintLabels, paintMap } from "./paint.js";
+import { ask, follow, infer, keepKey } from "./protocol.js";
 import { drawScene } from "./scene.js";
+import { isFree, mapsOf, offerSettings, promise, readRequest } from "./settings.js";
+import { outcome, showBanner, showHover, showPixel, showScale, showTimes } from "./show.js";
+import { makeView } from "./view.js";
 
-const IN_NATS = ["entropy", "mutual_information", "expected_entropy", "seam"];
-const IN_SHARES = ["confidence", "margin"];
-const PROBABILITY_BYTES = 64e6; // above it the answer comes without them: a browser's tab has little memory
-const VIEWS = ["image", "labels", "uncertainty"];
+const EXACT_BYTES = 64e6; // of probabilities; above it the answer comes in bands and without them, as a tab has little memory
+const LARGE_PIXELS = 2e6; // above it samples are not shown side by side
+const TICK_MS = 100;
 
-let picture, bitmap, card, maps, answer, pixel, running;
-const boxes = boxEditor(() => ({ bitmap, drawAgain: drawImage }));
+let picture, bitmap, card, known, answer, running, isKeyed = false;
+const size = () => bitmap && [bitmap.width, bitmap.height];
+const boxes = boxEditor({ size, changed: settingsChanged });
+const legend = makeLegend(repaintLabels);
+const view = makeView({
+  size, draw, tool: boxes.tool, picked: inspect, hovered: (pixel) => showHover(answer, pixel, $("map").value, card?.classes),
+});
 
-
-function headers() {
-  const key = $("key").value || sessionStorage.getItem("penumbra-key") || "";
-  if (key) sessionStorage.setItem("penumbra-key", key);
-  return key ? { Authorization: `Bearer ${key}` } : {};
-}
-
-async function ask(path, options = {}) {
-  const response = await fetch(path, { ...options, headers: { ...headers(), ...options.headers } });
-  if (!response.ok) throw await refusal(response);
-  return response;
-}
+const colors = () => colorsOf(card.classes, $("safe").checked);
+const request = () => readRequest(card, boxes.rows());
 
 async function loadModels() {
   const { models } = await (await ask("models")).json();
-  maps = Object.fromEntries(models.map(({ name, maps }) => [name, maps]));
+  known = Object.fromEntries(models.map(({ name, maps }) => [name, maps]));
   $("model").replaceChildren(...models.map(({ name }) => new Option(name)));
+  $("key-form").hidden = true;
   await chooseModel();
 }
 
 async function chooseModel() {
   card = await (await ask(`models/${encodeURIComponent($("model").value)}`)).json();
-  const { sampling, prompt, calibration } = card, isFree = ["latent", "dropout"].includes(sampling.kind);
-  $("about").textContent = `${card.method}, version ${card.version}: ${aboutSamples(sampling)}`;
-  $("samples-row").hidden = $("seed-row").hidden = !isFree;
-  $("samples").value = $("samples-shown").value = sampling.default_samples;
-  const turns = card.window.height === card.window.width ? ["none", "flip", "d4", "scales"] : ["none", "flip", "scales"];
-  $("views").replaceChildren(...turns.map((name) => new Option(name)));
-  $("views").value = card.views;
-  for (const [id, risks] of [["risk", calibration?.risks ?? []], ["class-risk", calibration?.class_risks ?? []]]) {
-    $(`${id}-row`).hidden = !risks.length;
-    $(id).replaceChildren(new Option("not bounded", ""), ...risks.map((risk) => new Option(`${100 * risk} %`, risk)));
-  }
-  $("boxes-row").hidden = prompt.kind !== "boxes";
-  $("tags-row").hidden = prompt.kind !== "tags";
-  boxes.begin(card.classes);
-  $("tags").replaceChildren(...card.classes.map(({ name }) => make("label", {}, make("input", { type: "checkbox", value: name }), ` ${name}`)));
   forget();
-  listMaps(mapsOfAnswer());
-}
-
-/** The maps that an answer to what is chosen has. */
-function mapsOfAnswer() {
-  const free = !$("samples-row").hidden, members = Object.keys(prompt()).length ? card.prompt.members.length : 0;
-  const samples = free ? Number($("samples").value) : members || card.sampling.default_samples;
-  const isOne = samples === 1 && $("views").value === "none", { single, several } = maps[card.name];
-  const [absent, present] = isOne ? ["mutual_information", "seam"] : ["seam", "mutual_information"];
-  return (single ?? several).map((name) => (name === absent ? present : name));
+  offerSettings(card);
+  boxes.begin(card.classes);
+  $("safe").checked &&= isSafePossible(card.classes);
+  $("safe").disabled = !isSafePossible(card.classes);
+  $("draws").hidden = !isFree(card);
+  listMaps(mapsOf(request(), card, known[card.name]));
 }
 
 /** Offers these maps; the one that is shown stays, if it is among them. */
 function listMaps(names) {
   const shown = names.includes($("map").value) ? $("map").value : "entropy";
-  $("map").replaceChildren(...names.map((name) => new Option(name.replaceAll("_", " "), name)));
+  $("map").replaceChildren(...names.map((name) => new Option(titleOf(name), name)));
   $("map").value = shown;
 }
 
-function aboutSamples({ kind, members }) {
-  if (members.length > 1) return `samples are ${members.join(", ")}`;
-  return { latent: "each sample draws a latent", dropout: "each sample drops other channels" }[kind] ?? "one pass, no samples";
-}
-
-function options() {
-  const chosen = { seed: Number($("seed").value), views: $("views").value };
-  if (!$("samples-row").hidden) chosen.samples = Number($("samples").value);
-  if ($("risk").value) chosen.max_risk = Number($("risk").value);
-  if ($("class-risk").value) chosen.max_class_risk = Number($("class-risk").value);
-  return chosen;
-}
-
-/** What a model with a prompt is told, or nothing: {boxes} or {tags}. */
-function prompt() {
-  const tags = [...$("tags").querySelectorAll(":checked")].map((box) => box.value), rows = boxes.rows();
-  if (!$("tags-row").hidden && tags.length) return { tags };
-  if (!$("boxes-row").hidden && rows.length) return { boxes: rows };
-  return {};
-}
-
 async function take(file) {
+  let taken;
   try {
-    bitmap = await createImageBitmap(file);
+    taken = await createImageBitmap(file);
   } catch {
     return say(`this browser cannot show ${file.name || "that file"}; choose a JPEG, PNG or WebP`, true);
   }
-  [picture, pixel] = [file, undefined];
-  boxes.clear();
+  [picture, bitmap] = [file, taken];
+  $("about-picture").textContent = `${file.name || "picture"}: ${bitmap.width} × ${bitmap.height} px, ${(file.size / 1e6).toFixed(2)} MB`;
+  $("empty").hidden = true;
+  document.body.classList.add("has-picture");
   forget();
+  boxes.clear();
+  view.begin();
   await segment();
+}
+
+/** The picture is another one, or the model: what was answered is of no use. */
+function forget() {
+  answer = undefined;
+  $("run").disabled = !picture;
+  legend.clear();
+  for (const id of ["banner", "bar", "stale", "more"]) $(id).hidden = true;
+  for (const id of ["timing", "strip"]) $(id).replaceChildren();
+  inspect();
+  view.redraw();
 }
 
 async function segment() {
   if (!picture || !card) return;
   running?.abort();
-  const mine = (running = new AbortController());
-  const names = mapsOfAnswer(), outputs = ["labels", ...names];
-  if (4 * bitmap.width * bitmap.height * card.classes.length <= PROBABILITY_BYTES) outputs.push("probabilities");
-  const started = performance.now();
-  say("Segmenting …");
-  $("job-row").hidden = true;
+  const mine = (running = new AbortController()), before = answer, asked = request(), started = performance.now();
+  const clock = showWork(started);
   try {
-    const response = await infer(card.name, picture, {
-      parameters: options(), outputs, prompt: prompt(), headers: headers(), signal: mine.signal,
-    });
-    answer = { ...response, ms: performance.now() - started };
-    listMaps(names);
-    say(outcome());
-    show();
+    const { facts, fresh } = await answered(asked, mine.signal);
+    Object.assign(fresh, { facts, ms: performance.now() - started });
+    show(fresh);
   } catch (error) {
-    if (error.name === "AbortError") return;
-    forget();
-    $("job-row").hidden = error.status !== 413;
+    if (running !== mine) return;
+    if (answer !== before && before) show(before);
+    if (error.name === "AbortError") return say(`Cancelled. ${whatIsShown()}`);
+    $("job-row").hidden = error.status !== 413 && error.status !== 504 && !error.message.startsWith("the deadline passed");
     refused(error);
+  } finally {
+    clearInterval(clock);
+    if (running === mine) showWork();
   }
 }
 
+/** Shows that and for how long something is worked on, from `started` on, or that nothing is. */
+function showWork(started) {
+  $("cancel").hidden = started === undefined;
+  if (started === undefined) return void ($("windows").hidden = true);
+  $("job-row").hidden = true;
+  $("windows").removeAttribute("value");
+  const tell = () => say(`Segmenting … ${((performance.now() - started) / 1000).toFixed(1)} s${$("windows").title}`);
+  $("windows").title = "";
+  tell();
+  return setInterval(tell, TICK_MS);
+}
+
+/** The answer, whole or shown band by band: {facts, fresh}. */
+async function answered(asked, signal) {
+  const names = mapsOf(asked, card, known[card.name]), fresh = { bands: [], key: JSON.stringify(asked), names };
+  if (4 * bitmap.width * bitmap.height * card.classes.length <= EXACT_BYTES) {
+    const { tensors, facts } = await infer(picture, asked, ["labels", ...names, "probabilities"], signal);
+    fresh.bands = [wholeBand(tensors)];
+    return { facts, fresh };
+  }
+  fresh.names = names.filter((name) => ["entropy", "confidence", "mutual_information"].includes(name) || card.extra_maps.some((extra) => extra.name === name));
+  const facts = await follow(picture, asked, { outputs: fresh.names, signal, progress, band: (one) => addBand(fresh, one) });
+  return { facts, fresh };
+}
+
+function progress({ windows_done: done, windows }) {
+  Object.assign($("windows"), { hidden: false, max: windows, value: done, title: `, ${done} of ${windows} windows` });
+}
+
+function addBand(fresh, band) {
+  fresh.bands = [...fresh.bands.filter(({ y0 }) => y0 !== band.y0), band];
+  if (answer !== fresh) {
+    forget();
+    answer = fresh;
+    listMaps(fresh.names);
+  }
+  paintBands([band]);
+}
+
 function refused(error) {
-  if (error.status === 401 || error.status === 403) $("key-row").hidden = false;
-  say(error.message, true);
+  if (error.status === 401 || error.status === 403) {
+    $("key-form").hidden = false;
+    isKeyed = true;
+    $("key").focus();
+  }
+  say(answer ? `${error.message}. ${whatIsShown()}` : error.message, true);
 }
 
-function outcome() {
-  const { samples, seed, members, abstained } = answer.parameters, others = warnings().filter((sentence) => !isStrange(sentence));
-  const parts = [members ? `Done with ${members.replaceAll(",", ", ")}.` : `Done with ${samples} sample${samples > 1 ? "s" : ""}, seed ${seed}.`];
-  if (abstained !== undefined) parts.push(`${(100 * abstained).toFixed(1)} % withheld.`);
-  return [...parts, ...(others.length ? [`${others.join("; ")}.`] : [])].join(" ");
+function whatIsShown() {
+  return !answer ? "" : answer.facts ? "The picture is of the last answer." : "The rows that were done are shown.";
 }
-
-const warnings = () => (answer.parameters.warnings ?? "").split("; ").filter(Boolean);
-const isStrange = (sentence) => sentence.startsWith("this picture is stranger than");
 
 function say(text, isWrong = false) {
   $("status").textContent = text;
   $("status").classList.toggle("wrong", isWrong);
 }
 
-
-function forget() {
-  answer = undefined;
-  $("run").disabled = !picture;
-  for (const id of ["labels", "uncertainty"]) Object.assign($(id), { width: bitmap?.width ?? 4, height: bitmap?.height ?? 3 });
-  $("strange").hidden = true;
-  for (const id of ["legend", "scores", "timing", "scale"]) $(id).replaceChildren();
-  drawImage();
+/** Shows a whole answer, or none. */
+function show(given) {
+  if (!given) return forget();
+  answer = given;
+  listMaps(answer.names);
+  say(outcome(answer.facts));
+  showBanner(answer.facts);
+  showTimes(answer.facts.phases, answer.ms);
+  showCode(picture, JSON.parse(answer.key), isKeyed);
+  $("strip").replaceChildren();
+  $("more").hidden = false;
+  const isLarge = bitmap.width * bitmap.height > LARGE_PIXELS;
+  $("draws-run").disabled = isLarge;
+  $("draws-about").textContent = isLarge ? "Only of pictures up to 2 megapixels." : "Four answers of one sample each, from this seed on, and where they disagree.";
+  legend.show(answer, card.classes, colors());
+  settingsChanged();
+  repaint();
   inspect();
 }
 
-function showScores() {
-  const { expected_error: error, novelty } = answer.parameters;
-  const rows = [["expected error", error], ["stranger than, of the reference", novelty]].filter(([, share]) => share !== undefined);
-  $("scores").replaceChildren(...rows.map(([name, share]) => row(name, `${(100 * share).toFixed(1)} %`)));
-  const strange = warnings().find(isStrange);
-  $("strange").textContent = strange ? `${strange[0].toUpperCase()}${strange.slice(1)}.` : "";
-  $("strange").hidden = !strange;
+/** Paints everything anew: after another map, scale or palette. */
+function repaint() {
+  if (!answer) return view.redraw();
+  answer.scale = scaleOf(answer, $("map").value, card, $("stretched").checked);
+  showScale($("map").value, answer.scale, card);
+  paintBands(answer.bands);
 }
 
-function show() {
-  const { labels } = answer.tensors;
-  paintLabels($("labels"), labels.shape, labels.values, card.classes);
-  showMap();
-  showClasses();
-  showScores();
-  const rows = [...answer.phases.map(([name, ms]) => [`server: ${name.replaceAll("_", " ")}`, ms]), ["as seen here", answer.ms]];
-  $("timing").replaceChildren(...rows.map(([name, ms]) => row(name, `${ms.toFixed(1)} ms`)));
+function paintBands(bands) {
+  answer.scale ??= scaleOf(answer, $("map").value, card, false);
+  for (const band of bands) paintMap(band, { name: $("map").value, scale: answer.scale, isFading: $("fading").checked });
+  repaintLabels(bands);
 }
 
-function top(name, values) {
-  if (IN_SHARES.includes(name)) return 1;
-  return values.reduce((most, value) => (value > most ? value : most), 1e-6);
+function repaintLabels(bands = answer?.bands) {
+  if (!bands || !answer) return;
+  const { low, high } = answer.scale, share = $("hide").value / $("hide").max;
+  const hide = share < 1 ? { map: $("map").value, above: low + share * (high - low) } : undefined;
+  const hidden = bands.reduce((sum, band) => sum + paintLabels(band, { colors: colors(), only: legend.only(), hide, size: size() }), 0);
+  const total = bands.reduce((sum, { labels }) => sum + labels.length, 0);
+  $("hidden").value = hide ? `${hide.above.toFixed(2)}: ${((100 * hidden) / total).toFixed(1)} % hidden` : "nothing hidden";
+  view.redraw();
 }
 
-function showMap() {
-  if (!answer) return;
-  const name = $("map").value, { shape, values } = answer.tensors[name], most = top(name, values);
-  paintMap($("uncertainty"), shape, values, most);
-  const ramp = make("span", { className: "ramp" });
-  ramp.style.background = scale();
-  const unit = IN_NATS.includes(name) ? " nats" : "";
-  $("scale").replaceChildren("0 ", ramp, ` ${most.toPrecision(3)}${unit}`);
-  drawImage();
-  inspect();
-}
-
-function drawImage() {
-  if (!bitmap) return;
-  const canvas = $("image"), pen = canvas.getContext("2d"), over = $("over").value;
-  Object.assign(canvas, { width: bitmap.width, height: bitmap.height });
+/** Draws one side of the view in pixels of the picture. */
+function draw(pen, side, zoom = 1) {
+  const shown = $(side).value;
   pen.drawImage(bitmap, 0, 0);
-  if (answer && over !== "none") {
-    pen.globalAlpha = $("opacity").value / 100;
-    pen.drawImage($(over === "labels" ? "labels" : "uncertainty"), 0, 0);
-    pen.globalAlpha = 1;
+  pen.globalAlpha = $("opacity").value / 100;
+  for (const band of (shown !== "photo" && answer?.bands) || []) {
+    const layer = shown === "map" ? band.mapShown : band.labelsShown;
+    if (layer) pen.drawImage(layer, 0, band.y0);
   }
-  boxes.draw(pen);
+  pen.globalAlpha = 1;
+  if (card) boxes.draw(pen, zoom, colors());
 }
-
-function showClasses() {
-  const { labels, entropy } = answer.tensors, count = new Float64Array(256), sum = new Float64Array(256);
-  labels.values.forEach((label, i) => {
-    count[label] += 1;
-    sum[label] += entropy.values[i];
-  });
-  const present = [...count.keys()].filter((k) => count[k]).sort((a, b) => count[b] - count[a]);
-  $("legend").replaceChildren(...present.map((k) => {
-    const share = `${((100 * count[k]) / labels.values.length).toFixed(1)} %`;
-    return row(className(k), share, Number.isNaN(sum[k]) ? "" : `${(sum[k] / count[k]).toFixed(3)} nats`); // void has none
-  }));
-}
-
-/** A class's name beside its colour. */
-function className(label) {
-  const known = card.classes[label], swatch = make("span", { className: known ? "swatch" : "swatch striped" });
-  if (known) swatch.style.background = `rgb(${known.color})`;
-  return make("span", {}, swatch, known?.name ?? "no label");
-}
-
-function row(...cells) {
-  return make("tr", {}, ...cells.map((content) => make("td", {}, content)));
-}
-
 
 function inspect() {
-  for (const cross of document.querySelectorAll(".cross")) {
-    cross.style.display = pixel && bitmap ? "block" : "none";
-    if (pixel && bitmap) Object.assign(cross.style, {
-      left: `${(100 * (pixel.x + 0.5)) / bitmap.width}%`, top: `${(100 * (pixel.y + 0.5)) / bitmap.height}%`,
-    });
-  }
-  if (!pixel || !answer) return $("pixel").replaceChildren(quiet("Click a picture, or move over it with the arrow keys."));
-  const { labels, probabilities } = answer.tensors, [height, width] = labels.shape;
-  const at = pixel.y * width + pixel.x;
-  const rows = [...$("map").options].map(({ value: name, text }) => row(text, answer.tensors[name].values[at].toFixed(4)));
-  if (probabilities) {
-    const shares = card.classes.map((_, k) => probabilities.values[k * height * width + at]);
-    const bar = (share) => make("span", {}, make("meter", { value: share }), ` ${share.toFixed(4)}`);
-    for (const k of [...shares.keys()].sort((a, b) => shares[b] - shares[a])) rows.push(row(className(k), bar(shares[k])));
-  } else rows.push(row("probabilities", "not for pictures of this size"));
-  $("pixel").replaceChildren(quiet(`x ${pixel.x}, y ${pixel.y}: `, className(labels.values[at])), make("table", {}, ...rows));
+  showPixel(answer, view.pixel(), { classes: card?.classes, colors: card && colors() });
 }
 
-function quiet(...content) {
-  return make("p", { className: "quiet" }, ...content);
+function settingsChanged() {
+  if (!card) return;
+  promise(card);
+  $("stale").hidden = !answer?.facts || answer.key === JSON.stringify(request());
+  view.redraw();
 }
 
-function move(x, y) {
-  pixel = { x: clamp(Math.floor(x), 0, bitmap.width - 1), y: clamp(Math.floor(y), 0, bitmap.height - 1) };
-  inspect();
+/** The parts of a figure of what is shown on the right. */
+function figure() {
+  const shown = $("right").value, occur = new Set(answer.bands.flatMap(({ labels }) => [...new Set(labels)]));
+  const classes = card.classes.map(({ name }, k) => ({ name, color: colors()[k] })).filter((_, k) => shown === "labels" && occur.has(k));
+  const { samples, seed } = answer.facts, caption = `${card.name} version ${card.version}, ${samples} samples, seed ${seed}`;
+  return { size: size(), draw: (pen) => draw(pen, "right"), scale: shown === "map" && answer.scale, title: titleOf($("map").value), classes, caption };
 }
 
-function step(event) {
-  const [dx, dy] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key] ?? [];
-  if (dx === undefined || !bitmap) return;
-  event.preventDefault();
-  const from = pixel ?? { x: bitmap.width >> 1, y: bitmap.height >> 1 }, far = event.shiftKey ? 10 : 1;
-  move(from.x + far * dx, from.y + far * dy);
+function tell(work, title) {
+  say(`${title} …`);
+  work.then(() => say(outcome(answer.facts)), refused);
 }
 
+async function sample(name) {
+  if (name === "street") return take(new File([await drawScene()], "street.jpg", { type: "image/jpeg" }));
+  return take(new File([await (await ask(`playground/${name}`)).blob()], name, { type: "image/jpeg" }));
+}
 
-function begin() {
+function listenForPictures() {
   $("file").addEventListener("change", (event) => event.target.files[0] && take(event.target.files[0]));
-  $("sample").addEventListener("click", async () => take(await drawScene()));
+  $("sample").addEventListener("change", (event) => event.target.value && sample(event.target.value).catch(refused));
   document.addEventListener("paste", (event) => event.clipboardData.files[0] && take(event.clipboardData.files[0]));
   const drop = (event, isOver) => {
     event.preventDefault();
@@ -286,21 +261,35 @@ function begin() {
     drop(event, false);
     if (event.dataTransfer.files[0]) take(event.dataTransfer.files[0]);
   });
+}
+
+function begin() {
+  listenForPictures();
   $("model").addEventListener("change", () => chooseModel().then(segment).catch(refused));
   $("samples").addEventListener("input", () => ($("samples-shown").value = $("samples").value));
-  $("map").addEventListener("change", showMap);
-  $("over").addEventListener("change", drawImage);
-  $("opacity").addEventListener("input", drawImage);
-  $("key").addEventListener("change", () => loadModels().then(segment).catch(refused));
+  $("controls").addEventListener("input", settingsChanged);
   $("controls").addEventListener("submit", (event) => {
     event.preventDefault();
     segment();
   });
-  $("job").addEventListener("click", () => runJob({ picture, model: card.name, options: options(), prompt: prompt(), ask, say }).catch(refused));
-  for (const id of VIEWS) {
-    $(id).addEventListener("click", (event) => bitmap && move(...pixelUnder($(id), event, bitmap)));
-    $(id).addEventListener("keydown", step);
-  }
+  $("cancel").addEventListener("click", () => running?.abort());
+  $("key-form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    keepKey($("key").value);
+    loadModels().then(() => say("")).then(segment).catch(refused);
+  });
+  for (const id of ["map", "fading", "stretched"]) $(id).addEventListener("change", repaint);
+  for (const id of ["left", "right", "opacity"]) $(id).addEventListener("input", view.redraw);
+  $("hide").addEventListener("input", () => repaintLabels());
+  $("safe").addEventListener("change", () => {
+    repaintLabels();
+    if (answer) legend.show(answer, card.classes, colors());
+    inspect();
+  });
+  $("job").addEventListener("click", () => runJob({ picture, request: request(), say }).catch(refused));
+  $("draws-run").addEventListener("click", () => tell(showDraws(picture, request(), colors()), "Drawing samples"));
+  offerDownloads(() => ({ picture, request: request(), map: $("map").value }), figure, tell);
+  inspect();
   loadModels().catch(refused);
 }
 

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor
 from PIL.PngImagePlugin import PngInfo
 
 from penumbra.models.card import IGNORE, KNOWN_MAPS, UNITLESS, Card
@@ -32,8 +32,8 @@ OPACITY = 140
 """Weight of the labels' colours in an overlay, in 256ths."""
 STRIPE_PX, STRIPES = 4, 128
 """Width of the stripes where there is no label, and how many cross a large picture, so that they show at any size."""
-COLD, WARM, HOT = "#000004", "#b5367a", "#fcfdbf"
-"""From certain to uncertain; dark, middle and light tone of the colour maps."""
+HEAT = ("#000004", "#1c1044", "#4f127b", "#812581", "#b5367a", "#e55064", "#fb8761", "#fec287", "#fcfdbf")
+"""From certain to uncertain, in equal steps: magma, whose lightness grows evenly and which needs no sense of hue."""
 
 
 class PngWriter:
@@ -173,4 +173,6 @@ def write_heat(values_HW: FloatArray, file: BinaryIO, *, top: float) -> None:
 def heat_picture(values_HW: FloatArray, *, top: float) -> Image.Image:
     """Draw a map in colours from dark (0) to light (`top` and above); what is no number is dark."""
     grey = np.clip(np.nan_to_num(values_HW) * (255 / top), 0, 255).astype(np.uint8)
-    return ImageOps.colorize(Image.fromarray(grey), black=COLD, mid=WARM, white=HOT)
+    stops, places = np.array([ImageColor.getrgb(tone) for tone in HEAT]), np.linspace(0, 255, len(HEAT))
+    table = np.stack([np.interp(range(256), places, stops[:, band]) for band in range(3)], -1)
+    return Image.fromarray(np.rint(table).astype(np.uint8)[grey])
