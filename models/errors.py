@@ -6,7 +6,7 @@ Messages are one sentence: what was wrong, the value, what would be right.
     ├── of a request   BadOption, BadImage, UnknownModel, UnknownJob, JobUnfinished, NotAcceptable, UnsupportedMedia,
     │                  Unsupported
     ├── of a caller    Restricted, Unauthenticated, Forbidden
-    ├── of a limit     TooLarge, HeadTooLarge, QueueFull, DiskFull
+    ├── of a limit     TooLarge, HeadTooLarge, DiskFull, and TooMany: QueueFull, RateExceeded
     ├── of the moment  NotReady, Cancelled, DeadlineExceeded
     ├── of the model   ModelFault
     └── Refused        offline: BadCheckpoint, BadArtifact, BadData, ParityFailed
@@ -25,12 +25,13 @@ class PenumbraError(Exception):
     """Any mistake or condition that the caller can be told about in one sentence.
 
     http_status, grpc_status: what it ends a request with; a subclass that names none has its parent's. headers: what
-    an HTTP answer has beside them.
+    an HTTP answer has beside them. caller: the name of the key that it is about, if it is about one.
     """
 
     http_status: int
     grpc_status: str
     headers: Mapping[str, str] = {}
+    caller: str = ""
 
     def __init_subclass__(cls, *, http: int | None = None, grpc: str | None = None) -> None:
         if http and grpc:
@@ -82,6 +83,10 @@ class Unauthenticated(PenumbraError, http=401, grpc="UNAUTHENTICATED"):
 class Forbidden(PenumbraError, http=403, grpc="PERMISSION_DENIED"):
     """The API key's scope does not reach so far."""
 
+    def __init__(self, message: str, caller: str = "") -> None:
+        super().__init__(message)
+        self.caller = caller
+
 
 class TooLarge(PenumbraError, http=413, grpc="RESOURCE_EXHAUSTED"):
     """Something is over a published limit; the sentence says the limit, the size and the remedy."""
@@ -91,13 +96,21 @@ class HeadTooLarge(PenumbraError, http=431, grpc="RESOURCE_EXHAUSTED"):
     """A request's line and headers are over their limit."""
 
 
-class QueueFull(PenumbraError, http=429, grpc="RESOURCE_EXHAUSTED"):
-    """A request is refused at the door; `retry_after_s` is an estimate from the measured service rate."""
+class TooMany(PenumbraError, http=429, grpc="RESOURCE_EXHAUSTED"):
+    """A request is refused at the door; it may come again in `retry_after_s`."""
 
-    def __init__(self, message: str, *, retry_after_s: int) -> None:
+    def __init__(self, message: str, *, retry_after_s: int, caller: str = "") -> None:
         super().__init__(message)
-        self.retry_after_s = retry_after_s
+        self.retry_after_s, self.caller = retry_after_s, caller
         self.headers = {"Retry-After": str(retry_after_s)}
+
+
+class QueueFull(TooMany):
+    """There is no room for more work now; the time is an estimate from the measured service rate."""
+
+
+class RateExceeded(TooMany):
+    """The API key has had as many requests as it may have."""
 
 
 class DiskFull(PenumbraError, http=507, grpc="RESOURCE_EXHAUSTED"):

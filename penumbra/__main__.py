@@ -78,6 +78,10 @@ def serve(store: Path, host: str, port: int, grpc_port: int) -> None:
     )
     command = ["serve", "penumbra.serving.service:Penumbra", "--host", host, "--port", str(port)]
     command += ["--working-dir", str(Path(__file__).parents[1])]
+    if settings.tls_cert:  # the worker brings the certificate itself; this is for BentoML's own line of the address
+        options = os.environ.get("BENTOML_CONFIG_OPTIONS", "")
+        environment["BENTOML_CONFIG_OPTIONS"] = f"{options} services.penumbra.ssl.enabled=true"
+        command += [f"--ssl-{kind}file={environment[f'PENUMBRA_TLS_{kind.upper()}']}" for kind in ("cert", "key")]
     sys.stdout.flush()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # one that Python has noted and not handled yet would be lost
     os.execve(sys.executable, [sys.executable, "-c", BENTOML, *command], environment)

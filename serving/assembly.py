@@ -21,7 +21,7 @@ from penumbra.serving.oip.protocol import Inference
 from penumbra.serving.process import build_facts, own_directory
 from penumbra.serving.room import Bodies
 from penumbra.serving.settings import Settings
-from penumbra.serving.telemetry import Telemetry
+from penumbra.serving.telemetry import Telemetry, audit
 from penumbra.serving.watch import StoreWatch, look
 
 
@@ -65,6 +65,10 @@ def _gateway(settings: Settings, telemetry: Telemetry, *, trusted_keys: PublicKe
         settings.store, limits=limits, device=settings.device or None, threads=settings.threads or None,
         lanes=settings.lanes or None, tuning=tuning, observer=telemetry, trusted_keys=trusted_keys,
     )  # fmt: skip
+    for card in segmenter.cards():
+        audit("load", card.name, by="start", version=card.version)
+    for name in segmenter.refused:
+        audit("load", name, by="start", outcome="BadArtifact")
     if not segmenter.cards():
         reasons = "; ".join(segmenter.refused.values()) or "it is empty"
         raise BadArtifact(f"the store {settings.store} has no model to serve: {reasons}")

@@ -28,7 +28,7 @@ from starlette.types import ASGIApp
 
 from penumbra.models.errors import BadImage, BadOption, PenumbraError
 from penumbra.serving.http.admission import AccessLog, Guard, Timeout, refusal
-from penumbra.serving.http.head import bound_heads
+from penumbra.serving.http.head import bound_heads, serve_securely
 from penumbra.serving.keys import warn_if_open
 from penumbra.serving.process import (
     end_with_parent,
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("penumbra")
 
 try:
-    SETTINGS, KEYS, TRUSTED_KEYS = check_settings()
+    SETTINGS, KEYS, TRUSTED_KEYS, CERTIFICATE = check_settings()
 except BadOption as error:  # in the supervisor, which BentoML would let end in a traceback
     raise SystemExit(f"penumbra: {error}") from None
 TELEMETRY = Telemetry()
@@ -106,6 +106,7 @@ class Penumbra:
     def __init__(self) -> None:
         gc.disable()  # until all is loaded: collecting while torch is imported takes a quarter of its time
         logging.getLogger("penumbra").setLevel(SETTINGS.log_level)
+        logging.getLogger("penumbra.audit").setLevel("INFO")  # at every level: it says who changed what is served
         end_with_parent()
         if SETTINGS.otlp_endpoint:
             export_traces(BentoMLContainer.tracer_provider.get(), SETTINGS.otlp_endpoint)
@@ -144,8 +145,9 @@ class Penumbra:
 
         if SETTINGS.grpc_address:
             self.grpc = GrpcServer(
-                address=SETTINGS.grpc_address, message_bytes=SETTINGS.limit_body_bytes, keys=KEYS, telemetry=TELEMETRY
-            )
+                address=SETTINGS.grpc_address, message_bytes=SETTINGS.limit_body_bytes, keys=KEYS, telemetry=TELEMETRY,
+                certificate=CERTIFICATE,
+            )  # fmt: skip
             try:
                 await self.grpc.start()
             except BadOption as error:
@@ -178,8 +180,9 @@ class Penumbra:
         jobs.start()
         watch.start()
         if self.grpc:
-            self.grpc.open(service_handlers(Calls(inference, BODIES)))
-        url = BentoMLContainer.remote_runner_mapping.get().get("penumbra", "HTTP")
+            self.grpc.open(service_handlers(Calls(inference, BODIES, KEYS)))
+        place = BentoMLContainer.remote_runner_mapping.get().get("penumbra", "http://").partition("//")[2]
+        url = f"{'https' if CERTIFICATE else 'http'}://{place}"
         models = ", ".join(card.name for card in gateway.segmenter.cards())
         log.info("ready: %s/ and gRPC on %s, with %s", url, SETTINGS.grpc_address or "no port", models)
 
@@ -246,6 +249,8 @@ if workers != 1:  # they would share a device, and each /metrics page would tell
 bentomls.TimeoutMiddleware = lambda app, timeout: AccessLog(shared(Timeout(app, timeout)))
 set_up_logs(SETTINGS.log_format, framework="bentoml")
 bound_heads(SETTINGS.limit_head_bytes)
+if CERTIFICATE:
+    serve_securely(CERTIFICATE)
 Penumbra.add_asgi_middleware(  # type: ignore[attr-defined]
     Guard, routes=APP, telemetry=TELEMETRY, keys=KEYS, settings=SETTINGS, bodies=BODIES
 )

@@ -16,7 +16,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from penumbra.models.errors import BadOption
 from penumbra.serving.engine.options import PILLOW_PIXELS, Limits
 from penumbra.serving.engine.signature import PublicKeys, read_public_keys
-from penumbra.serving.keys import Keys, read_keys
+from penumbra.serving.following import Followed
+from penumbra.serving.keys import Keys
+from penumbra.serving.tls import Certificate, follow_certificate
 
 PREFIX = "PENUMBRA_"
 NO_SETTINGS = ("PENUMBRA_GOLDEN", "PENUMBRA_KSERVE_PYTHON", "PENUMBRA_PERF_ANALYZER")
@@ -48,7 +50,7 @@ class Settings(BaseSettings):
     A 0 lets threads, lanes and the sizes of batches be found at the start, and switches watch_store_s, target_ms,
     cache_mb and model_mb off. Where a text is empty, there is no gRPC (grpc_address), CUDA is taken if there is one
     (device), no trace is sent (otlp_endpoint), no page of another origin may ask (cors_origins), and everybody else may
-    (api_keys); without trusted_keys_file any artifact is taken.
+    (api_keys); without trusted_keys_file any artifact is taken, and without tls_cert and tls_key nothing is encrypted.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
@@ -98,6 +100,8 @@ class Settings(BaseSettings):
     api_keys: SecretStr = SecretStr("")
     api_keys_file: Path | None = None
     trusted_keys_file: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -122,17 +126,18 @@ def check_names(variables: Iterable[str], known: set[str]) -> None:
             raise ValueError(f"{name} is no setting; the nearest is {near[0]}, and docs/operate/settings.md has all")
 
 
-def check_settings() -> tuple[Settings, Keys, PublicKeys | None]:
-    """The settings, and what is in the files of keys that they name. Raises BadOption, also for what this installation
-    lacks for them."""
+def check_settings() -> tuple[Settings, Keys, PublicKeys | None, Followed[Certificate] | None]:
+    """The settings, and what is in the files of keys and of the certificate that they name. Raises BadOption, also for
+    what this installation lacks for them."""
     settings = read_settings()
     if settings.otlp_endpoint and find_spec("opentelemetry.exporter") is None:
         raise BadOption(
             f"PENUMBRA_OTLP_ENDPOINT is {settings.otlp_endpoint!r} and the exporter is not installed; "
             "`pip install 'penumbra-serving[otlp]'` brings it"
         )
-    keys = read_keys(settings.api_keys.get_secret_value(), settings.api_keys_file)
-    return settings, keys, read_public_keys(settings.trusted_keys_file) if settings.trusted_keys_file else None
+    keys = Keys(settings.api_keys.get_secret_value(), settings.api_keys_file)
+    trusted_keys = read_public_keys(settings.trusted_keys_file) if settings.trusted_keys_file else None
+    return settings, keys, trusted_keys, follow_certificate(settings.tls_cert, settings.tls_key)
 
 
 def paths_of(settings: Settings) -> dict[str, str]:

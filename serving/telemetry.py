@@ -78,8 +78,9 @@ class Request:
 
     def fail(self, error: Exception) -> None:
         """Note what the request ended with."""
-        self.status = error.http_status if isinstance(error, PenumbraError) else 500
-        self.error = type(error).__name__
+        self.status, self.error = 500, type(error).__name__
+        if isinstance(error, PenumbraError):
+            self.status, self.key = error.http_status, self.key or error.caller
 
     def fields(self, milliseconds: float) -> dict[str, str | int | float]:
         """What the log's line has of the request, by name and in its order; what is not known is not there."""
@@ -116,6 +117,30 @@ def logged(request: Request) -> Iterator[Request]:
         is_quiet = QUIET.fullmatch(request.path) and request.status not in (401, 403, 500)
         line = " ".join(f"{name}={value}" for name, value in fields.items())
         log.log(logging.DEBUG if is_quiet else logging.INFO, "%s", line, extra={"fields": fields})
+
+
+def audit(action: str, model: str, *, by: str = "", version: str | int = "", outcome: str = "done") -> None:
+    """Write the line of who did what to a model, and how it ended. by: who, where it was no caller."""
+    request = CURRENT.get()
+    fields: dict[str, str | int] = {
+        "audit": action, "model": re.sub("[^!-~]", "?", model)[:LONGEST_PATH], "version": version, "outcome": outcome,
+        "by": by or (request.key if request else "") or "anybody", "request_id": request.id if request else "",
+    }  # fmt: skip
+    fields = {name: value for name, value in fields.items() if value != ""}
+    line = " ".join(f"{name}={value}" for name, value in fields.items())
+    logging.getLogger("penumbra.audit").info("%s", line, extra={"fields": fields})
+
+
+@contextmanager
+def audited(action: str, model: str, *, by: str = "") -> Iterator[dict[str, int]]:
+    """Write that line when the block has ended; errors pass through. Yields what the block may add to it: `version`."""
+    known: dict[str, int] = {}
+    try:
+        yield known
+    except Exception as error:
+        audit(action, model, by=by, outcome=type(error).__name__)
+        raise
+    audit(action, model, by=by, **known)  # type: ignore[arg-type]
 
 
 class Telemetry:

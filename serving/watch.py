@@ -78,8 +78,12 @@ class StoreWatch:
         self._last = found
 
     def _take(self, name: str, directory: Path) -> None:
+        from penumbra.serving.telemetry import audited  # the command line, which asks `how_to_serve`, can do without
+
         try:
-            self._inference.load_newest(name, self._store).result()
+            with audited("load", name, by="watch") as line:
+                line["version"] = int(directory.name)
+                self._inference.load_newest(name, self._store).result()
         except BadArtifact:  # it is named where models are listed, and in the log
             pass
         except Exception as error:

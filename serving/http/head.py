@@ -1,5 +1,6 @@
 """uvicorn's HTTP protocol with what it has not by itself: a bound and a clock on the request's line and headers, an end
-to callers who do not read their answer, and requests that offer another protocol read as if they did not.
+to callers who do not read their answer, and requests that offer another protocol read as if they did not; and TLS with
+a certificate that may change.
 
 A whole head that is over the limit is refused by `penumbra.serving.http.admission` with a sentence; here are those
 that do not end.
@@ -11,8 +12,12 @@ from functools import partial
 from typing import Any
 
 import httptools
+import uvicorn
 from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from penumbra.serving.following import Followed
+from penumbra.serving.tls import Certificate, context_of
 
 HEAD_S = 30.0
 """The time for a head, longer than any caller takes who means it; a proxy before the server may be stricter."""
@@ -121,6 +126,12 @@ class BoundedHead(HttpToolsProtocol):
         if self._clock:
             self._clock.cancel()
         self._clock = None
+
+
+def serve_securely(certificate: Followed[Certificate]) -> None:
+    """Let uvicorn speak TLS in every server that it starts in this process."""
+    context = context_of(certificate)
+    uvicorn.Config = partial(uvicorn.Config, ssl_context_factory=lambda *_: context)  # type: ignore[misc, assignment]
 
 
 def bound_heads(limit_bytes: int) -> None:

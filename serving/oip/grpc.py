@@ -19,7 +19,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from penumbra.models.errors import UNEXPECTED, BadOption, PenumbraError, Unsupported
 from penumbra.serving import VERSION
-from penumbra.serving.keys import SERVICE
+from penumbra.serving.keys import SERVICE, STREAM, Keys
 from penumbra.serving.oip.grpc_server import Context, Handler, begun_call, named_errors
 from penumbra.serving.oip.protocol import Inference, InferResponse, unknown_above
 from penumbra.serving.oip.request import InferRequest, read_request
@@ -41,8 +41,9 @@ CONTENTS = {
 class Calls:
     """Answers the calls of the service. documents: what those on server and models answer, by name of the call."""
 
-    def __init__(self, inference: Inference, bodies: Bodies) -> None:
-        self._inference, self._bodies = inference, bodies
+    def __init__(self, inference: Inference, bodies: Bodies, keys: Keys | None = None) -> None:
+        """keys: against which each request of a stream counts; the interceptor asks them for every other call."""
+        self._inference, self._bodies, self._keys = inference, bodies, keys or Keys()
         gateway = inference.gateway
         self.documents: dict[str, Callable[[Any], Any]] = {
             "ServerLive": lambda _: {"live": gateway.is_alive},
@@ -80,15 +81,16 @@ class Calls:
 
     async def stream(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         """Answer ModelStreamInfer in the order of its requests, one at a time; a failure does not end the stream."""
-        call = begun_call(context)
+        call, is_paid = begun_call(context), True
         async for data in requests:
-            yield await self._in_turn(data, replace(call), context)
+            yield await self._in_turn(data, replace(call), context, is_paid=is_paid)
+            is_paid = False
 
-    async def _in_turn(self, data: bytes, request: Request, context: Context) -> bytes:
-        """Answer one request of a stream, with a line of its own in the log."""
+    async def _in_turn(self, data: bytes, request: Request, context: Context, *, is_paid: bool) -> bytes:
+        """Answer one request of a stream, with a line of its own in the log. is_paid: it counts as the call itself."""
         with logged(request):
             try:
-                return await self._infer(data, context, write=_in_stream)
+                return await self._infer(data, context, write=_in_stream, is_paid=is_paid)
             except PenumbraError as error:
                 request.fail(error)
                 sentence = str(error)
@@ -98,12 +100,16 @@ class Calls:
                 sentence = UNEXPECTED
             return await asyncio.to_thread(_failed_in_stream, data, sentence)
 
-    async def _infer(self, data: bytes, context: Context, *, write: Callable[[Any], bytes]) -> bytes:
+    async def _infer(
+        self, data: bytes, context: Context, *, write: Callable[[Any], bytes], is_paid: bool = True
+    ) -> bytes:
         metadata = dict(context.invocation_metadata())
         unknown = unknown_above(metadata, "the metadata")
         with self._bodies.room() as take:
             take(len(data))
             with self._inference.gateway.telemetry.track("grpc", carrier=metadata) as tracked:
+                if not is_paid:
+                    self._keys.check_call(STREAM, metadata.get("authorization", ""))
                 return await self._inference.infer(
                     lambda: read_message(parse(pb.ModelInferRequest, data), unknown),
                     lambda response: write(message_of(response)), tracked=tracked, size_bytes=len(data),

@@ -12,8 +12,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from penumbra.models.errors import UNEXPECTED, BadOption, NotReady, PenumbraError
+from penumbra.serving.following import Followed
 from penumbra.serving.keys import SERVICE, Keys
 from penumbra.serving.telemetry import CURRENT, ID, Request, Telemetry, begin, logged
+from penumbra.serving.tls import Certificate
 
 log = logging.getLogger("penumbra")
 
@@ -43,7 +45,8 @@ def named_errors(handler: Handler) -> Handler:
                 return answer
             except PenumbraError as error:
                 request.fail(error)
-                await context.abort(grpc.StatusCode[error.grpc_status], str(error))
+                told = tuple((name.lower(), value) for name, value in error.headers.items())
+                await context.abort(grpc.StatusCode[error.grpc_status], str(error), ((ID, request.id), *told))
             except Exception as error:
                 request.fail(error)
                 log.exception("call %s failed unexpectedly", request.id)
@@ -93,10 +96,25 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return grpc.stream_stream_rpc_method_handler(named_errors(answer))  # answers calls of any kind
 
 
+def credentials_of(certificate: Followed[Certificate]) -> grpc.ServerCredentials:
+    """Return credentials whose new connections get the newest certificate; those that are open keep theirs."""
+
+    def newest() -> grpc.ServerCertificateConfiguration:
+        found = certificate.now()
+        return grpc.ssl_server_certificate_configuration([(found.key, found.chain)])
+
+    return grpc.dynamic_ssl_server_credentials(newest(), newest)
+
+
 class GrpcServer:
     """Listens; its calls come with `open`."""
 
-    def __init__(self, *, address: str, message_bytes: int, keys: Keys, telemetry: Telemetry) -> None:
+    def __init__(
+        self, *, address: str, message_bytes: int, keys: Keys, telemetry: Telemetry,
+        certificate: Followed[Certificate] | None = None,
+    ) -> None:  # fmt: skip
+        """certificate: for TLS; without one the port is in the clear."""
+        self._certificate = certificate
         self._health = health.HealthServicer(experimental_non_blocking=True)
         self._address, self._door = address, Door(keys, telemetry)
         self._server = grpc.aio.server(
@@ -113,7 +131,10 @@ class GrpcServer:
     async def start(self) -> None:
         """Listen. Raises BadOption where the address cannot be had."""
         try:
-            self._server.add_insecure_port(self._address)
+            if self._certificate:
+                self._server.add_secure_port(self._address, credentials_of(self._certificate))
+            else:
+                self._server.add_insecure_port(self._address)
         except RuntimeError:
             raise BadOption(
                 f"gRPC cannot listen on {self._address}; end the process that has this port, or give another"

@@ -35,7 +35,7 @@ from penumbra.serving.oip.tensors import (
     outputs_of,
     read_image,
 )
-from penumbra.serving.telemetry import Request
+from penumbra.serving.telemetry import Request, audited
 
 EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "model_repository", "parameters",
               "statistics")  # fmt: skip
@@ -219,7 +219,9 @@ class Inference:
 
     async def load(self, model: str) -> None:
         """Serve the newest version of a model in the store. Raises Restricted where that is off, BadArtifact."""
-        await asyncio.wrap_future(self.load_newest(model, self._require_store()))
+        with audited("load", model) as line:
+            await asyncio.wrap_future(self.load_newest(model, self._require_store()))
+            line["version"] = self.find(model).card.version
 
     def load_newest(self, model: str, store: Path) -> Future[None]:
         """Begin to serve the newest version, whether callers may load or not. Any thread may call it."""
@@ -239,8 +241,9 @@ class Inference:
 
     async def unload(self, model: str) -> None:
         """Serve no version of a model any longer; one that is not served is no error. Raises Restricted."""
-        self._require_store()
-        self.gateway.segmenter.unload(model)
+        with audited("unload", model):
+            self._require_store()
+            self.gateway.segmenter.unload(model)
 
     def _require_store(self) -> Path:
         if self._store is None:

@@ -20,7 +20,7 @@ from tritonclient.utils import InferenceServerException
 
 from penumbra.models.errors import BadOption, Forbidden, PenumbraError, Unauthenticated
 from penumbra.serving import keys
-from penumbra.serving.keys import OPEN_CALLS, OPEN_PATHS, Keys, read_keys
+from penumbra.serving.keys import OPEN_CALLS, OPEN_PATHS, Keys
 from tests.conftest import picture
 from tests.serving.http.asking import PNG
 from tests.serving.server import ROOT, Server, serving
@@ -215,6 +215,11 @@ def test_the_bearer_of_a_key_has_its_name_or_else_its_scope_and_place() -> None:
         f"infer@a/b:{INFER}",
         f"infer@{'n' * 65}:{INFER}",
         f"@a:{INFER}",
+        f"infer=:{INFER}",
+        f"infer=0/s:{INFER}",
+        f"infer=10:{INFER}",
+        f"infer=10/day:{INFER}",
+        f"infer=10/s@name:{INFER}",
     ],
 )
 def test_keys_that_are_none_are_refused_without_being_shown(text: str) -> None:
@@ -226,10 +231,10 @@ def test_keys_that_are_none_are_refused_without_being_shown(text: str) -> None:
 def test_a_file_without_keys_or_that_cannot_be_read_never_means_open(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("# none yet\n")
     with pytest.raises(BadOption, match="has no API keys"):
-        read_keys("", tmp_path / "empty")
+        Keys("", tmp_path / "empty")
     with pytest.raises(BadOption, match="cannot be read"):
-        read_keys("", tmp_path / "absent")
-    assert not read_keys("", None)
+        Keys("", tmp_path / "absent")
+    assert not Keys("", None)
 
 
 def test_every_key_is_compared_whatever_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
