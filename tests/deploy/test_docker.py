@@ -1,8 +1,13 @@
 """What can be said of the image and the compose file without building them; build-without-docker.sh does the rest."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from penumbra.serving.settings import Settings
@@ -96,3 +101,21 @@ def test_prometheus_scrapes_the_composed_server_and_grafana_asks_prometheus() ->
         "path"
     ]
     assert any(volume.split(":")[1].startswith(dashboards) for volume in COMPOSE["services"]["grafana"]["volumes"])
+
+
+@pytest.mark.parametrize("name", ["compose.yaml", "gpus.yaml"])
+def test_the_schema_of_compose_takes_the_file_and_not_one_with_a_slip(name: str, tmp_path: Path) -> None:
+    def is_taken(text: str) -> bool:
+        (tmp_path / name).write_text(text)
+        command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", tmp_path / name]
+        return subprocess.run(command, capture_output=True, timeout=60).returncode == 0
+
+    text = (DOCKER / name).read_text()
+    assert is_taken(text)
+    for right, wrong in (("cap_drop: [ALL]", "cap_dorp: [ALL]"), ("restart: unless-stopped", "restart: [always]")):
+        assert right in text and not is_taken(text.replace(right, wrong))
+    (tmp_path / name).write_text(text)
+    if shutil.which("docker") and subprocess.run(["docker", "compose", "version"], capture_output=True).returncode == 0:
+        environment = os.environ | {"GRAFANA_PASSWORD": "x" * 12, "STORE": "/store"}
+        command = ["docker", "compose", "-f", tmp_path / name, "config", "-q"]
+        subprocess.run(command, check=True, env=environment, timeout=60)
