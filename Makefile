@@ -32,7 +32,7 @@ serve: .venv/server
 test: setup  # what a change can break, within five minutes on two cores
 	$(BIN)/pytest -m 'not slow' --numprocesses $(TEST_PROCESSES) --dist loadfile --max-worker-restart 0
 
-test-all: test .venv/peers .venv/libraries .venv/charts  # the same, and after it what is slow (CONTRIBUTING.md), alone on the machine
+test-all: test .venv/peers .venv/libraries .venv/charts .venv/tools  # the same, and after it what is slow (CONTRIBUTING.md), alone on the machine
 	$(BIN)/pytest -m slow
 
 # What some tests and benchmarks.peers ask, beside our own environment: other servers, MONAI, torch-tensorrt's Python, and
@@ -63,6 +63,10 @@ manifests: .venv/charts  # write deploy/kubernetes anew from the chart, of which
 	.venv/charts/helm template penumbra deploy/helm/penumbra --set monitor.enabled=true --output-dir build/manifests
 	mv build/manifests/penumbra/templates/monitor.yaml deploy/kubernetes/operator/servicemonitor.yaml
 	mv build/manifests/penumbra/templates/*.yaml deploy/kubernetes/
+
+# Other tools' SDKs (Apache-2.0, MIT), for tests/integrations; an environment apart, since they pin other versions of numpy.
+.venv/tools: | .venv/ready
+	-python3 -m venv $@ && $@/bin/pip install --quiet cvat-sdk==2.80.0 label-studio-sdk==2.1.2 httpx==0.28.1 pillow==13.0.0
 
 test-gpu:  # ten minutes on a CUDA GPU, with the torch that is there (docs/measure/gpu.md); without a GPU it says so
 	$(PYTHON) -m benchmarks.gpu

@@ -58,7 +58,8 @@ def connect() -> Any:
         raise BadOption(
             "the engine ray needs Ray; pip install 'penumbra-serving[ray]', or take the engine local"
         ) from None
-    ray.init(ignore_reinit_error=True)
+    if not ray.is_initialized():
+        ray.init()
     return ray
 
 
