@@ -22,7 +22,7 @@ export function boxEditor({ size, changed }) {
     remove.addEventListener("click", () => change(rows.filter((other) => other !== row)));
     const edit = () => replace(i, [...corners.value.split(",").map(Number), kind.selectedIndex]);
     for (const input of [corners, kind]) input.addEventListener("change", edit);
-    return make("li", {}, kind, corners, remove);
+    return make("li", {}, kind, remove, corners);
   }
 
   /** A box whose corners are in order and inside the picture, or nothing. */

@@ -38,6 +38,7 @@ async function loadModels() {
 }
 
 async function chooseModel() {
+  running?.abort();
   card = await (await ask(`models/${encodeURIComponent($("model").value)}`)).json();
   forget();
   offerSettings(card);
@@ -55,7 +56,7 @@ function listMaps(names) {
   $("map").value = shown;
 }
 
-async function take(file) {
+async function take(file, sampleName = "") {
   let taken;
   try {
     taken = await createImageBitmap(file);
@@ -64,6 +65,7 @@ async function take(file) {
   }
   [picture, bitmap] = [file, taken];
   $("about-picture").textContent = `${file.name || "picture"}: ${bitmap.width} × ${bitmap.height} px, ${(file.size / 1e6).toFixed(2)} MB`;
+  $("sample").value = sampleName;
   $("empty").hidden = true;
   document.body.classList.add("has-picture");
   forget();
@@ -78,7 +80,7 @@ function forget() {
   $("run").disabled = !picture;
   legend.clear();
   for (const id of ["banner", "bar", "stale", "more"]) $(id).hidden = true;
-  for (const id of ["timing", "strip"]) $(id).replaceChildren();
+  for (const id of ["timing", "strip", "hover"]) $(id).replaceChildren();
   inspect();
   view.redraw();
 }
@@ -125,7 +127,7 @@ async function answered(asked, signal) {
     return { facts, fresh };
   }
   fresh.names = names.filter((name) => ["entropy", "confidence", "mutual_information"].includes(name) || card.extra_maps.some((extra) => extra.name === name));
-  const facts = await follow(picture, asked, { outputs: fresh.names, signal, progress, band: (one) => addBand(fresh, one) });
+  const facts = await follow(picture, asked, { outputs: fresh.names, signal, progress, band: (one) => signal.aborted || addBand(fresh, one) });
   return { facts, fresh };
 }
 
@@ -139,8 +141,8 @@ function addBand(fresh, band) {
     forget();
     answer = fresh;
     listMaps(fresh.names);
-  }
-  paintBands([band]);
+    repaint();
+  } else paintBands([band]);
 }
 
 function refused(error) {
@@ -190,7 +192,6 @@ function repaint() {
 }
 
 function paintBands(bands) {
-  answer.scale ??= scaleOf(answer, $("map").value, card, false);
   for (const band of bands) paintMap(band, { name: $("map").value, scale: answer.scale, isFading: $("fading").checked });
   repaintLabels(bands);
 }
@@ -243,8 +244,8 @@ function tell(work, title) {
 }
 
 async function sample(name) {
-  if (name === "street") return take(new File([await drawScene()], "street.jpg", { type: "image/jpeg" }));
-  return take(new File([await (await ask(`playground/${name}`)).blob()], name, { type: "image/jpeg" }));
+  if (name === "street") return take(new File([await drawScene()], "street.jpg", { type: "image/jpeg" }), name);
+  return take(new File([await (await ask(`playground/${name}`)).blob()], name, { type: "image/jpeg" }), name);
 }
 
 function listenForPictures() {
