@@ -8,7 +8,7 @@ Messages are one sentence: what was wrong, the value, what would be right.
     ├── of a caller    Restricted, Unauthenticated, Forbidden
     ├── of a limit     TooLarge, HeadTooLarge, DiskFull, and TooMany: QueueFull, RateExceeded
     ├── of the moment  NotReady, Cancelled, DeadlineExceeded
-    ├── of the model   ModelFault
+    ├── of the model   ModelFault, NotPromoted
     └── Refused        offline: BadCheckpoint, BadArtifact, BadData, ParityFailed
 """
 
@@ -139,6 +139,10 @@ class ModelFault(PenumbraError, http=500, grpc="INTERNAL"):
 
     def __init__(self, message: str = UNEXPECTED) -> None:
         super().__init__(message)
+
+
+class NotPromoted(PenumbraError, http=409, grpc="FAILED_PRECONDITION"):
+    """A version has not shown what it has to show before it is served."""
 
 
 class Refused(PenumbraError, http=500, grpc="INTERNAL"):

@@ -18,6 +18,7 @@ import click
 from penumbra import options as shared
 from penumbra.failures import Verbs, sentence_of
 from penumbra.importing import import_files
+from penumbra.promoting import promote
 from penumbra.ranking import rank
 from penumbra.serving.engine.quota import num_cores
 from penumbra.serving.process import print_version
@@ -335,6 +336,9 @@ def sign(name: str, key: Path, version: int | None, store: Path) -> None:
     artifact = open_artifact(find_artifact(store, name, version))
     path = sign_card(artifact.directory, artifact.card_bytes, read_private_key(key))
     click.echo(f"{path}: signed {artifact.card.name} version {artifact.card.version}")
+
+
+main.add_command(promote)
 
 
 @main.command()

@@ -3,15 +3,18 @@
 `penumbra.serving.service` gives it a process; importing this module imports torch.
 """
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 from starlette.applications import Starlette
 
 import penumbra.serving.oip.grpc  # noqa: F401  (for the event loop)
 from penumbra.models.errors import BadArtifact
-from penumbra.serving.engine.options import Limits
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.signature import PublicKeys
+from penumbra.serving.engine.store import find_artifact, find_promoted
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.http import jobs as job_routes
 from penumbra.serving.http import v2
@@ -21,6 +24,7 @@ from penumbra.serving.oip.protocol import Inference
 from penumbra.serving.process import build_facts, own_directory
 from penumbra.serving.room import Bodies
 from penumbra.serving.settings import Settings
+from penumbra.serving.shadow import Shadow
 from penumbra.serving.telemetry import Telemetry, audit
 from penumbra.serving.watch import StoreWatch, look
 
@@ -40,7 +44,13 @@ def assemble(
         build, queued_windows=lambda: segmenter.scheduler.queued[0], refused_models=lambda: len(segmenter.refused),
         resident=lambda: segmenter.residency.resident,
     )  # fmt: skip
-    inference = Inference(gateway, store=settings.store if settings.model_control else None)
+    inference = Inference(
+        gateway, store=settings.store if settings.model_control else None, find=_find_in(settings)
+    )  # fmt: skip
+    if settings.shadow_share:
+        gateway.shadow = Shadow(settings.shadow_share, segmenter, telemetry)
+        for card in segmenter.cards():
+            inference.load_newest(card.name, settings.store)
     oip_routes = v2.routes(
         inference, body_bytes=settings.limit_body_bytes, json_bytes=settings.limit_json_bytes, bodies=bodies
     )
@@ -51,19 +61,20 @@ def assemble(
     return gateway, inference, jobs, watch
 
 
+def _find_in(settings: Settings) -> Callable[[Path, str], Path]:
+    """The function that finds the version of a model that is served: the newest, unless it has to be promoted."""
+    return find_promoted if settings.shadow_share else find_artifact
+
+
 def _gateway(settings: Settings, telemetry: Telemetry, *, trusted_keys: PublicKeys | None) -> Gateway:
     """The engine over the store, and the gateway over the engine. A store without one good model is an error."""
     torch.set_num_threads(1)  # only the scheduler's lanes enter parallel regions; others would fight
-    limits = Limits(
-        settings.limit_pixels, settings.limit_samples, settings.limit_queue_samples, settings.limit_window_pixels,
-        large_share=settings.large_share, memory_bytes=settings.limit_memory_bytes,
-        model_bytes=settings.model_mb * 2**20,
-    )  # fmt: skip
     fixed = settings.model_dump(include={"windows_per_batch", "samples_per_call", "deterministic", "cuda_graphs"})
     tuning = Tuning(**fixed, target_s=settings.target_ms / 1e3)
     segmenter = Segmenter.open(
-        settings.store, limits=limits, device=settings.device or None, threads=settings.threads or None,
-        lanes=settings.lanes or None, tuning=tuning, observer=telemetry, trusted_keys=trusted_keys,
+        settings.store, find=_find_in(settings), limits=settings.limits, device=settings.device or None,
+        threads=settings.threads or None, lanes=settings.lanes or None, tuning=tuning, observer=telemetry,
+        trusted_keys=trusted_keys,
     )  # fmt: skip
     for card in segmenter.cards():
         audit("load", card.name, by="start", version=card.version)

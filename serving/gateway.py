@@ -29,6 +29,7 @@ from penumbra.serving.engine.runtime import Runtime
 from penumbra.serving.engine.scale import metres_of
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.room import Memory
+from penumbra.serving.shadow import Shadow
 from penumbra.serving.telemetry import Request, Telemetry
 
 log = logging.getLogger("penumbra")
@@ -77,6 +78,8 @@ class Gateway:
         self.state: Literal["starting", "ready", "draining"] = "starting"
         self._limit_requests, self._timeout_s = limit_requests, timeout_s
         self._cache = AnswerCache(cache_bytes) if cache_bytes else None
+        self.shadow: Shadow | None = None
+        """What is offered every request that was worked on and answered."""
         self._memory = Memory(segmenter.limits.memory_bytes)
         self.vital: list[Callable[[], bool]] = [lambda: segmenter.scheduler.is_alive]
         """Threads that a server cannot do without: is each of them alive?"""
@@ -168,6 +171,8 @@ class Gateway:
             if self._cache and key and not kept:
                 size = len(task.image) if isinstance(task.image, bytes) else task.image.nbytes
                 self._cache.keep(key, prediction, image_bytes=size)
+        if self.shadow and not kept:
+            self.shadow.offer(task.image, task.options, card)
         spent_ms = sum(ms for phase, ms in prediction.timing_ms.items() if phase in ("decode", "total"))
         write_ms = 1e3 * (time.perf_counter() - started) - spent_ms
         request.timing_ms = dict(prediction.timing_ms) | {"write": write_ms}
@@ -219,4 +224,6 @@ class Gateway:
         """Finish accepted work."""
         self.state = "draining"
         self._threads.shutdown()
+        if self.shadow:
+            self.shadow.close()
         self.segmenter.close()

@@ -2,8 +2,9 @@
 may ask everything.
 
 A key is sent as `Authorization: Bearer KEY`, over gRPC as metadata of that name. Scopes: `metrics` may read /metrics
-and nothing else; `infer` may do all but what is the administrator's; `admin` may load and unload models besides. Health
-is open to all, for whoever restarts or routes cannot keep a secret. A file of keys is followed while the server runs.
+and nothing else; `infer` may do all but what is the administrator's; `admin` may load, unload and promote models
+besides. Health is open to all, for whoever restarts or routes cannot keep a secret. A file of keys is followed while
+the server runs.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ SERVICE = "inference.GRPCInferenceService"
 OPEN_CALLS = {
     f"/{SERVICE}/ServerLive", f"/{SERVICE}/ServerReady", "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch",
 }  # fmt: skip
-ADMIN_PATHS, ADMIN_ENDINGS = "/v2/repository/", ("/load", "/unload")
+ADMIN_PATHS, ADMIN_ENDINGS = "/v2/repository/", ("/load", "/unload", "/promote")
 ADMIN_CALLS = {f"/{SERVICE}/RepositoryModel{verb}" for verb in ("Load", "Unload")}
 METRICS_PATH = "/metrics"
 STREAM = f"/{SERVICE}/ModelStreamInfer"

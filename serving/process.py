@@ -133,10 +133,10 @@ def give_up(reason: str) -> NoReturn:
     os._exit(1)
 
 
-def end_with_parent() -> None:
-    """Get SIGTERM when the supervisor dies: a worker without one would keep the ports from the next server."""
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """Get a signal when the supervisor dies: a worker without one would keep the ports from the next server."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def end_with_workers() -> None:

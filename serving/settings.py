@@ -47,10 +47,11 @@ MOST_THREADS = 1024
 class Settings(BaseSettings):
     """Each field is the environment variable PENUMBRA_<NAME>; docs/operate/settings.md says what it is for.
 
-    A 0 lets threads, lanes and the sizes of batches be found at the start, and switches watch_store_s, target_ms,
-    cache_mb and model_mb off. Where a text is empty, there is no gRPC (grpc_address), CUDA is taken if there is one
-    (device), no trace is sent (otlp_endpoint), no page of another origin may ask (cors_origins), and everybody else may
-    (api_keys); without trusted_keys_file any artifact is taken, and without tls_cert and tls_key nothing is encrypted.
+    A 0 lets threads, lanes and the sizes of batches be found at the start, and switches watch_store_s, shadow_share,
+    target_ms, cache_mb and model_mb off. Where a text is empty, there is no gRPC (grpc_address), CUDA is taken if there
+    is one (device), no trace is sent (otlp_endpoint), no page of another origin may ask (cors_origins), and everybody
+    else may (api_keys); without trusted_keys_file any artifact is taken, and without tls_cert and tls_key nothing is
+    encrypted.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
@@ -60,6 +61,7 @@ class Settings(BaseSettings):
     grpc_address: Annotated[str, _fitting(r"(.+:\d{1,5})?", "HOST:PORT is wanted")] = "127.0.0.1:3001"
     model_control: bool = False
     watch_store_s: float = Field(0.0, ge=0, le=LONGEST_S)
+    shadow_share: float = Field(0.0, ge=0, le=1)
     device: Annotated[str, _fitting(r"(cpu|cuda(:\d+)?)?", "cpu, cuda or cuda:N is wanted")] = ""
     threads: int = Field(0, ge=0, le=MOST_THREADS)
     lanes: int = Field(0, ge=0, le=MOST_THREADS)
@@ -102,6 +104,14 @@ class Settings(BaseSettings):
     trusted_keys_file: Path | None = None
     tls_cert: Path | None = None
     tls_key: Path | None = None
+
+    @property
+    def limits(self) -> Limits:
+        """The engine's limits."""
+        return Limits(
+            self.limit_pixels, self.limit_samples, self.limit_queue_samples, self.limit_window_pixels,
+            large_share=self.large_share, memory_bytes=self.limit_memory_bytes, model_bytes=self.model_mb * 2**20,
+        )  # fmt: skip
 
     @model_validator(mode="before")
     @classmethod

@@ -28,6 +28,7 @@ from prometheus_client.exposition import choose_encoder
 from penumbra.models.errors import PenumbraError
 
 if TYPE_CHECKING:
+    from penumbra.serving.compare import Compared
     from penumbra.serving.engine.answer import Prediction
 
 log = logging.getLogger("penumbra.access")
@@ -143,6 +144,34 @@ def audited(action: str, model: str, *, by: str = "") -> Iterator[dict[str, int]
     audit(action, model, by=by, **known)  # type: ignore[arg-type]
 
 
+class Shadowed:
+    """What is counted of the versions in a shadow."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        counter = partial(Counter, namespace="penumbra", registry=registry)
+        of_shadow = ["model", "version"]
+        self._requests = counter(
+            "shadow_requests", "Live requests taken for a version in the shadow.", [*of_shadow, "outcome"]
+        )
+        self._pixels = counter("shadow_pixels", "Pixels whose labels were compared.", of_shadow)
+        self._flips = counter("shadow_flipped_pixels", "Those with another label than served.", of_shadow)
+        self._entropy = Gauge(
+            "shadow_entropy_shift", "Sum of the pictures' shifts of mean entropy, nats.", of_shadow,
+            namespace="penumbra", registry=registry,
+        )  # fmt: skip
+        self._seconds = counter("shadow_seconds", "Processor time for pictures.", [*of_shadow, "of"])
+
+    def count(self, candidate: tuple[str, str], outcome: str, compared: "Compared | None" = None) -> None:
+        """Count a request that was taken: compared, failed, or dropped. candidate: the model's name and the version."""
+        self._requests.labels(*candidate, outcome).inc()
+        if compared:
+            self._pixels.labels(*candidate).inc(compared.num_pixels)
+            self._flips.labels(*candidate).inc(compared.num_flipped)
+            self._entropy.labels(*candidate).inc(compared.entropy_nats)
+            for name, seconds in zip(("served", "shadow"), compared.seconds, strict=True):
+                self._seconds.labels(*candidate, name).inc(seconds)
+
+
 class Telemetry:
     """Counts and times; the engine's `Observer`. Safe from any thread.
 
@@ -183,9 +212,8 @@ class Telemetry:
             "expected_error": histogram("expected_error", expected, ["model"], buckets=ABSTAINED),
             "novelty": histogram("novelty", strange, ["model"], buckets=NOVELTY),
         }
-        self._build = Info(
-            "build", "Version of the server, and its commit.", namespace="penumbra", registry=self.registry
-        )
+        self.shadow = Shadowed(self.registry)
+        self._build = Info("build", "The server's version and commit.", namespace="penumbra", registry=self.registry)
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
 

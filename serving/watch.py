@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from penumbra.models.errors import BadArtifact
-from penumbra.serving.engine.store import versions
+from penumbra.serving.engine.store import PROMOTED, versions
 
 if TYPE_CHECKING:  # what loads needs torch, and a sentence of the command line does not
     from penumbra.serving.oip.protocol import Inference
@@ -26,7 +26,7 @@ def look(store: Path) -> Contents:
 def _states(directory: Path) -> frozenset[tuple[str, int, int]]:
     """Empty where a file cannot be read or is a link to nothing: whatever loads that one model says so."""
     try:
-        states = [(path.name, path.stat()) for path in directory.iterdir()]
+        states = [(path.name, path.stat()) for path in (*directory.iterdir(), *directory.parent.glob(PROMOTED))]
     except OSError:
         return frozenset()
     return frozenset((name, state.st_size, state.st_mtime_ns) for name, state in states)

@@ -66,8 +66,8 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_help_lists_the_verbs_in_the_order_of_the_work() -> None:
     output = run("--help").stdout
     verbs = (
-        "serve", "predict", "models", "train", "import", "ensemble", "export", "tune", "verify", "sign", "evaluate",
-        "calibrate",
+        "serve", "predict", "models", "train", "import", "ensemble", "export", "tune", "verify", "sign", "promote",
+        "evaluate", "calibrate",
     )  # fmt: skip
     places = [output.index(f"\n  {verb} ") for verb in verbs]
     assert places == sorted(places)

@@ -122,6 +122,11 @@ class Scheduler:
             return sum(request.unanswered for request in self._requests), self._reserved
 
     @property
+    def is_busy(self) -> bool:
+        """Tell whether a request has windows that wait or run."""
+        return bool(self._requests)
+
+    @property
     def is_alive(self) -> bool:
         return all(thread.is_alive() for thread in self._threads)
 

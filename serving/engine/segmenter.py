@@ -9,7 +9,7 @@ with Segmenter.open(Path("store")) as segmenter:
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,14 +79,14 @@ class Segmenter:
         )  # fmt: skip
 
     @classmethod
-    def open(cls, store: Path, **options: object) -> "Segmenter":
-        """Make a segmenter with the newest version of every model in a store.
+    def open(cls, store: Path, *, find: Callable[[Path, str], Path] = find_artifact, **options: object) -> "Segmenter":
+        """Make a segmenter with one version of every model in a store, the newest unless `find` finds another.
 
         A broken artifact is logged, listed in `refused` with the reason, and does not keep the others away.
         """
         segmenter = cls(**options)  # type: ignore[arg-type]
         for name in versions(store):
-            directory = find_artifact(store, name)
+            directory = find(store, name)
             try:
                 segmenter.load(directory)
             except BadArtifact as error:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from penumbra.models.card import Card, dump_card, parse_card
 from penumbra.models.errors import BadArtifact, UnknownModel
-from penumbra.models.files import whole_directory
+from penumbra.models.files import whole_directory, write_whole
 from penumbra.serving.engine.signature import PublicKeys, check_signature
 
 if TYPE_CHECKING:  # torch is imported where tensors are read: looking into a store is instant
@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # torch is imported where tensors are read: looking into a st
 
 CARD = "card.json"
 GOLDEN = "golden.safetensors"
+PROMOTED = "promoted"
+"""The file beside a model's versions with the number of the one that is served where versions are promoted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +158,34 @@ def next_version(store: Path, name: str) -> int:
     """Number a model's next artifact: above all that are there, also those that hold no card."""
     taken = [int(path.name) for path in (store / name).glob("*") if re.fullmatch("[1-9][0-9]*", path.name)]
     return max(taken, default=0) + 1
+
+
+def find_promoted(store: Path, name: str) -> Path:
+    """Find the version of a model that was promoted last, and promote the newest where none ever was.
+
+    One that has gone leaves its place to the newest before it. Raises UnknownModel, and BadArtifact where the store
+    cannot be written and has to be.
+    """
+    numbers = versions(store).get(name, [])
+    try:
+        promoted = int((store / name / PROMOTED).read_text("ascii"))
+    except (OSError, ValueError):
+        newest = find_artifact(store, name)
+        promote(newest)
+        return newest
+    return find_artifact(store, name, max((number for number in numbers if number <= promoted), default=promoted))
+
+
+def promote(directory: Path) -> None:
+    """Make an artifact the version of its model that is served. Raises BadArtifact where that cannot be written."""
+    mark = directory.parent / PROMOTED
+    try:
+        write_whole(mark, f"{directory.name}\n".encode())
+        mark.chmod(0o644)
+    except OSError as error:
+        raise BadArtifact(
+            f"{mark} cannot be written ({error.strerror}); write {directory.name} into it from where the store can be"
+        ) from None
 
 
 def write_version(source: Path, target: Path, card: Card) -> None:

@@ -57,6 +57,7 @@ def routes(inference: Inference, *, body_bytes: int, json_bytes: int, bodies: Bo
         *(Route(f"/repository{path}/index", rest.index, methods=["POST"]) for path in ("", "/{name}")),
         Route("/repository/models/{model}/load", rest.load, methods=["POST"]),
         Route("/repository/models/{model}/unload", rest.unload, methods=["POST"]),
+        Route("/repository/models/{model}/promote", rest.promote, methods=["POST"]),
     ]
     server = _document(lambda *_: inference.server_document())
     return [Route("/v2", server), Mount("/v2", app=Router(inner, redirect_slashes=False))]
@@ -117,6 +118,13 @@ class Rest:
     async def unload(self, request: Request) -> Response:
         await self._inference.unload(request.path_params["model"])
         return Response(media_type="application/json")
+
+    async def promote(self, request: Request) -> Response:
+        document = _parse(await request.body(), limit_bytes=self._json_bytes)
+        conditions = member(document, "if", list)
+        if not conditions or not all(isinstance(text, str) for text in conditions):
+            raise BadOption('if is a list of conditions, one or more, as in {"if": ["flips < 0.5 %"]}')
+        return JSONResponse({"promoted": await self._inference.promote(request.path_params["model"], conditions)})
 
     async def infer(self, request: Request) -> Response:
         model, version = _model(request)

@@ -9,7 +9,7 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -22,7 +22,7 @@ from penumbra.serving import VERSION
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.options import DEFAULT, DEFAULT_MAPS, PROBABILITIES, SegmentOptions, parse_options
 from penumbra.serving.engine.runtime import Runtime
-from penumbra.serving.engine.store import find_artifact, versions
+from penumbra.serving.engine.store import find_artifact, promote, versions
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.oip.request import InferRequest, RequestedOutput
 from penumbra.serving.oip.tensors import (
@@ -35,6 +35,7 @@ from penumbra.serving.oip.tensors import (
     outputs_of,
     read_image,
 )
+from penumbra.serving.shadow import Candidate
 from penumbra.serving.telemetry import Request, audited
 
 EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "model_repository", "parameters",
@@ -100,10 +101,13 @@ class Statistics:
 
 
 class Inference:
-    """Answers the protocol over a gateway. store: where models are loaded from; None keeps that and unloading off."""
+    """Answers the protocol over a gateway. store: where models are loaded from; None keeps that and unloading off.
+    find: which version of a model is served."""
 
-    def __init__(self, gateway: Gateway, *, store: Path | None = None) -> None:
-        self.gateway, self._store = gateway, store
+    def __init__(
+        self, gateway: Gateway, *, store: Path | None = None, find: Callable[[Path, str], Path] = find_artifact
+    ) -> None:
+        self.gateway, self._store, self._find = gateway, store, find
         self._statistics = Statistics()
         self._loading = ThreadPoolExecutor(1, thread_name_prefix="load")
         """It loads one at a time, apart from the threads that read large requests: a model may load for minutes."""
@@ -212,6 +216,7 @@ class Inference:
         if ready_only:
             return served
         names = {entry["name"] for entry in served}
+        served += self.gateway.shadow.describe() if self.gateway.shadow else []
         others = {**dict.fromkeys(versions(self._store) if self._store else (), "unloaded"), **segmenter.refused}
         return served + [
             {"name": name, "state": "UNAVAILABLE", "reason": why} for name, why in others.items() if name not in names
@@ -227,12 +232,44 @@ class Inference:
         """Begin to serve the newest version, whether callers may load or not. Any thread may call it."""
         return self._loading.submit(self._load, model, store)
 
+    async def promote(self, model: str, conditions: Sequence[str]) -> str:
+        """Serve the version that is in a model's shadow if it meets all conditions; returns what it has shown.
+
+        Raises Restricted, BadOption for a condition that is none, NotPromoted, BadArtifact.
+        """
+        with audited("promote", model) as line:
+            self._require_store()
+            if not self.gateway.shadow:
+                raise Restricted("no version is in a shadow here; start the server with PENUMBRA_SHADOW_SHARE=0.1")
+            candidate = self.gateway.shadow.check(model, conditions)
+            await asyncio.wrap_future(self._loading.submit(self._promote, candidate))
+            line["version"] = int(candidate.directory.name)
+        return f"{candidate} is served in place of version {candidate.served.name}: {candidate.figures}"
+
+    def _promote(self, candidate: Candidate) -> None:
+        directory = candidate.directory
+        self.gateway.segmenter.load(directory)
+        try:
+            promote(directory)
+        except BadArtifact:
+            self.gateway.segmenter.unload(directory.parent.name, int(directory.name))
+            raise
+        self._load(directory.parent.name, directory.parents[1])
+
     def _load(self, model: str, store: Path) -> None:
         segmenter = self.gateway.segmenter
         try:
-            directory = find_artifact(store, model)
-            if directory.name not in {str(card.version) for card in segmenter.cards() if card.name == model}:
-                segmenter.load(directory)
+            directory = newest = find_artifact(store, model)
+            directory = served = self._find(store, model)
+            loaded = {card.version for card in segmenter.cards() if card.name == model}
+            if int(served.name) not in loaded:
+                segmenter.load(served)
+            if self.gateway.shadow:
+                for version in loaded:
+                    if version > int(served.name):  # whoever names no version gets the highest
+                        segmenter.unload(model, version)
+                directory = newest
+                self.gateway.shadow.consider(served, newest)
         except UnknownModel:
             raise BadArtifact(f"failed to load {model[:SHOWN]!r}; it is not in the store") from None
         except BadArtifact as error:

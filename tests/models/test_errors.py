@@ -42,7 +42,7 @@ def test_the_statuses_are_the_published_ones() -> None:
         "UnsupportedMedia": 415, "QueueFull": 429, "RateExceeded": 429, "Cancelled": 499, "ModelFault": 500,
         "NotReady": 503,
         "Unauthenticated": 401, "Forbidden": 403, "Restricted": 403, "HeadTooLarge": 431, "Unsupported": 501,
-        "UnknownJob": 404, "JobUnfinished": 409, "DiskFull": 507,
+        "UnknownJob": 404, "JobUnfinished": 409, "DiskFull": 507, "NotPromoted": 409,
         "DeadlineExceeded": 504, "BadCheckpoint": 500, "BadArtifact": 500, "BadData": 500, "ParityFailed": 500,
     }  # fmt: skip
     assert {kind.__name__: make(kind).http_status for kind in LEAVES} == published
