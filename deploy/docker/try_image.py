@@ -12,7 +12,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-LAYER_GB = 1.3
+LAYER_GB, SHOWN_GB = 1.1, 0.05
 NAME = f"penumbra-{os.getpid()}"
 PORT = 3000
 START_S, END_S = 180, 60
@@ -70,6 +70,11 @@ def check_contents(root: Path, config: dict) -> float:
     assert not compilers, compilers
     sizes = [p.lstat().st_size for p in (root / "opt" / "penumbra").rglob("*") if not p.is_dir()]
     size_gb = sum(sizes) / 1e9
+    (packages,) = (root / "opt" / "penumbra").glob("lib/python3*/site-packages")
+    for part in (*packages.iterdir(), *(packages / "torch" / "lib").iterdir()):
+        part_gb = sum(p.lstat().st_size for p in (part, *part.rglob("*")) if not p.is_dir()) / 1e9
+        if part_gb > SHOWN_GB:
+            print(f"  {part.relative_to(packages)}: {part_gb:.2f} GB")
     assert size_gb < LAYER_GB, f"the Python layer has {size_gb:.2f} GB"
     return size_gb
 
