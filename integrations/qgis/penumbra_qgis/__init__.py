@@ -1,0 +1,205 @@
+"""A Processing provider of QGIS: a raster goes to a Penumbra server, and labels or a map of uncertainty come back.
+
+One file, without a package that QGIS does not have. The raster is sent as a job, piece by piece, and its answer, a
+Cloud-Optimized GeoTIFF that lies where the raster does, is written to the disk as it comes.
+"""
+
+import json
+import shutil
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from qgis.core import (
+    QgsApplication,
+    QgsProcessingAlgorithm,
+    QgsProcessingContext,
+    QgsProcessingException,
+    QgsProcessingFeedback,
+    QgsProcessingOutputNumber,
+    QgsProcessingParameterDefinition,
+    QgsProcessingParameterRasterDestination,
+    QgsProcessingParameterRasterLayer,
+    QgsProcessingParameterString,
+    QgsProcessingProvider,
+)
+
+LOOK_S = 0.5
+"""Between two looks at a job."""
+BUSY = (429, 503)
+PATIENCE_S = 120
+"""How long to ask a server again that is full or loading."""
+SCORES = ("expected_error", "novelty")
+
+
+class Server:
+    """A Penumbra server, asked with what Python has."""
+
+    def __init__(self, url: str, key: str) -> None:
+        self._url, self._headers = url.rstrip("/"), {"Authorization": f"Bearer {key}"} if key else {}
+
+    def submit(self, path: Path, options: dict[str, str]) -> dict[str, Any]:
+        """Send a raster, again where the server is full. Raises QgsProcessingException."""
+        left_s = PATIENCE_S
+        headers = {"Content-Type": "image/tiff", "Accept": "image/tiff", "Content-Length": str(path.stat().st_size)}
+        while True:
+            try:
+                with path.open("rb") as file:
+                    return dict(
+                        json.load(self._open("POST", f"/jobs?{urllib.parse.urlencode(options)}", headers, file))
+                    )
+            except urllib.error.HTTPError as error:
+                wait_s = int(error.headers.get("Retry-After") or 5)
+                if error.code not in BUSY or wait_s > left_s:
+                    raise QgsProcessingException(_sentence(error)) from None
+                time.sleep(wait_s)
+                left_s -= max(wait_s, 1)
+
+    def get(self, path: str) -> Any:
+        """Open an answer. Raises QgsProcessingException."""
+        try:
+            return self._open("GET", path, {}, None)
+        except urllib.error.HTTPError as error:
+            raise QgsProcessingException(_sentence(error)) from None
+
+    def remove(self, job: dict[str, Any]) -> None:
+        """Cancel a job and remove its files; one that is gone already is as it should be."""
+        try:
+            self._open("DELETE", job["url"], {}, None).close()
+        except urllib.error.HTTPError:
+            return
+
+    def _open(self, method: str, path: str, headers: dict[str, str], body: Any) -> Any:
+        request = urllib.request.Request(self._url + path, body, {**self._headers, **headers}, method=method)
+        try:
+            return urllib.request.urlopen(request, timeout=120)
+        except urllib.error.HTTPError:
+            raise
+        except OSError as error:
+            raise QgsProcessingException(
+                f"{self._url} cannot be asked ({getattr(error, 'reason', error)}); is a Penumbra server running there?"
+            ) from None
+
+
+def _sentence(error: urllib.error.HTTPError) -> str:
+    """What a refusal says."""
+    text = error.read(2000).decode(errors="replace")
+    try:
+        return str(json.loads(text)["error"])
+    except (ValueError, KeyError, TypeError):
+        return f"the server answered {error.code}: {text[:200]}"
+
+
+class Segment(QgsProcessingAlgorithm):  # type: ignore[misc]
+    """The algorithm `penumbra:segment`."""
+
+    def name(self) -> str:
+        return "segment"
+
+    def displayName(self) -> str:
+        return "Segment a raster"
+
+    def shortHelpString(self) -> str:
+        return (
+            "Sends a raster to a Penumbra server and loads what it answers: class labels, or a map that says where "
+            "not to believe them. Picture is labels, overlay, confidence, entropy, mutual_information or another map "
+            "of the model. Options are those of POST /segment, as samples=8&overlap=0.5&max_risk=0.02."
+        )
+
+    def createInstance(self) -> "Segment":
+        return Segment()
+
+    def initAlgorithm(self, config: dict[str, Any] | None = None) -> None:
+        self.addParameter(QgsProcessingParameterRasterLayer("INPUT", "Raster"))
+        self.addParameter(QgsProcessingParameterString("SERVER", "Server", "http://localhost:3000"))
+        for name, title, default in (
+            ("MODEL", "Model (may be left out where one is served)", ""),
+            ("PICTURE", "Picture: labels, overlay, or a map", "labels"),
+            ("OPTIONS", "Further options, as samples=8&overlap=0.5", ""),
+            ("KEY", "API key, where the server wants one", ""),
+        ):
+            parameter = QgsProcessingParameterString(name, title, default, optional=True)
+            if name in ("OPTIONS", "KEY"):
+                parameter.setFlags(parameter.flags() | QgsProcessingParameterDefinition.FlagAdvanced)
+            self.addParameter(parameter)
+        self.addParameter(QgsProcessingParameterRasterDestination("OUTPUT", "Answer"))
+        for name in SCORES:
+            self.addOutput(QgsProcessingOutputNumber(name.upper(), name.replace("_", " ")))
+
+    def processAlgorithm(
+        self, parameters: dict[str, Any], context: QgsProcessingContext, feedback: QgsProcessingFeedback
+    ) -> dict[str, Any]:
+        def text(name: str) -> str:
+            return str(self.parameterAsString(parameters, name, context)).strip()
+
+        layer = self.parameterAsRasterLayer(parameters, "INPUT", context)
+        path = Path(layer.source() if layer else "")
+        if not path.is_file():
+            raise QgsProcessingException(f"{str(path)!r} is no file on this disk; export the layer as GeoTIFF first")
+        options = dict(urllib.parse.parse_qsl(text("OPTIONS"), keep_blank_values=True))
+        options |= {"picture": text("PICTURE") or "labels"} | ({"model": text("MODEL")} if text("MODEL") else {})
+        server, target = Server(text("SERVER"), text("KEY")), self.parameterAsOutputLayer(parameters, "OUTPUT", context)
+        job = server.submit(path, options)
+        try:
+            return self._follow(server, job, target, feedback)
+        finally:
+            server.remove(job)
+
+    def _follow(
+        self, server: Server, job: dict[str, Any], target: str, feedback: QgsProcessingFeedback
+    ) -> dict[str, Any]:
+        """Show how far the job is, and fetch its answer. A user who cancels ends it on the server too."""
+        while not job["finished"]:
+            time.sleep(LOOK_S)
+            if feedback.isCanceled():
+                return {}
+            with server.get(job["url"]) as answer:
+                job = json.load(answer)
+            feedback.setProgress(job["percent"])
+        if job["error"]:
+            raise QgsProcessingException(job["error"])
+        with server.get(job["result"]) as answer, Path(target).open("wb") as file:
+            shutil.copyfileobj(answer, file)
+            headers = answer.headers
+        if warning := urllib.parse.unquote(headers.get("X-Penumbra-Warning", "")):
+            feedback.pushWarning(warning)
+        scores = {name: headers.get(f"X-Penumbra-{name.replace('_', '-').title()}") for name in SCORES}
+        return {"OUTPUT": target} | {name.upper(): float(score) for name, score in scores.items() if score}
+
+
+class Provider(QgsProcessingProvider):  # type: ignore[misc]
+    """The provider `penumbra` of the Processing toolbox."""
+
+    def id(self) -> str:
+        return "penumbra"
+
+    def name(self) -> str:
+        return "Penumbra"
+
+    def loadAlgorithms(self) -> None:
+        self.addAlgorithm(Segment())
+
+
+class Plugin:
+    """What QGIS loads and unloads."""
+
+    def __init__(self) -> None:
+        self._provider: Provider | None = None
+
+    def initProcessing(self) -> None:
+        self._provider = Provider()
+        QgsApplication.processingRegistry().addProvider(self._provider)
+
+    def initGui(self) -> None:
+        self.initProcessing()
+
+    def unload(self) -> None:
+        QgsApplication.processingRegistry().removeProvider(self._provider)
+
+
+def classFactory(interface: object) -> Plugin:
+    """What QGIS calls."""
+    return Plugin()

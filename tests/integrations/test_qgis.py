@@ -1,0 +1,80 @@
+"""The Processing provider in the real QGIS, without a screen (`qgis_process`, of Debian's package `qgis`)."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from penumbra_client import Client
+from rasterio.transform import from_origin
+
+from tests.conftest import picture
+from tests.integrations.tools import ROOT
+from tests.serving.server import Server
+
+QGIS = shutil.which("qgis_process.bin") or shutil.which("qgis_process")
+"""Debian's wrapper of 3.22 gives it an option that it does not know, so what is wrapped is asked."""
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        QGIS is None, reason="qgis_process is not installed (Debian: qgis, qgis-providers, python3-qgis)"
+    ),
+]
+TRANSFORM = from_origin(500_000, 5_400_000, 2, 2)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home in which the plugin is installed and enabled."""
+    home = tmp_path_factory.mktemp("home")
+    plugins = home / ".local/share/QGIS/QGIS3/profiles/default/python/plugins"
+    shutil.copytree(ROOT / "integrations" / "qgis" / "penumbra_qgis", plugins / "penumbra_qgis")
+    done = qgis(home, "plugins", "enable", "penumbra_qgis")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return home
+
+
+def qgis(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: text for name, text in os.environ.items() if name in ("PATH", "LANG")}
+    environment = kept | {"HOME": str(home), "QT_QPA_PLATFORM": "offscreen", "XDG_RUNTIME_DIR": str(home)}
+    return subprocess.run([str(QGIS), *words], env=environment, capture_output=True, text=True, timeout=600)
+
+
+def run(home: Path, path: Path, server: str, **parameters: str) -> subprocess.CompletedProcess[str]:
+    given = {"INPUT": str(path), "SERVER": server, "MODEL": "toy-latent", "OUTPUT": str(path.with_name("out.tif"))}
+    words = [f"{name}={text}" for name, text in (given | parameters).items()]
+    return qgis(home, "--json", "run", "penumbra:segment", "--", *words)
+
+
+@pytest.fixture
+def scene(rng: np.random.Generator, tmp_path: Path) -> Path:
+    path = tmp_path / "scene.tif"
+    profile = {"driver": "GTiff", "height": 90, "width": 120, "count": 3, "dtype": "uint8"}
+    with rasterio.open(path, "w", **profile, crs="EPSG:32632", transform=TRANSFORM) as target:
+        target.write(picture(rng, 90, 120).transpose(2, 0, 1))
+    return path
+
+
+def test_labels_lie_where_the_raster_does(server: Server, home: Path, scene: Path) -> None:
+    done = run(home, scene, server.url, OPTIONS="samples=4&seed=3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    with Client(server.url) as client:
+        prediction = client.segment(scene, model="toy-latent", samples=4, seed=3)
+    results = json.loads(done.stdout)["results"]
+    with rasterio.open(results["OUTPUT"]) as answer:
+        assert np.array_equal(answer.read(1), prediction.labels)
+        assert (answer.crs.to_epsg(), answer.transform) == (32632, TRANSFORM)
+    assert results["EXPECTED_ERROR"] == pytest.approx(prediction.scores.expected_error, abs=1e-6)
+
+
+def test_a_map_and_a_refusal(server: Server, home: Path, scene: Path) -> None:
+    done = run(home, scene, server.url, PICTURE="entropy")
+    assert done.returncode == 0, done.stdout + done.stderr
+    with rasterio.open(json.loads(done.stdout)["results"]["OUTPUT"]) as answer:
+        assert answer.dtypes == ("float32",) and answer.descriptions == ("entropy",)
+    done = run(home, scene, server.url, MODEL="nobody")
+    assert done.returncode != 0 and "there is no model 'nobody'" in done.stdout + done.stderr
