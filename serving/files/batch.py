@@ -28,7 +28,7 @@ from penumbra.serving.render import parse_request, render_with_notes
 
 FORMATS = {
     "png": "image/png", "json": "application/json", "npz": "application/x-npz", "geojson": "application/geo+json",
-    "tif": "image/tiff",
+    "tif": "image/tiff", "gpkg": "application/geopackage+sqlite3",
 }  # fmt: skip
 AT_ONCE = 4
 """Images that are read and written while others are computed; their windows share batches."""

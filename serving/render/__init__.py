@@ -13,6 +13,7 @@ from penumbra.models.errors import BadOption, NotAcceptable
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.options import DEFAULT, PROBABILITIES, SegmentOptions, Style, parse_options, parse_style
 from penumbra.serving.render.arrays import write_npz, write_tiff
+from penumbra.serving.render.geopackage import write_geopackage
 from penumbra.serving.render.pictures import palette, write_png
 from penumbra.serving.render.regions import write_geojson
 from penumbra.serving.render.tables import write_json
@@ -30,13 +31,16 @@ WRITERS: dict[str, Write] = {
         prediction, file, min_pixels=style.min_pixels
     ),
     "image/tiff": lambda prediction, style, file: write_tiff(prediction, file, bands=(style.picture,)),
+    "application/geopackage+sqlite3": lambda prediction, style, file: write_geopackage(
+        prediction, file, min_pixels=style.min_pixels
+    ),
 }
 """Answer formats by media type; the first is the answer to `*/*`."""
 
 
 MAPLESS = ("image/png", "image/tiff")
 """Formats that show one picture, and need no map but its own: the default ones are not computed for them."""
-WITH_MEANS = ("application/json", "application/geo+json")
+WITH_MEANS = ("application/json", "application/geo+json", "application/geopackage+sqlite3")
 """Formats that tell the mean of every map, of the default ones at least."""
 
 WITH_PROBABILITIES = "application/x-npz"

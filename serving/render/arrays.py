@@ -95,7 +95,7 @@ def _profile(prediction: Prediction, bands: Sequence[str]) -> dict[str, Any]:
 
 
 def _annotate(target: Any, prediction: Prediction, bands: Sequence[str]) -> None:
-    """Say who answered, colours, names of bands, and the place where it is not a plain transform."""
+    """Say who answered, the classes and their colours, the bands and their units, and a place that is no transform."""
     facts = prediction.origin | prediction.shares
     target.update_tags(**{f"PENUMBRA_{name.upper()}": fact for name, fact in facts.items()})
     place = prediction.image and prediction.image.place
@@ -106,11 +106,14 @@ def _annotate(target: Any, prediction: Prediction, bands: Sequence[str]) -> None
     if bands[0] == "labels":
         colors = np.frombuffer(palette(prediction.card), np.uint8).reshape(256, 3)
         target.write_colormap(1, {k: (*color, 255) for k, color in enumerate(colors.tolist())})
+        target.update_tags(1, **{f"CLASS_{k}": one.name for k, one in enumerate(prediction.card.classes)})
     if bands[0] != "overlay":
+        units = {extra.name: extra.unit for extra in prediction.card.extra_maps}
+        units |= {name: "nats" for name in KNOWN_MAPS if name not in UNITLESS}
         for number, name in enumerate(bands, 1):
             target.set_band_description(number, name)
-            if name in KNOWN_MAPS and name not in UNITLESS:
-                target.set_band_unit(number, "nats")
+            if units.get(name):
+                target.set_band_unit(number, units[name])
 
 
 def _values(prediction: Prediction, bands: Sequence[str], rows: slice) -> Iterator[NDArray[Any]]:

@@ -1,4 +1,4 @@
-"""Connected regions of one class as polygons: GeoJSON with each region's size and mean uncertainty.
+"""Connected regions of one class as polygons, in GeoJSON or a GeoPackage, with each region's size and mean uncertainty.
 
 A region's outline runs along pixel borders, so it holds exactly the region's pixels. Coordinates are longitude and
 latitude (RFC 7946) where the image is a raster that has a place on the ground, else columns and rows of pixels.
@@ -6,6 +6,7 @@ latitude (RFC 7946) where the image is a raster that has a place on the ground, 
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -16,6 +17,7 @@ from rasterio.features import rasterize, shapes
 from penumbra.models.card import IGNORE
 from penumbra.models.errors import TooLarge
 from penumbra.serving.engine.answer import Prediction
+from penumbra.serving.engine.raster import gdal
 from penumbra.serving.render.ground import Ground, Unplaced
 from penumbra.serving.render.meridian import shoelace
 from penumbra.serving.render.pictures import blocks
@@ -25,18 +27,30 @@ MAX_EDGES = 8_000_000
 """Pixel borders between classes: all outlines together. More is noise, and a document that nobody opens."""
 
 
-def write_geojson(prediction: Prediction, file: BinaryIO, *, min_pixels: int) -> str:
-    """Write a FeatureCollection of the regions of at least `min_pixels`; returns what to know of their place, if any.
+@dataclass(frozen=True, slots=True)
+class Regions:
+    """What a format of regions writes: GeoJSON geometries, their properties by name, and the answer's facts.
 
-    Raises TooLarge for labels that are noise.
+    is_placed: whether coordinates are longitude and latitude. note: what to know of that, or empty.
     """
+
+    geometries: list[dict[str, Any]]
+    properties: list[dict[str, Any]]
+    facts: dict[str, Any]
+    is_placed: bool
+    note: str
+
+
+def find_regions(prediction: Prediction, *, min_pixels: int) -> Regions:
+    """Find the regions of at least `min_pixels`. Raises TooLarge for labels that are noise."""
     labels_HW = prediction.labels_HW[:]
     _check_edges(labels_HW)
-    found = [
-        (outline, int(label))
-        for outline, label in shapes(labels_HW, mask=labels_HW != IGNORE, connectivity=4)
-        if _area(outline) >= min_pixels
-    ]
+    with gdal():
+        found = [
+            (outline, int(label))
+            for outline, label in shapes(labels_HW, mask=labels_HW != IGNORE, connectivity=4)
+            if _area(outline) >= min_pixels
+        ]
     outlines = [outline for outline, _ in found]
     ground: Ground | None = None
     try:
@@ -45,18 +59,29 @@ def write_geojson(prediction: Prediction, file: BinaryIO, *, min_pixels: int) ->
     except Unplaced as why:
         ground, geometries, note = None, outlines, f"{why}, so coordinates are pixels" if str(why) else ""
     classes, measured = prediction.card.classes, _measure(prediction, outlines, ground)
+    properties = [
+        {"id": label, "class": classes[label].name} | measures
+        for (_, label), measures in zip(found, measured, strict=True)
+    ]
+    facts = prediction.facts
+    facts["warnings"] += [note] if note else []
+    return Regions(geometries, properties, facts, ground is not None, note)
+
+
+def write_geojson(prediction: Prediction, file: BinaryIO, *, min_pixels: int) -> str:
+    """Write a FeatureCollection of the regions of at least `min_pixels`; returns what to know of their place, if any.
+
+    Raises TooLarge for labels that are noise.
+    """
+    regions = find_regions(prediction, min_pixels=min_pixels)
     features = [
-        {
-            "type": "Feature", "geometry": geometry,
-            "properties": {"id": label, "class": classes[label].name} | measures,
-        }
-        for geometry, (_, label), measures in zip(geometries, found, measured, strict=True)
-    ]  # fmt: skip
-    about = prediction.facts
-    about["warnings"] += [note] if note else []
-    document = {"type": "FeatureCollection", "features": features, "coordinates": "WGS84" if ground else "pixels"}
-    file.write(json.dumps(document | {"penumbra": about}, allow_nan=False).encode())
-    return note
+        {"type": "Feature", "geometry": geometry, "properties": properties}
+        for geometry, properties in zip(regions.geometries, regions.properties, strict=True)
+    ]
+    coordinates = "WGS84" if regions.is_placed else "pixels"
+    document = {"type": "FeatureCollection", "features": features, "coordinates": coordinates}
+    file.write(json.dumps(document | {"penumbra": regions.facts}, allow_nan=False).encode())
+    return regions.note
 
 
 def _check_edges(labels_HW: NDArray[np.uint8]) -> None:

@@ -13,6 +13,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from rasterio.control import GroundControlPoint
 from rasterio.transform import from_origin
 
+from penumbra.models.card import ExtraMap
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.raster import gdal
 from penumbra.serving.render import Style, render
@@ -122,3 +123,32 @@ def test_a_failure_leaves_no_file_beside_the_answer(tmp_path: Path, answer: Pred
     with (tmp_path / "full" / "answer.tif").open("wb") as file, pytest.raises(KeyError):
         write_tiff(answer, file, bands=("entropy", "no map"))
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["answer.tif"]
+
+
+@pytest.mark.parametrize("size", [(40, 30), (513, 700), SIZE])
+@pytest.mark.parametrize("bands", KINDS)
+def test_rio_cogeo_finds_nothing_to_say_even_strictly(
+    tmp_path: Path, rng: np.random.Generator, bands: tuple[str, ...], size: tuple[int, int]
+) -> None:
+    cogeo = pytest.importorskip("rio_cogeo")
+    found = dataclasses.replace(
+        prediction(patches(rng, *size), 3), image=raster(tmp_path, *size, **PLACES["transform"])
+    )
+    with (tmp_path / "answer.tif").open("wb") as file:
+        write_tiff(found, file, bands=bands)
+    assert cogeo.cog_validate(tmp_path / "answer.tif", strict=True, quiet=True) == (True, [], [])
+
+
+def test_a_label_has_its_class_name_and_colour_and_a_map_its_unit(answer: Prediction) -> None:
+    with rasterio.MemoryFile(render(answer, "image/tiff", Style())) as memory, memory.open() as dataset:
+        names = {f"CLASS_{k}": one.name for k, one in enumerate(answer.card.classes)}
+        assert names.items() <= dataset.tags(1).items() and dataset.nodata == 255
+        assert [dataset.colormap(1)[k][:3] for k in range(3)] == [one.color for one in answer.card.classes]
+    own = ExtraMap("distance", "to the prototype", "the unit of features")
+    maps = answer.maps | {"distance": answer.maps["entropy"]}
+    answer = dataclasses.replace(answer, card=dataclasses.replace(answer.card, extra_maps=(own,)), maps=maps)
+    file = io.BytesIO()
+    write_tiff(answer, file, bands=("confidence", "entropy", "distance"))
+    with rasterio.MemoryFile(file.getvalue()) as memory, memory.open() as dataset:
+        assert dataset.descriptions == ("confidence", "entropy", "distance") and np.isnan(dataset.nodata)
+        assert dataset.units == (None, "nats", "the unit of features")
