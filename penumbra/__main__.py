@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import click
@@ -89,7 +89,7 @@ def serve(store: Path, host: str, port: int, grpc_port: int) -> None:
 
 
 @main.command()
-@click.argument("images", nargs=-1, required=True, type=shared.FILE)
+@click.argument("images", nargs=-1, required=True, type=shared.FILE_OR_URL)
 @shared.MODEL
 @click.option("--output", "-o", type=shared.ANY_FOLDER, default="out", show_default=True)
 @ENGINE
@@ -97,9 +97,10 @@ def serve(store: Path, host: str, port: int, grpc_port: int) -> None:
 @shared.STORE
 @shared.JSON
 def predict(
-    images: tuple[Path, ...], model: str | None, output: Path, store: Path, as_json: bool, engine: str, **options: Any
-) -> None:
-    """Segment picture files without a server; writes labels, overlay and uncertainty maps."""
+    images: tuple[Path | str, ...], model: str | None, output: Path, store: Path, as_json: bool, engine: str,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Segment picture files, or s3://..., without a server; writes labels, overlay and uncertainty maps."""
     from penumbra.export.zoo import fill_store
     from penumbra.models.errors import BadOption, DiskFull, reason_of
     from penumbra.serving.engine.options import DEFAULT, check_options, parse_options
@@ -109,7 +110,7 @@ def predict(
     from penumbra.serving.files.predict import IN_MEMORY, predict_files
     from penumbra.serving.files.report import outcome_facts, report
 
-    if len({path.stem for path in images}) < len(images):
+    if len({PurePath(path).stem for path in images}) < len(images):
         raise BadOption("two pictures have the same name, and their files would too; predict them into two directories")
     fill_store(store)
     requested = parse_options(shared.given(options))
@@ -136,7 +137,7 @@ def predict(
 @click.argument("source", metavar="INPUT")
 @click.argument("output")
 @shared.MODEL
-@click.option("--format", "-f", default="png", show_default=True, help="png, json, npz, geojson or tif.")
+@click.option("--format", "-f", default="png", show_default=True, help="png, json, npz, geojson, gpkg or tif.")
 @shared.from_table("picture")
 @ENGINE
 @shared.of_answers

@@ -38,6 +38,16 @@ EVERY = click.option("--every", type=click.IntRange(min=1), default=1, show_defa
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
 
+class FileOrUrl(click.Path):
+    """A file that is there, or a URL of fsspec, which stays text."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if "://" in str(value) else super().convert(value, param, ctx)
+
+
+FILE_OR_URL = FileOrUrl(exists=True, dir_okay=False, path_type=Path)
+
+
 def the_model(store: Path, model: str | None) -> str:
     """The model that was named, or the only one. Raises BadOption."""
     from penumbra.serving.engine.store import versions

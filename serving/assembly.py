@@ -19,9 +19,9 @@ from penumbra.serving.gateway import Gateway
 from penumbra.serving.http import jobs as job_routes
 from penumbra.serving.http import v2
 from penumbra.serving.http.routes import ERROR_HANDLERS, routes
-from penumbra.serving.jobs import Jobs, lock
+from penumbra.serving.jobs import Jobs
 from penumbra.serving.oip.protocol import Inference
-from penumbra.serving.process import build_facts, own_directory
+from penumbra.serving.process import build_facts, lock, own_directory
 from penumbra.serving.room import Bodies
 from penumbra.serving.settings import Settings
 from penumbra.serving.shadow import Shadow

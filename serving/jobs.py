@@ -13,7 +13,6 @@ cannot be read has failed, and one that has taken the server down with it severa
 left alone.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -23,10 +22,10 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
@@ -48,6 +47,8 @@ from penumbra.serving.engine.request import Cancellation
 from penumbra.serving.engine.store import find_artifact
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.http.segment import answer_headers
+from penumbra.serving.objects import Objects, send
+from penumbra.serving.process import lock
 from penumbra.serving.render import MAPLESS, WRITERS, Style, parse_request
 from penumbra.serving.settings import Settings
 from penumbra.serving.spool import LONG, Spool, disk, spool_bytes
@@ -68,7 +69,8 @@ State = Literal["queued", "running", "writing", "done", "failed"]
 class Job:
     """One job, as `job.json` has it. Changed under the lock of `Jobs`, or by its thread while it runs.
 
-    fields: the options as text. headers: what its result is sent with. finished: time of day, 0 before.
+    fields: the options as text. headers: what its result is sent with. finished: time of day, 0 before. target: an
+    object that its result is copied to, or empty.
     """
 
     id: str
@@ -80,6 +82,7 @@ class Job:
     error: str = ""
     attempts: int = 0
     headers: dict[str, str] = field(default_factory=dict)
+    target: str = ""
 
 
 def save_job(place: Path, job: Job) -> None:
@@ -98,28 +101,13 @@ def is_upload(place: Path) -> bool:
     return not names or (names <= UPLOAD and re.fullmatch(r"[\w-]{22}", place.name) is not None)
 
 
-def lock(directory: Path) -> IO[bytes]:
-    """Make the directory this process's own for as long as the file is open. Raises BadArtifact."""
-    with ExitStack() as undo:
-        try:
-            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            file = undo.enter_context((directory / "lock").open("ab"))
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise BadArtifact(
-                f"jobs cannot be kept in {directory} ({error.strerror}); name a directory of this server alone in "
-                "PENUMBRA_JOBS"
-            ) from None
-        undo.pop_all()
-        return file
-
-
 class Jobs:
     """The jobs in a directory, and the thread that runs them. Methods may be called from any thread."""
 
     def __init__(self, settings: Settings, gateway: Gateway) -> None:
         """Raises BadArtifact where the directory cannot be used, or another server uses it."""
         self.settings, self._gateway, self._directory = settings, gateway, settings.jobs
+        self.objects = Objects(settings.object_prefixes)
         self._limits = replace(
             LONG, pixels=settings.limit_job_pixels, samples=gateway.segmenter.limits.samples,
             window_pixels=gateway.segmenter.limits.window_pixels, probability_bytes=0,
@@ -181,7 +169,7 @@ class Jobs:
         check_long(options)
         return options, style
 
-    def submit(self, place: Path, media: str, fields: Mapping[str, str]) -> dict[str, Any]:
+    def submit(self, place: Path, media: str, fields: Mapping[str, str], target: str = "") -> dict[str, Any]:
         """Make a job of an upload `place/image`. Raises whatever `POST /segment` refuses, and DiskFull."""
         options, style = self.check(media, fields)
         height, width = measure_image(place / "image", self._limits, self._gateway.segmenter.reading(options))
@@ -195,7 +183,7 @@ class Jobs:
                 f"the job needs {needed:,} bytes of disk and {free:,} are free; ask for fewer maps, or delete old jobs"
             )
         fields = dict(fields) | {"model": card.name, "version": str(card.version)}
-        job = Job(place.name, media, fields, created=time.time())
+        job = Job(place.name, media, fields, created=time.time(), target=target)
         save_job(self._directory / job.id, job)
         with self._changed:
             if place not in self._uploads:
@@ -216,7 +204,8 @@ class Jobs:
             "media_type": job.media, "options": job.fields, "error": job.error or None, "created": job.created,
             "finished": job.finished or None,
             "expires": job.finished + self.settings.job_keep_s if job.finished else None,
-            "url": f"/jobs/{job.id}", "result": f"/jobs/{job.id}/result" if job.state == "done" else None,
+            "target": job.target or None, "url": f"/jobs/{job.id}",
+            "result": f"/jobs/{job.id}/result" if job.state == "done" else None,
         }  # fmt: skip
 
     def result(self, name: str) -> tuple[Path, Job]:
@@ -316,6 +305,8 @@ class Jobs:
             raise Cancelled("the job was cancelled")
         os.replace(place / "writing", place / "result")
         job.headers = answer_headers(replace(prediction, warnings=prediction.warnings + ((note,) if note else ())))
+        if job.target:
+            send(place / "result", job.target)
 
     @contextmanager
     def _loaded(self, options: SegmentOptions) -> Iterator[None]:

@@ -7,6 +7,7 @@ port or device.
 
 import ctypes
 import errno
+import fcntl
 import ipaddress
 import logging
 import os
@@ -16,16 +17,16 @@ import stat
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import IO, Any, Literal, NoReturn
 
 import click
 import orjson
 
-from penumbra.models.errors import BadOption
+from penumbra.models.errors import BadArtifact, BadOption
 from penumbra.serving import VERSION
 
 log = logging.getLogger("penumbra")
@@ -95,6 +96,22 @@ def own_directory(path: Path) -> Path:
                 "files in TMPDIR"
             ) from None
     return path
+
+
+def lock(directory: Path) -> IO[bytes]:
+    """Make the directory this process's own for as long as the file is open. Raises BadArtifact."""
+    with ExitStack() as undo:
+        try:
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            file = undo.enter_context((directory / "lock").open("ab"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BadArtifact(
+                f"jobs cannot be kept in {directory} ({error.strerror}); name a directory of this server alone in "
+                "PENUMBRA_JOBS"
+            ) from None
+        undo.pop_all()
+        return file
 
 
 class JsonLines(logging.Formatter):

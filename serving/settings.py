@@ -36,6 +36,8 @@ def _fitting(pattern: str, expected: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+PREFIXES = r"((s3|gs|az|abfs)://[^\s/?#*\[\]]+/([^\s?#*\[\]]+/)?( +|$))*"
+"""Buckets, or folders of them, with spaces between."""
 ENGINE = Limits()
 """The engine's own limits, which are the defaults here."""
 LONGEST_S = 1e9
@@ -49,9 +51,9 @@ class Settings(BaseSettings):
 
     A 0 lets threads, lanes and the sizes of batches be found at the start, and switches watch_store_s, shadow_share,
     target_ms, cache_mb and model_mb off. Where a text is empty, there is no gRPC (grpc_address), CUDA is taken if there
-    is one (device), no trace is sent (otlp_endpoint), no page of another origin may ask (cors_origins), and everybody
-    else may (api_keys); without trusted_keys_file any artifact is taken, and without tls_cert and tls_key nothing is
-    encrypted.
+    is one (device), jobs have no objects (object_prefixes), no trace is sent (otlp_endpoint), no page of another origin
+    may ask (cors_origins), and everybody else may (api_keys); without trusted_keys_file any artifact is taken, and
+    without tls_cert and tls_key nothing is encrypted.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
@@ -87,6 +89,9 @@ class Settings(BaseSettings):
     limit_job_bytes: int = Field(4 * 2**30, ge=1)
     limit_job_pixels: int = Field(2_000_000_000, ge=1)
     limit_jobs: int = Field(16, ge=1)
+    object_prefixes: Annotated[
+        str, _fitting(PREFIXES, "prefixes as s3://bucket/folder/ with spaces between are wanted")
+    ] = ""
     job_keep_s: float = Field(86_400.0, gt=0, le=LONGEST_S)
     cache_mb: int = Field(0, ge=0)
     model_mb: int = Field(0, ge=0)

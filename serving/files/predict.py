@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from penumbra.models.card import UNITLESS
-from penumbra.models.errors import BadImage
+from penumbra.models.errors import BadImage, BadOption
 from penumbra.models.files import write_whole
 from penumbra.serving.engine.decode import open_image
 from penumbra.serving.engine.options import Limits, SegmentOptions
@@ -21,6 +21,7 @@ from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.files.cluster import Spread
 from penumbra.serving.files.receipts import Identity, check_replaceable, identity
 from penumbra.serving.files.report import Outcome, shown_progress
+from penumbra.serving.objects import local
 from penumbra.serving.render import Style, render
 from penumbra.serving.render.arrays import write_tiff
 from penumbra.serving.render.pictures import write_heat
@@ -34,19 +35,25 @@ BRIGHTEST_PERCENTILE = 99.5
 
 
 def predict_files(
-    segmenter: Segmenter, images: Sequence[Path], options: SegmentOptions, output: Path, *, spread: Spread | None = None
-) -> Iterator[tuple[Path, Outcome | Exception]]:  # fmt: skip
-    """Segment picture files one by one. What goes wrong with one is its own, and stands in its outcome's place."""
-    pictures = frozenset(map(identity, images))
-    for path in images:
+    segmenter: Segmenter, images: Sequence[Path | str], options: SegmentOptions, output: Path, *,
+    spread: Spread | None = None,
+) -> Iterator[tuple[Path | str, Outcome | Exception]]:  # fmt: skip
+    """Segment picture files and URLs one by one. What goes wrong with one stands in its outcome's place."""
+    pictures = frozenset(identity(path) for path in images if isinstance(path, Path))
+    for image in images:
         try:
-            with shown_progress(path.name) as progress:
-                outcome: Outcome | Exception = predict_file(
+            if spread and isinstance(image, str):
+                raise BadOption(
+                    "its copy lies on this machine alone; put it where all nodes read, or leave --engine out"
+                )
+            with local(image) as path, shown_progress(path.name) as progress:
+                found = predict_file(
                     segmenter, path, options, output, progress=progress, pictures=pictures, spread=spread
                 )
+            outcome: Outcome | Exception = replace(found, path=image)
         except Exception as error:
             outcome = error
-        yield path, outcome
+        yield image, outcome
 
 
 def predict_file(

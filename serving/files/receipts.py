@@ -45,7 +45,9 @@ def files_of(url: str) -> tuple[Any, str]:
             return fsspec.filesystem("file"), str(Path(url).expanduser().absolute())
         files, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise BadOption(f"{url[:80]} cannot be reached ({error}); s3:// needs the package s3fs") from None
+        raise BadOption(
+            f"{url[:80]} cannot be reached ({error}); s3:// needs the extra s3, gs:// gcsfs, az:// adlfs"
+        ) from None
     return files, path
 
 

@@ -24,9 +24,9 @@ OWN_MEAN = re.compile(r" \(its mean [^)]*\)")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one picture file: the prediction, its table of classes, and the files by what they hold."""
+    """What became of a picture, a file or a URL: its prediction, its table of classes, and the files by their kind."""
 
-    path: Path
+    path: Path | str
     prediction: Prediction
     classes: list[dict[str, Any]]
     files: dict[str, str]

@@ -10,14 +10,17 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from penumbra.models.errors import Cancelled, TooLarge
+from penumbra.models.errors import BadOption, Cancelled, TooLarge
 from penumbra.serving.http.upload import is_raw, read_query, read_upload, refuse_options
 from penumbra.serving.jobs import Jobs
+from penumbra.serving.objects import fetch
 from penumbra.serving.render import choose_format
 from penumbra.serving.spool import disk
 from penumbra.serving.telemetry import Telemetry
 
 CHUNK_BYTES = 2**20
+OBJECTS = ("source", "target")
+"""Options of a query that name objects: of the picture instead of a body, and of a copy of the result."""
 
 
 def routes(jobs: Jobs, telemetry: Telemetry) -> list[BaseRoute]:
@@ -39,11 +42,21 @@ class JobSurface:
     async def create(self, request: Request) -> Response:
         with self._telemetry.track("http"):
             media = choose_format(request.headers.get("accept", ""))
-            self._jobs.check(media, read_query(request))
+            source, target, fields = _objects_of(request)
+            self._jobs.check(media, fields)
+            if source:
+                self._jobs.objects.check("source", source)
+            if target:
+                await run_in_threadpool(self._jobs.objects.check_target, target)
             place = await run_in_threadpool(self._jobs.begin)
             try:
-                fields = await self._receive(request, place / "image")
-                job = await run_in_threadpool(self._jobs.submit, place, media, fields)
+                if source:
+                    limit = self._jobs.settings.limit_job_bytes
+                    await run_in_threadpool(fetch, source, place / "image", limit_bytes=limit)
+                else:
+                    fields = await self._receive(request, place / "image")
+                    fields = {name: text for name, text in fields.items() if not (target and name == "target")}
+                job = await run_in_threadpool(self._jobs.submit, place, media, fields, target)
             except BaseException:  # also when the caller goes away
                 self._jobs.abandon(place)
                 raise
@@ -85,3 +98,12 @@ class JobSurface:
             except ClientDisconnect:
                 raise Cancelled("the caller went away before the whole body had arrived") from None
         return read_query(request)
+
+
+def _objects_of(request: Request) -> tuple[str, str, dict[str, str]]:
+    """Read the objects of a query, and its other options. Raises BadOption for a source beside a body."""
+    fields = read_query(request)
+    source, target = (fields.pop(name, "") for name in OBJECTS)
+    if source and (request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers):
+        raise BadOption("the picture is in the body and in the option source; send one of them")
+    return source, target, fields

@@ -118,7 +118,13 @@ def _jobs() -> dict[str, Any]:
     created = {"description": "Accepted; Location says where to ask", "content": {
         "application/json": {"schema": _ref("Job")},
     }}  # fmt: skip
-    return _segment() | {
+    asked = _segment()
+    asked["parameters"] += [
+        {"name": name, "in": "query", "schema": {"type": "string"}, "description": f"An object's URL. {about}"}
+        for name, about in (("source", "The picture, instead of a body."), ("target", "Where the result is copied."))
+    ]
+    asked["requestBody"] |= {"required": False}
+    return asked | {
         "summary": "The same for images of any size: an id at once, the answer later. Large bodies are raw images.",
         "responses": {"202": created, "507": {"description": "No room on the disk", "content": ERROR}} | refusals,
     }
