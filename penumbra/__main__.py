@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from penumbra import options as shared
+from penumbra.cards import card_forms, models
 from penumbra.failures import Verbs, sentence_of
 from penumbra.importing import import_files
 from penumbra.promoting import promote
@@ -162,38 +163,7 @@ def batch(source: str, output: str, model: str | None, store: Path, as_json: boo
 
 
 main.add_command(rank)
-
-
-@main.command()
-@shared.STORE
-@shared.JSON
-def models(store: Path, as_json: bool) -> None:
-    """List the models of a store."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from penumbra.models.errors import BadArtifact, UnknownModel
-    from penumbra.serving.engine.store import open_artifact, versions
-
-    if not versions(store):
-        raise UnknownModel(f"there are no models in {store}; `penumbra export CHECKPOINT --store {store}` adds one")
-    cards = []
-    for directory in [store / name / str(v) for name, numbers in versions(store).items() for v in numbers]:
-        try:
-            cards.append(open_artifact(directory).card)
-        except BadArtifact as error:  # said beside the list, so that one broken model does not hide the others
-            click.echo(f"penumbra: {error}", err=True)
-    if as_json:
-        click.echo(json.dumps([dataclasses.asdict(card) for card in cards]))
-        return
-    table = Table("model", "version", "method", "classes", "sampling", "backend", "data")
-    for card in cards:
-        backend = f"{card.export.backend} {card.export.precision}" if card.export else ""
-        table.add_row(
-            card.name, str(card.version), card.method, str(card.num_classes), card.sampling.kind, backend,
-            card.provenance.data,
-        )  # fmt: skip
-    Console(markup=False, emoji=False).print(table)
+main.add_command(models)
 
 
 @main.command()
@@ -305,6 +275,7 @@ def _export_repository(source: Path, store: Path, repository: Path | None, *, as
 
 
 main.add_command(tune)
+main.add_command(card_forms)
 
 
 @main.command()

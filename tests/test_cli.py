@@ -390,7 +390,7 @@ def test_predict_of_a_raster_overwrites_what_penumbra_wrote_and_nothing_else(
     (out / name).unlink()
     for _ in range(2):
         assert predicted(toy_store, out, scene).exit_code == 0
-    assert {path.name for path in out.iterdir()} == {"scene_labels.tif", "scene_maps.tif"}
+    assert {path.name for path in out.iterdir()} == {"scene_labels.tif", "scene_maps.tif", "scene_item.json"}
 
 
 @pytest.mark.parametrize("theirs", ["scene.partial", "scene.partial/notes.txt", "scene.partial/labels"])

@@ -82,6 +82,10 @@ class Residency:
         with self.condition:
             return runtime not in self._stays or self._stays[runtime].is_in
 
+    def directory(self, runtime: Runtime) -> Path:
+        """Return where a model that was added lies."""
+        return self._stays[runtime].directory
+
     def may_run(self, runtime: Runtime) -> bool:
         """Tell whether a batch of a model may begin."""
         return not self._limit_bytes or (self.is_in(runtime) and runtime not in self._leaving)

@@ -25,6 +25,7 @@ from penumbra.serving.objects import local
 from penumbra.serving.render import Style, render
 from penumbra.serving.render.arrays import write_tiff
 from penumbra.serving.render.pictures import write_heat
+from penumbra.serving.render.stac import answer_item
 from penumbra.serving.render.tables import class_table
 from penumbra.serving.spool import LONG, SCRATCH, Spool, disk
 
@@ -61,7 +62,7 @@ def predict_file(
     progress: Progress = lambda num_done, num_windows: None,
     pictures: frozenset[Identity] = frozenset(), spread: Spread | None = None,
 ) -> Outcome:  # fmt: skip
-    """Segment one picture file and write `<stem>_*.png` and `<stem>_maps.npz`, for a raster `<stem>_*.tif`.
+    """Segment one picture file and write `<stem>_*.png` and `<stem>_maps.npz`, of a raster `<stem>_*.tif` and an item.
 
     A map's entry in `files` says which value is drawn white. pictures: all that are asked about; none of them is
     overwritten, nor any file that Penumbra has not written. spread: where a raster's bands are made, if not here.
@@ -76,7 +77,7 @@ def predict_file(
         maps = options.maps(segmenter.find(options.model, options.version).card)
         kinds = ("labels", "maps") if raster else ("labels", "overlay", *maps)
         files = {name: output / f"{path.stem}_{name}.{'tif' if raster else 'png'}" for name in kinds}
-        files |= {} if raster else {"maps": output / f"{path.stem}_maps.npz"}
+        files |= {"item": output / f"{path.stem}_item.json"} if raster else {"maps": output / f"{path.stem}_maps.npz"}
         check_replaceable(files.values(), pictures)
         if raster:
             run = spread(segmenter, path, options) if spread else QueuedRequest.bands
@@ -120,7 +121,8 @@ def predict_raster(
     segmenter: Segmenter, path: Path, raster: Raster, options: SegmentOptions, files: dict[str, Path], *,
     progress: Progress, run: Run,
 ) -> Outcome:  # fmt: skip
-    """Segment a raster of any size in bands, into `<stem>_labels.tif` and `<stem>_maps.tif`, which lie where it does.
+    """Segment a raster of any size in bands, into `<stem>_labels.tif` and `<stem>_maps.tif`, which lie where it does,
+    and `<stem>_item.json`, which describes them.
 
     What is done is kept in `<stem>.partial` until all is; a run that was killed goes on from there.
     """
@@ -134,6 +136,10 @@ def predict_raster(
             with (partial / SCRATCH).open("wb") as file:
                 write_tiff(prediction, file, bands=bands)
             os.replace(partial / SCRATCH, files[name])
+    folder, tiffs = files["item"].parent, {name: files[name].name for name in ("labels", "maps")}
+    model = segmenter.residency.directory(segmenter.find(prediction.card.name, prediction.card.version))
+    with disk():
+        write_whole(files["item"], answer_item(prediction, path.stem, tiffs, os.path.relpath(model, folder)))
     classes = class_table(prediction)
     prediction.timing_ms["write"] = 1e3 * (time.perf_counter() - started)
     spool.remove()

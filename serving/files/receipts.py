@@ -32,6 +32,7 @@ HEAD_BYTES = 8192
 TAIL_BYTES = 2**16
 """Bytes of a file's end that its fingerprint covers: a PNG and an npz have checksums of all they hold there."""
 
+ITEM_MARK = b'"penumbra:model"'
 PAGE_MARK = b'<meta name="generator" content="Penumbra">'
 
 Identity = tuple[int, int]
@@ -149,7 +150,7 @@ def is_ours(path: Path) -> bool:
             file.seek(max(0, path.stat().st_size - HEAD_BYTES))
             tail = file.read()
             is_marked = any(
-                mark in head for mark in (b"Software\0Penumbra", PAGE_MARK, b"<dc:title>Penumbra</dc:title>")
+                mark in head for mark in (b"Software\0Penumbra", PAGE_MARK, ITEM_MARK, b"<dc:title>Penumbra</dc:title>")
             )
             is_marked |= b"/Creator (Penumbra)" in tail
             return is_marked or (head.startswith(b"PK") and tail.endswith((b"Penumbra", b'"Penumbra"}')))

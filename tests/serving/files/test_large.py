@@ -199,7 +199,7 @@ def test_a_raster_is_predicted_into_rasters_in_its_place(
         for band, values in enumerate(wanted.maps.values(), 1):
             assert np.array_equal(maps.read(band), values)
     assert sum(row["pixels"] for row in outcome.classes) == 600 * 300
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a_labels.tif", "a_maps.tif"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a_labels.tif", "a_maps.tif", "a_item.json"}
 
 
 def test_a_raster_that_breaks_off_is_named_and_what_was_done_is_kept(

@@ -1,0 +1,116 @@
+"""A package of bioimage.io (specification 0.5): one TorchScript graph from raw values to probabilities, with a test.
+
+The graph is the artifact's own two, run on the recorded noise of its golden windows, so it is one fixed answer: the
+mean over its samples, without uncertainty. https://bioimage.io/docs
+"""
+
+import io
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from penumbra.models.card import Card
+from penumbra.models.errors import BadOption
+from penumbra.models.files import write_whole
+from penumbra.serving.engine.backends.torchscript import open_graph
+from penumbra.serving.engine.store import Artifact, sha256_of
+
+SPDX = {"apache-2.0": "Apache-2.0", "mit": "MIT", "bsd-3-clause": "BSD-3-Clause", "cc0-1.0": "CC0-1.0",
+        "cc-by-4.0": "CC-BY-4.0"}  # fmt: skip
+"""Licences that are said; another one stands in the documentation."""
+
+
+class Whole(nn.Module):
+    """From raw values [B, C, h, w] to mean probabilities [B, K, h, w]."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        super().__init__()
+        card, folder, cpu = artifact.card, artifact.directory, torch.device("cpu")
+        self.encode, self.decode = (open_graph(folder / f"{part}.ts", cpu, "") for part in ("encode", "decode"))
+        self.readout, self.is_reversed = card.readout, card.input.order == "BGR"
+        self.factor, self.offset = (torch.tensor(values)[:, None, None] for values in card.input.factor_offset)
+        self.bounds = [torch.tensor(values)[:, None, None] for values in card.input.bounds or ()]
+        self.noise_S1L = artifact.golden.plain.noise_SBL[:, :1]
+
+    def forward(self, values_BChw: Tensor) -> Tensor:
+        seen = (values_BChw.flip(1) if self.is_reversed else values_BChw) * self.factor + self.offset
+        if self.bounds:
+            seen = torch.minimum(torch.maximum(seen, self.bounds[0]), self.bounds[1])
+        logits_SBKhw = self.decode(self.encode(seen), self.noise_S1L.expand(-1, seen.shape[0], -1))
+        logits_SBKhw = logits_SBKhw / self.readout.temperature
+        if self.readout.average == "logits":
+            logits_SBKhw = logits_SBKhw.mean(0, keepdim=True)
+        if self.readout.softmax_at == "feature":
+            return self._resized(logits_SBKhw.softmax(2).mean(0), values_BChw)
+        return torch.stack([self._resized(one, values_BChw).softmax(1) for one in logits_SBKhw.unbind(0)]).mean(0)
+
+    def _resized(self, values_BKhw: Tensor, like: Tensor) -> Tensor:
+        size = (like.shape[2], like.shape[3])
+        return nn.functional.interpolate(values_BKhw, size, mode="bilinear", align_corners=self.readout.align_corners)
+
+
+def write_package(artifact: Artifact, documentation: str, output: Path) -> Path:
+    """Write the package's files, and return its `rdf.yaml`. Raises BadOption for a model that is no TorchScript."""
+    card = artifact.card
+    if not card.export or card.export.backend != "torchscript":
+        raise BadOption(f"{card.name} is {card.export and card.export.backend}; a package of bioimage.io is made of "
+                        "torchscript, so export it so")  # fmt: skip
+    whole = Whole(artifact)
+    factor, offset = whole.factor, whole.offset
+    seen = artifact.golden.image_B3hw[:1]
+    values = ((seen.flip(1) if whole.is_reversed else seen) - offset) / factor
+    raw_BChw = _to_type(values.numpy(), card.input.dtype)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of TorchScript, which is deprecated, and of its tracer's guesses
+        example = torch.from_numpy(raw_BChw.astype(np.float32))
+        graph = torch.jit.trace(whole, example, check_trace=False)  # type: ignore[no-untyped-call]
+        weights, expected = io.BytesIO(), graph(example).numpy()
+        torch.jit.save(graph, weights)
+    files = {"weights.pt": weights.getvalue(), "documentation.md": documentation.encode()}
+    for name, array in (("test_input.npy", raw_BChw), ("test_output.npy", expected)):
+        file = io.BytesIO()
+        np.save(file, array)
+        files[name] = file.getvalue()
+    for name, data in files.items():
+        write_whole(output / name, data)
+    described = _describe(card, raw_BChw.shape, {name: sha256_of(output / name) for name in files})
+    write_whole(output / "rdf.yaml", (json.dumps(described, indent=1) + "\n").encode())  # JSON is YAML
+    return output / "rdf.yaml"
+
+
+def _to_type(values: Any, dtype: str) -> Any:
+    if dtype == "float32":
+        return values.astype(np.float32)
+    ends = np.iinfo(dtype)
+    return np.rint(values).clip(ends.min, ends.max).astype(dtype)
+
+
+def _describe(card: Card, shape: tuple[int, ...], hashes: dict[str, str]) -> dict[str, Any]:
+    """Describe the package as a resource description file. shape: [B, C, h, w] of the test's input."""
+    assert card.export
+
+    def tensor(name: str, dtype: str, channels: list[str]) -> dict[str, Any]:
+        axes = [{"type": "batch"}, {"type": "channel", "channel_names": channels}]
+        axes += [{"type": "space", "id": axis, "size": size} for axis, size in zip("yx", shape[2:], strict=True)]
+        file = f"test_{name}.npy"
+        return {"id": name, "axes": axes, "data": {"type": dtype},
+                "test_tensor": {"source": file, "sha256": hashes[file]}}  # fmt: skip
+
+    name = re.sub(r"[^\w+() -]", "_", f"{card.name} version {card.version}", flags=re.ASCII)
+    licence = SPDX.get(card.provenance.licence.lower())
+    return {
+        "type": "model", "format_version": "0.5.4", "name": name,
+        "description": f"Semantic segmentation by {card.method}: mean probabilities of {card.num_classes} classes",
+        "authors": [], "tags": ["semantic-segmentation", "pytorch", "2d"],
+        "documentation": {"source": "documentation.md", "sha256": hashes["documentation.md"]},
+        "inputs": [tensor("input", card.input.dtype, [*card.input.bands])],
+        "outputs": [tensor("output", "float32", [one.name for one in card.classes])],
+        "weights": {"torchscript": {"source": "weights.pt", "sha256": hashes["weights.pt"],
+                                    "pytorch_version": card.export.torch.partition("+")[0]}},
+    } | ({"license": licence} if licence else {})  # fmt: skip
