@@ -212,6 +212,8 @@ class Telemetry:
             "expected_error": histogram("expected_error", expected, ["model"], buckets=ABSTAINED),
             "novelty": histogram("novelty", strange, ["model"], buckets=NOVELTY),
         }
+        ends = "When the certificate ends, seconds since 1970; 0 without TLS."
+        self.certificate_ends = gauge("tls_not_after_seconds", ends)
         self.shadow = Shadowed(self.registry)
         self._build = Info("build", "The server's version and commit.", namespace="penumbra", registry=self.registry)
         ProcessCollector(registry=self.registry)

@@ -15,11 +15,12 @@ from penumbra.serving.following import Followed
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """A certificate with its key. context: for HTTP. key, chain: the same in PEM, for gRPC."""
+    """A certificate with its key. context: for HTTP. key, chain: for gRPC, in PEM. ends: in seconds since 1970."""
 
     context: ssl.SSLContext
     key: bytes
     chain: bytes
+    ends: float
 
 
 def follow_certificate(cert: Path | None, key: Path | None) -> Followed[Certificate] | None:
@@ -53,7 +54,7 @@ def read_certificate(cert: Path, key: Path) -> Certificate:
     begin, end = own.not_valid_before_utc, own.not_valid_after_utc
     if not begin <= datetime.now(UTC) <= end:
         raise BadOption(f"the certificate in {cert} is valid from {begin:%F} to {end:%F}, and not now; renew it")
-    return Certificate(context, *pem)
+    return Certificate(context, *pem, end.timestamp())
 
 
 def context_of(certificate: Followed[Certificate]) -> ssl.SSLContext:

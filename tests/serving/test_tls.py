@@ -2,8 +2,12 @@
 
 import datetime
 import ipaddress
+import json
 import os
+import re
 import ssl
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,17 +19,19 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from penumbra_client import Client, Unavailable
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
 from penumbra.models.errors import BadOption
 from penumbra.serving.tls import follow_certificate, read_certificate
 from tests.serving.http.asking import PNG
-from tests.serving.server import Server, free_port, starting, until
+from tests.serving.server import ROOT, Server, free_port, starting, until
 from tests.test_cli import failed, run
 
 NOW = datetime.datetime.now(datetime.UTC)
 DAY = datetime.timedelta(days=1)
+END = (NOW + 3 * DAY).replace(microsecond=0)
 
 
 def make(place: Path, *, end: datetime.datetime = NOW + DAY, password: bytes = b"") -> tuple[Path, Path]:
@@ -127,7 +133,7 @@ def test_both_protocols_are_encrypted_and_a_new_certificate_is_taken_while_conne
         assert asked(client) == 200
         with grpc.secure_channel(secure.grpc_address, grpc.ssl_channel_credentials(old)) as channel:
             assert is_live(channel)
-            make(files)
+            make(files, end=END)
             new = (files / "tls.crt").read_bytes()
 
             until(lambda: is_answered(secure, new), bound_s=30)
@@ -135,9 +141,33 @@ def test_both_protocols_are_encrypted_and_a_new_certificate_is_taken_while_conne
             assert not is_answered(secure, old)
         with grpc.secure_channel(secure.grpc_address, grpc.ssl_channel_credentials(new)) as channel:
             assert is_live(channel)
+    page = httpx.get(f"{secure.url}/metrics", verify=trusting(new), trust_env=False).text
+    (ends,) = re.findall(r"^penumbra_tls_not_after_seconds (.*)$", page, re.MULTILINE)
+    assert float(ends) == END.timestamp()
     (files / "tls.key").write_text("half of a")  # as while one of the two is written
     until(lambda: is_answered(secure, new) and "no key for TLS" in secure.log.read_text(), bound_s=30)
     assert is_answered(secure, new), "the certificate before it stays"
+
+
+def test_the_python_client_trusts_an_issuer_that_the_environment_names(
+    secure: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Client(secure.url) as client, pytest.raises(Unavailable):
+        client.models()
+    monkeypatch.setenv("SSL_CERT_FILE", str(secure.log.parent / "tls" / "tls.crt"))
+    with Client(secure.url) as client:
+        assert "toy-latent" in {model.name for model in client.models()}
+
+
+def test_the_images_health_check_speaks_tls_where_the_server_does(secure: Server) -> None:
+    dockerfile = (ROOT / "deploy" / "docker" / "Dockerfile").read_text()
+    command = json.loads(dockerfile.split("HEALTHCHECK ")[1].split("CMD ")[1].splitlines()[0])
+    command = [sys.executable, *(word.replace(":3000/", f":{secure.url.rpartition(':')[2]}/") for word in command[1:])]
+    environment = {name: value for name, value in os.environ.items() if "PROXY" not in name.upper()}
+    tls = {"PENUMBRA_TLS_CERT": "/etc/penumbra-tls/tls.crt"}
+    for added, status in ((tls, 0), ({}, 1)):
+        done = subprocess.run(command, env=environment | added, capture_output=True, timeout=60)
+        assert done.returncode == status, done.stderr
 
 
 def test_nothing_is_answered_in_the_clear_and_the_log_says_https(secure: Server) -> None:
