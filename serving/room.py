@@ -50,9 +50,20 @@ class Room:
             with self._lock:
                 self._held_bytes, has_ended = self._held_bytes - taken, True
 
+    @contextmanager
+    def holding(self, size: int) -> Iterator[None]:
+        """Count bytes that are there in any case: they are refused to nobody, and leave less for others."""
+        with self._lock:
+            self._held_bytes += size
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held_bytes -= size
+
 
 class Bodies(Room):
-    """Bodies are counted over every protocol, from their first byte to their answer."""
+    """Bodies are counted over every protocol, from their first byte to their answer; answers, until they are taken."""
 
     one, every = "the body", "bodies"
     remedy = "send a smaller or better compressed image, or parts of it"

@@ -198,7 +198,8 @@ def _decode_pixels(picture: Image.Image, kind: str, file: BinaryIO, reading: Rea
     void_HW = None
     if shown.has_transparency_data:
         void_HW = np.asarray(shown.convert("RGBA").getchannel("A")) == 0
-    warnings = (WEBP_DAMAGE,) if kind == "WEBP" and _goes_astray(data) else ()
+    is_one = not getattr(picture, "is_animated", False)  # of several frames nothing can be told by the data's end
+    warnings = (WEBP_DAMAGE,) if kind == "WEBP" and is_one and _goes_astray(data) else ()
     return _of_colours(np.asarray(shown.convert("RGB")), void_HW, warnings, reading)
 
 

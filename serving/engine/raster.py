@@ -108,7 +108,7 @@ class FileRaster(Raster):
         self._dataset, self._source, self._kind, self._spec = dataset, source, kind, reading.spec
         spec = reading.spec
         self._lock, self._white_lock = threading.Lock(), threading.Lock()
-        self._pixels, self.dtype = None, np.dtype(spec.dtype)
+        self._pixels, self._void_HW, self.dtype = None, None, np.dtype(spec.dtype)
         self._bands, self._alpha, of_bands = choose_bands(dataset, reading)
         self._dtype = np.dtype(dataset.dtypes[self._bands[0] - 1])
         if self._dtype.kind not in "uif":
@@ -165,10 +165,13 @@ class FileRaster(Raster):
     def load(self) -> "FileRaster":
         height, width = self.shape[:2]
         pixels, stored_rows = np.empty(self.shape, self.dtype), self._dataset.block_shapes[0][0]
+        void_HW = np.empty((height, width), np.bool_) if self.can_be_void else None
         step = height if self._flips[0] else stored_rows * max(1, PIECE_PIXELS // (stored_rows * width))
-        for y in range(0, height, step):
-            pixels[y : y + step] = self[y : y + step, :]
-        self._pixels = pixels
+        for rows in (slice(y, y + step) for y in range(0, height, step)):
+            pixels[rows] = self[rows, :]
+            if void_HW is not None:
+                void_HW[rows] = self.void(rows)
+        self._pixels, self._void_HW = pixels, void_HW
         return self
 
     @property
@@ -177,8 +180,8 @@ class FileRaster(Raster):
 
     def void(self, rows: slice) -> NDArray[np.bool_] | None:
         """A pixel is void by mask, by alpha (0), by nodata in all bands, or by what is no number (NaN) in one."""
-        if not self.can_be_void:
-            return None
+        if self._void_HW is not None or not self.can_be_void:
+            return super().void(rows)
         columns = slice(None)
         values = self._read(rows, columns, self._bands)
         void_hW: NDArray[np.bool_] = (values == self._nodata).all(0) | (values != values).any(0)

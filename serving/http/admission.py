@@ -124,7 +124,15 @@ class Guard:
                 with suppress(PenumbraError), self._telemetry.track("http"):
                     raise
                 answer = refusal(error, LAST)
-            await answer(scope, receive, send)
+
+            async def count(message: Message) -> None:
+                with self._bodies.holding(len(message.get("body", b""))):
+                    if message.get("body"):  # only what is sent behind it waits until the caller has taken it
+                        await send({**message, "more_body": True})
+                        message = {**message, "body": b""}
+                    await send(message)
+
+            await answer(scope, receive, count)
 
     def _admit(self, scope: Scope) -> ASGIApp:
         """What answers a request, by its line and headers: our routes, unless it is BentoML's. Raises PenumbraError."""

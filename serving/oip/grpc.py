@@ -6,7 +6,7 @@ Messages come from tritonclient's own stubs, so what its clients send is what is
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from inspect import isawaitable
 from typing import Any
@@ -76,14 +76,19 @@ class Calls:
         return handle
 
     async def infer(self, data: bytes, context: Context) -> bytes:
-        """Answer ModelInfer."""
-        return await self._infer(data, context, write=_alone)
+        """Answer ModelInfer; the answer is counted until the call is over, when the caller has taken it."""
+        answer, held = await self._infer(data, context, write=_alone), ExitStack()
+        held.enter_context(self._bodies.holding(len(answer)))
+        context.add_done_callback(lambda _: held.close())
+        return answer
 
     async def stream(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         """Answer ModelStreamInfer in the order of its requests, one at a time; a failure does not end the stream."""
         call, is_paid = begun_call(context), True
         async for data in requests:
-            yield await self._in_turn(data, replace(call), context, is_paid=is_paid)
+            answer = await self._in_turn(data, replace(call), context, is_paid=is_paid)
+            with self._bodies.holding(len(answer)):
+                yield answer
             is_paid = False
 
     async def _in_turn(self, data: bytes, request: Request, context: Context, *, is_paid: bool) -> bytes:

@@ -122,6 +122,15 @@ def test_no_number_and_nodata_of_floats_are_void_and_black(nodata: float | None,
     assert (raster[:9, :] == 0).all() and raster[20:, :].mean() > 100
 
 
+def test_what_is_void_is_read_with_the_pixels_and_not_once_more(rgb: np.ndarray) -> None:
+    raster = opened(tiff(rgb, nodata=0))
+    before = raster.void(slice(3, 20))
+    loaded = raster.load()
+    again = [loaded.void(slice(3, 20)) for _ in range(2)]
+    assert before is not None and again[0] is not None and np.array_equal(before, again[0])
+    assert np.shares_memory(*again)
+
+
 def test_a_picture_of_nothing_says_so() -> None:
     assert opened(tiff(np.zeros((9, 9), np.uint8), nodata=0)).warnings == ("no pixel of the image holds a measurement",)
 

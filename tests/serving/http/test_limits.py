@@ -4,10 +4,11 @@ import gzip
 import io
 import socket
 import struct
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import repeat
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from tritonclient.grpc import service_pb2_grpc
 
 from penumbra.models.errors import Cancelled, QueueFull, TooLarge
 from penumbra.serving.room import Bodies
-from tests.serving.http.asking import PNG, ask, bomb, is_refused
+from tests.serving.http.asking import NPZ, PNG, ask, bomb, is_refused, png
 from tests.serving.server import MEASURED, Server, serving, until
 
 MIB = 2**20
@@ -228,6 +229,63 @@ def test_a_body_waits_for_others_and_is_refused_where_waiting_does_not_help() ->
         take(1)
     with bodies.room() as later:
         later(100)
+
+
+@contextmanager
+def unread(address: str) -> Iterator[tuple[str, threading.Event]]:
+    """A way to a server on which nothing comes back until the event is set, but for the first kilobytes."""
+    go, (host, _, port) = threading.Event(), address.rpartition(":")
+
+    def pump(source: socket.socket, target: socket.socket, *, num_free: float) -> None:
+        with suppress(OSError):
+            while data := source.recv(4096):
+                target.sendall(data)
+                num_free -= len(data)
+                assert num_free > 0 or go.wait(60)
+
+    with closing(socket.create_server(("127.0.0.1", 0))) as listening, ThreadPoolExecutor(2) as pumps:
+        pumped = socket.create_connection((host, int(port)))
+        pumped.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+
+        def accept() -> None:
+            with suppress(OSError), closing(listening.accept()[0]) as caller, closing(pumped):
+                pumps.submit(pump, pumped, caller, num_free=8192)
+                pump(caller, pumped, num_free=2**40)
+
+        pumps.submit(accept)
+        try:
+            yield f"127.0.0.1:{listening.getsockname()[1]}", go
+        finally:
+            go.set()
+            pumped.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_an_answer_counts_among_the_bodies_until_its_caller_has_taken_it(
+    protocol: str, toy_store: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    image = rng.integers(0, 255, (1200, 1200, 3), dtype=np.uint8)
+    tensor = triton.InferInput("image", list(image.shape), "UINT8")
+    tensor.set_data_from_numpy(image)
+
+    def ask_much(address: str) -> int:
+        if protocol == "grpc":
+            with triton.InferenceServerClient(address) as rpc:
+                return rpc.infer("toy-pointwise", [tensor], client_timeout=90).as_numpy("entropy").size
+        with httpx.Client(base_url=f"http://{address}", timeout=90, trust_env=False) as client:
+            return len(ask(client, png(image), accept=NPZ).content)
+
+    settings = {"limit_body_bytes": 6 * MIB, "limit_bodies_bytes": 8 * MIB, "predrain_s": 0}
+    with serving(toy_store, tmp_path, **settings) as server, server.client() as client:
+        address = server.grpc_address if protocol == "grpc" else server.url.removeprefix("http://")
+        with unread(address) as (way, go), ThreadPoolExecutor(1) as caller:
+            answer = caller.submit(ask_much, way)
+            until(lambda: ask(client).status_code == 429)
+            assert not answer.done()
+            go.set()
+            assert answer.result(60) >= 1200 * 1200
+        until(lambda: ask(client).status_code == 200)
 
 
 @pytest.mark.slow
