@@ -22,17 +22,20 @@ from penumbra.serving.engine.store import CARD, GOLDEN, Golden, golden_tensors, 
 
 NOT_MEASURED = Parity(0, 0, 0, 0, 0)
 USUAL = "torchscript"
+SEARCH_S = 240.0
+"""Most seconds in which int8 tries layers alone: where that is too short for all, it tries neighbours together."""
 
 
 def export_checkpoint(
     checkpoint: Path, store: Path, *, backend: str | None = None, precision: str = "fp32", device: str = "cpu",
-    frames: Sequence[Frame] = (), views: Views | None = None, pictures: Sequence[Path] = (),
+    frames: Sequence[Frame] = (), views: Views | None = None, pictures: Sequence[Path] = (), search_s: float = SEARCH_S,
 ) -> Path:  # fmt: skip
     """Write the next version of the checkpoint's model into a store; returns its directory.
 
     backend: by default torchscript, or what the network names first. device: where the graphs are to run. frames:
     labelled pictures, on which the gate is held as well. views: in which it is answered by default; what was calibrated
-    in others is left out. pictures: what golden windows are cut from instead of being drawn; int8 needs some.
+    in others is left out. pictures: what golden windows are cut from instead of being drawn; int8 needs some, and
+    search_s is the time in which it tries layers alone.
     Raises BadOption (unknown backend, or one that is not installed or has not this precision), BadCheckpoint, and
     ParityFailed, in which case nothing is written.
     """
@@ -41,7 +44,8 @@ def export_checkpoint(
     if views not in (None, card.views):
         card = dataclasses.replace(card, views=views, calibration=None, novelty=None)
     facts = ExportFacts(backend or "", precision, torch.__version__, {}, NOT_MEASURED, sha256_of(checkpoint))
-    return _export(network, dataclasses.replace(card, export=facts), store, find_device(device), frames, pictures)
+    card = dataclasses.replace(card, export=facts)
+    return _export(network, card, store, find_device(device), frames, pictures, search_s=search_s)
 
 
 def export_network(
@@ -63,7 +67,7 @@ def find_writer(backend: str, precision: str) -> ModuleType:
 
 def _export(
     network: Network, card: Card, store: Path, device: torch.device, frames: Sequence[Frame] = (),
-    pictures: Sequence[Path] = (),
+    pictures: Sequence[Path] = (), *, search_s: float = SEARCH_S,
 ) -> Path:  # fmt: skip
     assert card.export
     formats, backend = network.formats or BACKENDS, card.export.backend or (network.formats or (USUAL,))[0]
@@ -76,7 +80,7 @@ def _export(
     target = store / card.name / str(card.version)
     with whole_directory(target) as draft:
         try:
-            _write(network, card, draft, device, frames, pictures)
+            _write(network, card, draft, device, frames, pictures, search_s=search_s)
         except BadArtifact as error:
             raise BadArtifact(str(error).replace(str(draft), str(target))) from None
         for path in draft.iterdir():
@@ -94,15 +98,17 @@ def verify_artifact(directory: Path, device: str = "cpu") -> Parity:
 
 
 def _write(
-    network: Network, card: Card, draft: Path, device: torch.device, frames: Sequence[Frame], pictures: Sequence[Path]
-) -> None:
+    network: Network, card: Card, draft: Path, device: torch.device, frames: Sequence[Frame], pictures: Sequence[Path],
+    *, search_s: float,
+) -> None:  # fmt: skip
     assert card.export
     facts, proofs = card.export, list[Golden]()
     if facts.precision == "int8":
         int8 = import_with_extra("penumbra.export.int8", "int8")
         pictures, others = int8.split(pictures, card, device)
-        proofs.append(ask(network, card, windows_of(pictures, card, int8.PROOF_WINDOWS)))
     golden = ask(network, card, windows_of(pictures, card) if pictures else None)
+    if facts.precision == "int8" and len(more_BChw := int8.windows_beside(golden.image_B3hw, pictures, card)):
+        proofs.append(ask(network, card, more_BChw))
     writer = find_writer(facts.backend, facts.precision)
     try:
         stand_in = writer.write(network, card, golden, draft, precision=facts.precision, device=device)
@@ -121,7 +127,7 @@ def _write(
 
     if facts.precision == "int8":
         quantiser = int8.Quantiser(network, card, draft, windows_of(others, card, int8.RANGE_WINDOWS))
-        kept = tuple(quantiser.choose(measure, lambda: measure(proofs, frames)))
+        kept = tuple(quantiser.choose(measure, lambda: measure(proofs, frames), search_s=search_s))
         facts = dataclasses.replace(facts, num_int8=len(quantiser.layers) - len(kept), kept=kept)
     parity = measure(proofs, frames)
     check_parity(parity, card)

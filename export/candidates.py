@@ -1,6 +1,6 @@
-"""What `penumbra tune` chooses among: formats in their precisions, the sizes they are run with, and their figures."""
+"""What `penumbra tune` begins with and chooses among: formats in their precisions, sizes, and their figures."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -9,16 +9,21 @@ from typing import NamedTuple
 import torch
 
 from penumbra.export.load import Answers
-from penumbra.models.card import ExportFacts
-from penumbra.models.errors import BadOption
+from penumbra.export.zoo import ZOO
+from penumbra.models.card import Card, ExportFacts
+from penumbra.models.errors import BadArtifact, BadOption
 from penumbra.serving.engine.backends import find_format
-from penumbra.serving.engine.runtime import SIZES, Runtime
+from penumbra.serving.engine.runtime import SIZES, Runtime, Tuning
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.store import find_artifact, sha256_of, versions
 from penumbra.serving.engine.throughput import Cores
+from penumbra.serving.files.predict import IN_MEMORY
 
 MOST_WINDOWS, MOST_SAMPLES = 8, 16
 """Larger batches have not paid on any processor so far."""
-PRECISIONS = ("bf16", "int8", "fp32", "tf32", "fp16")
-"""The order of trying: what promises most first, and fp16 last, for which many processors have no arithmetic."""
+PRECISIONS = ("bf16", "fp32", "tf32", "fp16", "int8")
+"""The order of trying: what promises most first, but int8, whose search takes what time is left, after all others."""
+Say = Callable[[str], object]
 
 
 class Sizes(NamedTuple):
@@ -76,6 +81,35 @@ class Row:
 
     def __str__(self) -> str:
         return f"{self.windows_per_s:.1f} windows/s, p95 {self.p95_ms:.0f} ms, {self.label_flips_percent:.3f} % flips"
+
+
+def find_loadable(store: Path, name: str, device: str, say: Say) -> Path:
+    """Find a model's newest version that loads, and say why newer ones do not. Raises UnknownModel, BadArtifact."""
+    for version in reversed(versions(store).get(name) or [0]):
+        directory = find_artifact(store, name, version or None)
+        try:
+            with Segmenter(limits=IN_MEMORY, device=device, tuning=Tuning(1, 1)) as segmenter:
+                segmenter.load(directory)
+            return directory
+        except BadArtifact as error:
+            say(f"version {version} is passed over, since it does not load: {error}")
+    raise BadArtifact(f"no version of {name} in {store} loads here; export its checkpoint again")
+
+
+def find_checkpoint(card: Card, given: Path | None) -> Path:
+    """Find the very file that an artifact was exported from: the given one, here by its name, or in the zoo."""
+    assert card.export
+    if not card.export.checkpoint:
+        raise BadOption(f"{card.name} was exported from memory, and formats are built from a file; export a checkpoint")
+    file = f"{card.name}.safetensors"
+    places = [given] if given else [Path(file), ZOO / file]
+    for path in places:
+        if path.is_file() and sha256_of(path) == card.export.checkpoint:
+            return path
+    raise BadOption(
+        f"{card.name} version {card.version} was exported from a file of sha256 {card.export.checkpoint[:12]}..., "
+        f"which is not {' or '.join(map(str, places))}; name it with --checkpoint"
+    )
 
 
 def find_candidates(backends: Sequence[str], device: torch.device, *, machine_code: bool) -> list[Candidate]:

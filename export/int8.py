@@ -22,7 +22,7 @@ from onnxruntime.quantization import CalibrationDataReader, QDQQuantizer, QuantT
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from penumbra.export.golden import golden_prompt
+from penumbra.export.golden import golden_prompt, windows_of
 from penumbra.export.onnx import anonymous
 from penumbra.export.onnx_program import inputs_of
 from penumbra.export.parity import check_parity, strain
@@ -35,8 +35,6 @@ RANGE_WINDOWS, PROOF_WINDOWS = 32, 8
 """Windows that ranges are taken from, and others on which the gate is held beside the two golden ones."""
 LEAST_PICTURES, PROOF_EVERY = 8, 4
 """Pictures that are needed; every fourth is kept for the proof."""
-SEARCH_S = 240.0
-"""Most seconds in which layers are tried alone: where that is too short for all, neighbours are tried together."""
 LEAST_OPSET = 13
 KINDS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 OPTIONS = {"OpTypesToExcludeOutputQuantization": KINDS, "MatMulConstBOnly": True}
@@ -55,6 +53,15 @@ def split(pictures: Sequence[Path], card: Card, device: torch.device) -> tuple[S
             f"of them: {LEAST_PICTURES} or more are needed, and {len(pictures)} are given; add --pictures FOLDER"
         )
     return pictures[::PROOF_EVERY], [path for i, path in enumerate(pictures) if i % PROOF_EVERY]
+
+
+def windows_beside(golden_BChw: Tensor, pictures: Sequence[Path], card: Card) -> Tensor:
+    """Cut windows for the proof, each once and none that is golden: few and small pictures have fewer, or none."""
+    found = list(golden_BChw)
+    for window_Chw in windows_of(pictures, card, PROOF_WINDOWS + len(golden_BChw)):
+        if not any(torch.equal(window_Chw, one) for one in found):
+            found.append(window_Chw)
+    return torch.stack(found)[len(golden_BChw) :]
 
 
 class Quantiser:
@@ -88,11 +95,11 @@ class Quantiser:
                 model = anonymous(quantizer.quantize_model())
             (self._draft / f"{part}.onnx").write_bytes(model.SerializeToString())
 
-    def choose(self, quickly: Callable[[], Parity], wholly: Callable[[], Parity]) -> list[str]:
+    def choose(self, quickly: Callable[[], Parity], wholly: Callable[[], Parity], *, search_s: float) -> list[str]:
         """Write as many layers in int8 as the gate lets pass, and return those that are not.
 
-        quickly: measures what is written on little, to tell layers apart; wholly: for the gate. Raises ParityFailed
-        where the gate lets none pass.
+        quickly: measures what is written on little, to tell layers apart, for so many seconds; wholly: for the gate.
+        Raises ParityFailed where the gate lets none pass.
         """
 
         def refusal(layers: Collection[str]) -> ParityFailed | None:
@@ -116,7 +123,7 @@ class Quantiser:
             return []
         started = time.perf_counter()
         strain_of(self.layers)
-        num_groups = np.clip(int(SEARCH_S / (time.perf_counter() - started)), 1, len(self.layers))
+        num_groups = np.clip(int(search_s / (time.perf_counter() - started)), 1, len(self.layers))
         groups = sorted((list(group) for group in np.array_split(self.layers, num_groups)), key=strain_of)
         passing, failing = 0, len(groups)
         while failing - passing > 1:

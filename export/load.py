@@ -1,20 +1,27 @@
 """A load on the engine: callers who each wait for an answer before they ask again, and how fast they are answered."""
 
+import hashlib
 import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from penumbra.export.golden import read_picture
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.raster import Pixels
 from penumbra.serving.engine.request import Cancellation
 from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.store import artifact_card
+from penumbra.serving.files.predict import IN_MEMORY
 
+FEW = 8
+"""Pictures that callers ask for and that the gate is held on: more say little more of either, and take their time."""
 LEAST_CALLERS = 8
 """Enough to fill the lanes of a small machine, with others waiting."""
 Answered = tuple[float, int]
@@ -47,6 +54,16 @@ class Load:
         many = max(LEAST_CALLERS, 2 * threads)
         return tuple(sorted({1, threads, many})) if self.target_ms else (many,)
 
+    def measure(
+        self, segmenter: Segmenter, name: str, pictures: Sequence[Pixels], *, seconds: float, at_once: float = math.inf
+    ) -> Answers:  # fmt: skip
+        """Have callers ask, first `at_once` of them without a clock: whatever meets new sizes takes longer then."""
+        answers = {}
+        for callers in self.callers(segmenter.cores.threads):
+            ask(segmenter, name, pictures, callers=int(min(callers, at_once)), seconds=0)
+            answers[callers] = ask(segmenter, name, pictures, callers=callers, seconds=seconds)
+        return answers
+
     def speed(self, measurements: Sequence[Answers]) -> Speed:
         """Add measurements up, and take that number of callers, of those that asked, who got most answers in time.
 
@@ -59,6 +76,11 @@ class Load:
             rate = float(callers * windows[in_time].sum() / seconds.sum())
             speeds.append(Speed(rate, 1e3 * float(np.quantile(seconds, 0.95))))
         return max(speeds)
+
+
+def digest(pictures: Sequence[Pixels]) -> str:
+    """Hash pictures, to tell whether others are the same."""
+    return hashlib.sha256(b"".join(hashlib.sha256(one[:, :].tobytes()).digest() for one in pictures)).hexdigest()
 
 
 def ask(segmenter: Segmenter, name: str, pictures: Sequence[Pixels], *, callers: int, seconds: float) -> list[Answered]:
@@ -85,3 +107,26 @@ def ask(segmenter: Segmenter, name: str, pictures: Sequence[Pixels], *, callers:
     finally:
         stop.set()
         pool.shutdown()
+
+
+def few(items: Sequence[Any]) -> list[Any]:
+    """Take a few, from the first to the last."""
+    number = min(len(items), FEW)
+    return [items[i * (len(items) - 1) // max(number - 1, 1)] for i in range(number)]
+
+
+def remeasure(directory: Path, paths: Sequence[Path] = (), seconds: float = 3.0) -> tuple[Speed, bool] | None:
+    """Measure an artifact that was tuned once more under its load, on pictures or on its golden windows.
+
+    Returns the speed, and whether pictures, processor and threads are those that it was tuned with.
+    """
+    card = artifact_card(directory)
+    if not card.tuned:
+        return None
+    load = Load(card.tuned.load, card.tuned.target_ms)
+    with Segmenter(limits=IN_MEMORY) as segmenter:
+        segmenter.load(directory)
+        pictures: list[Pixels] = [read_picture(path, card) for path in few(paths)]
+        pictures = pictures or [one.image_HWC for one in segmenter.find(card.name).golden_inputs()]
+        speed = load.speed([load.measure(segmenter, card.name, pictures, seconds=seconds)])
+        return speed, segmenter.is_tuned_here(card) and digest(pictures) == card.tuned.pictures

@@ -46,15 +46,16 @@ def print_imported(imported: Imported, output: Path, *, is_last: bool = False) -
 
 
 def print_parity(
-    card: Card, directory: Path, *, as_json: bool, measured: Parity | None = None, speed: Speed | None = None
+    card: Card, directory: Path, *, as_json: bool, measured: Parity | None = None,
+    speed: tuple[Speed, bool] | None = None,
 ) -> None:  # fmt: skip
     """Print the gate's figures beside what is allowed. measured: here and now, if not at export. speed: of a tuned one,
-    likewise."""
+    likewise, and whether it can be compared."""
     assert card.export
     figures, allowed = measured or card.export.parity, TOLERANCES[card.export.precision]
     if as_json:
         document = {"directory": str(directory), "parity": dataclasses.asdict(figures)}
-        click.echo(json.dumps(document | ({"speed": speed._asdict()} if speed else {})))
+        click.echo(json.dumps(document | ({"speed": speed[0]._asdict(), "is_alike": speed[1]} if speed else {})))
         return
     limits = {
         "relative": f"<= {allowed.relative:g}", "extras_relative": f"<= {allowed.relative:g}",
@@ -69,9 +70,12 @@ def print_parity(
         kept = f"; the gate left out {', '.join(card.export.kept)}" if card.export.kept else ""
         click.echo(f"  {card.export.num_int8} layers are in int8{kept}")
     if (tuned := card.tuned) and speed:
-        for name, value in speed._asdict().items():
-            click.echo(f"  {name:26} {value:<12.6g} {getattr(tuned, name):.6g} when it was tuned")
+        for name, value in speed[0]._asdict().items():
+            before = f"{getattr(tuned, name):.6g} when it was tuned" if speed[1] else ""
+            click.echo(f"  {name:26} {value:<12.6g} {before}".rstrip())
         click.echo(f"  tuned on {tuned.processor} with {tuned.threads} threads, for {tuned.load}")
+        if not speed[1]:
+            click.echo("  pictures or machine are not those of then: its speed there is no figure to compare this with")
     if measured is None:
         if card.export.measured == "graph":
             click.echo("  measured on the graph that the engines were built from; a GPU that loads them measures them")
@@ -103,8 +107,11 @@ def print_tuned(outcome: Outcome, *, as_json: bool) -> None:
         click.echo("the search was ended before it was over; this is the best so far")
     click.echo(f"the gate was held on {tuned.gate}, speed measured for {tuned.load} on {tuned.processor}")
     if tuned.gate == DRAWN:
-        click.echo("half precision flips far fewer labels of photographs than of drawn windows; give it --pictures")
-    if outcome.chosen.windows_per_s <= outcome.rows[0].windows_per_s:
-        click.echo(f"it was no faster than the version before as it is ({outcome.rows[0]}); remove it, or tune longer")
+        click.echo("half precision flips far fewer labels on photographs than on drawn windows; tune on --pictures")
+    now = outcome.rows[0]
+    if outcome.chosen is now:
+        click.echo("nothing was faster than the version that is there, so it stays; --always writes the fastest anyway")
+    elif outcome.chosen.windows_per_s <= now.windows_per_s:
+        click.echo(f"the version before is faster as it is ({now}); remove this one, or tune for longer")
     click.echo(f"{outcome.directory}: {outcome.chosen}")
     click.echo(how_to_serve(outcome.directory.parent.name), err=True)

@@ -13,21 +13,28 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 
 from penumbra.export.bundle import export_checkpoint
-from penumbra.export.candidates import Candidate, Row, Sizes, find_candidates, find_sizes
+from penumbra.export.candidates import (
+    Candidate,
+    Row,
+    Say,
+    Sizes,
+    find_candidates,
+    find_checkpoint,
+    find_loadable,
+    find_sizes,
+)
 from penumbra.export.golden import read_picture
-from penumbra.export.load import Answers, Load, Speed, ask
+from penumbra.export.load import Answers, Load, Speed, digest, few
 from penumbra.export.parity import Frame
-from penumbra.export.zoo import ZOO
-from penumbra.models.card import Card, Tuned, dump_card
+from penumbra.models.card import Tuned, dump_card
 from penumbra.models.errors import BadOption, reason_of
 from penumbra.models.files import drafted
 from penumbra.serving.engine.allocator import resident_bytes
@@ -37,11 +44,9 @@ from penumbra.serving.engine.quota import num_cores
 from penumbra.serving.engine.raster import Pixels
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.serving.engine.store import CARD, artifact_card, find_artifact, next_version, sha256_of, write_version
+from penumbra.serving.engine.store import CARD, artifact_card, find_artifact, next_version, write_version
 from penumbra.serving.files.predict import IN_MEMORY
 
-FEW = 8
-"""Pictures that callers ask for and that the gate is held on: more say little more of either, and take their time."""
 BUSY = 0.5
 """Load for each core above which others are at work here."""
 TURNS = 3
@@ -53,7 +58,6 @@ AGAIN_S = 1.0
 DRAWN = "drawn windows"
 """What the gate is held on where nobody gives it pictures."""
 Setting = tuple[Candidate, Sizes | None]
-Say = Callable[[str], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,8 @@ class TuneOptions:
     pictures: files that callers ask for and golden windows are cut from; without any, those of the frames, or drawn
     windows. frames: labelled pictures for the gate. judge: measures a loaded model's figures of accuracy, by name.
     checkpoint: None looks for it. backends: of which formats; none stands for all. machine_code: also those that are
-    bound to this kind of machine. seconds: for which a setting is measured at first, and at most at a time.
+    bound to this kind of machine. always: write the fastest of them also where what is there is faster. seconds: for
+    which a setting is measured at first, and at most at a time.
     """
 
     ends: float
@@ -75,13 +80,15 @@ class TuneOptions:
     device: str = ""
     backends: Sequence[str] = ()
     machine_code: bool = False
+    always: bool = False
     seconds: tuple[float, float] = (0.3, 4.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a tuning found. rows: the version before first, as it is served. chosen: which of them became the artifact
-    of the directory. refused: why, by name. is_complete: whether the search came to its end."""
+    """What a tuning found. rows: the version before first, as it is served. chosen: which of them is the artifact of
+    the directory, the first where none is faster. tuned: facts of the fastest of the others. refused: why, by name.
+    is_complete: whether the search came to its end."""
 
     directory: Path
     tuned: Tuned
@@ -101,7 +108,7 @@ def tune_artifact(name: str, store: Path, options: TuneOptions, say: Say = print
 
     say: takes a line about every step. Raises BadOption: there is no checkpoint, or nothing could be measured.
     """
-    source = find_artifact(store, name)
+    source = find_loadable(store, name, options.device, say)
     card = artifact_card(source)
     options = replace(options, checkpoint=find_checkpoint(card, options.checkpoint))
     with drafted(store / name) as drafts:
@@ -113,38 +120,31 @@ def tune_artifact(name: str, store: Path, options: TuneOptions, say: Say = print
         return tuner.conclude()
 
 
-def find_checkpoint(card: Card, given: Path | None) -> Path:
-    """Find the very file that an artifact was exported from: the given one, here by its name, or in the zoo."""
-    assert card.export
-    if not card.export.checkpoint:
-        raise BadOption(f"{card.name} was exported from memory, and formats are built from a file; export a checkpoint")
-    file = f"{card.name}.safetensors"
-    places = [given] if given else [Path(file), ZOO / file]
-    for path in places:
-        if path.is_file() and sha256_of(path) == card.export.checkpoint:
-            return path
-    raise BadOption(
-        f"{card.name} version {card.version} was exported from a file of sha256 {card.export.checkpoint[:12]}..., "
-        f"which is not {' or '.join(map(str, places))}; name it with --checkpoint"
-    )
-
-
 @contextmanager
-def until(ends: float) -> Iterator[None]:
-    """End the block with Ctrl-C, or at a time, as if somebody had pressed it then; what follows the block goes on."""
+def until(ends: float, interrupt: type[KeyboardInterrupt] = KeyboardInterrupt) -> Iterator[None]:
+    """End the block with Ctrl-C, or at a time, as if somebody had pressed it then; what follows the block goes on.
+
+    interrupt: what ends it at that time. One block may stand in another that ends later.
+    """
 
     def ring(*_: object) -> None:
-        raise KeyboardInterrupt
+        raise interrupt
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, max(ends - time.perf_counter(), AGAIN_S), AGAIN_S)
+    begun, before = time.perf_counter(), signal.signal(signal.SIGALRM, ring)
+    left_s, again_s = signal.setitimer(signal.ITIMER_REAL, max(ends - begun, AGAIN_S), AGAIN_S)
     try:
         yield
-    except KeyboardInterrupt:
+    except interrupt:
         pass
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if left_s:
+            signal.setitimer(signal.ITIMER_REAL, max(left_s - (time.perf_counter() - begun), 1e-3), again_s)
+
+
+class Overdue(KeyboardInterrupt):
+    """A candidate has taken its share of the time. Like Ctrl-C, no library takes it for a fault of its own."""
 
 
 class Tuner:
@@ -153,6 +153,7 @@ class Tuner:
     def __init__(self, source: Path, drafts: Path, options: TuneOptions, say: Say) -> None:
         self._source, self._drafts, self._options, self._say = source, drafts, options, say
         self._card, self._device = artifact_card(source), find_device(options.device)
+        self._next = next_version(source.parents[1], self._card.name)
         self._now = Candidate("as it is", "", "", source, self._card.export)
         self._candidates = find_candidates(
             options.backends or BACKENDS, self._device, machine_code=options.machine_code
@@ -188,7 +189,10 @@ class Tuner:
             if not candidate.refused and time.perf_counter() > half_time:
                 candidate.refused = "was not tried, since half of the time was over"
             if not candidate.refused:
-                self._prove(candidate)
+                with until(half_time, Overdue) if candidate.precision == "int8" else nullcontext():
+                    self._prove(candidate, search_s=(half_time - time.perf_counter()) / 2)
+            if not candidate.refused and not candidate.settings:
+                candidate.refused = "was given up, since half of the time was over"
             self._say(f"{candidate}: {candidate.refused or self._speed_of(self._best_of(candidate))}")
         ranked = sorted(self._alive, key=self._speed_of, reverse=True)
         better = list(dict.fromkeys(candidate for candidate, _ in ranked))
@@ -199,7 +203,7 @@ class Tuner:
             self._measure_all([(self._now, None), *self._alive], self._options.seconds[1] / TURNS)
         self._is_complete = True
 
-    def _prove(self, candidate: Candidate) -> None:
+    def _prove(self, candidate: Candidate, *, search_s: float) -> None:
         """Export a candidate through the gate, and try it with as many and as few lanes as there are."""
         options, card = self._options, self._card
         assert options.checkpoint
@@ -207,7 +211,7 @@ class Tuner:
             candidate.directory = export_checkpoint(
                 options.checkpoint, self._drafts, backend=candidate.backend, precision=candidate.precision,
                 device=str(self._device), frames=self._frames, views=card.views,
-                pictures=self._files if card.window.height else (),
+                pictures=self._files if card.window.height else (), search_s=search_s,
             )  # fmt: skip
             candidate.facts = artifact_card(candidate.directory).export
             # The rest of the card is the store's, which may have been calibrated since.
@@ -261,16 +265,13 @@ class Tuner:
                     self._measure(segmenter, setting, seconds)
 
     def _measure(self, segmenter: Segmenter, setting: Setting, seconds: float) -> None:
-        """Have callers ask, first without a clock: whatever meets new sizes takes longer then."""
+        """Have callers ask of a candidate in sizes."""
         (candidate, sizes), name = setting, self._card.name
         if sizes:
             runtime = segmenter.find(name)
             runtime.windows_per_batch, runtime.samples_per_call, runtime.lanes = sizes
-        answers = {}
-        for callers in self._options.load.callers(self._threads):
-            few_callers = min(callers, sizes.windows_per_batch * sizes.lanes) if sizes else callers
-            ask(segmenter, name, self._pictures, callers=few_callers, seconds=0)
-            answers[callers] = ask(segmenter, name, self._pictures, callers=callers, seconds=seconds)
+        at_once = sizes.windows_per_batch * sizes.lanes if sizes else math.inf
+        answers = self._options.load.measure(segmenter, name, self._pictures, seconds=seconds, at_once=at_once)
         candidate.settings.setdefault(sizes, []).append(answers)
 
     @contextmanager
@@ -315,7 +316,7 @@ class Tuner:
         return " and ".join(f"{num} {kind}{'s' * (num > 1)}" for kind, num in kinds.items() if num) or DRAWN
 
     def conclude(self) -> Outcome:
-        """Write the fastest as the next version. Raises BadOption where there is none."""
+        """Write the fastest as the next version, unless what is there is as fast. Raises BadOption: there is none."""
         load, card, store = self._options.load, self._card, self._source.parents[1]
         best = self._best()
         for candidate in self._candidates:
@@ -323,21 +324,24 @@ class Tuner:
                 candidate.refused = "was not tried, since the search was ended"
         proved = [candidate for candidate in (self._now, *self._candidates) if candidate.settings]
         rows = [self._row(best if best[0] is candidate else self._best_of(candidate)) for candidate in proved]
-        chosen = rows[proved.index(best[0])]
+        fastest = rows[proved.index(best[0])]
         refused = {str(candidate): candidate.refused for candidate in self._candidates if candidate.refused}
         over = {row.name: str(row) for row in rows} | refused
-        assert best[0].facts and chosen.sizes
+        assert best[0].facts and fastest.sizes
         tuned = Tuned(
-            name_hardware(self._device), self._threads, *chosen.sizes, load.kind, load.target_ms,
-            chosen.windows_per_s, chosen.p95_ms, chosen.memory_mb, self._gate, over,
+            name_hardware(self._device), self._threads, *fastest.sizes, load.kind, load.target_ms,
+            fastest.windows_per_s, fastest.p95_ms, fastest.memory_mb, self._gate, over, digest(self._pictures),
         )  # fmt: skip
-        newest = artifact_card(find_artifact(store, card.name))  # which may have been calibrated meanwhile
-        if newest.export and newest.export.checkpoint == best[0].facts.checkpoint:
-            card = newest
+        if not self._options.always and self._speed_of(best) <= self._speed_of((self._now, None)):
+            return Outcome(self._source, tuned, rows, rows[0], refused, self._is_complete)
+        newest = find_artifact(store, card.name)
+        if int(newest.name) >= self._next:  # written meanwhile, as by a calibration
+            now = artifact_card(newest)
+            card = now if now.export and now.export.checkpoint == best[0].facts.checkpoint else card
         card = replace(card, version=next_version(store, card.name), export=replace(best[0].facts, tuned=tuned))
         directory = store / card.name / str(card.version)
         write_version(best[0].directory, directory, card)
-        return Outcome(directory, tuned, rows, chosen, refused, self._is_complete)
+        return Outcome(directory, tuned, rows, fastest, refused, self._is_complete)
 
     def _row(self, setting: Setting) -> Row:
         candidate, sizes = setting
@@ -348,24 +352,3 @@ class Tuner:
             str(candidate), sizes, *self._speed_of(setting), candidate.memory_mb, parity.label_flips_percent,
             parity.variance_ratio, changes,
         )  # fmt: skip
-
-
-def few(items: Sequence[Any]) -> list[Any]:
-    """Take a few, from the first to the last."""
-    number = min(len(items), FEW)
-    return [items[i * (len(items) - 1) // max(number - 1, 1)] for i in range(number)]
-
-
-def remeasure(directory: Path, seconds: float = 3.0) -> Speed | None:
-    """Measure an artifact that was tuned once more under its load, on its golden windows."""
-    card = artifact_card(directory)
-    if not card.tuned:
-        return None
-    load, answers = Load(card.tuned.load, card.tuned.target_ms), {}
-    with Segmenter(limits=IN_MEMORY) as segmenter:
-        segmenter.load(directory)
-        pictures = [one.image_HWC for one in segmenter.find(card.name).golden_inputs()]
-        for callers in load.callers(segmenter.cores.threads):
-            ask(segmenter, card.name, pictures, callers=callers, seconds=0)
-            answers[callers] = ask(segmenter, card.name, pictures, callers=callers, seconds=seconds)
-    return load.speed([answers])

@@ -33,7 +33,7 @@ class Tuned:
     processor, threads: the machine. windows_per_batch, samples_per_call, lanes: sizes of the engine. load: callers who
     ask as fast as they are answered, or one alone. target_ms: answers that took longer did not count; 0 counts all.
     windows_per_s, p95_ms, memory_mb: as measured then. gate: what the gate was held on. over: what it was chosen over,
-    by format and precision: figures, or why it was refused.
+    by format and precision: figures, or why it was refused. pictures: a hash of those that were asked for.
     """
 
     processor: str
@@ -48,6 +48,7 @@ class Tuned:
     memory_mb: float
     gate: str
     over: dict[str, str] = field(default_factory=dict)
+    pictures: str = ""
 
 
 @dataclass(frozen=True, slots=True)

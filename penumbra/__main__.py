@@ -43,6 +43,7 @@ ENGINE = click.option(
 )
 def main() -> None:
     """Serve trained segmentation checkpoints and say, per pixel, how sure they are."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that drafts are removed
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("penumbra.disk").setLevel(logging.CRITICAL)  # a verb says it itself
     if num_cores() < len(os.sched_getaffinity(0)):  # torch, which is imported later, knows of no quota
@@ -281,17 +282,18 @@ main.add_command(card_forms)
 @main.command()
 @click.argument("name")
 @shared.VERSION
+@shared.pictures("what a tuned one is asked for, in place of its golden windows")
 @shared.STORE
 @shared.JSON
-def verify(name: str, version: int | None, store: Path, as_json: bool) -> None:
+def verify(name: str, version: int | None, pictures: list[Path], store: Path, as_json: bool) -> None:
     """Check an artifact's hashes, measure it on this machine against its checkpoint, and how fast a tuned one is."""
     from penumbra.export.bundle import verify_artifact
+    from penumbra.export.load import remeasure
     from penumbra.export.report import print_parity
-    from penumbra.export.tune import remeasure
     from penumbra.serving.engine.store import artifact_card, find_artifact
 
     directory = find_artifact(store, name, version)
-    measured, speed = verify_artifact(directory), remeasure(directory)
+    measured, speed = verify_artifact(directory), remeasure(directory, pictures)
     print_parity(artifact_card(directory), directory, as_json=as_json, measured=measured, speed=speed)
 
 

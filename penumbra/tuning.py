@@ -29,6 +29,7 @@ MINUTES = click.option("--minutes", type=click.FloatRange(min=0, min_open=True),
 @MINUTES
 @click.option("--backend", "backends", multiple=True, help="A format to try, once for each; all by default.")
 @click.option("--machine-code", is_flag=True, help="Also formats that run on this kind of machine only, as aot.")
+@click.option("--always", is_flag=True, help="Write the fastest also where the version that is there is faster.")
 @click.option("--checkpoint", type=shared.FILE, help="What NAME was exported from, where it is not found by itself.")
 @click.option("--device", default="", help="cpu or cuda; a GPU where there is one.")
 @shared.STORE

@@ -18,6 +18,7 @@ from PIL import Image
 from penumbra.failures import REMEDIES, sentence_of
 from penumbra.models.checkpoint import save_checkpoint
 from tests.conftest import toy_card
+from tests.serving.server import ROOT, until
 from tests.test_cli import failed, run
 
 COMMAND = [sys.executable, "-m", "penumbra"]
@@ -231,3 +232,15 @@ def test_an_unknown_device_is_one_sentence_with_those_that_there_are(
 ) -> None:
     failed(run("export", checkpoints[0], "--store", tmp_path / "s", "--device", device), 2, f"'{device}'", "has cpu")
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.slow
+def test_a_verb_that_is_told_to_end_leaves_no_draft(tmp_path: Path) -> None:
+    checkpoint = ROOT / "models/zoo/supervised-camvid.safetensors"
+    command = [*COMMAND, "export", str(checkpoint), "--store", str(tmp_path / "store")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        until(lambda: process.poll() is not None or any(tmp_path.glob("store/*/.draft-*")))
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=ENDS_S)[1]
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in said
+    assert not list(tmp_path.iterdir()), "neither the draft nor the folders that were made for it"

@@ -1,6 +1,7 @@
 """int8 has its ranges from the user's pictures, is proved on others of them, and gives back the layers that cannot."""
 
 import dataclasses
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 from penumbra.__main__ import main
 from penumbra.export.bundle import export_checkpoint, export_network, verify_artifact
-from penumbra.export.int8 import split
+from penumbra.export.golden import windows_of
+from penumbra.export.int8 import split, windows_beside
 from penumbra.export.zoo import ZOO
-from penumbra.models.card import Sampling
+from penumbra.models.card import Sampling, WindowSpec
 from penumbra.models.checkpoint import save_checkpoint
 from penumbra.models.contract import Features, Network
 from penumbra.models.errors import BadOption, ParityFailed
@@ -80,6 +82,20 @@ def test_a_layer_that_fails_the_gate_in_int8_is_given_back_and_named(tmp_path: P
         assert torch.allclose(window, corner, atol=1e-6)
     assert verify_artifact(directory).label_flips_percent <= 0.5
     is_served(card, tmp_path / "store")
+
+
+@pytest.mark.parametrize(("count", "size", "expected"), [(2, (32, 48), 0), (10, (32, 48), 8), (2, (96, 144), 8)])
+def test_the_proof_takes_every_window_once_and_none_that_is_golden(
+    count: int, size: tuple[int, int], expected: int, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    card = toy_card("latent", window=WindowSpec(32, 48))[0]
+    files = [tmp_path / f"{i}.png" for i in range(count)]
+    for path in files:
+        Image.fromarray(picture(rng, *size)).save(path)
+    golden_BChw = windows_of(files, card)
+    windows = [*golden_BChw, *windows_beside(golden_BChw, files, card)]
+    assert len(windows) == 2 + expected
+    assert not any(torch.equal(one, other) for one, other in combinations(windows, 2))
 
 
 def test_where_no_layer_passes_the_gate_in_int8_nothing_is_written(tmp_path: Path, rng: np.random.Generator) -> None:

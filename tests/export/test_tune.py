@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,20 +14,22 @@ from click.testing import CliRunner
 from PIL import Image
 
 from penumbra.__main__ import main
-from penumbra.export.bundle import export_checkpoint
+from penumbra.export.bundle import export_checkpoint, verify_artifact
 from penumbra.export.candidates import Row
-from penumbra.export.load import Load, Speed
-from penumbra.export.report import print_tuned
-from penumbra.export.tune import Outcome, TuneOptions, few, remeasure, tune_artifact
+from penumbra.export.load import Answers, Load, Speed, few, remeasure
+from penumbra.export.report import print_parity, print_tuned
+from penumbra.export.tune import Outcome, TuneOptions, tune_artifact
 from penumbra.export.zoo import ZOO
 from penumbra.models.card import Readout, Tuned
 from penumbra.models.checkpoint import save_checkpoint
-from penumbra.models.errors import BadOption
+from penumbra.models.errors import BadArtifact, BadOption
 from penumbra.models.toy.net import ToyConfig, ToyNetwork
+from penumbra.serving.engine.raster import Pixels
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import artifact_card, open_artifact, write_version
 from penumbra.serving.http.routes import summary
 from tests.conftest import picture, toy_card
+from tests.models.small import card_of, seeded
 
 NAME = "toy-pointwise"
 QUICK = (0.001, 0.002)
@@ -49,12 +52,24 @@ def store(tmp_path: Path, checkpoint: Path) -> Path:
 
 def tune(
     checkpoint: Path, store: Path, say: Callable[[str], object] = lambda line: None, minutes: float = 5.0,
-    pictures: Sequence[Path] = (),
+    pictures: Sequence[Path] = (), load: Load = Load(), always: bool = True,  # noqa: B008 (frozen)
 ) -> Outcome:  # fmt: skip
-    """Tune over torchscript alone, in the least time."""
+    """Tune over torchscript alone, in the least time; by default the fastest is written whatever luck says."""
     ends = time.perf_counter() + 60 * minutes
     where = {"checkpoint": checkpoint, "backends": ["torchscript"], "device": "cpu", "seconds": QUICK}
-    return tune_artifact(NAME, store, TuneOptions(ends, Load(), pictures, **where), say)
+    return tune_artifact(NAME, store, TuneOptions(ends, load, pictures, always=always, **where), say)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Known(Load):
+    """A load whose answers take as long as is said: as the model is served, and in sizes that are tried."""
+
+    as_it_is_s: float = 0.2
+
+    def measure(
+        self, segmenter: Segmenter, name: str, pictures: Sequence[Pixels], *, seconds: float, at_once: float = math.inf
+    ) -> Answers:  # fmt: skip
+        return {8: [(self.as_it_is_s if at_once == math.inf else 0.2, 1)]}
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +132,7 @@ def test_an_interruption_while_a_candidate_is_judged_leaves_it_out(checkpoint: P
             raise KeyboardInterrupt
         return {"mIoU": 0.5}
 
-    where = {"checkpoint": checkpoint, "backends": ["torchscript"], "device": "cpu", "seconds": QUICK}
+    where = {"checkpoint": checkpoint, "backends": ["torchscript"], "device": "cpu", "seconds": QUICK, "always": True}
     options = TuneOptions(time.perf_counter() + 300, Load(), judge=judge, **where)
     outcome = tune_artifact(NAME, store, options, lambda line: None)
     assert len(outcome.rows) == 2 and outcome.front and not outcome.is_complete
@@ -133,6 +148,71 @@ def test_a_version_that_was_calibrated_meanwhile_is_what_is_written_anew(checkpo
 
     outcome = tune(checkpoint, store, calibrate)
     assert (outcome.directory.name, artifact_card(outcome.directory).readout.temperature) == ("3", 1.5)
+
+
+def test_a_version_that_nothing_is_faster_than_stays_and_it_is_said(
+    checkpoint: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(store.rglob("*"))
+    kept = tune(checkpoint, store, load=Known(as_it_is_s=0.2), always=False)
+    assert (kept.directory, kept.chosen) == (store / NAME / "1", kept.rows[0]) and sorted(store.rglob("*")) == before
+    print_tuned(kept, as_json=False)
+    assert "so it stays; --always" in capsys.readouterr().out
+    assert tune(checkpoint, store, load=Known(as_it_is_s=0.3), always=False).directory.name == "2"
+    slower = tune(checkpoint, store, load=Known(as_it_is_s=0.1), always=True)
+    assert slower.directory.name == "3" and slower.chosen.windows_per_s < slower.rows[0].windows_per_s
+    print_tuned(slower, as_json=False)
+    assert "the version before is faster as it is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", ["card.json", "encode.ts"])
+def test_what_does_not_load_is_passed_over_for_the_newest_version_that_does(
+    file: str, checkpoint: Path, store: Path
+) -> None:
+    export_checkpoint(checkpoint, store)
+    (store / NAME / "2" / file).write_bytes(b"{}")
+    said: list[str] = []
+    outcome = tune(checkpoint, store, said.append)
+    assert "version 2 is passed over, since it does not load: " in said[0]
+    assert outcome.directory.name == "3" and open_artifact(outcome.directory).card.tuned
+    (store / NAME / "1" / file).write_bytes(b"{}")
+    (store / NAME / "3" / file).unlink()
+    with pytest.raises(BadArtifact, match=f"no version of {NAME} in .* loads here"):
+        tune(checkpoint, store)
+
+
+def test_int8_is_tried_last_and_is_given_up_at_half_of_the_time(tmp_path: Path, rng: np.random.Generator) -> None:
+    checkpoint, files = tmp_path / "small.safetensors", [tmp_path / f"{i}.png" for i in range(8)]
+    card, network = card_of("cps single"), seeded("cps single")
+    save_checkpoint(checkpoint, card, network)
+    export_checkpoint(checkpoint, tmp_path / "store")
+    for file in files:
+        Image.fromarray(picture(rng, 64, 96)).save(file)
+
+    def judge(segmenter: Segmenter) -> dict[str, float]:
+        facts = segmenter.find(card.name).card.export
+        while facts and facts.precision == "int8":
+            time.sleep(0.1)  # until it is interrupted
+        return {}
+
+    where = {"checkpoint": checkpoint, "backends": ["openvino"], "device": "cpu", "seconds": QUICK, "always": True}
+    options = TuneOptions(time.perf_counter() + 60, Load(), files, judge=judge, **where)
+    outcome = tune_artifact(card.name, tmp_path / "store", options, lambda line: None)
+    assert "half of the time was over" in outcome.refused["openvino int8"]
+    assert "openvino fp32" in {row.name for row in outcome.rows} and outcome.is_complete
+
+
+def test_a_speed_is_compared_with_that_of_the_same_pictures_alone(
+    checkpoint: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = tune(checkpoint, store, pictures=[near_ties(tmp_path)])
+    for pictures, is_alike in (([], False), ([near_ties(tmp_path)], True)):
+        speed = remeasure(outcome.directory, pictures, seconds=0)
+        assert speed and speed[1] == is_alike
+        card, parity = artifact_card(outcome.directory), verify_artifact(outcome.directory)
+        print_parity(card, outcome.directory, as_json=False, measured=parity, speed=speed)
+        shown = capsys.readouterr().out
+        assert ("when it was tuned" in shown) == is_alike and ("no figure to compare" in shown) != is_alike
 
 
 @pytest.mark.parametrize(("number", "taken"), [(1, [0]), (3, [0, 1, 2]), (11, [0, 1, 2, 4, 5, 7, 8, 10]), (0, [])])
@@ -191,7 +271,7 @@ def test_a_table_says_what_was_chosen_and_what_the_gate_was_held_on(
     print_tuned(tuned, as_json=True)
     document = json.loads(capsys.readouterr().out)
     assert document["chosen"]["name"] == tuned.chosen.name and document["front"]
-    assert remeasure(tuned.directory, seconds=0) is not None and remeasure(tuned.directory.parent / "1") is None
+    assert (remeasure(tuned.directory, seconds=0) or [None])[1] is True and not remeasure(tuned.directory.parent / "1")
 
 
 def test_what_cannot_be_tuned_is_refused_in_a_sentence(store: Path, tmp_path: Path) -> None:
@@ -210,8 +290,9 @@ def test_the_command_tunes_a_demo_model_and_verify_measures_it_again(tmp_path: P
     Image.fromarray(picture(rng, 36, 48)).resize((480, 360), Image.Resampling.BICUBIC).save(photo)
     export_checkpoint(ZOO / f"{name}.safetensors", tmp_path / "store")
     store = ["--store", str(tmp_path / "store")]
-    result = CliRunner().invoke(main, ["tune", name, *store, "--pictures", str(photo), "--minutes", "0.5"])
+    asked = [*store, "--pictures", str(photo)]
+    result = CliRunner().invoke(main, ["tune", name, *asked, "--minutes", "0.5", "--always"])
     assert result.exit_code == 0, result.output
     assert "chosen" in result.stdout and "the gate was held on 1 picture" in result.stdout
-    verified = CliRunner().invoke(main, ["verify", name, *store])
+    verified = CliRunner().invoke(main, ["verify", name, *asked])
     assert verified.exit_code == 0 and "when it was tuned" in verified.stdout
