@@ -1,4 +1,4 @@
-"""What a careful user of any server writes around the two TorchScript files: pictures in, label maps out.
+"""What a careful user of any server writes around an artifact's two graphs: pictures in, label maps out.
 
 Plain torch as its tuning guide has it: inference mode, channels-last, pictures of one size in one batch, all samples in
 one call. Knows nothing of a server; `bento`, `lit` and `triton_model` each put it behind one.
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from penumbra.models.card import Card
+from penumbra.serving.engine.backends import load_backend
 from penumbra.serving.engine.noise import SeededNoise
 from penumbra.serving.engine.quota import num_cores
 from penumbra.serving.engine.store import open_artifact
@@ -38,9 +39,7 @@ class Network:
 
     def __init__(self, artifact: Path, *, whole: bool) -> None:
         self.card: Card = open_artifact(artifact).card
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self._encode, self._decode = (torch.jit.load(artifact / name) for name in ("encode.ts", "decode.ts"))
+        self._encode, self._decode = graphs_of(self.card, artifact)
         sampling, norm = self.card.sampling, self.card.input
         self.samples = sampling.default_samples
         self._noise_S1L = torch.from_numpy(SeededNoise(sampling, seed=0, num_samples=self.samples).draw(0))[:, None]
@@ -80,7 +79,7 @@ class Network:
     def logits(self, image_B3hw: Tensor) -> Tensor:
         """[S*B, K, h, w] at the pictures' size."""
         noise_SBL = self._noise_S1L.expand(-1, len(image_B3hw), -1)
-        logits_NKhw = self._decode(self._encode(image_B3hw), noise_SBL).flatten(0, 1)
+        logits_NKhw = self._decode(self._encode(image_B3hw), noise_SBL).flatten(0, 1).float()
         align = self.card.readout.align_corners
         return F.interpolate(logits_NKhw, image_B3hw.shape[2:], mode="bilinear", align_corners=align)
 
@@ -95,6 +94,18 @@ class Network:
         picture.putpalette(self._palette)
         picture.save(buffer, "PNG", compress_level=1)
         return buffer.getvalue()
+
+
+def graphs_of(card: Card, artifact: Path) -> tuple[Any, Any]:
+    """`encode` and `decode`: TorchScript in fp32 as torch's guide loads it, any other file by Penumbra's own loader."""
+    assert card.export
+    if (card.export.backend, card.export.precision) != ("torchscript", "fp32"):
+        graphs = load_backend(card, artifact, torch.device("cpu"))
+        return graphs.encode, graphs.decode
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        encode, decode = (torch.jit.load(artifact / name) for name in ("encode.ts", "decode.ts"))
+    return encode, decode
 
 
 def from_environment() -> Network:

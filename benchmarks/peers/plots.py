@@ -34,8 +34,10 @@ def _bars(axes: Axes, traffic: dict[str, Any], value: str, *, title: str, until:
     height = 0.8 / max(len(by_server) for by_server in traffic.values())
     for row, by_server in enumerate(traffic.values()):
         for place, (name, figures) in enumerate(by_server.items()):
-            y, color = row + place * height, COLORS[name]
-            axes.barh(y, figures[value], height, color=color, label=name if row == 0 else None)
+            y, (server, _, tuned) = row + place * height, name.partition(", ")
+            color = COLORS[server]
+            label = name if row == 0 else None
+            axes.barh(y, figures[value], height, color=color, hatch="///" * bool(tuned), edgecolor="white", label=label)
             if until:
                 axes.barh(y, figures[until], height / 6, color=color)
     axes.set_yticks([row + 0.3 for row in range(len(traffic))], list(traffic), fontsize=8)
@@ -45,10 +47,15 @@ def _bars(axes: Axes, traffic: dict[str, Any], value: str, *, title: str, until:
 
 
 def _windows(axes: Axes, windows: dict[str, Any]) -> None:
-    ours = windows["penumbra"]
-    rows = {"penumbra": [ours["network s"], ours["moments s"] - ours["network s"], ours["total s"] - ours["moments s"]]}
-    for side in windows["monai"]:
-        rows[f"MONAI, {side['batch']} at a time"] = [side["network s"], 0, side["total s"] - side["network s"]]
+    rows = {}
+    for name in ("penumbra", "penumbra, tuned"):
+        if ours := windows.get(name):
+            parts_s = ours["network s"], ours["moments s"], ours["total s"]
+            rows[name] = [parts_s[0], parts_s[1] - parts_s[0], parts_s[2] - parts_s[1]]
+    for name in ("monai", "monai, tuned file"):
+        for side in windows.get(name, ()):
+            label = f"{name}, {side['batch']} at a time" + f", buffer {side['buffer']}" * bool(side.get("buffer"))
+            rows[label] = [side["network s"], 0, side["total s"] - side["network s"]]
     left = [0.0] * len(rows)
     parts = ("network", "probabilities and entropies", "stitching")
     for part, name, color in zip(range(3), parts, ("#9aa5b1", "#c9a66b", "#3b2f6b"), strict=True):

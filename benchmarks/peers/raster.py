@@ -1,6 +1,6 @@
 """One large picture in windows, by Penumbra's engine and by MONAI's sliding window: time, peak memory, labels.
 
-    python -m benchmarks.peers.raster penumbra|monai ARTIFACT SIDE BATCH LABELS.npy
+    python -m benchmarks.peers.raster penumbra|monai ARTIFACT SIDE BATCH BUFFER LABELS.npy
 
 Each side runs in a process of its own and prints its figures as JSON; `benchmarks.peers` puts them side by side. The
 time of the network alone is that of a bare loop over as many windows of the same size in the same batches. What is
@@ -51,7 +51,7 @@ def _memory(name: str) -> int:
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(name)))
 
 
-def of_penumbra(artifact: Path, side: int, batch: int, labels: Path) -> dict[str, Any]:
+def of_penumbra(artifact: Path, side: int, batch: int, buffer: int, labels: Path) -> dict[str, Any]:
     """`network` is the graphs alone, `moments` with the mean probabilities and entropies of every window."""
     from benchmarks.lanes import in_lanes
     from benchmarks.peers.network import THREADS
@@ -84,8 +84,10 @@ def of_penumbra(artifact: Path, side: int, batch: int, labels: Path) -> dict[str
         return figures | {"batch": len(inputs), "windows": num_batches * len(inputs)}
 
 
-def of_monai(artifact: Path, side: int, batch: int, labels: Path) -> dict[str, Any]:
+def of_monai(artifact: Path, side: int, batch: int, buffer: int, labels: Path) -> dict[str, Any]:
     """As MONAI is used: logits at the window's size, blended by its own gaussian. `network` is that predictor alone.
+
+    buffer: its `buffer_steps`, batches whose windows it keeps together before it blends them; 0 is its default, none.
 
     The labels kept are of what Penumbra blends, probabilities, by its gaussian, whose centre is half a pixel off; how
     many labels these two choices change is told.
@@ -102,7 +104,8 @@ def of_monai(artifact: Path, side: int, batch: int, labels: Path) -> dict[str, A
     @torch.inference_mode()
     def whole(predict: Callable[[torch.Tensor], torch.Tensor] = network.logits, **weights: torch.Tensor) -> np.ndarray:
         image_13HW = network.normalised(image[None])
-        merged_1KHW = slide(image_13HW, size, batch, predict, overlap=window.overlap, mode="gaussian", **weights)
+        how = {"overlap": window.overlap, "mode": "gaussian", "buffer_steps": buffer or None} | weights
+        merged_1KHW = slide(image_13HW, size, batch, predict, **how)
         labels_HW: np.ndarray = merged_1KHW.max(1).indices[0].to(torch.uint8).numpy()
         return labels_HW
 
@@ -120,7 +123,7 @@ def of_monai(artifact: Path, side: int, batch: int, labels: Path) -> dict[str, A
     of_probabilities = whole(lambda x: network.logits(x).softmax(1), roi_weight_map=gaussian(size))
     figures["labels that its logits and gaussian change"] = float((np.load(labels) != of_probabilities).mean())
     np.save(labels, of_probabilities)
-    return figures | {"batch": batch, "windows": num_batches * batch}
+    return figures | {"batch": batch, "buffer": buffer, "windows": num_batches * batch}
 
 
 def gaussian(size: tuple[int, int]) -> torch.Tensor:
@@ -130,6 +133,6 @@ def gaussian(size: tuple[int, int]) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    name, artifact, side, batch, labels = sys.argv[1:]
+    name, artifact, side, batch, buffer, labels = sys.argv[1:]
     measure = {"penumbra": of_penumbra, "monai": of_monai}[name]
-    print(json.dumps(measure(Path(artifact), int(side), int(batch), Path(labels))))
+    print(json.dumps(measure(Path(artifact), int(side), int(batch), int(buffer), Path(labels))))

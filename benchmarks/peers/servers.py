@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -22,7 +22,7 @@ import numpy as np
 import tritonclient.grpc as triton
 
 from benchmarks.peers.network import PEERS, THREADS
-from tests.serving.server import END_S, ROOT, free_port, free_ports, serving, until
+from tests.serving.server import END_S, MEASURED, ROOT, free_port, free_ports, serving, until
 
 Ask = Callable[[bytes], bytes]
 """One client's way to send a JPEG and get the label map's PNG."""
@@ -63,7 +63,8 @@ class Task:
 @contextmanager
 def penumbra(task: Task) -> Iterator[Callable[[], Ask]]:
     store = task.artifact.parents[1]
-    with serving(store, task.folder, threads=THREADS, log_level="WARNING", predrain_s=0) as server:
+    settings = MEASURED | {"threads": THREADS, "log_level": "WARNING", "predrain_s": 0}  # sizes as it finds them
+    with serving(store, task.folder, **settings) as server:
         path = f"/segment?model={task.artifact.parent.name}"
         headers = {"Content-Type": "image/jpeg", "Accept": "image/png"}
 
@@ -145,7 +146,9 @@ def tritonserver(task: Task) -> Iterator[Callable[[], Ask]]:
         yield connect
 
 
-SERVERS = {"penumbra": penumbra, "bentoml": bentoml, "litserve": litserve, "triton": tritonserver}
+Server = Callable[[Task], AbstractContextManager[Callable[[], Ask]]]
+"""Starts a server for a task; yields what connects one client."""
+SERVERS: dict[str, Server] = {"penumbra": penumbra, "bentoml": bentoml, "litserve": litserve, "triton": tritonserver}
 NEEDS = {"litserve": PEERS / "litserve", "triton": TRITON, "monai": PEERS / "monai"}
 """What must be there; the rest is in the environment that Penumbra runs in."""
 
