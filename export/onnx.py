@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 import onnxscript  # noqa: F401  (torch's exporter needs both, and either may be the one that is missing)
 import torch
-from onnx import compose, version_converter
+from onnx import checker, compose, version_converter
 from torch import Tensor, nn
 from torch.onnx import ONNXProgram
 
@@ -94,7 +94,7 @@ def _join(models: Sequence[onnx.ModelProto]) -> onnx.ModelProto:
             joined = compose.merge_models(joined, member, [(answer.name, inputs_of(member.graph)[0].name)])
         pairs = zip(joined.graph.output, last.graph.input, strict=True)
         return compose.merge_models(joined, last, [(answer.name, read.name) for answer, read in pairs])
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, checker.ValidationError, version_converter.ConvertError) as error:
         raise BadOption(
             f"the members' graphs cannot be joined ({first_line(error)}); export all with one opset"
         ) from None

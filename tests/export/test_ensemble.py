@@ -4,9 +4,11 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from click.testing import CliRunner
+from onnx import TensorProto, helper
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,6 +17,7 @@ from penumbra.export.bring import Given
 from penumbra.export.bundle import export_checkpoint
 from penumbra.export.ensemble import losses, make_ensemble
 from penumbra.export.networks import import_network
+from penumbra.export.onnx import _join
 from penumbra.models.card import Card, ClassInfo, InputSpec, Readout, WindowSpec
 from penumbra.models.checkpoint import load_checkpoint, save_checkpoint
 from penumbra.models.contract import Network
@@ -192,6 +195,22 @@ def test_onnx_programs_are_joined_into_one_that_answers_as_they_do_one_by_one(
     np.testing.assert_allclose(prediction.maps["mutual_information"], information, atol=1e-5)
     sure = mean_Khw.topk(2, dim=0).values.diff(dim=0)[0].abs() > 1e-4
     assert (torch.from_numpy(prediction.labels_HW)[sure] == mean_Khw.argmax(0)[sure]).all()
+
+
+def test_graphs_that_onnx_itself_refuses_are_named_in_a_sentence() -> None:
+    def graph(inputs: str, outputs: str, *nodes: str) -> onnx.ModelProto:
+        values = [
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in names]
+            for names in (inputs, outputs)
+        ]
+        made = helper.make_graph(
+            [helper.make_node(kind, [x], [y]) for kind, x, y in map(str.split, nodes)], "g", *values
+        )
+        return helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)])
+
+    first, last = graph("x", "ab", "Identity x a", "Identity x b"), graph("ay", "z", "Identity a z")
+    with pytest.raises(BadOption, match=r"cannot be joined \(No Op registered for Unknown .*export all with one opset"):
+        _join([first, graph("x", "y", "Unknown x y"), last])
 
 
 @pytest.mark.parametrize(
