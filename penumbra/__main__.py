@@ -30,7 +30,6 @@ BENTOML = (
     "runpy.run_module('bentoml', run_name='__main__', alter_sys=True)"
 )
 """`python -m bentoml`, which Ctrl-C ends without a traceback also while it is being imported."""
-
 ENGINE = click.option(
     "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
     help="Here, or on the Ray cluster that RAY_ADDRESS names.",
@@ -43,7 +42,6 @@ ENGINE = click.option(
 )
 def main() -> None:
     """Serve trained segmentation checkpoints and say, per pixel, how sure they are."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that drafts are removed
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("penumbra.disk").setLevel(logging.CRITICAL)  # a verb says it itself
     if num_cores() < len(os.sched_getaffinity(0)):  # torch, which is imported later, knows of no quota

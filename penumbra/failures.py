@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +30,9 @@ REMEDIES = {
 }
 """What would be right where the system refuses a file, by its number for that."""
 
+AGAIN_S = 5.0
+"""Time for the way out, which removes some files."""
+
 
 class Verbs(click.Group):
     """Verbs in the order of the work. What a user can be told of is told in a sentence; anything else is a bug."""
@@ -37,6 +41,7 @@ class Verbs(click.Group):
         return list(self.commands)
 
     def main(self, *arguments: Any, **options: Any) -> Any:
+        signal.signal(signal.SIGTERM, end)
         open_streams()
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show is no reason to fail
@@ -52,6 +57,13 @@ class Verbs(click.Group):
         finally:
             _let_go(sys.stdout)
             _let_go(sys.stderr)
+
+
+def end(*_: object) -> None:
+    """End a verb on SIGTERM by its own way out, which removes drafts; and again, should a library have swallowed it."""
+    signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
+    sys.exit(128 + signal.SIGTERM)
 
 
 def open_streams() -> None:

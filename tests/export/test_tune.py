@@ -181,6 +181,7 @@ def test_what_does_not_load_is_passed_over_for_the_newest_version_that_does(
         tune(checkpoint, store)
 
 
+@pytest.mark.slow
 def test_int8_is_tried_last_and_is_given_up_at_half_of_the_time(tmp_path: Path, rng: np.random.Generator) -> None:
     checkpoint, files = tmp_path / "small.safetensors", [tmp_path / f"{i}.png" for i in range(8)]
     card, network = card_of("cps single"), seeded("cps single")
@@ -196,7 +197,7 @@ def test_int8_is_tried_last_and_is_given_up_at_half_of_the_time(tmp_path: Path, 
         return {}
 
     where = {"checkpoint": checkpoint, "backends": ["openvino"], "device": "cpu", "seconds": QUICK, "always": True}
-    options = TuneOptions(time.perf_counter() + 60, Load(), files, judge=judge, **where)
+    options = TuneOptions(time.perf_counter() + 150, Load(), files, judge=judge, **where)
     outcome = tune_artifact(card.name, tmp_path / "store", options, lambda line: None)
     assert "half of the time was over" in outcome.refused["openvino int8"]
     assert "openvino fp32" in {row.name for row in outcome.rows} and outcome.is_complete

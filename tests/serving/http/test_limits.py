@@ -238,14 +238,14 @@ def unread(address: str) -> Iterator[tuple[str, threading.Event]]:
 
     def pump(source: socket.socket, target: socket.socket, *, num_free: float) -> None:
         with suppress(OSError):
-            while data := source.recv(4096):
+            while data := source.recv(2**16):
                 target.sendall(data)
                 num_free -= len(data)
                 assert num_free > 0 or go.wait(60)
 
     with closing(socket.create_server(("127.0.0.1", 0))) as listening, ThreadPoolExecutor(2) as pumps:
         pumped = socket.create_connection((host, int(port)))
-        pumped.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        pumped.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**18)  # the system's buffers are not to hold it all
 
         def accept() -> None:
             with suppress(OSError), closing(listening.accept()[0]) as caller, closing(pumped):
