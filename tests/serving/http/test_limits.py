@@ -251,6 +251,7 @@ def unread(address: str) -> Iterator[tuple[str, threading.Event]]:
             with suppress(OSError), closing(listening.accept()[0]) as caller, closing(pumped):
                 pumps.submit(pump, pumped, caller, num_free=8192)
                 pump(caller, pumped, num_free=2**40)
+                pumped.shutdown(socket.SHUT_RDWR)  # wakes the other pump, which closing does not
 
         pumps.submit(accept)
         try:
