@@ -100,7 +100,7 @@ def served(port: int, name: str, bodies: list[bytes], windows: list[int]) -> flo
                 i = work.get_nowait()
             except queue.Empty:
                 return
-            connection.request("POST", f"/segment?model={name}", bodies[i % len(bodies)], headers)
+            connection.request("POST", f"/segment?model={name}&scale=1", bodies[i % len(bodies)], headers)
             answer = connection.getresponse()
             body = answer.read()
             if answer.status != 200:

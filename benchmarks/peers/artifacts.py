@@ -13,7 +13,7 @@ from penumbra.export.bundle import export_checkpoint
 from penumbra.export.load import Load
 from penumbra.export.tune import TuneOptions, tune_artifact
 from penumbra.export.zoo import ZOO
-from penumbra.models.card import WindowSpec
+from penumbra.models.card import ScaleRule, WindowSpec
 from penumbra.models.checkpoint import load_checkpoint, save_checkpoint
 from penumbra.models.errors import BadOption
 
@@ -43,10 +43,11 @@ class Tuning:
 def export(model: str, window: WindowSpec | None, folder: Path) -> tuple[Path, Path]:
     """Export a model under a name of no demo model, whose store would be filled with the others: artifact, checkpoint.
 
-    window: in place of the model's own.
+    It runs pictures at their own scale, as the other servers do. window: in place of the model's own.
     """
     card, network = load_checkpoint(ZOO / f"{model}.safetensors")
-    card = dataclasses.replace(card, name="peers", window=window or card.window)
+    seen = dataclasses.replace(card.input, resolution=ScaleRule())
+    card = dataclasses.replace(card, name="peers", input=seen, window=window or card.window)
     folder.mkdir(parents=True)
     checkpoint = folder / "peers.safetensors"
     save_checkpoint(checkpoint, card, network)
