@@ -42,7 +42,7 @@ def paths() -> dict[str, Any]:
         path = f"/v2/repository/models/{{model}}/{verb.lower()}"
         found[path] = {"post": _operation(f"{verb} a model, where that is allowed.", path=path, faults=CONTROL_FAULTS)}
     path = "/v2/repository/models/{model}/promote"
-    faults = CONTROL_FAULTS | LARGE | {"409": "Too little was measured, or a condition does not hold."}
+    faults = BAD | CONTROL_FAULTS | LARGE | {"409": "Too little was measured, or a condition does not hold."}
     promote = _operation("Serve the version in a model's shadow, if it meets conditions.", path=path, faults=faults)
     wish = {JSON: {"schema": OBJECT | {"required": ["if"], "properties": {"if": {"type": "array", "items": STRING}}}}}
     found[path] = {"post": promote | {"requestBody": {"required": True, "content": wish}}}
