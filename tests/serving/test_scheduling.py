@@ -72,14 +72,15 @@ def test_grpcs_own_timeout_is_a_deadline(toy_store: Path, within_s: float | None
     pixels = np.zeros((8, 8, 3), np.uint8)
     message = triton.service_pb2.ModelInferRequest(model_name="toy-latent", raw_input_contents=[pixels.tobytes()])
     message.inputs.add(name="image", datatype="UINT8", shape=pixels.shape)
-    context = SimpleNamespace(invocation_metadata=lambda: (), time_remaining=lambda: within_s)
+    call = {"time_remaining": lambda: within_s, "add_done_callback": lambda _: None}
+    context = SimpleNamespace(invocation_metadata=lambda: (), **call)
     with Segmenter(threads=1, device="cpu", tuning=FIXED) as segmenter:
         segmenter.load(toy_store / "toy-latent" / "1")
         gateway = Gateway(segmenter, Telemetry(), limit_requests=2, timeout_s=60)
         gateway.state = "ready"
-        call = Calls(Inference(gateway), Bodies(2**20)).infer(message.SerializeToString(), context)
+        answer = Calls(Inference(gateway), Bodies(2**20)).infer(message.SerializeToString(), context)
         if late:
             with pytest.raises(DeadlineExceeded):
-                asyncio.run(call)
+                asyncio.run(answer)
         else:
-            assert asyncio.run(call)
+            assert asyncio.run(answer)
