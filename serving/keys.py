@@ -29,7 +29,8 @@ SERVICE = "inference.GRPCInferenceService"
 OPEN_CALLS = {
     f"/{SERVICE}/ServerLive", f"/{SERVICE}/ServerReady", "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch",
 }  # fmt: skip
-ADMIN_PATHS, ADMIN_ENDINGS = "/v2/repository/", ("/load", "/unload", "/promote")
+ADMIN_PATHS = re.compile(r"/+v2/+repository/.*/(load|unload|promote)/*\s*", re.DOTALL)
+"""Whatever a router might take for the administrator's, also with slashes too many or a line's end behind it."""
 ADMIN_CALLS = {f"/{SERVICE}/RepositoryModel{verb}" for verb in ("Load", "Unload")}
 METRICS_PATH = "/metrics"
 STREAM = f"/{SERVICE}/ModelStreamInfer"
@@ -69,7 +70,7 @@ class Keys:
     def check_path(self, path: str, authorization: str) -> str:
         """The name of the bearer of this header, empty for nobody's. Raises Unauthenticated, Forbidden where the HTTP
         path is not for them, and RateExceeded."""
-        is_admin = path.startswith(ADMIN_PATHS) and path.endswith(ADMIN_ENDINGS)
+        is_admin = ADMIN_PATHS.fullmatch(path)
         scopes = {"admin"} if is_admin else {"admin", "infer"} | ({"metrics"} if path == METRICS_PATH else set())
         return self._check(path, authorization, scopes, is_open=path in OPEN_PATHS or path.startswith(PAGE))
 
