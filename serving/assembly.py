@@ -56,7 +56,8 @@ def assemble(
     )
     watch = StoreWatch(settings.store, before, every_s=settings.watch_store_s, inference=inference)
     jobs = Jobs(settings, gateway)
-    app.router.routes[:] = [*oip_routes, *job_routes.routes(jobs, telemetry), *routes(gateway, build, typed=typed)]
+    own_routes = routes(gateway, build, bodies=bodies, typed=typed)
+    app.router.routes[:] = [*oip_routes, *job_routes.routes(jobs, telemetry), *own_routes]
     app.exception_handlers.update(ERROR_HANDLERS)
     return gateway, inference, jobs, watch
 

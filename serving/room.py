@@ -23,8 +23,8 @@ class Room:
 
     @contextmanager
     def room(self) -> Iterator[Callable[[int], None]]:
-        """Yield what a request takes its bytes by, which are given back at its end. It raises QueueFull and
-        TooLarge."""
+        """Yield what a request takes its bytes by, which are given back at its end; a size below 0 gives some back
+        before. It raises QueueFull and TooLarge, and Cancelled after the end."""
         taken, has_ended = 0, False
 
         def take(size: int) -> None:

@@ -20,15 +20,17 @@ from penumbra.serving.http.admission import BENTO_PATHS, refusal
 from penumbra.serving.http.openapi import document
 from penumbra.serving.http.segment import segment
 from penumbra.serving.http.upload import refuse_options
+from penumbra.serving.room import Bodies
 
 
-def routes(gateway: Gateway, build: Mapping[str, str], *, typed: str = "") -> list[BaseRoute]:
-    """The routes over a gateway. build: version and commit of the server. typed: what BentoML's typed route does."""
+def routes(gateway: Gateway, build: Mapping[str, str], *, bodies: Bodies, typed: str = "") -> list[BaseRoute]:
+    """The routes over a gateway. build: version and commit of the server. bodies: what lines of answers are counted in.
+    typed: what BentoML's typed route does."""
     surface = Surface(gateway, build, typed)
     return [
         *playground.routes(),
         Route("/docs", surface.docs_page),
-        Route("/segment", partial(segment, gateway), methods=["POST"]),
+        Route("/segment", partial(segment, gateway, bodies), methods=["POST"]),
         Route("/models", surface.models),
         Route("/models/{name}", surface.model),
         Route("/healthz", surface.alive),

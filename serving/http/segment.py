@@ -12,15 +12,16 @@ from penumbra.serving.gateway import Gateway
 from penumbra.serving.http.stream import LINES, stream
 from penumbra.serving.http.upload import disconnected, read_upload
 from penumbra.serving.render import choose_format, parse_request, render_with_notes
+from penumbra.serving.room import Bodies
 
 PRINTABLE = bytes(range(0x20, 0x7F)).decode().replace("%", "")
 """What text in a header is not percent-encoded: any other character, a line's end above all, would break the answer."""
 
 
-async def segment(gateway: Gateway, request: Request) -> Response:
-    """Answer one picture. Raises PenumbraError."""
+async def segment(gateway: Gateway, bodies: Bodies, request: Request) -> Response:
+    """Answer one picture. bodies: what lines that wait are counted in. Raises PenumbraError."""
     if request.headers.get("accept", "").strip().lower() == LINES:
-        return await stream(gateway, request)
+        return await stream(gateway, bodies, request)
     with gateway.telemetry.track("http") as tracked:
         media = choose_format(request.headers.get("accept", ""))
         data, fields = await read_upload(request)

@@ -3,7 +3,8 @@
 import asyncio
 import base64
 import io
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,15 +23,16 @@ from penumbra.serving.gateway import Gateway
 from penumbra.serving.http.upload import read_upload
 from penumbra.serving.render import parse_request
 from penumbra.serving.render.pictures import GREY, PngWriter, blocks, quantised, top_of
+from penumbra.serving.room import Bodies
 
 LINES = "application/x-ndjson"
 
 
 @dataclass(slots=True)
 class Lines:
-    """The lines of one answer, made in its request's thread. send: takes each, and None after the last one."""
+    """The lines of one answer, made in its request's thread. send: takes each."""
 
-    send: Callable[[bytes | None], object]
+    send: Callable[[bytes], object]
     card: Card
     levels: int
     end_y: int = 0
@@ -72,41 +74,51 @@ def _png(grey_hW: NDArray[Any]) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-async def stream(gateway: Gateway, request: Request) -> Response:
+async def stream(gateway: Gateway, bodies: Bodies, request: Request) -> Response:
     """Answer one picture line by line. Raises PenumbraError for what is known before the first line."""
+    lines = _made(gateway, bodies, request)
+    return StreamingResponse(_told(await anext(lines), lines), media_type=LINES)
+
+
+async def _made(gateway: Gateway, bodies: Bodies, request: Request) -> AsyncGenerator[bytes]:
+    """Yield lines as the request's thread makes them. They count as bodies do until they are taken, for a thread may be
+    done long before a slow caller. Whoever takes no more of them ends the work. Raises PenumbraError."""
     loop = asyncio.get_running_loop()
     lines: asyncio.Queue[bytes | None] = asyncio.Queue()
+    with bodies.room() as take:
 
-    async def work() -> None:
+        def send(line: bytes) -> None:
+            take(len(line))
+            loop.call_soon_threadsafe(lines.put_nowait, line)
+
+        async def work() -> None:
+            try:
+                with gateway.telemetry.track("http") as tracked:
+                    data, fields = await read_upload(request)
+                    options, style = parse_request(LINES, fields)
+                    made = Lines(send, gateway.segmenter.find(options.model, options.version).card, style.levels)
+                    await gateway.answer(
+                        data, options, made.finish, request=tracked, progress=made.progress, follow=made.follow
+                    )  # fmt: skip
+            finally:
+                loop.call_soon(lines.put_nowait, None)  # after what the thread has sent
+
+        task = asyncio.create_task(work())
         try:
-            with gateway.telemetry.track("http") as tracked:
-                data, fields = await read_upload(request)
-                options, style = parse_request(LINES, fields)
-                card = gateway.segmenter.find(options.model, options.version).card
-                made = Lines(lambda line: loop.call_soon_threadsafe(lines.put_nowait, line), card, style.levels)
-                await gateway.answer(
-                    data, options, made.finish, request=tracked, progress=made.progress, follow=made.follow
-                )  # fmt: skip
+            while line := await lines.get():
+                take(-len(line))
+                yield line
+            await task
         finally:
-            loop.call_soon(lines.put_nowait, None)  # after what the thread has sent
-
-    task = asyncio.create_task(work())
-    first = await lines.get()
-    if first is None:
-        await task
-    return StreamingResponse(_follow(task, first, lines), media_type=LINES)
+            task.cancel()
 
 
-async def _follow(
-    task: "asyncio.Task[None]", line: bytes | None, lines: "asyncio.Queue[bytes | None]"
-) -> AsyncIterator[bytes]:
-    """Pass lines on, and at the end what went wrong, if anything did. A caller who goes away ends the work."""
-    try:
-        while line is not None:
+async def _told(line: bytes, lines: AsyncGenerator[bytes]) -> AsyncIterator[bytes]:
+    """Pass lines on, and at the end what went wrong, if anything did."""
+    async with aclosing(lines):
+        try:
             yield line
-            line = await lines.get()
-        await task
-    except PenumbraError as error:
-        yield orjson.dumps({"error": str(error)}, option=orjson.OPT_APPEND_NEWLINE)
-    finally:
-        task.cancel()
+            async for line in lines:
+                yield line
+        except PenumbraError as error:
+            yield orjson.dumps({"error": str(error)}, option=orjson.OPT_APPEND_NEWLINE)

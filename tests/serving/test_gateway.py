@@ -15,7 +15,9 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from starlette import requests
 from starlette.applications import Starlette
+from starlette.responses import StreamingResponse
 
 from penumbra.models.errors import (
     BadOption,
@@ -33,6 +35,7 @@ from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.http import v2
 from penumbra.serving.http.routes import ERROR_HANDLERS
+from penumbra.serving.http.stream import stream
 from penumbra.serving.oip.protocol import Inference
 from penumbra.serving.room import Bodies
 from penumbra.serving.telemetry import Request, Telemetry
@@ -229,3 +232,49 @@ def test_a_request_within_its_deadline_is_answered(segmenter: Segmenter) -> None
 def test_a_deadline_that_has_passed_already_is_refused(segmenter: Segmenter) -> None:
     with pytest.raises(BadOption, match="deadline_ms is 0; a number of milliseconds above 0 is wanted"):
         asyncio.run(gateway(segmenter).answer(IMAGE, replace(OPTIONS, deadline_ms=0), labels, request=Request()))
+
+
+def asked_for_lines(*bodies: bytes) -> requests.Request:
+    """A request for lines with a picture that arrives, or never does."""
+    arriving = list(bodies)
+
+    async def receive() -> dict[str, object]:
+        if not arriving:
+            await asyncio.Event().wait()
+        return {"type": "http.request", "body": arriving.pop(), "more_body": False}
+
+    scope = {"type": "http", "method": "POST", "path": "/segment", "query_string": b"model=toy-pointwise"}
+    return requests.Request(scope | {"headers": [(b"content-type", b"image/png")]}, receive)
+
+
+@pytest.mark.parametrize("limit_bytes", [2**20, 100])
+def test_lines_that_wait_for_a_slow_caller_count_as_bodies_do(segmenter: Segmenter, limit_bytes: int) -> None:
+    file, bodies, made = io.BytesIO(), Bodies(limit_bytes), gateway(segmenter)
+    Image.fromarray(IMAGE).save(file, "PNG")
+
+    async def scenario() -> list[bytes]:
+        response = await stream(made, bodies, asked_for_lines(file.getvalue()))
+        assert isinstance(response, StreamingResponse)
+        while made._inflight:
+            await asyncio.sleep(0.01)
+        with bodies.room() as other, pytest.raises(QueueFull, match="the bodies of all requests have"):
+            other(limit_bytes)
+        return [bytes(line) async for line in response.body_iterator]
+
+    lines = asyncio.run(scenario())
+    assert (b"the limit of all bodies together is 100" in lines[-1]) == (limit_bytes == 100)
+    with bodies.room() as later:
+        later(limit_bytes)
+
+
+def test_a_caller_who_is_cancelled_before_the_first_line_leaves_no_work(segmenter: Segmenter) -> None:
+    async def scenario() -> None:
+        async with asyncio.timeout(WAIT_S):
+            task = asyncio.create_task(stream(gateway(segmenter), Bodies(100), asked_for_lines()))
+            while len(asyncio.all_tasks()) < 3:
+                await asyncio.sleep(0)
+            task.cancel()
+            while asyncio.all_tasks() != {asyncio.current_task()}:
+                await asyncio.sleep(0)
+
+    asyncio.run(scenario())
