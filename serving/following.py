@@ -18,41 +18,44 @@ LOOK_S = 1.0
 class Followed(Generic[T]):
     """The value that some files have now. Any thread may ask for it.
 
-    Files that are bad, missing or half written leave the value that was read before, and the log says why, once.
+    Files that are bad, missing or half written leave the value that was read before, and the log says why, once. They
+    are tried again at every look: leave to read them, or a certificate's first day, is no change of theirs.
     """
 
     def __init__(self, read: Callable[[], T], *files: Path) -> None:
         """read: makes the value of the files, and raises PenumbraError where they are bad, here too."""
         self._read, self._files = read, files
         self._states, self._looked = self._look(), time.monotonic()
-        self._value = read()
+        self._value, self._fault = read(), ""
 
     def now(self) -> T:
         """Return the value of the files, as they were a second ago at the earliest."""
         moment = time.monotonic()
         if self._files and moment - self._looked >= LOOK_S:
             self._looked = moment
-            if (states := self._look()) != self._states:
-                self._states = states
-                self._read_again()
+            before, self._states = self._states, self._look()
+            if self._fault or self._states != before:
+                self._read_again(is_changed=self._states != before)
         return self._value
 
     def _look(self) -> list[tuple[int, int, int] | None]:
-        """Say of each file which it is, its size and its time of change; None where there is none."""
+        """Say of each file which it is, its size and when it or its rights changed; None where there is none."""
         found: list[tuple[int, int, int] | None] = []
         for file in self._files:
             try:
                 state = file.stat()
-                found.append((state.st_ino, state.st_size, state.st_mtime_ns))
+                found.append((state.st_ino, state.st_size, state.st_ctime_ns))
             except OSError:
                 found.append(None)
         return found
 
-    def _read_again(self) -> None:
+    def _read_again(self, *, is_changed: bool) -> None:
         names = " and ".join(map(str, self._files))
         try:
-            self._value = self._read()
+            self._value, self._fault = self._read(), ""
         except PenumbraError as error:
-            log.error("%s changed, and what was read before stays in use: %s", names, error)
+            if is_changed or str(error) != self._fault:
+                log.error("%s changed, and what was read before stays in use: %s", names, error)
+            self._fault = str(error)
         else:
             log.info("%s changed, and is in use as it is now", names)

@@ -10,7 +10,7 @@ import pytest
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
-from penumbra.models.errors import Forbidden, RateExceeded, Unauthenticated
+from penumbra.models.errors import BadOption, Forbidden, RateExceeded, Unauthenticated
 from penumbra.serving import following, keys
 from penumbra.serving.keys import OPEN_PATHS, STREAM, Keys
 from tests.serving.server import Server, serving, until
@@ -115,6 +115,31 @@ def test_a_file_of_keys_is_followed_and_one_that_turns_bad_changes_nothing(
     assert ask(ring, SLOW) == "other"
     with pytest.raises(Unauthenticated):
         ask(ring, LATER)
+
+
+def test_what_failed_is_read_again_though_no_file_changes(
+    clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when a certificate's first day comes, or somebody may read it at last."""
+    outcomes: list[int | str] = [1, "it may not be read", "it may not be read", "it is not valid yet", 2]
+
+    def read() -> int:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, str):
+            raise BadOption(outcome)
+        return outcome
+
+    (tmp_path / "file").write_text("a")
+    followed = following.Followed(read, tmp_path / "file")
+    (tmp_path / "file").write_text("ab")
+    seen = []
+    for _ in range(5):
+        clock.now_s += following.LOOK_S
+        seen += [followed.now(), followed.now()]
+    assert seen == [1, 1, 1, 1, 1, 1, 2, 2, 2, 2] and not outcomes
+    assert [line.rpartition(": ")[2] for line in caplog.messages if "stays" in line] == [
+        "it may not be read", "it is not valid yet",
+    ], "the same is said once"  # fmt: skip
 
 
 @pytest.fixture(scope="module")
