@@ -131,9 +131,16 @@ def answer_part(work: Work, y: int, end: int) -> Iterator[tuple[Band, set[int]]]
 
 @lru_cache(maxsize=1)
 def _open(work: Work) -> tuple[Segmenter, Raster]:
-    """Open model and raster once in each of a node's processes, which take many parts."""
-    segmenter = Segmenter(threads=1, tuning=work.tuning)
-    segmenter.load(work.artifact)
+    """Open a raster once in each of a node's processes, which take many parts of it."""
+    segmenter = _engine(work.artifact, work.tuning)
     image = open_raster(work.raster, segmenter.reading(work.options))
     assert image is not None, "the process that planned has opened it as a raster"
     return segmenter, image
+
+
+@lru_cache(maxsize=1)
+def _engine(artifact: Path, tuning: Tuning) -> Segmenter:
+    """Load a model once for all rasters: an engine that is left for another would keep its threads and weights."""
+    segmenter = Segmenter(threads=1, tuning=tuning)
+    segmenter.load(artifact)
+    return segmenter

@@ -77,6 +77,15 @@ def test_bands_of_parts_are_those_of_the_whole(
             assert np.array_equal(np.concatenate([band.maps[name] for band in bands]), values[y:end])
 
 
+def test_a_process_that_takes_parts_of_many_rasters_keeps_one_engine(toy_store: Path, tmp_path: Path) -> None:
+    running = []
+    for name in ("a.tif", "b.tif", "c.tif"):
+        work = Work(find_artifact(toy_store, "toy-latent"), scene(tmp_path / name, 40, 50), OPTIONS, FIXED)
+        assert [*answer_part(work, 0, 40)]
+        running.append(threading.active_count())
+    assert running[0] == running[1] == running[2]
+
+
 @ray_is_there
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Ray's own
