@@ -31,6 +31,7 @@ from pydantic import TypeAdapter
 
 from penumbra.models.errors import (
     BadArtifact,
+    BadOption,
     Cancelled,
     DiskFull,
     JobUnfinished,
@@ -188,6 +189,8 @@ class Jobs:
         with self._changed:
             if place not in self._uploads:
                 raise Cancelled("the caller went away before the job was accepted")
+            if target and any(other.target == target and not other.finished for other in self._jobs.values()):
+                raise BadOption(f"target is {target[:80]!r}, which another job will write; name another one")
             self._uploads.discard(place)
             self._jobs[job.id] = job
             self._changed.notify_all()

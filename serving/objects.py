@@ -4,6 +4,7 @@ Each kind of store needs its library of fsspec (`s3fs`, `gcsfs`, `adlfs`), and f
 own environment (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, ...).
 """
 
+import errno
 import logging
 import os
 import re
@@ -100,4 +101,6 @@ def _said(url: str, what: str) -> Iterator[None]:
         raise BadImage(f"{url[:80]} may not be {what} by this machine's credentials; grant it") from None
     except Exception as error:
         log.error("%s cannot be %s: %s", url, what, error)
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"the disk was full before {url[:80]} was {what}; make room") from None
         raise BadImage(f"{url[:80]} cannot be {what}; the log says why") from None

@@ -40,8 +40,8 @@ JOB: dict[str, Any] = {
     "id": TEXT, "state": {"type": "string", "enum": ["queued", "running", "writing", "done", "failed"]},
     "percent": {"type": "number"}, "windows_done": WHOLE, "windows": WHOLE, "media_type": TEXT,
     "options": {"type": "object", "additionalProperties": TEXT}, "error": TEXT | {"nullable": True}, "created": TIME,
-    "finished": TIME | {"nullable": True}, "expires": TIME | {"nullable": True}, "url": TEXT,
-    "result": TEXT | {"nullable": True},
+    "finished": TIME | {"nullable": True}, "expires": TIME | {"nullable": True}, "target": TEXT | {"nullable": True},
+    "url": TEXT, "result": TEXT | {"nullable": True},
 }  # fmt: skip
 NAMES = {"type": "array", "items": TEXT}
 MODEL: dict[str, Any] = {

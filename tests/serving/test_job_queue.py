@@ -102,6 +102,19 @@ def test_a_full_disk_while_a_job_is_accepted_is_told_and_leaves_nothing(
         jobs.begin()
 
 
+def test_two_jobs_that_wait_cannot_have_one_target(store: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+    with opened(store, tmp_path) as (jobs, _):
+        places = [jobs.begin() for _ in range(3)]
+        for place in places:
+            Image.fromarray(picture(rng, 9, 9)).save(place / "image", "PNG")
+        first = jobs.submit(places[0], NPZ, {"model": MODEL}, "s3://places/a.npz")
+        with pytest.raises(BadOption, match=r"'s3://places/a.npz', which another job will write; name another"):
+            jobs.submit(places[1], NPZ, {"model": MODEL}, "s3://places/a.npz")
+        jobs.submit(places[1], NPZ, {"model": MODEL}, "s3://places/b.npz")
+        jobs.remove(first["id"])
+        jobs.submit(places[2], NPZ, {"model": MODEL}, "s3://places/a.npz")
+
+
 @pytest.mark.parametrize("option", [{"deadline_ms": "5"}, {"anytime": "true"}, {"outputs": "probabilities"}])
 def test_what_no_job_takes_is_refused_before_the_body_and_after(
     store: Path, tmp_path: Path, rng: np.random.Generator, option: dict[str, str]

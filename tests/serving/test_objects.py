@@ -161,6 +161,9 @@ def test_a_copy_has_its_objects_time_and_bounds(bucket: Any, tmp_path: Path, mon
         fetch("s3://places/in/copied", tmp_path / "c", limit_bytes=999)
     with pytest.raises(BadImage, match="is no object"):
         fetch("s3://places/in", tmp_path / "c")
+    (tmp_path / "full").symlink_to("/dev/full")
+    with pytest.raises(DiskFull, match="the disk was full before s3://places/in/copied was read"):
+        fetch("s3://places/in/copied", tmp_path / "full")
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=9))
     with pytest.raises(DiskFull, match="9 are free"):
         fetch("s3://places/in/copied", tmp_path / "c")

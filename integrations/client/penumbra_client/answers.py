@@ -100,7 +100,8 @@ class Job:
     """A job is work that takes longer than a caller waits; this is how it stood when the server was asked.
 
     state: queued, running, writing, done or failed. created, finished, expires: seconds since 1970. error: why it
-    failed. url, result: where the server has it, and its answer once there is one.
+    failed. target: the object that its answer is copied to. url, result: where the server has it, and its answer once
+    there is one.
     """
 
     id: str
@@ -114,6 +115,7 @@ class Job:
     created: float
     finished: float | None
     expires: float | None
+    target: str | None
     url: str
     result: str | None
 
