@@ -319,6 +319,11 @@ class Jobs:
             segmenter.find(model, version)
         except UnknownModel:
             assert model and version, "submit has written both"
+            served = max((card.version for card in segmenter.cards() if card.name == model), default=version)
+            if served < version:  # who names no version would be answered by this one
+                raise UnknownModel(
+                    f"{model} version {version}, which the job was taken for, was taken back; send it again"
+                ) from None
             try:
                 segmenter.load(find_artifact(self.settings.store, model, version))
             except (UnknownModel, BadArtifact) as error:  # of which the places are none of the caller's business

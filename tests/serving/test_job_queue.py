@@ -183,6 +183,18 @@ def test_a_job_is_answered_by_the_version_that_it_was_taken_for(
         assert [card.version for card in gateway.segmenter.cards()] == [1, 2, 3], "one that is named is there"
 
 
+def test_a_job_of_a_version_that_was_taken_back_fails_and_leaves_the_served_one(
+    store: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    left(tmp_path, Job("newer", NPZ, {"model": MODEL, "version": "2"}, 1.0), rng)
+    with opened(store, tmp_path) as (jobs, gateway):
+        gateway.segmenter.load(store / MODEL / "1")
+        gateway.segmenter.unload(MODEL, 3)
+        jobs.start()
+        assert "version 2, which the job was taken for, was taken back" in str(ended(jobs, "newer")["error"])
+        assert [card.version for card in gateway.segmenter.cards()] == [1]
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"id": "bad"}', '{"id": "bad", "created": "soon"}', "\xff"])
 def test_a_job_that_cannot_be_read_has_failed_and_says_so(
     store: Path, tmp_path: Path, rng: np.random.Generator, text: str
