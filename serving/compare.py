@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penumbra.models.card import IGNORE, Card
-from penumbra.models.errors import BadArtifact, PenumbraError, UnknownModel, first_line
+from penumbra.models.errors import BadArtifact, PenumbraError, first_line
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.signature import read_public_keys
+from penumbra.serving.engine.store import artifact_card
 from penumbra.serving.process import end_with_parent
 from penumbra.serving.settings import read_settings
 
@@ -43,14 +44,15 @@ class Compared:
     """Says how two answers to one request differ.
 
     num_pixels: those that hold a measurement. num_flipped: of these, whose label is another. entropy_nats: mean entropy
-    of the candidate's answer less that of the served version's. seconds: of processor time (on a GPU, of the clock)
-    that each took, the served version first.
+    of the candidate's answer less that of the served version's. seconds: of processor time (on a GPU, of the clock:
+    is_by_clock) that each took, the served version first.
     """
 
     num_pixels: int
     num_flipped: int
     entropy_nats: float
     seconds: tuple[float, float]
+    is_by_clock: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +98,17 @@ def step_back() -> None:
 
 def reply(segmenter: "Segmenter", question: Question) -> Reply:
     """Answer one question; None where it was to load the versions alone."""
+    from penumbra.serving.engine.runtime import is_out_of_memory
+
     try:
-        candidate = _card(segmenter, question.candidate)
+        try:
+            candidate = _card(segmenter, question.candidate)
+        except BadArtifact as error:
+            return Failed(str(error), is_refused=not is_out_of_memory(error.__context__ or error))
         served = _card(segmenter, question.served)  # second: what is loaded by its number stays until the next load
         if question.image is None:
             return None
         return compare(segmenter, (served, candidate), question.image, question.options)
-    except BadArtifact as error:
-        return Failed(str(error), is_refused=True)
     except PenumbraError as error:
         return Failed(str(error))
     except Exception as error:  # whatever a graph raises
@@ -111,11 +116,9 @@ def reply(segmenter: "Segmenter", question: Question) -> Reply:
 
 
 def _card(segmenter: "Segmenter", directory: Path) -> Card:
-    name, version = directory.parent.name, int(directory.name)
-    try:
-        return segmenter.find(name, version).card
-    except UnknownModel:
-        return segmenter.load(directory)
+    """Load a version unless it is; another artifact that has come under its number is another version."""
+    card = artifact_card(directory)
+    return card if card in segmenter.cards() else segmenter.load(directory)
 
 
 def compare(
@@ -125,9 +128,9 @@ def compare(
     from penumbra.serving.engine.decode import open_image
 
     answers, seconds = [], []
+    is_on_gpu = segmenter.find(cards[0].name, cards[0].version).stays_on_device
+    clock = time.perf_counter if is_on_gpu else time.process_time
     for card in cards:
-        is_on_gpu = segmenter.find(card.name, card.version).stays_on_device
-        clock = time.perf_counter if is_on_gpu else time.process_time
         own = options_for(card, options, served=cards[0])
         pixels: Any = image
         if isinstance(image, bytes):
@@ -139,7 +142,7 @@ def compare(
     is_measured = served.labels_HW != IGNORE
     flipped = (served.labels_HW != candidate.labels_HW) & is_measured
     shift = sum(candidate.scores.means[:1]) - sum(served.scores.means[:1])
-    return Compared(int(is_measured.sum()), int(np.count_nonzero(flipped)), shift, (seconds[0], seconds[1]))
+    return Compared(int(is_measured.sum()), int(np.count_nonzero(flipped)), shift, (seconds[0], seconds[1]), is_on_gpu)
 
 
 def options_for(card: Card, options: SegmentOptions, *, served: Card) -> SegmentOptions:

@@ -1,5 +1,6 @@
 """What a candidate has shown beside the served version, and whether that is enough to take its place."""
 
+import math
 import operator
 import re
 from collections.abc import Callable, Sequence
@@ -41,11 +42,12 @@ class Figures:
 
     @property
     def values(self) -> dict[str, float]:
-        """The figures by name: shares, nats, and the candidate's time over the served version's."""
+        """The figures by name: shares, nats, and the candidate's time over the served version's, which is not a number,
+        so that it meets no condition, until one was measured."""
         return {
             "flips": self.num_flipped / max(self.num_pixels, 1),
             "entropy": self.entropy_nats / max(self.num_pictures, 1),
-            "latency": self.candidate_s / self.served_s if self.served_s else 0.0,
+            "latency": self.candidate_s / self.served_s if self.served_s else math.nan,
             "failures": self.num_failed / max(self.num_failed + self.num_pictures, 1),
         }
 
@@ -59,6 +61,8 @@ class Figures:
 
 
 def _shown(name: str, value: float) -> str:
+    if math.isnan(value):
+        return "not measured"
     return f"{value:.3g}{UNITS[name]}" if UNITS[name] else f"{100 * value:.3g} %"
 
 

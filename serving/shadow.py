@@ -13,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -40,15 +40,25 @@ LOOK_S = 0.005
 
 @dataclass(slots=True)
 class Candidate:
-    """A candidate is a version in the shadow of a served one. due: of requests, the next of which is taken at 1."""
+    """A candidate is a version in the shadow of a served one. card: as it was when it came; its hashes say what is
+    measured. due: of requests, the next of which is taken at 1."""
 
     served: Path
     directory: Path
+    card: Card
     due: float = 0.0
     figures: Figures = field(default_factory=Figures)
 
     def __str__(self) -> str:
         return f"{self.directory.parent.name} version {self.directory.name}"
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether its place holds another artifact by now, or none."""
+        try:
+            return artifact_card(self.directory) != self.card
+        except BadArtifact:
+            return True
 
 
 class Shadow:
@@ -70,15 +80,15 @@ class Shadow:
         """Put the newest version of a model in the shadow of the served one, unless it is that one. Raises BadArtifact
         where their answers cannot be compared."""
         name, known = served.parent.name, self._candidates.get(served.parent.name)
-        if known and (known.served, known.directory) == (served, newest):
+        if known and (known.served, known.directory) == (served, newest) and not known.has_changed:
             return
         with self._lock:
             self._candidates.pop(name, None)
         if newest == served:
             self._thread.submit(self._end_if_unused)
             return
-        check_alike(artifact_card(served), artifact_card(newest))
-        candidate = Candidate(served, newest)
+        candidate = Candidate(served, newest, artifact_card(newest))
+        check_alike(artifact_card(served), candidate.card)
         with self._lock:
             self._candidates[name] = candidate
         log.info("%s answers %g %% of the requests in the shadow of version %s", candidate, 100 * self._share,
@@ -136,13 +146,14 @@ class Shadow:
             if isinstance(reply, Compared):
                 candidate.figures.add(reply)
             candidate.figures.num_failed += isinstance(reply, Failed)
+            if isinstance(reply, Failed) and reply.is_refused:
+                del self._candidates[name]
         if isinstance(reply, Compared):
             self._telemetry.shadow.count((name, version), "compared", reply)
         elif isinstance(reply, Failed):
             self._telemetry.shadow.count((name, version), "failed")
             log.warning("%s failed in the shadow of version %s: %s", candidate, candidate.served.name, reply.why)
             if reply.is_refused:
-                self._candidates.pop(name, None)
                 self._segmenter.refuse(candidate.directory, BadArtifact(reply.why))
 
     def _ask(self, question: Question) -> Reply:
@@ -156,15 +167,17 @@ class Shadow:
             )  # fmt: skip
             theirs.close()
         self._connection.send(question)
-        is_stopped = False
+        is_stopped = was_stopped = False
         while not self._connection.poll(LOOK_S):
             if self._is_closed:
                 raise EOFError
             if self._segmenter.scheduler.is_busy != is_stopped:
-                is_stopped = not is_stopped
+                is_stopped, was_stopped = not is_stopped, True
                 self._process.send_signal(signal.SIGSTOP if is_stopped else signal.SIGCONT)
         self._process.send_signal(signal.SIGCONT)  # it may have replied just before it was stopped
         reply: Reply = self._connection.recv()
+        if was_stopped and isinstance(reply, Compared) and reply.is_by_clock:
+            return replace(reply, seconds=(0.0, 0.0))
         return reply
 
     def _end_if_unused(self) -> None:

@@ -85,9 +85,10 @@ class Segmenter:
         A broken artifact is logged, listed in `refused` with the reason, and does not keep the others away.
         """
         segmenter = cls(**options)  # type: ignore[arg-type]
-        for name in versions(store):
-            directory = find(store, name)
+        for name, numbers in versions(store).items():
+            directory = store / name / str(numbers[-1])
             try:
+                directory = find(store, name)
                 segmenter.load(directory)
             except BadArtifact as error:
                 segmenter.refuse(directory, error)
@@ -96,8 +97,8 @@ class Segmenter:
     def refuse(self, directory: Path, error: BadArtifact) -> str:
         """Log why an artifact is not served, and keep it in `refused`, for callers: without this machine's paths."""
         log.error("not served: %s", error)
-        name, version = directory.parts[-2:]
-        why = " ".join(str(error).replace(str(directory), f"{name}/{version}").split())
+        name = directory.parent.name
+        why = " ".join(str(error).replace(f"{directory.parent}/", f"{name}/").split())
         with self._tables:
             self.refused = {**self.refused, name: why}
         return why

@@ -163,17 +163,22 @@ def next_version(store: Path, name: str) -> int:
 def find_promoted(store: Path, name: str) -> Path:
     """Find the version of a model that was promoted last, and promote the newest where none ever was.
 
-    One that has gone leaves its place to the newest before it. Raises UnknownModel, and BadArtifact where the store
-    cannot be written and has to be.
+    One that has gone leaves its place to the newest before it. Raises UnknownModel, and BadArtifact where there is none
+    before it, the number cannot be read, or the store cannot be written and has to be.
     """
-    numbers = versions(store).get(name, [])
+    newest, mark = find_artifact(store, name), store / name / PROMOTED
     try:
-        promoted = int((store / name / PROMOTED).read_text("ascii"))
-    except (OSError, ValueError):
-        newest = find_artifact(store, name)
+        promoted = int(mark.read_text("ascii"))
+    except FileNotFoundError:
         promote(newest)
         return newest
-    return find_artifact(store, name, max((number for number in numbers if number <= promoted), default=promoted))
+    except (OSError, ValueError):
+        raise BadArtifact(f"{mark} cannot be read as a number; write the version to serve into it") from None
+    numbers = versions(store).get(name, [])
+    if not (left := [number for number in numbers if number <= promoted]):
+        there = ", ".join(map(str, numbers))
+        raise BadArtifact(f"{mark} names version {promoted}, which has gone; write one that is there into it: {there}")
+    return newest.with_name(str(left[-1]))
 
 
 def promote(directory: Path) -> None:

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import httpx
@@ -105,6 +106,8 @@ def test_a_candidate_that_fails_on_a_picture_fails_and_one_that_is_broken_is_ref
     (broken / "decode.ts").write_bytes(b"broken")
     refused = reply(segmenter, Question(served, broken))
     assert isinstance(refused, Failed) and refused.is_refused and "decode.ts was changed" in refused.why
+    failed = reply(segmenter, Question(broken, served))
+    assert isinstance(failed, Failed) and not failed.is_refused, "it is the served version that is broken"
 
 
 def figures(**changed: Any) -> Figures:
@@ -132,6 +135,12 @@ def test_failures_forbid_a_promotion_unless_a_condition_allows_them() -> None:
     with pytest.raises(NotPromoted, match=r"failures <= 0 % does not hold, failures is 0\.498 %"):
         check_figures(failing, [read_condition("flips < 1 %")], "m version 2")
     check_figures(failing, [read_condition("flips < 1 %"), read_condition("failures < 1 %")], "m version 2")
+
+
+@pytest.mark.parametrize("text", ["latency < 9", "latency > 0"])
+def test_a_latency_of_which_nothing_was_measured_meets_no_condition(text: str) -> None:
+    with pytest.raises(NotPromoted, match=f"{text} does not hold, latency is not measured"):
+        check_figures(figures(served_s=0.0, candidate_s=0.0), [read_condition(text)], "m version 2")
 
 
 @pytest.mark.parametrize("few", [{"num_pictures": LEAST_PICTURES - 1}, {"num_pixels": LEAST_PIXELS - 1}])
@@ -168,6 +177,41 @@ def test_the_version_that_was_promoted_stays_the_served_one_and_the_first_is_pro
     assert find_promoted(store, MODEL) == newest and (store / MODEL / PROMOTED).read_text() == "2\n"
     newest.rename(store / "elsewhere")
     assert find_promoted(store, MODEL) == store / MODEL / "1"
+
+
+@pytest.mark.parametrize("text", ["", "v1", "\xff"])
+def test_a_promoted_version_that_cannot_be_read_promotes_nothing_and_is_left_as_it_is(store: Path, text: str) -> None:
+    mark = store / MODEL / PROMOTED
+    mark.write_text(text, "latin-1")
+    with pytest.raises(BadArtifact, match="promoted cannot be read as a number; write the version to serve into it"):
+        find_promoted(store, MODEL)
+    assert mark.read_text("latin-1") == text
+
+
+def test_a_model_whose_promoted_version_has_gone_is_refused_alone_until_another_is_promoted(
+    store: Path, tmp_path: Path
+) -> None:
+    card, network = toy_card("latent")
+    export_network(network, card, store)
+    export(store).with_name(PROMOTED).write_text("1\n")
+    (store / MODEL / "1").rename(tmp_path / "pruned")
+    with in_process(store, tmp_path, model_control=True, shadow_share=0.5) as client:
+        why = f"{MODEL}/promoted names version 1, which has gone; write one that is there into it: 2"
+        assert client.get("/models").json()["refused"] == [{"name": MODEL, "error": why}]
+        is_refused(client.post(f"/v2/repository/models/{MODEL}/load"), 500, why)
+        promote(store / MODEL / "2")
+        assert client.post(f"/v2/repository/models/{MODEL}/load").status_code == 200
+        assert not client.get("/models").json()["refused"]
+
+
+def test_a_version_that_comes_under_the_number_of_another_is_compared_as_what_it_is(
+    store: Path, segmenter: Segmenter
+) -> None:
+    served, newest = store / MODEL / "1", export(store)
+    assert compared(segmenter, served, newest).num_flipped == 0
+    rmtree(newest)
+    assert export(store, gain=-8.0) == newest
+    assert compared(segmenter, served, newest).num_flipped >= CLEAR_HW.sum()
 
 
 def test_a_server_without_a_shadow_says_how_to_have_one(store: Path, tmp_path: Path) -> None:
