@@ -82,8 +82,7 @@ class StoreWatch:
 
         try:
             with audited("load", name, by="watch") as line:
-                line["version"] = int(directory.name)
-                self._inference.load_newest(name, self._store).result()
+                line["version"] = self._inference.load_newest(name, self._store).result()
         except BadArtifact:  # it is named where models are listed, and in the log
             pass
         except Exception as error:

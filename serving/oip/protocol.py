@@ -11,13 +11,22 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from penumbra.models.card import KNOWN_MAPS, Card
-from penumbra.models.errors import BadArtifact, BadOption, Cancelled, PenumbraError, Restricted, UnknownModel
+from penumbra.models.errors import (
+    BadArtifact,
+    BadOption,
+    Cancelled,
+    NotPromoted,
+    PenumbraError,
+    Restricted,
+    UnknownModel,
+)
 from penumbra.serving import VERSION
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.options import DEFAULT, DEFAULT_MAPS, PROBABILITIES, SegmentOptions, parse_options
@@ -35,8 +44,7 @@ from penumbra.serving.oip.tensors import (
     outputs_of,
     read_image,
 )
-from penumbra.serving.shadow import Candidate
-from penumbra.serving.telemetry import Request, audited
+from penumbra.serving.telemetry import Request, audit, audited
 
 EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "model_repository", "parameters",
               "statistics")  # fmt: skip
@@ -224,12 +232,12 @@ class Inference:
 
     async def load(self, model: str) -> None:
         """Serve the newest version of a model in the store. Raises Restricted where that is off, BadArtifact."""
-        with audited("load", model) as line:
-            await asyncio.wrap_future(self.load_newest(model, self._require_store()))
-            line["version"] = self.find(model).card.version
+        store = self._require_store("load", model)
+        await self._in_turn("load", model, lambda line: line.update(version=self._load(model, store)))
 
-    def load_newest(self, model: str, store: Path) -> Future[None]:
-        """Begin to serve the newest version, whether callers may load or not. Any thread may call it."""
+    def load_newest(self, model: str, store: Path) -> Future[int]:
+        """Begin to serve the newest version, whether callers may load or not, and return the one that is served then.
+        Any thread may call it."""
         return self._loading.submit(self._load, model, store)
 
     async def promote(self, model: str, conditions: Sequence[str]) -> str:
@@ -237,26 +245,43 @@ class Inference:
 
         Raises Restricted, BadOption for a condition that is none, NotPromoted, BadArtifact.
         """
-        with audited("promote", model) as line:
-            self._require_store()
-            if not self.gateway.shadow:
-                raise Restricted("no version is in a shadow here; start the server with PENUMBRA_SHADOW_SHARE=0.1")
-            candidate = self.gateway.shadow.check(model, conditions)
-            await asyncio.wrap_future(self._loading.submit(self._promote, candidate))
-            line["version"] = int(candidate.directory.name)
-        return f"{candidate} is served in place of version {candidate.served.name}: {candidate.figures}"
+        self._require_store("promote", model)
+        return await self._in_turn("promote", model, lambda line: self._promote(model, conditions, line))
 
-    def _promote(self, candidate: Candidate) -> None:
+    async def _in_turn(self, action: str, model: str, work: Callable[[dict[str, int]], T]) -> T:
+        """Do something to a model in the thread that loads. The audit line is that thread's: what it has begun it ends,
+        also where the caller has gone."""
+
+        def audited_work() -> T:
+            with audited(action, model) as line:
+                return work(line)
+
+        future = self._loading.submit(copy_context().run, audited_work)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if future.cancel():  # it had not begun
+                audit(action, model, outcome=Cancelled.__name__)
+            raise
+
+    def _promote(self, model: str, conditions: Sequence[str], line: dict[str, int]) -> str:
+        if not self.gateway.shadow:
+            raise Restricted("no version is in a shadow here; start the server with PENUMBRA_SHADOW_SHARE=0.1")
+        candidate = self.gateway.shadow.check(model, conditions)
         directory = candidate.directory
+        if candidate.has_changed:
+            self._load(model, directory.parents[1])
+            raise NotPromoted(f"{candidate} has changed since it was measured; let it run again")
         self.gateway.segmenter.load(directory)
         try:
             promote(directory)
         except BadArtifact:
-            self.gateway.segmenter.unload(directory.parent.name, int(directory.name))
+            self.gateway.segmenter.unload(model, int(directory.name))
             raise
-        self._load(directory.parent.name, directory.parents[1])
+        line["version"] = self._load(model, directory.parents[1])
+        return f"{candidate} is served in place of version {candidate.served.name}: {candidate.figures}"
 
-    def _load(self, model: str, store: Path) -> None:
+    def _load(self, model: str, store: Path) -> int:
         segmenter = self.gateway.segmenter
         try:
             directory = newest = find_artifact(store, model)
@@ -275,15 +300,17 @@ class Inference:
         except BadArtifact as error:
             raise BadArtifact(f"failed to load {model!r}: {segmenter.refuse(directory, error)}") from None
         segmenter.accept(model)
+        return int(served.name)
 
     async def unload(self, model: str) -> None:
         """Serve no version of a model any longer; one that is not served is no error. Raises Restricted."""
-        with audited("unload", model):
-            self._require_store()
-            self.gateway.segmenter.unload(model)
+        self._require_store("unload", model)
+        self.gateway.segmenter.unload(model)
+        audit("unload", model)
 
-    def _require_store(self) -> Path:
+    def _require_store(self, action: str, model: str) -> Path:
         if self._store is None:
+            audit(action, model, outcome=Restricted.__name__)
             raise Restricted(
                 "loading and unloading models is off; start the server with PENUMBRA_MODEL_CONTROL=true to allow it"
             )

@@ -1,7 +1,9 @@
 """The audit lines: who loaded or unloaded what, and how it ended."""
 
+import asyncio
 import logging
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,13 @@ from tritonclient.utils import InferenceServerException
 
 from penumbra.export.bundle import export_network
 from penumbra.models.toy.cards import toy_card
+from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.store import find_artifact, find_promoted
+from penumbra.serving.gateway import Gateway
+from penumbra.serving.oip.protocol import Inference
+from penumbra.serving.telemetry import Telemetry
+from penumbra.serving.watch import StoreWatch, look
+from tests.conftest import FIXED
 from tests.serving.in_process import in_process
 from tests.serving.server import serving, until
 
@@ -66,6 +75,51 @@ def test_where_control_is_off_the_attempt_has_its_line_too(
         assert client.post("/v2/repository/models/toy-latent/unload").status_code == 403
     (line,) = fields
     assert (line["audit"], line["model"], line["outcome"]) == ("unload", "toy-latent", "Restricted")
+
+
+def inference_of(store: Path, find: Callable[[Path, str], Path]) -> Inference:
+    segmenter = Segmenter.open(store, threads=1, tuning=FIXED)
+    return Inference(Gateway(segmenter, Telemetry(), limit_requests=1, timeout_s=60), store=store, find=find)
+
+
+def test_a_load_whose_caller_gives_up_has_its_line_when_it_has_ended_or_was_not_begun(
+    store: Path, fields: list[dict[str, Any]]
+) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    def find_slowly(store: Path, name: str) -> Path:
+        began.set()
+        assert go_on.wait(60)
+        return find_artifact(store, name)
+
+    async def scenario() -> None:
+        asked = [asyncio.create_task(inference.load("toy-latent")) for _ in range(2)]
+        assert await asyncio.to_thread(began.wait, 60)
+        for one in asked:
+            one.cancel()
+        await asyncio.wait(asked)
+        assert [line["outcome"] for line in fields] == ["Cancelled"], "it was not begun"
+        go_on.set()
+        await asyncio.wrap_future(inference.load_newest("toy-latent", store))
+
+    inference = inference_of(store, find_slowly)
+    asyncio.run(scenario())
+    inference.gateway.close()
+    assert fields[1:] == [{"audit": "load", "model": "toy-latent", "version": 1, "outcome": "done", "by": "anybody"}]
+
+
+def test_the_watch_names_the_version_that_is_served_where_the_newest_is_not(
+    store: Path, fields: list[dict[str, Any]]
+) -> None:
+    find_promoted(store, "toy-latent")
+    inference = inference_of(store, find_promoted)
+    watch = StoreWatch(store, look(store), every_s=3600, inference=inference)
+    card, network = toy_card("latent")
+    export_network(network, card, store)
+    for _ in range(2):
+        watch.check()
+    inference.gateway.close()
+    assert fields == [{"audit": "load", "model": "toy-latent", "version": 1, "outcome": "done", "by": "watch"}]
 
 
 def test_a_server_names_the_key_of_who_asked_over_both_protocols_and_itself(store: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import re
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -212,6 +213,26 @@ def test_a_version_that_comes_under_the_number_of_another_is_compared_as_what_it
     rmtree(newest)
     assert export(store, gain=-8.0) == newest
     assert compared(segmenter, served, newest).num_flipped >= CLEAR_HW.sum()
+
+
+def test_what_was_measured_of_a_version_promotes_no_other_that_has_come_under_its_number(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("penumbra.serving.promotion.LEAST_PICTURES", 0)
+    monkeypatch.setattr("penumbra.serving.promotion.LEAST_PIXELS", 0)
+    find_promoted(store, MODEL)
+    newest, other = export(store), export(store, gain=-8.0)
+    card = (other / "card.json").read_text().replace('"version": 3', '"version": 2')
+    (other / "card.json").write_text(card)
+    other.rename(tmp_path / "other")
+    with in_process(store, tmp_path, model_control=True, shadow_share=0.5) as client:
+        ask_to = partial(client.post, f"/v2/repository/models/{MODEL}/promote", json={"if": ["flips < 1 %"]})
+        client.post(f"/v2/repository/models/{MODEL}/load")
+        newest.rename(tmp_path / "measured")
+        (tmp_path / "other").rename(newest)
+        is_refused(ask_to(), 409, "version 2 has changed since it was measured; let it run again")
+        assert ask(client).headers["X-Penumbra-Version"] == "1"
+        assert ask_to().status_code == 200 and ask(client).headers["X-Penumbra-Version"] == "2"
 
 
 def test_a_server_without_a_shadow_says_how_to_have_one(store: Path, tmp_path: Path) -> None:
