@@ -10,19 +10,39 @@ export function boxEditor({ size, changed }) {
 
   function change(next) {
     rows = next;
-    $("boxes").replaceChildren(...rows.map(listed));
+    list();
     changed();
   }
 
-  function listed(row, i) {
+  /** Makes the list say the rows. Its lines stay where they are, so that what has the focus keeps it. */
+  function list() {
+    const lines = $("boxes").children;
+    while (lines.length > rows.length) {
+      const last = $("boxes").lastElementChild, hadFocus = last.contains(document.activeElement);
+      last.remove();
+      if (hadFocus) ($("boxes").lastElementChild?.querySelector("button") ?? $("boxes-clear")).focus();
+    }
+    while (lines.length < rows.length) $("boxes").append(listed(lines.length));
+    rows.forEach((row, i) => {
+      lines[i].querySelector("input").value = row.slice(0, 4).join(", ");
+      lines[i].querySelector("select").selectedIndex = row[4];
+    });
+  }
+
+  function listed(i) {
     const remove = make("button", { type: "button", ariaLabel: `Remove box ${i + 1}`, title: "Remove" }, "×");
-    const corners = make("input", { value: row.slice(0, 4).join(", "), ariaLabel: `Corners of box ${i + 1}` });
+    const corners = make("input", { ariaLabel: `Corners of box ${i + 1}` });
     const kind = make("select", { ariaLabel: `Class of box ${i + 1}` }, ...classes.map(({ name }) => new Option(name)));
-    kind.selectedIndex = row[4];
-    remove.addEventListener("click", () => change(rows.filter((other) => other !== row)));
-    const edit = () => replace(i, [...corners.value.split(",").map(Number), kind.selectedIndex]);
+    remove.addEventListener("click", () => change(rows.filter((_, at) => at !== i)));
+    const edit = () => replace(i, [...(cornersIn(corners.value) ?? rows[i].slice(0, 4)), kind.selectedIndex]);
     for (const input of [corners, kind]) input.addEventListener("change", edit);
     return make("li", {}, kind, remove, corners);
+  }
+
+  /** Four numbers, or nothing. */
+  function cornersIn(text) {
+    const numbers = text.split(",").map((part) => (part.trim() ? Number(part) : NaN));
+    return numbers.length === 4 && numbers.every(Number.isFinite) ? numbers : undefined;
   }
 
   /** A box whose corners are in order and inside the picture, or nothing. */
@@ -68,6 +88,10 @@ export function boxEditor({ size, changed }) {
       const { i, row, before } = drag;
       drag = undefined;
       if (row !== before) replace(i, row);
+    },
+    /** The drag was none. */
+    cancel() {
+      drag = undefined;
     },
   };
 

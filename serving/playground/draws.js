@@ -7,13 +7,24 @@ import { infer } from "./protocol.js";
 
 const NUM_DRAWS = 4;
 
-/** Asks for single samples of the seeds from this one on, without a bound on risk, and shows them. */
+let latest;
+
+/** Clears the strip, and asks for no more of it. */
+export function endDraws() {
+  latest?.abort();
+  $("strip").replaceChildren();
+}
+
+/** Asks for single samples of the seeds from this one on, without a bound on risk, and shows them. Rejects with an
+    AbortError where it is ended. */
 export async function showDraws(picture, request, colors) {
   const { seed: first, views, scale } = request.options, { prompt, model } = request;
   const seeds = Array.from({ length: NUM_DRAWS }, (_, i) => first + i), bands = [];
-  $("strip").replaceChildren();
+  endDraws();
+  const { signal } = (latest = new AbortController());
   for (const seed of seeds) {
-    const { tensors } = await infer(picture, { model, prompt, options: { views, samples: 1, seed, ...(scale && { scale }) } }, ["labels", "entropy"]);
+    const { tensors } = await infer(picture, { model, prompt, options: { views, samples: 1, seed, ...(scale && { scale }) } }, ["labels", "entropy"], signal);
+    signal.throwIfAborted();
     const band = wholeBand(tensors);
     paintLabels(band, { colors, size: [band.width, band.height] });
     bands.push(band);

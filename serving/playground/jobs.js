@@ -4,44 +4,72 @@ import { $ } from "./elements.js";
 import { ask, queryOf } from "./protocol.js";
 
 const POLL_MS = 700;
+const BUSY = [429, 503], BUSY_S = 5, PATIENCE_S = 120; // a server that is full or not ready is asked again, for so long
+
+/** Whether a job runs, or its result waits to be taken. */
+export const hasJob = () => $("job").disabled || !$("job-result").hidden;
 
 /** say: shows a sentence. Ends when the job does, or is cancelled. */
 export async function runJob({ picture, request, say }) {
   say("Sending …");
-  const sent = await ask(`jobs?${queryOf(request)}`, {
-    method: "POST", body: picture, headers: { "Content-Type": picture.type || "application/octet-stream", Accept: "image/png" },
-  });
-  const { id } = await sent.json();
-  let cancelled = false;
-  $("job-cancel").onclick = () => {
-    cancelled = true;
-    ask(`jobs/${id}`, { method: "DELETE" }).then(() => say("Cancelled."), (error) => say(error.message, true));
-  };
+  $("job").disabled = true;
   $("job-result").hidden = true;
-  showRunning(true);
+  const end = new AbortController();
   try {
-    for (let job = {}; job.state !== "done" && job.state !== "failed"; await new Promise((resume) => setTimeout(resume, POLL_MS))) {
-      if (cancelled) return;
-      job = await (await ask(`jobs/${id}`)).json();
-      $("progress").value = job.percent;
-      if (job.state === "failed") say(job.error, true);
-      else say(`Job ${job.state}: ${job.percent} %, ${job.windows_done} of ${job.windows || "?"} windows`);
-      if (job.state === "done") offer(await (await ask(`jobs/${id}/result`)).blob());
-    }
+    const sent = await ask(`jobs?${queryOf(request)}`, {
+      method: "POST", body: picture, headers: { "Content-Type": picture.type || "application/octet-stream", Accept: "image/png" },
+    });
+    const { id } = await sent.json();
+    $("job-cancel").onclick = () => {
+      end.abort();
+      ask(`jobs/${id}`, { method: "DELETE" }).then(() => say("Cancelled."), (error) => say(error.message, true));
+    };
+    $("progress").hidden = $("job-cancel").hidden = false;
+    await watch(id, { picture, say, signal: end.signal });
   } catch (error) {
-    if (!cancelled) throw error;
+    if (!end.signal.aborted) throw error;
   } finally {
-    showRunning(false);
+    $("progress").hidden = $("job-cancel").hidden = true;
+    $("job").disabled = false;
   }
 }
 
-function showRunning(isRunning) {
-  $("progress").hidden = $("job-cancel").hidden = !isRunning;
-  $("job").disabled = isRunning;
+/** Shows how a job goes, and offers its result. */
+async function watch(id, { picture, say, signal }) {
+  for (let job = {}; job.state !== "done" && job.state !== "failed"; await pause(POLL_MS, signal)) {
+    job = await (await askPatiently(`jobs/${id}`, signal)).json();
+    $("progress").value = job.percent;
+    if (job.state === "failed") say(job.error, true);
+    else say(`Job ${job.state}: ${job.percent} %, ${job.windows_done} of ${job.windows || "?"} windows`);
+    if (job.state === "done") offer(await (await askPatiently(`jobs/${id}/result`, signal)).blob(), picture.name || "picture");
+  }
 }
 
-function offer(result) {
+async function askPatiently(path, signal) {
+  for (let left_s = PATIENCE_S; ;) {
+    try {
+      return await ask(path, { signal });
+    } catch (error) {
+      const wait_s = Math.max(1, error.wait_s ?? BUSY_S);
+      if (!BUSY.includes(error.status) || wait_s > left_s) throw error;
+      await pause(1000 * wait_s, signal);
+      left_s -= wait_s;
+    }
+  }
+}
+
+function pause(ms, signal) {
+  return new Promise((resume) => {
+    const end = () => {
+      signal.removeEventListener("abort", end);
+      resume();
+    };
+    setTimeout(end, ms);
+    signal.addEventListener("abort", end);
+  });
+}
+
+function offer(result, name) {
   URL.revokeObjectURL($("job-result").href);
-  $("job-result").href = URL.createObjectURL(result);
-  $("job-result").hidden = false;
+  Object.assign($("job-result"), { href: URL.createObjectURL(result), textContent: `Download the labels of ${name}`, hidden: false });
 }

@@ -3,12 +3,12 @@
 import { scaleOf, titleOf, wholeBand } from "./answer.js";
 import { boxEditor } from "./boxes.js";
 import { offerDownloads, showCode } from "./downloads.js";
-import { showDraws } from "./draws.js";
+import { endDraws, showDraws } from "./draws.js";
 import { $ } from "./elements.js";
-import { runJob } from "./jobs.js";
+import { hasJob, runJob } from "./jobs.js";
 import { makeLegend } from "./legend.js";
 import { colorsOf, isSafePossible, paintLabels, paintMap } from "./paint.js";
-import { ask, follow, infer, keepKey } from "./protocol.js";
+import { ask, follow, hasKey, infer, keepKey } from "./protocol.js";
 import { drawScene } from "./scene.js";
 import { isFree, mapsOf, offerSettings, promise, readRequest } from "./settings.js";
 import { outcome, showBanner, showHover, showPixel, showScale, showTimes } from "./show.js";
@@ -18,7 +18,7 @@ const EXACT_BYTES = 64e6; // of probabilities; above it the answer comes in band
 const LARGE_PIXELS = 2e6; // above it samples are not shown side by side
 const TICK_MS = 100;
 
-let picture, bitmap, card, known, answer, running, isKeyed = false;
+let picture, bitmap, taking, card, known, answer, running;
 const size = () => bitmap && [bitmap.width, bitmap.height];
 const boxes = boxEditor({ size, changed: settingsChanged });
 const legend = makeLegend(repaintLabels);
@@ -34,12 +34,24 @@ async function loadModels() {
   known = Object.fromEntries(models.map(({ name, maps }) => [name, maps]));
   $("model").replaceChildren(...models.map(({ name }) => new Option(name)));
   $("key-form").hidden = true;
-  await chooseModel();
+  return chooseModel();
 }
 
+/** Takes the card of the model that is chosen. Resolves to whether it still is: cards may come out of order. */
 async function chooseModel() {
   running?.abort();
-  card = await (await ask(`models/${encodeURIComponent($("model").value)}`)).json();
+  const name = $("model").value, isChosen = () => $("model").value === name;
+  let taken;
+  try {
+    taken = await (await ask(`models/${encodeURIComponent(name)}`)).json();
+  } catch (error) {
+    if (!isChosen()) return false;
+    if (card) $("model").value = card.name;
+    throw error;
+  }
+  if (!isChosen()) return false;
+  running?.abort();
+  card = taken;
   forget();
   offerSettings(card);
   boxes.begin(card.classes);
@@ -47,6 +59,7 @@ async function chooseModel() {
   $("safe").disabled = !isSafePossible(card.classes);
   $("draws").hidden = !isFree(card);
   listMaps(mapsOf(request(), card, known[card.name]));
+  return true;
 }
 
 /** Offers these maps; the one that is shown stays, if it is among them. */
@@ -56,13 +69,13 @@ function listMaps(names) {
   $("map").value = shown;
 }
 
-async function take(file, sampleName = "") {
-  let taken;
-  try {
-    taken = await createImageBitmap(file);
-  } catch {
-    return say(`this browser cannot show ${file.name || "that file"}; choose a JPEG, PNG or WebP`, true);
-  }
+/** Takes a file, or what a promise of one gives; where two are on their way, the later one. */
+async function take(given, sampleName = "") {
+  const mine = (taking = {}), file = await given;
+  const taken = await createImageBitmap(file).catch(() => undefined);
+  if (taking !== mine) return taken?.close();
+  if (!taken) return say(`this browser cannot show ${file.name || "that file"}; choose a JPEG, PNG or WebP`, true);
+  bitmap?.close();
   [picture, bitmap] = [file, taken];
   $("about-picture").textContent = `${file.name || "picture"}: ${bitmap.width} × ${bitmap.height} px, ${(file.size / 1e6).toFixed(2)} MB`;
   $("sample").value = sampleName;
@@ -80,7 +93,8 @@ function forget() {
   $("run").disabled = !picture;
   legend.clear();
   for (const id of ["banner", "bar", "stale", "more"]) $(id).hidden = true;
-  for (const id of ["timing", "strip", "hover"]) $(id).replaceChildren();
+  for (const id of ["timing", "hover"]) $(id).replaceChildren();
+  endDraws();
   inspect();
   view.redraw();
 }
@@ -92,13 +106,14 @@ async function segment() {
   const clock = showWork(started);
   try {
     const { facts, fresh } = await answered(asked, mine.signal);
+    mine.signal.throwIfAborted();
     Object.assign(fresh, { facts, ms: performance.now() - started });
     show(fresh);
   } catch (error) {
     if (running !== mine) return;
-    if (answer !== before && before) show(before);
+    if (answer !== before && before?.facts) show(before);
     if (error.name === "AbortError") return say(`Cancelled. ${whatIsShown()}`);
-    $("job-row").hidden = error.status !== 413 && error.status !== 504 && !error.message.startsWith("the deadline passed");
+    $("job-row").hidden = !hasJob() && error.status !== 413 && error.status !== 504 && !error.message.startsWith("the deadline passed");
     refused(error);
   } finally {
     clearInterval(clock);
@@ -110,12 +125,12 @@ async function segment() {
 function showWork(started) {
   $("cancel").hidden = started === undefined;
   if (started === undefined) return void ($("windows").hidden = true);
-  $("job-row").hidden = true;
+  $("job-row").hidden = !hasJob();
   $("windows").removeAttribute("value");
-  const tell = () => say(`Segmenting … ${((performance.now() - started) / 1000).toFixed(1)} s${$("windows").title}`);
+  const tick = (live) => say(`Segmenting … ${((performance.now() - started) / 1000).toFixed(1)} s${$("windows").title}`, false, live);
   $("windows").title = "";
-  tell();
-  return setInterval(tell, TICK_MS);
+  tick("polite");
+  return setInterval(tick, TICK_MS, "off");
 }
 
 /** The answer, whole or shown band by band: {facts, fresh}. */
@@ -148,7 +163,6 @@ function addBand(fresh, band) {
 function refused(error) {
   if (error.status === 401 || error.status === 403) {
     $("key-form").hidden = false;
-    isKeyed = true;
     $("key").focus();
   }
   say(answer ? `${error.message}. ${whatIsShown()}` : error.message, true);
@@ -158,8 +172,9 @@ function whatIsShown() {
   return !answer ? "" : answer.facts ? "The picture is of the last answer." : "The rows that were done are shown.";
 }
 
-function say(text, isWrong = false) {
-  $("status").textContent = text;
+/** live: whether a screen reader says it. */
+function say(text, isWrong = false, live = "polite") {
+  Object.assign($("status"), { ariaLive: live, textContent: text });
   $("status").classList.toggle("wrong", isWrong);
 }
 
@@ -171,8 +186,8 @@ function show(given) {
   say(outcome(answer.facts));
   showBanner(answer.facts);
   showTimes(answer.facts.phases, answer.ms);
-  showCode(picture, JSON.parse(answer.key), isKeyed);
-  $("strip").replaceChildren();
+  showCode(picture, JSON.parse(answer.key), hasKey());
+  endDraws();
   $("more").hidden = false;
   const isLarge = bitmap.width * bitmap.height > LARGE_PIXELS;
   $("draws-run").disabled = isLarge;
@@ -238,19 +253,25 @@ function figure() {
   return { size: size(), draw: (pen) => draw(pen, "right"), scale: shown === "map" && answer.scale, title: titleOf($("map").value), classes, caption };
 }
 
+/** Says how work on the answer goes, for as long as it is the one that is shown. */
 function tell(work, title) {
+  const shown = answer;
   say(`${title} …`);
-  work.then(() => say(outcome(answer.facts)), refused);
+  work.then(() => answer === shown && say(outcome(shown.facts)), (error) => answer === shown && error.name !== "AbortError" && refused(error));
 }
 
 async function sample(name) {
-  if (name === "street") return take(new File([await drawScene()], "street.jpg", { type: "image/jpeg" }), name);
-  return take(new File([await (await ask(`playground/${name}`)).blob()], name, { type: "image/jpeg" }), name);
+  if (name === "street") return new File([await drawScene()], "street.jpg", { type: "image/jpeg" });
+  return new File([await (await ask(`playground/${name}`)).blob()], name, { type: "image/jpeg" });
 }
 
 function listenForPictures() {
-  $("file").addEventListener("change", (event) => event.target.files[0] && take(event.target.files[0]));
-  $("sample").addEventListener("change", (event) => event.target.value && sample(event.target.value).catch(refused));
+  $("file").addEventListener("change", ({ target }) => {
+    const [file] = target.files;
+    target.value = ""; // so that the same file can be chosen again
+    if (file) take(file);
+  });
+  $("sample").addEventListener("change", ({ target: { value } }) => value && take(sample(value), value).catch(refused));
   document.addEventListener("paste", (event) => event.clipboardData.files[0] && take(event.clipboardData.files[0]));
   const drop = (event, isOver) => {
     event.preventDefault();
@@ -266,7 +287,8 @@ function listenForPictures() {
 
 function begin() {
   listenForPictures();
-  $("model").addEventListener("change", () => chooseModel().then(segment).catch(refused));
+  const go = (isChosen) => isChosen && segment();
+  $("model").addEventListener("change", () => chooseModel().then(go).catch(refused));
   $("samples").addEventListener("input", () => ($("samples-shown").value = $("samples").value));
   $("controls").addEventListener("input", settingsChanged);
   $("controls").addEventListener("submit", (event) => {
@@ -277,7 +299,8 @@ function begin() {
   $("key-form").addEventListener("submit", (event) => {
     event.preventDefault();
     keepKey($("key").value);
-    loadModels().then(() => say("")).then(segment).catch(refused);
+    say("");
+    loadModels().then(go).catch(refused);
   });
   for (const id of ["map", "fading", "stretched"]) $(id).addEventListener("change", repaint);
   for (const id of ["left", "right", "opacity"]) $(id).addEventListener("input", view.redraw);
@@ -289,9 +312,9 @@ function begin() {
   });
   $("job").addEventListener("click", () => runJob({ picture, request: request(), say }).catch(refused));
   $("draws-run").addEventListener("click", () => tell(showDraws(picture, request(), colors()), "Drawing samples"));
-  offerDownloads(() => ({ picture, request: request(), map: $("map").value }), figure, tell);
+  offerDownloads(() => ({ picture, request: JSON.parse(answer.key), map: $("map").value }), figure, tell);
   inspect();
-  loadModels().catch(refused);
+  loadModels().then(go).catch(refused);
 }
 
 begin();

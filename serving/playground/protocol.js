@@ -10,13 +10,18 @@ const kept = () => sessionStorage.getItem("penumbra-key") ?? "";
 /** Asks with this key from now on, in this tab. */
 export const keepKey = (key) => sessionStorage.setItem("penumbra-key", key);
 
-/** fetch with the key, that throws what is refused: an Error with the server's sentence and its status. */
+/** Whether there is a key to ask with. */
+export const hasKey = () => Boolean(kept());
+
+/** fetch with the key, that throws what is refused: an Error with the server's sentence, its status and the seconds to
+    wait where it says any. */
 export async function ask(path, options = {}) {
   const key = kept() ? { Authorization: `Bearer ${kept()}` } : {};
   const answer = await fetch(path, { ...options, headers: { ...key, ...options.headers } });
   if (answer.ok) return answer;
   const { error } = await answer.json().catch(() => ({}));
-  throw Object.assign(new Error(error ?? `the server answered ${answer.status}`), { status: answer.status });
+  const again = answer.headers.get("Retry-After") ?? "", wait_s = /^\d+$/.test(again) ? Number(again) : undefined;
+  throw Object.assign(new Error(error ?? `the server answered ${answer.status}`), { status: answer.status, wait_s });
 }
 
 /** The options of a request as `POST /segment` and `POST /jobs` read them. prompt: {boxes: rows} or {tags: names}. */
@@ -104,6 +109,7 @@ async function grey(base64) {
   const bitmap = await createImageBitmap(new Blob([bytes], { type: "image/png" }), { colorSpaceConversion: "none" });
   const { width, height } = bitmap, canvas = new OffscreenCanvas(width, height), pen = canvas.getContext("2d", { willReadFrequently: true });
   pen.drawImage(bitmap, 0, 0);
+  bitmap.close();
   const { data } = pen.getImageData(0, 0, width, height), values = new Uint8Array(width * height);
   for (let i = 0; i < values.length; i++) values[i] = data[4 * i];
   return { values, width };

@@ -5,7 +5,8 @@ import { $, clamp } from "./elements.js";
 const STEP = 1.25, MOST = 64, CLICK_PX = 4;
 
 /** size(): [width, height] of the picture or nothing. draw(pen, side): draws it in its own pixels. picked({x, y}) and
-    hovered({x, y} or nothing): told of pixels. tool: what takes drags before they pan: {down, move, up}. */
+    hovered({x, y} or nothing): told of pixels. tool: what takes drags before they pan: {down, move, up,
+    cancel}. */
 export function makeView({ size, draw, picked, hovered, tool }) {
   const canvas = $("view"), pointers = new Map();
   let zoom = 1, left = 0, top = 0, split = 0.5, pixel, drag, isDue = false;
@@ -82,11 +83,20 @@ export function makeView({ size, draw, picked, hovered, tool }) {
     canvas.setPointerCapture(event.pointerId);
     const place = placeOf(event);
     pointers.set(event.pointerId, place);
-    drag = { from: place, left, top, hasMoved: false, byTool: pointers.size === 1 && tool.down(place.at, zoom) };
-    if (pointers.size === 2) drag = { ...drag, byTool: false, hasMoved: true, apart: apart(), zoom };
+    if (drag?.byTool) tool.cancel();
+    hold({ hasMoved: pointers.size > 1, byTool: pointers.size === 1 && tool.down(place.at, zoom) });
   }
 
-  const apart = () => Math.hypot(...["x", "y"].map((axis) => [...pointers.values()].map((p) => p[axis]).reduce((a, b) => a - b)));
+  /** Where a drag goes on from: at its first finger, and whenever another one joins or leaves. */
+  function hold({ hasMoved, byTool }) {
+    drag = { from: pointers.values().next().value, left, top, zoom, apart: apart(), hasMoved, byTool };
+  }
+
+  /** How far the first two fingers are from each other; never 0. */
+  function apart() {
+    const [one, other = one] = pointers.values();
+    return Math.hypot(one.x - other.x, one.y - other.y) || 1;
+  }
 
   function move(event) {
     if (!size()) return;
@@ -96,17 +106,20 @@ export function makeView({ size, draw, picked, hovered, tool }) {
       return hovered(x >= 0 && y >= 0 && x < width && y < height ? { x, y } : undefined);
     }
     pointers.set(event.pointerId, place);
-    if (pointers.size === 2) return scaleTo((drag.zoom * apart()) / drag.apart, place.x, place.y);
+    if (pointers.size > 1) return scaleTo((drag.zoom * apart()) / drag.apart, place.x, place.y);
     if (Math.hypot(place.x - drag.from.x, place.y - drag.from.y) > CLICK_PX) drag.hasMoved = true;
-    if (drag.byTool) tool.move(place.at);
+    if (drag.hasMoved && drag.byTool) tool.move(place.at);
     else if (drag.hasMoved) [left, top] = [drag.left + place.x - drag.from.x, drag.top + place.y - drag.from.y];
     redraw();
   }
 
   function up(event) {
     if (!pointers.delete(event.pointerId) || !drag) return;
-    if (drag.byTool) tool.up();
-    if (!drag.hasMoved && event.type === "pointerup") pick(...placeOf(event).at);
+    const isUp = event.type === "pointerup";
+    if (drag.byTool) tool[isUp ? "up" : "cancel"]();
+    if (!drag.hasMoved && isUp) pick(...placeOf(event).at);
+    if (pointers.size) hold({ hasMoved: true, byTool: false });
+    else drag = undefined;
     redraw();
   }
 

@@ -158,9 +158,12 @@ def test_the_sample_scene_is_answered_and_nothing_is_fetched_from_elsewhere(
 def test_a_picture_over_the_limit_runs_as_a_job(
     browser: sync_api.Browser, toy_store: Path, tmp_path: Path, photo: tuple[np.ndarray, bytes]
 ) -> None:
+    """Looks at it that meet a full server, as these two do at first, wait."""
     pixels, file = photo
+    busy = [503, 429]
     with serving(toy_store, tmp_path, limit_pixels=1000) as server:
         page = browser.new_page()
+        page.route("**/jobs/*", lambda route: refuse(route, busy.pop()) if busy else route.continue_())
         page.goto(server.url)
         page.select_option("#model", "toy-pointwise")
         page.set_input_files("#file", {"name": "photo.png", "mimeType": "image/png", "buffer": file})
@@ -171,10 +174,47 @@ def test_a_picture_over_the_limit_runs_as_a_job(
             page.click("#job-result")
         with Image.open(download.value.path()) as labels:
             assert (np.asarray(labels) == pixels.argmax(2)).all()
+        page.set_input_files("#file", {"name": "other.png", "mimeType": "image/png", "buffer": file})
+        sync_api.expect(page.locator("#about-picture")).to_contain_text("other.png")
+        sync_api.expect(page.locator("#status")).to_contain_text("1,000", timeout=WAIT_MS)
+        assert page.inner_text("#job-result") == "Download the labels of photo.png", "it is still there"
         page.close()
 
 
-def test_a_server_with_keys_asks_for_one(browser: sync_api.Browser, toy_store: Path, tmp_path: Path) -> None:
+def refuse(route: sync_api.Route, status: int) -> None:
+    route.fulfill(status=status, headers={"Retry-After": "1"}, json={"error": "the queue is full"})
+
+
+def test_of_models_and_pictures_chosen_quickly_the_last_ones_are_shown(
+    browser: sync_api.Browser, server: Server, photo: tuple[np.ndarray, bytes]
+) -> None:
+    page, held = browser.new_page(), []
+    for late in ("models/toy-latent", "playground/cat.jpg"):
+        page.route(f"**/{late}", lambda route: held.append(route))
+    page.route("**/models/toy-tagged", lambda route: refuse(route, 503))
+    page.goto(server.url)
+    sync_api.expect(page.locator("#about")).to_contain_text("version 1")
+    page.select_option("#model", "toy-latent")
+    page.select_option("#sample", "cat.jpg")
+    give(page, photo[1], model="toy-pointwise")
+    assert len(held) == 2
+    for route in held:
+        with page.expect_response(route.request.url) as answer:
+            route.continue_()
+        answer.value.finished()
+    page.click("#run")
+    done(page)
+    assert "model=toy-pointwise" in (page.text_content("#curl") or "") and page.is_hidden("#samples-row")
+    assert "photo.png" in page.inner_text("#about-picture") and not page.input_value("#file")
+    page.select_option("#model", "toy-tagged")
+    sync_api.expect(page.locator("#status")).to_contain_text("the queue is full")
+    assert page.input_value("#model") == "toy-pointwise"
+    page.close()
+
+
+def test_a_server_with_keys_asks_for_one(
+    browser: sync_api.Browser, toy_store: Path, tmp_path: Path, photo: tuple[np.ndarray, bytes]
+) -> None:
     with serving(toy_store, tmp_path, api_keys=f"infer:{KEY}") as server:
         page = browser.new_page()
         page.goto(server.url)
@@ -184,4 +224,7 @@ def test_a_server_with_keys_asks_for_one(browser: sync_api.Browser, toy_store: P
         sync_api.expect(page.locator("#key-form")).to_be_hidden(timeout=WAIT_MS)
         sync_api.expect(page.locator("#model option").first).to_be_attached(timeout=WAIT_MS)
         assert json.loads(page.evaluate("JSON.stringify(sessionStorage)")) == {"penumbra-key": KEY}
+        page.reload()
+        give(page, photo[1], model="toy-pointwise")
+        assert "Bearer $KEY" in (page.text_content("#curl") or ""), "no form was filled in this time"
         page.close()

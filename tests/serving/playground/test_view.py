@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.serving.playground.browsing import CHROMIUM, HEIGHT, PNG, WAIT_MS, WIDTH, canvas, drag, give
+from tests.serving.playground.browsing import CHROMIUM, HEIGHT, PNG, WAIT_MS, WIDTH, canvas, drag, give, place
 from tests.serving.server import Server
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; the extra test brings it")
@@ -60,6 +60,55 @@ def test_a_box_that_is_drawn_moved_and_removed_changes_its_inside_alone(
     assert not differs.any()
     page.click("#boxes button")
     assert page.locator("#boxes li").count() == 0
+
+
+def test_a_box_keeps_its_class_and_the_focus_and_a_trembling_click_makes_none(
+    page: sync_api.Page, photo: tuple[np.ndarray, bytes]
+) -> None:
+    give(page, photo[1], model="toy-boxed")
+    page.select_option("#box-class", index=2)
+    page.click("#zoom-fit")
+    drag(page, (8, 6), (28, 18))
+    corners, kind = page.locator("#boxes li input"), page.locator("#boxes li select")
+    for typed in ("1, 2, 3", "1, 2, 9, 9, 0", "1, 2, , 9"):
+        corners.fill(typed)
+        corners.press("Tab")
+        assert corners.input_value() == "8, 6, 28, 18" and kind.evaluate("s => s.selectedIndex") == 2
+    kind.focus()
+    kind.select_option(index=1)
+    sync_api.expect(kind).to_be_focused()
+    frame, at = page.locator("#view").bounding_box(), place(page, 45, 30)
+    assert frame
+    page.mouse.move(frame["x"] + at["x"], frame["y"] + at["y"])
+    page.mouse.down()
+    page.mouse.move(frame["x"] + at["x"] - 2, frame["y"] + at["y"] - 2)
+    page.mouse.up()
+    assert page.locator("#boxes li").count() == 1 and "x 45, y 30" in page.inner_text("#pixel")
+
+
+def test_a_second_finger_zooms_and_the_one_that_stays_pans_without_a_jump(
+    page: sync_api.Page, photo: tuple[np.ndarray, bytes]
+) -> None:
+    give(page, photo[1], model="toy-boxed")
+    frame, session = page.locator("#view").bounding_box(), page.context.new_cdp_session(page)
+    assert frame
+
+    def touch(kind: str, **points: tuple[int, int]) -> dict[str, float]:
+        """Which fingers, by name, do what where."""
+        fingers = [{"x": frame["x"] + x, "y": frame["y"] + y, "id": ord(name)} for name, (x, y) in points.items()]
+        session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": fingers})
+        page.evaluate("() => new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
+        return place(page, 0, 0)
+
+    begun = touch("touchStart", a=(100, 200))
+    touch("touchMove", a=(130, 230))
+    touch("touchStart", a=(130, 230), b=(230, 230))
+    zoomed = touch("touchMove", a=(130, 230), b=(280, 230))
+    lifted = touch("touchEnd", a=(130, 230))
+    panned = touch("touchMove", b=(300, 260))
+    touch("touchEnd", b=(300, 260))
+    assert begun != zoomed == lifted and page.locator("#boxes li").count() == 0
+    assert (panned["x"] - lifted["x"], panned["y"] - lifted["y"]) == pytest.approx((20, 30))
 
 
 def test_labels_fade_stand_alone_and_hide_where_the_map_is_above_the_threshold(
@@ -131,6 +180,8 @@ def test_what_is_taken_along_is_the_answer_that_is_shown(
     page.click("#downloads summary")
     page.click("#request summary")
     page.select_option("#right", "map")
+    page.locator("#samples").fill("1")
+    assert page.locator("#stale").is_visible(), "which is not what is set"
     files = {}
     for title in ("Labels (PNG)", "Regions (GeoJSON)", "Figure (SVG)", "Figure (PNG)"):
         with page.expect_download() as download:
@@ -169,8 +220,12 @@ def test_a_large_picture_comes_in_bands_and_can_be_cancelled(page: sync_api.Page
     page.locator("#samples").fill("2")
     page.set_input_files("#file", {"name": "large.png", "mimeType": "image/png", "buffer": file.getvalue()})
     sync_api.expect(page.locator("#status")).to_contain_text(re.compile(r", \d+ of \d+ windows"), timeout=WAIT_MS)
-    page.click("#cancel")
-    sync_api.expect(page.locator("#status")).to_contain_text("Cancelled", timeout=WAIT_MS)
+    for _ in range(2):
+        page.locator("#bar").evaluate("bar => { bar.hidden = true; }")
+        page.click("#run")
+        sync_api.expect(page.locator("#bar")).to_be_visible()  # with the first rows
+        page.click("#cancel")
+        sync_api.expect(page.locator("#status")).to_have_text("Cancelled. The rows that were done are shown.")
     page.select_option("#model", "toy-pointwise")
     sync_api.expect(page.locator("#status")).to_contain_text("Done", timeout=5 * WAIT_MS)
     shares = re.findall(r"([\d.]+) %", page.inner_text("#legend"))
