@@ -20,7 +20,7 @@ import penumbra_client
 import pytest
 from penumbra_client import AsyncClient, Client, Failed, Job, Model, Options, Prediction, Refused, Scores, Unavailable
 from penumbra_client.answers import FACTS, header_of
-from penumbra_client.exchange import Call, Exchanges, Reply
+from penumbra_client.exchange import Call, Exchanges, Reply, Work
 from PIL import Image
 
 from penumbra.models.toy.cards import CLASSES
@@ -153,7 +153,7 @@ def test_a_server_that_is_not_there_is_said_in_a_sentence(image: np.ndarray) -> 
         client.segment(image)
 
 
-def steps(replies: list[Reply], patience_s: float = 60) -> list[Call | float]:
+def steps(replies: list[Reply], patience_s: float = 60) -> list[Call | Work | float]:
     """What an exchange does when it is answered so."""
     exchange = Exchanges(patience_s).ask(Call("GET", "/models"))
     done = [next(exchange)]
@@ -180,8 +180,12 @@ def test_a_full_server_is_asked_again_when_it_says() -> None:
     assert steps([refusal(503), refusal(503), DONE]) == [call, 0.25, call, 0.5, call]
     _, wait_s, _ = steps([refusal(429, Retry_After=formatdate(2**33, usegmt=True)), DONE], patience_s=2**34)
     assert isinstance(wait_s, float) and wait_s > 2**32
+    for past in ("0", formatdate(0, usegmt=True)):
+        assert steps([refusal(429, Retry_After=past), DONE]) == [call, 0.25, call]
     with pytest.raises(Unavailable, match="the queue is full"):
         steps([refusal(429, Retry_After="40"), refusal(429, Retry_After="40")])
+    with pytest.raises(Refused, match="the server answered 302 without a reason"):
+        steps([Reply(302, httpx.Headers({"Location": "/login"}), b"")])
     with pytest.raises(Failed):
         steps([refusal(500, Retry_After="1")])
 

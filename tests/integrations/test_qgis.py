@@ -4,8 +4,12 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
+import httpx
 import numpy as np
 import pytest
 import rasterio
@@ -57,6 +61,43 @@ def scene(rng: np.random.Generator, tmp_path: Path) -> Path:
     with rasterio.open(path, "w", **profile, crs="EPSG:32632", transform=TRANSFORM) as target:
         target.write(picture(rng, 90, 120).transpose(2, 0, 1))
     return path
+
+
+@pytest.fixture
+def busy(server: Server) -> Iterator[str]:
+    """Something before the server that refuses the first looks at a job."""
+    refusals = [(503, "soon"), (429, "0")]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.command == "GET" and refusals:
+                status, again = refusals.pop()
+                reply = httpx.Response(status, headers={"Retry-After": again}, content=b"busy")
+            else:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                headers = {name: self.headers[name] for name in ("Content-Type", "Accept") if name in self.headers}
+                reply = httpx.request(self.command, server.url + self.path, content=body, headers=headers, timeout=60)
+            self.send_response(reply.status_code)
+            for name, text in reply.headers.items():
+                if name == "retry-after" or name.startswith("x-penumbra"):
+                    self.send_header(name, text)
+            self.end_headers()
+            self.wfile.write(reply.content)
+
+        do_POST = do_DELETE = do_GET
+
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=proxy.serve_forever).start()
+    yield f"http://127.0.0.1:{proxy.server_port}"
+    proxy.shutdown()
+    proxy.server_close()
+    assert not refusals
+
+
+def test_a_job_outlasts_looks_at_it_that_are_refused(busy: str, home: Path, scene: Path) -> None:
+    done = run(home, scene, busy, OPTIONS="seed=3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "OUTPUT" in json.loads(done.stdout)["results"]
 
 
 def test_labels_lie_where_the_raster_does(server: Server, home: Path, scene: Path) -> None:

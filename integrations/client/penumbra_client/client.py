@@ -19,6 +19,9 @@ from penumbra_client.options import Options, Picture
 PIECE_BYTES = 2**20
 CONNECT_TRIES = 2
 """Again, where a connection was refused; nothing was asked then."""
+CONNECT_S = 10.0
+TIMEOUT_S = 330.0
+"""Longer than a server takes over a request by itself (300 s), so that its own refusal arrives."""
 
 
 def _quiet(_: Job) -> None:
@@ -30,13 +33,13 @@ class Client:
 
     def __init__(
         self, url: str = "http://localhost:3000", *, key: str | None = None, patience_s: float = 60.0,
-        timeout_s: float = 120.0, transport: httpx.BaseTransport | None = None,
+        timeout_s: float = TIMEOUT_S, transport: httpx.BaseTransport | None = None,
     ) -> None:  # fmt: skip
         """key: an API key, where the server wants one. patience_s: how long one call may wait in all for a server that
-        is full or loading. timeout_s: of each connection, read and write."""
+        is full or loading. timeout_s: of each read and write; a connection has 10 s of it at most."""
         self._exchanges = Exchanges(patience_s)
         self._http = httpx.Client(
-            base_url=url, headers=_bearer(key), timeout=timeout_s,
+            base_url=url, headers=_bearer(key), timeout=_limits(timeout_s),
             transport=transport or httpx.HTTPTransport(retries=CONNECT_TRIES),
         )  # fmt: skip
 
@@ -90,7 +93,7 @@ class Client:
         self.close()
 
     def _run(self, exchange: Exchange[T]) -> T:
-        reply: Reply | None = None
+        reply: Any = None
         while True:
             try:
                 step = exchange.send(reply)
@@ -98,6 +101,8 @@ class Client:
                 return cast(T, end.value)
             if isinstance(step, Call):
                 reply = self._send(step)
+            elif callable(step):
+                reply = step()
             else:
                 time.sleep(step)
                 reply = None
@@ -117,12 +122,12 @@ class AsyncClient:
 
     def __init__(
         self, url: str = "http://localhost:3000", *, key: str | None = None, patience_s: float = 60.0,
-        timeout_s: float = 120.0, transport: httpx.AsyncBaseTransport | None = None,
+        timeout_s: float = TIMEOUT_S, transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:  # fmt: skip
         """The arguments are those of `Client`."""
         self._exchanges = Exchanges(patience_s)
         self._http = httpx.AsyncClient(
-            base_url=url, headers=_bearer(key), timeout=timeout_s,
+            base_url=url, headers=_bearer(key), timeout=_limits(timeout_s),
             transport=transport or httpx.AsyncHTTPTransport(retries=CONNECT_TRIES),
         )  # fmt: skip
 
@@ -176,7 +181,7 @@ class AsyncClient:
         await self.close()
 
     async def _run(self, exchange: Exchange[T]) -> T:
-        reply: Reply | None = None
+        reply: Any = None
         while True:
             try:
                 step = exchange.send(reply)
@@ -184,6 +189,8 @@ class AsyncClient:
                 return cast(T, end.value)
             if isinstance(step, Call):
                 reply = await self._send(step)
+            elif callable(step):
+                reply = await asyncio.to_thread(step)
             else:
                 await asyncio.sleep(step)
                 reply = None
@@ -198,6 +205,10 @@ class AsyncClient:
                     async for piece in answer.aiter_bytes(PIECE_BYTES):
                         file.write(piece)
                 return Reply(answer.status_code, answer.headers, b"")
+
+
+def _limits(timeout_s: float) -> httpx.Timeout:
+    return httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_S))
 
 
 def _bearer(key: str | None) -> dict[str, str]:

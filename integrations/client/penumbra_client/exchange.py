@@ -1,14 +1,15 @@
 """What is said to the server and what follows from its answers, without saying how bytes travel.
 
-An exchange is a generator: it yields calls, whose replies are sent into it, and seconds to wait. `Client` and
-`AsyncClient` drive the same ones.
+An exchange is a generator: it yields calls, whose replies are sent into it, work that would hold up an event loop,
+whose result is, and seconds to wait. `Client` and `AsyncClient` drive the same ones.
 """
 
 import json
 import time
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,7 +49,8 @@ class Reply:
         return json.loads(self.content)
 
 
-Exchange = Generator[Call | float, Any, T]
+Work = Callable[[], object]
+Exchange = Generator[Call | Work | float, Any, T]
 Progress = Callable[[Job], object]
 """Is told how a job stands, each time that the server is asked."""
 
@@ -66,10 +68,10 @@ class Exchanges:
         left_s, pause_s = self._patience_s, FIRST_PAUSE_S
         while True:
             reply: Reply = yield call
-            if reply.status < 400:
+            if 200 <= reply.status < 300:
                 return reply
             wait_s = retry_after(reply.headers)
-            wait_s = pause_s if wait_s is None else wait_s
+            wait_s = pause_s if wait_s is None else max(wait_s, FIRST_PAUSE_S)
             if reply.status not in (429, 503) or wait_s > left_s:
                 raise error_of(reply.status, _sentence(reply.content))
             yield wait_s
@@ -130,11 +132,11 @@ class Exchanges:
 
     def _read(self, reply: Reply) -> Exchange[Prediction]:
         """Read a prediction, and ask for its classes' names where they are not known yet."""
-        prediction = read_prediction(reply.content, reply.headers, ())
+        prediction: Prediction = yield partial(read_prediction, reply.content, reply.headers, ())
         key = prediction.model, prediction.version
         if key not in self._classes:
             yield from self.models()
-        return read_prediction(reply.content, reply.headers, self._classes.get(key, ()))
+        return replace(prediction, classes=self._classes.get(key, ()))
 
 
 def _upload(path: str, picture: Picture, media: str, options: Mapping[str, Any]) -> Call:

@@ -4,12 +4,15 @@ One file, without a package that QGIS does not have. The raster is sent as a job
 Cloud-Optimized GeoTIFF that lies where the raster does, is written to the disk as it comes.
 """
 
+from __future__ import annotations  # QGIS has Python 3.9 in places
+
 import json
 import shutil
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +33,8 @@ from qgis.core import (
 LOOK_S = 0.5
 """Between two looks at a job."""
 BUSY = (429, 503)
-PATIENCE_S = 120
-"""How long to ask a server again that is full or loading."""
+BUSY_S, PATIENCE_S = 5, 120
+"""How long to wait for a server that is full or loading and does not say so itself, and in all."""
 SCORES = ("expected_error", "novelty")
 
 
@@ -42,35 +45,35 @@ class Server:
         self._url, self._headers = url.rstrip("/"), {"Authorization": f"Bearer {key}"} if key else {}
 
     def submit(self, path: Path, options: dict[str, str]) -> dict[str, Any]:
-        """Send a raster, again where the server is full. Raises QgsProcessingException."""
-        left_s = PATIENCE_S
+        """Send a raster. Raises QgsProcessingException."""
         headers = {"Content-Type": "image/tiff", "Accept": "image/tiff", "Content-Length": str(path.stat().st_size)}
-        while True:
-            try:
-                with path.open("rb") as file:
-                    return dict(
-                        json.load(self._open("POST", f"/jobs?{urllib.parse.urlencode(options)}", headers, file))
-                    )
-            except urllib.error.HTTPError as error:
-                wait_s = int(error.headers.get("Retry-After") or 5)
-                if error.code not in BUSY or wait_s > left_s:
-                    raise QgsProcessingException(_sentence(error)) from None
-                time.sleep(wait_s)
-                left_s -= max(wait_s, 1)
+        return dict(json.load(self._ask("POST", f"/jobs?{urllib.parse.urlencode(options)}", headers, path)))
 
     def get(self, path: str) -> Any:
         """Open an answer. Raises QgsProcessingException."""
-        try:
-            return self._open("GET", path, {}, None)
-        except urllib.error.HTTPError as error:
-            raise QgsProcessingException(_sentence(error)) from None
+        return self._ask("GET", path, {}, None)
 
     def remove(self, job: dict[str, Any]) -> None:
-        """Cancel a job and remove its files; one that is gone already is as it should be."""
+        """Cancel a job and remove its files; one that is gone already is as it should be, with its server too."""
         try:
             self._open("DELETE", job["url"], {}, None).close()
-        except urllib.error.HTTPError:
+        except (urllib.error.HTTPError, QgsProcessingException):
             return
+
+    def _ask(self, method: str, path: str, headers: dict[str, str], source: Path | None) -> Any:
+        """Open an answer, again where the server is full or loading. Raises QgsProcessingException."""
+        left_s = PATIENCE_S
+        while True:
+            try:
+                with source.open("rb") if source else nullcontext() as body:
+                    return self._open(method, path, headers, body)
+            except urllib.error.HTTPError as error:
+                again = error.headers.get("Retry-After", "")
+                wait_s = max(1, int(again)) if again.isdecimal() else BUSY_S
+                if error.code not in BUSY or wait_s > left_s:
+                    raise QgsProcessingException(_sentence(error)) from None
+                time.sleep(wait_s)
+                left_s -= wait_s
 
     def _open(self, method: str, path: str, headers: dict[str, str], body: Any) -> Any:
         request = urllib.request.Request(self._url + path, body, {**self._headers, **headers}, method=method)
@@ -109,7 +112,7 @@ class Segment(QgsProcessingAlgorithm):  # type: ignore[misc]
             "of the model. Options are those of POST /segment, as samples=8&overlap=0.5&max_risk=0.02."
         )
 
-    def createInstance(self) -> "Segment":
+    def createInstance(self) -> Segment:
         return Segment()
 
     def initAlgorithm(self, config: dict[str, Any] | None = None) -> None:
