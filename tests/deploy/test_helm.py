@@ -167,6 +167,19 @@ def test_settings_are_ones_of_the_server_and_the_grace_period_follows_them(monke
     assert pod["terminationGracePeriodSeconds"] > settings.predrain_s + 2 * settings.timeout_s
 
 
+def test_numbers_of_a_values_file_reach_the_server_as_they_are_written(tmp_path: Path) -> None:
+    (tmp_path / "values.yaml").write_text("settings: {LIMIT_MEMORY_BYTES: 4294967296, PREDRAIN_S: 0.5, TIMEOUT_S: 90}")
+    done = helm("template", "segment", "--values", str(tmp_path / "values.yaml"))
+    assert done.returncode == 0, done.stderr
+    manifests = {one["kind"]: one for one in yaml.safe_load_all(done.stdout) if one}
+    environment = {
+        item["name"]: item["value"]
+        for item in manifests["Deployment"]["spec"]["template"]["spec"]["containers"][0]["env"]
+    }
+    assert environment["PENUMBRA_LIMIT_MEMORY_BYTES"] == "4294967296"
+    assert (environment["PENUMBRA_PREDRAIN_S"], environment["PENUMBRA_TIMEOUT_S"]) == ("0.5", "90")
+
+
 def test_two_releases_in_one_namespace_have_pods_of_their_own() -> None:
     one, other = rendered(name="one"), rendered(name="other")
     for kind in ("Deployment", "PodDisruptionBudget"):
