@@ -87,10 +87,10 @@ def test_every_route_asks_for_a_key_of_the_right_scope_but_health(keyed: Server)
 
 def test_a_path_that_two_could_read_differently_is_refused_in_a_sentence(keyed: Server) -> None:
     with keyed.client() as client:
-        for path in ("/v2//repository/models/toy-latent/unload%0A", "/models%0A", "//models", "/models/%C2%85"):
+        for path in ("/v2//repository/models/toy-latent/unload%0A", "/models%0A", "/models/%C2%85"):
             url = httpx.URL(keyed.url).copy_with(raw_path=path.encode())
             answer = client.post(url, headers={"Authorization": BEARERS["admin"]})
-            assert answer.status_code == 400 and "printable characters without //" in answer.json()["error"], path
+            assert answer.status_code == 400 and "printable characters" in answer.json()["error"], path
 
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
