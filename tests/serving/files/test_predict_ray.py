@@ -136,7 +136,7 @@ class TestCluster:
         losing[0].join(60)
         assert again[0][0] > 0.2 * again[0][1], "what was done before the stop was done again"
         assert told[-1][1] == again[-1][1] == again[-1][0]
-        assert {file.name for file in out.iterdir()} == {"scene_labels.tif", "scene_maps.tif"}
+        assert {file.name for file in out.iterdir()} == {"scene_labels.tif", "scene_maps.tif", "scene_item.json"}
         for name in ("labels", "maps"):
             assert Path(there.files[name]).read_bytes() == Path(here.files[name]).read_bytes(), name
         assert there.prediction.scores == here.prediction.scores and there.classes == here.classes
