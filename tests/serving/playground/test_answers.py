@@ -115,7 +115,7 @@ def test_a_strange_picture_has_a_banner_and_its_scores_stand_beside(
         assert "100.0 % of the reference pictures are less strange" in page.inner_text("#scores")
         assert re.search(r"[\d.]+ % of the pixels are expected to be wrong", page.inner_text("#scores"))
         page.select_option("#model", "usual")
-        sync_api.expect(page.locator("#scores")).to_contain_text("0.0 % of the reference", timeout=WAIT_MS)
+        sync_api.expect(page.locator("#scores")).to_contain_text("; 0.0 % of the reference", timeout=WAIT_MS)
         assert page.locator("#strange").is_hidden()
         page.close()
 
