@@ -12,7 +12,7 @@ from tests.serving.playground.browsing import CHROMIUM, HEIGHT, WAIT_MS, WIDTH, 
 from tests.serving.server import Server, serving
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[sync_api.Browser]:
     with sync_api.sync_playwright() as playwright:
         yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
