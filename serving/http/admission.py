@@ -34,6 +34,8 @@ READY_PATHS = {"/readyz": {"ready": False, "state": "starting"}, "/v2/health/rea
 """Path -> what it answers while models are loaded."""
 LAST = {"Connection": "close"}
 """Header of an answer to a request whose body may not have been read."""
+SMALL_BYTES = 2**16
+"""A message of an answer that is no larger is not counted: it fits into the buffer of its connection."""
 
 
 def refusal(error: PenumbraError, headers: Mapping[str, str] | None = None) -> JSONResponse:
@@ -126,11 +128,11 @@ class Guard:
                 answer = refusal(error, LAST)
 
             async def count(message: Message) -> None:
-                with self._bodies.holding(len(message.get("body", b""))):
-                    if message.get("body"):  # only what is sent behind it waits until the caller has taken it
-                        await send({**message, "more_body": True})
-                        message = {**message, "body": b""}
-                    await send(message)
+                if (size := len(message.get("body", b""))) <= SMALL_BYTES:
+                    return await send(message)
+                with self._bodies.holding(size):
+                    await send({**message, "more_body": True})  # only what is sent behind it waits for the caller
+                    await send({**message, "body": b""})
 
             await answer(scope, receive, count)
 
