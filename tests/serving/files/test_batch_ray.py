@@ -1,6 +1,5 @@
 """`--engine ray` on two nodes, one of which is lost in the middle. Runs where the extra `ray` is installed."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,6 @@ pytestmark = [
     # Ray and what it imports warn of their own deprecations, and leave sockets to the garbage collector.
     pytest.mark.filterwarnings("ignore"),
 ]
-
-
-@pytest.fixture
-def cluster() -> Iterator[Any]:
-    import ray
-    from ray.cluster_utils import Cluster
-
-    ray.shutdown()
-    try:
-        started = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    except Exception as error:  # its agents have 15 s to start, whatever else the machine does
-        pytest.skip(f"Ray itself did not start: {error}")
-    ray.init(address=started.address, log_to_driver=False)
-    yield started
-    ray.shutdown()
-    started.shutdown()
 
 
 def test_a_lost_node_loses_no_answer_and_repeats_none(

@@ -90,21 +90,6 @@ def test_a_process_that_takes_parts_of_many_rasters_keeps_one_engine(toy_store: 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Ray's own
 class TestCluster:
-    @pytest.fixture
-    def cluster(self) -> Iterator[Any]:
-        import ray
-        from ray.cluster_utils import Cluster
-
-        ray.shutdown()
-        try:
-            started = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        except Exception as error:  # its agents have 15 s to start, whatever else the machine does
-            pytest.skip(f"Ray itself did not start: {error}")
-        ray.init(address=started.address, log_to_driver=False)
-        yield started
-        ray.shutdown()
-        started.shutdown()
-
     def test_a_lost_node_and_a_stopped_command_change_no_byte(
         self, segmenter: Segmenter, toy_store: Path, tmp_path: Path, cluster: Any
     ) -> None:
