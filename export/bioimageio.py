@@ -24,6 +24,8 @@ from penumbra.serving.engine.store import Artifact, sha256_of
 SPDX = {"apache-2.0": "Apache-2.0", "mit": "MIT", "bsd-3-clause": "BSD-3-Clause", "cc0-1.0": "CC0-1.0",
         "cc-by-4.0": "CC-BY-4.0"}  # fmt: skip
 """Licences that are said; another one stands in the documentation."""
+PACKAGE = ("rdf.yaml", "documentation.md", "weights.pt", "test_input.npy", "test_output.npy")
+"""The files of a package."""
 
 
 class Whole(nn.Module):

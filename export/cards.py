@@ -1,12 +1,13 @@
 """A model's card in the forms of others: a README for Hugging Face, a STAC item with MLM, a package of bioimage.io."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from penumbra.export.bioimageio import write_package
+from penumbra.export.bioimageio import PACKAGE, write_package
 from penumbra.models.card import Card
 from penumbra.models.errors import BadOption
 from penumbra.models.files import write_whole
@@ -85,17 +86,21 @@ FORMS: dict[str, tuple[str, Callable[[Artifact], str]]] = {
 def write_card(artifact: Artifact, kind: str, output: Path | None) -> str:
     """Write a card of a kind into a folder, or return its text where none is named.
 
-    Raises BadOption where bioimageio, a package of files, has no folder, or the model cannot be one.
+    Raises BadOption where a file of that name is there, where bioimageio, a package of files, has no folder, and where
+    the model cannot be one.
     """
+    if output is not None:
+        names = (FORMS[kind][0],) if kind in FORMS else PACKAGE
+        if taken := next((output / name for name in names if os.path.lexists(output / name)), None):
+            raise BadOption(f"{taken} is in the way; move it, or name another directory")
+        output.mkdir(parents=True, exist_ok=True)
     if kind in FORMS:
         name, write = FORMS[kind]
         text = write(artifact)
         if output is None:
             return text
-        output.mkdir(parents=True, exist_ok=True)
         write_whole(output / name, text.encode())
         return f"{output / name}\n"
     if output is None:
         raise BadOption("a package of bioimage.io is several files; add -o DIRECTORY")
-    output.mkdir(parents=True, exist_ok=True)
     return f"{write_package(artifact, readme(artifact.card), output)}\n"

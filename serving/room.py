@@ -63,7 +63,7 @@ class Room:
 
 
 class Bodies(Room):
-    """Bodies are counted over every protocol, from their first byte to their answer; large answers, until they are taken."""
+    """Bodies are counted over every protocol, from their first byte to their answer; large answers until taken."""
 
     one, every = "the body", "bodies"
     remedy = "send a smaller or better compressed image, or parts of it"

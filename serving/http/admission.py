@@ -35,7 +35,7 @@ READY_PATHS = {"/readyz": {"ready": False, "state": "starting"}, "/v2/health/rea
 LAST = {"Connection": "close"}
 """Header of an answer to a request whose body may not have been read."""
 SMALL_BYTES = 2**16
-"""A message of an answer that is no larger is not counted: uvicorn's buffer of a connection holds as much in any case."""
+"""A message of an answer that is no larger is not counted: the connection's own buffer in uvicorn holds as much."""
 
 
 def refusal(error: PenumbraError, headers: Mapping[str, str] | None = None) -> JSONResponse:

@@ -110,3 +110,14 @@ def test_the_graph_of_a_package_answers_as_the_server_does(
 def test_a_package_wants_a_folder_and_torchscript(store: Path) -> None:
     result = CliRunner().invoke(main, ["card", "toy-latent", "--as", "bioimageio", "--store", str(store)])
     assert result.exit_code == 2 and "-o DIRECTORY" in result.output
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("huggingface", "README.md"), ("stac", "item.json"), ("bioimageio", "rdf.yaml")]
+)
+def test_a_file_that_is_there_is_never_overwritten(kind: str, name: str, store: Path, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine")
+    command = ["card", "toy-pointwise", "--as", kind, "-o", str(tmp_path), "--store", str(store)]
+    answer = CliRunner().invoke(main, command)
+    assert answer.exit_code and "is in the way; move it, or name another directory" in answer.output
+    assert [file.name for file in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
