@@ -180,18 +180,36 @@ class Surface:
         end = plan.height if window.row + 1 == len(plan.starts_y) else plan.starts_y[window.row + 1]
         return range(plan.rows_above(first), plan.rows_above(end))
 
-    def rows_of(self, rows: range) -> Tensor:
+    def rows_of(self, rows: range, card: Card) -> Tensor:
         """Give a ring that has these rows of the answer: the canvas, or where that is of another size a part of it,
-        resized bilinearly."""
-        plan, (height, width), device = self.plan, self.plan.size, self.canvas_RCW.device
-        if not plan.answer:
+        resized bilinearly.
+
+        What samples disagree about is resized as it is, and the expected entropy is what it leaves of the entropy: a
+        mean of pixels of two classes is unsure of its class, and no sample disagrees with another about that.
+        """
+        if not self.plan.answer:
             return self.canvas_RCW
+        resized_hCW, k = self._resized(self.canvas_RCW, rows), card.num_classes
+        if {"expected_entropy", "mutual_information"} & {*self.wanted.outputs}:
+            disagreement_R1W = entropy_of(self.canvas_RCW, card) - self.canvas_RCW[:, k : k + 1]
+            resized_hCW[:, k : k + 1] = entropy_of(resized_hCW, card) - self._resized(disagreement_R1W, rows)
+        return resized_hCW
+
+    def _resized(self, canvas_RCW: Tensor, rows: range) -> Tensor:
+        plan, (height, width), device = self.plan, self.plan.size, canvas_RCW.device
         ys = torch.arange(rows.start, rows.stop, device=device).roll(rows.start)
         above, below, part_h = between(ys, plan.height, height)
         left, right, part_W = between(torch.arange(width, device=device), plan.width, width)
-        num_rows, part_h11 = len(self.canvas_RCW), part_h[:, None, None]
-        rows_hCw = torch.lerp(self.canvas_RCW[above % num_rows], self.canvas_RCW[below % num_rows], part_h11)
+        num_rows, part_h11 = len(canvas_RCW), part_h[:, None, None]
+        rows_hCw = torch.lerp(canvas_RCW[above % num_rows], canvas_RCW[below % num_rows], part_h11)
         return torch.lerp(rows_hCw[..., left], rows_hCw[..., right], part_W)
+
+
+def entropy_of(stats_hCW: Tensor, card: Card) -> Tensor:
+    """Compute the entropy [h, 1, W] of mean probabilities, or where a card averages logits of mean logits, in nats."""
+    merged_hKW = stats_hCW[:, : card.num_classes]
+    prob_hKW = torch.softmax(merged_hKW, 1) if card.readout.average == "logits" else merged_hKW
+    return torch.special.entr(prob_hKW).sum(1, keepdim=True)
 
 
 def between(places: Tensor, length: int, size: int) -> tuple[Tensor, Tensor, Tensor]:

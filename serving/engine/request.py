@@ -161,7 +161,7 @@ class QueuedRequest:
         if segment:
             with self.clock("read_out"):
                 out = torch.zeros(num_bytes, dtype=torch.uint8)
-                read_out([(self.surface.rows_of(segment.rows), segment, wanted)], out, card)
+                read_out([(self.surface.rows_of(segment.rows, card), segment, wanted)], out, card)
                 band = segment.band(out.numpy())
             yield band
 

@@ -107,7 +107,7 @@ class DeviceSteps(Steps):
         assert statistics.flags_B is not None
         there[: 4 * len(pairs)].view(torch.float32).copy_(statistics.flags_B)
         finished = [
-            (surface.rows_of(segment.rows), segment, surface.wanted)
+            (surface.rows_of(segment.rows, card), segment, surface.wanted)
             for (surface, _), segment in zip(pairs, segments, strict=True) if segment
         ]  # fmt: skip
         if finished:

@@ -83,6 +83,27 @@ def test_an_answer_at_a_factor_is_the_resized_images_resized_back(
     near(answer.maps["entropy"], -(answer.prob_KHW * np.log(answer.prob_KHW)).sum(0))
 
 
+@pytest.mark.parametrize("scale", [0.5, 1.7])
+def test_what_samples_disagree_about_is_what_they_do_at_the_networks_scale(segmenter: Segmenter, scale: float) -> None:
+    image, asked = photo(75, 100), SegmentOptions(model="none", scale=scale, views="flip")
+    assert segmenter.segment(image, asked).maps["mutual_information"].max() < 1e-5, "flipped pixels answer alike"
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.7])
+def test_mutual_information_is_resized_as_it_is(scale: float, tmp_path: Path) -> None:
+    card, network = toy_card("latent", window=WHOLE)
+    export_network(network, card, tmp_path)
+    image, maps = photo(60, 80), ("entropy", "expected_entropy", "mutual_information")
+    size = round(60 * scale), round(80 * scale)
+    with Segmenter.open(tmp_path, device="cpu", threads=1, tuning=FIXED) as opened_:
+        answer = opened_.segment(image, SegmentOptions(scale=scale, outputs=maps)).maps
+        seen = ScaledRaster(Raster(image), size)[:, :]
+        there_HW = torch.from_numpy(opened_.segment(seen, SegmentOptions(outputs=maps)).maps["mutual_information"])
+    expected = F.interpolate(there_HW[None, None], size=image.shape[:2], mode="bilinear", align_corners=False)[0, 0]
+    assert there_HW.mean() > 1e-3 and np.allclose(answer["mutual_information"], expected, atol=1e-5)
+    assert np.allclose(answer["entropy"] - answer["expected_entropy"], expected, atol=1e-5)
+
+
 def test_without_a_rule_a_factor_of_one_changes_nothing(segmenter: Segmenter) -> None:
     image = photo(300, 400)
     plain, one = (segmenter.segment(image, SegmentOptions(model="none", scale=scale)) for scale in (None, 1.0))
