@@ -53,15 +53,6 @@ def save_checkpoint(path: Path, card: Card, network: Network, *, half: bool = Fa
     path.chmod(0o644)
 
 
-def replace_card(path: Path, card: Card) -> None:
-    """Write a checkpoint again with the same weights under another card. Raises BadCheckpoint."""
-    read_card(path)
-    with safe_open(path, framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    write_whole(path, save(tensors, metadata={"card": dump_card(card)}))
-    path.chmod(0o644)
-
-
 def read_card(path: Path) -> Card:
     """Read the card of a checkpoint, without its weights. Raises BadCheckpoint."""
     try:

@@ -209,7 +209,8 @@ def entropy_of(stats_hCW: Tensor, card: Card) -> Tensor:
     """Compute the entropy [h, 1, W] of mean probabilities, or where a card averages logits of mean logits, in nats."""
     merged_hKW = stats_hCW[:, : card.num_classes]
     prob_hKW = torch.softmax(merged_hKW, 1) if card.readout.average == "logits" else merged_hKW
-    return torch.special.entr(prob_hKW).sum(1, keepdim=True)
+    nats_hKW: Tensor = torch.special.entr(prob_hKW)
+    return nats_hKW.sum(1, keepdim=True)
 
 
 def between(places: Tensor, length: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
