@@ -207,7 +207,7 @@ def run(training: Training, card: Card, val: FrameSet, run_dir: Path, *, minutes
         if training.step % REPORT_EVERY_STEPS == 0:
             report(progress, f"step {training.step}, {training.elapsed_s:.0f} s: {brief(losses)}")
         if training.elapsed_s >= next_save_s:
-            next_save_s += 60 * recipe.validate_every_minutes
+            next_save_s = training.elapsed_s + 60 * recipe.validate_every_minutes
             training.save(run_dir / "state.ckpt")
             if training.fabric.is_global_zero:
                 figures = write_measured(run_dir / "latest.safetensors", card, training.average, val, every=4)
