@@ -3,8 +3,9 @@
 It listens before any model is loaded, so nothing here imports the engine.
 """
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -21,6 +22,8 @@ log = logging.getLogger("penumbra")
 
 WHILE_LOADING = {f"/{SERVICE}/ServerLive": b"\x08\x01", f"/{SERVICE}/ServerReady": b""}
 """What is answered while models are loaded: messages in wire form that say live, and not ready."""
+HEALTHY = ("", SERVICE)
+"""Services whose health can be asked; the first is the server as a whole."""
 Context = Any
 Handler = Callable[[Any, Context], Awaitable[Any]]
 
@@ -65,14 +68,47 @@ def refusing(error: PenumbraError, telemetry: Telemetry) -> grpc.RpcMethodHandle
     return grpc.stream_stream_rpc_method_handler(named_errors(refuse))
 
 
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+    """Answers `grpc.health.v1`, in the event loop alone.
+
+    Of the package's own servicers one takes a thread for every Watch, and the other forgets all watches of a service
+    when one of them ends.
+    """
+
+    def __init__(self, stopping: asyncio.Event) -> None:
+        """stopping: is set before the last change, which ends every Watch."""
+        self._is_serving, self._changed, self._stopping = False, asyncio.Event(), stopping
+
+    def set_serving(self, serving: bool) -> None:
+        self._changed.set()
+        self._is_serving, self._changed = serving, asyncio.Event()
+
+    async def Check(self, request: Any, context: Context) -> Any:
+        if request.service not in HEALTHY:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service {request.service[:80]!r}")
+        return self._status(request.service)
+
+    async def Watch(self, request: Any, _: Context) -> AsyncIterator[Any]:
+        while not self._stopping.is_set():
+            changed = self._changed
+            yield self._status(request.service)
+            await changed.wait()
+
+    def _status(self, service: str) -> Any:
+        status = "SERVICE_UNKNOWN" if service not in HEALTHY else "SERVING" if self._is_serving else "NOT_SERVING"
+        return health_pb2.HealthCheckResponse(status=status)
+
+
 class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Begins every call, and ends those that the caller's key is not for before their message is read.
 
-    handlers: come later; until then the server lives, and every other call of the service is UNAVAILABLE.
+    handlers: come later; until then the server lives, and every other call of the service is UNAVAILABLE. stopping: a
+    stream of requests ends with it as if its caller had sent them all.
     """
 
-    def __init__(self, keys: Keys, telemetry: Telemetry) -> None:
+    def __init__(self, keys: Keys, telemetry: Telemetry, stopping: asyncio.Event) -> None:
         self.handlers: grpc.GenericRpcHandler | None = None
+        self._stopping = stopping
         self._keys, self._telemetry = keys, telemetry
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], call: Any) -> Any:
@@ -82,9 +118,9 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         try:
             request.key = self._keys.check_call(call.method, metadata.get("authorization", ""))
             if not call.method.startswith(f"/{SERVICE}/"):
-                return await continuation(call)
+                return self._ending(await continuation(call))
             if self.handlers:
-                return self.handlers.service(call)
+                return self._ending(self.handlers.service(call))
             if call.method not in WHILE_LOADING:
                 raise NotReady()
         except PenumbraError as error:
@@ -94,6 +130,31 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             await context.write(WHILE_LOADING[call.method])
 
         return grpc.stream_stream_rpc_method_handler(named_errors(answer))  # answers calls of any kind
+
+    def _ending(self, handler: grpc.RpcMethodHandler | None) -> grpc.RpcMethodHandler | None:
+        if handler is None or not handler.stream_stream:
+            return handler
+
+        async def answer(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+            async for message in handler.stream_stream(_until(self._stopping, requests), context):
+                yield message
+
+        return grpc.stream_stream_rpc_method_handler(answer, handler.request_deserializer, handler.response_serializer)
+
+
+async def _until(stopping: asyncio.Event, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """Yield requests as they come, until there are no more or the event is set while the next one is waited for."""
+    end = asyncio.ensure_future(stopping.wait())
+    try:
+        while True:
+            coming = asyncio.ensure_future(anext(aiter(requests), None))
+            await asyncio.wait((coming, end), return_when=asyncio.FIRST_COMPLETED)
+            if not coming.done() or (request := coming.result()) is None:
+                return
+            yield request
+    finally:
+        coming.cancel()
+        end.cancel()
 
 
 def credentials_of(certificate: Followed[Certificate]) -> grpc.ServerCredentials:
@@ -115,8 +176,9 @@ class GrpcServer:
     ) -> None:  # fmt: skip
         """certificate: for TLS; without one the port is in the clear."""
         self._certificate = certificate
-        self._health = health.HealthServicer(experimental_non_blocking=True)
-        self._address, self._door = address, Door(keys, telemetry)
+        self._stopping = asyncio.Event()
+        self._health = Health(self._stopping)
+        self._address, self._door = address, Door(keys, telemetry, self._stopping)
         self._server = grpc.aio.server(
             interceptors=[self._door],
             options=[
@@ -139,7 +201,6 @@ class GrpcServer:
             raise BadOption(
                 f"gRPC cannot listen on {self._address}; end the process that has this port, or give another"
             ) from None
-        self.set_serving(False)
         await self._server.start()
 
     def open(self, handlers: grpc.GenericRpcHandler) -> None:
@@ -148,10 +209,11 @@ class GrpcServer:
         self.set_serving(True)
 
     def set_serving(self, serving: bool) -> None:
-        """Let `grpc.health.v1` say so; `ServerReady` follows the gateway by itself."""
-        status = health_pb2.HealthCheckResponse
-        for service in ("", SERVICE):
-            self._health.set(service, status.SERVING if serving else status.NOT_SERVING)
+        """Let `grpc.health.v1` say so; `ServerReady` follows the gateway by itself. Called in the event loop."""
+        self._health.set_serving(serving)
 
     async def stop(self, grace_s: float) -> None:
+        """Take no more calls, end those that wait for something to come, and give the others their time."""
+        self._stopping.set()
+        self.set_serving(False)
         await self._server.stop(grace_s)
