@@ -1,11 +1,14 @@
 """What can be said of the image and the compose file without building them; build-without-docker.sh does the rest."""
 
+import itertools
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -119,3 +122,33 @@ def test_the_schema_of_compose_takes_the_file_and_not_one_with_a_slip(name: str,
         environment = os.environ | {"GRAFANA_PASSWORD": "x" * 12, "STORE": "/store"}
         command = ["docker", "compose", "-f", tmp_path / name, "config", "-q"]
         subprocess.run(command, check=True, env=environment, timeout=60)
+
+
+def places() -> Iterator[Any]:
+    """Where the image runs: what its environment gets there, and which paths can be written to. The chart's is that of
+    deploy/kubernetes."""
+    folder = DOCKER.parent
+    names = ("kubernetes/deployment.yaml", "kserve/runtimes.yaml")
+    for pod in itertools.chain.from_iterable(yaml.safe_load_all((folder / name).read_text()) for name in names):
+        spec = pod["spec"].get("template", pod)["spec"]
+        container = spec["containers"][0]
+        assert container["securityContext"]["readOnlyRootFilesystem"]
+        environment = {item["name"]: item["value"] for item in container["env"]}
+        mounts = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+        yield pytest.param(environment, mounts, id=pod["metadata"]["name"])
+    for name in ("compose", "gpus"):
+        for service in yaml.safe_load((DOCKER / f"{name}.yaml").read_text())["services"].values():
+            if service["image"].startswith("penumbra:"):
+                mounts = {line.split(":")[1] for line in service["volumes"] if not line.endswith(":ro")}
+                mounts |= {line.split(":")[0] for line in service["tmpfs"]}
+                yield pytest.param(service["environment"], mounts, id=name)
+
+
+@pytest.mark.parametrize(("environment", "mounts"), list(places()))
+def test_whatever_is_written_lies_under_a_mount_wherever_the_image_runs(
+    environment: dict[str, str], mounts: set[str]
+) -> None:
+    (image,) = (rest for word, rest in stages()["runtime"] if word == "ENV")
+    known = {"TMPDIR": "/tmp"} | dict(pair.split("=", 1) for pair in image.split()) | environment
+    for name in ("HOME", "TMPDIR", "PENUMBRA_JOBS"):
+        assert any(Path(known[name]).is_relative_to(mount) for mount in mounts), f"{name} is {known[name]}"
