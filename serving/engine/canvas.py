@@ -185,12 +185,13 @@ class Surface:
         resized bilinearly.
 
         What samples disagree about is resized as it is, and the expected entropy is what it leaves of the entropy: a
-        mean of pixels of two classes is unsure of its class, and no sample disagrees with another about that.
+        mean of pixels of two classes is unsure of its class, and no sample disagrees with another about that, nor one
+        window with its neighbour.
         """
         if not self.plan.answer:
             return self.canvas_RCW
         resized_hCW, k = self._resized(self.canvas_RCW, rows), card.num_classes
-        if {"expected_entropy", "mutual_information"} & {*self.wanted.outputs}:
+        if {"expected_entropy", "mutual_information", "seam"} & {*self.wanted.outputs}:
             disagreement_R1W = entropy_of(self.canvas_RCW, card) - self.canvas_RCW[:, k : k + 1]
             resized_hCW[:, k : k + 1] = entropy_of(resized_hCW, card) - self._resized(disagreement_R1W, rows)
         return resized_hCW
