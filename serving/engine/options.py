@@ -8,6 +8,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -50,11 +51,11 @@ class Option:
     right: str = ""
 
     def check(self, name: str, value: Any) -> None:
-        """Raises BadOption where a value is out of the range."""
+        """Raises BadOption where a value is no number, or out of the range."""
         least, most = self.schema.get("minimum", -math.inf), self.schema.get("maximum", math.inf)
-        is_above = value > least or (value == least and not self.schema.get("exclusiveMinimum"))
-        if not (is_above and value <= most):
-            shown = f"{value:.15g}" if isinstance(value, float) else value
+        is_number = isinstance(value, Real) and least <= value <= most
+        if not is_number or (value == least and self.schema.get("exclusiveMinimum")):
+            shown = f"{value:.15g}" if isinstance(value, float) else repr(value)
             raise BadOption(f"{name} is {shown}; {self.right}")
 
 
@@ -328,7 +329,7 @@ def check_options(options: SegmentOptions, card: Card, limits: Limits) -> int:
     """Check options against a model and the limits; returns the number of samples to draw. Raises BadOption."""
     for name, option in OPTIONS.items():
         value = getattr(options, name, None)
-        if option.right and value is not None and not isinstance(value, str):
+        if option.right and value is not None and (name, value) != ("scale", "card"):
             option.check(name, value)
     abstain_above(card, options.max_risk, options.max_class_risk)
     sampling = card.sampling_with(prompt=bool(options.boxes or options.tags))

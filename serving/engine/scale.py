@@ -32,8 +32,8 @@ def find_scale(
     option: what the caller asks for. metres: of a pixel on the ground; 0 where it has no place there. Raises BadOption.
     """
     rule = card.input.resolution
-    if isinstance(option, float):
-        return option, ()
+    if option is not None and option != CARD:
+        return float(option), ()
     if rule.kind == "none":
         if option == CARD:
             raise BadOption(

@@ -90,6 +90,13 @@ def test_what_samples_disagree_about_is_what_they_do_at_the_networks_scale(segme
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.7])
+@pytest.mark.parametrize("beside", [(), ("entropy", "expected_entropy")])
+def test_a_single_window_has_no_seam_at_any_scale(segmenter: Segmenter, scale: float, beside: tuple[str, ...]) -> None:
+    asked = SegmentOptions(model="none-whole", scale=scale, outputs=("seam", *beside))
+    assert segmenter.segment(photo(75, 100), asked).maps["seam"].max() < 1e-5, "there is no other window"
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.7])
 def test_mutual_information_is_resized_as_it_is(scale: float, tmp_path: Path) -> None:
     card, network = toy_card("latent", window=WHOLE)
     export_network(network, card, tmp_path)
@@ -102,6 +109,11 @@ def test_mutual_information_is_resized_as_it_is(scale: float, tmp_path: Path) ->
     expected = F.interpolate(there_HW[None, None], size=image.shape[:2], mode="bilinear", align_corners=False)[0, 0]
     assert there_HW.mean() > 1e-3 and np.allclose(answer["mutual_information"], expected, atol=1e-5)
     assert np.allclose(answer["entropy"] - answer["expected_entropy"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [2, np.float32(2), np.int64(2)])
+def test_a_factor_may_be_any_number(segmenter: Segmenter, scale: Any) -> None:
+    assert segmenter.plan(40, 60, SegmentOptions(model="none", scale=scale)).windows.height == 80
 
 
 def test_without_a_rule_a_factor_of_one_changes_nothing(segmenter: Segmenter) -> None:
@@ -199,7 +211,7 @@ def test_what_a_scale_cannot_be_is_refused(segmenter: Segmenter) -> None:
         with pytest.raises(BadOption, match=named):
             parse_options({"scale": text})
     assert (parse_options({"scale": "0.5"}).scale, parse_options({"scale": "card"}).scale) == (0.5, "card")
-    for scale in (0.0, -1.0, 1e9):
+    for scale in (0.0, -1.0, 1e9, "2"):
         with pytest.raises(BadOption, match=r"0\.01 to 100 is possible, or card"):
             segmenter.segment(image, SegmentOptions(model="none", scale=scale))
     with pytest.raises(BadOption, match="scale is 'card', and the card of none names none"):
