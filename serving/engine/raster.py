@@ -179,12 +179,12 @@ class FileRaster(Raster):
         return self._is_masked or bool(self._alpha) or self._nodata is not None or self._dtype.kind == "f"
 
     def void(self, rows: slice) -> NDArray[np.bool_] | None:
-        """A pixel is void by mask, by alpha (0), by nodata in all bands, or by what is no number (NaN) in one."""
+        """A pixel is void by mask, by alpha (0), by nodata in all bands, or by NaN or infinity in one."""
         if self._void_HW is not None or not self.can_be_void:
             return super().void(rows)
         columns = slice(None)
         values = self._read(rows, columns, self._bands)
-        void_hW: NDArray[np.bool_] = (values == self._nodata).all(0) | (values != values).any(0)
+        void_hW: NDArray[np.bool_] = (values == self._nodata).all(0) | ~np.isfinite(values).all(0)
         if self._is_masked:
             void_hW |= (self._read(rows, columns, self._bands, masks=True) == 0).all(0)
         if self._alpha:  # GDAL's mask leaves it out where there is a nodata value
@@ -212,7 +212,7 @@ class FileRaster(Raster):
                 if self._is_masked:
                     values = values[self._read_stored(frame, self._bands, masks=True) != 0]
                 if self._dtype.kind == "f" or self._nodata is not None:
-                    values = values[(values == values) & (values != self._nodata)]
+                    values = values[np.isfinite(values) & (values != self._nodata)]
                 yield values
 
     def _read(self, rows: slice, columns: slice, bands: list[int], *, masks: bool = False) -> NDArray[Any]:
