@@ -1,7 +1,7 @@
 """Prompts: what a request brings beside its picture, checked against the model and cut with its windows.
 
 boxes   rectangles round objects, in pixels of the image (x right, y down, x1 and y1 exclusive), each with a class;
-        they may overlap. A pixel is inside when its centre is.
+        they may overlap. A pixel is inside when its centre is; a box without any has the pixel of its middle.
 tags    the classes that are in the picture.
 """
 
@@ -53,10 +53,14 @@ class Boxes:
     def pixels_within(self, window: Window) -> NDArray[np.int64]:
         """Give the boxes that a window meets as whole pixels of the image: first x and y, those after the last, class.
 
-        Pixel i is inside [a, b) when a <= i + 0.5 < b: from ceil(a - 0.5) to before ceil(b - 0.5).
+        Pixel i is inside [a, b) when a <= i + 0.5 < b: from ceil(a - 0.5) to before ceil(b - 0.5). A box between two
+        centres has the pixel of its middle, which one that has a centre has anyway.
         """
-        pixels_N5: NDArray[np.int64] = np.ceil(self.boxes_N5 - [0.5, 0.5, 0.5, 0.5, 0]).astype(np.int64)
-        first, end = pixels_N5[:, :2], pixels_N5[:, 2:4]
+        corners_N22 = self.boxes_N5[:, :4].reshape(-1, 2, 2)
+        middle = np.ceil(corners_N22.mean(1)) - 1
+        first, end = np.ceil(corners_N22 - 0.5).swapaxes(0, 1)
+        first, end = np.minimum(first, middle), np.maximum(end, middle + 1)
+        pixels_N5 = np.column_stack((first, end, self.boxes_N5[:, 4])).astype(np.int64)
         origin, size = np.array([window.x0, window.y0]), np.array([window.width, window.height])
         met: NDArray[np.int64] = pixels_N5[((first < origin + size) & (end > origin)).all(1)]
         return met

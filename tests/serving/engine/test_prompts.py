@@ -133,6 +133,24 @@ def test_a_pixel_is_in_a_box_when_its_centre_is() -> None:
     )
 
 
+@pytest.mark.parametrize("a", [0, 0.2, 2.6, 3.4, 4.5, 7.51])
+@pytest.mark.parametrize("length", [0.01, 0.3, 0.49])
+def test_a_box_between_centres_has_the_pixel_of_its_middle(a: float, length: float) -> None:
+    card, _ = toy_card("boxed", window=WindowSpec(4, 8))
+    source = check_prompt(card, 4, 8, boxes=((a, 0, a + length, 4, 0),), tags=(), alpha=None)
+    assert source
+    plan = cover(4, 8, card.window)
+    columns = np.flatnonzero(source.cut(next(iter(plan)), plan)[0][0].all(0))
+    has_centre = [i for i in range(8) if a <= i + 0.5 < a + length]
+    assert columns.tolist() == (has_centre or [int(a + length / 2)])
+
+
+def test_a_box_of_a_picture_at_another_scale_is_never_lost(segmenter: Segmenter) -> None:
+    grey = np.full((64, 96, 3), 100, np.uint8)
+    asked = SegmentOptions("toy-boxed", scale=0.25, boxes=((20, 10, 21, 11, 2),))
+    assert (segmenter.segment(grey, asked).labels_HW == 2).any()
+
+
 @pytest.mark.parametrize(
     ("boxes", "says"),
     [
