@@ -1,11 +1,12 @@
 """Data sets by the name that a recipe gives them: classes, licence, and where pictures and masks lie in a folder."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from penumbra.models.card import IGNORE, ClassInfo
+from penumbra.models.card import IGNORE, Card, ClassInfo
 from penumbra.models.classes import CAMVID, CITYSCAPES, VOC, read_classes
 from penumbra.models.errors import BadData, BadOption
 from penumbra.serving.engine.decode import SUFFIXES
@@ -55,6 +56,12 @@ def find_data(name: str, folder: Path = Path()) -> DataSet:
     if name not in DATA_SETS:
         raise BadOption(f"there is no data set {name!r}; known are {', '.join(sorted({*DATA_SETS, FOLDER}))}")
     return DATA_SETS[name]
+
+
+def find_left_out(card: Card, data: DataSet, split: str = "train") -> list[list[str]]:
+    """Find what the trainings that a card tells of left out of this split: frames' beginnings and classes, of each."""
+    found = re.findall(rf"{re.escape(data.title)} {re.escape(split)}(?: without (.*?))?, ", card.provenance.data)
+    return [without.split(" and ") if without else [] for without in found]
 
 
 def load_split(data: DataSet, folder: Path, split: str) -> FrameSet:

@@ -31,7 +31,7 @@ from penumbra.models.strict import read_strict
 from penumbra.serving.engine.allocator import keep_freed_memory
 from penumbra.serving.process import build_facts
 from penumbra.training.batches import Batches, choose_split
-from penumbra.training.data import DataSet, find_data, load_training
+from penumbra.training.data import DataSet, find_data, find_left_out, load_training
 from penumbra.training.devices import follow_first, gather, share_of, start_devices
 from penumbra.training.evaluate import measure
 from penumbra.training.frames import FrameSet, write_split
@@ -258,7 +258,7 @@ def card_of(recipe: Recipe, data: DataSet, *, num_frames: int, num_labelled: int
     if recipe.corruptions:
         sentence += f"; views spoiled by {', '.join(recipe.corruptions)} and pasted objects"
     licences = [data.licence + (IMAGENET_LICENCE if recipe.pretrained == "imagenet" else "")]
-    for source in read_sources(recipe):
+    for source in read_sources(recipe, data):
         sentence += f"; with {source.name}: {source.provenance.data}"
         licences.append(source.provenance.licence)
     licence = "; ".join(dict.fromkeys(filter(None, licences)))
@@ -270,15 +270,18 @@ def card_of(recipe: Recipe, data: DataSet, *, num_frames: int, num_labelled: int
     )  # fmt: skip
 
 
-def read_sources(recipe: Recipe) -> list[Card]:
+def read_sources(recipe: Recipe, data: DataSet) -> list[Card]:
     """Read the cards of the checkpoints that a training begins with or learns from. Raises BadCheckpoint, and BadOption
-    where one has seen what the recipe leaves out."""
+    where one has seen what the recipe leaves out, or does not tell of its training on this data."""
     options, cards = recipe.objective, list[Card]()
     for path in (recipe.start, options.get("host"), options.get("maps"), *options.get("teachers", ())):
         if not path:
             continue
         card = read_card(Path(path))
-        if seen := [name for name in (*recipe.leave_out, *recipe.void_classes) if name not in card.provenance.data]:
+        trainings = find_left_out(card, data) or [[]]
+        seen = [name for name in recipe.leave_out if not all(any(map(name.startswith, out)) for out in trainings)]
+        seen += [name for name in recipe.void_classes if not all(name in out for out in trainings)]
+        if seen:
             raise BadOption(
                 f"{path} was trained on {card.provenance.data!r}, and the recipe leaves {seen[0]} out; one that has "
                 "not seen it is wanted"

@@ -3,13 +3,14 @@
 import copy
 import dataclasses
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from penumbra.models.card import InputSpec
+from penumbra.models.card import InputSpec, Provenance
 from penumbra.models.checkpoint import load_checkpoint, save_checkpoint
 from penumbra.models.errors import BadOption
 from penumbra.models.np_semiseg.distilled import DistilledObjective, moments
@@ -17,7 +18,7 @@ from penumbra.models.np_semiseg.linear import LinearHead
 from penumbra.models.np_semiseg.net import NpNetwork
 from penumbra.training.data import find_data
 from penumbra.training.evaluation.shift import find_seen
-from penumbra.training.loop import Training, build_network, card_of, train
+from penumbra.training.loop import Training, build_network, card_of, read_sources, train
 from penumbra.training.objective import build_objective
 from penumbra.training.recipe import Recipe
 from tests.training import tiny
@@ -121,6 +122,31 @@ def test_the_card_names_what_its_teachers_were_given_and_none_may_have_seen_what
         BadOption, match=r"np_semiseg\.safetensors was trained on .* leaves train07 out; one that has not"
     ):
         card_of(dataclasses.replace(recipe, leave_out=("train07",)), find_data("shapes"), **facts)
+
+
+@pytest.mark.parametrize(
+    ("told", "is_refused"),
+    [
+        ("shapes train without 0 and train, 4 of 9", False),
+        ("shapes train without 0 and train, 4 of 9; with another: shapes train without 0 and train, 3 of 9", False),
+        ("shapes train without 0 and train, 4 of 9; with another: shapes train, 4 of 16", True),
+        ("shapes train without 0, 4 of 16 frames labelled", True),
+        ("shapes train, 4 of 16 frames labelled (0.25, seed 0)", True),
+        ("", True),
+    ],
+)
+def test_each_training_that_a_teacher_tells_of_must_name_what_is_left_out(
+    told: str, is_refused: bool, tmp_path: Path
+) -> None:
+    """A drive whose name is part of 0.25, and a class that is called as the split is."""
+    recipe, path = recipe_of(tmp_path), tmp_path / "np_semiseg.safetensors"
+    card, network = load_checkpoint(path)
+    save_checkpoint(path, dataclasses.replace(card, provenance=Provenance(told)), network)
+    data = dataclasses.replace(find_data("shapes"), title="shapes")
+    objective = {"kind": "distilled", "host": str(path), "teachers": [str(path)]}
+    recipe = dataclasses.replace(recipe, leave_out=("01",), void_classes=("train",), objective=objective)
+    with pytest.raises(BadOption, match="one that has not") if is_refused else nullcontext():
+        read_sources(recipe, data)
 
 
 def test_a_training_that_was_interrupted_ends_with_the_same_weights(tmp_path: Path) -> None:

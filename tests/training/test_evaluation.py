@@ -26,6 +26,7 @@ from penumbra.training.evaluation.run import (
     SAMPLE_COUNTS,
     Measured,
     Question,
+    check_hidden,
     check_unseen,
     evaluate,
     load_frames,
@@ -177,6 +178,23 @@ def test_frames_that_a_training_has_seen_are_warned_of(data: str, split: str, is
     card = dataclasses.replace(card, provenance=dataclasses.replace(card.provenance, data=data))
     warning = check_unseen(card, dataclasses.replace(find_data("shapes"), title="Streets"), split)
     assert bool(warning) == is_seen and (not is_seen or "toy-pointwise was trained on Streets train" in warning)
+
+
+@pytest.mark.parametrize(
+    ("data", "is_told"),
+    [
+        ("Streets train without a and Bicyclist, 4 of 12 frames labelled", False),
+        ("Streets train without Bicyclists, 4 of 12 frames labelled", True),
+        ("Streets train without Bicyclist, 4 of 12; with another: Streets train, 4 of 16 frames labelled", True),
+        ("", True),
+    ],
+)
+def test_a_class_that_a_training_knew_is_none_to_find(data: str, is_told: bool) -> None:
+    card, _ = toy_card("pointwise")
+    card = dataclasses.replace(card, provenance=dataclasses.replace(card.provenance, data=data))
+    streets = dataclasses.replace(find_data("shapes"), title="Streets")
+    assert ("does not say that Bicyclist was void" in check_hidden(card, streets, "Bicyclist")) == is_told
+    assert not check_hidden(card, streets, "")
 
 
 def test_the_command_warns_of_frames_that_a_training_has_seen(tmp_path: Path) -> None:

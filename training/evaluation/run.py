@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ from rich.progress import track
 from penumbra.models.card import Card
 from penumbra.models.errors import BadData
 from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.training.data import DataSet, find_data, load_split
+from penumbra.training.data import DataSet, find_data, find_left_out, load_split
 from penumbra.training.evaluation.answers import Answer, Labels, Question, check_classes, segment_frame
 from penumbra.training.evaluation.figures import Evaluation
 from penumbra.training.evaluation.intervals import find_blocks
@@ -61,10 +60,14 @@ def defined(figures: dict[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
-def load_frames(question: Question, card: Card) -> FrameSet:
-    """Load the frames that are asked about, and warn of what they do not fit. Raises BadOption, BadData."""
+def load_frames(question: Question, card: Card, *, hidden: str = "") -> FrameSet:
+    """Load the frames that are asked about, and warn of what they, and the class that was hidden, do not fit.
+
+    Raises BadOption, BadData.
+    """
     data = find_data(question.data_set, question.data)
-    warnings = (check_classes(card, data.classes, data=question.data_set), check_unseen(card, data, question.split))
+    of_classes = check_classes(card, data.classes, data=question.data_set)
+    warnings = (of_classes, check_unseen(card, data, question.split), check_hidden(card, data, hidden))
     for warning in filter(None, warnings):
         Console(stderr=True, markup=False, emoji=False).print(f"warning: {warning}", style="yellow")
     return load_split(data, question.data, question.split)
@@ -79,13 +82,19 @@ def as_arrays(frames: FrameSet, *, every: int) -> list[tuple[Labels, Labels]]:
 def check_unseen(card: Card, data: DataSet, split: str) -> str:
     """Return a warning where the card says that a training had frames of this split and did not leave them out."""
     split, _, prefix = split.partition("/")
-    trainings = re.findall(rf"{re.escape(data.title)} {re.escape(split)}(?: without (.*?))?, ", card.provenance.data)
-    if all(any(prefix.startswith(name) for name in without.split(" and ") if name) for without in trainings):
+    if all(any(map(prefix.startswith, left_out)) for left_out in find_left_out(card, data, split)):
         return ""
     return (
         f"{card.name} was trained on {card.provenance.data.partition(';')[0]}; what is measured on frames that a "
         "training has seen, with labels or without, says little of others"
     )
+
+
+def check_hidden(card: Card, data: DataSet, name: str) -> str:
+    """Return a warning where the card does not say that every training went without the labels of this class."""
+    if not name or all(name in left_out for left_out in find_left_out(card, data) or [[]]):
+        return ""
+    return f"the card of {card.name} does not say that {name} was void in training; a known class is not strange"
 
 
 def segment_frames(

@@ -58,7 +58,7 @@ def evaluate_artifact(
         check_replaceable(plots / f"{name}.{suffix}" for name in PLOTS for suffix in ("png", "svg", "pdf"))
     with Segmenter(limits=LIMITS) as segmenter:
         card = segmenter.load(find_artifact(store, question.name, question.version))
-        whole, beyond = load_frames(question, card), {}
+        whole, beyond = load_frames(question, card, hidden=hidden), {}
         frames = hide_classes(whole, [find_class(card, hidden)]) if hidden else whole
         indices = list(range(0, len(frames), question.every))
         cards = control_cards(segmenter, question, frames, indices) if control else None
