@@ -29,7 +29,7 @@ from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.training.calibrate import split_frames
 from penumbra.training.data import load_camvid
-from penumbra.training.evaluation.shift import VARIANTS
+from penumbra.training.evaluation.shift import SCALES, VARIANTS
 from penumbra.training.frames import FrameSet
 from penumbra.training.metrics import Doubles
 
@@ -58,7 +58,9 @@ def answer(checkpoint: Path, data: Path, every: int) -> Iterator[tuple[str, list
                     image_HW3, label_HW = source[i][0].permute(1, 2, 0).contiguous().numpy(), source[i][1].numpy()
                     if change:
                         image_HW3, _ = change(image_HW3, label_HW, np.random.Generator(np.random.PCG64([0, i])))
-                    scores = segmenter.segment(image_HW3, SegmentOptions(card.name, seed=i, outputs=())).scores
+                    scale = 1.0 if title in SCALES else None  # a card's rule would undo the change
+                    options = SegmentOptions(card.name, seed=i, outputs=(), scale=scale)
+                    scores = segmenter.segment(image_HW3, options).scores
                     means.append([round(mean, 7) for mean in scores.means])
                 yield title, [source.names[i] for i in indices], means
 

@@ -2,13 +2,13 @@
 
 python -m benchmarks.shift --data DIR [--every N] [--split val] [NAME ...]
 
-The tables of docs/measure/results.md come from benchmarks/results/shift-NAME.json. One thread, seed 0.
+The tables of docs/measure/results.md come from benchmarks/results/shift-NAME.json. Seed 0.
 """
 
-import dataclasses
 import json
 import tempfile
 from collections.abc import Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +18,21 @@ from benchmarks.rounds import RESULTS, machine
 from penumbra.export.bundle import export_checkpoint
 from penumbra.export.zoo import ZOO
 from penumbra.models.checkpoint import read_card
-from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.training.evaluation.answers import LIMITS, Question
-from penumbra.training.evaluation.run import evaluate, load_frames
-from penumbra.training.evaluation.shift import find_seen, measure_shift
-from penumbra.training.evaluation.temperature import control_cards
+from penumbra.training.evaluation.answers import Question
+from penumbra.training.evaluation.shift import find_seen
+from penumbra.training.evaluation.verb import evaluate_artifact
 
 FIGURES = ("seg/mIoU", "seg/NLL", "seg/Brier", "cal/ECE", "sc/AURC", "sc/AUGRC")
 
 
 def measure(checkpoint: Path, question: Question, seen: Collection[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Documents of the samples, and then of the control where there are samples. seen: by any training in the table."""
-    with tempfile.TemporaryDirectory() as folder, Segmenter(limits=LIMITS, threads=1) as segmenter:
-        card = segmenter.load(export_checkpoint(checkpoint, Path(folder)))
-        frames = load_frames(question, card)
-        indices = list(range(0, len(frames), question.every))
-        own = evaluate(segmenter, question, frames)
-        own = dataclasses.replace(own, beyond={"shift": measure_shift(segmenter, own, frames, seen=seen)})
-        yield card.name, own.document()
-        if card.sampling.is_stochastic:
-            cards = control_cards(segmenter, question, frames, indices)
-            control = evaluate(segmenter, question, frames, cards=cards)
-            control = dataclasses.replace(
-                control, beyond={"shift": measure_shift(segmenter, control, frames, seen=seen)}
-            )
-            yield f"{card.name}, control", control.document()
+    """Documents of the samples, and then of the control where there are samples. seen: by any training of the zoo."""
+    with tempfile.TemporaryDirectory() as folder:
+        export_checkpoint(checkpoint, Path(folder))
+        ask = partial(evaluate_artifact, question, Path(folder), shift=True, seen=seen)
+        yield question.name, ask().document()
+        if read_card(checkpoint).sampling.is_stochastic:
+            yield f"{question.name}, control", ask(control=True).document()
 
 
 def row(name: str, figures: dict[str, float], intervals: dict[str, list[float]]) -> str:
@@ -61,9 +51,10 @@ def row(name: str, figures: dict[str, float], intervals: dict[str, list[float]])
 @click.argument("names", nargs=-1)
 def main(data: Path, every: int, split: str, names: tuple[str, ...]) -> None:
     """Print the tables and keep every figure as JSON. NAME: of the zoo, or a checkpoint's file."""
-    chosen = names or tuple(sorted(path.stem for path in ZOO.glob("*.safetensors")))
-    checkpoints = [Path(name) if name.endswith(".safetensors") else ZOO / f"{name}.safetensors" for name in chosen]
-    seen = {kind for checkpoint in checkpoints for kind in find_seen(read_card(checkpoint))}
+    zoo = sorted(ZOO.glob("*.safetensors"))
+    chosen = [Path(name) if name.endswith(".safetensors") else ZOO / f"{name}.safetensors" for name in names]
+    checkpoints = chosen or zoo
+    seen = {kind for checkpoint in (*zoo, *chosen) for kind in find_seen(read_card(checkpoint))}
     for checkpoint in checkpoints:
         question = Question(read_card(checkpoint).name, data, split=split, every=every)
         documents: dict[str, Any] = {}

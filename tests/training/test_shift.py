@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from penumbra.__main__ import main
 from penumbra.export.bundle import export_network
-from penumbra.models.card import IGNORE, dump_card, parse_card
+from penumbra.models.card import IGNORE, ScaleRule, dump_card, parse_card
 from penumbra.models.errors import BadOption
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
@@ -149,8 +149,10 @@ def probability_above(ours: list[float], theirs: list[float]) -> float:
 
 
 def test_darkness_brings_doubt_and_is_told_from_the_usual(segmenter: Segmenter, frames: Frames) -> None:
-    """The toy's logits are the pixels: less light is less of them."""
-    clean = evaluate(segmenter, question("bright", every=3), frames)
+    """The toy's logits are the pixels: less light is less of them. Its card's rule of scale does not undo a change."""
+    asked, own = question("bright", every=3), segmenter.find("toy-bright").card
+    ruled = dataclasses.replace(own, input=dataclasses.replace(own.input, resolution=ScaleRule("frame", 50)))
+    clean = evaluate(segmenter, asked, frames, cards=dict.fromkeys(range(0, 12, 3), ruled))
     shift = measure_shift(segmenter, clean, frames)
     rows = shift["variants"]
     assert rows.keys() == {"clean", *VARIANTS, "corruptions", "corruptions-unseen"} and len(VARIANTS) == 8 * 3 + len(
@@ -161,6 +163,9 @@ def test_darkness_brings_doubt_and_is_told_from_the_usual(segmenter: Segmenter, 
         "confidence": 1, "entropy": 1, "brightness": 0,
     }  # fmt: skip
     assert set(rows["clean"]["separation"].values()) == {0.5}
+    for name, change in SCALES.items():
+        figures = evaluate(segmenter, asked, Changed(frames, change, 0)).evaluation.figures()
+        assert rows[name]["figures"]["seg/NLL"] == figures["seg/NLL"]
     assert (
         rows["darken-3"]["means"]["entropy"] > rows["darken-1"]["means"]["entropy"] > rows["clean"]["means"]["entropy"]
     )

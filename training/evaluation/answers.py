@@ -22,7 +22,7 @@ LIMITS = Limits(probability_bytes=2**40)
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """The model and frames of an evaluation. version, samples, views: None is the newest, and the card's.
+    """The model and frames of an evaluation. version, samples, views, scale: None is the newest, and the card's.
 
     every: n-th only. seed: the first frame's; the next has one more.
     """
@@ -36,10 +36,12 @@ class Question:
     seed: int = 0
     every: int = 1
     views: str | None = None
+    scale: float | None = None
 
     def options(self, index: int) -> SegmentOptions:
         """Return the options of one frame. Every frame has draws of its own, or all would share the luck of one."""
-        return SegmentOptions(model=self.name, samples=self.samples, seed=self.seed + index, views=self.views)
+        seed = self.seed + index
+        return SegmentOptions(self.name, samples=self.samples, seed=seed, views=self.views, scale=self.scale)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ for the pixels of a class that the model has not learnt. A frame's chance depend
 
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -95,7 +95,9 @@ def measure_shift(
     rows, blocks = {"clean": _row(clean.evaluation, clean)}, {}
     for name, change in VARIANTS.items():
         changed = Changed(frames, change, clean.question.seed)
-        measured = evaluate(segmenter, clean.question, changed, cards=clean.cards, title=name)
+        # a card's rule of scale would undo the change, of which the network is to see all
+        question = replace(clean.question, scale=1.0) if name in SCALES else clean.question
+        measured = evaluate(segmenter, question, changed, cards=clean.cards, title=name)
         rows[name], blocks[name] = _row(measured.evaluation, clean), np.stack(measured.evaluation.blocks)
     unseen = [kind for kind in CORRUPTIONS if kind not in seen]
     for name, kinds in {"corruptions": list(CORRUPTIONS), "corruptions-unseen": unseen}.items():

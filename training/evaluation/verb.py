@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,11 @@ def evaluate_artifact(
     plots: Path | None = None,
     control: bool = False,
     shift: bool = False,
+    seen: Collection[str] | None = None,
     hidden: str = "",
 ) -> Measured:
     """Load an artifact, measure it, and draw what was measured. control: its single pass at a temperature of its own.
-    shift: `measure_shift` too. hidden: a class whose pixels are void, but for how they stand out.
+    shift: `measure_shift` too, of what is `seen`. hidden: a class whose pixels are void, but for how they stand out.
 
     Raises any PenumbraError.
     """
@@ -64,7 +65,7 @@ def evaluate_artifact(
         cards = control_cards(segmenter, question, frames, indices) if control else None
         measured = evaluate(segmenter, question, frames, compare=plots is not None, cards=cards)
         if shift:
-            beyond["shift"] = measure_shift(segmenter, measured, frames)
+            beyond["shift"] = measure_shift(segmenter, measured, frames, seen=seen)
         if hidden:
             beyond["hidden"] = {hidden: find_strange(segmenter, measured, whole, frames)}
         measured = dataclasses.replace(measured, beyond=beyond)
