@@ -17,8 +17,6 @@ export const isSafePossible = (classes) => classes.length <= SAFE.length;
 /** The classes' colours, [[r, g, b], ...]. */
 export const colorsOf = (classes, isSafe) => classes.map(({ color }, k) => (isSafe ? SAFE[k] : color));
 
-export const rampGradient = (direction = "90deg") => `linear-gradient(${direction}, ${STOPS.join(", ")})`;
-
 const word = ([r, g, b], alpha = 255) => ((alpha << 24) | (b << 16) | (g << 8) | r) >>> 0;
 
 const RAMP = Array.from({ length: 256 }, (_, i) => {

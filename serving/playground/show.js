@@ -3,7 +3,7 @@
 import { at, probabilitiesAt, ticksOf, titleOf, useOf, valueIn } from "./answer.js";
 import { $, make } from "./elements.js";
 import { swatchOf } from "./legend.js";
-import { rampGradient } from "./paint.js";
+import { STOPS } from "./ramp.js";
 
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 const isStrange = (sentence) => sentence.startsWith("this picture is stranger than");
@@ -37,7 +37,7 @@ export function showScale(name, scale, card) {
   $("bar").hidden = false;
   $("bar-title").textContent = titleOf(name) + (scale.isFixed ? "" : " (this picture's own scale)");
   $("bar-use").textContent = useOf(name, card);
-  $("ramp").style.background = rampGradient();
+  $("ramp").style.background = `linear-gradient(90deg, ${STOPS.join(", ")})`;
   $("ticks").replaceChildren(...ticksOf(scale).map(([share, text]) => {
     const tick = make("span", {}, text);
     tick.style.left = `${100 * share}%`;

@@ -174,7 +174,7 @@ export function makeView({ size, draw, picked, hovered, tool }) {
   }).observe(canvas);
 
   return {
-    redraw, fit, pixel: () => pixel,
+    redraw, pixel: () => pixel,
     /** Another picture: seen as a whole, without a pixel. */
     begin() {
       pixel = undefined;
