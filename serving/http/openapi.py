@@ -81,7 +81,7 @@ def document(build: Mapping[str, str], *, typed: str) -> dict[str, Any]:
                 "Served models, and those that were refused with the reason.",
                 schema=_object({"models": {"type": "array", "items": _ref("Model")}}),
             )},
-            "/models/{name}": {"get": _plain("The card of a model: every fact but its weights.", parameter="name")},
+            "/models/{name}": {"get": _plain("A model's card without its weights, and its maps.", parameter="name")},
             "/healthz": {"get": _plain("Liveness.")},
             "/livez": {"get": _plain("Liveness.")},
             "/readyz": {"get": _plain("Readiness: 200 when models are loaded and verified and no drain has begun.")},

@@ -62,7 +62,7 @@ class Surface:
     async def model(self, request: Request) -> Response:
         refuse_options(request)
         card = self._gateway.segmenter.find(request.path_params["name"]).card
-        return JSONResponse(dataclasses.asdict(card))
+        return JSONResponse(dataclasses.asdict(card) | {"maps": _maps_by_samples(card)})
 
     async def alive(self, _: Request) -> Response:
         return JSONResponse({"live": self._gateway.is_alive}, 200 if self._gateway.is_alive else 503)

@@ -18,12 +18,12 @@ export function endDraws() {
 /** Asks for single samples of the seeds from this one on, without a bound on risk, and shows them. Rejects with an
     AbortError where it is ended. */
 export async function showDraws(picture, request, colors) {
-  const { seed: first, views, scale } = request.options, { prompt, model } = request;
+  const { seed: first, views, scale } = request.options;
   const seeds = Array.from({ length: NUM_DRAWS }, (_, i) => first + i), bands = [];
   endDraws();
   const { signal } = (latest = new AbortController());
   for (const seed of seeds) {
-    const { tensors } = await infer(picture, { model, prompt, options: { views, samples: 1, seed, ...(scale && { scale }) } }, ["labels", "entropy"], signal);
+    const { tensors } = await infer(picture, { ...request, options: { views, samples: 1, seed, ...(scale && { scale }) } }, ["labels", "entropy"], signal);
     signal.throwIfAborted();
     const band = wholeBand(tensors);
     paintLabels(band, { colors, size: [band.width, band.height] });

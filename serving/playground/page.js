@@ -18,7 +18,7 @@ const EXACT_BYTES = 64e6; // of probabilities; above it the answer comes in band
 const LARGE_PIXELS = 2e6; // above it samples are not shown side by side
 const TICK_MS = 100;
 
-let picture, bitmap, taking, card, known, answer, running;
+let picture, bitmap, taking, card, answer, running;
 const size = () => bitmap && [bitmap.width, bitmap.height];
 const boxes = boxEditor({ size, changed: settingsChanged });
 const legend = makeLegend(repaintLabels);
@@ -31,8 +31,9 @@ const request = () => readRequest(card, boxes.rows());
 
 async function loadModels() {
   const { models } = await (await ask("models")).json();
-  known = Object.fromEntries(models.map(({ name, maps }) => [name, maps]));
-  $("model").replaceChildren(...models.map(({ name }) => new Option(name)));
+  const names = new Set(models.map(({ name }) => name)); // every version of a model is listed
+  $("model").replaceChildren(...[...names].map((name) => new Option(name)));
+  if (names.has(card?.name)) $("model").value = card.name;
   $("key-form").hidden = true;
   return chooseModel();
 }
@@ -58,7 +59,7 @@ async function chooseModel() {
   $("safe").checked &&= isSafePossible(card.classes);
   $("safe").disabled = !isSafePossible(card.classes);
   $("draws").hidden = !isFree(card);
-  listMaps(mapsOf(request(), card, known[card.name]));
+  listMaps(mapsOf(request(), card));
   return true;
 }
 
@@ -114,11 +115,16 @@ async function segment() {
     if (answer !== before && before?.facts) show(before);
     if (error.name === "AbortError") return say(`Cancelled. ${whatIsShown()}`);
     $("job-row").hidden = !hasJob() && error.status !== 413 && error.status !== 504 && !error.message.startsWith("the deadline passed");
-    refused(error);
+    refused(error.status === 404 ? await renewed(error) : error);
   } finally {
     clearInterval(clock);
     if (running === mine) showWork();
   }
+}
+
+/** Takes the models that are served by now, and says so in the error of a version that is not. */
+function renewed(error) {
+  return loadModels().then(() => new Error(`${error.message}. Press Segment to ask ${card.name} version ${card.version}`), () => error);
 }
 
 /** Shows that and for how long something is worked on, from `started` on, or that nothing is. */
@@ -135,7 +141,7 @@ function showWork(started) {
 
 /** The answer, whole or shown band by band: {facts, fresh}. */
 async function answered(asked, signal) {
-  const names = mapsOf(asked, card, known[card.name]), fresh = { bands: [], key: JSON.stringify(asked), names };
+  const names = mapsOf(asked, card), fresh = { bands: [], key: JSON.stringify(asked), names };
   if (4 * bitmap.width * bitmap.height * card.classes.length <= EXACT_BYTES) {
     const { tensors, facts } = await infer(picture, asked, ["labels", ...names, "probabilities"], signal);
     fresh.bands = [wholeBand(tensors)];

@@ -1,6 +1,5 @@
 // How the server is asked: by the Open Inference Protocol v2 for exact tensors, and line by line for large pictures.
 
-
 const HEADER_LENGTH = "Inference-Header-Content-Length";
 const READERS = { UINT8: Uint8Array, FP32: Float32Array };
 const LEVELS = 256;
@@ -25,9 +24,9 @@ export async function ask(path, options = {}) {
 }
 
 /** The options of a request as `POST /segment` and `POST /jobs` read them. prompt: {boxes: rows} or {tags: names}. */
-export function queryOf({ model, options, prompt }, extra = {}) {
+export function queryOf({ model, version, options, prompt }, extra = {}) {
   const prompts = Object.entries(prompt).map(([name, rows]) => [name, JSON.stringify(rows)]);
-  return new URLSearchParams({ model, ...options, ...Object.fromEntries(prompts), ...extra });
+  return new URLSearchParams({ model, version, ...options, ...Object.fromEntries(prompts), ...extra });
 }
 
 /** An answer of POST /segment in a media type. */
@@ -37,7 +36,7 @@ export function segmentAs(media, picture, request, extra, signal) {
 }
 
 /** Sends an encoded picture. Resolves to {tensors: {name: {shape, values}}, facts}. */
-export async function infer(picture, { model, options, prompt }, outputs, signal) {
+export async function infer(picture, { model, version, options, prompt }, outputs, signal) {
   const bytes = new Uint8Array(await picture.arrayBuffer());
   const image = { name: "image", shape: [1], datatype: "BYTES", parameters: { binary_data_size: bytes.length + 4 } };
   const requested = outputs.map((name) => ({ name, parameters: { binary_data: true } }));
@@ -45,7 +44,7 @@ export async function infer(picture, { model, options, prompt }, outputs, signal
   const head = new TextEncoder().encode(JSON.stringify({ inputs, outputs: requested, parameters: options }));
   const length = new Uint8Array(4);
   new DataView(length.buffer).setUint32(0, bytes.length, true);
-  const answer = await ask(`v2/models/${encodeURIComponent(model)}/infer`, {
+  const answer = await ask(`v2/models/${encodeURIComponent(model)}/versions/${version}/infer`, {
     method: "POST", body: new Blob([head, length, bytes]), signal,
     headers: { "Content-Type": "application/octet-stream", [HEADER_LENGTH]: head.length },
   });

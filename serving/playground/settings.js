@@ -39,7 +39,7 @@ export function promise({ calibration }) {
   $("promise").title = parts.length ? calibration.data : "";
 }
 
-/** {model, options, prompt}, as it is set. boxes: rows. */
+/** {model, version, options, prompt}, as it is set. boxes: rows. */
 export function readRequest(card, boxes) {
   const options = { seed: Number($("seed").value), views: $("views").value };
   if (isFree(card)) options.samples = Number($("samples").value);
@@ -47,13 +47,13 @@ export function readRequest(card, boxes) {
   if ($("scale-to").value.trim()) options.scale = $("scale-to").value.trim();
   const tags = [...$("tags").querySelectorAll(":checked")].map((box) => box.value);
   const prompt = card.prompt.kind === "tags" && tags.length ? { tags } : card.prompt.kind === "boxes" && boxes.length ? { boxes } : {};
-  return { model: card.name, options, prompt };
+  return { model: card.name, version: card.version, options, prompt };
 }
 
-/** The maps that an answer to a request has. known: what `GET /models` says of the model. */
-export function mapsOf({ options, prompt }, card, { single, several }) {
+/** The maps that an answer to a request has. */
+export function mapsOf({ options, prompt }, card) {
   const members = Object.keys(prompt).length ? card.prompt.members.length : 0;
   const isOne = (options.samples ?? (members || card.sampling.default_samples)) === 1 && options.views === "none";
   const [absent, present] = isOne ? ["mutual_information", "seam"] : ["seam", "mutual_information"];
-  return (single ?? several).map((name) => (name === absent ? present : name));
+  return (card.maps.single ?? card.maps.several).map((name) => (name === absent ? present : name));
 }

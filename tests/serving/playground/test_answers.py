@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,40 @@ def test_withheld_pixels_are_striped_as_no_class_can_be(
     assert 0.1 < withheld.mean() < 0.9 and (shown[~withheld] == plain[~withheld]).all()
     y, x = np.nonzero(withheld)
     assert (shown[withheld] == (255 * ((x + y) // 4 % 2))[:, None]).all()
+
+
+def test_the_labels_of_a_version_have_its_classes_until_it_has_gone(
+    browser: sync_api.Browser, tmp_path: Path, photo: tuple[np.ndarray, bytes]
+) -> None:
+    """The next version has the classes in the other order, and the first one's names and colours are of the first."""
+    pixels, file = photo
+    store, (card, network) = tmp_path / "store", toy_card("pointwise")
+    first = export_network(network, card, store)
+    with serving(store, tmp_path, model_control=True, predrain_s=0) as server, server.client() as client:
+        page = browser.new_page()
+        page.goto(server.url)
+        give(page, file, model=card.name)
+        plain = canvas(page, "labels")
+        export_network(network, dataclasses.replace(card, classes=card.classes[::-1]), store)
+        assert client.post(f"/v2/repository/models/{card.name}/load").status_code == 200
+        page.click("#run")
+        done(page)
+        assert (canvas(page, "labels") == plain).all() and "version=1" in (page.text_content("#curl") or "")
+        shutil.rmtree(first)
+        for verb in ("unload", "load"):
+            assert client.post(f"/v2/repository/models/{card.name}/{verb}").status_code == 200
+        export_network(network, dataclasses.replace(card, classes=card.classes[::-1]), store)
+        assert client.post(f"/v2/repository/models/{card.name}/load").status_code == 200
+        page.click("#run")
+        sync_api.expect(page.locator("#status")).to_have_text(
+            f"{card.name} has no version 1; loaded are 2, 3. Press Segment to ask {card.name} version 3"
+        )
+        assert page.locator("#model option").count() == 1 and "version 3" in page.inner_text("#about")
+        page.click("#run")
+        done(page)
+        colors = np.array([info.color for info in card.classes[::-1]])
+        assert (canvas(page, "labels") == colors[pixels.argmax(2)]).all()
+        page.close()
 
 
 def test_a_strange_picture_has_a_banner_and_its_scores_stand_beside(
