@@ -8,17 +8,17 @@ import { STOPS } from "./ramp.js";
 const FIGURE_PX = 1600, MARGIN = 16, LINE = 22;
 const FILES = [
   ["Labels (PNG)", "image/png", "labels.png", () => ({})],
-  ["Map (PNG, 16 bits)", "image/png", "map.png", (map) => ({ picture: map })],
+  ["Map (PNG, 16 bits)", "image/png", "map.png", ({ map }) => ({ picture: map })],
   ["Regions (GeoJSON)", "application/geo+json", "regions.geojson", () => ({})],
   ["Table (JSON)", "application/json", "answer.json", () => ({})],
-  ["Everything (npz)", "application/x-npz", "answer.npz", () => ({})],
+  ["Everything (npz)", "application/x-npz", "answer.npz", ({ outputs }) => ({ outputs })],
 ];
 
-/** page(): {picture, request, map}. figure(): the figure's parts. tell(promise): shows how it goes. */
+/** page(): {picture, request, map, outputs}. figure(): the figure's parts. tell(promise): shows how it goes. */
 export function offerDownloads(page, figure, tell) {
   const files = FILES.map(([title, media, name, extra]) => button(title, async () => {
-    const { picture, request, map } = page();
-    save(await (await segmentAs(media, picture, request, extra(map))).blob(), name);
+    const { picture, request, ...shown } = page();
+    save(await (await segmentAs(media, picture, request, extra(shown))).blob(), name);
   }, tell));
   const figures = ["svg", "png"].map((kind) => button(`Figure (${kind.toUpperCase()})`, async () => {
     const drawn = drawFigure(figure());

@@ -141,14 +141,14 @@ function showWork(started) {
 
 /** The answer, whole or shown band by band: {facts, fresh}. */
 async function answered(asked, signal) {
-  const names = mapsOf(asked, card), fresh = { bands: [], key: JSON.stringify(asked), names };
+  const names = mapsOf(asked, card), fresh = { bands: [], asked, names, outputs: [...names, "probabilities"] };
   if (4 * bitmap.width * bitmap.height * card.classes.length <= EXACT_BYTES) {
-    const { tensors, facts } = await infer(picture, asked, ["labels", ...names, "probabilities"], signal);
+    const { tensors, facts } = await infer(picture, asked, ["labels", ...fresh.outputs], signal);
     fresh.bands = [wholeBand(tensors)];
     return { facts, fresh };
   }
-  fresh.names = names.filter((name) => ["entropy", "confidence", "mutual_information"].includes(name) || card.extra_maps.some((extra) => extra.name === name));
-  const facts = await follow(picture, asked, { outputs: fresh.names, signal, progress, band: (one) => signal.aborted || addBand(fresh, one) });
+  fresh.outputs = fresh.names = names.filter((name) => ["entropy", "confidence", "mutual_information"].includes(name) || card.extra_maps.some((extra) => extra.name === name));
+  const facts = await follow(picture, asked, { outputs: fresh.outputs, signal, progress, band: (one) => signal.aborted || addBand(fresh, one) });
   return { facts, fresh };
 }
 
@@ -192,7 +192,7 @@ function show(given) {
   say(outcome(answer.facts));
   showBanner(answer.facts);
   showTimes(answer.facts.phases, answer.ms);
-  showCode(picture, JSON.parse(answer.key), hasKey());
+  showCode(picture, answer.asked, hasKey());
   endDraws();
   $("more").hidden = false;
   const isLarge = bitmap.width * bitmap.height > LARGE_PIXELS;
@@ -247,7 +247,7 @@ function inspect() {
 function settingsChanged() {
   if (!card) return;
   promise(card);
-  $("stale").hidden = !answer?.facts || answer.key === JSON.stringify(request());
+  $("stale").hidden = !answer?.facts || JSON.stringify(answer.asked) === JSON.stringify(request());
   view.redraw();
 }
 
@@ -312,13 +312,14 @@ function begin() {
   for (const id of ["left", "right", "opacity"]) $(id).addEventListener("input", view.redraw);
   $("hide").addEventListener("input", () => repaintLabels());
   $("safe").addEventListener("change", () => {
+    endDraws();
     repaintLabels();
     if (answer) legend.show(answer, card.classes, colors());
     inspect();
   });
   $("job").addEventListener("click", () => runJob({ picture, request: request(), say }).catch(refused));
-  $("draws-run").addEventListener("click", () => tell(showDraws(picture, request(), colors()), "Drawing samples"));
-  offerDownloads(() => ({ picture, request: JSON.parse(answer.key), map: $("map").value }), figure, tell);
+  $("draws-run").addEventListener("click", () => tell(showDraws(picture, answer.asked, colors()), "Drawing samples"));
+  offerDownloads(() => ({ picture, request: answer.asked, map: $("map").value, outputs: answer.outputs }), figure, tell);
   inspect();
   loadModels().then(go).catch(refused);
 }

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from penumbra.models.card import MAPS
 from tests.serving.playground.browsing import CHROMIUM, HEIGHT, PNG, WAIT_MS, WIDTH, canvas, drag, give, place
 from tests.serving.server import Server
 
@@ -183,13 +184,15 @@ def test_what_is_taken_along_is_the_answer_that_is_shown(
     page.locator("#samples").fill("1")
     assert page.locator("#stale").is_visible(), "which is not what is set"
     files = {}
-    for title in ("Labels (PNG)", "Regions (GeoJSON)", "Figure (SVG)", "Figure (PNG)"):
+    for title in ("Labels (PNG)", "Regions (GeoJSON)", "Everything (npz)", "Figure (SVG)", "Figure (PNG)"):
         with page.expect_download() as download:
             page.click(f"#downloads button:text-is('{title}')")
         files[title] = Path(download.value.path()).read_bytes()
     with server.client() as client:
         answer = client.post("/segment", params={"model": "toy-latent", "samples": 4}, content=photo[1], headers=PNG)
     assert files["Labels (PNG)"] == answer.content
+    with np.load(io.BytesIO(files["Everything (npz)"])) as arrays:
+        assert {*arrays} == {"labels", "probabilities", *MAPS}
     assert json.loads(files["Regions (GeoJSON)"])["type"] == "FeatureCollection"
     assert b"1.1 nats" in files["Figure (SVG)"] and b"toy-latent version 1" in files["Figure (SVG)"]
     with Image.open(io.BytesIO(files["Figure (PNG)"])) as figure:
@@ -204,9 +207,14 @@ def test_what_is_taken_along_is_the_answer_that_is_shown(
 def test_single_samples_stand_side_by_side(page: sync_api.Page, photo: tuple[np.ndarray, bytes]) -> None:
     give(page, photo[1], model="toy-latent")
     page.click("#draws summary")
+    page.fill("#seed", "9")
+    assert page.locator("#stale").is_visible()
     page.click("#draws-run")
     sync_api.expect(page.locator("#strip figcaption").last).to_contain_text("disagree", timeout=WAIT_MS)
-    assert page.locator("#strip figure").count() == 5
+    *draws, _ = page.locator("#strip figcaption").all_inner_texts()
+    assert draws == [f"one sample, seed {seed}" for seed in range(4)], "of the answer that is shown, not of what is set"
+    page.check("#safe")
+    assert page.locator("#strip figure").count() == 0, "its colours are not the legend's any more"
 
 
 def test_a_large_picture_comes_in_bands_and_can_be_cancelled(page: sync_api.Page) -> None:
