@@ -4,7 +4,7 @@ import { $ } from "./elements.js";
 import { ask, queryOf } from "./protocol.js";
 
 const POLL_MS = 700;
-const BUSY = [429, 503], BUSY_S = 5, PATIENCE_S = 120; // a server that is full or not ready is asked again, for so long
+const BUSY = [429, 503], BUSY_S = 5, PATIENCE_S = 120; // a server that is full, not ready or away is asked again, for so long
 
 /** Whether a job runs, or its result waits to be taken. */
 export const hasJob = () => $("job").disabled || !$("job-result").hidden;
@@ -37,21 +37,21 @@ export async function runJob({ picture, request, say }) {
 /** Shows how a job goes, and offers its result. */
 async function watch(id, { picture, say, signal }) {
   for (let job = {}; job.state !== "done" && job.state !== "failed"; await pause(POLL_MS, signal)) {
-    job = await (await askPatiently(`jobs/${id}`, signal)).json();
+    job = await askPatiently(`jobs/${id}`, "json", signal);
     $("progress").value = job.percent;
     if (job.state === "failed") say(job.error, true);
     else say(`Job ${job.state}: ${job.percent} %, ${job.windows_done} of ${job.windows || "?"} windows`);
-    if (job.state === "done") offer(await (await askPatiently(`jobs/${id}/result`, signal)).blob(), picture.name || "picture");
+    if (job.state === "done") offer(await askPatiently(`jobs/${id}/result`, "blob", signal), picture.name || "picture");
   }
 }
 
-async function askPatiently(path, signal) {
+async function askPatiently(path, kind, signal) {
   for (let left_s = PATIENCE_S; ;) {
     try {
-      return await ask(path, { signal });
+      return await (await ask(path, { signal }))[kind]();
     } catch (error) {
-      const wait_s = Math.max(1, error.wait_s ?? BUSY_S);
-      if (!BUSY.includes(error.status) || wait_s > left_s) throw error;
+      const wait_s = Math.max(1, error.wait_s ?? BUSY_S), isAway = error instanceof TypeError; // a job outlasts its server's restart
+      if (!(isAway || BUSY.includes(error.status)) || wait_s > left_s) throw error;
       await pause(1000 * wait_s, signal);
       left_s -= wait_s;
     }

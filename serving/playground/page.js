@@ -11,7 +11,7 @@ import { colorsOf, isSafePossible, paintLabels, paintMap } from "./paint.js";
 import { ask, follow, hasKey, infer, keepKey } from "./protocol.js";
 import { drawScene } from "./scene.js";
 import { isFree, mapsOf, offerSettings, promise, readRequest } from "./settings.js";
-import { outcome, showBanner, showHover, showPixel, showScale, showTimes } from "./show.js";
+import { outcome, sayIn, showBanner, showHover, showPixel, showScale, showTimes } from "./show.js";
 import { makeView } from "./view.js";
 
 const EXACT_BYTES = 64e6; // of probabilities; above it the answer comes in bands and without them, as a tab has little memory
@@ -28,6 +28,7 @@ const view = makeView({
 
 const colors = () => colorsOf(card.classes, $("safe").checked);
 const request = () => readRequest(card, boxes.rows());
+const say = sayIn("status"), sayOfJob = sayIn("job-status");
 
 async function loadModels() {
   const { models } = await (await ask("models")).json();
@@ -131,7 +132,7 @@ function renewed(error) {
 function showWork(started) {
   $("cancel").hidden = started === undefined;
   if (started === undefined) return void ($("windows").hidden = true);
-  $("job-row").hidden = !hasJob();
+  if (($("job-row").hidden = !hasJob())) sayOfJob("");
   $("windows").removeAttribute("value");
   const tick = (live) => say(`Segmenting … ${((performance.now() - started) / 1000).toFixed(1)} s${$("windows").title}`, false, live);
   $("windows").title = "";
@@ -166,22 +167,16 @@ function addBand(fresh, band) {
   } else paintBands([band]);
 }
 
-function refused(error) {
+function refused(error, tell = say, rest = whatIsShown()) {
   if (error.status === 401 || error.status === 403) {
     $("key-form").hidden = false;
     $("key").focus();
   }
-  say(answer ? `${error.message}. ${whatIsShown()}` : error.message, true);
+  tell(rest ? `${error.message}. ${rest}` : error.message, true);
 }
 
 function whatIsShown() {
   return !answer ? "" : answer.facts ? "The picture is of the last answer." : "The rows that were done are shown.";
-}
-
-/** live: whether a screen reader says it. */
-function say(text, isWrong = false, live = "polite") {
-  Object.assign($("status"), { ariaLive: live, textContent: text });
-  $("status").classList.toggle("wrong", isWrong);
 }
 
 /** Shows a whole answer, or none. */
@@ -317,7 +312,7 @@ function begin() {
     if (answer) legend.show(answer, card.classes, colors());
     inspect();
   });
-  $("job").addEventListener("click", () => runJob({ picture, request: request(), say }).catch(refused));
+  $("job").addEventListener("click", () => runJob({ picture, request: request(), say: sayOfJob }).catch((error) => refused(error, sayOfJob, "")));
   $("draws-run").addEventListener("click", () => tell(showDraws(picture, answer.asked, colors()), "Drawing samples"));
   offerDownloads(() => ({ picture, request: answer.asked, map: $("map").value, outputs: answer.outputs }), figure, tell);
   inspect();

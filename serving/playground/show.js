@@ -33,6 +33,12 @@ export function outcome({ samples, seed, members, abstained }) {
   return abstained === undefined || abstained === null ? made : `${made} ${percent(abstained)} withheld.`;
 }
 
+/** What says sentences in one line of the page. live: whether a screen reader says it. */
+export const sayIn = (id) => (text, isWrong = false, live = "polite") => {
+  Object.assign($(id), { ariaLive: live, textContent: text });
+  $(id).classList.toggle("wrong", isWrong);
+};
+
 export function showScale(name, scale, card) {
   $("bar").hidden = false;
   $("bar-title").textContent = titleOf(name) + (scale.isFixed ? "" : " (this picture's own scale)");

@@ -193,9 +193,9 @@ def test_the_sample_scene_is_answered_and_nothing_is_fetched_from_elsewhere(
 def test_a_picture_over_the_limit_runs_as_a_job(
     browser: sync_api.Browser, toy_store: Path, tmp_path: Path, photo: tuple[np.ndarray, bytes]
 ) -> None:
-    """Looks at it that meet a full server, as these two do at first, wait."""
+    """Looks at it that meet a full server or none, as these three do at first, wait."""
     pixels, file = photo
-    busy = [503, 429]
+    busy = [503, 0, 429]
     with serving(toy_store, tmp_path, limit_pixels=1000) as server:
         page = browser.new_page()
         page.route("**/jobs/*", lambda route: refuse(route, busy.pop()) if busy else route.continue_())
@@ -205,6 +205,7 @@ def test_a_picture_over_the_limit_runs_as_a_job(
         sync_api.expect(page.locator("#status")).to_contain_text("1,000", timeout=WAIT_MS)
         page.click("#job")
         sync_api.expect(page.locator("#job-result")).to_be_visible(timeout=WAIT_MS)
+        assert "Job done" in page.inner_text("#job-status") and "1,000" in page.inner_text("#status")
         with page.expect_download() as download:
             page.click("#job-result")
         with Image.open(download.value.path()) as labels:
@@ -217,7 +218,11 @@ def test_a_picture_over_the_limit_runs_as_a_job(
 
 
 def refuse(route: sync_api.Route, status: int) -> None:
-    route.fulfill(status=status, headers={"Retry-After": "1"}, json={"error": "the queue is full"})
+    """Refuse, or with status 0 break the connection."""
+    if status:
+        route.fulfill(status=status, headers={"Retry-After": "1"}, json={"error": "the queue is full"})
+    else:
+        route.abort("connectionreset")
 
 
 def test_of_models_and_pictures_chosen_quickly_the_last_ones_are_shown(
