@@ -37,7 +37,8 @@ LONG = Limits(pixels=2**40, queue_samples=2**40, large_share=1)
 MARK = "spool.json"
 """File in a spool's directory that says what it is the spool of, and its files. No map has a dot in its name."""
 SCRATCH = "writing.tif"
-"""File in a spool's directory for whoever writes the answer in another form."""
+"""File in a spool's directory for whoever writes the answer in another form, who may put others beside it whose names
+begin so."""
 
 
 class RowFile:
@@ -87,7 +88,7 @@ class Spool:
             with disk():
                 directory.mkdir(parents=True, exist_ok=True)
                 self._clear()
-                names = ["labels", *options.maps(card), SUMS, SCRATCH]
+                names = ["labels", *options.maps(card), SUMS]
                 (directory / MARK).write_text(json.dumps({"key": key, "files": names}))
         size = (image.shape[0], image.shape[1])
         self._labels = RowFile(directory / "labels", size, np.uint8)
@@ -124,7 +125,7 @@ def _own(directory: Path) -> tuple[str, set[str]]:
     try:
         names = {path.name for path in directory.iterdir()}
         facts = json.loads((directory / MARK).read_text())
-        return str(facts["key"]), names & {*facts["files"]}
+        return str(facts["key"]), {name for name in names if name in facts["files"] or name.startswith(SCRATCH)}
     except (FileNotFoundError, ValueError, KeyError, TypeError):  # an empty mark, too: the disk was full
         return "", set()
 

@@ -112,9 +112,15 @@ def predict_picture(
             buffer.write(render(prediction, "application/x-npz", Style()))
         else:
             buffer.write(render(prediction, "image/png", Style(name)))
-        with disk():
-            write_whole(target, buffer.getvalue())
+        _put(target, buffer.getvalue())
     return Outcome(path, prediction, class_table(prediction), described)
+
+
+def _put(target: Path, data: bytes) -> None:
+    """Write a file, unless somebody has put one in its place since it was looked at."""
+    check_replaceable([target])
+    with disk():
+        write_whole(target, data)
 
 
 def predict_raster(
@@ -135,11 +141,11 @@ def predict_raster(
         with disk():
             with (partial / SCRATCH).open("wb") as file:
                 write_tiff(prediction, file, bands=bands)
+            check_replaceable([files[name]])
             os.replace(partial / SCRATCH, files[name])
     folder, tiffs = files["item"].parent, {name: files[name].name for name in ("labels", "maps")}
     model = segmenter.residency.directory(segmenter.find(prediction.card.name, prediction.card.version))
-    with disk():
-        write_whole(files["item"], answer_item(prediction, path.stem, tiffs, os.path.relpath(model, folder)))
+    _put(files["item"], answer_item(prediction, path.stem, tiffs, os.path.relpath(model, folder)))
     classes = class_table(prediction)
     prediction.timing_ms["write"] = 1e3 * (time.perf_counter() - started)
     spool.remove()

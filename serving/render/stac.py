@@ -32,8 +32,9 @@ def item(name: str, properties: Mapping[str, Any], assets: Mapping[str, Any]) ->
     """Make an item without a place, of this moment: neither a picture file nor a card says when something was seen."""
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return {
-        "type": "Feature", "stac_version": "1.1.0", "stac_extensions": [*EXTENSIONS], "id": name, "geometry": None,
-        "properties": {"datetime": now, "created": now} | dict(properties), "links": [], "assets": dict(assets),
+        "type": "Feature", "stac_version": "1.1.0", "stac_extensions": [*EXTENSIONS], "id": name,
+        "properties": {"datetime": now, "created": now} | dict(properties), "geometry": None,  # which may be long
+        "links": [], "assets": dict(assets),
     }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from penumbra.serving.engine.raster import Raster, open_raster
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.files.predict import predict_file
-from penumbra.serving.spool import LONG, MARK, RowFile, Spool, disk
+from penumbra.serving.spool import LONG, MARK, SCRATCH, RowFile, Spool, disk
 from tests.conftest import picture, toy_card
 from tests.serving.server import ROOT, until
 
@@ -143,6 +143,8 @@ def test_a_spool_goes_on_beside_no_file_of_somebodys_and_removes_its_own_alone(
         return spool
 
     place.mkdir()  # as a run leaves it that is killed at its very beginning
+    spooled(1)
+    (place / f"{SCRATCH}.rows").write_text("as a run leaves it that is killed while it writes the answer")
     spool = spooled(1)
     (place / "notes.txt").write_text("somebody's")
     for seed in (1, 2):
@@ -200,6 +202,20 @@ def test_a_raster_is_predicted_into_rasters_in_its_place(
             assert np.array_equal(maps.read(band), values)
     assert sum(row["pixels"] for row in outcome.classes) == 600 * 300
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"a_labels.tif", "a_maps.tif", "a_item.json"}
+
+
+def test_what_is_put_in_an_answers_place_while_it_is_made_stays(
+    segmenter: Segmenter, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    path, mine = tiff(tmp_path / "a.tif", picture(rng, 60, 90)), tmp_path / "out" / "a_labels.tif"
+    options = SegmentOptions(model="toy-latent")
+    with pytest.raises(BadOption, match=r"a_labels\.tif is in the way"):
+        predict_file(
+            segmenter, path, options, tmp_path / "out", progress=lambda done, of: mine.write_text("mine")
+        )  # fmt: skip
+    assert mine.read_text() == "mine"
+    mine.unlink()
+    assert predict_file(segmenter, path, options, tmp_path / "out").files["labels"] == str(mine)
 
 
 def test_a_raster_that_breaks_off_is_named_and_what_was_done_is_kept(
