@@ -104,7 +104,8 @@ class AnswerCache:
         """Keep a prediction if it is what the key asks for and has room. image_bytes: of the picture as it was sent."""
         arrays: list[NDArray[Any]] = [prediction.labels_HW, *prediction.maps.values()]
         arrays += [] if prediction.prob_KHW is None else [prediction.prob_KHW]
-        size = image_bytes + 3 * prediction.labels_HW.size + sum(array.nbytes for array in arrays)
+        pixel_bytes = prediction.image.num_bytes if prediction.image else 0
+        size = image_bytes + pixel_bytes + sum(array.nbytes for array in arrays)
         if prediction.num_samples != key[2].samples or size > self._limit_bytes:
             return
         for array in arrays:

@@ -85,6 +85,11 @@ class Raster:
         return self
 
     @property
+    def num_bytes(self) -> int:
+        """Count the bytes that are held of the image."""
+        return sum(held.nbytes for held in (self._pixels, self._void_HW) if held is not None)
+
+    @property
     def can_be_void(self) -> bool:
         """Whether the image speaks of pixels that hold no measurement."""
         return self._void_HW is not None

@@ -22,6 +22,7 @@ from penumbra.models.errors import BadImage, BadOption, ModelFault
 from penumbra.serving.cache import AnswerCache, key_of
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.options import PROBABILITIES, SegmentOptions
+from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.render import WRITERS, Style, render
@@ -208,13 +209,23 @@ def test_nobody_waits_longer_for_an_equal_request_than_its_deadline() -> None:
 def test_the_last_used_are_kept_as_many_as_there_is_room_for(seeds: list[int], room: int) -> None:
     card = toy_card("latent")[0]
     labels_HW, maps = np.zeros((20, 30), np.uint8), {name: np.zeros((20, 30), np.float32) for name in "abc"}
-    cache, used = AnswerCache(room * SIZE + 1), list[int]()
+    cache, used, raster = AnswerCache(room * SIZE + 1), list[int](), Raster(IMAGE)
     for seed in seeds:
         key = key_of(IMAGE, card, replace(OPTIONS, seed=seed))
         kept = cache.find(key, card)
         assert (kept is not None) == (seed in used)
-        cache.keep(key, Prediction(card, seed, 3, 1, (), (), labels_HW, maps, {}), image_bytes=IMAGE.nbytes)
+        cache.keep(
+            key, Prediction(card, seed, 3, 1, (), (), labels_HW, maps, {}, image=raster), image_bytes=IMAGE.nbytes
+        )
         used = [*(other for other in used if other != seed), seed][-room:] if room else []
+
+
+def test_a_picture_of_many_bands_takes_the_room_that_it_takes() -> None:
+    card, labels_HW, void_HW = toy_card("latent")[0], np.zeros((20, 30), np.uint8), np.zeros((20, 30), bool)
+    cache, raster = AnswerCache(600 * (1 + 13 * 4)), Raster(np.zeros((20, 30, 13), np.float32), void_HW=void_HW)
+    key = key_of(IMAGE, card, OPTIONS)
+    cache.keep(key, Prediction(card, 1, 3, 1, (), (), labels_HW, {}, {}, image=raster), image_bytes=0)
+    assert cache.find(key, card) is None, "of void pixels there is a byte more"
 
 
 def test_an_answer_larger_than_the_memory_leaves_the_others_there(segmenter: Segmenter) -> None:
