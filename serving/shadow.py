@@ -136,9 +136,9 @@ class Shadow:
         name, version = candidate.directory.parts[-2:]
         try:
             reply = self._ask(question) if self._candidates.get(name) is candidate else None
-        except (OSError, EOFError) as error:
+        except Exception as error:  # whatever it is, the place is the next one's
             self._end_process()
-            reply = Failed(f"the process ended ({type(error).__name__})")
+            reply = Failed(f"there was no reply ({type(error).__name__})")
         with self._lock:
             self._num_waiting -= question.image is not None
             if self._candidates.get(name) is not candidate:  # it has gone, or the server is going

@@ -130,13 +130,13 @@ class Residency:
 
     def swap(self) -> tuple[Runtime | None, str]:
         """Evict and bring back what was chosen. Returns what came back, or was to, and what kept it from that."""
-        for runtime in self._leaving:
-            runtime.leave_memory()
-            if self._observer:
-                self._observer.model_evicted(runtime.card.name)
-        give_memory_back()
         started, why, coming = time.perf_counter(), "", self._coming
         try:
+            for runtime in self._leaving:
+                runtime.leave_memory()
+                if self._observer:
+                    self._observer.model_evicted(runtime.card.name)
+            give_memory_back()
             if coming:
                 self._load(coming, self._stays[coming].directory)
         except PenumbraError as error:

@@ -26,9 +26,10 @@ from penumbra.serving.compare import Compared, Failed, Question, options_for, re
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.plan import resolve
 from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.serving.engine.store import PROMOTED, find_promoted, promote
+from penumbra.serving.engine.store import PROMOTED, artifact_card, find_promoted, promote
 from penumbra.serving.promotion import LEAST_PICTURES, LEAST_PIXELS, Figures, check_figures, read_condition
-from penumbra.serving.shadow import check_alike
+from penumbra.serving.shadow import Candidate, Shadow, check_alike
+from penumbra.serving.telemetry import Telemetry
 from tests.conftest import FIXED, picture
 from tests.serving.http.asking import PICTURE as PICTURE_TYPE
 from tests.serving.http.asking import ask, is_refused, png
@@ -233,6 +234,15 @@ def test_what_was_measured_of_a_version_promotes_no_other_that_has_come_under_it
         is_refused(ask_to(), 409, "version 2 has changed since it was measured; let it run again")
         assert ask(client).headers["X-Penumbra-Version"] == "1"
         assert ask_to().status_code == 200 and ask(client).headers["X-Penumbra-Version"] == "2"
+
+
+def test_a_question_that_cannot_be_put_keeps_nobodys_place(store: Path, segmenter: Segmenter) -> None:
+    served, newest = store / MODEL / "1", export(store)
+    shadow, candidate = Shadow(1.0, segmenter, Telemetry()), Candidate(served, newest, artifact_card(newest))
+    shadow._candidates[MODEL], shadow._num_waiting = candidate, 1
+    shadow._work(candidate, Question(served, newest, lambda: None, SegmentOptions()))  # type: ignore[arg-type]
+    assert (shadow._num_waiting, candidate.figures.num_failed) == (0, 1)
+    shadow.close()
 
 
 def test_a_server_without_a_shadow_says_how_to_have_one(store: Path, tmp_path: Path) -> None:

@@ -209,6 +209,19 @@ def test_a_load_that_fails_ends_the_requests_that_wait_for_it_and_no_other(error
             assert [str(one) for one in threads.map(lambda _: ask(scheduler, out, 5), range(2))] == [said] * 2
 
 
+def test_a_model_that_fails_as_it_leaves_holds_up_no_other() -> None:
+    out, other = models(2)
+
+    def fail() -> None:
+        other.is_there = False
+        raise RuntimeError("device lost")
+
+    with served([out, other], room=1) as (scheduler, _):
+        wait_until_out(out)
+        other.leave_memory = fail  # type: ignore[method-assign]
+        assert "could not be loaded again" in str(ask(scheduler, out, 5)) and ask(scheduler, out, 5) == 5
+
+
 # -- the same with artifacts -----------------------------------------------------------------------
 
 
