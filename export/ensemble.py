@@ -10,7 +10,7 @@ import torch
 from penumbra.export.golden import example_size
 from penumbra.models import find_method
 from penumbra.models.card import Card, Provenance, Readout
-from penumbra.models.checkpoint import check_replaceable, load_checkpoint, read_card, save_checkpoint
+from penumbra.models.checkpoint import check_output, load_checkpoint, read_card, save_checkpoint
 from penumbra.models.ensemble.net import EnsembleConfig, MemberConfig
 from penumbra.models.errors import BadOption
 
@@ -28,7 +28,7 @@ def make_ensemble(checkpoints: Sequence[Path], output: Path) -> Card:
     stems = [path.stem for path in checkpoints]
     if len(stems) < 2 or len(set(stems)) < len(stems):
         raise BadOption(f"an ensemble is made of two or more files with different names; given are {', '.join(stems)}")
-    check_replaceable(output, made_by=JOINED, sources=checkpoints)
+    check_output(output, made_by=JOINED, sources=checkpoints)
     cards, networks = zip(*(load_checkpoint(path) for path in checkpoints), strict=True)
     first = cards[0]
     for stem, card in zip(stems, cards, strict=True):

@@ -15,8 +15,8 @@ from torch import Tensor
 from penumbra.export.layouts import PublishedFile, published_name, read_published
 from penumbra.export.pickles import read_torch_file
 from penumbra.models import find_method
-from penumbra.models.card import NAME, Card, ClassInfo, Provenance, dump_card, parse_card
-from penumbra.models.checkpoint import SUFFIX, check_replaceable, fill_network, save_checkpoint
+from penumbra.models.card import Card, ClassInfo, Provenance, dump_card, parse_card
+from penumbra.models.checkpoint import check_output, fill_network, save_checkpoint
 from penumbra.models.classes import TABLES
 from penumbra.models.contract import Method, Network
 from penumbra.models.errors import BadArtifact, BadCheckpoint, BadOption
@@ -56,7 +56,7 @@ def import_checkpoint(
     Raises BadOption, and BadCheckpoint: a file is unreadable, of another kind, incomplete, or not finite. Then nothing
     is written.
     """
-    check_output(output, files)
+    check_output(output, made_by=IMPORTED, sources=files)
     found = find_method(method)
     where = ", ".join(map(str, files))
     contents = _read_files(found, files, where=where)
@@ -81,13 +81,6 @@ def import_checkpoint(
     train_only = [name for content in contents for name in content.train_only] + unused
     warnings = assembly.warnings + _losses(found, assembly, card, unused=unused, published=protocol == "published")
     return Imported(card, tuple(train_only), warnings, tuple(e for content in contents for e in content.entries))
-
-
-def check_output(output: Path, sources: Sequence[Path]) -> None:
-    """Raise BadOption where a checkpoint cannot have this name, or would take the place of what is no import."""
-    if output.suffix != SUFFIX or not NAME.fullmatch(output.stem):
-        raise BadOption(f"the output is {output.name!r}; a plain name that ends in {SUFFIX} is wanted")
-    check_replaceable(output, made_by=IMPORTED, sources=sources)
 
 
 def _read_files(method: Method, files: Sequence[Path], *, where: str) -> list[PublishedFile]:

@@ -16,9 +16,9 @@ from torch import Tensor
 from penumbra.export.bring import Brought, Given, build_module, read_program, read_torchscript
 from penumbra.export.given import Facts, classes_of, facts_beside, input_of, read_facts, size_of
 from penumbra.export.golden import example_size
-from penumbra.export.importer import IMPORTED, Imported, check_output
+from penumbra.export.importer import IMPORTED, Imported
 from penumbra.models.card import Card, Provenance, Readout, WindowSpec, dump_card, parse_card
-from penumbra.models.checkpoint import save_checkpoint
+from penumbra.models.checkpoint import check_output, save_checkpoint
 from penumbra.models.errors import BadArtifact, BadCheckpoint, BadOption, first_line
 from penumbra.models.plain.dropout import mask_dropouts
 from penumbra.models.plain.net import PlainConfig, PlainNetwork, as_logits
@@ -46,7 +46,8 @@ def import_network(form: str, source: str, output: Path | None, given: Given) ->
     sentence: what the network is or gives cannot be served, or too little is said of it. Then nothing is written.
     """
     if output:
-        check_output(output, [path for path in (Path(source), given.weights) if path and path.is_file()])
+        sources = [path for path in (Path(source), given.weights) if path and path.is_file()]
+        check_output(output, made_by=IMPORTED, sources=sources)
     if given.sampling not in (None, *SAMPLINGS):
         raise BadOption(f"sampling is {given.sampling!r}; {', '.join(SAMPLINGS)} is wanted")
     for option, owner in (("weights", "module"), ("tensor", "onnx")):

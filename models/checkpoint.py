@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from penumbra.models import find_method
-from penumbra.models.card import Card, dump_card, parse_card
+from penumbra.models.card import NAME, Card, dump_card, parse_card
 from penumbra.models.contract import Network
 from penumbra.models.errors import BadArtifact, BadCheckpoint, BadOption
 from penumbra.models.files import write_whole
@@ -40,6 +40,13 @@ def check_replaceable(path: Path, *, made_by: str, sources: Sequence[Path] = ())
     if not recipe.startswith(made_by):
         what = f"no checkpoint of ours that says {made_by.strip()!r} of where it comes from"
         raise BadOption(f"{path} is in the way, and is {what}; move it, or name another output")
+
+
+def check_output(output: Path, *, made_by: str, sources: Sequence[Path]) -> None:
+    """Raise BadOption where a checkpoint cannot have this name, or as `check_replaceable`."""
+    if output.suffix != SUFFIX or not NAME.fullmatch(output.stem):
+        raise BadOption(f"the output is {output.name!r}; a plain name that ends in {SUFFIX} is wanted")
+    check_replaceable(output, made_by=made_by, sources=sources)
 
 
 def save_checkpoint(path: Path, card: Card, network: Network, *, half: bool = False) -> None:

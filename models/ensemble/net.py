@@ -80,13 +80,12 @@ class Member(nn.Module):
         self.network: Network = method.build(read_strict(method.config, config.config, where=where))
         self.readout, self.resized = config.readout, resized
         self.names = [f"{config.name}.{name}" for name in self.network.sampling.members] or [config.name]
-        shared = [(s.bands, s.dtype, s.clip, s.resolution) for s in (source, config.input)]
-        if shared[0] != shared[1]:
-            raise BadOption(
-                f"{config.name} reads {', '.join(config.input.bands)} as {config.input.dtype}; all members of an "
-                f"ensemble read what the first does, {', '.join(source.bands)} as {source.dtype}, with its clip and "
-                "resolution"
-            )
+        for (fact, own), first in zip(reading(config.input).items(), reading(source).values(), strict=True):
+            if own != first:
+                raise BadOption(
+                    f"{config.name} has the {fact} {own}, and the first of the ensemble {first}; all members of an "
+                    "ensemble read what the first does"
+                )
         self.exchanged = source.order != config.input.order
         factor_311, offset_311 = renormalisation(source, config.input)
         self.factor_311 = nn.Buffer(factor_311, persistent=False)
@@ -112,6 +111,17 @@ class Member(nn.Module):
         size, align = image_B3hw.shape[2:], self.readout.align_corners
         full = F.interpolate(logits_MBKhw.flatten(0, 1), size=size, mode="bilinear", align_corners=align)
         return full.reshape(logits_MBKhw.shape[:3] + size)
+
+
+def reading(spec: InputSpec) -> dict[str, str]:
+    """Say what of its reading a network cannot undo, so that all members share it; of a clip, the range of values."""
+    ends = zip(spec.low or (0.0,) * spec.num_bands, spec.high or (spec.scale,) * spec.num_bands, strict=True)
+    ranges = [f"{low:g} to {high:g}" for low, high in ends][:: -1 if spec.order == "BGR" else 1]
+    rule = spec.resolution
+    return {
+        "bands": ", ".join(spec.bands), "type": spec.dtype, "clip": ", ".join(ranges) if spec.clip else "none",
+        "resolution": f"{rule.kind}:{rule.value:g}",
+    }  # fmt: skip
 
 
 def renormalisation(source: InputSpec, target: InputSpec) -> tuple[Tensor, Tensor]:

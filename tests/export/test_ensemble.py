@@ -103,6 +103,31 @@ def test_other_classes_are_refused_by_name(tmp_path: Path) -> None:
     assert not (tmp_path / "both.safetensors").exists()
 
 
+def test_members_whose_values_are_clipped_to_other_ranges_are_refused_and_bands_the_other_way_round_are_none(
+    tmp_path: Path,
+) -> None:
+    ranges = {"low": (0.0, 10.0, 20.0), "high": (50.0, 60.0, 70.0)}
+    turned = {name: values[::-1] for name, values in ranges.items()}
+    inputs = {
+        "one": InputSpec(clip=True, **ranges), "two": InputSpec(clip=True, order="BGR", **turned),
+        "three": InputSpec(clip=True, **turned), "four": InputSpec(**ranges),
+    }  # fmt: skip
+    paths = {name: checkpoint(tmp_path / f"{name}.safetensors", "toy", input=spec) for name, spec in inputs.items()}
+    make_ensemble([paths["one"], paths["two"]], tmp_path / "both.safetensors")
+    for other, clip in (("three", "20 to 70, 10 to 60, 0 to 50"), ("four", "none")):
+        match = f"{other} has the clip {clip}, and the first of the ensemble 0 to 50, 10 to 60, 20 to 70"
+        with pytest.raises(BadOption, match=match):
+            make_ensemble([paths["one"], paths[other]], tmp_path / "all.safetensors")
+
+
+@pytest.mark.parametrize("name", ["my ens.safetensors", "all.pt"])
+def test_an_ensemble_has_no_name_that_nothing_could_read(tmp_path: Path, name: str) -> None:
+    paths = [checkpoint(tmp_path / f"{stem}.safetensors", "toy") for stem in ("one", "two")]
+    with pytest.raises(BadOption, match=f"the output is '{name}'; a plain name that ends in .safetensors is wanted"):
+        make_ensemble(paths, tmp_path / name)
+    assert not (tmp_path / name).exists()
+
+
 def test_one_file_is_no_ensemble_and_names_must_differ(tmp_path: Path) -> None:
     one = checkpoint(tmp_path / "one.safetensors", "toy")
     for paths in ([one], [one, one]):
