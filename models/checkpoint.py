@@ -50,12 +50,18 @@ def check_output(output: Path, *, made_by: str, sources: Sequence[Path]) -> None
 
 
 def save_checkpoint(path: Path, card: Card, network: Network, *, half: bool = False) -> None:
-    """Write weights and card. half: store floats as fp16 (they are fp32 again when loaded)."""
+    """Write weights and card. half: store floats as fp16 (they are fp32 again when loaded).
+
+    Raises BadCheckpoint where a value is not finite, in fp16 if so stored; what is there is kept then.
+    """
     tensors = {
         key: value.half().contiguous() if half and value.is_floating_point() else value.contiguous()
         for key, value in network.state_dict().items()
         if not key.endswith(COUNTER)
     }
+    for key in (key for key, value in tensors.items() if not value.isfinite().all()):
+        beyond = f", or a value beyond the {torch.finfo(torch.half).max:g} of fp16" * half
+        raise BadCheckpoint(f"{path} is not written: {key} holds NaN or infinity{beyond}")
     write_whole(path, save(tensors, metadata={"card": dump_card(card)}))
     path.chmod(0o644)
 

@@ -25,7 +25,7 @@ from penumbra.models.checkpoint import (
     save_checkpoint,
 )
 from penumbra.models.contract import Network
-from penumbra.models.errors import BadArtifact, BadOption
+from penumbra.models.errors import BadArtifact, BadOption, ModelFault
 from penumbra.models.files import write_whole
 from penumbra.models.strict import read_strict
 from penumbra.serving.engine.allocator import keep_freed_memory
@@ -85,7 +85,11 @@ class Training:
         return self.objective.average
 
     def advance(self, progress: float) -> dict[str, float]:
-        """Take one step at the learning rate of `progress`; returns the named losses."""
+        """Take one step at the learning rate of `progress`; returns the named losses.
+
+        Raises ModelFault where the gradients are not finite. In 16-mixed a step whose gradients alone overflow is left
+        out, and the next ones are scaled less.
+        """
         begun = max((begin for begin in self.begins.values() if begin <= progress), default=0.0)
         rate = self.recipe.learning_rate * schedule(progress, warmup=self.recipe.warmup, begin=begun)
         for group in self.optimizer.param_groups:
@@ -96,7 +100,15 @@ class Training:
         self.average.eval()
         losses = self.forward(self.fabric.to_device(self.batches.draw()), progress, self.generator)
         self.fabric.backward(losses["total"])
-        self.fabric.clip_gradients(self.forward, self.optimizer, max_norm=MAX_GRADIENT_NORM)
+        norm: Any = self.fabric.clip_gradients(
+            self.forward, self.optimizer, max_norm=MAX_GRADIENT_NORM, error_if_nonfinite=False
+        )
+        figures = {name: float(value.detach()) for name, value in losses.items()}
+        if not (norm.isfinite() or (self.recipe.precision == "16-mixed" and math.isfinite(figures["total"]))):
+            raise ModelFault(
+                f"the training diverged in step {self.step + 1} ({brief(figures)}), and its gradients are not finite; "
+                f"a learning_rate below {self.recipe.learning_rate:g} is wanted"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -105,7 +117,7 @@ class Training:
         decay = min(1 - 1 / (self.step + 1), self.recipe.average_decay)
         update_average(self.average, self.objective.network, decay=decay)
         follow_first(self.fabric, self.average)
-        return {name: float(value.detach()) for name, value in losses.items()}
+        return figures
 
     def finish(self) -> None:
         """Let an objective that has something to fit in the end do so, from the labelled frames."""

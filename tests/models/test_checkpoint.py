@@ -65,6 +65,17 @@ def test_half_precision_storage_loses_only_what_rounding_loses(checkpoint: Path)
         assert torch.equal(value, wanted.half().to(wanted.dtype))
 
 
+@pytest.mark.parametrize(("value", "half"), [(float("nan"), False), (1e5, True)])
+def test_weights_that_nothing_could_read_do_not_take_the_place_of_a_good_file(
+    checkpoint: Path, value: float, half: bool
+) -> None:
+    before, (card, network) = checkpoint.read_bytes(), small_checkpoint()
+    network.get_parameter(KEY).data.view(-1)[-1] = value
+    with pytest.raises(BadCheckpoint, match=f"is not written: {KEY} holds NaN or infinity"):
+        save_checkpoint(checkpoint, card, network, half=half)
+    assert checkpoint.read_bytes() == before
+
+
 def test_a_missing_tensor_is_named(checkpoint: Path) -> None:
     rewrite(checkpoint, {KEY: None})
     with pytest.raises(BadCheckpoint, match=f"lacks the tensor {KEY}"):

@@ -16,7 +16,7 @@ from penumbra.__main__ import main
 from penumbra.models.card import IGNORE
 from penumbra.models.checkpoint import load_checkpoint, read_card
 from penumbra.models.confusion import confusion, intersection_over_union
-from penumbra.models.errors import BadOption
+from penumbra.models.errors import BadOption, ModelFault
 from penumbra.training import loop
 from penumbra.training.augment import normalise
 from penumbra.training.data import find_data
@@ -53,6 +53,17 @@ def test_a_few_steps_lower_the_loss(method: str, tmp_path: Path) -> None:
     training = _training(method, tmp_path)
     losses = [training.advance(0.2)["supervised"] for _ in range(32)]
     assert sum(losses[-4:]) < 0.75 * sum(losses[:4])
+
+
+def test_a_training_that_diverges_ends_in_a_sentence_and_leaves_its_weights_as_they_were(tmp_path: Path) -> None:
+    training = _training("cps", tmp_path)
+    weight = next(training.objective.network.parameters())
+    weight.data[:] = float("inf")
+    before = [tensor.clone() for tensor in training.average.state_dict().values()]
+    with pytest.raises(ModelFault, match=r"diverged in step 1 \(total nan, .*a learning_rate below 0.002 is wanted"):
+        training.advance(0.5)
+    for ours, theirs in zip(training.average.state_dict().values(), before, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("method", METHODS)
