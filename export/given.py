@@ -43,10 +43,7 @@ DEFAULT_SIZE = (512, 512)
 def read_facts(text: str) -> Facts:
     """Read `--input`: a JSON file, or fields as `size=256x256 bands=blue,green mean=0.2,0.3`. Raises BadOption."""
     if text.endswith(".json"):
-        try:
-            return find_facts(json.loads(Path(text).read_text("utf-8")))
-        except (OSError, ValueError) as error:
-            raise BadOption(f"--input {text} cannot be read as JSON ({error})") from None
+        return _facts_in(Path(text))
     pairs = [word.partition("=")[::2] for word in text.split()]
     for name, value in pairs:
         if name not in NAMES or name == "classes" or not value:
@@ -55,13 +52,21 @@ def read_facts(text: str) -> Facts:
     return {name: parse_value(value) for name, value in pairs}
 
 
-def facts_beside(path: Path) -> Facts:
-    """Read what transformers saved beside a file; nothing where there is none. Its dtype is that of the weights."""
+def facts_beside(path: Path) -> tuple[Facts, tuple[str, ...]]:
+    """Read what transformers saved beside a file, if anything, and say what was read where. Its dtype is that of the
+    weights. Raises BadOption."""
     files = [path.with_name(name) for name in NEIGHBOURS if path.is_file()]
-    found: Facts = {}
-    for file in filter(Path.is_file, files):
-        found |= read_facts(str(file))
-    return {fact: value for fact, value in found.items() if fact != "dtype"}
+    read = {file: _facts_in(file) for file in files if file.is_file()}
+    facts = {fact: value for found in read.values() for fact, value in found.items() if fact != "dtype"}
+    told = {file: ", ".join(fact for fact in found if fact in facts) for file, found in read.items()}
+    return facts, tuple(f"{file} says {names}" for file, names in told.items() if names)
+
+
+def _facts_in(path: Path) -> Facts:
+    try:
+        return find_facts(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadOption(f"what {path} says of pictures cannot be read as JSON ({error})") from None
 
 
 def find_facts(content: Any) -> Facts:
@@ -111,7 +116,12 @@ def input_of(facts: Facts, channels: int | None) -> tuple[InputSpec, tuple[str, 
     if len(bands) != num:
         raise BadOption(f"{len(bands) or 'no'} bands are named, and the network takes {num}; {how}")
     bands, notes = [str(name).lower() for name in bands], tuple[str, ...]()
-    if not {"mean", "low"} & facts.keys():
+    given = [name for name in ("mean", "std", "low", "high") if name in facts]
+    if given in (["mean"], ["std"]):
+        (other,) = {"mean", "std"} - {*given}
+        raise BadOption(f"{given[0]} is {facts[given[0]]}, and nothing says {other}; add --input '{other}=...', which "
+                        f"is {int(other == 'std')} where it changes nothing")  # fmt: skip
+    if not given:
         if num != len(RGB):
             raise BadOption(f"nothing says how values of {', '.join(bands)} become the network's input; {how}")
         facts, notes = facts | IMAGENET, ("nothing says how pixels become the network's input: ImageNet's mean and "

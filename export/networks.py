@@ -72,7 +72,7 @@ def checkpoint_name(source: str, given: Given) -> str:
 
 def _import(form: str, source: str, name: str, given: Given) -> tuple[Imported, PlainNetwork]:
     """Make card and network, and sentences on both; what is refused does not say of which source."""
-    said, beside = read_facts(given.input or ""), facts_beside(given.weights or Path(source))
+    said, (beside, read) = read_facts(given.input or ""), facts_beside(given.weights or Path(source))
     brought = _read(form, source, given, beside | said)
     facts = beside | brought.facts | said
     height, width = size_of(said if brought.height else facts, brought.height, brought.width)
@@ -96,7 +96,7 @@ def _import(form: str, source: str, name: str, given: Given) -> tuple[Imported, 
     found = f"one channel, a {kind}, which becomes two classes exactly" if channels == 1 else kind
     found = f"on probes it gives {found} [B, {channels}, {sides[0]}, {sides[1]}] for {seen[0]}x{seen[1]} px"
     alone = (ALONE,) if card.num_members(card.sampling.default_samples) == 1 else ()
-    notes = (*brought.notes, found, *cut)
+    notes = (*read, *brought.notes, found, *cut)
     return Imported(card, brought.left_out, (*unsaid, *unnamed, *alone), notes=notes), network
 
 

@@ -299,9 +299,19 @@ def test_what_transformers_saved_beside_the_weights_of_a_module_is_read(tmp_path
     saved = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": {"height": 32, "width": 48}}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(saved))
     torch.save(seeded_tiny().state_dict(), tmp_path / "w.pth")
-    card = import_network("module", f"{module}:Tiny", None, Given(weights=tmp_path / "w.pth")).card
+    imported = import_network("module", f"{module}:Tiny", None, Given(weights=tmp_path / "w.pth"))
+    assert imported.notes[:2] == (
+        f"{tmp_path / 'config.json'} says classes",
+        f"{tmp_path / 'preprocessor_config.json'} says mean, std, size",
+    )
+    card = imported.card
     assert [info.name for info in card.classes] == ["road", "sky", "car"]
     assert (card.window.height, card.window.width, card.input.mean) == (32, 48, (0.5,) * 3)
+
+
+def test_a_file_beside_a_network_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    refused(write(tmp_path, "onnx"), "onnx", f"what {tmp_path / 'config.json'} says of pictures", kind=BadOption)
 
 
 def test_what_timm_says_of_an_encoder_within_smps_is_read(module: str) -> None:
@@ -360,9 +370,15 @@ def test_input_is_read_from_fields_and_from_other_libraries_files(tmp_path: Path
         ("", 4, "no bands are named, and the network takes 4; add --input"),
         ("bands=a,b,c mean=0 std=1", 4, "3 bands are named, and the network takes 4"),
         ("bands=a,b,c,d", 4, "nothing says how values of a, b, c, d become"),
+        (
+            "std=0.5,0.5,0.5",
+            3,
+            "std is (0.5, 0.5, 0.5), and nothing says mean; add --input 'mean=...', which is 0 where",
+        ),
+        ("mean=104,117,123", 3, "and nothing says std; add --input 'std=...', which is 1 where"),
         ("mean=0 std=0", 3, "divided by both"),
-        ("mean=0 dtype=uint16", 3, "what its values are divided by"),
-        ("mean=0 dtype=int64", 3, "dtype"),
+        ("mean=0 std=1 dtype=uint16", 3, "what its values are divided by"),
+        ("mean=0 std=1 dtype=int64", 3, "dtype"),
         ("colour=red", 3, "--input has 'colour'"),
         ("size=0x3", 3, "HEIGHTxWIDTH"),
         ("size=32x64", 3, "takes 32x48 alone"),
@@ -545,6 +561,6 @@ def test_a_unet_of_one_channel_is_brought_by_its_own_code(tmp_path: Path, monkey
         "mouse_pupil_analysis.unet:UNet",
         "module",
         "lacks: att.conv.weight",
-        said="size=148x148 mean=0",
+        said="size=148x148 mean=0 std=1",
         weights=weights,
     )
