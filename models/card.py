@@ -7,6 +7,7 @@ with `export` filled in. Reading is strict: an unknown, missing or mistyped fiel
 import dataclasses
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -260,11 +261,14 @@ def _check_facts(card: Card) -> None:
     """Raise BadArtifact, naming the first fact that is impossible or contradicts another, if any does."""
     window, sampling, prompt, num_members = card.window, card.sampling, card.prompt, len(card.sampling.members)
     extra = [extra_map.name for extra_map in card.extra_maps]
+    names = [info.name for info in card.classes]
+    twice = [name for name, count in Counter(names).items() if count > 1]
     failures = {
         "name is no directory's; up to 100 letters, digits, '.', '_' and '-' are": not NAME.fullmatch(card.name),
-        f"has 1 class, {''.join(info.name for info in card.classes)!r}, which every pixel would have; 2 "
+        f"has 1 class, {''.join(names)!r}, which every pixel would have; 2 "
         f"to {IGNORE} can be served, and the background is one too": card.num_classes == 1,
         f"has {card.num_classes} classes; 2 to {IGNORE} can be served": not 1 <= card.num_classes <= IGNORE,
+        f"has several classes with the name {', '.join(twice)!r:.60}; each has a name of its own": twice != [],
         f"window is {window.height}x{window.width}; both 0 or both positive":
             (window.height == 0) != (window.width == 0) or min(window.height, window.width) < 0,
         f"has {num_members} members and {sampling.default_samples} default_samples; members fix the number of samples":

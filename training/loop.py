@@ -15,7 +15,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from penumbra.models import find_method
-from penumbra.models.card import Card, Provenance, Readout
+from penumbra.models.card import Card, Provenance, Readout, dump_card, parse_card
 from penumbra.models.checkpoint import (
     COUNTER,
     check_replaceable,
@@ -178,7 +178,8 @@ def train(
     """Train, or go on after an interruption, and return the path of the final checkpoint.
 
     threads: per process. minutes: length of the schedule by the clock, instead of the recipe's steps. fabric: of
-    `start_devices`; one device if left out. Process 0 alone validates and writes. Raises BadOption, BadData.
+    `start_devices`; one device if left out. Process 0 alone validates and writes. Raises BadOption, BadData, and
+    BadArtifact: the card of such a checkpoint could not be read.
     """
     keep_freed_memory()
     if threads is not None:
@@ -198,6 +199,7 @@ def train(
         write_split(run_dir / "labelled.txt", frames, training.split[0], replace=is_over)
     labelled, used = training.split[0], torch.cat(training.split).unique()
     card = card_of(recipe, data, num_frames=len(used), num_labelled=len(labelled), network=training.average)
+    parse_card(dump_card(card))  # what could not be read in the end is told in the beginning
     run(training, card, val, run_dir, minutes=minutes, report=report)
     training.finish()
     if training.fabric.is_global_zero:

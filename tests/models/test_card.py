@@ -147,6 +147,7 @@ ONE_CLASS = {"name": "x", "color": [0, 0, 0]}
     [
         *[("name", name, "name") for name in ("../escape", "a/b", "", ".hidden", "..", "a b", "x" * 200, "a\n")],
         ("classes", [], "0 classes"),
+        ("classes", [ONE_CLASS] * 2, "has several classes with the name 'x'; each has a name of its own"),
         ("classes", [ONE_CLASS], "has 1 class, 'x', which every pixel would have"),
         ("classes", [ONE_CLASS] * 256, "256 classes"),
         ("classes.1.color.0", 256, "color"),
@@ -294,7 +295,7 @@ def test_a_map_of_the_model_s_own_may_be_what_tells_strangeness() -> None:
 
 
 def test_255_classes_can_be_served() -> None:
-    assert parse_card(changed("classes", [ONE_CLASS] * 255)).num_classes == 255
+    assert parse_card(changed("classes", [ONE_CLASS | {"name": f"c{k}"} for k in range(255)])).num_classes == 255
 
 
 def test_one_sample_has_no_mutual_information_and_several_have_no_seam() -> None:
