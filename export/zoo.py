@@ -18,13 +18,14 @@ DEMO = ("cps-camvid", "np_semiseg-camvid")
 def fill_store(store: Path) -> list[Path]:
     """Export the demo checkpoints that a demo store lacks or has from another file; returns new directories.
 
-    Only an empty store, or one that holds one of these models already, is a demo store; others are left alone.
+    Only a store without other models is a demo store; others are left alone, and so is a model of somebody's own that
+    has the name of a demo.
     """
-    checkpoints = {name: ZOO / f"{name}.safetensors" for name in DEMO}
     present = versions(store)
-    if present and not checkpoints.keys() & present.keys():
+    if present.keys() - {*DEMO}:
         return []
-    stale = [path for name, path in checkpoints.items() if name not in present or not _is_current(store, path)]
+    checkpoints = [ZOO / f"{name}.safetensors" for name in DEMO]
+    stale = [path for path in checkpoints if path.stem not in present or _is_older(store, path)]
     if not stale:
         return []
     from penumbra.export.bundle import export_checkpoint  # imports torch, which a full store does not need
@@ -33,6 +34,11 @@ def fill_store(store: Path) -> list[Path]:
     return [export_checkpoint(path, store) for path in track(stale, "Exporting the demo models", console=console)]
 
 
-def _is_current(store: Path, checkpoint: Path) -> bool:
-    facts = artifact_card(find_artifact(store, checkpoint.stem)).export
-    return facts is not None and facts.checkpoint == sha256_of(checkpoint)
+def _is_older(store: Path, checkpoint: Path) -> bool:
+    """Tell whether the newest version is of the same training as a checkpoint, and of another file."""
+    card = artifact_card(find_artifact(store, checkpoint.stem))
+    if card.export and card.export.checkpoint == sha256_of(checkpoint):
+        return False
+    from penumbra.models.checkpoint import read_card  # imports torch
+
+    return card.provenance == read_card(checkpoint).provenance
