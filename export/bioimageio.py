@@ -1,7 +1,7 @@
 """A package of bioimage.io (specification 0.5): one TorchScript graph from raw values to probabilities, with a test.
 
-The graph is the artifact's own two, run on the recorded noise of its golden windows, so it is one fixed answer: the
-mean over its samples, without uncertainty. https://bioimage.io/docs
+The graph is the artifact's own two, run on the noise of seed 0, so it is one fixed answer: the mean over its usual
+samples, without uncertainty. https://bioimage.io/docs
 """
 
 import io
@@ -15,10 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from penumbra.export.readout import Normalise, check_read_out, moments
 from penumbra.models.card import Card
 from penumbra.models.errors import BadOption
 from penumbra.models.files import write_whole
 from penumbra.serving.engine.backends.torchscript import open_graph
+from penumbra.serving.engine.noise import SeededNoise
+from penumbra.serving.engine.runtime import as_type
 from penumbra.serving.engine.store import Artifact, sha256_of
 
 SPDX = {"apache-2.0": "Apache-2.0", "mit": "MIT", "bsd-3-clause": "BSD-3-Clause", "cc0-1.0": "CC0-1.0",
@@ -35,39 +38,29 @@ class Whole(nn.Module):
         super().__init__()
         card, folder, cpu = artifact.card, artifact.directory, torch.device("cpu")
         self.encode, self.decode = (open_graph(folder / f"{part}.ts", cpu, "") for part in ("encode", "decode"))
-        self.readout, self.is_reversed = card.readout, card.input.order == "BGR"
-        self.factor, self.offset = (torch.tensor(values)[:, None, None] for values in card.input.factor_offset)
-        self.bounds = [torch.tensor(values)[:, None, None] for values in card.input.bounds or ()]
-        self.noise_S1L = artifact.golden.plain.noise_SBL[:, :1]
+        self.readout, self.normalise = card.readout, Normalise(card.input)
+        noise = SeededNoise(card.sampling, seed=0, num_samples=card.sampling.default_samples)
+        self.noise_S1L = torch.from_numpy(noise.draw(0))[:, None]
 
     def forward(self, values_BChw: Tensor) -> Tensor:
-        seen = (values_BChw.flip(1) if self.is_reversed else values_BChw) * self.factor + self.offset
-        if self.bounds:
-            seen = torch.minimum(torch.maximum(seen, self.bounds[0]), self.bounds[1])
+        seen = self.normalise(values_BChw.permute(0, 2, 3, 1))
         logits_SBKhw = self.decode(self.encode(seen), self.noise_S1L.expand(-1, seen.shape[0], -1))
-        logits_SBKhw = logits_SBKhw / self.readout.temperature
-        if self.readout.average == "logits":
-            logits_SBKhw = logits_SBKhw.mean(0, keepdim=True)
-        if self.readout.softmax_at == "feature":
-            return self._resized(logits_SBKhw.softmax(2).mean(0), values_BChw)
-        return torch.stack([self._resized(one, values_BChw).softmax(1) for one in logits_SBKhw.unbind(0)]).mean(0)
-
-    def _resized(self, values_BKhw: Tensor, like: Tensor) -> Tensor:
-        size = (like.shape[2], like.shape[3])
-        return nn.functional.interpolate(values_BKhw, size, mode="bilinear", align_corners=self.readout.align_corners)
+        return moments(logits_SBKhw.transpose(0, 1), values_BChw.shape[2:], self.readout)[0]
 
 
 def write_package(artifact: Artifact, documentation: str, output: Path) -> Path:
-    """Write the package's files, and return its `rdf.yaml`. Raises BadOption for a model that is no TorchScript."""
+    """Write the package's files, and return its `rdf.yaml`. Raises BadOption for a model that is no TorchScript,
+    or is answered in views."""
     card = artifact.card
     if not card.export or card.export.backend != "torchscript":
         raise BadOption(f"{card.name} is {card.export and card.export.backend}; a package of bioimage.io is made of "
                         "torchscript, so export it so")  # fmt: skip
+    check_read_out(card, "bioimage.io")
     whole = Whole(artifact)
-    factor, offset = whole.factor, whole.offset
-    seen = artifact.golden.image_B3hw[:1]
-    values = ((seen.flip(1) if whole.is_reversed else seen) - offset) / factor
-    raw_BChw = _to_type(values.numpy(), card.input.dtype)
+    factor_C11, offset_C11 = (torch.tensor(values)[:, None, None] for values in card.input.factor_offset)
+    values_BChw = (artifact.golden.image_B3hw[:1] - offset_C11) / factor_C11
+    ordered = values_BChw.flip(1) if card.input.order == "BGR" else values_BChw
+    raw_BChw = as_type(ordered.numpy(), np.dtype(card.input.dtype))
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of TorchScript, which is deprecated, and of its tracer's guesses
         example = torch.from_numpy(raw_BChw.astype(np.float32))
@@ -84,13 +77,6 @@ def write_package(artifact: Artifact, documentation: str, output: Path) -> Path:
     described = _describe(card, raw_BChw.shape, {name: sha256_of(output / name) for name in files})
     write_whole(output / "rdf.yaml", (json.dumps(described, indent=1) + "\n").encode())  # JSON is YAML
     return output / "rdf.yaml"
-
-
-def _to_type(values: Any, dtype: str) -> Any:
-    if dtype == "float32":
-        return values.astype(np.float32)
-    ends = np.iinfo(dtype)
-    return np.rint(values).clip(ends.min, ends.max).astype(dtype)
 
 
 def _describe(card: Card, shape: tuple[int, ...], hashes: dict[str, str]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ at each call, so of one sample its mutual information is 0.
 Triton batches along the first axis only, so noise and logits are [B, S, ...] here, and S may differ from call to call.
 """
 
-import logging
 import os
 import shutil
 import tempfile
@@ -30,8 +29,9 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from penumbra.export.bundle import export_checkpoint
 from penumbra.export.golden import golden_image, golden_prompt
+from penumbra.export.readout import Normalise, check_read_out, moments
 from penumbra.export.torchscript import save_script
-from penumbra.models.card import Card, InputSpec, Sampling, dump_card
+from penumbra.models.card import Card, Sampling, dump_card
 from penumbra.models.contract import Features
 from penumbra.models.errors import BadOption
 from penumbra.models.files import drafted, writing
@@ -43,11 +43,10 @@ MAX_BATCH = 8
 MAX_DELAY_US = 1000
 """How long Triton waits for windows to join."""
 LABELS = "labels.txt"
-DTYPES = {torch.float32: pb.TYPE_FP32, torch.uint8: pb.TYPE_UINT8}
+DTYPES = {torch.float32: pb.TYPE_FP32, torch.uint8: pb.TYPE_UINT8, torch.int16: pb.TYPE_INT16}
 PROMPTS = {"boxes": ("boxes", "alpha"), "tags": ("tags",)}
 
 Tensors = dict[str, Tensor]
-log = logging.getLogger("penumbra")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,32 +59,10 @@ class Graph:
     outputs: tuple[str, ...]
 
 
-class _Normalise(nn.Module):
-    """Turns pixels image_BHWC into image_BCHW, channels-last, as `penumbra.serving.engine.windows.normalise` does."""
-
-    factor_C: Tensor
-    offset_C: Tensor
-    bounds_2C: Tensor | None
-
-    def __init__(self, spec: InputSpec) -> None:
-        super().__init__()
-        self.bgr = spec.order == "BGR"
-        for name, values in zip(("factor_C", "offset_C"), spec.factor_offset, strict=True):
-            self.register_buffer(name, torch.tensor(values))
-        self.register_buffer("bounds_2C", torch.tensor(spec.bounds) if spec.bounds else None)
-
-    def forward(self, image_BHWC: Tensor) -> Tensor:
-        pixels_BHWC = image_BHWC.flip(3) if self.bgr else image_BHWC
-        values_BHWC = pixels_BHWC.float() * self.factor_C + self.offset_C
-        if self.bounds_2C is not None:
-            values_BHWC = values_BHWC.clamp(self.bounds_2C[0], self.bounds_2C[1])
-        return values_BHWC.permute(0, 3, 1, 2)
-
-
 class _Encode(nn.Module):
     """Turns pixels image_BHWC into features."""
 
-    def __init__(self, normalise: _Normalise, encode: nn.Module) -> None:
+    def __init__(self, normalise: Normalise, encode: nn.Module) -> None:
         super().__init__()
         self.normalise, self.encode = normalise, encode
 
@@ -114,7 +91,7 @@ class _Prompted(nn.Module):
     """Turns the image, the prompt (its `alpha` [B, 1]) and what `_Decode` takes into logits_BSKhw."""
 
     def __init__(
-        self, normalise: _Normalise, take_prompt: nn.Module, decode: _Decode, *, num_prompts: int, num_features: int
+        self, normalise: Normalise, take_prompt: nn.Module, decode: _Decode, *, num_prompts: int, num_features: int
     ) -> None:
         super().__init__()
         self.normalise, self.take_prompt, self.decode = normalise, take_prompt, decode
@@ -145,7 +122,7 @@ class _ReadOut(nn.Module):
 
     def forward(self, image_BHWC: Tensor, logits_BSKhw: Tensor, *extras_BEhw: Tensor) -> tuple[Tensor, ...]:
         size = image_BHWC.shape[1:3]
-        prob_BKHW, expected_BHW = self.moments(logits_BSKhw / self.readout.temperature, size)
+        prob_BKHW, expected_BHW = moments(logits_BSKhw, size, self.readout)
         entropy_BHW = -torch.special.xlogy(prob_BKHW, prob_BKHW).sum(1)
         confidence_BHW, second_BHW = F.pad(prob_BKHW, (0, 0, 0, 0, 0, 1)).topk(2, dim=1).values.unbind(1)
         own = [resized for extras in extras_BEhw for resized in resize(extras, size, self.readout).unbind(1)]
@@ -156,24 +133,6 @@ class _ReadOut(nn.Module):
             "logits": logits_BSKhw, **dict(zip(self.own, own, strict=True)),
         }  # fmt: skip
         return tuple(answer[name] for name in self.outputs)
-
-    def moments(self, logits_BSKhw: Tensor, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return mean probabilities, and the samples' mean entropy."""
-        if self.readout.softmax_at == "feature" and self.readout.average == "probabilities":
-            prob_BKhw, expected_Bhw = _means(logits_BSKhw)
-            full = resize(torch.cat((prob_BKhw, expected_Bhw[:, None]), 1), size, self.readout)
-            return full[:, :-1], full[:, -1]
-        num_samples, num_classes = logits_BSKhw.shape[1:3]
-        full = resize(logits_BSKhw.flatten(1, 2), size, self.readout)
-        wide_BSKHW = full.reshape(-1, num_samples, num_classes, *size)
-        prob_BKHW, expected_BHW = _means(wide_BSKHW)
-        return (wide_BSKHW.mean(1).softmax(1) if self.readout.average == "logits" else prob_BKHW), expected_BHW
-
-
-def _means(logits_BSKhw: Tensor) -> tuple[Tensor, Tensor]:
-    log_p = logits_BSKhw.log_softmax(2)
-    p_BSKhw = log_p.exp()
-    return p_BSKhw.mean(1), -(p_BSKhw * log_p).sum(2).mean(1)
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -204,11 +163,11 @@ def write_repository(artifact: Artifact, repository: Path) -> list[str]:
             f"{card.name} is exported for {card.export.backend} {card.export.precision}; a Triton repository is made "
             "of torchscript fp32: give the checkpoint instead"
         )
-    if card.views != "none":
-        raise BadOption(f"{card.name} is answered in the views {card.views}, and Triton runs windows as they are only")
-    if (rule := card.input.resolution).kind != "none":
-        how = "Triton does not resize, so do before you cut windows"
-        log.warning("%s sees pictures by the scale rule %s:%g; %s", card.name, rule.kind, rule.value, how)
+    if card.input.dtype == "uint16":
+        raise BadOption(
+            f"{card.name} reads uint16, and Triton's backend for TorchScript takes no such tensor; int16 is one"
+        )
+    check_read_out(card, "Triton")
     with drafted(repository) as draft:
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated", category=DeprecationWarning)
@@ -245,7 +204,7 @@ def _chains(artifact: Artifact) -> dict[str, tuple[Graph, ...]]:
     parts = ("encode", "decode") + ("prompt",) * (card.prompt.kind != "none")
     encode, decode, *prompt = (torch.jit.load(artifact.directory / f"{part}.ts", "cpu") for part in parts)  # type: ignore[no-untyped-call]
     features = tuple(f"feature_{i}" for i in range(len(encode(artifact.golden.image_B3hw))))
-    normalise = _Normalise(card.input)
+    normalise = Normalise(card.input)
     first = Graph(f"{name}_encode", _Encode(normalise, encode), ("image",), features)
 
     def read_out(num_samples: int, *, of: str) -> Graph:

@@ -300,7 +300,7 @@ class Runtime:
         height, width = images.shape[1:3]
         plan = cover(height, width, replace(self.card.window, height=height, width=width))
         wanted, inputs = Wanted(self.card.maps(num_samples)), []
-        for b, pixels in enumerate(_as_type(images, np.dtype(self.card.input.dtype))):
+        for b, pixels in enumerate(as_type(images, np.dtype(self.card.input.dtype))):
             image, noise_SL = Raster(np.ascontiguousarray(pixels)), np.ascontiguousarray(noise_SBL[:, b])
             (window,) = plan
             inputs.append(WindowInput(image, window, plan, noise_SL, surface=self.surface(image, plan, wanted)))
@@ -348,7 +348,7 @@ class Runtime:
         return self.windows_per_batch
 
 
-def _as_type(values: FloatArray, dtype: np.dtype[Any]) -> NDArray[Any]:
+def as_type(values: FloatArray, dtype: np.dtype[Any]) -> NDArray[Any]:
     """Make the nearest values of a type."""
     if dtype.kind == "f":
         return values.astype(dtype)

@@ -11,10 +11,13 @@ import torch
 from click.testing import CliRunner
 
 from penumbra.__main__ import main
+from penumbra.export.bioimageio import write_package
 from penumbra.export.bundle import export_network
-from penumbra.models.card import InputSpec, Provenance
+from penumbra.models.card import InputSpec, Provenance, ScaleRule
+from penumbra.models.errors import BadOption
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.store import open_artifact
 from penumbra.serving.render.stac import model_properties
 from tests.conftest import FIXED, picture, toy_card
 
@@ -95,16 +98,29 @@ def test_a_package_of_bioimage_io_is_valid_and_its_graph_passes_its_own_test(
     assert summary.status in ("passed", "valid-format"), summary.display()
 
 
+@pytest.mark.parametrize("name", ["toy-pointwise", "toy-latent"])
 def test_the_graph_of_a_package_answers_as_the_server_does(
-    store: Path, tmp_path: Path, rng: np.random.Generator
+    store: Path, tmp_path: Path, rng: np.random.Generator, name: str
 ) -> None:
-    written(store, "toy-pointwise", "bioimageio", "-o", str(tmp_path))
+    written(store, name, "bioimageio", "-o", str(tmp_path))
     height, width = np.load(tmp_path / "test_input.npy").shape[2:]
     image = picture(rng, height, width)
     with Segmenter.open(store, threads=1, device="cpu", tuning=FIXED) as segmenter:
-        answer = segmenter.segment(image, SegmentOptions(model="toy-pointwise"))
+        answer = segmenter.segment(image, SegmentOptions(model=name))
     prob_1Khw = torch.jit.load(tmp_path / "weights.pt")(torch.from_numpy(image.transpose(2, 0, 1)[None]).float())
     assert np.allclose(prob_1Khw.detach().numpy()[0].max(0), answer.maps["confidence"], atol=1e-5)
+
+
+def test_a_package_has_no_views_and_says_that_it_does_not_resize(
+    store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    artifact = open_artifact(store / "toy-pointwise" / "1")
+    card, spec = artifact.card, artifact.card.input
+    with pytest.raises(BadOption, match=r"in the views flip, and bioimage\.io runs windows as they are only"):
+        write_package(dataclasses.replace(artifact, card=dataclasses.replace(card, views="flip")), "", tmp_path)
+    ruled = dataclasses.replace(card, input=dataclasses.replace(spec, resolution=ScaleRule("frame", 360), order="BGR"))
+    write_package(dataclasses.replace(artifact, card=ruled), "", tmp_path)
+    assert "scale rule frame:360; bioimage.io does not resize" in caplog.messages[0]
 
 
 def test_a_package_wants_a_folder_and_torchscript(store: Path) -> None:

@@ -50,6 +50,7 @@ READOUTS = {
     "half pixels": Readout(align_corners=False),
     "softmax of features": Readout(softmax_at="feature"),
     "average of logits": Readout(average="logits", align_corners=False),
+    "softmax of averaged logits": Readout(softmax_at="feature", average="logits"),
 }
 
 
@@ -198,6 +199,18 @@ def test_a_scale_rule_that_triton_does_not_follow_is_told(
     assert caplog.messages == [
         "small sees pictures by the scale rule frame:360; Triton does not resize, so do before you cut windows"
     ]
+
+
+def test_values_of_16_bits_are_taken_where_triton_has_them(exported_cps: Artifact, tmp_path: Path) -> None:
+    card = exported_cps.card
+    signed, unsigned = (
+        replace(exported_cps, card=replace(card, input=replace(card.input, dtype=dtype)))
+        for dtype in ("int16", "uint16")
+    )
+    write_repository(signed, tmp_path / "repository")
+    assert read_config(tmp_path / "repository/small").input[0].data_type == pb.TYPE_INT16
+    with pytest.raises(BadOption, match="reads uint16, and Triton's backend for TorchScript takes no such tensor"):
+        write_repository(unsigned, tmp_path / "other")
 
 
 def test_nothing_is_overwritten_and_nothing_is_left_behind(tmp_path: Path) -> None:
