@@ -20,9 +20,10 @@ from typing import Any
 import torch
 
 from benchmarks.rounds import save
+from benchmarks.sampling import decode_plain
 from penumbra.models import find_method
 from penumbra.models.contract import Network, Prompt
-from penumbra.models.cpal.config import CpalConfig, cpal, deeplabv2, sipe, wrn38
+from penumbra.models.cpal.config import CpalConfig, deeplabv2, sipe, wrn38
 from penumbra.models.cps.net import CpsConfig
 from penumbra.models.np_semiseg.heads import PublishedHead
 from penumbra.models.np_semiseg.net import NpNetwork, augseg, u2pl
@@ -43,7 +44,7 @@ NETWORKS: dict[str, Any] = {
     "self_correcting R101, with boxes": SelfCorrectingConfig(21, correction="convolutional"),
     "cpal SIPE R50, one scale": CpalConfig(21, flip=True),
     "cpal SIPE R50, four scales": sipe(21),
-    "cpal PACAM R50": cpal(21),
+    "cpal PACAM R50": CpalConfig(21, flip=True, members=("cam", "pacam"), context=10),
     "cpal DeepLabV2-R101-MSC": deeplabv2(21),
     "cpal DeepLabV1-WRN38": wrn38(21),
 }
@@ -52,7 +53,7 @@ NETWORKS: dict[str, Any] = {
 def plain_forward(network: Network, image: torch.Tensor, noise_SBL: torch.Tensor, prompt: Prompt) -> torch.Tensor:
     """From image to logits in one go; for NP-SemiSeg as released, with nothing shared between samples."""
     if isinstance(network, NpNetwork) and isinstance(network.head, PublishedHead) and network.sampling.kind == "latent":
-        return network.head.decode_plain(network.host(image), noise_SBL)
+        return decode_plain(network.head, network.host(image), noise_SBL)
     if prompt:
         return network.decode(network.take_prompt(image, network.encode(image), prompt), noise_SBL)
     return network(image, noise_SBL)

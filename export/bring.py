@@ -4,6 +4,7 @@ ONNX files are read by `penumbra.export.onnx_program`, which needs a library mor
 """
 
 import ast
+import hashlib
 import io
 import pkgutil
 import sys
@@ -188,6 +189,6 @@ def read_file(source: str, form: str) -> tuple[bytes, str]:
         program = path.read_bytes()
         if form in ARCHIVES and not program.startswith(ZIP_START):
             raise BadCheckpoint(f"it is no archive; a file that {ARCHIVES[form]} wrote is wanted")
-        return program, f"{path.name}, {form}, sha256 {sha256_of(path)}"
+        return program, f"{path.name}, {form}, sha256 {hashlib.sha256(program).hexdigest()}"
     except OSError as error:
         raise BadOption(f"{path} cannot be read ({error.strerror}); a file of {form} is wanted") from None

@@ -19,7 +19,7 @@ from penumbra.models.card import Card, ClassInfo, Provenance, dump_card, parse_c
 from penumbra.models.checkpoint import check_output, fill_network, save_checkpoint
 from penumbra.models.classes import TABLES
 from penumbra.models.contract import Method, Network
-from penumbra.models.errors import BadArtifact, BadCheckpoint, BadOption
+from penumbra.models.errors import BadCheckpoint, BadOption
 from penumbra.models.layout import Assembly, Protocol
 from penumbra.models.strict import read_strict
 from penumbra.serving.engine.store import sha256_of
@@ -123,10 +123,7 @@ def _choose(assembly: Assembly, protocol: str, sampling: str | None, *, method: 
     if "sampling" not in {field.name for field in dataclasses.fields(config)}:
         raise BadOption(f"sampling is {sampling!r}; {method} has no choice of samplings")
     data = dataclasses.asdict(config) | {"sampling": sampling}
-    try:
-        return read_strict(type(config), data, where=method), run
-    except BadArtifact as error:
-        raise BadOption(str(error)) from None
+    return read_strict(type(config), data, where=method, refusal=BadOption), run
 
 
 def _fill(network: Network, contents: Sequence[PublishedFile], run: Protocol, *, where: str) -> list[str]:

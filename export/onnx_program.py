@@ -1,5 +1,7 @@
 """Read an ONNX program, and make an artifact's graph of it: the program itself, for any number of windows."""
 
+from pathlib import Path
+
 import onnx
 import torch
 from google.protobuf.message import DecodeError
@@ -25,7 +27,8 @@ def read_onnx(source: str, tensor: str | None) -> Brought:
     """
     program, origin = read_file(source, "onnx")
     try:
-        model = onnx.load(source)  # with weights in files beside it
+        model = onnx.load_model_from_string(program)
+        onnx.load_external_data_for_model(model, str(Path(source).parent))  # weights in files beside it
     except (DecodeError, OSError, ValueError, onnx.checker.ValidationError) as error:
         raise BadCheckpoint(f"it is no ONNX file, or lacks a part ({first_line(error)})") from None
     graph = model.graph

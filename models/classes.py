@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from penumbra.models.card import ClassInfo
-from penumbra.models.errors import BadArtifact, BadOption
+from penumbra.models.errors import BadOption
 from penumbra.models.strict import read_strict
 
 
@@ -76,7 +76,4 @@ def _parse_json(text: str, source: str) -> list[Any]:
 def _read_class(entry: Any, k: int, source: str) -> ClassInfo:
     if isinstance(entry, str):
         return ClassInfo(entry, color_of(k))
-    try:
-        return read_strict(ClassInfo, entry, where=f"{source}, class {k}")
-    except BadArtifact as error:
-        raise BadOption(str(error)) from None
+    return read_strict(ClassInfo, entry, where=f"{source}, class {k}", refusal=BadOption)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from penumbra.models.errors import BadArtifact
+from penumbra.models.errors import BadArtifact, PenumbraError
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -19,19 +19,19 @@ a configuration begins."""
 T = TypeVar("T")
 
 
-def read_strict(kind: type[T], data: Any, *, where: str) -> T:
+def read_strict(kind: type[T], data: Any, *, where: str, refusal: type[PenumbraError] = BadArtifact) -> T:
     """Build the dataclass `kind` from parsed JSON or YAML; `where` names the place in error messages.
 
-    Raises BadArtifact naming a field that is unknown, missing, of the wrong type, NaN or infinite.
+    Raises `refusal` naming a field that is unknown, missing, of the wrong type, NaN or infinite.
     """
     reader: TypeAdapter[list[T]] = _reader(kind)  # type: ignore[arg-type]  # a class is hashable
     try:
         return reader.validate_json(json.dumps([data]))[0]
     except ValidationError as error:
         problems = error.errors(include_url=False)
-        raise BadArtifact(_sentence(kind, next(filter(_is_unknown, problems), problems[0]), where)) from None
+        raise refusal(_sentence(kind, next(filter(_is_unknown, problems), problems[0]), where)) from None
     except (TypeError, ValueError, RecursionError) as error:  # what YAML has and JSON has not: dates, circles
-        raise BadArtifact(f"{where} cannot be read: {error}") from None
+        raise refusal(f"{where} cannot be read: {error}") from None
 
 
 @cache

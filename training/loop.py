@@ -25,7 +25,7 @@ from penumbra.models.checkpoint import (
     save_checkpoint,
 )
 from penumbra.models.contract import Network
-from penumbra.models.errors import BadArtifact, BadOption, ModelFault
+from penumbra.models.errors import BadOption, ModelFault
 from penumbra.models.files import write_whole
 from penumbra.models.strict import read_strict
 from penumbra.serving.engine.allocator import keep_freed_memory
@@ -178,8 +178,7 @@ def train(
     """Train, or go on after an interruption, and return the path of the final checkpoint.
 
     threads: per process. minutes: length of the schedule by the clock, instead of the recipe's steps. fabric: of
-    `start_devices`; one device if left out. Process 0 alone validates and writes. Raises BadOption, BadData, and
-    BadArtifact: the card of such a checkpoint could not be read.
+    `start_devices`; one device if left out. Process 0 alone validates and writes. Raises BadOption, BadData.
     """
     keep_freed_memory()
     if threads is not None:
@@ -199,7 +198,6 @@ def train(
         write_split(run_dir / "labelled.txt", frames, training.split[0], replace=is_over)
     labelled, used = training.split[0], torch.cat(training.split).unique()
     card = card_of(recipe, data, num_frames=len(used), num_labelled=len(labelled), network=training.average)
-    parse_card(dump_card(card))  # what could not be read in the end is told in the beginning
     run(training, card, val, run_dir, minutes=minutes, report=report)
     training.finish()
     if training.fabric.is_global_zero:
@@ -241,11 +239,8 @@ def build_network(recipe: Recipe, num_classes: int) -> Network:
     Convolutions as in He et al. 2015: torch's default is too small to train a deep net from scratch. The global
     generator is left as it was. Raises BadOption (a configuration that cannot be), BadCheckpoint.
     """
-    method = find_method(recipe.method)
-    try:
-        config: Any = read_strict(method.config, {"num_classes": num_classes, **recipe.config}, where="recipe.config")
-    except BadArtifact as error:
-        raise BadOption(str(error)) from None
+    method, fields = find_method(recipe.method), {"num_classes": num_classes, **recipe.config}
+    config: Any = read_strict(method.config, fields, where="recipe.config", refusal=BadOption)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         network = method.build(config)
@@ -261,7 +256,7 @@ def build_network(recipe: Recipe, num_classes: int) -> Network:
 
 
 def card_of(recipe: Recipe, data: DataSet, *, num_frames: int, num_labelled: int, network: Network) -> Card:
-    """Make the card of the recipe's checkpoint, without figures."""
+    """Make the card of the recipe's checkpoint, without figures. Raises BadArtifact: nothing could read it."""
     method = find_method(recipe.method)
     config: Any = read_strict(method.config, {"num_classes": len(data.classes), **recipe.config}, where="recipe.config")
     drawn = recipe.labelled_list or f"{recipe.labelled_fraction:g}, seed {recipe.seed}"
@@ -276,12 +271,13 @@ def card_of(recipe: Recipe, data: DataSet, *, num_frames: int, num_labelled: int
         sentence += f"; with {source.name}: {source.provenance.data}"
         licences.append(source.provenance.licence)
     licence = "; ".join(dict.fromkeys(filter(None, licences)))
-    return Card(
+    card = Card(
         name=recipe.name, version=1, method=recipe.method, config=dataclasses.asdict(config), classes=data.classes,
         input=recipe.input, window=recipe.window, sampling=network.sampling, readout=Readout(align_corners=True),
         prompt=network.prompt, extra_maps=network.extra_maps,
         provenance=Provenance(sentence, licence, recipe_of(recipe), build_facts("").get("commit", "")),
     )  # fmt: skip
+    return parse_card(dump_card(card))
 
 
 def read_sources(recipe: Recipe, data: DataSet) -> list[Card]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import yaml
 
 from penumbra.models.card import RGB, InputSpec, WindowSpec
-from penumbra.models.errors import BadArtifact, BadOption
+from penumbra.models.errors import BadOption
 from penumbra.models.inputs import failures_of_input
 from penumbra.models.strict import read_strict
 
@@ -84,10 +84,7 @@ def read_recipe(path: Path) -> Recipe:
         if not isinstance(below, dict):
             raise BadOption(f"{path}: base is {base!r}; the name of another recipe beside it is wanted")
         fields = {**below, **fields}
-    try:
-        recipe = read_strict(Recipe, fields, where="recipe")
-    except BadArtifact as error:
-        raise BadOption(f"{path}: {error}") from None
+    recipe = read_strict(Recipe, fields, where=f"{path}: recipe", refusal=BadOption)
     spec = recipe.input
     failures = failures_of_input(spec) | {
         f"input reads {', '.join(spec.bands)} as {spec.dtype}; networks are trained on {', '.join(RGB)} as uint8, "

@@ -56,11 +56,6 @@ def sipe(num_classes: int) -> CpalConfig:
     return CpalConfig(num_classes, scales=(1.0, 0.5, 1.5, 2.0), flip=True, members=("is_cam",))
 
 
-def cpal(num_classes: int, context: int = 10) -> CpalConfig:
-    """Configure the pseudo-mask network with context prototypes: CAM and PACAM."""
-    return CpalConfig(num_classes, flip=True, members=("cam", "pacam"), context=context)
-
-
 def deeplabv2(num_classes: int) -> CpalConfig:
     """Configure DeepLabV2-R101-MSC as published: the maximum over its scales."""
     return CpalConfig(num_classes, net="deeplabv2", depth=101, scales=(1.0, 0.5, 0.75), members=("max",))

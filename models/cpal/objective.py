@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from penumbra.models.blocks.layers import draw_noise
 from penumbra.models.blocks.losses import at_size, cross_entropy, ramp
 from penumbra.models.card import IGNORE
 from penumbra.models.checkpoint import load_checkpoint
@@ -191,20 +192,12 @@ class MaskObjective(nn.Module):
 
     def forward(self, batch: Views, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
         pseudo_Bhw = draw_masks(self.teacher, batch)
-        noise_SBL = self._noise(len(batch.strong_B3hw), generator).to(batch.strong_B3hw.device)
-        logits_SBKhw = self.network(batch.strong_B3hw, noise_SBL)
+        sampling = self.network.sampling
+        num_samples = 1 if sampling.is_stochastic else sampling.default_samples
+        noise_SBL = draw_noise(sampling, num_samples, len(batch.strong_B3hw), generator)
+        logits_SBKhw = self.network(batch.strong_B3hw, noise_SBL.to(batch.strong_B3hw.device))
         loss = torch.stack([cross_entropy(logits_BKhw, pseudo_Bhw) for logits_BKhw in logits_SBKhw]).mean()
         return {"total": loss}
-
-    def _noise(self, num: int, generator: torch.Generator) -> Tensor:
-        """Draw one dropout mask per picture, or what the members do not look at."""
-        sampling = self.network.sampling
-        if sampling.kind != "dropout":
-            return torch.zeros(sampling.default_samples, num, 0)
-        return (
-            torch.bernoulli(torch.full((1, num, sampling.noise_length), sampling.keep), generator=generator)
-            / sampling.keep
-        )
 
 
 @torch.no_grad()

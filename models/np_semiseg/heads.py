@@ -112,7 +112,7 @@ class PublishedHead(nn.Module):
 
     A zero-padded 3x3 convolution of a spatially constant map has 9 values (corners, edges, interior). So the
     first convolution is conv(x, c) once, plus 9 constants per sample and channel, and even its InstanceNorm
-    statistics follow from sums over the 9 regions. Equal to the plain form (`decode_plain`) up to rounding.
+    statistics follow from sums over the 9 regions. Equal to the plain form up to rounding.
     """
 
     def __init__(self, num_classes: int, channels: int, *, length: int, hidden: int) -> None:
@@ -155,19 +155,6 @@ class PublishedHead(nn.Module):
         y = add_regions(y, constants_ND33 - inner_ND11, edges_only=True)
         y = torch.relu_(instance_norm(self.conv2(torch.relu_(y))))
         return self.classifier(y).unflatten(0, (num_samples, num_windows))
-
-    def decode_plain(self, x_BDhw: Tensor, noise_SBL: Tensor) -> Tensor:
-        """Decode in the released form, sample by sample, nothing shared: the oracle for encode and decode."""
-        mean_BL, sigma_BL, context_BL = self.latent(x_BDhw)
-        size = (-1, -1, x_BDhw.shape[2], x_BDhw.shape[3])
-        context = context_BL[:, :, None, None].expand(size)
-        logits = []
-        for noise_BL in noise_SBL:
-            z = (mean_BL + sigma_BL * noise_BL)[:, :, None, None].expand(size)
-            y = F.relu(F.instance_norm(self.conv1(torch.cat((z, x_BDhw, context), dim=1)), eps=NORM_EPS))
-            y = F.relu(F.instance_norm(self.conv2(y), eps=NORM_EPS))
-            logits.append(self.classifier(y))
-        return torch.stack(logits)
 
 
 def instance_norm(x_NDhw: Tensor) -> Tensor:

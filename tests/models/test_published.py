@@ -1,7 +1,6 @@
 """The published CPS and NP-SemiSeg checkpoints, imported as a user would, reproduce the original code's outputs."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.sampling import decode_plain
 from penumbra.export.importer import Imported, import_checkpoint
 from penumbra.export.layouts import read_published
 from penumbra.models import find_method
@@ -21,6 +21,7 @@ from penumbra.models.cps.net import CpsConfig
 from penumbra.models.errors import BadCheckpoint
 from penumbra.models.layout import Assembly
 from penumbra.models.np_semiseg import upstream as np_upstream
+from penumbra.models.np_semiseg.heads import PublishedHead
 from penumbra.models.np_semiseg.net import NpNetwork, augseg, u2pl
 from penumbra.serving.engine.windows import cover
 from tests.models import golden
@@ -176,8 +177,8 @@ def test_the_split_head_equals_the_plain_form_of_the_paper(np_net: Recorded) -> 
     head = network.head
     x = torch.from_numpy(np.random.Generator(np.random.PCG64(3)).normal(0, 1, (2, head.channels, 23, 31))).float()
     noise = torch.randn(3, 2, 32, generator=torch.Generator().manual_seed(0))
-    decode_plain: Callable[[Tensor, Tensor], Tensor] = head.decode_plain
-    plain = decode_plain(x, noise)
+    assert isinstance(head, PublishedHead)
+    plain = decode_plain(head, x, noise)
     split = head.decode(head.encode(x), noise)
     assert (plain - split).abs().max() <= 1e-5 * max(1.0, plain.abs().max())
 

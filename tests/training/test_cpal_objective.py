@@ -250,9 +250,10 @@ def test_a_network_with_dropout_is_trained_with_one_mask_per_picture(tmp_path: P
     objective = _stage2(
         tmp_path, net="wrn38", width=1, scales=(1.0,), members=("logits",), sampling="dropout"
     )  # fmt: skip
-    noise_SBL = objective._noise(5, _generator())
-    assert noise_SBL.shape == (1, 5, 8) and set(noise_SBL.unique().tolist()) == {0.0, 2.0}
-    assert objective(_views(), 0.5, _generator())["total"].isfinite()
+    seen: list[torch.Tensor] = []
+    objective.network.register_forward_pre_hook(lambda _, given: seen.append(given[1]))
+    assert objective(views := _views(), 0.5, _generator())["total"].isfinite()
+    assert seen[0].shape == (1, len(views.strong_B3hw), 8) and {*seen[0].unique().tolist()} == {0.0, 2.0}
 
 
 # -- both -----------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from penumbra.__main__ import main
 from penumbra.models.card import IGNORE
 from penumbra.models.checkpoint import load_checkpoint, read_card
 from penumbra.models.confusion import confusion, intersection_over_union
-from penumbra.models.errors import BadOption, ModelFault
+from penumbra.models.errors import BadArtifact, BadOption, ModelFault
 from penumbra.training import loop
 from penumbra.training.augment import normalise
 from penumbra.training.data import find_data
@@ -64,6 +64,12 @@ def test_a_training_that_diverges_ends_in_a_sentence_and_leaves_its_weights_as_t
         training.advance(0.5)
     for ours, theirs in zip(training.average.state_dict().values(), before, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_recipe_whose_card_nothing_could_read_is_refused_before_its_training(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(tiny.recipe("cps", tmp_path, steps=10**9), name="my run")
+    with pytest.raises(BadArtifact, match="the card of 'my run': name is no directory's"):
+        train(recipe, tmp_path, runs_dir=tmp_path / "runs")
 
 
 @pytest.mark.parametrize("method", METHODS)
