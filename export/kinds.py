@@ -24,10 +24,10 @@ def find_form(path: Path) -> str:
     with path.open("rb") as file:
         start = file.read(len(ZIP_START))
     if start == ZIP_START:
-        with zipfile.ZipFile(path) as archive:
+        with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:  # one that is cut short is described below
             names = {name.rpartition("/")[2] for name in archive.namelist()}
-        for entry in ENTRIES.keys() & names:
-            return ENTRIES[entry]
+            for entry in ENTRIES.keys() & names:
+                return ENTRIES[entry]
     elif path.suffix == ".onnx" or (start.startswith(ONNX_START) and path.suffix != SUFFIX):
         return "onnx"
     raise BadCheckpoint(_describe(path))

@@ -172,6 +172,8 @@ class Tuner:
         frames = few(self._options.frames)
         paths = [self._drafts / f"{i}.png" for i in range(len(frames))]
         for path, (image_HWC, _) in zip(paths, frames, strict=True):
+            if image_HWC.shape[2] != 3 or image_HWC[:1, :1].dtype != "uint8":
+                raise BadOption("frames that are not red, green and blue as uint8 make no files; give pictures too")
             Image.fromarray(image_HWC[:, :]).save(path)
         return paths
 

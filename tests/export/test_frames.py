@@ -1,5 +1,6 @@
 """On labelled frames: an export that answers alike changes nothing, and another is measured by how much."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,10 +100,15 @@ def test_the_verb_reads_labelled_frames_and_prints_what_is_allowed(rng: np.rando
         image_HW3, label_HW = frame(rng)
         Image.fromarray(image_HW3).save(data / "images" / f"{name}.png")
         Image.fromarray(label_HW).save(data / "masks" / f"{name}.png")
-    save_checkpoint(tmp_path / "toy.safetensors", *toy_card("latent"))
+    card, network = toy_card("latent")
+    save_checkpoint(tmp_path / "toy.safetensors", card, network)
     verb = ["export", str(tmp_path / "toy.safetensors"), "--store", str(tmp_path / "store"), "--precision", "bf16"]
     result = CliRunner().invoke(main, [*verb, "--data", str(data), "--set", "folder", "--every", "2"])
     assert result.exit_code == 0, result.output
     rows = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines()[1:]}
     assert rows["num_frames"] == ["2"] and rows["label_flips_percent"][1:] == ["<=", "0.5"]
     assert float(rows["miou_change"][0]) == pytest.approx(0, abs=1)
+    deep = replace(card, name="deep", input=replace(card.input, dtype="uint16"))
+    save_checkpoint(tmp_path / "toy.safetensors", deep, network)
+    refused = CliRunner().invoke(main, [*verb, "--data", str(data), "--set", "folder"])
+    assert refused.exit_code == 2 and "as uint16, and labelled frames are red, green, blue as uint8" in refused.stderr

@@ -431,6 +431,8 @@ def test_a_file_alone_is_asked_what_it_is(tmp_path: Path) -> None:
         assert result.exit_code == 0, result.stderr
     torch.save(named("model."), tmp_path / "w.pth")
     assert "no network that they belong to" in run(tmp_path / "w.pth").stderr
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "w.pth").read_bytes()[:300])
+    assert "cut.pt is damaged, or no file of torch.save" in run(tmp_path / "cut.pt").stderr
     assert "no method, no form and no file" in run("deeplab").stderr
     ours = ZOO / "cps-camvid.safetensors"
     assert f"is cps-camvid, a checkpoint of ours already: penumbra export {ours}" in run(ours).stderr

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from penumbra.models.card import Card
-from penumbra.models.errors import BadData
+from penumbra.models.card import RGB, Card, InputSpec
+from penumbra.models.errors import BadData, BadOption
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.training.data import DataSet, find_data, find_left_out, load_split
 from penumbra.training.evaluation.answers import Answer, Labels, Question, check_classes, segment_frame
@@ -73,8 +73,11 @@ def load_frames(question: Question, card: Card, *, hidden: str = "") -> FrameSet
     return load_split(data, question.data, question.split)
 
 
-def as_arrays(frames: FrameSet, *, every: int) -> list[tuple[Labels, Labels]]:
-    """Give every n-th frame as image_HWC and label_HW."""
+def as_arrays(frames: FrameSet, spec: InputSpec, *, every: int) -> list[tuple[Labels, Labels]]:
+    """Give every n-th frame as image_HWC and label_HW. Raises BadOption for a network that reads other pictures."""
+    if (spec.bands, spec.dtype) != (RGB, "uint8"):
+        raise BadOption(f"the network reads {', '.join(spec.bands)[:200]} as {spec.dtype}, and labelled frames are "
+                        f"{', '.join(RGB)} as uint8; leave --data out, and name --pictures")  # fmt: skip
     chosen = [frames[i] for i in range(0, len(frames), every)]
     return [(image_3HW.permute(1, 2, 0).contiguous().numpy(), label_HW.numpy()) for image_3HW, label_HW in chosen]
 
