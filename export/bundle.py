@@ -2,6 +2,8 @@
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -15,15 +17,33 @@ from penumbra.models.card import Card, ExportFacts, Parity, Sampling, Views, dum
 from penumbra.models.checkpoint import load_checkpoint
 from penumbra.models.contract import Features, Network
 from penumbra.models.errors import BadArtifact, BadOption, first_line
-from penumbra.models.files import whole_directory
+from penumbra.models.files import drafted, writing
 from penumbra.serving.engine.backends import BACKENDS, Backend, find_format, import_with_extra, load_backend
 from penumbra.serving.engine.device import find_device
-from penumbra.serving.engine.store import CARD, GOLDEN, Golden, golden_tensors, next_version, open_artifact, sha256_of
+from penumbra.serving.engine.store import (
+    GOLDEN,
+    Golden,
+    golden_tensors,
+    next_version,
+    open_artifact,
+    put_version,
+    sha256_of,
+)
 
 NOT_MEASURED = Parity(0, 0, 0, 0, 0)
 USUAL = "torchscript"
 SEARCH_S = 240.0
 """Most seconds in which int8 tries layers alone: where that is too short for all, it tries neighbours together."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """What an export is for and measured on, as `export_checkpoint` has it."""
+
+    device: torch.device
+    frames: Sequence[Frame] = ()
+    pictures: Sequence[Path] = ()
+    search_s: float = SEARCH_S
 
 
 def export_checkpoint(
@@ -45,7 +65,7 @@ def export_checkpoint(
         card = dataclasses.replace(card, views=views, calibration=None, novelty=None)
     facts = ExportFacts(backend or "", precision, torch.__version__, {}, NOT_MEASURED, sha256_of(checkpoint))
     card = dataclasses.replace(card, export=facts)
-    return _export(network, card, store, find_device(device), frames, pictures, search_s=search_s)
+    return _export(network, card, store, ExportOptions(find_device(device), frames, pictures, search_s))
 
 
 def export_network(
@@ -54,7 +74,8 @@ def export_network(
 ) -> Path:  # fmt: skip
     """Write the next version of a network in memory into a store, as `export_checkpoint` does."""
     facts = ExportFacts(backend or "", precision, torch.__version__, {}, NOT_MEASURED)
-    return _export(network, dataclasses.replace(card, export=facts), store, find_device(device), pictures=pictures)
+    options = ExportOptions(find_device(device), pictures=pictures)
+    return _export(network, dataclasses.replace(card, export=facts), store, options)
 
 
 def find_writer(backend: str, precision: str) -> ModuleType:
@@ -65,31 +86,28 @@ def find_writer(backend: str, precision: str) -> ModuleType:
     return writer
 
 
-def _export(
-    network: Network, card: Card, store: Path, device: torch.device, frames: Sequence[Frame] = (),
-    pictures: Sequence[Path] = (), *, search_s: float = SEARCH_S,
-) -> Path:  # fmt: skip
+def _export(network: Network, card: Card, store: Path, options: ExportOptions) -> Path:
     assert card.export
     formats, backend = network.formats or BACKENDS, card.export.backend or (network.formats or (USUAL,))[0]
     if backend not in formats:
         raise BadOption(f"{card.name} cannot be exported as {backend}; it can as {' and '.join(formats)}")
     card = dataclasses.replace(card, export=dataclasses.replace(card.export, backend=backend))
     parse_card(dump_card(card))
-    card = dataclasses.replace(card, version=next_version(store, card.name))
     network = network.eval().requires_grad_(False)
-    target = store / card.name / str(card.version)
-    with whole_directory(target) as draft:
+    target = store / card.name / str(next_version(store, card.name))  # another one may be written meanwhile
+    with drafted(target.parent) as draft, writing(target, draft):
         try:
-            _write(network, card, draft, device, frames, pictures, search_s=search_s)
+            facts = _write(network, card, draft, options)
         except BadArtifact as error:
             raise BadArtifact(str(error).replace(str(draft), str(target))) from None
-        for path in draft.iterdir():
-            path.chmod(0o755 if path.is_dir() else 0o644)  # temporary files are private; servers have other users
-    return target
+        return put_version(draft, store, dataclasses.replace(card, export=facts))
 
 
-def verify_artifact(directory: Path, device: str = "cpu") -> Parity:
-    """Check hashes and card, run the golden window on this machine, and measure it against the checkpoint's logits."""
+def verify_artifact(directory: Path, device: str = "") -> Parity:
+    """Check hashes and card, run the golden window on this machine, and measure it against the checkpoint's logits.
+
+    device: by default a GPU where there is one, as a server takes it.
+    """
     artifact = open_artifact(directory)
     graphs = load_backend(artifact.card, directory, find_device(device))
     parity = _measure(artifact.card, graphs, artifact.golden)
@@ -97,12 +115,10 @@ def verify_artifact(directory: Path, device: str = "cpu") -> Parity:
     return parity
 
 
-def _write(
-    network: Network, card: Card, draft: Path, device: torch.device, frames: Sequence[Frame], pictures: Sequence[Path],
-    *, search_s: float,
-) -> None:  # fmt: skip
+def _write(network: Network, card: Card, draft: Path, options: ExportOptions) -> ExportFacts:
+    """Write all but the card, and return what it is to say of the export."""
     assert card.export
-    facts, proofs = card.export, list[Golden]()
+    facts, device, pictures, proofs = card.export, options.device, options.pictures, list[Golden]()
     if facts.precision == "int8":
         int8 = import_with_extra("penumbra.export.int8", "int8")
         pictures, others = int8.split(pictures, card, device)
@@ -127,13 +143,13 @@ def _write(
 
     if facts.precision == "int8":
         quantiser = int8.Quantiser(network, card, draft, windows_of(others, card, int8.RANGE_WINDOWS))
-        kept = tuple(quantiser.choose(measure, lambda: measure(proofs, frames), search_s=search_s))
+        prove = partial(measure, proofs, options.frames)
+        kept = tuple(quantiser.choose(measure, prove, search_s=options.search_s))
         facts = dataclasses.replace(facts, num_int8=len(quantiser.layers) - len(kept), kept=kept)
-    parity = measure(proofs, frames)
+    parity = measure(proofs, options.frames)
     check_parity(parity, card)
     files = {path.name: sha256_of(path) for path in sorted(draft.iterdir())}
-    facts = dataclasses.replace(facts, files=files, parity=parity)
-    (draft / CARD).write_text(dump_card(dataclasses.replace(card, export=facts)), "utf-8")
+    return dataclasses.replace(facts, files=files, parity=parity)
 
 
 def _measure_all(

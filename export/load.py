@@ -115,7 +115,9 @@ def few(items: Sequence[Any]) -> list[Any]:
     return [items[i * (len(items) - 1) // max(number - 1, 1)] for i in range(number)]
 
 
-def remeasure(directory: Path, paths: Sequence[Path] = (), seconds: float = 3.0) -> tuple[Speed, bool] | None:
+def remeasure(
+    directory: Path, paths: Sequence[Path] = (), *, device: str = "", seconds: float = 3.0
+) -> tuple[Speed, bool] | None:
     """Measure an artifact that was tuned once more under its load, on pictures or on its golden windows.
 
     Returns the speed, and whether pictures, processor and threads are those that it was tuned with.
@@ -124,7 +126,7 @@ def remeasure(directory: Path, paths: Sequence[Path] = (), seconds: float = 3.0)
     if not card.tuned:
         return None
     load = Load(card.tuned.load, card.tuned.target_ms)
-    with Segmenter(limits=IN_MEMORY) as segmenter:
+    with Segmenter(limits=IN_MEMORY, device=device) as segmenter:
         segmenter.load(directory)
         pictures: list[Pixels] = [read_picture(path, card) for path in few(paths)]
         pictures = pictures or [one.image_HWC for one in segmenter.find(card.name).golden_inputs()]

@@ -172,7 +172,7 @@ def write_repository(artifact: Artifact, repository: Path) -> list[str]:
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated", category=DeprecationWarning)
             warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
-            with writing(repository):
+            with writing(repository, draft):
                 _write(artifact, draft)
         names = sorted(path.name for path in draft.iterdir())
         for name in names:

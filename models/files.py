@@ -13,12 +13,13 @@ from pathlib import Path
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Let an OSError of the block name what was to be written; the system names a file that nobody knows, or none."""
+def writing(path: Path, draft: Path) -> Iterator[None]:
+    """Let an OSError of the block name what was to be written where the system names nothing, or a draft's file."""
     try:
         yield
     except OSError as error:
-        error.filename, error.filename2 = str(path), None
+        if error.filename is None or str(error.filename).startswith(str(draft)):
+            error.filename, error.filename2 = str(path), None
         raise
 
 
@@ -43,7 +44,7 @@ def drafted(folder: Path) -> Iterator[Path]:
 @contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
     """Make a new directory to be filled, which is put there as a whole and for everyone to read, or not at all."""
-    with drafted(path.parent) as draft, writing(path):
+    with drafted(path.parent) as draft, writing(path, draft):
         yield draft
         draft.chmod(0o755)
         os.replace(draft, path)
@@ -54,7 +55,7 @@ def write_whole(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        with writing(path):
+        with writing(path, part):
             part.write_bytes(data)
             part.replace(path)
     finally:

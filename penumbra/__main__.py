@@ -259,7 +259,8 @@ def _read_frames(checkpoint: Path, every: int, **where: Any) -> list[Any]:
     from penumbra.models.checkpoint import read_card
     from penumbra.training.evaluation.run import Question, as_arrays, load_frames
 
-    frames: list[Any] = as_arrays(load_frames(Question(checkpoint.stem, **where), read_card(checkpoint)), every=every)
+    card = read_card(checkpoint)
+    frames: list[Any] = as_arrays(load_frames(Question(checkpoint.stem, **where), card), card.input, every=every)
     return frames
 
 
@@ -281,9 +282,10 @@ main.add_command(card_forms)
 @click.argument("name")
 @shared.VERSION
 @shared.pictures("what a tuned one is asked for, in place of its golden windows")
+@shared.DEVICE
 @shared.STORE
 @shared.JSON
-def verify(name: str, version: int | None, pictures: list[Path], store: Path, as_json: bool) -> None:
+def verify(name: str, version: int | None, pictures: list[Path], device: str, store: Path, as_json: bool) -> None:
     """Check an artifact's hashes, measure it on this machine against its checkpoint, and how fast a tuned one is."""
     from penumbra.export.bundle import verify_artifact
     from penumbra.export.load import remeasure
@@ -291,7 +293,7 @@ def verify(name: str, version: int | None, pictures: list[Path], store: Path, as
     from penumbra.serving.engine.store import artifact_card, find_artifact
 
     directory = find_artifact(store, name, version)
-    measured, speed = verify_artifact(directory), remeasure(directory, pictures)
+    measured, speed = verify_artifact(directory, device), remeasure(directory, pictures, device=device)
     print_parity(artifact_card(directory), directory, as_json=as_json, measured=measured, speed=speed)
 
 

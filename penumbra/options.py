@@ -34,6 +34,7 @@ MODEL = click.option("--model", "-m", help="Which model; may be left out when th
 VERSION = click.option("--version", type=int, help="The newest by default.")
 DATA_SET = click.option("--set", "data_set", default="camvid", show_default=True, help="Or voc, cityscapes, folder.")
 SPLIT = click.option("--split", default="val", show_default=True, help="Or train, or train/0001: names that begin so.")
+DEVICE = click.option("--device", default="", help="cpu or cuda; a GPU where there is one.")
 EVERY = click.option("--every", type=click.IntRange(min=1), default=1, show_default=True, help="Every n-th frame only.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 

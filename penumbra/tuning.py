@@ -31,7 +31,7 @@ MINUTES = click.option("--minutes", type=click.FloatRange(min=0, min_open=True),
 @click.option("--machine-code", is_flag=True, help="Also formats that run on this kind of machine only, as aot.")
 @click.option("--always", is_flag=True, help="Write the fastest also where the version that is there is faster.")
 @click.option("--checkpoint", type=shared.FILE, help="What NAME was exported from, where it is not found by itself.")
-@click.option("--device", default="", help="cpu or cuda; a GPU where there is one.")
+@shared.DEVICE
 @shared.STORE
 @shared.JSON
 def tune(name: str, store: Path, as_json: bool, latency: bool, throughput: bool, **options: Any) -> None:
@@ -60,11 +60,12 @@ def tune_model(
         from penumbra.training.evaluation.run import Question, as_arrays, evaluate, load_frames
 
         question = Question(name, data, data_set, split, every=every)
-        frames = load_frames(question, artifact_card(find_artifact(store, name)))
+        card = artifact_card(find_artifact(store, name))
+        frames = load_frames(question, card)
 
         def judge(segmenter: "Segmenter") -> dict[str, float]:
             figures = evaluate(segmenter, question, frames).evaluation.figures()
             return {figure.rpartition("/")[2]: figures[figure] for figure in ("seg/mIoU", "sc/AURC", "cal/ECE")}
 
-        options = replace(options, frames=as_arrays(frames, every=every), judge=judge)
+        options = replace(options, frames=as_arrays(frames, card.input, every=every), judge=judge)
     print_tuned(tune_artifact(name, store, options, lambda line: click.echo(line, err=True)), as_json=as_json)

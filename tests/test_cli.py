@@ -270,6 +270,7 @@ def test_verify_refuses_a_changed_artifact_with_exit_code_1(checkpoint: Path, tm
 def test_verify_of_what_is_not_there_is_exit_code_2(toy_store: Path) -> None:
     failed(run("verify", "unheard", "--store", toy_store), 2, "'unheard'", "toy-latent")
     failed(run("verify", "toy-latent", "--version", 7, "--store", toy_store), 2, "no version 7")
+    failed(run("verify", "toy-latent", "--device", "cuda:99", "--store", toy_store), 2, "the device is 'cuda:99'")
 
 
 def test_sign_signs_the_newest_version_whose_hashes_hold(checkpoint: Path, tmp_path: Path) -> None:

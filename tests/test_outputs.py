@@ -13,6 +13,7 @@ from penumbra.export.ensemble import make_ensemble
 from penumbra.export.triton import write_repository
 from penumbra.models.checkpoint import check_replaceable, save_checkpoint
 from penumbra.models.errors import BadArtifact, BadOption
+from penumbra.models.files import whole_directory
 from penumbra.serving.engine.store import next_version, open_artifact
 from penumbra.training.data import find_data
 from penumbra.training.evaluation.verb import PLOTS
@@ -60,10 +61,10 @@ def test_a_verb_may_replace_its_own_checkpoint(tmp_path: Path) -> None:
 def test_an_ensemble_takes_the_place_of_ensembles_alone(tmp_path: Path, checkpoints: list[Path]) -> None:  # noqa: F811
     before = [path.read_bytes() for path in checkpoints]
     failed(run("ensemble", *checkpoints, "-o", checkpoints[0]), 2, "one of the files to read")
-    (tmp_path / "photo.png").write_bytes(THEIRS)
-    failed(run("ensemble", *checkpoints, "-o", tmp_path / "photo.png"), 2, "is in the way")
+    (tmp_path / "photo.safetensors").write_bytes(THEIRS)
+    failed(run("ensemble", *checkpoints, "-o", tmp_path / "photo.safetensors"), 2, "is in the way")
     assert [path.read_bytes() for path in checkpoints] == before
-    kept(tmp_path / "photo.png")
+    kept(tmp_path / "photo.safetensors")
     for _ in range(2):
         make_ensemble(checkpoints, tmp_path / "both.safetensors")
 
@@ -153,6 +154,13 @@ def test_an_export_goes_above_every_entry_of_its_directory(tmp_path: Path, check
     assert export_checkpoint(checkpoints[0], tmp_path / "store").name == "4"
     kept(tmp_path / "store" / name / "2" / "notes.txt")
     kept(tmp_path / "store" / name / "3")
+
+
+def test_a_file_that_cannot_be_read_is_not_told_as_the_one_that_was_to_be_written(tmp_path: Path) -> None:
+    for missing, told in ((Path("none.png"), "none.png"), (None, str(tmp_path / "store" / "1"))):
+        with pytest.raises(FileNotFoundError) as caught, whole_directory(tmp_path / "store" / "1") as draft:
+            (missing or draft / "graph").read_bytes()
+        assert caught.value.filename == told
 
 
 def test_a_failed_triton_repository_leaves_the_directory_that_was_there(tmp_path: Path, toy_store: Path) -> None:

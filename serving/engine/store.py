@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -205,6 +205,15 @@ def write_version(source: Path, target: Path, card: Card) -> None:
                 shutil.copy2(source / name, draft / name)
         (draft / CARD).write_text(dump_card(card), "utf-8")
         (draft / CARD).chmod(0o644)
+
+
+def put_version(draft: Path, store: Path, card: Card) -> Path:
+    """Make a draft in a store the next version of its model, for everyone to read, under its card. Raises OSError."""
+    card = replace(card, version=next_version(store, card.name))
+    (draft / CARD).write_text(dump_card(card), "utf-8")
+    for path in (*draft.iterdir(), draft):
+        path.chmod(0o755 if path.is_dir() else 0o644)  # temporary files are private; servers have other users
+    return draft.rename(store / card.name / str(card.version))
 
 
 def find_artifact(store: Path, name: str, version: int | None = None) -> Path:

@@ -63,6 +63,26 @@ class Restless(ToyNetwork):
         return (super().encode(image_B3hw)[0] + self.calls,)
 
 
+class Meanwhile(ToyNetwork):
+    """While it is exported, another version is."""
+
+    def __init__(self, config: ToyConfig, place: Path) -> None:
+        super().__init__(config)
+        self.place = place
+
+    def encode(self, image_B3hw: Tensor) -> Features:
+        self.place.mkdir(exist_ok=True)
+        (self.place / "notes.txt").touch()
+        return super().encode(image_B3hw)
+
+
+def test_a_version_that_is_written_meanwhile_costs_an_export_its_number_alone(tmp_path: Path) -> None:
+    card, _ = toy_card("pointwise")
+    network = Meanwhile(ToyConfig(form="pointwise"), tmp_path / card.name / "1")
+    directory = export_network(network, card, tmp_path)
+    assert directory == tmp_path / card.name / "2" and open_artifact(directory).card.version == 2
+
+
 class Random(ToyNetwork):
     """Draws its own noise, against the contract."""
 
