@@ -19,14 +19,13 @@ from penumbra.models.card import Card
 from penumbra.models.errors import Cancelled, DeadlineExceeded, ModelFault, NotReady, PenumbraError, QueueFull
 from penumbra.serving.cache import AnswerCache, Key, key_of
 from penumbra.serving.engine.answer import Follow, Prediction, collect
-from penumbra.serving.engine.decode import check_array, open_image
+from penumbra.serving.engine.decode import Header, check_array, read_header
 from penumbra.serving.engine.layout import Reading
 from penumbra.serving.engine.options import SegmentOptions
-from penumbra.serving.engine.plan import RequestPlan, plan_request, resolve
+from penumbra.serving.engine.plan import plan_request, resolve
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.request import Cancellation, Progress, QueuedRequest
 from penumbra.serving.engine.runtime import Runtime
-from penumbra.serving.engine.scale import metres_of
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.room import Memory
 from penumbra.serving.shadow import Shadow
@@ -199,23 +198,18 @@ class Gateway:
         """Refuse by header and options first: pixels are decoded only for requests that can be answered. take: of the
         memory for it."""
         started, limits = time.perf_counter(), self.segmenter.limits
-        plans: list[RequestPlan] = []
-
-        def admit(height: int, width: int, metres: float = 0) -> None:
-            plans.append(plan_request(task.runtime, task.options, height, width, limits=limits, metres=metres))
-            taken, needed = (plan.num_bytes(self.segmenter.cores.lanes) for plan in (plans[0], plans[-1]))
-            take(needed if len(plans) == 1 else max(0, needed - taken))
-
-        if array:
-            admit(array.shape[0], array.shape[1])
-        image = array or open_image(cast(bytes, task.image), limits, task.reading, admit=admit).load()
-        if task.runtime.card.input.resolution.kind == "gsd":  # only the whole header says where it lies
-            admit(*image.shape[:2], metres_of(image, task.runtime.card))
+        with (
+            nullcontext(Header(array.shape[:2], array.place, lambda: array)) if array
+            else read_header(cast(bytes, task.image), limits, task.reading)
+        ) as header:  # fmt: skip
+            plan = plan_request(task.runtime, task.options, *header.size, limits=limits, place=header.place)
+            take(plan.num_bytes(self.segmenter.cores.lanes))
+            image = header.read().load()
         task.request.size = image.shape[:2]
         task.check()
         before_ms = dict(task.request.timing_ms) | {"decode": 1e3 * (time.perf_counter() - started)}
         queued = QueuedRequest(
-            self.segmenter.scheduler, plans[-1], image, cancelled=task.cancelled, deadline=task.deadline
+            self.segmenter.scheduler, plan, image, cancelled=task.cancelled, deadline=task.deadline
         )  # fmt: skip
         prediction = collect(queued, progress=task.progress, follow=task.follow)
         return replace(prediction, timing_ms=before_ms | prediction.timing_ms)

@@ -41,7 +41,7 @@ from penumbra.models.errors import (
     UnknownJob,
     UnknownModel,
 )
-from penumbra.serving.engine.decode import measure_image, open_image
+from penumbra.serving.engine.decode import open_image, read_header
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.plan import check_long
 from penumbra.serving.engine.request import Cancellation
@@ -173,10 +173,11 @@ class Jobs:
     def submit(self, place: Path, media: str, fields: Mapping[str, str], target: str = "") -> dict[str, Any]:
         """Make a job of an upload `place/image`. Raises whatever `POST /segment` refuses, and DiskFull."""
         options, style = self.check(media, fields)
-        height, width = measure_image(place / "image", self._limits, self._gateway.segmenter.reading(options))
-        card = self._gateway.segmenter.plan(height, width, options, limits=self._limits).card
+        segmenter = self._gateway.segmenter
+        with read_header(place / "image", self._limits, segmenter.reading(options)) as header:
+            card = segmenter.plan(*header.size, options, limits=self._limits, place=header.place).card
         copies = 4 if media == "image/tiff" else 2  # the rows, and the result of them; of TIFF also tiles and overviews
-        needed = copies * spool_bytes(height, width, spooled(options, media, style), card)
+        needed = copies * spool_bytes(*header.size, spooled(options, media, style), card)
         with disk():
             free = shutil.disk_usage(self._directory).free
         if needed > free:

@@ -10,7 +10,7 @@ from hypothesis import settings
 from penumbra.export.bundle import export_network
 from penumbra.models.toy.cards import CLASSES, toy_card
 from penumbra.models.toy.net import ToyConfig
-from penumbra.serving.engine.decode import open_image
+from penumbra.serving.engine.decode import open_image, read_header
 from penumbra.serving.engine.options import Limits
 from penumbra.serving.engine.runtime import Tuning
 
@@ -18,7 +18,7 @@ from penumbra.serving.engine.runtime import Tuning
 settings.register_profile("penumbra", deadline=None, derandomize=True)
 settings.load_profile("penumbra")
 
-__all__ = ["CLASSES", "FIXED", "GAIN", "decode_image", "picture", "toy_card"]
+__all__ = ["CLASSES", "FIXED", "GAIN", "decode_image", "measured", "picture", "toy_card"]
 GAIN = ToyConfig().gain
 FIXED = Tuning(windows_per_batch=4, samples_per_call=4)
 """Sizes that are the same everywhere, of more than one: measuring them takes 0.3 s a model."""
@@ -45,6 +45,12 @@ def rng() -> np.random.Generator:
 
 def picture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     return rng.integers(0, 230, (height, width, 3), dtype=np.uint8)
+
+
+def measured(source: bytes | Path) -> tuple[int, int]:
+    """Height and width by an encoded picture's header."""
+    with read_header(source, Limits()) as header:
+        return header.size
 
 
 def decode_image(data: bytes, limits: Limits) -> np.ndarray:

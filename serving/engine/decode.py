@@ -10,6 +10,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +22,7 @@ from penumbra.models.card import RGB, InputSpec
 from penumbra.models.errors import BadImage, TooLarge, first_line
 from penumbra.serving.engine.arrays import array_header, is_array
 from penumbra.serving.engine.damage import check_png, has_all_rows, read_jpeg, shorten_webp, slim_png
-from penumbra.serving.engine.layout import FLIPS, RGB8, Reading, find_bands, make_upright
+from penumbra.serving.engine.layout import FLIPS, RGB8, Place, Reading, find_bands, make_upright
 from penumbra.serving.engine.options import PILLOW_PIXELS, Limits
 from penumbra.serving.engine.raster import PIECE_PIXELS, Pixels, Raster, open_file, open_raster
 from penumbra.serving.engine.values import brightness, check_type, examine, to_type
@@ -40,47 +41,47 @@ PILLOW_FAULTS = (OSError, ValueError, SyntaxError, TypeError, EOFError, KeyError
                  MemoryError, NotImplementedError, RuntimeError, struct.error, zlib.error)  # fmt: skip
 """What Pillow raises on malformed files; hostile ones reach corners that its own exception types do not name."""
 
-Admit = Callable[[int, int], object]
-"""Called with the answer's height and width before any pixel is decoded; it may refuse by raising."""
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A header says what is known of a picture before any pixel is read: its height and width, as a viewer shows them,
+    and where it lies. read: gives the picture, a TIFF as a raster of which no pixel is read yet, all else decoded."""
+
+    size: tuple[int, int]
+    place: Place | None
+    read: Callable[[], Raster]
 
 
-def open_image(
-    source: bytes | Path, limits: Limits, reading: Reading = RGB8, *, admit: Admit | None = None
-) -> Raster:  # fmt: skip
-    """Open an encoded picture: a TIFF as a raster of which no pixel is read yet, all else decoded.
-
-    Raises BadImage, BadOption for bands that were chosen, and TooLarge before decoding pixels over the limit.
-    """
-    with _opened(source, limits, reading) as (size, read):
-        check_pixels(*size, limits)
-        if admit:
-            admit(*size)
-        return read()
-
-
-def measure_image(source: bytes | Path, limits: Limits, reading: Reading = RGB8) -> tuple[int, int]:
-    """Read height and width, as a viewer shows them, from the header alone. Raises as `open_image`."""
-    with _opened(source, limits, reading) as (size, _):
-        check_pixels(*size, limits)
-        return size
+def open_image(source: bytes | Path, limits: Limits, reading: Reading = RGB8) -> Raster:
+    """Open an encoded picture. Raises as `read_header`, and BadImage for what only its pixels tell."""
+    with read_header(source, limits, reading) as header:
+        return header.read()
 
 
 @contextmanager
-def _opened(
-    source: bytes | Path, limits: Limits, reading: Reading
-) -> Iterator[tuple[tuple[int, int], Callable[[], Raster]]]:
-    """Give a picture's height and width, for which only its header is read, and what reads the rest."""
+def read_header(source: bytes | Path, limits: Limits, reading: Reading = RGB8) -> Iterator[Header]:
+    """Read the header of an encoded picture, which is open meanwhile.
+
+    Raises BadImage, BadOption for bands that were chosen, and TooLarge for pixels over the limit.
+    """
+    with _opened(source, limits, reading) as header:
+        check_pixels(*header.size, limits)
+        yield header
+
+
+@contextmanager
+def _opened(source: bytes | Path, limits: Limits, reading: Reading) -> Iterator[Header]:
     raster = open_raster(source, reading)
     if raster:
-        yield raster.shape[:2], lambda: raster
+        yield Header(raster.shape[:2], raster.place, lambda: raster)
     elif is_array(source):
         with array_header(source) as ((height, width, num_bands), read):
             check_pixels(-(-height * num_bands // reading.spec.num_bands), width, limits)  # all bands are unpacked
-            yield (height, width), lambda: check_array(read(), limits, reading)
+            yield Header((height, width), None, lambda: check_array(read(), limits, reading))
     else:
         with _header(source, limits) as (picture, kind, file):
             upright = picture.size if FLIPS[_orientation(picture)][0] else picture.size[::-1]
-            yield upright, lambda: _decode(picture, kind, file, reading)
+            yield Header(upright, None, lambda: _decode(picture, kind, file, reading))
 
 
 @contextmanager

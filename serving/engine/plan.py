@@ -8,6 +8,7 @@ import numpy as np
 from penumbra.models.card import NUM_VIEWS, Card, Sampling
 from penumbra.models.errors import BadOption, TooLarge
 from penumbra.serving.engine.canvas import Wanted, ring_height
+from penumbra.serving.engine.layout import Place
 from penumbra.serving.engine.moments import channels
 from penumbra.serving.engine.noise import NoiseSource, SeededNoise
 from penumbra.serving.engine.options import PROBABILITIES, Limits, SegmentOptions, abstain_above, check_options
@@ -107,15 +108,15 @@ def resolve(options: SegmentOptions, card: Card, limits: Limits) -> SegmentOptio
 
 
 def plan_request(
-    runtime: Runtime, options: SegmentOptions, height: int, width: int, *, limits: Limits, metres: float = 0.0
+    runtime: Runtime, options: SegmentOptions, height: int, width: int, *, limits: Limits, place: Place | None = None
 ) -> RequestPlan:  # fmt: skip
-    """Lay out the windows of an image of this size. options: as `resolve` gives them. metres: of a pixel on the ground.
+    """Lay out the windows of an image of this size and place. options: as `resolve` gives them.
 
     Raises BadOption for a prompt that does not fit the image, and TooLarge.
     """
     card = runtime.card
     prompt = check_prompt(card, height, width, boxes=options.boxes, tags=options.tags, alpha=options.alpha)
-    factor, of_scale = find_scale(card, options.scale, height, width, metres)
+    factor, of_scale = find_scale(card, options.scale, height, width, place)
     run = max(1, round(factor * height)), max(1, round(factor * width))
     if isinstance(prompt, Boxes):
         prompt = replace(prompt, boxes_N5=prompt.boxes_N5 * ([run[1] / width, run[0] / height] * 2 + [1]))

@@ -25,11 +25,11 @@ GEOCENTRIC = "EPSG:4978"
 
 
 def find_scale(
-    card: Card, option: float | str | None, height: int, width: int, metres: float
+    card: Card, option: float | str | None, height: int, width: int, place: Place | None
 ) -> tuple[float, tuple[str, ...]]:
     """Find how many of the network's pixels an image's pixel becomes, and what the caller should know of that.
 
-    option: what the caller asks for. metres: of a pixel on the ground; 0 where it has no place there. Raises BadOption.
+    option: what the caller asks for. Raises BadOption.
     """
     rule = card.input.resolution
     if option is not None and option != CARD:
@@ -43,6 +43,7 @@ def find_scale(
     if rule.kind == "frame":
         learned, factor = f"{card.name} learned from frames of {rule.value:g} px", rule.value / min(height, width)
     else:
+        metres = metres_of(place, height, width)
         learned, factor = f"{card.name} learned from pixels of {rule.value:g} m", metres / rule.value
     if not factor:
         return 1.0, (f"{learned}, and the image does not say how large its own are; give scale",)
@@ -53,16 +54,12 @@ def find_scale(
     return factor, (f"{learned}, so the image was run at {factor:.3g} times its size",)
 
 
-def metres_of(image: Raster, card: Card) -> float:
-    """Measure a pixel at an image's centre on the ground: the side of a square as large.
-
-    It is 0 where the image has no place there, and where the card has no rule that asks for it.
-    """
-    place: Place | None = image.place
-    if card.input.resolution.kind != "gsd" or place is None or place.crs is None:
+def metres_of(place: Place | None, height: int, width: int) -> float:
+    """Measure a pixel at an image's centre on the ground: the side of a square as large; 0 where it has no place."""
+    if place is None or place.crs is None:
         return 0.0
     at = from_gcps(place.gcps) if place.transform == PIXELS else place.transform  # of no points one of no size
-    row, column = image.shape[0] / 2, image.shape[1] / 2
+    row, column = height / 2, width / 2
     corners = [at * (column + x, row + y) for x, y in ((0, 0), (1, 0), (0, 1))]
     try:
         corners_33 = np.transpose(transform(place.crs, GEOCENTRIC, *zip(*corners, strict=True), [0.0] * len(corners)))

@@ -22,16 +22,15 @@ from penumbra.serving.engine.answer import Prediction, collect
 from penumbra.serving.engine.backends import first_words
 from penumbra.serving.engine.decode import check_array
 from penumbra.serving.engine.device import find_device, name_hardware, stays_on
-from penumbra.serving.engine.layout import Reading
+from penumbra.serving.engine.layout import Place, Reading
 from penumbra.serving.engine.noise import NoiseSource
 from penumbra.serving.engine.options import Limits, SegmentOptions
 from penumbra.serving.engine.plan import RequestPlan, check_long, plan_request, resolve
 from penumbra.serving.engine.quota import num_cores
-from penumbra.serving.engine.raster import Pixels, Raster
+from penumbra.serving.engine.raster import Pixels
 from penumbra.serving.engine.request import QueuedRequest
 from penumbra.serving.engine.residency import Observer, Residency
 from penumbra.serving.engine.runtime import Runtime, Tuning, is_out_of_memory
-from penumbra.serving.engine.scale import metres_of
 from penumbra.serving.engine.scheduler import Scheduler
 from penumbra.serving.engine.signature import PublicKeys
 from penumbra.serving.engine.store import find_artifact, open_artifact, versions
@@ -230,19 +229,15 @@ class Segmenter:
         return Reading(self.find(options.model, options.version).card.input, options.bands)
 
     def plan(
-        self, height: int, width: int, options: SegmentOptions, *, limits: Limits | None = None, metres: float = 0.0
+        self, height: int, width: int, options: SegmentOptions, *, limits: Limits | None = None,
+        place: Place | None = None,
     ) -> RequestPlan:  # fmt: skip
-        """Plan a request for an image of this size. metres: of a pixel on the ground.
-
-        Raises all that can be refused before the pixels are looked at.
-        """
+        """Plan a request for an image of this size and place. Raises all that can be refused before the pixels are
+        looked at."""
         limits = limits or self.limits
         runtime = self.find(options.model, options.version)
         options = resolve(options, runtime.card, limits)
-        return plan_request(runtime, options, height, width, limits=limits, metres=metres)
-
-    def _metres(self, image: Raster, options: SegmentOptions) -> float:
-        return metres_of(image, self.find(options.model, options.version).card)
+        return plan_request(runtime, options, height, width, limits=limits, place=place)
 
     def bands(
         self, image_HWC: Pixels, options: SegmentOptions, *, noise: NoiseSource | None = None,
@@ -254,7 +249,7 @@ class Segmenter:
         noise: replaces the seeded noise, for protocols that prescribe their own. Raises any PenumbraError.
         """
         image = check_array(image_HWC, self.limits, self.reading(options))
-        plan = self.plan(*image.shape[:2], options, metres=self._metres(image, options))
+        plan = self.plan(*image.shape[:2], options, place=image.place)
         plan = replace(plan, noise=noise or plan.noise)
         return QueuedRequest(self.scheduler, plan, image, cancelled=cancelled, deadline=deadline)
 
@@ -268,7 +263,7 @@ class Segmenter:
         """
         check_long(options)
         image = check_array(image_HWC, limits, self.reading(options))
-        plan = self.plan(*image.shape[:2], options, limits=limits, metres=self._metres(image, options))
+        plan = self.plan(*image.shape[:2], options, limits=limits, place=image.place)
         return QueuedRequest(self.scheduler, plan, image, cancelled=cancelled, from_y=y)
 
     def segment(

@@ -15,10 +15,13 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from rasterio.transform import from_origin
 from starlette import requests
 from starlette.applications import Starlette
 from starlette.responses import StreamingResponse
 
+from penumbra.export.bundle import export_network
+from penumbra.models.card import ScaleRule, WindowSpec
 from penumbra.models.errors import (
     BadOption,
     Cancelled,
@@ -29,6 +32,7 @@ from penumbra.models.errors import (
     TooLarge,
     UnknownModel,
 )
+from penumbra.models.toy.cards import INPUT
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.options import PROBABILITIES, Limits, SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
@@ -36,10 +40,13 @@ from penumbra.serving.gateway import Gateway
 from penumbra.serving.http import v2
 from penumbra.serving.http.routes import ERROR_HANDLERS
 from penumbra.serving.http.stream import stream
+from penumbra.serving.jobs import Jobs
 from penumbra.serving.oip.protocol import Inference
 from penumbra.serving.room import Bodies
+from penumbra.serving.settings import Settings
 from penumbra.serving.telemetry import Request, Telemetry
-from tests.conftest import FIXED, picture
+from tests.conftest import FIXED, picture, toy_card
+from tests.serving.engine.tiffs import tiff
 
 OPTIONS = SegmentOptions(model="toy-pointwise")
 IMAGE = picture(np.random.Generator(np.random.PCG64(0)), 20, 30)
@@ -181,6 +188,23 @@ def test_what_is_predicted_for_a_request_is_what_its_arrays_have(segmenter: Segm
     rest = predicted - sum(array.nbytes for array in arrays)
     assert 0 < rest < predicted / 4, "the canvas, and windows on their way to it"
     assert predicted == segmenter.plan(300, 400, replace(options, samples=64)).num_bytes(1)
+
+
+def test_a_raster_of_finer_pixels_than_the_models_is_judged_as_it_is_run(tmp_path: Path) -> None:
+    spec = replace(INPUT, resolution=ScaleRule("gsd", 10))
+    card, network = toy_card("bright", name="coarse", spec=spec, window=WindowSpec(0, 0))
+    export_network(network, card, tmp_path / "store")
+    data = tiff(picture(np.random.Generator(np.random.PCG64(0)), 60, 80), transform=from_origin(5e5, 5.8e6, 1, 1))
+    limits = Limits(window_pixels=100)
+    with Segmenter.open(tmp_path / "store", threads=1, device="cpu", tuning=FIXED, limits=limits) as opened:
+        made = gateway(opened)
+        answer = asyncio.run(made.answer(data, SegmentOptions(), labels, request=Request()))[0]
+        assert answer.labels_HW.shape == (60, 80) and "run at 0.1 times its size" in answer.warnings[0]
+        jobs = Jobs(Settings(jobs=tmp_path / "jobs", store=tmp_path / "store"), made)
+        place = jobs.begin()
+        (place / "image").write_bytes(data)
+        assert jobs.submit(place, "image/png", {})["state"] == "queued"
+        jobs.close()
 
 
 def test_an_unforeseen_failure_is_a_fault_without_its_text(

@@ -11,9 +11,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from penumbra.models.errors import BadImage
-from penumbra.serving.engine.decode import measure_image, open_image
+from penumbra.serving.engine.decode import open_image
 from penumbra.serving.engine.options import Limits
-from tests.conftest import decode_image, picture
+from tests.conftest import decode_image, measured, picture
 
 LIMITS = Limits()
 
@@ -114,7 +114,7 @@ def test_a_png_is_turned_wherever_it_says_so(place: bytes) -> None:
     data = encode(scene(30, 40), "PNG")
     at = data.index(place) - 4
     turned = data[:at] + chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + data[at:]
-    assert measure_image(turned, LIMITS) == (40, 30) == decode_image(turned, LIMITS).shape[:2]
+    assert measured(turned) == (40, 30) == decode_image(turned, LIMITS).shape[:2]
 
 
 def test_a_png_with_long_texts_and_a_large_profile_is_read(rng: np.random.Generator) -> None:

@@ -14,11 +14,10 @@ from rasterio.rpc import RPC
 
 from penumbra.models.card import IGNORE
 from penumbra.models.errors import BadImage
-from penumbra.serving.engine.decode import measure_image
 from penumbra.serving.engine.options import Limits, SegmentOptions
 from penumbra.serving.engine.raster import open_raster
 from penumbra.serving.engine.segmenter import Segmenter
-from tests.conftest import FIXED, decode_image, picture
+from tests.conftest import FIXED, decode_image, measured, picture
 from tests.serving.engine.tiffs import PLACE, opened, pillows, placed, tiff
 
 # -- bands ---------------------------------------------------------------------------------------
@@ -174,7 +173,7 @@ def test_an_orientation_turns_picture_place_and_void_together(orientation: int, 
     shown = decode_image(flat, Limits())
     data = retagged(tiff(values, nodata=0), 274, orientation)
     raster = opened(data)
-    assert measure_image(data, Limits()) == shown.shape[:2] == raster.shape[:2]
+    assert measured(data) == shown.shape[:2] == raster.shape[:2]
     assert np.array_equal(raster[:, :], shown) and np.array_equal(raster.load()[:, :], shown)
     assert np.array_equal(opened(data)[3:30, 5:25], shown[3:30, 5:25])
     assert np.array_equal(raster.void(slice(2, 30)), (shown[2:30] == 0).all(-1))
@@ -263,7 +262,7 @@ def test_a_thumbnail_that_says_so_gives_way_to_the_picture(beneath: bool, rgb: n
     (tmp_path / "a b.tif").write_bytes(data)
     for source in (data, tmp_path / "a b.tif"):
         assert np.array_equal(opened(source)[:, :], rgb) and opened(source).warnings == ()
-        assert measure_image(source, Limits()) == (40, 60)
+        assert measured(source) == (40, 60)
 
 
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")

@@ -153,8 +153,7 @@ def test_a_picture_far_from_the_cards_frame_is_run_at_it_and_says_so(segmenter: 
 )
 def test_pixels_are_measured_on_the_ground(segmenter: Segmenter, place: dict[str, Any], metres: float) -> None:
     raster = opened(tiff(photo(60, 80), **place))
-    card = segmenter.find("gsd").card
-    assert metres_of(raster, card) == pytest.approx(metres, rel=0.02)
+    assert metres_of(raster.place, 60, 80) == pytest.approx(metres, rel=0.02)
     answer = segmenter.segment(raster, SegmentOptions(model="gsd", outputs=(PROBABILITIES,)))
     factor = metres / 10 if metres else 1
     factor = 1 if 0.8 <= factor <= 1.25 else factor
@@ -163,7 +162,7 @@ def test_pixels_are_measured_on_the_ground(segmenter: Segmenter, place: dict[str
         assert "the image does not say how large its own are; give scale" in answer.warnings[0]
     else:
         assert bool(answer.warnings) == (factor != 1)
-        exact = metres_of(raster, card) / 10 if factor != 1 else 1
+        exact = metres_of(raster.place, 60, 80) / 10 if factor != 1 else 1
         expected = by_hand(photo(60, 80), (round(exact * 60), round(exact * 80)))
         near(answer.prob_KHW, expected)
 
