@@ -22,7 +22,7 @@ from penumbra.serving.engine.store import find_artifact, open_artifact
 from penumbra.serving.files.cluster import connect
 from penumbra.serving.files.inputs import MANIFEST, canonical, find_images
 from penumbra.serving.files.predict import IN_MEMORY
-from penumbra.serving.files.receipts import Receipts, files_of, write_whole
+from penumbra.serving.files.receipts import Receipts, files_of, put, stamp_of
 from penumbra.serving.files.report import Result, progress_bar
 from penumbra.serving.render import parse_request, render_with_notes
 
@@ -82,7 +82,7 @@ def claim(output: str, request: BatchRequest) -> None:
     files, path = files_of(f"{output}/{MANIFEST}")
     question = json.dumps({**asdict(request), "store": "", "fields": dict(request.fields)}, sort_keys=True)
     if not files.lexists(path):
-        write_whole(f"{output}/{MANIFEST}", question.encode())
+        put(f"{output}/{MANIFEST}", question.encode())
     elif files.cat_file(path) != question.encode():
         raise BadOption(f"{output} holds answers to other options or of another model; name another output")
 
@@ -112,16 +112,24 @@ class Answerer:
             return Result(item.source, item.target, "failed", reason_of(error))
 
     def _answer(self, item: BatchItem) -> Result:
-        name = item.target.removeprefix(f"{self._output}/")
-        files, path = files_of(item.target)
-        if files.lexists(path):
-            self._receipts.check(name, item.source)
-            return Result(item.source, item.target, "kept")
+        name, kept = item.target.removeprefix(f"{self._output}/"), Result(item.source, item.target, "kept")
+        if self._is_there(name, item.source):
+            return kept
+        stamp = stamp_of(item.source)
         data, prediction = segment_url(self._segmenter, item.source, self._options)
         answer, notes = render_with_notes(prediction, self._media, self._style)
-        self._receipts.add(name, data, answer)
-        write_whole(item.target, answer)
+        if self._is_there(name, item.source):  # by now
+            return kept
+        self._receipts.add(name, data, stamp, answer)
+        put(item.target, answer)
         return Result(item.source, item.target, "made", warnings="\n".join(prediction.warnings + notes))
+
+    def _is_there(self, name: str, source: str) -> bool:
+        """Tell whether an image is answered. Raises BadOption where something else is in the answer's place."""
+        files, path = files_of(f"{self._output}/{name}")
+        if found := files.lexists(path):
+            self._receipts.check(name, source)
+        return bool(found)
 
     def close(self) -> None:
         self._segmenter.close()

@@ -1,6 +1,9 @@
 """What a batch made, so that it tells its own answers from other files: a receipt for every answer.
 
-    <output>/.penumbra-batch/<token>-<number>     {"deep/a.png": [fingerprint of the image, fingerprint of the answer]}
+    <output>/.penumbra-batch/<token>-<number>     {"deep/a.png": ["<image>@<stamp>", "<answer>"]}
+
+Of both it has the size and a hash: of the image's bytes, and of the answer's end. The stamp is what the file system
+knew of the image, so that one that did not change is not read again.
 
 A receipt is written before its answer, so an answer without one is somebody else's file: it is neither counted as done
 nor overwritten, and a file with one is no image to answer. Every process writes receipts of its own, in files of up to
@@ -22,7 +25,7 @@ import rasterio
 from fsspec.implementations.local import LocalFileSystem
 
 from penumbra.models.errors import BadOption
-from penumbra.models.files import write_whole as write_file
+from penumbra.models.files import write_whole
 from penumbra.serving.engine.raster import RASTER_FAULTS, gdal
 
 FOLDER = ".penumbra-batch"
@@ -30,8 +33,9 @@ PER_FILE = 64
 HEAD_BYTES = 8192
 """Bytes at either end of a file, where what wrote it says so."""
 TAIL_BYTES = 2**16
-"""Bytes of a file's end that its fingerprint covers: a PNG and an npz have checksums of all they hold there."""
-
+"""Bytes of an answer's end that its fingerprint covers: a PNG and an npz have checksums of all they hold there."""
+STAMPS = ("ETag", "etag", "LastModified", "last_modified", "updated", "mtime", "created")
+"""Facts by which the file systems of fsspec say that a file was written anew."""
 ITEM_MARK = b'"penumbra:model"'
 PAGE_MARK = b'<meta name="generator" content="Penumbra">'
 
@@ -52,29 +56,46 @@ def files_of(url: str) -> tuple[Any, str]:
     return files, path
 
 
-def write_whole(url: str, data: bytes) -> None:
-    """Write a file so that it is there as a whole or not at all."""
+def put(url: str, data: bytes) -> None:
+    """Write a file or an object so that it is there as a whole or not at all."""
     files, path = files_of(url)
     if not isinstance(files, LocalFileSystem):
         files.pipe_file(path, data)  # an object is put as one
         return
-    write_file(Path(path), data)
+    write_whole(Path(path), data)
 
 
 def fingerprint(data: bytes, size: int) -> str:
-    """A file's size and the hash of its end. data: the file, or its end alone."""
-    return f"{size}-{hashlib.sha256(data[-TAIL_BYTES:]).hexdigest()[:32]}"
+    """Give a file's size and the hash of its bytes. data: the file, or its end alone."""
+    return f"{size}-{hashlib.sha256(data).hexdigest()[:32]}"
 
 
 def fingerprint_of(url: str) -> str:
-    """The fingerprint of a file at a URL, of which only the end is read."""
+    """Give the fingerprint of a file at a URL by its end, which is all that is read."""
     files, path = files_of(url)
     size = files.size(path)
     return fingerprint(files.cat_file(path, start=max(0, size - TAIL_BYTES)), size)
 
 
+def stamp_of(url: str) -> str:
+    """Say what a file system knows of a file that changes when its bytes do; empty where that is nothing."""
+    files, path = files_of(url)
+    about = files.info(path)
+    return " ".join(str(about[fact]) for fact in STAMPS if fact in about)
+
+
+def is_of(image: str, url: str) -> bool:
+    """Tell whether an image's receipt is of the file at a URL, which is read only if its stamp is another."""
+    made_of, _, stamp = image.partition("@")
+    if stamp == stamp_of(url) if stamp else made_of == fingerprint_of(url):  # without one, it is of the image's end
+        return True
+    files, path = files_of(url)
+    data = files.cat_file(path)
+    return made_of == fingerprint(data, len(data))
+
+
 def read_receipts(output: str) -> dict[str, set[tuple[str, str]]]:
-    """The receipts of an output by the answer's name: fingerprints of image and answer, as often as it was made."""
+    """Read the receipts of an output by the answer's name: image and answer, as often as it was made."""
     files, folder = files_of(f"{output.rstrip('/')}/{FOLDER}")
     files.invalidate_cache()  # others write here
     found: dict[str, set[tuple[str, str]]] = {}
@@ -98,24 +119,25 @@ class Receipts:
 
     def check(self, name: str, source: str) -> None:
         """Raises BadOption unless the file in an answer's place is this batch's answer to that image."""
-        image, answer = fingerprint_of(source), fingerprint_of(f"{self._output}/{name}")
-        with self._lock:
-            if (image, answer) not in self._known.get(name, ()):
-                self._known |= read_receipts(self._output)  # another process may have made it
-            known = self._known.get(name, set())
-        if (image, answer) not in known:
-            whose = (
-                "the answer to another image" if answer in {answer for _, answer in known} else "no answer of a batch"
-            )
-            raise BadOption(f"{self._output}/{name} is there and {whose}; move it away, or name another OUTPUT")
+        answer, images = fingerprint_of(f"{self._output}/{name}"), list[str]()
+        for reads in (False, True):
+            with self._lock:
+                if reads:
+                    self._known |= read_receipts(self._output)  # another process may have made it
+                images = [image for image, made in self._known.get(name, ()) if made == answer]
+            if any(is_of(image, source) for image in images):
+                return
+        whose = "the answer to another image, or to this one as it was" if images else "no answer of a batch"
+        raise BadOption(f"{self._output}/{name} is there and {whose}; move it away, or name another OUTPUT")
 
-    def add(self, name: str, image: bytes, answer: bytes) -> None:
-        """Write an answer's receipt; the answer is to be written next."""
+    def add(self, name: str, image: bytes, stamp: str, answer: bytes) -> None:
+        """Write an answer's receipt; the answer is to be written next. stamp: of the image before it was read."""
         with self._lock:
             if len(self._fresh) == PER_FILE:
                 self._number, self._fresh = self._number + 1, {}
-            self._fresh[name] = (fingerprint(image, len(image)), fingerprint(answer, len(answer)))
-            write_whole(f"{self._output}/{FOLDER}/{self._token}-{self._number}", json.dumps(self._fresh).encode())
+            made_of = f"{fingerprint(image, len(image))}@{stamp}"
+            self._fresh[name] = made_of, fingerprint(answer[-TAIL_BYTES:], len(answer))
+            put(f"{self._output}/{FOLDER}/{self._token}-{self._number}", json.dumps(self._fresh).encode())
 
 
 def identity(path: Path) -> Identity:

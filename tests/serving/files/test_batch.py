@@ -1,5 +1,6 @@
 """`penumbra batch`: one answer per image, in folders or buckets, once, also when the run is killed."""
 
+import hashlib
 import io
 import json
 import os
@@ -242,6 +243,27 @@ def test_the_answer_to_another_image_of_that_name_is_not_taken_for_this_ones(
     (tmp_path / "day1").mkdir()
     (tmp_path / "moved.jpg").rename(first)
     assert counted(run(first.parent, tmp_path / "out", *command))["kept"] == 1, "the same bytes are the same image"
+
+
+def test_an_answer_is_kept_for_as_long_as_its_image_has_the_same_bytes(
+    toy_store: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    command = (tmp_path / "in", tmp_path / "out", "-m", "toy-pointwise", "--store", toy_store, "--json")
+    pixels, image = picture(rng, 200, 200), tmp_path / "in" / "a.tif"
+    image.parent.mkdir()
+    Image.fromarray(pixels).save(image)  # uncompressed
+    assert counted(run(*command))["made"] == 1
+    image.touch()
+    assert counted(run(*command))["kept"] == 1
+    pixels[0, 0] = 255 - pixels[0, 0]
+    Image.fromarray(pixels).save(image)
+    result = run(*command)
+    assert counted(result)["failed"] == 1 and "the answer to another image, or to this one as it was" in result.stderr
+    (receipts,) = (tmp_path / "out" / FOLDER).iterdir()
+    name, (_, answer) = json.loads(receipts.read_text()).popitem()
+    end = f"{image.stat().st_size}-{hashlib.sha256(image.read_bytes()[-65536:]).hexdigest()[:32]}"
+    receipts.write_text(json.dumps({name: [end, answer]}))
+    assert counted(run(*command))["kept"] == 1, "earlier versions looked at an image's end alone"
 
 
 def test_one_odd_failure_is_that_images_alone(
