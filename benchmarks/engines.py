@@ -193,7 +193,7 @@ def compare(name: str, num_windows: int, *, rounds: int, threads: int) -> dict[s
     results["best fp32: over the product"] = flops / best / product
     results["best fp32 over eager (bar 2.9 for the zoo)"] = seconds["eager"] / best
     results["best bf16 over eager fp32 (bar 2.1)"] = seconds["eager"] / half
-    return {f"{name}, {num_windows} windows: {key}": value for key, value in results.items()}
+    return results
 
 
 def cold_start(backend: str) -> float:
@@ -222,13 +222,11 @@ def main(rounds: int, only: str | None, threads: int, asked: tuple[str, int] | N
     zoo = [path.stem for path in sorted(ZOO.glob("*.safetensors"))]
     for name, num_windows in [(R50, 1), *((name, count) for name in zoo for count in (1, 4))]:
         if only in (None, name):
-            save(
-                "engines", compare(name, num_windows, rounds=rounds, threads=threads) | {"threads": threads}, keep=True
-            )
+            found = compare(name, num_windows, rounds=rounds, threads=threads) | {"threads": threads}
+            save("engines", {f"{name}, {num_windows} windows": found}, keep=True)
     if only in (None, R50):
-        starts = {f"{R50}: {backend}, cold start to ready, s (bar 5)": cold_start(backend)
-                  for backend in ("torchscript", "onnx")}  # fmt: skip
-        save("engines", starts, keep=True)
+        starts = {backend: cold_start(backend) for backend in ("torchscript", "onnx")}
+        save("engines", {f"{R50}, cold start to ready, s (bar 5)": starts}, keep=True)
 
 
 if __name__ == "__main__":

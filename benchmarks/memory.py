@@ -6,7 +6,6 @@ Every height runs in a process of its own; the peak is the growth of its residen
 image is stitched and every finished band is read out. MONAI's canvas holds height x width x classes instead.
 """
 
-import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from benchmarks.rounds import save
+from benchmarks.rounds import forget_peak, peak_memory, save
 from penumbra.models.card import ClassInfo, WindowSpec
 from penumbra.models.toy.cards import toy_card
 from penumbra.serving.engine.canvas import Surface, Transfers, Wanted, read_out, segments_of
@@ -27,8 +26,8 @@ CARD = replace(toy_card("pointwise")[0], classes=tuple(ClassInfo(str(k), (k, k, 
 
 
 def stitch(height: int) -> tuple[int, int, int]:
-    """Stitch and read out a whole image; returns windows, the canvas' bytes and the peak growth in KiB."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Stitch and read out a whole image; returns windows, the canvas' bytes and those that memory grows by."""
+    before = forget_peak()
     plan = cover(height, WIDTH, WindowSpec(512, 512, overlap=0.25))
     stats_BhCw = torch.full((1, 512, CLASSES + 1, 512), 1 / CLASSES)
     surface = Surface(
@@ -43,8 +42,7 @@ def stitch(height: int) -> tuple[int, int, int]:
             out = torch.zeros(num_bytes, dtype=torch.uint8)
             read_out([(surface.canvas_RCW, segment, surface.wanted)], out, CARD)
             assert abs(float(segment.band(out.numpy()).maps["confidence"].max()) - 1 / CLASSES) < 1e-4
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return plan.num_windows, surface.canvas_RCW.nbytes, peak - before
+    return plan.num_windows, surface.canvas_RCW.nbytes, peak_memory() - before
 
 
 def main() -> None:
@@ -55,9 +53,9 @@ def main() -> None:
     for height in HEIGHTS:
         command = [sys.executable, "-m", "benchmarks.memory", str(height)]
         words = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-        windows, canvas_bytes, peak_kib = map(int, words)
+        windows, canvas_bytes, peak_bytes = map(int, words)
         results[f"{height}x{WIDTH}: canvas MB"] = canvas_bytes / 2**20
-        results[f"{height}x{WIDTH}: peak growth MB, {windows} windows"] = peak_kib / 1024
+        results[f"{height}x{WIDTH}: peak growth MB, {windows} windows"] = peak_bytes / 2**20
         results[f"{height}x{WIDTH}: a whole-image canvas would hold MB"] = height * WIDTH * CLASSES * 4 / 2**20
     save("memory", results)
 

@@ -8,7 +8,6 @@ over one undivided forward pass of the same network; both take turns, and the me
 """
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.rounds import save
+from benchmarks.rounds import forget_peak, peak_memory, save
 from benchmarks.sampling import decode_plain
 from penumbra.models import find_method
 from penumbra.models.contract import Network, Prompt
@@ -78,7 +77,7 @@ def measure_one(name: str) -> dict[str, float]:
     if name.endswith("with boxes"):
         prompt, num_samples = (torch.ones(1, config.num_classes, SIZE, SIZE),), len(network.prompt.members)
     noise_SBL = torch.ones(num_samples, 1, network.sampling.noise_length)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = forget_peak()
 
     def encode() -> Any:
         features = network.encode(image)
@@ -86,7 +85,7 @@ def measure_one(name: str) -> dict[str, float]:
 
     features = encode()
     network.decode(features, noise_SBL)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_memory()
     plain_forward(network, image, noise_SBL, prompt)
     rounds: list[tuple[float, float, float]] = []
     end = time.perf_counter() + BUDGET_S
@@ -103,7 +102,7 @@ def measure_one(name: str) -> dict[str, float]:
         "decode, ms per sample": 1e3 * decodes / num_samples,
         "plain forward, ms": 1e3 * plains,
         "split over plain (bar 1.05)": statistics.median((e + d) / p for e, d, p in rounds),
-        "peak memory, MB": (peak - before) / 1024,
+        "peak memory, MB": (peak - before) / 2**20,
     }
 
 
@@ -115,7 +114,7 @@ def main() -> None:
     for name in names:
         command = [sys.executable, "-m", "benchmarks.methods", name, "--here"]
         figures = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        save("methods", {f"{name}: {figure}": value for figure, value in figures.items()}, keep=True)
+        save("methods", {name: figures}, keep=True)
 
 
 if __name__ == "__main__":

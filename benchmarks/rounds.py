@@ -41,14 +41,33 @@ def machine() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def forget_peak() -> int:
+    """Let this process's peak memory begin anew; return the bytes that it holds now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory()
+
+
+def peak_memory() -> int:
+    """Return the most bytes that this process has held since `forget_peak`; getrusage's peak is one since it began, or
+    even of the process that started it."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
 def save(name: str, results: dict[str, Any], *, keep: bool = False) -> None:
     """Print results, and write them with what they were measured on to benchmarks/results/<name>.json.
 
-    keep: beside what the file holds of other runs already.
+    keep: beside what the file holds of other runs already; results are dicts then, and each says what it was measured
+    on. Those that do not are older, and the file's own "on" is that of the newest of them.
     """
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    kept = json.loads(path.read_text()) if keep and path.exists() else {}
-    path.write_text(json.dumps(kept | {"on": machine(), **results}, indent=2) + "\n")
-    for key, value in results.items():
+    path, on = RESULTS / f"{name}.json", {"on": machine()}
+    rows = results
+    if keep:
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(kept | {key: on | value for key, value in results.items()}, indent=2) + "\n")
+        rows = {f"{key}: {figure}": value for key, result in results.items() for figure, value in result.items()}
+    else:
+        path.write_text(json.dumps(on | results, indent=2) + "\n")
+    for key, value in rows.items():
         print(f"{key:58} {value:.4g}" if isinstance(value, float) else f"{key:58} {value}")

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.rounds import forget_peak, peak_memory
+
 ROUNDS = 3
 MEBI = 2**20
 
@@ -32,10 +34,9 @@ def picture(side: int) -> np.ndarray:
 
 def run(whole: Callable[[], np.ndarray], bare: dict[str, Callable[[], object]], labels: Path) -> dict[str, Any]:
     """Peak memory of the first run, then median seconds of everything and of the bare loops, taking turns."""
-    before = _memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = forget_peak()
     np.save(labels, whole())
-    figures: dict[str, Any] = {"peak MB": (_memory("VmHWM") - before) / MEBI}
+    figures: dict[str, Any] = {"peak MB": (peak_memory() - before) / MEBI}
     seconds: dict[str, list[float]] = {"total": [], **{name: [] for name in bare}}
     for _ in range(ROUNDS):
         for name, work in {"total": whole, **bare}.items():
@@ -43,12 +44,6 @@ def run(whole: Callable[[], np.ndarray], bare: dict[str, Callable[[], object]], 
             work()
             seconds[name].append(time.perf_counter() - started)
     return figures | {f"{name} s": statistics.median(values) for name, values in seconds.items()}
-
-
-def _memory(name: str) -> int:
-    """Read this process's memory in bytes; the peak of getrusage is inherited from the process that started it."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(name)))
 
 
 def of_penumbra(artifact: Path, side: int, batch: int, buffer: int, labels: Path) -> dict[str, Any]:
