@@ -330,7 +330,7 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Measure a model on labelled pictures as it is served: accuracy, calibration, and its uncertainty."""
     from penumbra.training.evaluation.answers import Question
-    from penumbra.training.evaluation.verb import check_document, evaluate_artifact, report
+    from penumbra.training.evaluation.verb import check_document, evaluate_artifact, report, write_document
 
     if json_file:
         check_document(json_file)
@@ -341,7 +341,7 @@ def evaluate(
     measured = evaluate_artifact(question, store, plots=plots, control=control, shift=shift, hidden=hidden)
     report(measured)
     if json_file:
-        json_file.write_text(json.dumps(measured.document(), allow_nan=False) + "\n")
+        write_document(json_file, measured)
 
 
 @main.command()

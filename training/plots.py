@@ -217,7 +217,7 @@ def contact_sheet(shown: Shown, card: Card) -> Figure:
         row[3].imshow(errors_HW, cmap=ListedColormap(["#10161d", "#707070", "#ff5a36"]), vmin=0, vmax=1)
         row[3].set_title("wrong (orange), void (grey)", fontsize=8)
         for axes, name in zip(row[4:], names, strict=True):
-            top = max(float(np.percentile(answer.maps[name], 99.5)), 1e-3)
+            top = max(float(np.nanpercentile(np.append(answer.maps[name], 0), 99.5)), 1e-3)  # all may be void
             picture = axes.imshow(answer.maps[name], cmap="magma", vmin=0, vmax=top)
             axes.set_title(f"{name.replace('_', ' ')}, nats", fontsize=8)
             figure.colorbar(picture, ax=axes, shrink=0.75).ax.tick_params(labelsize=7)

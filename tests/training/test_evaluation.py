@@ -20,6 +20,7 @@ from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.training.data import find_data
+from penumbra.training.evaluation import run
 from penumbra.training.evaluation.answers import check_classes, segment_frame
 from penumbra.training.evaluation.figures import ClassAbstention, Evaluation
 from penumbra.training.evaluation.run import (
@@ -31,9 +32,9 @@ from penumbra.training.evaluation.run import (
     evaluate,
     load_frames,
 )
-from penumbra.training.evaluation.verb import evaluate_artifact, typical
+from penumbra.training.evaluation.verb import evaluate_artifact, typical, write_document
 from penumbra.training.frames import Frame, Frames
-from penumbra.training.plots import against_samples, draw_all
+from penumbra.training.plots import against_samples, contact_sheet, draw_all
 from tests.conftest import CLASSES, GAIN, picture, toy_card
 
 MAPS = ("confidence", "entropy", "mutual_information")
@@ -270,6 +271,27 @@ def test_samples_are_compared_in_quality_and_cost(segmenter: Segmenter, frames: 
     assert rows[0]["time_ratio"] == 1 and rows[0]["err/AUROC/mutual_information"] is None
     nll = [row["seg/NLL"] for row in rows]
     assert nll[0] and nll[-1] and nll[-1] < nll[0], "a mean over samples is a better forecast than one"
+
+
+def test_what_is_undefined_on_a_few_frames_ends_neither_document_nor_picture(
+    segmenter: Segmenter, frames: Frames, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One pixel has a label, in a frame that is not the first, and no score ranks it."""
+    labels = torch.full_like(frames.label_NHW, IGNORE)
+    labels[1, 3, 3] = 0
+    monkeypatch.setattr(run, "FEW_FRAMES", 1)
+    one = dataclasses.replace(frames, label_NHW=labels)
+    measured = evaluate(segmenter, Question("toy-latent", NOWHERE), one, compare=True)
+    (tmp_path / "out.json").symlink_to(tmp_path / "own.json")
+    write_document(tmp_path / "out.json", measured)
+    assert {
+        row["err/AUROC/entropy"] for row in json.loads((tmp_path / "own.json").read_bytes())["against_samples"]
+    } == {None}
+    assert {title.partition(": ")[2] for title, _ in typical(measured, segmenter, one)} == {"b"}
+    void = Frame(*frames[0], torch.ones_like(labels[0], dtype=torch.bool))
+    answer = segment_frame(segmenter, void, SegmentOptions("toy-latent", samples=2))
+    axes = contact_sheet([("void", answer)], measured.card).axes
+    assert np.isnan(answer.maps["entropy"]).all() and axes[4].images[0].get_clim() == (0, 1e-3)
 
 
 def test_the_time_of_samples_is_drawn_where_it_is_seen() -> None:

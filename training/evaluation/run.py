@@ -140,7 +140,8 @@ def evaluate(
             evaluation.end_block()
     if not evaluation.num_frames:
         raise BadData(f"no pixel of {question.data} {question.split} has a label; there is nothing to measure against")
-    few = list(cards)[:: -(-len(cards) // FEW_FRAMES)]
+    labelled = [index for index, accuracy in zip(cards, accuracies, strict=True) if not math.isnan(accuracy)]
+    few = labelled[:: -(-len(labelled) // FEW_FRAMES)]
     is_free = card.sampling.is_stochastic and card is own
     rows = compare_samples(segmenter, question, frames, few) if compare and is_free else []
     return Measured(question, cards, evaluation, accuracies, rows)
@@ -149,9 +150,8 @@ def evaluate(
 def compare_samples(
     segmenter: Segmenter, question: Question, frames: FrameSet, indices: list[int]
 ) -> list[dict[str, float | None]]:
-    """Measure figures and time per S on these frames, frame by frame in turns; time is a multiple of that of S = 1.
-
-    One sample has no mutual information: its figure is None.
+    """Measure figures and time per S on these frames, of which some have a label, frame by frame in turns; time is a
+    multiple of that of S = 1. A figure is None where it is undefined, as that of one sample's mutual information is.
     """
     card = segmenter.find(question.name, question.version).card
     counts = [count for count in SAMPLE_COUNTS if count <= segmenter.limits.samples]
@@ -163,10 +163,10 @@ def compare_samples(
             answer = segment_frame(segmenter, frame, dataclasses.replace(options, samples=count))
             evaluations[count].add(answer)
             seconds[count] += answer.seconds
-    figures = {count: evaluation.figures() for count, evaluation in evaluations.items()}
+    rows = {count: defined(evaluation.figures()) for count, evaluation in evaluations.items()}
     return [
         {"samples": count, "time_ratio": seconds[count] / seconds[1], **{name: row.get(name) for name in COMPARED}}
-        for count, row in figures.items()
+        for count, row in rows.items()
     ]
 
 

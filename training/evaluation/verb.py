@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from penumbra.models.errors import BadOption
+from penumbra.models.files import write_whole
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import find_artifact
 from penumbra.serving.files.receipts import check_replaceable
@@ -27,9 +28,7 @@ PLOTS = ("reliability", "risk_coverage", "pavpu", "confusion", "contact_sheet", 
 
 def typical(measured: Measured, segmenter: Segmenter, frames: FrameSet) -> list[tuple[str, Answer]]:
     """Choose the frames of least, lower-quartile, median and highest accuracy: a title and the answer of each."""
-    ranked = sorted(
-        zip(measured.accuracies, measured.cards, strict=True), key=lambda pair: (math.isnan(pair[0]), pair[0])
-    )
+    ranked = sorted(pair for pair in zip(measured.accuracies, measured.cards, strict=True) if not math.isnan(pair[0]))
     last, shown = len(ranked) - 1, []
     for title, rank in {"worst": 0, "lower quartile": last // 4, "median": last // 2, "best": last}.items():
         index = ranked[rank][1]
@@ -87,6 +86,12 @@ def check_document(path: Path) -> None:
         is_own = False
     if not is_own:
         raise BadOption(f"{path} is in the way, and is no evaluation; move it, or name another file")
+
+
+def write_document(path: Path, measured: Measured) -> None:
+    """Write what was measured as JSON; into a pipe, or a file as a whole."""
+    write = write_whole if path.is_file() or not path.exists() else Path.write_bytes
+    write(path.resolve(), json.dumps(measured.document(), allow_nan=False).encode() + b"\n")
 
 
 def report(measured: Measured) -> None:
