@@ -28,6 +28,7 @@ from penumbra.training.calibrate import Calibrated, calibrate
 from penumbra.training.data import load_camvid
 from penumbra.training.evaluation.answers import LIMITS
 from penumbra.training.evaluation.run import Question, defined, evaluate
+from penumbra.training.evaluation.temperature import set_temperature
 from penumbra.training.frames import Frames
 from penumbra.training.recipe import read_recipe
 
@@ -66,12 +67,14 @@ def describe(calibrated: Calibrated, frames: str) -> Card:
 
 
 def renew(checkpoint: Path, data: Path) -> dict[str, Any]:
-    """Calibrate one checkpoint in place; returns figures on the validation frames (before: `benchmarks.zoo`)."""
+    """Calibrate one checkpoint in place; returns figures on the validation frames, before: at temperature 1."""
     name, held_out = checkpoint.stem, load_camvid(data, "val")
     (frames, text), question = unseen_masks(name, data), Question(name, data, split="train")
     with tempfile.TemporaryDirectory() as folder, Segmenter(limits=LIMITS) as segmenter:
         segmenter.load(export_checkpoint(checkpoint, Path(folder)))
         runtime = segmenter.find(name)
+        runtime.card = set_temperature(runtime.card, 1.0)
+        before = evaluate(segmenter, question, held_out).evaluation.figures()
         calibrated = calibrate(segmenter, question, frames)
         runtime.card = describe(calibrated, text)
         figures = evaluate(segmenter, question, held_out).evaluation.figures()
@@ -80,6 +83,7 @@ def renew(checkpoint: Path, data: Path) -> dict[str, Any]:
     replace_card(checkpoint, replace(read_card(checkpoint), readout=card.readout, **parts))
     return {
         "temperature": card.readout.temperature, "frames": len(frames), "refused": calibrated.refused,
+        "before": defined({key: before[key] for key in MEASURED}),
         "val": defined({key: figures[key] for key in MEASURED}),
         "promises": defined({key: value for key, value in figures.items() if key.startswith("abstain/")}),
         "withheld": {
