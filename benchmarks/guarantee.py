@@ -101,10 +101,12 @@ def judge(losses: Losses, calibrating: Doubles, tested: Losses, testing: Doubles
     thresholds, _ = find_thresholds(marginal, RISKS, num_classes=losses.num_classes)
     found: dict[str, list[float]] = {}
     for risk in RISKS:
-        at = np.searchsorted(losses.steps_S, thresholds.get(risk, -1), side="right") - 1
-        known = risk in thresholds
+        if risk not in thresholds:
+            found[f"{risk:g}"] = [np.nan, np.nan]
+            continue
+        at = np.searchsorted(losses.steps_S, thresholds[risk], side="right") - 1  # below the first, nothing is answered
         rows = (tested.wrong_NS, tested.kept_NS)
-        found[f"{risk:g}"] = [float(x[testing, at].mean()) if known and at >= 0 else np.nan for x in rows]
+        found[f"{risk:g}"] = [float(x[testing, at].mean()) if at >= 0 else 0.0 for x in rows]
     by_class.losses_KT = np.maximum.accumulate(losses.share_NKT[calibrating], axis=2).sum(0)
     by_class.num_frames_K = losses.called_NK[calibrating].sum(0)
     by_class.pixels_2KT = np.stack([x[calibrating].sum(0) for x in (losses.answered_NKT, losses.wrong_NKT)])
