@@ -140,6 +140,7 @@ class Training:
             "objective": {name: value for name, value in objective.items() if name not in own},
             "processes": own_states,
             "optimizer": self.optimizer.state_dict(),
+            "precision": self.fabric.strategy.precision.state_dict(),
             "step": self.step,
             "elapsed_s": self.elapsed_s,
         }
@@ -152,17 +153,21 @@ class Training:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             begun_with = Recipe(**state["recipe"])  # fields that are younger than the state have their defaults
+            processes, objective, optimizer = state["processes"], state["objective"], state["optimizer"]
+            step, elapsed_s = state["step"], state["elapsed_s"]
         except (UnpicklingError, EOFError, RuntimeError, KeyError, TypeError, IndexError):
             raise BadOption(f"{path} is in the way, and is no state of a training; move it away") from None
         if dataclasses.asdict(begun_with) != dataclasses.asdict(self.recipe):
             raise BadOption(f"{path} was begun with another recipe; remove it to start anew")
-        if (begun_on := len(state["processes"])) != self.fabric.world_size:
+        if (begun_on := len(processes)) != self.fabric.world_size:
             raise BadOption(f"{path} was begun on {begun_on} devices, not {self.fabric.world_size}; go on with as many")
-        own = state["processes"][self.fabric.global_rank]
-        self.objective.load_state_dict(state["objective"] | own["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        own = processes[self.fabric.global_rank]
+        self.objective.load_state_dict(objective | own["objective"])
+        self.optimizer.load_state_dict(optimizer)
+        if scaler := state.get("precision"):  # a state that is older has none
+            self.fabric.strategy.precision.load_state_dict(scaler)
         self.generator.set_state(own["generator"])
-        self.step, self.elapsed_s = state["step"], state["elapsed_s"]
+        self.step, self.elapsed_s = step, elapsed_s
 
 
 def train(

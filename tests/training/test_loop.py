@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from lightning_fabric.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -115,6 +116,20 @@ def test_a_state_of_another_recipe_is_refused_with_a_sentence(tmp_path: Path) ->
     training.resume(tmp_path / "state.ckpt")
     with pytest.raises(BadOption, match=r"state\.ckpt was begun with another recipe"):
         _training("np_semiseg", tmp_path).resume(tmp_path / "state.ckpt")
+    torch.save({"recipe": state["recipe"], "step": 3}, tmp_path / "state.ckpt")
+    with pytest.raises(BadOption, match=r"state\.ckpt is in the way, and is no state of a training"):
+        training.resume(tmp_path / "state.ckpt")
+
+
+def test_a_killed_run_goes_on_with_the_scale_of_its_gradients(tmp_path: Path) -> None:
+    """As in half precision on a GPU, which does not begin anew with a scale that overflows."""
+    killed, resumed = (_training("cps", tmp_path) for _ in range(2))
+    for training, scale in ((killed, 128.0), (resumed, 65536.0)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        training.fabric.strategy.precision = MixedPrecision("16-mixed", "cpu", scaler)
+    killed.save(tmp_path / "state.ckpt")
+    resumed.resume(tmp_path / "state.ckpt")
+    assert resumed.fabric.strategy.precision.state_dict()["scale"] == 128
 
 
 def test_the_rate_rises_then_falls_to_zero() -> None:
