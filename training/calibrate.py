@@ -29,6 +29,7 @@ from penumbra.training.evaluation.figures import Evaluation
 from penumbra.training.evaluation.run import defined, load_frames, segment_frames
 from penumbra.training.evaluation.temperature import fit_temperature, mean_nll, set_temperature
 from penumbra.training.frames import FrameSet
+from penumbra.training.metrics import Doubles
 
 RISKS = (0.01, 0.02, 0.05, 0.1)
 CLASS_RISKS = (0.1, 0.2)
@@ -81,7 +82,7 @@ class Evidence:
 
     def __init__(self, card: Card) -> None:
         self.card, self.loss, self.class_loss = card, AbstentionLoss(), ClassLoss(card.num_classes)
-        self.means: list[list[float]] = []
+        self.means: list[tuple[float, ...]] = []
         """By picture, of `Card.maps_of_novelty`."""
 
     def add(self, answer: Answer) -> None:
@@ -89,9 +90,8 @@ class Evidence:
         entropy, wrong = answer.maps["entropy"][known_HW], answer.wrong_HW[known_HW]
         self.loss.add(entropy, wrong)
         self.class_loss.add(entropy, answer.labels_HW[known_HW].astype(np.int64), wrong)
-        maps = [answer.uncertainties[name] for name in self.card.maps_of_novelty]
-        if not np.isnan(maps[0]).all():  # a wholly void picture has no novelty when it is served either
-            self.means.append([float(np.nanmean(values_HW, dtype=np.float64)) for values_HW in maps])
+        if answer.means:  # a wholly void picture has none, and no novelty when it is served either
+            self.means.append(answer.means)
 
     def calibration(
         self, risks: Sequence[float], class_risks: Sequence[float], num_samples: int, data: str
@@ -113,15 +113,24 @@ class Evidence:
         num = len(self.means)
         if not num:
             return None
-        centres, spreads = np.mean(self.means, axis=0), np.maximum(np.std(self.means, axis=0), LEAST_DEVIATION)
-        scales = tuple(zip(centres.tolist(), spreads.tolist(), strict=True)) if len(centres) > 1 else ()
+        means_NM, own = np.array(self.means), self.card.maps_of_novelty[-1]
         warn_above = 0.99 if num >= LEAST_TO_WARN else 1.0
-        own = self.card.maps_of_novelty[-1]
-        novelty = Novelty(own, (), num, num_samples, data, warn_above, scales)
-        values = sorted(map(novelty.strangeness, self.means))
+        novelty = Novelty(own, (), num, num_samples, data, warn_above, find_scales(means_NM))
+        # Scales that a picture has a part in make it less strange than it would be as a new one.
+        of_others = (find_scales(np.delete(means_NM, i, axis=0) if num > 1 else means_NM) for i in range(num))
+        pairs = zip(self.means, of_others, strict=True)
+        values = sorted(dataclasses.replace(novelty, scales=scales).strangeness(means) for means, scales in pairs)
         if num > MOST_MEANS:
             values = np.quantile(values, np.linspace(0, 1, MOST_MEANS)).tolist()
         return dataclasses.replace(novelty, means=tuple(values))
+
+
+def find_scales(means_NM: Doubles) -> tuple[tuple[float, float], ...]:
+    """Give each map's mean and standard deviation over pictures; nothing of a single map, which has its own scale."""
+    if means_NM.shape[1] == 1:
+        return ()
+    centres, spreads = means_NM.mean(0), np.maximum(means_NM.std(0), LEAST_DEVIATION)
+    return tuple(zip(centres.tolist(), spreads.tolist(), strict=True))
 
 
 def calibrate_artifact(
@@ -192,8 +201,8 @@ def check_risks(split: Split, risks: Sequence[float], class_risks: Sequence[floa
         raise BadOption(sentences[-1])
     if num < LEAST_TO_WARN:
         sentences.append(
-            f"of ordinary pictures one in {num + 1} is stranger than all of {num}, so answers tell their novelty and "
-            f"do not warn of it; with {LEAST_TO_WARN} for the thresholds they do"
+            f"of ordinary pictures about one in {num + 1} is stranger than all of {num}, so answers tell their novelty "
+            f"and do not warn of it; with {LEAST_TO_WARN} for the thresholds they do"
         )
     for sentence in sentences:
         click.echo(sentence, err=True)

@@ -148,6 +148,12 @@ def test_a_map_of_the_models_own_and_the_entropy_are_brought_to_one_scale(rng: n
         np.testing.assert_allclose(novelty.scales, np.stack((means_NM[:120].mean(0), means_NM[:120].std(0)), axis=1))
         alarms += [novelty.share_below(means) > 0.9 for means in means_NM[120:].tolist()]
     assert np.mean(alarms) == pytest.approx(0.1, abs=0.015)
+    stranger = []
+    for _ in range(400):
+        evidence.means = rng.normal(size=(8, 2)).tolist()
+        novelty = evidence.novelty(1, "few")
+        stranger += [novelty.share_below(means) == 1 for means in rng.normal(size=(10, 2)).tolist()]
+    assert np.mean(stranger) < 1 / 9, "by scales that they had a part in, it would be one in five"
     evidence.means = [[0.3, 0.3]] * 20
     alike = evidence.novelty(1, "made up")
     assert alike and alike.share_below((0.3, 0.3)) == 0 and alike.share_below((0.3, 0.2999)) == 1
@@ -166,7 +172,7 @@ def test_void_pixels_count_in_a_reference_as_little_as_in_what_is_served(
         evidence.add(segment_frame(segmenter, frame, SegmentOptions(card.name)))
         raster = Raster(np.ascontiguousarray(frame.image_3HW.permute(1, 2, 0)), void_HW=voids[i].numpy())
         served.append(segmenter.segment(raster, SegmentOptions(card.name)).scores.means)
-    assert served[2] == () and np.allclose(evidence.means, served[:2], atol=1e-6)
+    assert served[2] == () and evidence.means == served[:2]
     novelty = evidence.novelty(1, "three pictures")
     assert novelty and novelty.num_pictures == 2 and Evidence(card).novelty(1, "none") is None
 
@@ -227,8 +233,8 @@ def test_what_cannot_be_guaranteed_is_said_up_front_and_fails_where_nothing_can(
         "a risk of 0.01 cannot be guaranteed with 32 frames; at least 99 are needed for the thresholds, 175 in all"
     )
     unwarned = (
-        "of ordinary pictures one in 33 is stranger than all of 32, so answers tell their novelty and do not warn of "
-        "it; with 99 for the thresholds they do"
+        "of ordinary pictures about one in 33 is stranger than all of 32, so answers tell their novelty and do not "
+        "warn of it; with 99 for the thresholds they do"
     )
     assert capsys.readouterr().err.splitlines() == [sentence, unwarned]
     check_risks(split_frames(range(200), seed=0), [0.05], [0.1])

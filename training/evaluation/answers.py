@@ -11,6 +11,7 @@ from penumbra.models.card import IGNORE, Card, ClassInfo
 from penumbra.models.errors import BadData
 from penumbra.serving.engine.options import PROBABILITIES, Limits, SegmentOptions
 from penumbra.serving.engine.raster import Raster
+from penumbra.serving.engine.scores import score
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.training.frames import Frame
 from penumbra.training.metrics import Floats, Mask
@@ -50,7 +51,7 @@ class Answer:
 
     truth_HW: class ids, IGNORE where there is no label. prob_HW: probability of the true class, 0 without a label.
     squares_HW: sum over classes of p^2. maps: all maps by name; NaN where the picture holds no measurement, as in what
-    is served. seconds: the engine's time.
+    is served. seconds: the engine's time. means: of `Card.maps_of_novelty`, as the engine's scores have them.
     """
 
     image_HW3: Labels
@@ -60,6 +61,7 @@ class Answer:
     squares_HW: Floats
     maps: dict[str, Floats]
     seconds: float
+    means: tuple[float, ...]
 
     @property
     def known_HW(self) -> Mask:
@@ -98,6 +100,7 @@ def segment_frame(segmenter: Segmenter, frame: Frame, options: SegmentOptions) -
     labels_HW = np.empty_like(truth_HW)
     maps = {name: np.empty(truth_HW.shape, np.float32) for name in names}
     prob_HW, squares_HW = np.empty((2, *truth_HW.shape), np.float32)
+    sums = []
     with request.clock("total"), closing(request.bands()) as bands:
         for band in bands:
             rows = slice(band.y0, band.y0 + len(band.labels))
@@ -109,7 +112,10 @@ def segment_frame(segmenter: Segmenter, frame: Frame, options: SegmentOptions) -
             squares_HW[rows] = np.einsum("hkw,hkw->hw", band.prob_hKW, band.prob_hKW)
             for name, values in maps.items():
                 values[rows] = band.maps[name]
-    return Answer(image_HW3, labels_HW, truth_HW, prob_HW, squares_HW, maps, request.timing_ms["total"] / 1e3)
+            sums.append(band.sums_h3)
+    num_measured, num_samples = np.count_nonzero(labels_HW != IGNORE), request.num_samples
+    means = score(card, np.concatenate(sums), num_measured, num_samples=num_samples, is_usual=False).means
+    return Answer(image_HW3, labels_HW, truth_HW, prob_HW, squares_HW, maps, request.timing_ms["total"] / 1e3, means)
 
 
 def check_classes(card: Card, classes: tuple[ClassInfo, ...], *, data: str) -> str:

@@ -60,8 +60,7 @@ class Evaluation:
             ranking.add(maps[name][known_HW], wrong_HW[known_HW])
             self.pictures[name].append(float(maps[name][measured_HW].mean()))
         if self._novelty:
-            means = [self.pictures[name][-1] for name in self.card.maps_of_novelty]
-            self.pictures["novelty"].append(self._novelty.share_below(means))
+            self.pictures["novelty"].append(self._novelty.share_below(answer.means))
         for (name, size), ranking in self.patches.items():
             ranking.add(*patches(maps[name], wrong_HW, known_HW, size=size))
         counted = (answer.maps["confidence"], answer.prob_HW, answer.squares_HW, ~wrong_HW)
