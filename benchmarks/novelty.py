@@ -11,6 +11,7 @@ by itself, high is strange, or that of both: `ranks`, the larger of the shares o
 import json
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ from benchmarks.calibration import unseen_masks
 from benchmarks.rounds import RESULTS, machine
 from penumbra.export.bundle import export_checkpoint
 from penumbra.export.zoo import ZOO
+from penumbra.models.card import ExtraMap
 from penumbra.models.checkpoint import read_card
-from penumbra.models.references import Novelty
+from penumbra.models.toy.cards import toy_card
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.training.calibrate import split_frames
+from penumbra.training.calibrate import Evidence, split_frames
 from penumbra.training.data import load_camvid
 from penumbra.training.evaluation.shift import SCALES, VARIANTS
 from penumbra.training.frames import FrameSet
@@ -83,11 +85,13 @@ def by_ranks(reference_NM: Doubles, means_NM: Doubles, *, two_sided: bool = Fals
 
 
 def by_both(reference_NM: Doubles, means_NM: Doubles) -> tuple[Doubles, Doubles]:
-    """Take the strangeness of `Novelty`."""
-    scales = tuple(zip(reference_NM.mean(0).tolist(), reference_NM.std(0).tolist(), strict=True))
-    novelty = Novelty("density", (), len(reference_NM), 1, "", scales=scales)
-    reference_N, strange_N = (np.array([*map(novelty.strangeness, x_NM.tolist())]) for x_NM in (reference_NM, means_NM))
-    return reference_N, strange_N
+    """Take the strangeness of `Novelty`, as `penumbra calibrate` makes one."""
+    card, _ = toy_card("pointwise")
+    evidence = Evidence(replace(card, extra_maps=(ExtraMap("density", "of pixels", "nats"),)))
+    evidence.means = [*map(tuple, reference_NM.tolist())]
+    novelty = evidence.novelty(1, "")
+    assert novelty
+    return np.array(novelty.means), np.array([*map(novelty.strangeness, means_NM.tolist())])
 
 
 def auroc(usual_N: Doubles, strange_N: Doubles) -> float:

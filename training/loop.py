@@ -289,9 +289,7 @@ def read_sources(recipe: Recipe, data: DataSet) -> list[Card]:
     """Read the cards of the checkpoints that a training begins with or learns from. Raises BadCheckpoint, and BadOption
     where one has seen what the recipe leaves out, or does not tell of its training on this data."""
     options, cards = recipe.objective, list[Card]()
-    for path in (recipe.start, options.get("host"), options.get("maps"), *options.get("teachers", ())):
-        if not path:
-            continue
+    for path in filter(None, (recipe.start, options.get("host"), options.get("maps"), *options.get("teachers", ()))):
         card = read_card(Path(path))
         trainings = find_left_out(card, data) or [[]]
         seen = [name for name in recipe.leave_out if not all(any(map(name.startswith, out)) for out in trainings)]

@@ -152,10 +152,10 @@ def test_the_share_of_a_class_that_is_withheld_is_that_of_the_answers(segmenter:
 
 def test_a_class_that_nothing_is_called_has_no_share_withheld() -> None:
     calibration = dataclasses.replace(CALIBRATION, class_risks=(0.1,), class_entropy_nats=((0.4, 0.4),))
-    by_class = ClassAbstention(calibration, 2)
+    by_class = ClassAbstention(calibration, CLASSES[:2])
     by_class.add(np.array([0.1, 0.5], np.float32), np.zeros(2, np.uint8), np.array([True, False]))
-    figures = by_class.figures(["a", "b"])
-    assert figures["abstain/class_withheld@0.1/a"] == 0.5 and math.isnan(figures["abstain/class_withheld@0.1/b"])
+    figures = by_class.figures()
+    assert figures["abstain/class_withheld@0.1/red"] == 0.5 and math.isnan(figures["abstain/class_withheld@0.1/green"])
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,9 @@ class Question:
 
     def options(self, index: int) -> SegmentOptions:
         """Return the options of one frame. Every frame has draws of its own, or all would share the luck of one."""
-        seed = self.seed + index
-        return SegmentOptions(self.name, samples=self.samples, seed=seed, views=self.views, scale=self.scale)
+        return SegmentOptions(
+            self.name, samples=self.samples, seed=self.seed + index, views=self.views, scale=self.scale
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +114,8 @@ def segment_frame(segmenter: Segmenter, frame: Frame, options: SegmentOptions) -
             for name, values in maps.items():
                 values[rows] = band.maps[name]
             sums.append(band.sums_h3)
-    num_measured, num_samples = np.count_nonzero(labels_HW != IGNORE), request.num_samples
-    means = score(card, np.concatenate(sums), num_measured, num_samples=num_samples, is_usual=False).means
+    num = np.count_nonzero(labels_HW != IGNORE)
+    means = score(card, np.concatenate(sums), num, num_samples=request.num_samples, is_usual=False).means
     return Answer(image_HW3, labels_HW, truth_HW, prob_HW, squares_HW, maps, request.timing_ms["total"] / 1e3, means)
 
 

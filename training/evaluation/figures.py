@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from penumbra.models.card import IGNORE, Calibration, Card
+from penumbra.models.card import IGNORE, Calibration, Card, ClassInfo
 from penumbra.models.confusion import confusion, intersection_over_union
 from penumbra.training.evaluation.answers import Answer, Labels
 from penumbra.training.evaluation.intervals import find_intervals, flatten_sums
@@ -37,8 +37,9 @@ class Evaluation:
         extras = tuple(extra.name for extra in card.extra_maps)
         self.rankings = {name: Ranking() for name in ("confidence", *uncertainties, *extras)}
         self.patches = {(name, size): Ranking() for name in uncertainties for size in PATCH_PX}
-        self._abstention = Abstention(card.calibration) if card.calibration else None
-        self._by_class = ClassAbstention(card.calibration, card.num_classes) if card.calibration else None
+        self._abstentions: tuple[Abstention | ClassAbstention, ...] = ()
+        if card.calibration:
+            self._abstentions = Abstention(card.calibration), ClassAbstention(card.calibration, card.classes)
         self._novelty = (
             card.novelty if card.novelty and card.num_members(card.novelty.num_samples) == num_members else None
         )
@@ -65,9 +66,8 @@ class Evaluation:
             ranking.add(*patches(maps[name], wrong_HW, known_HW, size=size))
         counted = (answer.maps["confidence"], answer.prob_HW, answer.squares_HW, ~wrong_HW)
         self.reliability.add(*(x_HW[known_HW] for x_HW in counted))
-        if self._abstention and self._by_class:
-            self._abstention.add(maps["entropy"][known_HW], wrong_HW[known_HW])
-            self._by_class.add(maps["entropy"][known_HW], answer.labels_HW[known_HW], wrong_HW[known_HW])
+        for abstention in self._abstentions:
+            abstention.add(maps["entropy"][known_HW], answer.labels_HW[known_HW], wrong_HW[known_HW])
 
     def end_block(self) -> None:
         """End a block of frames for the intervals."""
@@ -94,8 +94,7 @@ class Evaluation:
             **self._pictures(),
             # patches above the mean uncertainty of all patches are uncertain
             **{f"pavpu/{key}": float(patch_curve(r, np.array([r.mean])).pavpu[0]) for key, r in self._counted()},
-            **(self._abstention.figures() if self._abstention else {}),
-            **(self._by_class.figures([info.name for info in self.card.classes]) if self._by_class else {}),
+            **{name: value for abstention in self._abstentions for name, value in abstention.figures().items()},
         }
 
     def _selection(self) -> dict[str, float]:
@@ -167,7 +166,7 @@ class Abstention:
         self._threshold_R1 = np.array(calibration.entropy_nats, np.float32)[:, None]
         self._sums_2R = np.zeros((2, len(calibration.risks)))
 
-    def add(self, entropy: Floats, wrong: Mask) -> None:
+    def add(self, entropy: Floats, labels: Labels, wrong: Mask) -> None:
         """Add one frame's labelled pixels."""
         self._num_frames += 1
         kept_RN = entropy <= self._threshold_R1
@@ -186,7 +185,8 @@ class ClassAbstention:
     much is wrong, as a mean over the frames in which it is called (where all of it is withheld, nothing is); and how
     much of what is called a class in all frames together is withheld."""
 
-    def __init__(self, calibration: Calibration, num_classes: int) -> None:
+    def __init__(self, calibration: Calibration, classes: Sequence[ClassInfo]) -> None:
+        self._names, num_classes = [info.name for info in classes], len(classes)
         rows = [[-np.inf if nats is None else nats for nats in row] for row in calibration.class_entropy_nats]
         self._above = dict(zip(calibration.class_risks, np.array(rows, np.float32), strict=True))
         self._coverage, self._num_frames = dict.fromkeys(self._above, 0.0), 0
@@ -207,13 +207,13 @@ class ClassAbstention:
             self._sums_2K[risk] += wrong_K / np.maximum(answered_K, 1), answered_K
             self._coverage[risk] += float(kept.mean())
 
-    def figures(self, names: Sequence[str]) -> dict[str, float]:
+    def figures(self) -> dict[str, float]:
         """Average over frames, and over pixels; NaN for a class that none of them was called."""
         figures = {f"abstain/class_coverage@{risk:g}": sum / self._num_frames for risk, sum in self._coverage.items()}
         num_frames_K, called_K = (np.where(self._called_K, x_K, np.nan) for x_K in (self._num_frames_K, self._called_K))
         for risk, (share_K, answered_K) in self._sums_2K.items():
             for what, values_K in (("risk", share_K / num_frames_K), ("withheld", 1 - answered_K / called_K)):
                 figures |= {
-                    f"abstain/class_{what}@{risk:g}/{n}": x for n, x in zip(names, values_K.tolist(), strict=True)
+                    f"abstain/class_{what}@{risk:g}/{n}": x for n, x in zip(self._names, values_K.tolist(), strict=True)
                 }
         return figures

@@ -61,10 +61,7 @@ def defined(figures: dict[str, float]) -> dict[str, float | None]:
 
 
 def load_frames(question: Question, card: Card, *, hidden: str = "") -> FrameSet:
-    """Load the frames that are asked about, and warn of what they, and the class that was hidden, do not fit.
-
-    Raises BadOption, BadData.
-    """
+    """Load the frames that are asked about, and warn of what they do not fit. Raises BadOption, BadData."""
     data = find_data(question.data_set, question.data)
     of_classes = check_classes(card, data.classes, data=question.data_set)
     warnings = (of_classes, check_unseen(card, data, question.split), check_hidden(card, data, hidden))
