@@ -73,7 +73,8 @@ class AccessLog:
 class Timeout:
     """A middleware in the place of BentoML's, whose timers keep every request's objects until they are due.
 
-    A request whose answer has not begun by then is cancelled, and told so.
+    A request whose answer has not begun by then is cancelled, and told so. One whose body is streamed may be as long as
+    it likes: of it each wait for the caller is timed, and nothing else.
     """
 
     def __init__(self, app: ASGIApp, timeout: float) -> None:
@@ -83,21 +84,28 @@ class Timeout:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        is_streamed = (scope["method"], scope["path"]) == STREAMED
         try:
-            async with asyncio.timeout(self._timeout_s) as clock:
+            async with asyncio.timeout(None if is_streamed else self._timeout_s) as clock:
+
+                async def hear() -> Message:
+                    clock.reschedule(asyncio.get_running_loop().time() + self._timeout_s)
+                    message = await receive()
+                    if not clock.expired():
+                        clock.reschedule(None)
+                    return message
 
                 async def begin(message: Message) -> None:
                     if not clock.expired():
                         clock.reschedule(None)
                     await send(message)
 
-                await self._app(scope, receive, begin)
+                await self._app(scope, hear if is_streamed else receive, begin)
         except TimeoutError:
             if not clock.expired():
                 raise
-            late = DeadlineExceeded(
-                f"the request was not answered within {self._timeout_s:g} s; send it faster, or a smaller image"
-            )
+            what = "nothing more of the body came" if is_streamed else "the request was not answered"
+            late = DeadlineExceeded(f"{what} within {self._timeout_s:g} s; send it faster, or a smaller image")
             await refusal(late, LAST)(scope, receive, send)
 
 

@@ -1,10 +1,12 @@
 """The bound on a request's time: it ends those that have no answer, and keeps nothing of those that have one."""
 
 import asyncio
+import itertools
 import json
 import subprocess
 import sys
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -17,20 +19,25 @@ FOREVER_S = 10_000
 BEGIN: Message = {"type": "http.response.start", "status": 200, "headers": []}
 
 
+SCOPE = {"type": "http", "method": "POST", "path": "/segment"}
+
+
 class Kept:
     """An object of a request."""
 
 
-def ask(app: Any, timeout_s: float, scope: Scope | None = None) -> list[Message]:
+def ask(app: Any, timeout_s: float, body: Iterable[Message] = (), **scope: Any) -> list[Message]:
+    """What an application sends to one request, whose caller says nothing after `body`."""
     sent: list[Message] = []
 
     async def send(message: Message) -> None:
         sent.append(message)
 
     async def receive() -> Message:
-        return await asyncio.Future()
+        return next(given) or await asyncio.Future()
 
-    asyncio.run(Timeout(app, timeout_s)(scope or {"type": "http"}, receive, send))
+    given = itertools.chain(body, itertools.repeat(None))
+    asyncio.run(Timeout(app, timeout_s)({**SCOPE, **scope}, receive, send))
     return sent
 
 
@@ -46,6 +53,22 @@ def test_a_request_that_has_no_answer_in_time_is_cancelled_and_told_so() -> None
     begun, body = ask(waiting, 0.05)
     assert ended == [True] and begun["status"] == 504
     assert "0.05 s" in json.loads(body["body"])["error"]
+
+
+def test_an_upload_has_its_time_from_message_to_message_and_whatever_is_done_between_them_has_none() -> None:
+    waits_s = iter((0.02, 0.02, 0.02, 0.05))
+
+    async def uploads(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive())["more_body"]:
+            await asyncio.sleep(next(waits_s))
+        await asyncio.sleep(next(waits_s))
+        await send(BEGIN)
+
+    piece, last = ({"type": "http.request", "body": b"", "more_body": more} for more in (True, False))
+    assert ask(uploads, 0.04, [piece, piece, piece, last], path="/jobs") == [BEGIN]
+    waits_s = iter((0.0, 0.0))
+    begun, body = ask(uploads, 0.04, [piece, piece], path="/jobs")
+    assert begun["status"] == 504 and "nothing more of the body came within 0.04 s" in json.loads(body["body"])["error"]
 
 
 def test_an_answer_that_has_begun_is_not_cut_off() -> None:
@@ -74,7 +97,7 @@ def test_nothing_of_an_answered_request_is_kept() -> None:
             pass
 
         async def request() -> weakref.ref[Kept]:
-            scope = {"type": "http", "kept": Kept()}
+            scope = {**SCOPE, "kept": Kept()}
             await Timeout(answers, FOREVER_S)(scope, send, send)  # type: ignore[arg-type]
             return weakref.ref(scope["kept"])  # type: ignore[type-var]
 
