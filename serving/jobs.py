@@ -61,6 +61,8 @@ MAX_ATTEMPTS = 3
 """Processes that may end while at a job before it is to blame."""
 SWEEP_S = 30.0
 """How often finished jobs are looked at for their age."""
+MOST_KEPT = 10_000
+"""Finished jobs that are kept, of however small pictures: each takes memory and three inodes."""
 UPLOAD = {"image", "job.part"}
 """What the directory of an upload may hold that has not become a job."""
 State = Literal["queued", "running", "writing", "done", "failed"]
@@ -139,8 +141,8 @@ class Jobs:
             state = "without a working engine" if self._gateway.state == "ready" else self._gateway.state
             raise NotReady(f"the server is {state} and takes no new jobs; ask another replica")
         place = self._directory / secrets.token_urlsafe(16)  # 22 letters, as `is_upload` expects
+        self._expire()
         with self._changed:
-            self._expire()
             waiting = len(self._uploads) + sum(not job.finished for job in self._jobs.values())
             if waiting >= self.settings.limit_jobs:
                 raise QueueFull(
@@ -278,9 +280,11 @@ class Jobs:
 
     def _next(self) -> Job | None:
         """The oldest waiting job, once there is one; None when the server closes. Removes what is too old meanwhile."""
-        with self._changed:
-            while not self._closing:
-                self._expire()
+        while True:
+            self._expire()
+            with self._changed:
+                if self._closing:
+                    return None
                 waiting = [job for job in self._jobs.values() if job.state == "queued"]
                 if waiting:
                     self._progress, self._cancelled = (0, 0), Cancellation()
@@ -288,7 +292,6 @@ class Jobs:
                     job.state = "running"
                     return job
                 self._changed.wait(SWEEP_S)
-        return None
 
     def _run(self, job: Job, request: Request) -> None:
         place = self._directory / job.id
@@ -348,11 +351,11 @@ class Jobs:
         state: State = "failed" if error else "done"
         ended = replace(job, state=state, error=error, finished=time.time())
         shutil.rmtree(place / "spool", ignore_errors=True)
-        with suppress(DiskFull):  # then the next server finds it unfinished and tries again
+        with suppress(DiskFull):  # then the next server finds it unfinished, with its image, and tries again
             save_job(place, ended)
-        for name in ("image", "writing"):
-            with suppress(OSError):
-                (place / name).unlink()
+            for name in ("image", "writing"):
+                with suppress(OSError):
+                    (place / name).unlink()
         with self._changed:  # whoever reads that it is done can have it
             job.state, job.error, job.finished = ended.state, ended.error, ended.finished
             removed = job.id not in self._jobs
@@ -363,8 +366,14 @@ class Jobs:
         return 0 < job.finished < time.time() - self.settings.job_keep_s
 
     def _expire(self) -> None:
-        for job in [job for job in self._jobs.values() if self._is_old(job)]:
-            del self._jobs[job.id]
+        """Remove the finished jobs that are too old or too many. Files of gigabytes go outside of the lock, which the
+        event loop takes too."""
+        with self._changed:
+            finished = sorted((job for job in self._jobs.values() if job.finished), key=lambda job: -job.finished)
+            over = [job for job in finished[:MOST_KEPT] if self._is_old(job)] + finished[MOST_KEPT:]
+            for job in over:
+                del self._jobs[job.id]
+        for job in over:
             shutil.rmtree(self._directory / job.id, ignore_errors=True)
 
     def _recover(self) -> None:

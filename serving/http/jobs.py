@@ -3,6 +3,8 @@
 An id is hard to guess and is all that a caller needs; there is no list of jobs.
 """
 
+import asyncio
+import time
 from pathlib import Path
 
 from starlette.concurrency import run_in_threadpool
@@ -40,7 +42,7 @@ class JobSurface:
         self._jobs, self._telemetry = jobs, telemetry
 
     async def create(self, request: Request) -> Response:
-        with self._telemetry.track("http"):
+        with self._telemetry.track("http") as tracked:
             media = choose_format(request.headers.get("accept", ""))
             source, target, fields = _objects_of(request)
             self._jobs.check(media, fields)
@@ -56,9 +58,10 @@ class JobSurface:
                 else:
                     fields = await self._receive(request, place / "image")
                     fields = {name: text for name, text in fields.items() if not (target and name == "target")}
+                tracked.arrived = time.perf_counter()  # how long a picture is under way says nothing of the server
                 job = await run_in_threadpool(self._jobs.submit, place, media, fields, target)
             except BaseException:  # also when the caller goes away
-                self._jobs.abandon(place)
+                await asyncio.shield(asyncio.to_thread(self._jobs.abandon, place))
                 raise
         return JSONResponse(job, 202, headers={"Location": job["url"]})
 

@@ -1,29 +1,37 @@
 """The jobs of a directory without a server: who waits, what is found there at a start, and what no job may break."""
 
+import asyncio
 import dataclasses
 import json
 import shutil
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from starlette.applications import Starlette
 
 from penumbra.export.bundle import export_network
-from penumbra.models.errors import BadOption, DiskFull, QueueFull, UnknownJob
+from penumbra.models.errors import BadImage, BadOption, DiskFull, QueueFull, UnknownJob
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.gateway import Gateway
+from penumbra.serving.http.jobs import routes
 from penumbra.serving.jobs import Job, Jobs
 from penumbra.serving.settings import Settings
 from penumbra.serving.telemetry import Telemetry
 from tests.conftest import FIXED, picture, toy_card
+from tests.serving.http.asking import PNG
 from tests.serving.server import until
 
 NPZ, MODEL = "application/x-npz", "toy-latent"
+WAIT_S = 30
+"""Bound of a wait, reached only when something is wrong."""
 
 
 @contextmanager
@@ -100,6 +108,81 @@ def test_a_full_disk_while_a_job_is_accepted_is_told_and_leaves_nothing(
         jobs.abandon(place)
         assert [path.name for path in tmp_path.iterdir()] == ["lock"]
         jobs.begin()
+
+
+def test_the_seconds_of_a_request_for_a_job_are_those_after_its_upload(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, late_s = time.perf_counter, [0.0]
+
+    async def upload() -> AsyncIterator[bytes]:
+        yield PNG
+        late_s[0] += 1000
+
+    with opened(store, tmp_path) as (jobs, gateway):
+        monkeypatch.setattr(time, "perf_counter", lambda: clock() + late_s[0])
+        assert asyncio.run(posted(jobs, gateway, upload())) == 202
+        labels = {"model": "", "protocol": "http", "status": "200"}
+        seconds = gateway.telemetry.registry.get_sample_value("penumbra_request_seconds_sum", labels)
+        assert seconds is not None and seconds < 1000 == late_s[0]
+
+
+async def posted(jobs: Jobs, gateway: Gateway, body: AsyncIterator[bytes] | bytes) -> int:
+    transport, headers = httpx.ASGITransport(Starlette(routes=routes(jobs, gateway.telemetry))), {"Accept": NPZ}
+    async with httpx.AsyncClient(transport=transport, base_url="http://penumbra") as client:
+        headers["Content-Type"] = "image/png"
+        return (await client.post(f"/jobs?model={MODEL}", content=body, headers=headers)).status_code
+
+
+def test_whoever_asks_for_a_job_waits_for_no_removal_of_another(
+    store: Path, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files go in a thread, which holds no lock meanwhile: those of old results and of uploads that became no job."""
+    begun, go_on, threads = threading.Event(), threading.Event(), set()
+
+    def slowly(*_: object, **__: object) -> None:
+        threads.add(threading.current_thread())
+        begun.set()
+        assert go_on.wait(WAIT_S)
+
+    left(tmp_path, Job("old", NPZ, {"model": MODEL}, 1.0, "done", finished=time.time() - 20), rng)
+    left(tmp_path, Job("waiting", NPZ, {"model": MODEL}, 1.0), rng)
+    with opened(store, tmp_path, keep_s=10) as (jobs, gateway), ThreadPoolExecutor(2) as pool:
+        monkeypatch.setattr(shutil, "rmtree", slowly)
+        beginning = pool.submit(jobs.begin)
+        assert begun.wait(WAIT_S)
+        assert pool.submit(jobs.status, "waiting").result(WAIT_S)["state"] == "queued"
+        go_on.set()
+        beginning.result(WAIT_S)
+        threads.clear()
+        with pytest.raises(BadImage):
+            asyncio.run(posted(jobs, gateway, b"no picture"))
+        assert threads and threading.current_thread() not in threads
+
+
+def test_only_so_many_finished_jobs_are_kept_and_the_oldest_go(
+    store: Path, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("penumbra.serving.jobs.MOST_KEPT", 2)
+    for age_s in range(4):
+        left(tmp_path, Job(str(age_s), NPZ, {"model": MODEL}, 1.0, "done", finished=time.time() - age_s), rng)
+    with opened(store, tmp_path) as (jobs, _):
+        kept = {jobs.begin().name, "0", "1", "lock"}
+        assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_a_job_whose_end_could_not_be_written_is_tried_again_by_the_next_server(
+    store: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    left(tmp_path, Job("full", NPZ, {"model": MODEL}, 1.0), rng)
+    _a_full_disk(tmp_path / "full")
+    with opened(store, tmp_path) as (jobs, _):
+        jobs.start()
+        assert "disk is full" in str(ended(jobs, "full")["error"])
+    (tmp_path / "full" / "job.part").unlink()
+    with opened(store, tmp_path) as (jobs, _):
+        jobs.start()
+        assert ended(jobs, "full")["state"] == "done"
 
 
 def test_two_jobs_that_wait_cannot_have_one_target(store: Path, tmp_path: Path, rng: np.random.Generator) -> None:
