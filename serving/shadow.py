@@ -82,10 +82,8 @@ class Shadow:
         name, known = served.parent.name, self._candidates.get(served.parent.name)
         if known and (known.served, known.directory) == (served, newest) and not known.has_changed:
             return
-        with self._lock:
-            self._candidates.pop(name, None)
+        self.forget(name)
         if newest == served:
-            self._thread.submit(self._end_if_unused)
             return
         candidate = Candidate(served, newest, artifact_card(newest))
         check_alike(artifact_card(served), candidate.card)
@@ -94,6 +92,12 @@ class Shadow:
         log.info("%s answers %g %% of the requests in the shadow of version %s", candidate, 100 * self._share,
                  served.name)  # fmt: skip
         self._thread.submit(self._work, candidate, Question(served, newest))
+
+    def forget(self, model: str) -> None:
+        """Give a model's candidate up, if it has one."""
+        with self._lock:
+            self._candidates.pop(model, None)
+        self._thread.submit(self._end_if_unused)
 
     def offer(self, image: bytes | NDArray[Any], options: SegmentOptions, card: Card) -> None:
         """Take a request that was answered, or leave it. It returns at once; nothing of it is the caller's."""

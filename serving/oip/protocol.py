@@ -118,7 +118,7 @@ class Inference:
         self.gateway, self._store, self._find = gateway, store, find
         self._statistics = Statistics()
         self._loading = ThreadPoolExecutor(1, thread_name_prefix="load")
-        """It loads one at a time, apart from the threads that read large requests: a model may load for minutes."""
+        """It loads and unloads one at a time, apart from the threads that read large requests: that may take long."""
 
     def find(self, model: str, version: str = "") -> Runtime:
         """Return a loaded model. Raises UnknownModel; BadOption for a version that is no number."""
@@ -303,10 +303,15 @@ class Inference:
         return int(served.name)
 
     async def unload(self, model: str) -> None:
-        """Serve no version of a model any longer; one that is not served is no error. Raises Restricted."""
+        """Serve no version of a model any longer, after the loads that were asked for before; one that is not served is
+        no error. Raises Restricted."""
         self._require_store("unload", model)
+        await self._in_turn("unload", model, lambda _: self._unload(model))
+
+    def _unload(self, model: str) -> None:
         self.gateway.segmenter.unload(model)
-        audit("unload", model)
+        if self.gateway.shadow:
+            self.gateway.shadow.forget(model)
 
     def _require_store(self, action: str, model: str) -> Path:
         if self._store is None:

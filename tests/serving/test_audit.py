@@ -18,6 +18,7 @@ from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import find_artifact, find_promoted
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.oip.protocol import Inference
+from penumbra.serving.shadow import Shadow
 from penumbra.serving.telemetry import Telemetry
 from penumbra.serving.watch import StoreWatch, look
 from tests.conftest import FIXED
@@ -106,6 +107,37 @@ def test_a_load_whose_caller_gives_up_has_its_line_when_it_has_ended_or_was_not_
     asyncio.run(scenario())
     inference.gateway.close()
     assert fields[1:] == [{"audit": "load", "model": "toy-latent", "version": 1, "outcome": "done", "by": "anybody"}]
+
+
+def test_an_unload_is_done_after_the_load_that_was_asked_for_before_it_and_the_shadow_forgets_the_model(
+    store: Path, fields: list[dict[str, Any]]
+) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    def find_slowly(store: Path, name: str) -> Path:
+        began.set()
+        assert go_on.wait(60)
+        return find_promoted(store, name)
+
+    async def scenario() -> None:
+        loading = asyncio.create_task(inference.load("toy-latent"))
+        assert await asyncio.to_thread(began.wait, 60)
+        unloading = asyncio.create_task(inference.unload("toy-latent"))
+        await asyncio.sleep(0)  # it is asked for
+        go_on.set()
+        await asyncio.gather(loading, unloading)
+
+    find_promoted(store, "toy-latent")
+    inference = inference_of(store, find_slowly)
+    gateway = inference.gateway
+    gateway.shadow = Shadow(0.5, gateway.segmenter, gateway.telemetry)
+    card, network = toy_card("latent")
+    export_network(network, card, store)
+    gateway.segmenter.unload("toy-latent")
+    asyncio.run(scenario())
+    assert not gateway.segmenter.cards() and not gateway.shadow.describe()
+    gateway.close()
+    assert [line["audit"] for line in fields] == ["load", "unload"]
 
 
 def test_the_watch_names_the_version_that_is_served_where_the_newest_is_not(
