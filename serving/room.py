@@ -63,7 +63,8 @@ class Room:
 
 
 class Bodies(Room):
-    """Bodies are counted over every protocol, from their first byte to their answer; large answers until taken."""
+    """Bodies are counted over every protocol, from their first byte (over gRPC a message's last) to their answer; large
+    answers until taken."""
 
     one, every = "the body", "bodies"
     remedy = "send a smaller or better compressed image, or parts of it"

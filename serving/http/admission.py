@@ -9,6 +9,7 @@ from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
 
 from penumbra.models.errors import (
     BadOption,
@@ -29,6 +30,8 @@ STREAMED = ("POST", "/jobs")
 """What may be larger than memory, where it is a raw body: its handler bounds it as it comes."""
 BENTO_PATHS = {"/predict": "POST", "/schema.json": "GET"}
 """Path and method of what BentoML itself answers; everything else is ours (`penumbra.serving.http.routes`)."""
+PREDICT_BYTES = 2**20
+"""A body of BentoML's typed route is read in the event loop, and its answer of several times the size written there."""
 LIVE_PATHS = ("/healthz", "/livez", "/v2/health/live")
 READY_PATHS = {"/readyz": {"ready": False, "state": "starting"}, "/v2/health/ready": {"ready": False}}
 """Path -> what it answers while models are loaded."""
@@ -123,8 +126,8 @@ class Guard:
         self._settings, self._bodies = settings, bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
+        if scope["type"] != "http":  # nobody has asked the others for a key
+            await (self._app if scope["type"] == "lifespan" else WebSocketClose())(scope, receive, send)
             return
         with self._bodies.room() as take:
             try:
@@ -183,9 +186,9 @@ class Guard:
         media = headers.get("content-type", "").partition(";")[0].strip().lower()
         if (method, path) == STREAMED and not media.startswith("multipart/"):
             return receive
-        limit = self._settings.limit_body_bytes
+        limit, remedy = self._settings.limit_body_bytes, "send a smaller or better compressed image, or parts of it"
         if BENTO_PATHS.get(path) == method:
-            limit = min(self._settings.limit_json_bytes, limit)
+            limit, remedy = min(PREDICT_BYTES, self._settings.limit_json_bytes, limit), "send the picture to /segment"
             if scope["query_string"]:
                 raise BadOption(f"{path} has a query; it takes its options in the JSON")
             if media != "application/json":
@@ -193,13 +196,13 @@ class Guard:
         if "pickle" in media:
             raise UnsupportedMedia(f"the body is {media[:60]}; pickles are read nowhere here")
         declared = headers.get("content-length", "")
-        return _replayed(await _read(receive, take, declared=declared, limit=limit), receive)
+        remedy = f"bytes and the limit is {limit:,}; {remedy}"
+        return _replayed(await _read(receive, take, declared=declared, limit=limit, remedy=remedy), receive)
 
 
-async def _read(receive: Receive, take: Callable[[int], None], *, declared: str, limit: int) -> bytes:
+async def _read(receive: Receive, take: Callable[[int], None], *, declared: str, limit: int, remedy: str) -> bytes:
     """The whole body. Raises TooLarge from its declared length, else as soon as more has arrived; Cancelled; QueueFull
     from `take`, which is told of every byte."""
-    remedy = f"bytes and the limit is {limit:,}; send a smaller or better compressed image, or parts of it"
     if declared.isdecimal() and (len(declared) > 18 or int(declared) > limit):
         raise TooLarge(f"the body has {declared[:18]} {remedy}")
     chunks: list[bytes] = []
