@@ -124,7 +124,8 @@ def predict(
             if isinstance(outcome, Exception):
                 failures.append(outcome)
                 why = sentence_of(outcome) if isinstance(outcome, OSError | DiskFull) else reason_of(outcome)
-                click.echo(f"penumbra: {path}: {why.removeprefix(f'{path}: ')}", err=True)
+                is_named = why.startswith(f"{path}: ") or (isinstance(path, str) and path in why)
+                click.echo(f"penumbra: {why}" if is_named else f"penumbra: {path}: {why}", err=True)
             elif as_json:
                 click.echo(json.dumps(outcome_facts(outcome)))
             else:

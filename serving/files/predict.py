@@ -66,25 +66,22 @@ def predict_file(
 
     A map's entry in `files` says which value is drawn white. pictures: all that are asked about; none of them is
     overwritten, nor any file that Penumbra has not written. spread: where a raster's bands are made, if not here.
-    Raises BadImage naming the file, and any PenumbraError.
+    Raises any PenumbraError.
     """
-    try:
-        if not path.is_file():  # a pipe would be waited for, and can be read only once
-            raise BadImage("it is a pipe or a device; a file is wanted")
-        raster = open_raster(path, segmenter.reading(options))
-        if spread and not raster:
-            raise BadImage("it is no TIFF, and is held in memory whole; take the engine local")
-        maps = options.maps(segmenter.find(options.model, options.version).card)
-        kinds = ("labels", "maps") if raster else ("labels", "overlay", *maps)
-        files = {name: output / f"{path.stem}_{name}.{'tif' if raster else 'png'}" for name in kinds}
-        files |= {"item": output / f"{path.stem}_item.json"} if raster else {"maps": output / f"{path.stem}_maps.npz"}
-        check_replaceable(files.values(), pictures)
-        if raster:
-            run = spread(segmenter, path, options) if spread else QueuedRequest.bands
-            return predict_raster(segmenter, path, raster, options, files, progress=progress, run=run)
-        return predict_picture(segmenter, path, options, files)
-    except BadImage as error:
-        raise BadImage(f"{path}: {error}") from None
+    if not path.is_file():  # a pipe would be waited for, and can be read only once
+        raise BadImage("it is a pipe or a device; a file is wanted")
+    raster = open_raster(path, segmenter.reading(options))
+    if spread and not raster:
+        raise BadImage("it is no TIFF, and is held in memory whole; take the engine local")
+    maps = options.maps(segmenter.find(options.model, options.version).card)
+    kinds = ("labels", "maps") if raster else ("labels", "overlay", *maps)
+    files = {name: output / f"{path.stem}_{name}.{'tif' if raster else 'png'}" for name in kinds}
+    files |= {"item": output / f"{path.stem}_item.json"} if raster else {"maps": output / f"{path.stem}_maps.npz"}
+    check_replaceable(files.values(), pictures)
+    if raster:
+        run = spread(segmenter, path, options) if spread else QueuedRequest.bands
+        return predict_raster(segmenter, path, raster, options, files, progress=progress, run=run)
+    return predict_picture(segmenter, path, options, files)
 
 
 def predict_picture(

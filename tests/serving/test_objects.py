@@ -174,11 +174,12 @@ def test_predict_reads_a_raster_and_a_picture_of_a_bucket(
 ) -> None:
     photo = io.BytesIO()
     Image.fromarray(picture(rng, 40, 50)).save(photo, "PNG")
-    bucket.pipe({"places/cli/scene.tif": scene, "places/cli/photo.png": photo.getvalue()})
-    urls = [f"s3://places/cli/{name}" for name in ("scene.tif", "photo.png", "missing.png")]
+    bucket.pipe({"places/cli/scene.tif": scene, "places/cli/photo.png": photo.getvalue(), "places/cli/bad.png": b"no"})
+    urls = [f"s3://places/cli/{name}" for name in ("scene.tif", "photo.png", "missing.png", "bad.png")]
     options = ["-m", "toy-latent", "--store", str(toy_store), "-o", str(tmp_path)]
     result = CliRunner().invoke(main, ["predict", *urls, *options])
-    assert result.exit_code == 1 and "there is no s3://places/cli/missing.png" in result.output
+    assert result.exit_code == 1 and "penumbra: there is no s3://places/cli/missing.png" in result.output
+    assert result.output.count("cli/missing.png") == result.output.count("bad.png") == 1, "the copy's place is not told"
     assert "s3://places/cli/scene.tif 90x60" in result.output
     assert {"scene_labels.tif", "scene_maps.tif", "scene_item.json", "photo_labels.png"} <= {*os.listdir(tmp_path)}
 
