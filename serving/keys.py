@@ -22,7 +22,15 @@ from penumbra.serving.following import Followed
 
 log = logging.getLogger("penumbra")
 
-OPEN_PATHS = {"/healthz", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/"}
+HEALTH = {
+    "/healthz": "live",
+    "/livez": "live",
+    "/readyz": "ready",
+    "/v2/health/live": "live",
+    "/v2/health/ready": "ready",
+}
+"""Paths of health, each with what it says of the server."""
+OPEN_PATHS = {*HEALTH, "/"}
 PAGE = "/playground/"
 """The page that asks its reader for a key has none itself."""
 SERVICE = "inference.GRPCInferenceService"
@@ -67,25 +75,17 @@ class Keys:
     def __bool__(self) -> bool:
         return bool(self._followed.now())
 
-    def check_path(self, path: str, authorization: str) -> str:
-        """The name of the bearer of this header, empty for nobody's. Raises Unauthenticated, Forbidden where the HTTP
-        path is not for them, and RateExceeded."""
-        is_admin = ADMIN_PATHS.fullmatch(path)
-        scopes = {"admin"} if is_admin else {"admin", "infer"} | ({"metrics"} if path == METRICS_PATH else set())
-        return self._check(path, authorization, scopes, is_open=path in OPEN_PATHS or path.startswith(PAGE))
-
-    def check_call(self, name: str, authorization: str) -> str:
-        """The same for a gRPC method, `/service/Method`."""
-        scopes = {"admin"} if name in ADMIN_CALLS else {"admin", "infer"}
-        return self._check(name, authorization, scopes, is_open=name in OPEN_CALLS)
-
-    def _check(self, what: str, authorization: str, scopes: set[str], *, is_open: bool) -> str:
+    def check(self, name: str, authorization: str) -> str:
+        """Return the name of the bearer of this header, empty for nobody's. name: an HTTP path, or a gRPC method as
+        `/service/Method`. Raises Unauthenticated, Forbidden where it is not for them, and RateExceeded."""
         entries = self._followed.now()
-        if is_open or not entries:
+        if name in OPEN_PATHS or name in OPEN_CALLS or name.startswith(PAGE) or not entries:
             return ""
+        is_admin = name in ADMIN_CALLS or ADMIN_PATHS.fullmatch(name)
+        scopes = {"admin"} if is_admin else {"admin", "infer"} | ({"metrics"} if name == METRICS_PATH else set())
         kind, _, key = authorization.strip().partition(" ")
         if kind.lower() != "bearer" or not key:
-            raise Unauthenticated(f"{what[:80]} wants an API key; send the header Authorization: Bearer KEY")
+            raise Unauthenticated(f"{name[:80]} wants an API key; send the header Authorization: Bearer KEY")
         given = _digest(key.strip())
         # Every entry is looked at, and digests have one length: time tells nothing of them.
         owned = [entry for entry in entries if hmac.compare_digest(entry.digest, given)]
@@ -94,7 +94,7 @@ class Keys:
         allowed = next((entry for entry in owned if entry.scope in scopes), None)
         if allowed is None:
             needed, own = (" or ".join(sorted(s)) for s in (scopes, {entry.scope for entry in owned}))
-            raise Forbidden(f"{what[:80]} is for keys of scope {needed}, and this one's is {own}", owned[0].name)
+            raise Forbidden(f"{name[:80]} is for keys of scope {needed}, and this one's is {own}", owned[0].name)
         if allowed.requests:
             self._spend(allowed)
         return allowed.name

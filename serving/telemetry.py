@@ -26,6 +26,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.exposition import choose_encoder
 
 from penumbra.models.errors import PenumbraError
+from penumbra.serving.keys import HEALTH, METRICS_PATH, OPEN_CALLS
 
 if TYPE_CHECKING:
     from penumbra.serving.compare import Compared
@@ -41,9 +42,7 @@ SAFE_TRACE = re.compile(r"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{
 LONGEST_PATH = 120
 CANCELLED = 499
 """Status of a request whose caller went away before an answer began."""
-QUIET = re.compile(
-    r"/healthz|/livez|/readyz|/metrics|/v2/health/\w+|/inference\.GRPCInferenceService/Server(Live|Ready)"
-)
+QUIET = {*HEALTH, METRICS_PATH, *OPEN_CALLS}
 """Paths that machines ask every few seconds: their lines are at level DEBUG where they are answered."""
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 NATS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3)
@@ -115,7 +114,7 @@ def logged(request: Request) -> Iterator[Request]:
     finally:
         CURRENT.reset(before)
         fields = request.fields(1e3 * (time.perf_counter() - began))
-        is_quiet = QUIET.fullmatch(request.path) and request.status not in (401, 403, 500)
+        is_quiet = request.path in QUIET and request.status not in (401, 403, 500)
         line = " ".join(f"{name}={value}" for name, value in fields.items())
         log.log(logging.DEBUG if is_quiet else logging.INFO, "%s", line, extra={"fields": fields})
 

@@ -2,11 +2,12 @@
 may be sent."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
@@ -21,7 +22,7 @@ from penumbra.models.errors import (
     TooLarge,
     UnsupportedMedia,
 )
-from penumbra.serving.keys import METRICS_PATH, Keys
+from penumbra.serving.keys import HEALTH, METRICS_PATH, Keys
 from penumbra.serving.room import Bodies
 from penumbra.serving.settings import Settings
 from penumbra.serving.telemetry import CURRENT, ID, TRACE, Telemetry, begin, logged
@@ -32,9 +33,6 @@ BENTO_PATHS = {"/predict": "POST", "/schema.json": "GET"}
 """Path and method of what BentoML itself answers; everything else is ours (`penumbra.serving.http.routes`)."""
 PREDICT_BYTES = 2**20
 """A body of BentoML's typed route is read in the event loop, and its answer of several times the size written there."""
-LIVE_PATHS = ("/healthz", "/livez", "/v2/health/live")
-READY_PATHS = {"/readyz": {"ready": False, "state": "starting"}, "/v2/health/ready": {"ready": False}}
-"""Path -> what it answers while models are loaded."""
 LAST = {"Connection": "close"}
 """Header of an answer to a request whose body may not have been read."""
 SMALL_BYTES = 2**16
@@ -44,6 +42,16 @@ SMALL_BYTES = 2**16
 def refusal(error: PenumbraError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The answer that an error is told in: its status, its sentence, and when to come again or whom to send."""
     return JSONResponse({"error": str(error)}, error.http_status, {**error.headers, **(headers or {})})
+
+
+def health(find: Callable[[], dict[str, object]], *, otherwise: int) -> Callable[[Request], Awaitable[Response]]:
+    """Return a handler that says what is found, with 200 where the first value of it is true, else with `otherwise`."""
+
+    async def answer(_: Request) -> Response:
+        found = find()
+        return JSONResponse(found, 200 if next(iter(found.values())) else otherwise)
+
+    return answer
 
 
 class AccessLog:
@@ -156,7 +164,7 @@ class Guard:
                 f"the request's line and headers have {size:,} bytes and the limit is "
                 f"{self._settings.limit_head_bytes:,}; send long options as form fields"
             )
-        key = self._keys.check_path(path, Headers(scope=scope).get("authorization", ""))
+        key = self._keys.check(path, Headers(scope=scope).get("authorization", ""))
         if request := CURRENT.get():
             request.key = key
         if not path.isprintable():  # routers and those who ask for keys could read it differently
@@ -164,10 +172,10 @@ class Guard:
         if self._routes.state.is_loaded:
             return self._app if BENTO_PATHS.get(path) == scope["method"] else self._routes
         if scope["method"] in ("GET", "HEAD"):
-            if path in LIVE_PATHS:
+            if HEALTH.get(path) == "live":
                 return JSONResponse({"live": True})
-            if path in READY_PATHS:
-                return JSONResponse(READY_PATHS[path], 503, NotReady.headers)
+            if path in HEALTH:
+                return JSONResponse({"ready": False, "state": "starting"}, 503, NotReady.headers)
             if path == METRICS_PATH:
                 page, content_type = self._telemetry.page("")
                 return Response(page, media_type=content_type)

@@ -16,7 +16,7 @@ from penumbra.models.card import Card
 from penumbra.models.errors import ModelFault, PenumbraError
 from penumbra.serving import playground
 from penumbra.serving.gateway import Gateway
-from penumbra.serving.http.admission import BENTO_PATHS, refusal
+from penumbra.serving.http.admission import BENTO_PATHS, health, refusal
 from penumbra.serving.http.openapi import document
 from penumbra.serving.http.segment import segment
 from penumbra.serving.http.upload import refuse_options
@@ -26,16 +26,16 @@ from penumbra.serving.room import Bodies
 def routes(gateway: Gateway, build: Mapping[str, str], *, bodies: Bodies, typed: str = "") -> list[BaseRoute]:
     """The routes over a gateway. build: version and commit of the server. bodies: what lines of answers are counted in.
     typed: what BentoML's typed route does."""
-    surface = Surface(gateway, build, typed)
+    surface, alive = Surface(gateway, build, typed), health(lambda: {"live": gateway.is_alive}, otherwise=503)
     return [
         *playground.routes(),
         Route("/docs", surface.docs_page),
         Route("/segment", partial(segment, gateway, bodies), methods=["POST"]),
         Route("/models", surface.models),
         Route("/models/{name}", surface.model),
-        Route("/healthz", surface.alive),
-        Route("/livez", surface.alive),
-        Route("/readyz", surface.ready),
+        Route("/healthz", alive),
+        Route("/livez", alive),
+        Route("/readyz", health(lambda: {"ready": gateway.is_ready, "state": gateway.state}, otherwise=503)),
         Route("/metrics", surface.metrics),
         Route("/version", surface.version),
         Route("/docs.json", surface.openapi),
@@ -63,13 +63,6 @@ class Surface:
         refuse_options(request)
         card = self._gateway.segmenter.find(request.path_params["name"]).card
         return JSONResponse(dataclasses.asdict(card) | {"maps": _maps_by_samples(card)})
-
-    async def alive(self, _: Request) -> Response:
-        return JSONResponse({"live": self._gateway.is_alive}, 200 if self._gateway.is_alive else 503)
-
-    async def ready(self, _: Request) -> Response:
-        is_ready = self._gateway.is_ready
-        return JSONResponse({"ready": is_ready, "state": self._gateway.state}, 200 if is_ready else 503)
 
     async def metrics(self, request: Request) -> Response:
         page, content_type = self._gateway.telemetry.page(request.headers.get("accept", ""))

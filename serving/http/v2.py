@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route, Router
 
 from penumbra.models.errors import BadOption, TooLarge, UnsupportedMedia
+from penumbra.serving.http.admission import health
 from penumbra.serving.http.segment import server_timing
 from penumbra.serving.http.upload import disconnected
 from penumbra.serving.oip.protocol import LARGE_BYTES, OWN_FIELDS, PARAMETERS, Inference, InferResponse, unknown_above
@@ -49,8 +50,8 @@ def routes(inference: Inference, *, body_bytes: int, json_bytes: int, bodies: Bo
         "/config": _document(inference.config), "/stats": _document(inference.statistics),
     }  # fmt: skip
     inner: list[BaseRoute] = [
-        Route("/health/live", _health("live", lambda: inference.gateway.is_alive)),
-        Route("/health/ready", _health("ready", lambda: inference.gateway.is_ready)),
+        Route("/health/live", health(lambda: {"live": inference.gateway.is_alive}, otherwise=400)),
+        Route("/health/ready", health(lambda: {"ready": inference.gateway.is_ready}, otherwise=400)),
         Route("/models/stats", documents["/stats"]),
         *(Route(path + verb, handler) for path in model for verb, handler in documents.items()),
         *(Route(f"{path}/infer", rest.infer, methods=["POST"]) for path in model),
@@ -61,13 +62,6 @@ def routes(inference: Inference, *, body_bytes: int, json_bytes: int, bodies: Bo
     ]
     server = _document(lambda *_: inference.server_document())
     return [Route("/v2", server), Mount("/v2", app=Router(inner, redirect_slashes=False))]
-
-
-def _health(name: str, is_so: Callable[[], bool]) -> Handler:
-    async def answer(_: Request) -> Response:
-        return JSONResponse({name: is_so()}, 200 if is_so() else 400)
-
-    return answer
 
 
 def _document(find: Callable[[str, str], Any]) -> Handler:

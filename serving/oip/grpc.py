@@ -114,7 +114,7 @@ class Calls:
             take(len(data))
             with self._inference.gateway.telemetry.track("grpc", carrier=metadata) as tracked:
                 if not is_paid:
-                    self._keys.check_call(STREAM, metadata.get("authorization", ""))
+                    self._keys.check(STREAM, metadata.get("authorization", ""))
                 return await self._inference.infer(
                     lambda: read_message(parse(pb.ModelInferRequest, data), unknown),
                     lambda response: write(message_of(response)), tracked=tracked, size_bytes=len(data),

@@ -116,7 +116,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         request = begin("GRPC", call.method, metadata)
         CURRENT.set(request)  # this task is the call's own
         try:
-            request.key = self._keys.check_call(call.method, metadata.get("authorization", ""))
+            request.key = self._keys.check(call.method, metadata.get("authorization", ""))
             if not call.method.startswith(f"/{SERVICE}/"):
                 return self._ending(await continuation(call))
             if self.handlers:

@@ -39,7 +39,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def ask(ring: Keys, key: str, path: str = "/segment") -> str:
-    return ring.check_path(path, f"Bearer {key}")
+    return ring.check(path, f"Bearer {key}")
 
 
 def num_admitted(ring: Keys, key: str) -> int:

@@ -196,20 +196,20 @@ def test_a_server_without_keys_says_so_at_its_start(server: Server) -> None:
 def test_a_header_opens_what_its_key_is_for(authorization: str, path: str, error: type[PenumbraError] | None) -> None:
     ring = Keys(f"infer:{INFER} admin:{ADMIN} metrics:{METRICS}")
     if error is None:
-        ring.check_path(path, authorization)
+        ring.check(path, authorization)
         return
     with pytest.raises(error) as refusal:
-        ring.check_path(path, authorization)
+        ring.check(path, authorization)
     assert INFER not in str(refusal.value) and ADMIN not in str(refusal.value)
 
 
 def test_the_bearer_of_a_key_has_its_name_or_else_its_scope_and_place() -> None:
     ring = Keys(f"infer@camera-7:{INFER} admin:{ADMIN} metrics:{METRICS} infer@second:{METRICS}")
     paths = {INFER: "/segment", ADMIN: "/segment", METRICS: "/metrics"}
-    named = {key: ring.check_path(path, f"Bearer {key}") for key, path in paths.items()}
+    named = {key: ring.check(path, f"Bearer {key}") for key, path in paths.items()}
     assert named == {INFER: "camera-7", ADMIN: "admin-2", METRICS: "metrics-3"}
-    assert ring.check_path("/segment", f"Bearer {METRICS}") == "second", "the entry that opens is the one that is named"
-    assert ring.check_path("/readyz", "") == Keys("").check_path("/segment", "") == ""
+    assert ring.check("/segment", f"Bearer {METRICS}") == "second", "the entry that opens is the one that is named"
+    assert ring.check("/readyz", "") == Keys("").check("/segment", "") == ""
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_every_key_is_compared_whatever_is_sent(monkeypatch: pytest.MonkeyPatch)
     for sent in (INFER, ADMIN, "x", "y" * 5000):
         compared.clear()
         try:
-            ring.check_path("/segment", f"Bearer {sent}")
+            ring.check("/segment", f"Bearer {sent}")
         except Unauthenticated:
             assert sent[0] in "xy"
         assert compared == [(32, 32)] * 3
