@@ -130,7 +130,7 @@ class Penumbra:
             if self.gateway:
                 self.gateway.state = "draining"
             if self.grpc:
-                loop.call_soon_threadsafe(self.grpc.set_serving, False)
+                loop.call_soon_threadsafe(self.grpc.health.set_serving, False)
             if callable(stop):
                 delay_s = SETTINGS.predrain_s if self.gateway else 0
                 loop.call_soon_threadsafe(loop.call_later, delay_s, stop, signum, None)

@@ -69,14 +69,13 @@ def refusing(error: PenumbraError, telemetry: Telemetry) -> grpc.RpcMethodHandle
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """Answers `grpc.health.v1`, in the event loop alone.
+    """Answers `grpc.health.v1` in the event loop; `ServerReady` follows the gateway by itself.
 
     Of the package's own servicers one takes a thread for every Watch, and the other forgets all watches of a service
-    when one of them ends.
+    when one of them ends. stopping: is done before the last change, which ends every Watch.
     """
 
-    def __init__(self, stopping: asyncio.Event) -> None:
-        """stopping: is set before the last change, which ends every Watch."""
+    def __init__(self, stopping: asyncio.Future[None]) -> None:
         self._is_serving, self._changed, self._stopping = False, asyncio.Event(), stopping
 
     def set_serving(self, serving: bool) -> None:
@@ -89,7 +88,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         return self._status(request.service)
 
     async def Watch(self, request: Any, _: Context) -> AsyncIterator[Any]:
-        while not self._stopping.is_set():
+        while not self._stopping.done():
             changed = self._changed
             yield self._status(request.service)
             await changed.wait()
@@ -106,10 +105,9 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     stream of requests ends with it as if its caller had sent them all.
     """
 
-    def __init__(self, keys: Keys, telemetry: Telemetry, stopping: asyncio.Event) -> None:
+    def __init__(self, keys: Keys, telemetry: Telemetry, stopping: asyncio.Future[None]) -> None:
         self.handlers: grpc.GenericRpcHandler | None = None
-        self._stopping = stopping
-        self._keys, self._telemetry = keys, telemetry
+        self._keys, self._telemetry, self._stopping = keys, telemetry, stopping
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], call: Any) -> Any:
         metadata = dict(call.invocation_metadata)
@@ -142,19 +140,17 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return grpc.stream_stream_rpc_method_handler(answer, handler.request_deserializer, handler.response_serializer)
 
 
-async def _until(stopping: asyncio.Event, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """Yield requests as they come, until there are no more or the event is set while the next one is waited for."""
-    end = asyncio.ensure_future(stopping.wait())
-    try:
-        while True:
-            coming = asyncio.ensure_future(anext(aiter(requests), None))
-            await asyncio.wait((coming, end), return_when=asyncio.FIRST_COMPLETED)
-            if not coming.done() or (request := coming.result()) is None:
-                return
-            yield request
-    finally:
-        coming.cancel()
-        end.cancel()
+async def _until(stopping: asyncio.Future[None], requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """Yield requests as they come, until there are no more or the server stops while the next one is waited for."""
+    while True:
+        coming = asyncio.ensure_future(anext(aiter(requests), None))
+        try:
+            await asyncio.wait((coming, stopping), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            coming.cancel()
+        if not coming.done() or (request := coming.result()) is None:
+            return
+        yield request
 
 
 def credentials_of(certificate: Followed[Certificate]) -> grpc.ServerCredentials:
@@ -176,8 +172,8 @@ class GrpcServer:
     ) -> None:  # fmt: skip
         """certificate: for TLS; without one the port is in the clear."""
         self._certificate = certificate
-        self._stopping = asyncio.Event()
-        self._health = Health(self._stopping)
+        self._stopping: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.health = Health(self._stopping)
         self._address, self._door = address, Door(keys, telemetry, self._stopping)
         self._server = grpc.aio.server(
             interceptors=[self._door],
@@ -187,7 +183,7 @@ class GrpcServer:
                 ("grpc.max_send_message_length", -1),
             ],
         )
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
     async def start(self) -> None:
@@ -206,14 +202,10 @@ class GrpcServer:
     def open(self, handlers: grpc.GenericRpcHandler) -> None:
         """Answer calls from now on."""
         self._door.handlers = handlers
-        self.set_serving(True)
-
-    def set_serving(self, serving: bool) -> None:
-        """Let `grpc.health.v1` say so; `ServerReady` follows the gateway by itself. Called in the event loop."""
-        self._health.set_serving(serving)
+        self.health.set_serving(True)
 
     async def stop(self, grace_s: float) -> None:
         """Take no more calls, end those that wait for something to come, and give the others their time."""
-        self._stopping.set()
-        self.set_serving(False)
+        self._stopping.set_result(None)
+        self.health.set_serving(False)
         await self._server.stop(grace_s)

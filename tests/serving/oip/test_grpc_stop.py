@@ -32,7 +32,6 @@ def run(scenario: Callable[[GrpcServer, grpc.aio.Channel], Awaitable[None]]) -> 
         await server.start()
         async with grpc.aio.insecure_channel(address) as channel:
             await scenario(server, channel)
-        await server.stop(0)
 
     asyncio.run(asyncio.wait_for(whole(), WAIT_S))
 
@@ -54,8 +53,9 @@ def test_more_watches_than_threads_leave_threads_to_others_and_each_is_told() ->
         leaving = watches.pop()
         leaving.cancel()  # and takes no other with it
         assert await leaving.code() is grpc.StatusCode.CANCELLED
-        server.set_serving(True)
+        server.health.set_serving(True)
         assert [await each.read() for each in watches] == [SERVING] * len(watches)
+        await server.stop(GRACE_S)
 
     run(scenario)
 
