@@ -50,7 +50,7 @@ from penumbra.serving.gateway import Gateway
 from penumbra.serving.http.segment import answer_headers
 from penumbra.serving.objects import Objects, send
 from penumbra.serving.process import lock
-from penumbra.serving.render import MAPLESS, WRITERS, Style, parse_request
+from penumbra.serving.render import WRITERS, Style, parse_request, without_unseen
 from penumbra.serving.settings import Settings
 from penumbra.serving.spool import LONG, Spool, disk, spool_bytes
 from penumbra.serving.telemetry import Request
@@ -179,7 +179,7 @@ class Jobs:
         with read_header(place / "image", self._limits, segmenter.reading(options)) as header:
             card = segmenter.plan(*header.size, options, limits=self._limits, place=header.place).card
         copies = 4 if media == "image/tiff" else 2  # the rows, and the result of them; of TIFF also tiles and overviews
-        needed = copies * spool_bytes(*header.size, spooled(options, media, style), card)
+        needed = copies * spool_bytes(*header.size, without_unseen(options, media, style), card)
         with disk():
             free = shutil.disk_usage(self._directory).free
         if needed > free:
@@ -298,7 +298,7 @@ class Jobs:
         job.attempts += 1
         save_job(place, job)
         options, style = parse_request(job.media, job.fields)
-        options = spooled(options, job.media, style)
+        options = without_unseen(options, job.media, style)
         with self._loaded(options):
             image = open_image(place / "image", self._limits, self._gateway.segmenter.reading(options))
             spool = Spool(place / "spool", self._gateway.segmenter, image, options, source=job.id)
@@ -348,14 +348,12 @@ class Jobs:
     def _finish(self, job: Job, error: str) -> None:
         """Keep what is asked for from now on: the result, and how it went; of a job that was removed nothing."""
         place = self._directory / job.id
-        state: State = "failed" if error else "done"
-        ended = replace(job, state=state, error=error, finished=time.time())
+        ended = replace(job, state="failed" if error else "done", error=error, finished=time.time())
         shutil.rmtree(place / "spool", ignore_errors=True)
-        with suppress(DiskFull):  # then the next server finds it unfinished, with its image, and tries again
+        with suppress(DiskFull, OSError):  # then the next server finds it unfinished, with its image, and tries again
             save_job(place, ended)
             for name in ("image", "writing"):
-                with suppress(OSError):
-                    (place / name).unlink()
+                (place / name).unlink(missing_ok=True)
         with self._changed:  # whoever reads that it is done can have it
             job.state, job.error, job.finished = ended.state, ended.error, ended.finished
             removed = job.id not in self._jobs
@@ -366,8 +364,7 @@ class Jobs:
         return 0 < job.finished < time.time() - self.settings.job_keep_s
 
     def _expire(self) -> None:
-        """Remove the finished jobs that are too old or too many. Files of gigabytes go outside of the lock, which the
-        event loop takes too."""
+        """Remove finished jobs that are too old or too many; their files outside of the lock: the loop takes it."""
         with self._changed:
             finished = sorted((job for job in self._jobs.values() if job.finished), key=lambda job: -job.finished)
             over = [job for job in finished[:MOST_KEPT] if self._is_old(job)] + finished[MOST_KEPT:]
@@ -401,8 +398,3 @@ class Jobs:
             self._finish(job, error)
         elif not job.finished:
             job.state = "queued"
-
-
-def spooled(options: SegmentOptions, media: str, style: Style) -> SegmentOptions:
-    """The same without maps that the format does not show: they would fill the disk for nobody."""
-    return replace(options, outputs=style.maps) if media in MAPLESS else options

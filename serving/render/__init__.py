@@ -18,8 +18,8 @@ from penumbra.serving.render.pictures import palette, write_png
 from penumbra.serving.render.regions import write_geojson
 from penumbra.serving.render.tables import write_json
 
-__all__ = ["MAPLESS", "WRITERS", "Style", "choose_format", "palette", "parse_request", "parse_style",
-           "render", "render_with_notes"]  # fmt: skip
+__all__ = ["WRITERS", "Style", "choose_format", "palette", "parse_request", "parse_style",
+           "render", "render_with_notes", "without_unseen"]  # fmt: skip
 
 Write = Callable[[Prediction, Style, BinaryIO], str | None]
 """It may return a sentence that the answer's reader should know, beside its warnings."""
@@ -57,6 +57,11 @@ def parse_request(media: str, fields: Mapping[str, str]) -> tuple[SegmentOptions
     if PROBABILITIES in options.outputs and media != WITH_PROBABILITIES:
         raise BadOption(f"outputs has {PROBABILITIES}, which {media} cannot hold; ask for {WITH_PROBABILITIES}")
     return (options.with_maps((DEFAULT,)) if media in WITH_MEANS else options), style
+
+
+def without_unseen(options: SegmentOptions, media: str, style: Style) -> SegmentOptions:
+    """Leave out the maps that the format does not show: on a disk they would take room for nobody."""
+    return replace(options, outputs=style.maps) if media in MAPLESS else options
 
 
 def render(prediction: Prediction, media: str, style: Style) -> bytes:
