@@ -4,7 +4,7 @@ import { $ } from "./elements.js";
 import { ask, queryOf } from "./protocol.js";
 
 const POLL_MS = 700;
-const BUSY = [429, 503], BUSY_S = 5, PATIENCE_S = 120; // a server that is full, not ready or away is asked again, for so long
+const BUSY = [429, 502, 503, 504], BUSY_S = 5, PATIENCE_S = 120; // a server that is full, not ready or away is asked again, for so long
 
 /** Whether a job runs, or its result waits to be taken. */
 export const hasJob = () => $("job").disabled || !$("job-result").hidden;

@@ -153,9 +153,9 @@ def test_a_server_that_is_not_there_is_said_in_a_sentence(image: np.ndarray) -> 
         client.segment(image)
 
 
-def steps(replies: list[Reply], patience_s: float = 60) -> list[Call | Work | float]:
+def steps(replies: list[Reply], patience_s: float = 60, path: str = "/models") -> list[Call | Work | float]:
     """What an exchange does when it is answered so."""
-    exchange = Exchanges(patience_s).ask(Call("GET", "/models"))
+    exchange = Exchanges(patience_s).ask(Call("GET", path))
     done = [next(exchange)]
     for reply in replies:
         try:
@@ -188,6 +188,37 @@ def test_a_full_server_is_asked_again_when_it_says() -> None:
         steps([Reply(302, httpx.Headers({"Location": "/login"}), b"")])
     with pytest.raises(Failed):
         steps([refusal(500, Retry_After="1")])
+
+
+def test_a_job_outlasts_a_server_that_is_away() -> None:
+    call = Call("GET", "/jobs/17")
+    assert steps([refusal(0), refusal(502), DONE], path=call.path) == [call, 0.25, call, 0.5, call]
+    with pytest.raises(Unavailable, match="the queue is full"):
+        steps([refusal(0)] * 9, path=call.path, patience_s=1)
+    for status, kind in ((0, Unavailable), (502, Failed)):
+        with pytest.raises(kind):
+            steps([refusal(status)])
+
+
+class Away(httpx.BaseTransport):
+    """The surface, with a connection that breaks at every look at a job."""
+
+    def __init__(self, surface: httpx.BaseTransport) -> None:
+        self._surface = surface
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        if request.method == "GET":
+            raise httpx.ReadError("connection reset by peer")
+        return self._surface.handle_request(request)
+
+
+def test_a_job_that_is_lost_is_named(surface: httpx.Client, image: np.ndarray) -> None:
+    told: list[Job] = []
+    client = Client("http://penumbra", transport=Away(surface._transport), patience_s=0)
+    with pytest.raises(Unavailable) as lost:
+        client.run_job(image, told.append, **LATENT)
+    assert str(lost.value).startswith(f"job {told[0].id}: http://penumbra cannot be asked (connection reset by peer)")
+    client.remove(told[0])
 
 
 class Busy(httpx.BaseTransport):

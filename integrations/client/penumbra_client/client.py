@@ -1,6 +1,7 @@
 """The two clients: one waits, the other awaits. What they say is `penumbra_client.exchange`'s."""
 
 import asyncio
+import json
 import os
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -12,7 +13,6 @@ from typing import Any, BinaryIO, Self, Unpack, cast
 import httpx
 
 from penumbra_client.answers import NPZ, Job, Model, Prediction
-from penumbra_client.errors import Unavailable
 from penumbra_client.exchange import Call, Exchange, Exchanges, Progress, Reply, T
 from penumbra_client.options import Options, Picture
 
@@ -22,6 +22,8 @@ CONNECT_TRIES = 2
 CONNECT_S = 10.0
 TIMEOUT_S = 330.0
 """Longer than a server takes over a request by itself (300 s), so that its own refusal arrives."""
+
+UNREACHED = (httpx.TransportError, httpx.InvalidURL)
 
 
 def _quiet(_: Job) -> None:
@@ -36,7 +38,7 @@ class Client:
         timeout_s: float = TIMEOUT_S, transport: httpx.BaseTransport | None = None,
     ) -> None:  # fmt: skip
         """key: an API key, where the server wants one. patience_s: how long one call may wait in all for a server that
-        is full or loading. timeout_s: of each read and write; a connection has 10 s of it at most."""
+        is full, loading or, of a job, away. timeout_s: of each read and write; a connection has 10 s of it at most."""
         self._exchanges = Exchanges(patience_s)
         self._http = httpx.Client(
             base_url=url, headers=_bearer(key), timeout=_limits(timeout_s),
@@ -108,13 +110,16 @@ class Client:
                 reply = None
 
     def _send(self, call: Call) -> Reply:
-        with _reaching(self._http.base_url), self._http.stream(**_request(call), content=_pieces(call.body)) as answer:
-            if call.target is None or not answer.is_success:
-                return Reply(answer.status_code, answer.headers, answer.read())
-            with _whole(call.target) as file:
-                for piece in answer.iter_bytes(PIECE_BYTES):
-                    file.write(piece)
-            return Reply(answer.status_code, answer.headers, b"")
+        try:
+            with self._http.stream(**_request(call), content=_pieces(call.body)) as answer:
+                if call.target is None or not answer.is_success:
+                    return Reply(answer.status_code, answer.headers, answer.read())
+                with _whole(call.target) as file:
+                    for piece in answer.iter_bytes(PIECE_BYTES):
+                        file.write(piece)
+                return Reply(answer.status_code, answer.headers, b"")
+        except UNREACHED as error:
+            return _unreached(self._http.base_url, error)
 
 
 class AsyncClient:
@@ -132,43 +137,33 @@ class AsyncClient:
         )  # fmt: skip
 
     async def segment(self, image: Picture, **options: Unpack[Options]) -> Prediction:
-        """Segment a picture. Raises PenumbraError."""
         return await self._run(self._exchanges.segment(image, options))
 
     async def render(self, image: Picture, media: str, **options: Unpack[Options]) -> bytes:
-        """Give the answer in another form, as bytes. Raises PenumbraError."""
         return await self._run(self._exchanges.render(image, media, options))
 
     async def submit(self, image: Picture, media: str = NPZ, **options: Unpack[Options]) -> Job:
-        """Begin work on a picture of any size. Raises PenumbraError."""
         return await self._run(self._exchanges.submit(image, media, options))
 
     async def run_job(self, image: Picture, progress: Progress = _quiet, **options: Unpack[Options]) -> Prediction:
-        """Submit a picture, wait, fetch the answer and remove the job. Raises PenumbraError."""
         return await self._run(self._exchanges.run_job(image, progress, options))
 
     async def job(self, name: str) -> Job:
-        """Ask how a job stands, by its id. Raises PenumbraError."""
         return await self._run(self._exchanges.job(name))
 
     async def wait(self, job: Job, progress: Progress = _quiet) -> Job:
-        """Wait until a job is done. Raises Failed where it fails."""
         return await self._run(self._exchanges.wait(job, progress))
 
     async def result(self, job: Job) -> Prediction:
-        """Fetch the answer of a job that is done. Raises PenumbraError."""
         return await self._run(self._exchanges.result(job))
 
     async def download(self, job: Job, path: str | Path) -> Path:
-        """Write a job's answer to a file, piece by piece. Raises PenumbraError."""
         return await self._run(self._exchanges.download(job, path))
 
     async def remove(self, job: Job) -> None:
-        """Cancel a job, and remove its files from the server. Raises PenumbraError."""
         return await self._run(self._exchanges.remove(job))
 
     async def models(self) -> list[Model]:
-        """List what is served. Raises PenumbraError."""
         return await self._run(self._exchanges.models())
 
     async def close(self) -> None:
@@ -197,7 +192,7 @@ class AsyncClient:
 
     async def _send(self, call: Call) -> Reply:
         body = _later(call.body) if isinstance(call.body, Path) else call.body
-        with _reaching(self._http.base_url):
+        try:
             async with self._http.stream(**_request(call), content=body) as answer:
                 if call.target is None or not answer.is_success:
                     return Reply(answer.status_code, answer.headers, await answer.aread())
@@ -205,6 +200,8 @@ class AsyncClient:
                     async for piece in answer.aiter_bytes(PIECE_BYTES):
                         file.write(piece)
                 return Reply(answer.status_code, answer.headers, b"")
+        except UNREACHED as error:
+            return _unreached(self._http.base_url, error)
 
 
 def _limits(timeout_s: float) -> httpx.Timeout:
@@ -236,14 +233,11 @@ async def _later(path: Path) -> AsyncIterator[bytes]:
         yield piece
 
 
-@contextmanager
-def _reaching(url: httpx.URL) -> Iterator[None]:
+def _unreached(url: httpx.URL, error: Exception) -> Reply:
     """Say in one sentence that the server cannot be reached, or stopped talking."""
-    try:
-        yield
-    except (httpx.TransportError, httpx.InvalidURL) as error:
-        why = str(error) or type(error).__name__
-        raise Unavailable(f"{url} cannot be asked ({why}); is a Penumbra server running there?") from error
+    why = str(error) or type(error).__name__
+    sentence = f"{url} cannot be asked ({why}); is a Penumbra server running there?"
+    return Reply(0, {}, json.dumps({"error": sentence}).encode())
 
 
 @contextmanager

@@ -22,6 +22,6 @@ class Failed(PenumbraError):
 
 
 def error_of(status: int, sentence: str) -> PenumbraError:
-    """Make the error that a status stands for."""
-    kind = Unavailable if status in (429, 503) else Refused if status < 500 else Failed
+    """Make the error that a status stands for; 0 is that of a server that cannot be reached."""
+    kind = Unavailable if status in (0, 429, 503) else Refused if status < 500 else Failed
     return kind(sentence or f"the server answered {status} without a reason", status)

@@ -7,6 +7,7 @@ whose result is, and seconds to wait. `Client` and `AsyncClient` drive the same 
 import json
 import time
 from collections.abc import Callable, Generator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -14,12 +15,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from penumbra_client.answers import NPZ, Job, Model, Prediction, read_prediction
-from penumbra_client.errors import Failed, error_of
+from penumbra_client.errors import Failed, PenumbraError, error_of
 from penumbra_client.options import Picture, as_texts, body_of
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 5.0
 """Between two tries where the server does not say when to come again, and between two looks at a job: each is twice
 as long as the one before."""
+BUSY, AWAY = (429, 503), (0, 502, 504)
+"""Statuses of a server that is full or not ready; of one that is not reached, or not by the proxy before it."""
 
 T = TypeVar("T")
 
@@ -38,7 +41,8 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One answer. headers: by names of any case. content: empty where it went into a file."""
+    """One answer. status: 0 where the server cannot be reached, which content says then. headers: by names of any case.
+    content: empty where it went into a file."""
 
     status: int
     headers: Mapping[str, str]
@@ -59,20 +63,22 @@ class Exchanges:
     """All exchanges with one server."""
 
     def __init__(self, patience_s: float) -> None:
-        """patience_s: how long one call may wait in all for a server that is full or loading."""
+        """patience_s: how long one call may wait in all for a server that is full, loading or, of a job, away."""
         self._patience_s = patience_s
         self._classes: dict[tuple[str, int], tuple[str, ...]] = {}
 
     def ask(self, call: Call) -> Exchange[Reply]:
-        """Make a call, again where the server is full (429) or not ready (503). Raises PenumbraError."""
+        """Make a call, again where the server is full (429) or not ready (503), or, for a job, which outlasts its
+        restart, away. Raises PenumbraError."""
         left_s, pause_s = self._patience_s, FIRST_PAUSE_S
+        passing = (*BUSY, *AWAY) if call.method == "GET" and call.path.startswith("/jobs/") else BUSY
         while True:
             reply: Reply = yield call
             if 200 <= reply.status < 300:
                 return reply
             wait_s = retry_after(reply.headers)
             wait_s = pause_s if wait_s is None else max(wait_s, FIRST_PAUSE_S)
-            if reply.status not in (429, 503) or wait_s > left_s:
+            if reply.status not in passing or wait_s > left_s:
                 raise error_of(reply.status, _sentence(reply.content))
             yield wait_s
             left_s, pause_s = left_s - wait_s, min(2 * pause_s, LONGEST_PAUSE_S)
@@ -119,9 +125,13 @@ class Exchanges:
 
     def run_job(self, picture: Picture, progress: Progress, options: Mapping[str, Any]) -> Exchange[Prediction]:
         submitted = yield from self.submit(picture, NPZ, options)
-        done = yield from self.wait(submitted, progress)
-        prediction = yield from self.result(done)
-        yield from self.remove(done)
+        try:
+            done = yield from self.wait(submitted, progress)
+            prediction = yield from self.result(done)
+        except PenumbraError as error:
+            raise type(error)(f"job {submitted.id}: {error}", error.status) from error
+        with suppress(PenumbraError):  # the answer is here, and what is left of the job expires
+            yield from self.remove(done)
         return prediction
 
     def models(self) -> Exchange[list[Model]]:
