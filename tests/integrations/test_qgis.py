@@ -65,13 +65,15 @@ def scene(rng: np.random.Generator, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def busy(server: Server) -> Iterator[str]:
-    """Something before the server that refuses the first looks at a job."""
-    refusals = [(503, "soon"), (429, "0")]
+    """Something before the server that refuses the first looks at a job, or breaks the connection."""
+    refusals = [(503, "soon"), (0, ""), (429, "0")]
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             if self.command == "GET" and refusals:
                 status, again = refusals.pop()
+                if not status:
+                    return
                 reply = httpx.Response(status, headers={"Retry-After": again}, content=b"busy")
             else:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -98,6 +100,50 @@ def test_a_job_outlasts_looks_at_it_that_are_refused(busy: str, home: Path, scen
     done = run(home, scene, busy, OPTIONS="seed=3")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "OUTPUT" in json.loads(done.stdout)["results"]
+
+
+@pytest.fixture
+def refusing() -> Iterator[tuple[str, list[str]]]:
+    """A server that refuses a large raster unread and each look at the job of a small one, and what it was asked."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.command)
+            length = int(self.headers.get("Content-Length") or 0)
+            if length < 2**20:
+                self.rfile.read(length)
+            status = 507 if length >= 2**20 else 202 if length else 403
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(
+                json.dumps({"error": f"refused by {status}", "url": "/jobs/17", "finished": None}).encode()
+            )
+
+        do_GET = do_DELETE = do_POST
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_refusal_that_comes_before_the_raster_was_sent_is_said(
+    refusing: tuple[str, list[str]], home: Path, scene: Path
+) -> None:
+    with scene.open("ab") as file:
+        file.write(bytes(2**24))
+    done = run(home, scene, refusing[0])
+    assert done.returncode != 0 and "refused by 507" in done.stdout + done.stderr
+
+
+def test_a_job_that_is_lost_stays_on_the_server(refusing: tuple[str, list[str]], home: Path, scene: Path) -> None:
+    url, asked = refusing
+    done = run(home, scene, url)
+    assert done.returncode != 0 and "refused by 403" in done.stdout + done.stderr
+    assert asked == ["POST", "GET"], "and is not removed"
+    assert run(home, scene, "localhost:3000").returncode != 0
 
 
 def test_labels_lie_where_the_raster_does(server: Server, home: Path, scene: Path) -> None:

@@ -6,15 +6,17 @@ Cloud-Optimized GeoTIFF that lies where the raster does, is written to the disk 
 
 from __future__ import annotations  # QGIS has Python 3.9 in places
 
+import http.client
 import json
 import shutil
+import socket
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qgis.core import (
     QgsApplication,
@@ -32,68 +34,94 @@ from qgis.core import (
 
 LOOK_S = 0.5
 """Between two looks at a job."""
-BUSY = (429, 503)
+BUSY, AWAY = (429, 503), (0, 502, 504)
+"""Statuses of a server that is full or not ready; of one that is not reached, or not by the proxy before it."""
+LOST = (ConnectionError, socket.timeout, http.client.HTTPException)
 BUSY_S, PATIENCE_S = 5, 120
 """How long to wait for a server that is full or loading and does not say so itself, and in all."""
+KINDS: dict[str, type[http.client.HTTPConnection]] = {
+    "http": http.client.HTTPConnection, "https": http.client.HTTPSConnection,
+}  # fmt: skip
 SCORES = ("expected_error", "novelty")
+T = TypeVar("T")
 
 
 class Server:
     """A Penumbra server, asked with what Python has."""
 
     def __init__(self, url: str, key: str) -> None:
-        self._url, self._headers = url.rstrip("/"), {"Authorization": f"Bearer {key}"} if key else {}
+        """Raises QgsProcessingException for what is no URL of a server."""
+        self._url, self._headers = url.rstrip("/"), {"Connection": "close"}
+        if key:
+            self._headers["Authorization"] = f"Bearer {key}"
+        self._parts = urllib.parse.urlsplit(self._url)
+        if self._parts.scheme not in KINDS:
+            raise QgsProcessingException(f"the server is {url!r}; a URL is wanted, as http://localhost:3000")
 
     def submit(self, path: Path, options: dict[str, str]) -> dict[str, Any]:
         """Send a raster. Raises QgsProcessingException."""
         headers = {"Content-Type": "image/tiff", "Accept": "image/tiff", "Content-Length": str(path.stat().st_size)}
-        return dict(json.load(self._ask("POST", f"/jobs?{urllib.parse.urlencode(options)}", headers, path)))
+        return dict(self._ask("POST", f"/jobs?{urllib.parse.urlencode(options)}", json.load, BUSY, headers, path))
 
-    def get(self, path: str) -> Any:
-        """Open an answer. Raises QgsProcessingException."""
-        return self._ask("GET", path, {}, None)
+    def get(self, path: str, read: Callable[[Any], T]) -> T:
+        """Read what there is of a job, which outlasts its server's restart. Raises QgsProcessingException."""
+        return self._ask("GET", path, read, (*BUSY, *AWAY), {}, None)
 
     def remove(self, job: dict[str, Any]) -> None:
         """Cancel a job and remove its files; one that is gone already is as it should be, with its server too."""
-        try:
+        with suppress(*LOST):
             self._open("DELETE", job["url"], {}, None).close()
-        except (urllib.error.HTTPError, QgsProcessingException):
-            return
 
-    def _ask(self, method: str, path: str, headers: dict[str, str], source: Path | None) -> Any:
-        """Open an answer, again where the server is full or loading. Raises QgsProcessingException."""
+    def _ask(
+        self, method: str, path: str, read: Callable[[Any], T], passing: tuple[int, ...], headers: dict[str, str],
+        source: Path | None,
+    ) -> T:  # fmt: skip
+        """Read an answer, after refusals that pass. Raises QgsProcessingException."""
         left_s = PATIENCE_S
         while True:
             try:
                 with source.open("rb") if source else nullcontext() as body:
-                    return self._open(method, path, headers, body)
-            except urllib.error.HTTPError as error:
-                again = error.headers.get("Retry-After", "")
-                wait_s = max(1, int(again)) if again.isdecimal() else BUSY_S
-                if error.code not in BUSY or wait_s > left_s:
-                    raise QgsProcessingException(_sentence(error)) from None
-                time.sleep(wait_s)
-                left_s -= wait_s
+                    answer = self._open(method, path, headers, body)
+                with answer:
+                    if answer.status < 300:
+                        return read(answer)
+                    status, again, why = answer.status, answer.headers.get("Retry-After", ""), _sentence(answer)
+            except LOST as error:
+                status, again = 0, ""
+                why = f"{self._url} cannot be asked ({error}); is a Penumbra server running there?"
+            wait_s = max(1, int(again)) if again.isdecimal() else BUSY_S
+            if status not in passing or wait_s > left_s:
+                raise QgsProcessingException(why)
+            time.sleep(wait_s)
+            left_s -= wait_s
 
-    def _open(self, method: str, path: str, headers: dict[str, str], body: Any) -> Any:
-        request = urllib.request.Request(self._url + path, body, {**self._headers, **headers}, method=method)
+    def _open(self, method: str, path: str, headers: dict[str, str], body: Any) -> http.client.HTTPResponse:
+        """Ask, and read how the answer begins: also that of a server that refuses before it has the whole body."""
         try:
-            return urllib.request.urlopen(request, timeout=120)
-        except urllib.error.HTTPError:
-            raise
+            connection = KINDS[self._parts.scheme](self._parts.netloc, timeout=120)
+            with suppress(BrokenPipeError, ConnectionResetError):
+                connection.request(method, self._parts.path + path, body, {**self._headers, **headers})
+            return connection.getresponse()
         except OSError as error:
-            raise QgsProcessingException(
-                f"{self._url} cannot be asked ({getattr(error, 'reason', error)}); is a Penumbra server running there?"
-            ) from None
+            raise ConnectionError(str(error)) from None
 
 
-def _sentence(error: urllib.error.HTTPError) -> str:
+def _sentence(answer: http.client.HTTPResponse) -> str:
     """What a refusal says."""
-    text = error.read(2000).decode(errors="replace")
+    text = answer.read(2000).decode(errors="replace")
     try:
         return str(json.loads(text)["error"])
     except (ValueError, KeyError, TypeError):
-        return f"the server answered {error.code}: {text[:200]}"
+        return f"the server answered {answer.status}: {text[:200]}"
+
+
+def _save(target: Path, answer: http.client.HTTPResponse) -> Any:
+    """Write an answer to a file as it comes, and give its headers. Raises IncompleteRead."""
+    with target.open("wb") as file:
+        shutil.copyfileobj(answer, file)
+    if answer.length:
+        raise http.client.IncompleteRead(b"", answer.length)
+    return answer.headers
 
 
 class Segment(QgsProcessingAlgorithm):  # type: ignore[misc]
@@ -146,10 +174,10 @@ class Segment(QgsProcessingAlgorithm):  # type: ignore[misc]
         options |= {"picture": text("PICTURE") or "labels"} | ({"model": text("MODEL")} if text("MODEL") else {})
         server, target = Server(text("SERVER"), text("KEY")), self.parameterAsOutputLayer(parameters, "OUTPUT", context)
         job = server.submit(path, options)
-        try:
-            return self._follow(server, job, target, feedback)
-        finally:
-            server.remove(job)
+        feedback.pushInfo(f"The server has it as {job['url']}")
+        results = self._follow(server, job, target, feedback)
+        server.remove(job)
+        return results
 
     def _follow(
         self, server: Server, job: dict[str, Any], target: str, feedback: QgsProcessingFeedback
@@ -159,14 +187,12 @@ class Segment(QgsProcessingAlgorithm):  # type: ignore[misc]
             time.sleep(LOOK_S)
             if feedback.isCanceled():
                 return {}
-            with server.get(job["url"]) as answer:
-                job = json.load(answer)
+            job = server.get(job["url"], json.load)
             feedback.setProgress(job["percent"])
         if job["error"]:
+            server.remove(job)
             raise QgsProcessingException(job["error"])
-        with server.get(job["result"]) as answer, Path(target).open("wb") as file:
-            shutil.copyfileobj(answer, file)
-            headers = answer.headers
+        headers = server.get(job["result"], partial(_save, Path(target)))
         if warning := urllib.parse.unquote(headers.get("X-Penumbra-Warning", "")):
             feedback.pushWarning(warning)
         scores = {name: headers.get(f"X-Penumbra-{name.replace('_', '-').title()}") for name in SCORES}
