@@ -26,9 +26,15 @@ class Backend:
     least sure first."""
 
     def __init__(self, client: Client, options: Options, *, label_studio: str = "", token: str = "") -> None:
-        """label_studio, token: where pictures that were uploaded there are fetched, and its access token."""
+        """options: with a model. label_studio, token: where pictures that were uploaded there are fetched, and its
+        access token."""
         self._client, self._options = client, options | Options(outputs="confidence")
         self._label_studio, self._token = label_studio, token
+
+    def model_version(self) -> str:
+        """Name the model and its version that answers by now. Raises PenumbraError."""
+        model = self._options["model"]
+        return f"{model} {max((one.version for one in self._client.models() if one.name == model), default='')}"
 
     def predict(self, tasks: list[dict[str, Any]], label_config: str) -> list[dict[str, Any]]:
         """Give a prediction for every task. Raises PenumbraError, ValueError and OSError."""
@@ -76,19 +82,23 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
+        try:
+            status, document = self._reply(asked)
+        except (PenumbraError, ValueError, OSError, KeyError) as error:
+            status, document = 502 if isinstance(error, PenumbraError) else 400, {"error": str(error)}
+        self._answer(status, document)
+
+    def _reply(self, asked: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        backend = self.server.backend
         if self.path == "/setup":
-            self._answer(200, {"model_version": self.server.model_version})
-        elif self.path == "/webhook":  # it does not train
-            self._answer(201, {})
-        elif self.path == "/predict":
-            try:
-                results = self.server.backend.predict(asked.get("tasks", []), asked["label_config"])
-            except (PenumbraError, ValueError, OSError, KeyError) as error:
-                self._answer(502 if isinstance(error, PenumbraError) else 400, {"error": str(error)})
-                return
-            self._answer(200, {"results": results, "model_version": self.server.model_version})
-        else:
-            self._answer(404, {"error": f"there is no {self.path}"})
+            return 200, {"model_version": backend.model_version()}
+        if self.path == "/webhook":  # it does not train
+            return 201, {}
+        if self.path == "/predict":
+            results = backend.predict(asked.get("tasks", []), asked["label_config"])
+            version = results[-1]["model_version"] if results else backend.model_version()
+            return 200, {"results": results, "model_version": version}
+        return 404, {"error": f"there is no {self.path}"}
 
     def _answer(self, status: int, document: dict[str, Any]) -> None:
         body = json.dumps(document).encode()
@@ -102,9 +112,9 @@ class Handler(BaseHTTPRequestHandler):
 class Server(ThreadingHTTPServer):
     """A server with a backend."""
 
-    def __init__(self, address: tuple[str, int], backend: Backend, model_version: str) -> None:
+    def __init__(self, address: tuple[str, int], backend: Backend) -> None:
         super().__init__(address, Handler)
-        self.backend, self.model_version = backend, model_version
+        self.backend = backend
 
 
 def main() -> None:
@@ -118,18 +128,16 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=9090)
     given = parser.parse_args()
-    options: Options = {}
-    if given.model:
-        options["model"] = given.model
-    if given.max_risk is not None:
-        options["max_risk"] = given.max_risk
     with Client(given.penumbra, key=given.key) as client:
-        served = [one for one in client.models() if given.model in (None, one.name)]
-        if not served:
-            parser.error(f"the server has no model {given.model!r}")
-        model = served[-1]
+        served = sorted({one.name for one in client.models()})
+        model = given.model or (served[0] if len(served) == 1 else "")
+        if model not in served:
+            parser.error(f"--model is {model!r}; the server has {', '.join(served)}")
+        options = Options(model=model)
+        if given.max_risk is not None:
+            options["max_risk"] = given.max_risk
         backend = Backend(client, options, label_studio=given.label_studio, token=given.token)
-        Server((given.host, given.port), backend, f"{model.name} {model.version}").serve_forever()
+        Server((given.host, given.port), backend).serve_forever()
 
 
 if __name__ == "__main__":

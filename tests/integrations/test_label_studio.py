@@ -1,8 +1,10 @@
 """The ML backend of Label Studio as a process, judged by the real `label_studio_sdk`; its order, by `penumbra rank`."""
 
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -16,9 +18,11 @@ from penumbra.__main__ import main
 from penumbra.models.toy.cards import CLASSES
 from tests.conftest import picture
 from tests.integrations.tools import ENVIRONMENT, PYTHON, ROOT, needs
-from tests.serving.server import Server, free_port, until
+from tests.serving.server import Server, free_port, serving, until
 
 pytestmark = [pytest.mark.slow, needs("label_studio_sdk")]
+COMMAND = [PYTHON, ROOT / "integrations" / "label_studio" / "penumbra_label_studio.py"]
+MODEL = "toy-latent"
 NAMES = [one.name for one in CLASSES]
 CONFIG = (
     '<View><Image name="photo" value="$image"/><BrushLabels name="tag" toName="photo">'
@@ -54,11 +58,16 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def backend(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    port, home = free_port(), tmp_path_factory.mktemp("home")
-    command = [PYTHON, ROOT / "integrations" / "label_studio" / "penumbra_label_studio.py"]
-    command += ["--penumbra", server.url, "--model", "toy-latent", "--port", str(port)]
-    root = str(tmp_path_factory.getbasetemp())
-    environment = ENVIRONMENT | {"HOME": str(home), "LOCAL_FILES_DOCUMENT_ROOT": root}
+    with backing(server, tmp_path_factory.mktemp("home"), tmp_path_factory.getbasetemp(), "--model", MODEL) as url:
+        yield url
+
+
+@contextmanager
+def backing(server: Server, home: Path, root: Path, *words: str) -> Iterator[str]:
+    """A backend of a server that reads local storage under a root."""
+    port = free_port()
+    command = [*COMMAND, "--penumbra", server.url, "--port", str(port), *words]
+    environment = ENVIRONMENT | {"HOME": str(home), "LOCAL_FILES_DOCUMENT_ROOT": str(root)}
     with (home / "log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"
@@ -119,6 +128,29 @@ def test_tasks_in_the_order_of_their_scores_are_those_of_rank(
     order = [Path(row["image"]).name for row in json.loads(ranked.stdout)]
     by_score = sorted(range(len(pictures)), key=lambda number: results[number]["score"])
     assert [pictures[number].name for number in by_score] == order
+
+
+def test_the_version_is_that_of_the_answers(toy_store: Path, base: Path, pictures: list[Path], tmp_path: Path) -> None:
+    first, second = (tmp_path / "store" / MODEL / number for number in "12")
+    shutil.copytree(toy_store / MODEL / "1", first)
+    with serving(first.parents[1], tmp_path, model_control=True) as server, backing(server, tmp_path, base) as backend:
+        for version in (1, 2):
+            answer = ask(backend, base, pictures[:1]).json()
+            assert answer["model_version"] == answer["results"][0]["model_version"] == f"{MODEL} {version}"
+            assert ask(backend, base, []).json() == {"results": [], "model_version": f"{MODEL} {version}"}
+            if version == 1:
+                shutil.copytree(first, second)
+                card = (first / "card.json").read_text()
+                (second / "card.json").write_text(card.replace('"version": 1', '"version": 2', 1))
+                with server.client() as client:
+                    assert client.post(f"/v2/repository/models/{MODEL}/load").status_code == 200
+
+
+def test_it_does_not_start_without_the_name_of_one_of_several_models(server: Server) -> None:
+    for words, said in (((), "--model is ''"), (("--model", "nobody"), "--model is 'nobody'")):
+        command = [*COMMAND, "--penumbra", server.url, *words]
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 2 and said in done.stderr and "; the server has toy-boxed," in done.stderr
 
 
 def test_what_is_wrong_is_said(backend: str, base: Path, pictures: list[Path], tmp_path: Path) -> None:
