@@ -6,6 +6,7 @@ from typing import Any
 
 from penumbra.serving.engine.options import OPTIONS
 from penumbra.serving.http import openapi_v2 as oip_openapi
+from penumbra.serving.http.segment import header_of
 from penumbra.serving.http.stream import LINES
 from penumbra.serving.http.upload import RAW
 from penumbra.serving.render import WRITERS
@@ -25,14 +26,14 @@ SCORES = {
 TEXT, WHOLE = {"type": "string"}, {"type": "integer"}
 FACTS = {
     "model": (TEXT, "Which model answered."), "version": (WHOLE, "Its version."), "seed": (WHOLE, "Of the noise."),
-    "samples": (WHOLE, "How many were drawn."),
+    "samples": (WHOLE, "How many were drawn."), "views": (TEXT, "Their name, where there were any."),
     "samples_asked": (WHOLE, "How many were asked for, where anytime may draw fewer."),
     "members": (TEXT, "The samples' names with commas between them, percent-encoded as UTF-8."),
     "abstained": (SHARE, "Share of the pixels that were withheld, where a risk was given."),
     "warning": (TEXT, "What to know of this answer, percent-encoded as UTF-8."),
 } | {name: (SHARE, text) for name, text in SCORES.items()}  # fmt: skip
 HEADERS = {
-    f"X-Penumbra-{name.replace('_', '-').title()}": {"description": f"{text} Absent if unknown.", "schema": schema}
+    header_of(name): {"description": f"{text} Absent if unknown.", "schema": schema}
     for name, (schema, text) in FACTS.items()
 }
 TIME = {"type": "number", "description": "Seconds since 1970."}

@@ -39,19 +39,19 @@ def answer_headers(prediction: Prediction, timing_ms: Mapping[str, float] | None
 
     Texts are percent-encoded as UTF-8 where they are not printable ASCII, and so are the commas in members' names.
     """
-    optional = {
-        "X-Penumbra-Members": ",".join(_encoded(name).replace(",", "%2C") for name in prediction.members),
-        "X-Penumbra-Warning": _encoded("; ".join(prediction.warnings)),
-        "X-Penumbra-Samples-Asked": str(prediction.num_asked or ""),
-        "Age": "" if prediction.age_s is None else f"{prediction.age_s:.0f}",
-        "X-Penumbra-Abstained": "" if prediction.abstained is None else f"{prediction.abstained:.6f}",
-    }
-    for name, share in prediction.shares.items():
-        optional[f"X-Penumbra-{name.replace('_', '-').title()}"] = f"{share:.6f}"
-    return {name: text for name, text in optional.items() if text} | {
-        **{f"X-Penumbra-{name.title()}": str(fact) for name, fact in prediction.origin.items()},
-        "Server-Timing": server_timing(timing_ms or prediction.timing_ms),
-    }
+    shares = prediction.scored | {"abstained": prediction.abstained}
+    facts = prediction.origin | {name: f"{share:.6f}" for name, share in shares.items() if share is not None} | {
+        "members": ",".join(_encoded(name).replace(",", "%2C") for name in prediction.members),
+        "warning": _encoded("; ".join(prediction.warnings)), "samples_asked": prediction.num_asked or "",
+    }  # fmt: skip
+    headers = {header_of(name): str(fact) for name, fact in facts.items() if fact != ""}
+    age = {} if prediction.age_s is None else {"Age": f"{prediction.age_s:.0f}"}
+    return headers | age | {"Server-Timing": server_timing(timing_ms or prediction.timing_ms)}
+
+
+def header_of(fact: str) -> str:
+    """Name the header that has a fact of an answer."""
+    return f"X-Penumbra-{fact.replace('_', '-').title()}"
 
 
 def _encoded(text: str) -> str:

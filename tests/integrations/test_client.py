@@ -55,6 +55,7 @@ def equal(one: Prediction, other: Prediction) -> bool:
 def test_an_answer_is_that_of_the_engine(client: Client, image: np.ndarray) -> None:
     prediction = client.segment(image, **LATENT, outputs=["default", "margin", "probabilities"])
     assert prediction.labels.shape == (60, 90) and prediction.labels.dtype == np.uint8
+    assert prediction.views == "none"
     assert {*prediction.maps} == {"confidence", "entropy", "mutual_information", "margin"}
     assert prediction.probabilities is not None
     assert np.array_equal(prediction.probabilities.argmax(0), prediction.labels)
@@ -77,6 +78,7 @@ def test_a_picture_comes_as_array_bytes_file_or_image(client: Client, image: np.
 
 
 def test_prompts_and_lists_are_written_as_the_server_reads_them(client: Client, image: np.ndarray) -> None:
+    assert client.segment(image, **LATENT, views="flip").views == "flip"
     boxes = np.array([[1, 2, 15, 18, 1]])
     as_text = client.segment(image, model="toy-boxed", boxes="[[1, 2, 15, 18, 1]]")
     assert equal(client.segment(image, model="toy-boxed", boxes=boxes.tolist()), as_text)
@@ -292,10 +294,10 @@ def test_what_is_answered_is_what_the_document_says(
     headers = {"Content-Type": "image/png", "Accept": "application/x-npz"}
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
-    asked = {"model": "toy-latent", "deadline_ms": 60_000, "anytime": "true"}
+    asked = {"model": "toy-latent", "deadline_ms": 60_000, "anytime": "true", "views": "flip"}
     answer = surface.post("/segment", content=buffer.getvalue(), params=asked, headers=headers)
     said = {name for name in answer.headers if name.startswith("x-penumbra-")}
-    assert said <= {header_of(name).lower() for name in FACTS} and header_of("samples_asked").lower() in said
+    assert {"x-penumbra-samples-asked", "x-penumbra-views"} <= said <= {header_of(name).lower() for name in FACTS}
     job = client.submit(image, **LATENT)
     assert {*surface.get(job.url).json()} == {*document["components"]["schemas"]["Job"]["properties"]}
     client.remove(client.wait(job))

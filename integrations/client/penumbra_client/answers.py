@@ -35,8 +35,8 @@ class Prediction:
     was measured. probabilities: float32 [classes, H, W], where `outputs` asked for them. warning: what to know of this
     answer, in sentences; empty where there is nothing. members: names of the samples, where they have names.
     abstained: the share of pixels withheld, where a risk was given. samples_asked: where `anytime` may have drawn
-    fewer. classes: names by id; empty where the server serves that version of the model no more. timing_ms:
-    milliseconds by phase.
+    fewer. views: which ones each sample was the mean of. classes: names by id; empty where the server serves that
+    version of the model no more. timing_ms: milliseconds by phase.
     """
 
     labels: NDArray[np.uint8]
@@ -47,6 +47,7 @@ class Prediction:
     seed: int
     samples: int
     samples_asked: int | None
+    views: str
     members: tuple[str, ...]
     abstained: float | None
     scores: Scores
@@ -67,7 +68,9 @@ class Prediction:
         return {self.classes[k] if k < len(self.classes) else str(k): float(counts[k]) / total for k in order}
 
 
-FACTS = ("model", "version", "seed", "samples", "samples_asked", "members", "abstained", "warning", *Scores._fields)
+FACTS = (
+    "model", "version", "seed", "samples", "samples_asked", "views", "members", "abstained", "warning", *Scores._fields,
+)  # fmt: skip
 """What the headers `X-Penumbra-*` of an answer say, in the words of `Prediction` and `Scores`."""
 
 
@@ -84,7 +87,7 @@ def read_prediction(content: bytes, headers: Mapping[str, str], classes: Sequenc
     labels, probabilities = arrays.pop("labels"), arrays.pop("probabilities", None)
     return Prediction(
         labels, arrays, probabilities, said["model"], int(said["version"]), int(said["seed"]), int(said["samples"]),
-        int(said["samples_asked"]) if said["samples_asked"] else None,
+        int(said["samples_asked"]) if said["samples_asked"] else None, said["views"] or "none",
         tuple(unquote(name) for name in said["members"].split(",") if name), _share(said["abstained"]),
         Scores(*(_share(said[name]) for name in Scores._fields)), unquote(said["warning"]), tuple(classes),
         {phase: float(ms) for phase, ms in re.findall(r"(\w+);dur=([\d.]+)", headers.get("Server-Timing", ""))},
