@@ -95,7 +95,7 @@ PICTURE = png(IMAGE)
 def hold(place: str, gate: Gate, patch: pytest.MonkeyPatch) -> Callable[[Prediction], object]:
     """Close the gate at a place on a request's way; returns how an answer is written."""
     if place == "decoding":
-        patch.setattr(gateways, "open_image", gate.before(gateways.open_image))
+        patch.setattr(gateways, "read_header", gate.before(gateways.read_header))
     if place == "its batch":
         patch.setattr(Runtime, "run", gate.before(Runtime.run))
     return gate.before(np.shape) if place == "writing" else lambda _: None
