@@ -60,10 +60,7 @@ async function askPatiently(path, kind, signal) {
 
 function pause(ms, signal) {
   return new Promise((resume) => {
-    const end = () => {
-      signal.removeEventListener("abort", end);
-      resume();
-    };
+    const end = () => resume(signal.removeEventListener("abort", end));
     setTimeout(end, ms);
     signal.addEventListener("abort", end);
   });
