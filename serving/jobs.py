@@ -101,7 +101,7 @@ def is_upload(place: Path) -> bool:
         names = {path.name for path in place.iterdir()}
     except OSError:
         return False
-    return not names or (names <= UPLOAD and re.fullmatch(r"[\w-]{22}", place.name) is not None)
+    return names <= UPLOAD and re.fullmatch(r"[\w-]{22}", place.name) is not None
 
 
 class Jobs:

@@ -297,14 +297,14 @@ def test_a_job_that_cannot_be_read_has_failed_and_says_so(
 
 
 def test_a_directory_that_holds_no_job_is_left_alone(store: Path, tmp_path: Path) -> None:
-    for name in ("photos", "A" * 22, "B" * 22):
+    for name in ("photos", "A" * 22, "B" * 22, "to come"):
         (tmp_path / name).mkdir()
     (tmp_path / "photos" / "image").write_bytes(b"a picture of somebody's")
     (tmp_path / ("A" * 22) / "image").write_bytes(b"an upload that broke off")
     (tmp_path / ("B" * 22) / "thesis.txt").write_text("somebody's")
     (tmp_path / "lock").write_text("somebody's")
     with opened(store, tmp_path):
-        assert {path.name for path in tmp_path.iterdir()} == {"photos", "B" * 22, "lock"}
+        assert {path.name for path in tmp_path.iterdir()} == {"photos", "B" * 22, "to come", "lock"}
     assert (tmp_path / "lock").read_text() == "somebody's"
 
 
