@@ -218,6 +218,11 @@ class Card:
         """
         return (*(MAPS_OF_ONE if num_samples == 1 else MAPS), *(extra.name for extra in self.extra_maps))
 
+    def unit_of(self, name: str) -> str:
+        """Give the unit or range of a map; empty where it has none."""
+        own = {extra.name: extra.unit for extra in self.extra_maps}
+        return own.get(name, "nats" if name in KNOWN_MAPS and name not in UNITLESS else "")
+
     def num_members(self, num_samples: int, views: str | None = None) -> int:
         """Count what the axis S holds: every sample in every view, the card's views by default."""
         return num_samples * NUM_VIEWS[views or self.views]

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from penumbra.models.card import UNITLESS
 from penumbra.models.errors import BadImage, BadOption
 from penumbra.models.files import write_whole
 from penumbra.serving.engine.decode import open_image
@@ -101,10 +100,9 @@ def predict_picture(
             measured = values[~np.isnan(values)] if prediction.num_void else values
             brightest = float(np.percentile(measured, BRIGHTEST_PERCENTILE)) if measured.size else 0.0
             top = 1.0 if name == "confidence" else max(brightest, 1e-3)
-            own = {extra.name: f"; {extra.unit}" for extra in prediction.card.extra_maps}
-            unit = own.get(name, "" if name in UNITLESS else " nats")
+            unit = prediction.card.unit_of(name)
             write_heat(values, buffer, top=top)
-            described[name] += f" (white is {top:.3g}{unit})"
+            described[name] += f" (white is {top:.3g}{' ' if unit == 'nats' else '; ' * bool(unit)}{unit})"
         elif name == "maps":
             buffer.write(render(prediction, "application/x-npz", Style()))
         else:

@@ -12,7 +12,7 @@ import rasterio.shutil
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from penumbra.models.card import IGNORE, KNOWN_MAPS, UNITLESS
+from penumbra.models.card import IGNORE
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.options import PROBABILITIES
 from penumbra.serving.engine.raster import gdal
@@ -108,12 +108,10 @@ def _annotate(target: Any, prediction: Prediction, bands: Sequence[str]) -> None
         target.write_colormap(1, {k: (*color, 255) for k, color in enumerate(colors.tolist())})
         target.update_tags(1, **{f"CLASS_{k}": one.name for k, one in enumerate(prediction.card.classes)})
     if bands[0] != "overlay":
-        units = {extra.name: extra.unit for extra in prediction.card.extra_maps}
-        units |= {name: "nats" for name in KNOWN_MAPS if name not in UNITLESS}
         for number, name in enumerate(bands, 1):
             target.set_band_description(number, name)
-            if units.get(name):
-                target.set_band_unit(number, units[name])
+            if unit := prediction.card.unit_of(name):
+                target.set_band_unit(number, unit)
 
 
 def _values(prediction: Prediction, bands: Sequence[str], rows: slice) -> Iterator[NDArray[Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from penumbra.models.card import IGNORE, KNOWN_MAPS, UNITLESS, Card
+from penumbra.models.card import IGNORE, Card
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.layout import PIXELS
 from penumbra.serving.render.ground import Ground, Unplaced
@@ -105,14 +105,12 @@ def answer_item(prediction: Prediction, name: str, files: Mapping[str, str], mod
     from where the item is."""
     card = prediction.card
     facts = {f"penumbra:{fact}": value for fact, value in (prediction.origin | prediction.shares).items()}
-    units = {extra.name: extra.unit for extra in card.extra_maps if extra.unit}
-    units |= {known: "nats" for known in KNOWN_MAPS if known not in UNITLESS}
     none = {"value": IGNORE, "name": "no_label", "description": "withheld, or no measurement", "nodata": True}
     classes = [*classes_of(card), none]
     bands = {
         "labels": [{"name": "labels", "data_type": "uint8", "nodata": IGNORE, "classification:classes": classes}],
-        "maps": [{"name": one, "data_type": "float32", "nodata": "nan"} | ({"unit": units[one]} if one in units else {})
-                 for one in prediction.maps],
+        "maps": [{"name": one, "data_type": "float32", "nodata": "nan"} | ({"unit": unit} if unit else {})
+                 for one in prediction.maps for unit in [card.unit_of(one)]],
     }  # fmt: skip
     assets = {
         kind: {"href": path, "type": COG, "roles": ["data"], "title": kind, "bands": bands[kind]}
