@@ -77,7 +77,6 @@ class Scheduler:
         self._virtual_time = 0.0
         """That of the class which was served last: one that comes back after a pause does not make up for it."""
         self._samples_per_s = 0.0
-        self._draining = False
         self._stopped = False
         self._threads = [
             threading.Thread(target=self._loop, args=(lane,), name=f"inference-{lane}", daemon=True)
@@ -89,7 +88,7 @@ class Scheduler:
     def submit(self, request: QueuedRequest) -> QueuedRequest:
         """Admit a request. Raises QueueFull over the limit and NotReady while draining."""
         with self._condition:
-            if self._draining:
+            if self._stopped:
                 raise NotReady("the server is draining and takes no new work; ask another replica")
             cost, reserved = request.reserved, self._reserved
             if cost and reserved and reserved + cost > self._queue_samples:
@@ -130,15 +129,10 @@ class Scheduler:
     def is_alive(self) -> bool:
         return all(thread.is_alive() for thread in self._threads)
 
-    def drain(self) -> None:
-        """Refuse new work from now on; accepted work goes on."""
-        with self._condition:
-            self._draining = True
-
     def close(self) -> None:
-        """Finish accepted work, then end the lanes."""
+        """Refuse new work from now on, finish what was accepted, then end the lanes."""
         with self._condition:
-            self._draining = self._stopped = True
+            self._stopped = True
             self._condition.notify_all()
         for thread in self._threads:
             thread.join()
@@ -361,7 +355,7 @@ class Scheduler:
     def _abandon(self) -> None:
         """End all lanes with one that ends: nobody may wait for them, whatever ended it."""
         with self._condition:
-            self._draining = self._stopped = True
+            self._stopped = True
             for request in list(self._requests):
                 self._end(request, ModelFault("the inference threads ended before this request was answered"))
             for _, future in self._calls:

@@ -17,6 +17,7 @@ from penumbra.serving.engine.request import QueuedRequest
 from penumbra.serving.engine.scheduler import Scheduler
 from penumbra.serving.engine.throughput import Cores
 from tests.serving.engine.stepped import WAIT_S, consume, in_threads, outcome, runtime, work
+from tests.serving.server import until
 
 # -- order and fairness --------------------------------------------------------------------------
 
@@ -189,22 +190,15 @@ def test_an_empty_queue_takes_a_request_larger_than_itself() -> None:
     scheduler.close()
 
 
-def test_draining_refuses_new_work_and_finishes_the_accepted(scheduler: Scheduler) -> None:
-    engine = runtime(going=False)
-    stream = scheduler.submit(work(scheduler, engine, 5))
-    scheduler.drain()
-    with pytest.raises(NotReady, match="draining"):
-        scheduler.submit(work(scheduler, engine, 1))
-    engine.go.set()
-    assert in_threads(stream) == [5]
-
-
-def test_closing_finishes_accepted_work(scheduler: Scheduler) -> None:
+def test_closing_refuses_new_work_and_finishes_the_accepted(scheduler: Scheduler) -> None:
     engine = runtime(going=False)
     stream = scheduler.submit(work(scheduler, engine, 30))
     with ThreadPoolExecutor(2) as threads:
         reader = threads.submit(outcome, stream)
         closing = threads.submit(scheduler.close)
+        until(lambda: scheduler._stopped)
+        with pytest.raises(NotReady, match="draining"):
+            scheduler.submit(work(scheduler, engine, 1))
         engine.go.set()
         assert reader.result(WAIT_S) == 30
         closing.result(WAIT_S)
