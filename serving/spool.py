@@ -25,10 +25,10 @@ from penumbra.serving.engine.answer import Prediction, collect
 from penumbra.serving.engine.canvas import SUMS
 from penumbra.serving.engine.kernels import FloatArray
 from penumbra.serving.engine.options import Limits, SegmentOptions
-from penumbra.serving.engine.plain import NUM_SUMS
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.request import Progress, QueuedRequest, Run
 from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.uncertainty import NUM_COLUMNS
 
 log = logging.getLogger("penumbra.disk")
 
@@ -82,7 +82,7 @@ class Spool:
         """
         self._segmenter, self._image, self._options = segmenter, image, options
         card = segmenter.find(options.model, options.version).card
-        key = hashlib.sha256(f"{source} {options} {NUM_SUMS} {dump_card(card)}".encode()).hexdigest()
+        key = hashlib.sha256(f"{source} {options} {NUM_COLUMNS} {dump_card(card)}".encode()).hexdigest()
         self._directory = directory
         if _key_in(directory) != key:
             with disk():
@@ -92,7 +92,7 @@ class Spool:
                 (directory / MARK).write_text(json.dumps({"key": key, "files": names}))
         size = (image.shape[0], image.shape[1])
         self._labels = RowFile(directory / "labels", size, np.uint8)
-        self._sums = RowFile(directory / SUMS, (size[0], NUM_SUMS), np.int64)
+        self._sums = RowFile(directory / SUMS, (size[0], NUM_COLUMNS), np.int64)
         self._maps = {name: RowFile(directory / name, size, np.float32) for name in options.maps(card)}
 
     def remove(self) -> None:
@@ -161,4 +161,4 @@ def disk() -> Iterator[None]:
 
 def spool_bytes(height: int, width: int, options: SegmentOptions, card: Card) -> int:
     """Count the bytes of disk that an answer's arrays take."""
-    return height * (width * (1 + 4 * len(options.maps(card))) + 8 * NUM_SUMS)
+    return height * (width * (1 + 4 * len(options.maps(card))) + 8 * NUM_COLUMNS)

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from penumbra.models.card import IGNORE, Card
+from penumbra.models.card import Card
 from penumbra.serving.engine.kernels import FloatArray
 from penumbra.serving.engine.options import PROBABILITIES
-from penumbra.serving.engine.plain import NUM_SUMS
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.request import Progress, QueuedRequest, Run
 from penumbra.serving.engine.scores import Scores, score, warn_of_strangeness
-from penumbra.serving.engine.uncertainty import Band
+from penumbra.serving.engine.uncertainty import NUM_COLUMNS, Band
 
 Follow = Callable[[Band], object]
 """It is told of every band as it is finished; one that begins above the last one makes those before void."""
@@ -90,7 +89,7 @@ class Prediction:
 
 def collect(
     request: QueuedRequest, labels_HW: NDArray[np.uint8] | None = None, maps: dict[str, FloatArray] | None = None,
-    sums_H3: NDArray[np.int64] | None = None, *, progress: Progress = lambda num_done, num_windows: None,
+    sums_HN: NDArray[np.int64] | None = None, *, progress: Progress = lambda num_done, num_windows: None,
     follow: Follow = lambda band: None, run: Run = QueuedRequest.bands,
 ) -> Prediction:  # fmt: skip
     """Run a request to its end, and set the rows of labels, maps and sums band by band, by default in memory.
@@ -101,7 +100,7 @@ def collect(
     size = plan.windows.size
     labels_HW = np.empty(size, np.uint8) if labels_HW is None else labels_HW
     maps = {name: np.empty(size, np.float32) for name in plan.options.maps(card)} if maps is None else maps
-    sums_H3 = np.empty((size[0], NUM_SUMS), np.int64) if sums_H3 is None else sums_H3
+    sums_HN = np.empty((size[0], NUM_COLUMNS), np.int64) if sums_HN is None else sums_HN
     has_prob = PROBABILITIES in plan.options.outputs
     prob_KHW = np.empty((card.num_classes, *size), np.float32) if has_prob else None
     with request.clock("total"), closing(run(request, progress)) as bands:
@@ -111,13 +110,13 @@ def collect(
                 maps[name][rows] = band.maps[name]
             if prob_KHW is not None and band.prob_hKW is not None:
                 prob_KHW[:, rows] = band.prob_hKW.swapaxes(0, 1)
-            sums_H3[rows] = band.sums_h3
+            sums_HN[rows] = band.sums_hN
             labels_HW[rows] = band.labels  # last: whoever goes on after a stop counts these
             follow(band)
-    num_void, abstained = _count_ignored(labels_HW, request)
-    scores = score(
-        card, sums_H3[:], size[0] * size[1] - num_void, num_samples=request.num_samples, is_usual=plan.is_usual
-    )  # fmt: skip
+    *sums, num_void, num_ignored = map(int, sums_HN[:].sum(0, dtype=object))
+    num_measured = size[0] * size[1] - num_void
+    abstained = (num_ignored - num_void) / max(num_measured, 1) if plan.options.risks else None
+    scores = score(card, sums, num_measured, num_samples=request.num_samples, is_usual=plan.is_usual)
     warnings = (*warn_of_strangeness(card, scores), *_warnings(request))
     return Prediction(
         card, plan.options.seed, request.num_samples, plan.windows.num_windows, plan.sampling.members, warnings,
@@ -125,27 +124,6 @@ def collect(
         abstained, request.image_HWC, prob_KHW, plan.num_samples if plan.options.anytime else None, num_void=num_void,
         scores=scores, views=plan.views,
     )  # fmt: skip
-
-
-def _count_ignored(labels_HW: NDArray[np.uint8], request: QueuedRequest) -> tuple[int, float | None]:
-    """Count pixels that hold no measurement, and the share of the others whose label was withheld, if any could be.
-
-    By the image itself, where both can be: a label does not say why it is IGNORE, and a part of the answer may be
-    another process's.
-    """
-    windows, has_withheld = request.plan.windows, bool(request.plan.options.risks)
-    if not has_withheld and not request.image_HWC.can_be_void:
-        return 0, None
-    num_ignored, num_void = 0, 0
-    for y in range(0, windows.size[0], windows.window_height):
-        rows = slice(y, y + windows.window_height)
-        num_ignored += int(np.count_nonzero(labels_HW[rows] == IGNORE))
-        void_hW = request.image_HWC.void(rows) if has_withheld else None
-        num_void += 0 if void_hW is None else int(np.count_nonzero(void_hW))
-    if not has_withheld:
-        return num_ignored, None
-    num_measured = windows.size[0] * windows.size[1] - num_void
-    return num_void, (num_ignored - num_void) / max(num_measured, 1)
 
 
 def _warnings(request: QueuedRequest) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from penumbra.serving.engine.plan import NORMAL, RequestPlan
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.scale import at_size
 from penumbra.serving.engine.steps import WindowInput
-from penumbra.serving.engine.uncertainty import Band, withhold_classes, withhold_void
+from penumbra.serving.engine.uncertainty import Band, counted, withhold_classes, withhold_void
 from penumbra.serving.engine.windows import Window
 
 STRIDES = {1: 1, NORMAL: 4, 3: 16}
@@ -135,7 +135,7 @@ class QueuedRequest:
                 for band in self._stitch(window, answer):
                     withhold_void(band)
                     self.withheld |= withhold_classes(band, self.plan.wanted.withheld)
-                    yield band
+                    yield counted(band)
         assert self.started
         self.timing_ms["queue"] = 1e3 * (self.started - self.submitted)
         self.timing_ms["run"] = 1e3 * self.run_s

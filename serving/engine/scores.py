@@ -7,10 +7,8 @@ Both are of the pixels that hold a measurement, whether their label is withheld 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
 
 from penumbra.models.card import Card
 from penumbra.serving.engine.plain import UNITS
@@ -30,12 +28,12 @@ class Scores:
 
 
 def score(
-    card: Card, sums_H3: NDArray[np.int64], num_measured: int, *, num_samples: int, is_usual: bool
+    card: Card, sums: Sequence[int], num_measured: int, *, num_samples: int, is_usual: bool
 ) -> Scores:  # fmt: skip
-    """Score a picture by the sums of its rows, as `penumbra.serving.engine.operators.read_out` has them."""
+    """Score a picture by the sums of all of its rows, as `penumbra.serving.engine.operators.read_out` has them."""
     if not num_measured:
         return Scores()
-    expected_error, *means = (sum(map(int, sums)) / (UNITS * num_measured) for sums in sums_H3.T)
+    expected_error, *means = (total / (UNITS * num_measured) for total in sums)
     means, reference, novelty = means[: len(card.maps_of_novelty)], card.novelty, None
     if reference and (not reference.needs_equals or (is_usual and num_samples == reference.num_samples)):
         novelty = reference.share_below(means)
