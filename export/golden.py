@@ -18,6 +18,7 @@ from penumbra.serving.engine.layout import Reading
 from penumbra.serving.engine.noise import SeededNoise
 from penumbra.serving.engine.options import Limits
 from penumbra.serving.engine.raster import Raster
+from penumbra.serving.engine.scale import at_card_scale
 from penumbra.serving.engine.store import Golden, Recorded
 from penumbra.serving.engine.windows import cover, cut
 
@@ -54,7 +55,7 @@ def example_size(height: int, width: int) -> tuple[int, int]:
 
 
 def golden_image(card: Card) -> Tensor:
-    """Draw a reproducible smooth picture with edges, normalised, B = 2."""
+    """Draw a reproducible smooth picture with edges, normalised, B = 2; its values are those that pictures have."""
     height, width = example_size(card.window.height, card.window.width)
     rng = np.random.Generator(np.random.PCG64(0))
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
@@ -63,24 +64,29 @@ def golden_image(card: Card) -> Tensor:
         fy, fx, phase, cut = (rng.uniform(*limits) for limits in ((0.005, 0.06), (0.005, 0.06), (0, 6.28), (0.2, 0.8)))
         edge = np.where(x < cut * width, 0.5, -0.5)
         planes.append(np.sin(fy * y + fx * x + phase) + edge + rng.normal(0, 0.1, y.shape))
-    return torch.from_numpy(np.stack(planes).reshape(GOLDEN_WINDOWS, -1, height, width)).float()
+    planes_BChw = np.stack(planes).reshape(GOLDEN_WINDOWS, -1, height, width)  # from -1.5 to 1.5, and a little noise
+    least_C11, most_C11 = (np.array(ends)[:, None, None] for ends in card.input.extent)
+    return torch.from_numpy((least_C11 + most_C11) / 2 + (most_C11 - least_C11) / 3 * planes_BChw).float()
 
 
 def windows_of(pictures: Sequence[Path], card: Card, count: int = GOLDEN_WINDOWS) -> Tensor:
-    """Cut golden windows out of pictures, from the first of the first to the last of the last. Raises BadOption."""
+    """Cut golden windows out of pictures, from the first of the first to the last of the last, at the card's scale.
+
+    Raises BadOption.
+    """
     if not card.window.height:
         raise BadOption(f"{card.name} sees pictures whole; its golden windows are drawn, so leave the pictures out")
     windows = []
     for i in range(count):
         path = pictures[i * (len(pictures) - 1) // (count - 1)]
-        image = read_picture(path, card)
+        image = at_card_scale(read_picture(path, card), card)
         plan = cover(*image.shape[:2], card.window)
         size = (card.window.height, card.window.width)
         whole = [one for one in plan if (one.height, one.width) == size]
         if not whole:
             raise BadOption(
-                f"{path} is {image.shape[1]}x{image.shape[0]}; golden windows of {card.name} are cut from pictures of "
-                f"{card.window.width}x{card.window.height} or more"
+                f"{path} is run at {image.shape[1]}x{image.shape[0]}; golden windows of {card.name} are cut from "
+                f"pictures of {card.window.width}x{card.window.height} or more"
             )
         window = whole[i * (len(whole) - 1) // (count - 1)]
         windows.append(cut(image, window, plan, spec=card.window, norm=card.input).transpose(2, 0, 1))

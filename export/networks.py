@@ -20,6 +20,7 @@ from penumbra.export.importer import IMPORTED, Imported
 from penumbra.models.card import Card, Provenance, Readout, WindowSpec, dump_card, parse_card
 from penumbra.models.checkpoint import check_output, save_checkpoint
 from penumbra.models.errors import BadArtifact, BadCheckpoint, BadOption, first_line
+from penumbra.models.inputs import InputSpec, failures_of_input
 from penumbra.models.plain.dropout import mask_dropouts
 from penumbra.models.plain.net import PlainConfig, PlainNetwork, as_logits
 from penumbra.models.plain.programs import read_pt2
@@ -77,9 +78,11 @@ def _import(form: str, source: str, name: str, given: Given) -> tuple[Imported, 
     facts = beside | brought.facts | said
     height, width = size_of(said if brought.height else facts, brought.height, brought.width)
     spec, unsaid = input_of(facts, brought.channels)
-    probes = _probes(spec.num_bands, *(seen := example_size(height, width)))
+    for sentence in (sentence for sentence, is_so in failures_of_input(spec).items() if is_so):
+        raise BadOption(f"--input: {sentence}")
+    probes = _probes(spec, *(seen := example_size(height, width)))
     kind, (_, channels, *sides) = _try_out(brought, probes)
-    others = [] if height else _probes(spec.num_bands, *ODD_SIZE)[:1]
+    others = [] if height else _probes(spec, *ODD_SIZE)[:1]
     classes, unnamed = classes_of(given.classes, facts, max(2, channels))
     program, masks, cut = _cut(brought, probes[0], given.sampling)
     config = PlainConfig(len(classes), brought.form, len(program), kind, masks)  # type: ignore[arg-type]
@@ -159,11 +162,13 @@ def _try_out(brought: Brought, probes: Sequence[Tensor]) -> tuple[str, list[int]
     return kind, list(answers[0].shape)
 
 
-def _probes(channels: int, height: int, width: int) -> list[Tensor]:
-    """Draw pictures as normalisation leaves them: noise, large noise, and nothing at all."""
+def _probes(spec: InputSpec, height: int, width: int) -> list[Tensor]:
+    """Draw pictures as normalisation leaves them: noise of the values that they have, large noise, zeros, and of every
+    band the least and the largest value."""
     generator = torch.Generator().manual_seed(0)
-    noise, large = (torch.randn(1, channels, height, width, generator=generator) for _ in range(2))
-    return [noise, 4 * large, torch.zeros_like(noise)]
+    noise, large = (torch.randn(1, spec.num_bands, height, width, generator=generator) for _ in range(2))
+    least, most = (torch.tensor(ends)[:, None, None].expand_as(noise) for ends in spec.extent)
+    return [least + (most - least) * noise.sigmoid(), 4 * large, torch.zeros_like(noise), least, most]
 
 
 def _is_same(answer: Tensor, expected: Tensor) -> bool:

@@ -11,7 +11,7 @@ from rich.table import Column, Table
 
 from penumbra.export.importer import Imported
 from penumbra.export.load import Speed
-from penumbra.export.parity import TOLERANCES
+from penumbra.export.parity import held
 from penumbra.export.tune import DRAWN, Outcome
 from penumbra.models.card import Card, Parity
 from penumbra.serving.watch import how_to_serve
@@ -52,18 +52,13 @@ def print_parity(
     """Print the gate's figures beside what is allowed. measured: here and now, if not at export. speed: of a tuned one,
     likewise, and whether it can be compared."""
     assert card.export
-    figures, allowed = measured or card.export.parity, TOLERANCES[card.export.precision]
+    figures = measured or card.export.parity
     if as_json:
         document = {"directory": str(directory), "parity": dataclasses.asdict(figures)}
         click.echo(json.dumps(document | ({"speed": speed[0]._asdict(), "is_alike": speed[1]} if speed else {})))
         return
-    limits = {
-        "relative": f"<= {allowed.relative:g}", "extras_relative": f"<= {allowed.relative:g}",
-        "label_flips_percent": f"<= {allowed.flips_percent:g}",
-        "entropy_rank_correlation": f">= {allowed.rank_correlation:g}",
-        "variance_ratio": f"1 +- {allowed.variance:g}",
-    }  # fmt: skip
     click.echo(directory)
+    limits = {name: figure.limit for name, figure in held(figures, card).items()}
     for name, value in dataclasses.asdict(figures).items():
         click.echo(f"  {name:26} {'none' if value is None else f'{value:.6g}':12} {limits.get(name, '')}".rstrip())
     if card.export.num_int8:

@@ -12,8 +12,9 @@ Positive = Annotated[int, Field(ge=1)]
 class Parity:
     """How far the exported graphs are from their checkpoint in eager fp32, sample by sample, same noise and prompt.
 
-    On the golden windows and, where the export was shown some, on labelled frames. extras_relative: of the network's
-    own maps. miou_change: of the labels on the frames, in percentage points; None where there were no frames.
+    On the golden windows and, where the export was shown some, on labelled frames. entropy_ratio: of mean entropies, on
+    which thresholds of risk stand. extras_relative: of the network's own maps. miou_change: of the labels on the
+    frames, in percentage points; None where there were no frames.
     """
 
     max_abs: float
@@ -24,6 +25,7 @@ class Parity:
     extras_relative: float = 0.0
     miou_change: float | None = None
     num_frames: int = 0
+    entropy_ratio: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,25 @@ class InputSpec:
         return factor, [(low / (low - high) - mean) / std for low, high, mean, std in rows]
 
     @property
+    def extent(self) -> tuple[list[float], list[float]]:
+        """The least and the largest network input that pictures are likely to have, per band in `order`.
+
+        Where a band has a deviation it is 1.5 of these around the mean. Else values are from low to high, those of 8
+        bits, from 0 to the scale, or from 0 to twice the mean, whichever of these is the first that is given.
+        """
+        ends = [self._likely(mean, std) for mean, std in zip(self.mean, self.std, strict=True)]
+        return [least for least, _ in ends], [most for _, most in ends]
+
+    def _likely(self, mean: float, std: float) -> tuple[float, float]:
+        if std != 1:
+            return -1.5, 1.5
+        if self.low or (self.dtype != "uint8" and self.scale != 1):
+            return -mean, 1 - mean
+        if self.dtype == "uint8":
+            return -mean, 255 / self.scale - mean
+        return -max(1.5, abs(mean)), max(1.5, abs(mean))
+
+    @property
     def bounds(self) -> tuple[list[float], list[float]] | None:
         """The least and the largest network input of every band, in `order`, where values are clipped."""
         if not self.clip:

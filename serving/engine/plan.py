@@ -14,7 +14,7 @@ from penumbra.serving.engine.noise import NoiseSource, SeededNoise
 from penumbra.serving.engine.options import PROBABILITIES, Limits, SegmentOptions, abstain_above, check_options
 from penumbra.serving.engine.prompts import Boxes, PromptSource, check_prompt
 from penumbra.serving.engine.runtime import Runtime
-from penumbra.serving.engine.scale import CARD, find_scale
+from penumbra.serving.engine.scale import CARD, find_scale, size_at
 from penumbra.serving.engine.windows import WindowPlan, count_windows, cover
 
 MOST_BAND_BYTES = 2**31
@@ -117,7 +117,7 @@ def plan_request(
     card = runtime.card
     prompt = check_prompt(card, height, width, boxes=options.boxes, tags=options.tags, alpha=options.alpha)
     factor, of_scale = find_scale(card, options.scale, height, width, place)
-    run = max(1, round(factor * height)), max(1, round(factor * width))
+    run = size_at(factor, height, width)
     if isinstance(prompt, Boxes):
         prompt = replace(prompt, boxes_N5=prompt.boxes_N5 * ([run[1] / width, run[0] / height] * 2 + [1]))
     _check_windows(*run, card, options, limits=limits)

@@ -110,3 +110,15 @@ def _filter(values: FloatArray, taps_nT: NDArray[np.int64], weight_nT: FloatArra
 def at_size(image: Raster, size: tuple[int, int]) -> Raster:
     """Give the image at another size, or itself where it has that."""
     return image if image.shape[:2] == size else ScaledRaster(image, size)
+
+
+def at_card_scale(image: Raster, card: Card) -> Raster:
+    """Give the image at the size at which it is run where no scale is asked for."""
+    height, width = image.shape[:2]
+    factor, _ = find_scale(card, None, height, width, image.place)
+    return at_size(image, size_at(factor, height, width))
+
+
+def size_at(factor: float, height: int, width: int) -> tuple[int, int]:
+    """Give the size of an image that is so many times as large: a pixel at least."""
+    return max(1, round(factor * height)), max(1, round(factor * width))

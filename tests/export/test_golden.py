@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from penumbra.export.golden import windows_of
+from penumbra.export.golden import golden_image, windows_of
 from penumbra.models.errors import BadImage, BadOption
+from penumbra.models.inputs import InputSpec, ScaleRule
 from tests.conftest import picture, toy_card
 
 
@@ -31,3 +32,29 @@ def test_golden_windows_are_whole_ones_however_the_last_of_a_picture_lie(
     if last == "clip":
         with pytest.raises(BadOption, match="are cut from pictures of"):
             windows_of([small], card)
+
+
+def test_golden_windows_are_of_pictures_at_the_cards_scale(tmp_path: Path, rng: np.random.Generator) -> None:
+    small = picture(rng, 60, 90)
+    for name, pixels in (("small", small), ("large", small.repeat(2, 0).repeat(2, 1))):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    card = toy_card("pointwise")[0]
+    card = dataclasses.replace(card, input=dataclasses.replace(card.input, resolution=ScaleRule("frame", 60)))
+    asis, halved = (windows_of([tmp_path / f"{name}.png"], card) for name in ("small", "large"))
+    assert np.corrcoef(asis.ravel(), halved.ravel())[0, 1] > 0.8
+
+
+@pytest.mark.parametrize(
+    ("spec", "least", "most"),
+    [
+        (InputSpec(), -1.5, 1.5),
+        (InputSpec((104.0,) * 3, (1.0,) * 3, 1.0), -104, 151),
+        (InputSpec((0.0,) * 3, (1.0,) * 3, 10_000.0, dtype="uint16"), 0, 1),
+        (InputSpec((0.5,) * 3, (1.0,) * 3, low=(100.0,) * 3, high=(3000.0,) * 3, dtype="uint16"), -0.5, 0.5),
+        (InputSpec((30_000.0,) * 3, (1.0,) * 3, 1.0, dtype="uint16"), -30_000, 30_000),
+    ],
+)
+def test_drawn_golden_windows_have_the_values_that_pictures_have(spec: InputSpec, least: float, most: float) -> None:
+    image_BChw = golden_image(dataclasses.replace(toy_card("pointwise")[0], input=spec))
+    assert float(image_BChw.min()) == pytest.approx(least, abs=0.2 * (most - least))
+    assert float(image_BChw.max()) == pytest.approx(most, abs=0.2 * (most - least))

@@ -126,6 +126,15 @@ def test_what_it_gives_is_found_out_and_keeps_its_probabilities(
         assert torch.allclose(whole(network, image)[0].softmax(1), expected(z), atol=1e-6)
 
 
+def test_one_channel_of_logits_is_no_sigmoid_because_noise_gives_it_0_to_1(tmp_path: Path) -> None:
+    """Values are 0 to 255, of which each is worth 0.03."""
+    parts = [NODE("Constant", [], [name], value_float=value) for name, value in (("a", 0.03), ("b", 0.5))]
+    nodes = [*parts, NODE("Mul", ["image", "a"], ["scaled"]), NODE("Add", ["scaled", "b"], ["answer"])]
+    path = graph(tmp_path / "net.onnx", nodes, shape=("B", 1, 32, 48))
+    card = import_network("onnx", str(path), None, Given(input="size=32x48 mean=0 std=1 scale=1")).card
+    assert card.config["output"] == "sigmoid logit"
+
+
 def test_a_program_of_a_fixed_batch_is_freed_of_it(tmp_path: Path) -> None:
     path = tmp_path / "one.onnx"
     path.write_bytes(program("onnx", seeded_tiny(), axes=()))

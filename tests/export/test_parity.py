@@ -98,7 +98,9 @@ def test_values_that_are_not_finite_are_refused(value: float) -> None:
         ("label_flips_percent", float("nan"), "nan % of labels flip"),
         ("extras_relative", float("nan"), "relative error of its own maps nan"),
         ("max_abs", float("nan"), "largest difference nan"),
+        ("entropy_ratio", 1.02, "mean entropy is 1.0200 of the checkpoint's, 1 +- 0.01 allowed"),
         ("miou_change", float("nan"), "mean IoU changes by nan points"),
+        ("miou_change", -33.6, "mean IoU changes by -33.6 points on 0 frames, 0.5 allowed"),
     ],
 )
 def test_each_figure_outside_its_tolerance_is_named(figure: str, value: float, sentence: str) -> None:
@@ -118,6 +120,16 @@ def test_a_figure_that_is_nan_is_the_worst_wherever_it_stands(name: str, place: 
     assert np.isnan(getattr(worst, name))
     with pytest.raises(ParityFailed, match="nan"):
         check_parity(worst, CARD)
+
+
+def test_a_change_of_scale_keeps_labels_and_ranks_and_moves_the_entropy() -> None:
+    """What thresholds of risk stand on: with them, another share of the pixels is withheld."""
+    wanted, got = logits(1), 1.09 * logits(1)
+    parity = measure_parity(wanted, got, SINGLE, height=32, width=48)
+    nats = [read_maps(side[:, b], SINGLE, 32, 48)[1].mean() for side in (wanted, got) for b in (0, 1)]
+    assert parity.label_flips_percent == 0 and parity.entropy_rank_correlation > 0.99
+    assert parity.entropy_ratio == pytest.approx((sum(nats[2:]) / 2 + 0.01) / (sum(nats[:2]) / 2 + 0.01), abs=1e-5)
+    assert parity.entropy_ratio < 1 - FULL.entropy
 
 
 def test_the_worst_of_several_is_the_worst_of_each_kind() -> None:
