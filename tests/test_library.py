@@ -93,4 +93,4 @@ def test_a_module_is_exported_as_it_is_and_left_as_it_was(tmp_path: Path) -> Non
         logits = module[0](torch.from_numpy(image).permute(2, 0, 1)[None] / 255)
     assert np.array_equal(labels, logits.argmax(1)[0])
     with pytest.raises(PenumbraError, match="5 classes are named, and the network gives 4"):
-        export_module(module, "mine", tmp_path, input={"size": 32, "mean": 0}, classes=[*"abcde"])
+        export_module(module, "mine", tmp_path, input={"size": 32, "mean": 0, "std": 1}, classes=[*"abcde"])

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from penumbra.models.card import IGNORE, Card, ClassInfo
 from penumbra.models.errors import BadData
 from penumbra.serving.engine.options import PROBABILITIES, Limits, SegmentOptions
+from penumbra.serving.engine.plain import NUM_SUMS
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.scores import score
 from penumbra.serving.engine.segmenter import Segmenter
@@ -113,9 +114,10 @@ def segment_frame(segmenter: Segmenter, frame: Frame, options: SegmentOptions) -
             squares_HW[rows] = np.einsum("hkw,hkw->hw", band.prob_hKW, band.prob_hKW)
             for name, values in maps.items():
                 values[rows] = band.maps[name]
-            sums.append(band.sums_h3)
+            sums.append(band.sums_hN)
     num = np.count_nonzero(labels_HW != IGNORE)
-    means = score(card, np.concatenate(sums), num, num_samples=request.num_samples, is_usual=False).means
+    totals = [int(total) for total in np.concatenate(sums).sum(0, dtype=object)[:NUM_SUMS]]
+    means = score(card, totals, num, num_samples=request.num_samples, is_usual=False).means
     return Answer(image_HW3, labels_HW, truth_HW, prob_HW, squares_HW, maps, request.timing_ms["total"] / 1e3, means)
 
 
