@@ -114,7 +114,8 @@ def measure_frames(network: Network, graphs: Backend, card: Card, frames: Iterab
                 counts_KK += confusion(torch.from_numpy(labels), truth, num_classes=num_classes)
     if not figures or (is_labelled and not confusion_2KK[0].any()):
         raise BadOption("there is no labelled frame to measure the export on, or none of their pixels has a label")
-    before, after = (float(intersection_over_union(counts_KK).nanmean()) for counts_KK in confusion_2KK)
+    in_truth_K = confusion_2KK[0].sum(1) > 0  # of the others one stray pixel would decide
+    before, after = (float(intersection_over_union(counts_KK)[in_truth_K].mean()) for counts_KK in confusion_2KK)
     change = 100 * (after - before) if is_labelled else None
     flips = float(np.mean([parity.label_flips_percent for parity in figures]))
     return dataclasses.replace(

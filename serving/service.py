@@ -131,6 +131,7 @@ class Penumbra:
                 self.gateway.state = "draining"
             if self.grpc:
                 loop.call_soon_threadsafe(self.grpc.health.set_serving, False)
+            Timeout.ends_at = loop.time() + SETTINGS.timeout_s
             if callable(stop):
                 delay_s = SETTINGS.predrain_s if self.gateway else 0
                 loop.call_soon_threadsafe(loop.call_later, delay_s, stop, signum, None)

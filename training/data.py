@@ -58,10 +58,21 @@ def find_data(name: str, folder: Path = Path()) -> DataSet:
     return DATA_SETS[name]
 
 
-def find_left_out(card: Card, data: DataSet, split: str = "train") -> list[list[str]]:
-    """Find what the trainings that a card tells of left out of this split: frames' beginnings and classes, of each."""
-    found = re.findall(rf"{re.escape(data.title)} {re.escape(split)}(?: without (.*?))?, ", card.provenance.data)
-    return [without.split(" and ") if without else [] for without in found]
+def find_left_out(card: Card, data: DataSet, split: str = "train") -> list[str]:
+    """Find what each training on this split that a card tells of left out of it, as it says; nothing is empty."""
+    left_out = r"(?: without (.*?(?=, \d+ of )|.*?))?, "
+    return re.findall(rf"(?:^|[:;] ){re.escape(data.title)} {re.escape(split)}{left_out}", card.provenance.data)
+
+
+def has_no_class(left_out: str, name: str) -> bool:
+    """Tell whether a class is among what was left out; its name may have commas and an "and"."""
+    return bool(re.search(rf"(?:^| and ){re.escape(name)}(?: and |$)", left_out))
+
+
+def has_no_frames(left_out: str, prefix: str, data: DataSet) -> bool:
+    """Tell whether all frames whose names begin so are among what was left out."""
+    classes = {"", *(info.name for info in data.classes)}
+    return any(prefix.startswith(part) for part in left_out.split(" and ") if part not in classes)
 
 
 def load_split(data: DataSet, folder: Path, split: str) -> FrameSet:

@@ -31,7 +31,7 @@ from penumbra.models.strict import read_strict
 from penumbra.serving.engine.allocator import keep_freed_memory
 from penumbra.serving.process import build_facts
 from penumbra.training.batches import Batches, choose_split
-from penumbra.training.data import DataSet, find_data, find_left_out, load_training
+from penumbra.training.data import DataSet, find_data, find_left_out, has_no_class, has_no_frames, load_training
 from penumbra.training.devices import follow_first, gather, share_of, start_devices
 from penumbra.training.evaluate import measure
 from penumbra.training.frames import FrameSet, write_split
@@ -291,9 +291,9 @@ def read_sources(recipe: Recipe, data: DataSet) -> list[Card]:
     options, cards = recipe.objective, list[Card]()
     for path in filter(None, (recipe.start, options.get("host"), options.get("maps"), *options.get("teachers", ()))):
         card = read_card(Path(path))
-        trainings = find_left_out(card, data) or [[]]
-        seen = [name for name in recipe.leave_out if not all(any(map(name.startswith, out)) for out in trainings)]
-        seen += [name for name in recipe.void_classes if not all(name in out for out in trainings)]
+        trainings = find_left_out(card, data) or [""]
+        seen = [name for name in recipe.leave_out if not all(has_no_frames(out, name, data) for out in trainings)]
+        seen += [name for name in recipe.void_classes if not all(has_no_class(out, name) for out in trainings)]
         if seen:
             raise BadOption(
                 f"{path} was trained on {card.provenance.data!r}, and the recipe leaves {seen[0]} out; one that has "

@@ -2,8 +2,10 @@
 may be sent."""
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from typing import ClassVar
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
@@ -85,8 +87,11 @@ class Timeout:
     """A middleware in the place of BentoML's, whose timers keep every request's objects until they are due.
 
     A request whose answer has not begun by then is cancelled, and told so. One whose body is streamed may be as long as
-    it likes: of it each wait for the caller is timed, and nothing else.
+    it likes: of it each wait for the caller is timed, and nothing else. ends_at: on the loop's clock, when the last of
+    these waits ends, however little is waited for; a server that is told to stop sets it.
     """
+
+    ends_at: ClassVar[float] = math.inf
 
     def __init__(self, app: ASGIApp, timeout: float) -> None:
         self._app, self._timeout_s = app, timeout
@@ -100,7 +105,7 @@ class Timeout:
             async with asyncio.timeout(None if is_streamed else self._timeout_s) as clock:
 
                 async def hear() -> Message:
-                    clock.reschedule(asyncio.get_running_loop().time() + self._timeout_s)
+                    clock.reschedule(min(asyncio.get_running_loop().time() + self._timeout_s, self.ends_at))
                     message = await receive()
                     if not clock.expired():
                         clock.reschedule(None)

@@ -22,6 +22,8 @@ log = logging.getLogger("penumbra")
 
 WHILE_LOADING = {f"/{SERVICE}/ServerLive": b"\x08\x01", f"/{SERVICE}/ServerReady": b""}
 """What is answered while models are loaded: messages in wire form that say live, and not ready."""
+SENT_S = 1.0
+"""After the server begins to stop: in which time a request that was sent before must have come."""
 HEALTHY = ("", SERVICE)
 """Services whose health can be asked; the first is the server as a whole."""
 Context = Any
@@ -141,11 +143,12 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
 
 async def _until(stopping: asyncio.Future[None], requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """Yield requests as they come, until there are no more or the server stops while the next one is waited for."""
+    """Yield requests as they come, until there are no more, or none that was sent before the server began to stop."""
     while True:
         coming = asyncio.ensure_future(anext(aiter(requests), None))
         try:
             await asyncio.wait((coming, stopping), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((coming,), timeout=SENT_S)
         finally:
             coming.cancel()
         if not coming.done() or (request := coming.result()) is None:

@@ -66,6 +66,13 @@ def test_a_third_of_wrong_labels_costs_the_iou_that_it_must(rng: np.random.Gener
         check_parity(parity, CARD)
 
 
+def test_a_stray_pixel_of_a_class_that_the_truth_lacks_is_no_class_lost() -> None:
+    image_HW3 = np.full((32, 48, 3), (200, 90, 20), np.uint8)
+    image_HW3[0, 0] = (20, 90, 200)
+    parity = measure_frames(NETWORK, Exported(ToyConfig(gain=GAIN)), CARD, [(image_HW3, image_HW3.argmax(2) * 0)])
+    assert 0 < abs(parity.miou_change or 0) < 0.1
+
+
 def test_void_beyond_a_small_picture_counts_nothing(rng: np.random.Generator) -> None:
     image_HW3, label_HW = frame(rng, 10, 10)
     label_HW[:] = IGNORE

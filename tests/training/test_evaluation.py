@@ -185,6 +185,7 @@ def test_frames_that_a_training_has_seen_are_warned_of(data: str, split: str, is
     ("data", "is_told"),
     [
         ("Streets train without a and Bicyclist, 4 of 12 frames labelled", False),
+        ("Streets train without Trees, and bushes and Bicyclist, 4 of 12 frames labelled", False),
         ("Streets train without Bicyclists, 4 of 12 frames labelled", True),
         ("Streets train without Bicyclist, 4 of 12; with another: Streets train, 4 of 16 frames labelled", True),
         ("", True),

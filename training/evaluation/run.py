@@ -12,7 +12,7 @@ from rich.progress import track
 from penumbra.models.card import RGB, Card, InputSpec
 from penumbra.models.errors import BadData, BadOption
 from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.training.data import DataSet, find_data, find_left_out, load_split
+from penumbra.training.data import DataSet, find_data, find_left_out, has_no_class, has_no_frames, load_split
 from penumbra.training.evaluation.answers import Answer, Labels, Question, check_classes, segment_frame
 from penumbra.training.evaluation.figures import Evaluation
 from penumbra.training.evaluation.intervals import find_blocks
@@ -82,7 +82,7 @@ def as_arrays(frames: FrameSet, spec: InputSpec, *, every: int) -> list[tuple[La
 def check_unseen(card: Card, data: DataSet, split: str) -> str:
     """Return a warning where the card says that a training had frames of this split and did not leave them out."""
     split, _, prefix = split.partition("/")
-    if all(any(map(prefix.startswith, left_out)) for left_out in find_left_out(card, data, split)):
+    if all(has_no_frames(left_out, prefix, data) for left_out in find_left_out(card, data, split)):
         return ""
     return (
         f"{card.name} was trained on {card.provenance.data.partition(';')[0]}; what is measured on frames that a "
@@ -92,7 +92,7 @@ def check_unseen(card: Card, data: DataSet, split: str) -> str:
 
 def check_hidden(card: Card, data: DataSet, name: str) -> str:
     """Return a warning where the card does not say that every training went without the labels of this class."""
-    if not name or all(name in left_out for left_out in find_left_out(card, data) or [[]]):
+    if not name or all(has_no_class(left_out, name) for left_out in find_left_out(card, data) or [""]):
         return ""
     return f"the card of {card.name} does not say that {name} was void in training; a known class is not strange"
 

@@ -90,8 +90,11 @@ def check_document(path: Path) -> None:
 
 def write_document(path: Path, measured: Measured) -> None:
     """Write what was measured as JSON; into a pipe, or a file as a whole."""
-    write = write_whole if path.is_file() or not path.exists() else Path.write_bytes
-    write(path.resolve(), json.dumps(measured.document(), allow_nan=False).encode() + b"\n")
+    data = json.dumps(measured.document(), allow_nan=False).encode() + b"\n"
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+    else:
+        write_whole(path.resolve(), data)
 
 
 def report(measured: Measured) -> None:

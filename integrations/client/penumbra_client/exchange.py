@@ -73,9 +73,12 @@ class Exchanges:
         left_s, pause_s = self._patience_s, FIRST_PAUSE_S
         passing = (*BUSY, *AWAY) if call.method == "GET" and call.path.startswith("/jobs/") else BUSY
         while True:
+            started = time.monotonic()
             reply: Reply = yield call
             if 200 <= reply.status < 300:
                 return reply
+            if reply.status in AWAY:  # nothing was heard, so the try was a wait too
+                left_s -= time.monotonic() - started
             wait_s = retry_after(reply.headers)
             wait_s = pause_s if wait_s is None else max(wait_s, FIRST_PAUSE_S)
             if reply.status not in passing or wait_s > left_s:

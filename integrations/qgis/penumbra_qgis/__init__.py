@@ -79,6 +79,7 @@ class Server:
         """Read an answer, after refusals that pass. Raises QgsProcessingException."""
         left_s = PATIENCE_S
         while True:
+            started = time.monotonic()
             try:
                 with source.open("rb") if source else nullcontext() as body:
                     answer = self._open(method, path, headers, body)
@@ -87,7 +88,7 @@ class Server:
                         return read(answer)
                     status, again, why = answer.status, answer.headers.get("Retry-After", ""), _sentence(answer)
             except LOST as error:
-                status, again = 0, ""
+                status, again, left_s = 0, "", left_s - (time.monotonic() - started)
                 why = f"{self._url} cannot be asked ({error}); is a Penumbra server running there?"
             wait_s = max(1, int(again)) if again.isdecimal() else BUSY_S
             if status not in passing or wait_s > left_s:

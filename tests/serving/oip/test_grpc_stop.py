@@ -93,3 +93,28 @@ def test_a_stop_ends_watches_and_idle_streams_at_once_and_gives_a_call_in_flight
         await stop
 
     run(scenario)
+
+
+def test_what_a_stream_was_sent_before_the_stop_is_answered() -> None:
+    async def scenario(server: GrpcServer, channel: grpc.aio.Channel) -> None:
+        began, finish = asyncio.Event(), asyncio.Event()
+
+        async def stream(requests: AsyncIterator[bytes], _: object) -> AsyncIterator[bytes]:
+            async for data in requests:
+                began.set()
+                await finish.wait()
+                yield data
+
+        handlers = {"ModelStreamInfer": grpc.stream_stream_rpc_method_handler(stream)}
+        server.open(grpc.method_handlers_generic_handler(SERVICE, handlers))
+        streamed = channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")()
+        for data in (b"one", b"two", b"three"):
+            await streamed.write(data)
+        await began.wait()
+        stop = asyncio.ensure_future(server.stop(GRACE_S))
+        await asyncio.sleep(0.1)
+        finish.set()
+        assert [await streamed.read() for _ in range(4)] == [b"one", b"two", b"three", grpc.aio.EOF]
+        await stop
+
+    run(scenario)
