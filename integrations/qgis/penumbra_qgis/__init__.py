@@ -77,7 +77,7 @@ class Server:
         source: Path | None,
     ) -> T:  # fmt: skip
         """Read an answer, after refusals that pass. Raises QgsProcessingException."""
-        left_s = PATIENCE_S
+        left_s = float(PATIENCE_S)
         while True:
             started = time.monotonic()
             try:
