@@ -275,7 +275,7 @@ def test_a_restarted_server_goes_on_where_the_last_one_was(
         waiting = begun(client, encoded(picture(rng, 20, 20)))
         until(lambda: client.get(running).json()["percent"] > 20)
         _stop(first, sent)
-    unfinished_upload = jobs / "upload"
+    unfinished_upload = jobs / ("A" * 22)
     unfinished_upload.mkdir()
     rows = RowFile(jobs / running.rpartition("/")[2] / "spool" / "labels", (400, 300), np.uint8).num_rows
     assert 0 < rows < 400
