@@ -120,7 +120,7 @@ class Timeout:
         except TimeoutError:
             if not clock.expired():
                 raise
-            what = "nothing more of the body came" if is_streamed else "the request was not answered"
+            what = "the rest of the body did not come" if is_streamed else "the request was not answered"
             late = DeadlineExceeded(f"{what} within {self._timeout_s:g} s; send it faster, or a smaller image")
             await refusal(late, LAST)(scope, receive, send)
 
