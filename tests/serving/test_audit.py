@@ -78,6 +78,18 @@ def test_where_control_is_off_the_attempt_has_its_line_too(
     assert (line["audit"], line["model"], line["outcome"]) == ("unload", "toy-latent", "Restricted")
 
 
+def held(find: Callable[[Path, str], Path]) -> tuple[Callable[[Path, str], Path], threading.Event, threading.Event]:
+    """The same, which sets the first event when it begins, and goes on after the second."""
+    began, go_on = threading.Event(), threading.Event()
+
+    def find_slowly(store: Path, name: str) -> Path:
+        began.set()
+        assert go_on.wait(60)
+        return find(store, name)
+
+    return find_slowly, began, go_on
+
+
 def inference_of(store: Path, find: Callable[[Path, str], Path]) -> Inference:
     segmenter = Segmenter.open(store, threads=1, tuning=FIXED)
     return Inference(Gateway(segmenter, Telemetry(), limit_requests=1, timeout_s=60), store=store, find=find)
@@ -86,12 +98,7 @@ def inference_of(store: Path, find: Callable[[Path, str], Path]) -> Inference:
 def test_a_load_whose_caller_gives_up_has_its_line_when_it_has_ended_or_was_not_begun(
     store: Path, fields: list[dict[str, Any]]
 ) -> None:
-    began, go_on = threading.Event(), threading.Event()
-
-    def find_slowly(store: Path, name: str) -> Path:
-        began.set()
-        assert go_on.wait(60)
-        return find_artifact(store, name)
+    find_slowly, began, go_on = held(find_artifact)
 
     async def scenario() -> None:
         asked = [asyncio.create_task(inference.load("toy-latent")) for _ in range(2)]
@@ -112,12 +119,7 @@ def test_a_load_whose_caller_gives_up_has_its_line_when_it_has_ended_or_was_not_
 def test_an_unload_is_done_after_the_load_that_was_asked_for_before_it_and_the_shadow_forgets_the_model(
     store: Path, fields: list[dict[str, Any]]
 ) -> None:
-    began, go_on = threading.Event(), threading.Event()
-
-    def find_slowly(store: Path, name: str) -> Path:
-        began.set()
-        assert go_on.wait(60)
-        return find_promoted(store, name)
+    find_slowly, began, go_on = held(find_promoted)
 
     async def scenario() -> None:
         loading = asyncio.create_task(inference.load("toy-latent"))

@@ -5,6 +5,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -236,19 +237,16 @@ def test_where_the_first_of_equal_requests_is_cancelled_one_takes_its_place_and_
 
     def ask(name: str, outcome: PenumbraError | None) -> None:
         nonlocal working, most
-        try:
-            with cache.first(key, timeout_s=WAIT_S):
-                with lock:
-                    working, most = working + 1, max(most, working + 1)
-                    order.append(name)
-                entered.release()
-                assert release[name].wait(WAIT_S)
-                with lock:
-                    working -= 1
-                if outcome:
-                    raise outcome
-        except PenumbraError:
-            pass
+        with suppress(PenumbraError), cache.first(key, timeout_s=WAIT_S):
+            with lock:
+                working, most = working + 1, max(most, working + 1)
+                order.append(name)
+            entered.release()
+            assert release[name].wait(WAIT_S)
+            with lock:
+                working -= 1
+            if outcome:
+                raise outcome
 
     threads = [threading.Thread(target=ask, args=("a", Cancelled("gone")))]
     threads[0].start()
