@@ -68,7 +68,10 @@ def test_an_upload_has_its_time_from_message_to_message_and_whatever_is_done_bet
     assert ask(uploads, 0.04, [piece, piece, piece, last], path="/jobs") == [BEGIN]
     waits_s = iter((0.0, 0.0))
     begun, body = ask(uploads, 0.04, [piece, piece], path="/jobs")
-    assert begun["status"] == 504 and "the rest of the body did not come within 0.04 s" in json.loads(body["body"])["error"]
+    assert (
+        begun["status"] == 504
+        and "the rest of the body did not come within 0.04 s" in json.loads(body["body"])["error"]
+    )
 
 
 def test_an_answer_that_has_begun_is_not_cut_off() -> None:
