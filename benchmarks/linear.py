@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from benchmarks.rounds import measure, save
 from penumbra.models.card import InputSpec, Sampling
@@ -21,7 +22,6 @@ from penumbra.models.contract import Features, Network
 from penumbra.serving.engine.noise import SeededNoise
 from penumbra.training.augment import normalise
 from penumbra.training.data import load_camvid
-from penumbra.training.evaluate import summarise
 
 ZOO, SIZE, ROUNDS = Path(__file__).parents[1] / "models" / "zoo", (360, 480), 9
 MANY, FEW, SEEDS, EVERY = 512, (2, 4, 5, 8), (1, 2, 3), 20
@@ -38,8 +38,9 @@ def load(path: Path) -> Network:
 
 def labels(network: Network, features: Features, noise_SBL: Tensor) -> Tensor:
     """Labels of the samples' mean probability, at the window's size."""
-    logits_SKhw = network.decode(features, noise_SBL)[:, 0]
-    return summarise(logits_SKhw, size=torch.Size(SIZE))[0].argmax(0)
+    samples = network.decode(features, noise_SBL)
+    full = (F.interpolate(logits_1Khw, SIZE, mode="bilinear", align_corners=True) for logits_1Khw in samples)
+    return sum(logits_1KHW.softmax(1) for logits_1KHW in full)[0].argmax(0)
 
 
 def flips(network: Network, data: Path) -> dict[str, float]:
