@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.overhead import start_server
+from benchmarks.overhead import serving_alike
 from benchmarks.rounds import measure, save
 from penumbra.export.bundle import export_network, find_writer
 from penumbra.export.golden import ask
@@ -202,11 +202,8 @@ def cold_start(backend: str) -> float:
     with tempfile.TemporaryDirectory() as folder:
         export_network(network, card, Path(folder), backend=backend)
         started = time.perf_counter()
-        process, _ = start_server(Path(folder))
-        took = time.perf_counter() - started
-        process.terminate()
-        process.wait(30)
-    return took
+        with serving_alike(Path(folder)):
+            return time.perf_counter() - started
 
 
 @click.command()

@@ -18,16 +18,14 @@ for whom, but whoever else uses the caches adds to it, and never takes away: wha
 
 import http.client
 import io
-import os
-import queue
 import random
-import signal
-import socket
 import statistics
-import subprocess
-import sys
+import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,7 +49,7 @@ CLIENTS, REQUESTS, ROUNDS = 16, 48, 7
 ROOT = Path(__file__).parents[1]
 ONE_SIZE = (360, 480)
 PHASES = ("loop", "request threads", "lanes")
-SIZES_FIXED = Tuning(windows_per_batch=1, samples_per_call=4)
+FIXED = {"windows_per_batch": 1, "samples_per_call": 4}
 """The same for both sides; what warm-up would choose differs from start to start by what else the machine does."""
 
 
@@ -85,74 +83,45 @@ def bare_loop(segmenter: Segmenter, name: str, images: list[np.ndarray]) -> floa
     return len(inputs) / (time.perf_counter() - started)
 
 
+@contextmanager
+def serving_alike(store: Path, checkout: Path = ROOT) -> Iterator[tuple[int, int]]:
+    """A server of a checkout, with the sizes and the threads that the engine has here: its process and its port."""
+    from tests.serving.server import serving  # not at the top: httpx may be missing where pictures alone are wanted
+
+    settings = FIXED | {"threads": 0, "log_level": "WARNING", "predrain_s": 0}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serving(store.absolute(), Path(folder), root=checkout, **settings) as server,
+    ):
+        yield server.process.pid, int(server.url.rpartition(":")[2])
+
+
+def caller(port: int, path: str, bodies: list[bytes], windows: list[int]) -> Callable[[int], int]:
+    """Make a caller with a connection of its own, who asks for a turn's label map. windows: those of each picture."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    headers = {"Content-Type": "image/jpeg", "Accept": "image/png"}
+
+    def ask(turn: int) -> int:
+        connection.request("POST", path, bodies[turn % len(bodies)], headers)
+        answer = connection.getresponse()
+        body = answer.read()
+        assert answer.status == 200, body.decode()
+        return windows[turn % len(bodies)]
+
+    return ask
+
+
 def served(port: int, name: str, bodies: list[bytes], windows: list[int]) -> float:
     """Windows per second over HTTP with all clients at work."""
-    work: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for i in range(REQUESTS):
-        work.put(i)
-    failures: list[str] = []
+    own = threading.local()
 
-    def client() -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-        headers = {"Content-Type": "image/jpeg", "Accept": "image/png"}
-        while True:
-            try:
-                i = work.get_nowait()
-            except queue.Empty:
-                return
-            connection.request("POST", f"/segment?model={name}&scale=1", bodies[i % len(bodies)], headers)
-            answer = connection.getresponse()
-            body = answer.read()
-            if answer.status != 200:
-                failures.append(body.decode())
+    def connect() -> None:
+        own.ask = caller(port, f"/segment?model={name}&scale=1", bodies, windows)
 
-    threads = [threading.Thread(target=client) for _ in range(CLIENTS)]
     started = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    seconds = time.perf_counter() - started
-    assert not failures, failures[0]
-    return sum(windows[i % len(windows)] for i in range(REQUESTS)) / seconds
-
-
-def start_server(store: Path, checkout: Path = ROOT) -> tuple[subprocess.Popen[bytes], int]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "penumbra",
-        "serve",
-        "--store",
-        str(store),
-        "--port",
-        str(port),
-        "--grpc-port",
-        "0",
-    ]
-    environment = os.environ | {"PENUMBRA_LOG_LEVEL": "WARNING", "PENUMBRA_PREDRAIN_S": "0"}
-    environment |= {
-        "PENUMBRA_WINDOWS_PER_BATCH": str(SIZES_FIXED.windows_per_batch),
-        "PENUMBRA_SAMPLES_PER_CALL": str(SIZES_FIXED.samples_per_call),
-        "PYTHONPATH": str(checkout),
-    }
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=checkout
-    )
-    for _ in range(1200):
-        time.sleep(0.25)
-        try:
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1)
-            connection.request("GET", "/readyz")
-            if connection.getresponse().status == 200:
-                return process, port
-        except OSError:
-            continue
-    process.send_signal(signal.SIGTERM)
-    raise SystemExit("the server did not become ready within five minutes")
+    with ThreadPoolExecutor(CLIENTS, initializer=connect) as clients:
+        counted = sum(clients.map(lambda turn: own.ask(turn), range(REQUESTS)))
+    return counted / (time.perf_counter() - started)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,29 +178,25 @@ def network_s(segmenter: Segmenter, name: str, image: np.ndarray) -> float:
 def measure_core_time(model: str, store: Path, checkouts: dict[str, Path]) -> dict[str, object]:
     """Core milliseconds of a request by server and phase, and what of them is not the network."""
     image, body = next((image, body) for image, body in pictures() if image.shape[:2] == ONE_SIZE)
-    servers = {name: start_server(store, checkout) for name, checkout in checkouts.items()}
-    found: dict[str, list[np.ndarray]] = {name: [] for name in servers}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in checkouts}
     networks, shuffler = list[float](), random.Random(0)
-    try:
-        workers = {name: Worker.of(process.pid) for name, (process, _) in servers.items()}
-        with Segmenter(tuning=SIZES_FIXED) as segmenter:
-            segmenter.load(find_artifact(store, model))
+    with ExitStack() as stack:
+        servers = {name: stack.enter_context(serving_alike(store, checkout)) for name, checkout in checkouts.items()}
+        workers = {name: Worker.of(process) for name, (process, _) in servers.items()}
+        segmenter = stack.enter_context(Segmenter(tuning=Tuning(**FIXED)))
+        segmenter.load(find_artifact(store, model))
 
-            def take_turn(name: str) -> None:
-                if name == "network":
-                    networks.append(network_s(segmenter, model, image))
-                    return
-                before = workers[name].spent()
-                served(servers[name][1], model, [body], [1])
-                found[name].append((workers[name].spent() - before) / REQUESTS)
+        def take_turn(name: str) -> None:
+            if name == "network":
+                networks.append(network_s(segmenter, model, image))
+                return
+            before = workers[name].spent()
+            served(servers[name][1], model, [body], [1])
+            found[name].append((workers[name].spent() - before) / REQUESTS)
 
-            for _ in range(2 * ROUNDS + 1):
-                for name in shuffler.sample(["network", *servers], len(servers) + 1):
-                    take_turn(name)
-    finally:
-        for process, _ in servers.values():
-            process.send_signal(signal.SIGTERM)
-            process.wait(30)
+        for _ in range(2 * ROUNDS + 1):
+            for name in shuffler.sample(["network", *servers], len(servers) + 1):
+                take_turn(name)
     network_ms = 1e3 * np.array(networks[1:])  # the first round only warms up
     results: dict[str, object] = {"the network alone, core-ms": network_ms.min()}
     for name, rounds in found.items():
@@ -257,23 +222,17 @@ def main(core_time: bool, beside: Path | None, model: str, store: Path) -> None:
         save("core_time", about | measure_core_time(model, store.absolute(), checkouts))
         return
     images, bodies = map(list, zip(*pictures(), strict=True))
-    process, port = start_server(store)
-    try:
-        with Segmenter(tuning=SIZES_FIXED) as segmenter:
-            segmenter.load(find_artifact(store, model))
-            card = segmenter.find(model).card
-            windows = [cover(*image.shape[:2], card.window).num_windows for image in images]
-            served(port, model, bodies, windows)
-            bare, through = [], []
-            for _ in range(ROUNDS):
-                bare.append(bare_loop(segmenter, model, images))
-                through.append(served(port, model, bodies, windows))
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(30)
+    with serving_alike(store) as (_, port), Segmenter(tuning=Tuning(**FIXED)) as segmenter:
+        card = segmenter.load(find_artifact(store, model))
+        windows = [cover(*image.shape[:2], card.window).num_windows for image in images]
+        served(port, model, bodies, windows)
+        bare, through = [], []
+        for _ in range(ROUNDS):
+            bare.append(bare_loop(segmenter, model, images))
+            through.append(served(port, model, bodies, windows))
     save("overhead", {
         "model": model, "samples": card.sampling.default_samples, "clients": CLIENTS,
-        "windows per batch": SIZES_FIXED.windows_per_batch,
+        "windows per batch": FIXED["windows_per_batch"],
         "bare loop, windows/s": statistics.median(bare), "served, windows/s": statistics.median(through),
         "served over bare, median of paired rounds (bar 0.93)":
             statistics.median(s / b for s, b in zip(through, bare, strict=True)),

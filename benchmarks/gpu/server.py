@@ -4,12 +4,12 @@ The share is what the driver says of it: of each of its sampling periods, the ti
 stand the same pictures through the engine in this process, without HTTP and files, and the network alone.
 """
 
-import http.client
 import subprocess
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.gpu.network import Subject, seconds
 from benchmarks.gpu.sheet import NotHere, Sheet
-from benchmarks.overhead import pictures
+from benchmarks.overhead import caller, pictures
 from penumbra.serving.engine.backends import load_backend
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
@@ -91,7 +91,7 @@ def under_load(sheet: Sheet, directory: Path, folder: Path) -> float:
     settings = {"device": sheet.device, "threads": 0, "log_level": "WARNING", "predrain_s": 0, **MEASURED}
     with serving(directory.parents[1], folder, **settings) as server, watching(sheet) as use:
         port = int(server.url.rpartition(":")[2])
-        calls = Calls([caller(port, bodies, counts) for _ in range(CALLERS)])
+        calls = Calls([caller(port, "/segment", bodies, counts) for _ in range(CALLERS)])
         calls.during(QUICK_S if sheet.quick else SETTLE_S)
         use.clear()
         calls.latencies_s.clear()
@@ -109,21 +109,6 @@ def under_load(sheet: Sheet, directory: Path, folder: Path) -> float:
     return counted / took
 
 
-def caller(port: int, bodies: list[bytes], counts: list[int]) -> Ask:
-    """A caller with a connection of its own, who asks for label maps. counts: the windows of each picture."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-    headers = {"Content-Type": "image/jpeg", "Accept": "image/png"}
-
-    def ask(turn: int) -> int:
-        connection.request("POST", "/segment", bodies[turn % len(bodies)], headers)
-        answer = connection.getresponse()
-        body = answer.read()
-        assert answer.status == 200, body.decode()
-        return counts[turn % len(bodies)]
-
-    return ask
-
-
 class Calls:
     """Callers in a closed loop, each in a thread of its own, for a time. Used by one thread."""
 
@@ -133,28 +118,23 @@ class Calls:
 
     def during(self, load_s: float) -> tuple[float, int]:
         """Ask for so long; the seconds until the last answer, and the windows. Raises what a caller met."""
-        counted = [0] * len(self.asks)
-        faults: list[BaseException] = []
-        begun = time.perf_counter()
+        failed, begun = threading.Event(), time.perf_counter()
 
-        def call(number: int) -> None:
-            turn = number
-            while (now := time.perf_counter()) < begun + load_s and not faults:
+        def call(turn: int) -> int:
+            windows, ask = 0, self.asks[turn]
+            while (now := time.perf_counter()) < begun + load_s and not failed.is_set():
                 try:
-                    counted[number] += self.asks[number](turn)
-                except Exception as error:  # handed to whoever waits
-                    faults.append(error)
+                    windows += ask(turn)
+                except Exception:  # whoever waits for this caller gets it, and the others end
+                    failed.set()
+                    raise
                 self.latencies_s.append(time.perf_counter() - now)
                 turn += 1
+            return windows
 
-        threads = [threading.Thread(target=call, args=(number,)) for number in range(len(self.asks))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if faults:
-            raise faults[0]
-        return time.perf_counter() - begun, sum(counted)
+        with ThreadPoolExecutor(len(self.asks)) as callers:
+            windows = sum(callers.map(call, range(len(self.asks))))
+        return time.perf_counter() - begun, windows
 
 
 @contextmanager

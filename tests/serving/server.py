@@ -43,16 +43,17 @@ def until(condition: Callable[[], object], *, bound_s: float = START_S) -> None:
 
 
 @contextmanager
-def serving(store: Path, directory: Path, **settings: object) -> Iterator[Server]:
-    """A ready server over a store. settings: PENUMBRA_* variables by name; sizes of batches are `FIXED`."""
-    with starting(store, directory, **settings) as server:
+def serving(store: Path, directory: Path, *, root: Path = ROOT, **settings: object) -> Iterator[Server]:
+    """A ready server over a store. settings: PENUMBRA_* variables by name; sizes of batches are `FIXED`. root: of the
+    checkout that is served from."""
+    with starting(store, directory, root=root, **settings) as server:
         until(lambda: server.process.poll() is not None or _is_ready(server))
         assert server.process.poll() is None, f"the server ended:\n{server.log.read_text()}"
         yield server
 
 
 @contextmanager
-def starting(store: Path, directory: Path, **settings: object) -> Iterator[Server]:
+def starting(store: Path, directory: Path, *, root: Path = ROOT, **settings: object) -> Iterator[Server]:
     """The same, from its first moment on."""
     port, grpc_port = free_ports(2)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PENUMBRA_", "BENTOML_"))}
@@ -63,7 +64,7 @@ def starting(store: Path, directory: Path, **settings: object) -> Iterator[Serve
     log = directory / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=root, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     server = Server(f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", process, log)
     try:
