@@ -26,56 +26,47 @@ from penumbra.serving.room import Bodies
 def routes(gateway: Gateway, build: Mapping[str, str], *, bodies: Bodies, typed: str = "") -> list[BaseRoute]:
     """The routes over a gateway. build: version and commit of the server. bodies: what lines of answers are counted in.
     typed: what BentoML's typed route does."""
-    surface, alive = Surface(gateway, build, typed), health(lambda: {"live": gateway.is_alive}, otherwise=503)
+    alive, described = health(lambda: {"live": gateway.is_alive}, otherwise=503), document(build, typed=typed)
     return [
         *playground.routes(),
-        Route("/docs", surface.docs_page),
+        Route("/docs", partial(docs_page, described)),
         Route("/segment", partial(segment, gateway, bodies), methods=["POST"]),
-        Route("/models", surface.models),
-        Route("/models/{name}", surface.model),
+        Route("/models", partial(models, gateway)),
+        Route("/models/{name}", partial(model, gateway)),
         Route("/healthz", alive),
         Route("/livez", alive),
         Route("/readyz", health(lambda: {"ready": gateway.is_ready, "state": gateway.state}, otherwise=503)),
-        Route("/metrics", surface.metrics),
-        Route("/version", surface.version),
-        Route("/docs.json", surface.openapi),
+        Route("/metrics", partial(metrics, gateway)),
+        Route("/version", partial(told, build)),
+        Route("/docs.json", partial(told, described)),
         Elsewhere("/{path:path}", elsewhere, methods=["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]),
     ]
 
 
-class Surface:
-    """The handlers of what there is to read."""
+async def models(gateway: Gateway, request: Request) -> Response:
+    refuse_options(request)
+    segmenter = gateway.segmenter
+    refused = [{"name": name, "error": reason} for name, reason in segmenter.refused.items()]
+    served = [
+        summary(card, is_tuned_here=segmenter.is_tuned_here(card)) | {"in_memory": segmenter.is_in_memory(card)}
+        for card in segmenter.cards()
+    ]
+    return JSONResponse({"models": served, "refused": refused})
 
-    def __init__(self, gateway: Gateway, build: Mapping[str, str], typed: str) -> None:
-        self._gateway, self._build, self._typed = gateway, build, typed
 
-    async def models(self, request: Request) -> Response:
-        refuse_options(request)
-        segmenter = self._gateway.segmenter
-        refused = [{"name": name, "error": reason} for name, reason in segmenter.refused.items()]
-        served = [
-            summary(card, is_tuned_here=segmenter.is_tuned_here(card)) | {"in_memory": segmenter.is_in_memory(card)}
-            for card in segmenter.cards()
-        ]
-        return JSONResponse({"models": served, "refused": refused})
+async def model(gateway: Gateway, request: Request) -> Response:
+    refuse_options(request)
+    card = gateway.segmenter.find(request.path_params["name"]).card
+    return JSONResponse(dataclasses.asdict(card) | {"maps": _maps_by_samples(card)})
 
-    async def model(self, request: Request) -> Response:
-        refuse_options(request)
-        card = self._gateway.segmenter.find(request.path_params["name"]).card
-        return JSONResponse(dataclasses.asdict(card) | {"maps": _maps_by_samples(card)})
 
-    async def metrics(self, request: Request) -> Response:
-        page, content_type = self._gateway.telemetry.page(request.headers.get("accept", ""))
-        return Response(page, headers={"Content-Type": content_type})
+async def metrics(gateway: Gateway, request: Request) -> Response:
+    page, content_type = gateway.telemetry.page(request.headers.get("accept", ""))
+    return Response(page, headers={"Content-Type": content_type})
 
-    async def version(self, _: Request) -> Response:
-        return JSONResponse(self._build)
 
-    async def openapi(self, _: Request) -> Response:
-        return JSONResponse(document(self._build, typed=self._typed))
-
-    async def docs_page(self, _: Request) -> Response:
-        return HTMLResponse(_docs_html(document(self._build, typed=self._typed)))
+async def told(document: Mapping[str, Any], _: Request) -> Response:
+    return JSONResponse(document)
 
 
 def summary(card: Card, *, is_tuned_here: bool) -> dict[str, object]:
@@ -105,14 +96,14 @@ def _maps_by_samples(card: Card) -> dict[str, list[str]]:
     return {"single" if count == 1 else "several": list(card.maps(count)) for count in members}
 
 
-def _docs_html(document: dict[str, Any]) -> str:
+async def docs_page(document: Mapping[str, Any], _: Request) -> Response:
     """The OpenAPI document as one plain page without external resources."""
     rows = [
         f"<tr><td><code>{method.upper()} {escape(path)}</code></td><td>{escape(operation['summary'])}</td></tr>"
         for path, methods in document["paths"].items()
         for method, operation in methods.items()
     ]
-    return (
+    return HTMLResponse(
         "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'><title>Penumbra</title>"
         "<style>:root{color-scheme:light dark}body{font:16px/1.5 system-ui;max-width:46rem;margin:2rem auto;"
         "padding:0 1rem}td{padding:.3rem 1rem .3rem 0;vertical-align:top}</style><h1>Penumbra</h1>"

@@ -291,7 +291,7 @@ def test_the_documentation_lists_every_route_and_every_listed_route_exists(
     server: Server, client: httpx.Client
 ) -> None:
     listed = client.get("/docs.json").json()["paths"]
-    all_routes = [*routes(None, "0", bodies=None), *job_routes.routes(None, None)]  # type: ignore[arg-type]
+    all_routes = [*routes(None, {}, bodies=None), *job_routes.routes(None, None)]  # type: ignore[arg-type]
     ours = {route.path for route in all_routes} - PAGES  # type: ignore[attr-defined]
     v2 = {path for path in listed if path.startswith("/v2")}  # each is asked in test_oip.py
     assert set(listed) - v2 == ours | {"/predict"}
