@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from penumbra.serving.engine.plain import OnlySample
+from penumbra.models.card import Readout
 
 log = logging.getLogger("penumbra")
 FloatArray = NDArray[np.float32]
@@ -74,13 +74,11 @@ def _rows() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="rows")
 
 
-def accumulate(
-    logits: Tensor, stats: Tensor, first: bool, align_corners: bool, temperature: float, average_logits: bool
-) -> None:
+def accumulate(logits: Tensor, stats: Tensor, readout: Readout, *, first: bool) -> None:
     """Accumulate window by window, bands of rows in as many threads as torch has in this one."""
-    assert COMPILED and not average_logits
+    assert COMPILED and readout.average == "probabilities"
     _, height, channels, width = stats.shape
-    rule = int(first), int(align_corners), ctypes.c_float(1 / temperature)
+    rule = int(first), int(readout.align_corners), ctypes.c_float(1 / readout.temperature)
     for b, stats_hCw in enumerate(stats):
         logits_SKhw = logits[:, b].float().contiguous()
         of_window = _address(logits_SKhw), *_longs(*logits_SKhw.shape), _address(stats_hCw)
@@ -88,8 +86,9 @@ def accumulate(
 
 
 def blend(
-    stats: Tensor, canvases: list[Tensor], weights: list[Tensor], windows: list[int], num_sums: int, scale: float
-) -> None:
+    stats: Tensor, canvases: Sequence[Tensor], weights: Sequence[Tensor], windows: Sequence[int], *, num_sums: int,
+    scale: float,
+) -> None:  # fmt: skip
     """Blend window by window."""
     assert COMPILED
     geometries = zip(*[iter(windows)] * 11, strict=True)
@@ -102,8 +101,8 @@ def blend(
 
 
 def read_out(
-    canvases: list[Tensor], voids: list[Tensor], out: Tensor, segments: list[int], thresholds: list[float],
-    num_classes: int, softmax: bool, channel: int,
+    canvases: Sequence[Tensor], out: Tensor, segments: Sequence[int], thresholds: Sequence[float], *,
+    num_classes: int, softmax: bool, voids: Sequence[Tensor], channel: int,
 ) -> None:  # fmt: skip
     """Read out segment by segment."""
     assert COMPILED
@@ -127,22 +126,28 @@ def read_out(
 
 
 def answer(
-    only: OnlySample, out: Tensor, segment: list[int], thresholds: list[float], voids: list[Tensor], channel: int
+    logits_Khw: Tensor, extras_Ehw: Tensor, place: tuple[int, int], out: Tensor, readout: Readout, *,
+    segment: Sequence[int], thresholds: Sequence[float], void_HW: NDArray[np.bool_] | None, channel: int,
 ) -> None:  # fmt: skip
-    """Answer row by row, with the bytes of `accumulate` and `read_out` but for the sum of entropies: a sample's own
-    stands for that of the mean, the same rounded otherwise."""
+    """Read a picture's answer out of the logits of its only sample in its only window, row by row, with the bytes of
+    `accumulate` and `read_out` but for the sum of entropies: a sample's own stands for that of the mean, the same
+    rounded otherwise.
+
+    extras: the network's own maps, at the window's size. place: row and column of the window where the picture begins.
+    segment: the picture's width, and what `read_out` is given but for canvas and void.
+    """
     assert COMPILED
-    logits_Khw, extras_Ehw = only.logits_Khw.float().contiguous(), only.extras_Ehw.contiguous()
-    num_classes, *size = logits_Khw.shape
-    _, _, num_rows, *planes, void = segment
+    logits_Khw, extras_Ehw = logits_Khw.float().contiguous(), extras_Ehw.contiguous()
+    hidden = None if void_HW is None else np.ascontiguousarray(void_HW)
+    num_classes, (width, _, num_rows, *planes) = len(logits_Khw), segment
     before = (
-        _address(logits_Khw), *_longs(num_classes + 1 + len(extras_Ehw), num_classes, *size), _address(extras_Ehw),
-        *_longs(*only.size, *only.place, only.width),
+        _address(logits_Khw), *_longs(num_classes + 1 + len(extras_Ehw), *logits_Khw.shape), _address(extras_Ehw),
+        *_longs(*extras_Ehw.shape[1:], *place, width),
     )  # fmt: skip
     after = (
-        int(only.align_corners), ctypes.c_float(1 / only.temperature), (ctypes.c_float * num_classes)(*thresholds),
-        _address(out), (ctypes.c_int64 * len(planes))(*planes), None if void < 0 else _address(voids[void]),
-        *_longs(channel),
+        int(readout.align_corners), ctypes.c_float(1 / readout.temperature),
+        (ctypes.c_float * num_classes)(*thresholds), _address(out), (ctypes.c_int64 * len(planes))(*planes),
+        None if hidden is None else _pointer(hidden), *_longs(channel),
     )  # fmt: skip
     _in_bands(COMPILED.penumbra_answer, num_rows, before, after)
 

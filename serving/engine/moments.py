@@ -47,10 +47,7 @@ class Statistics:
                 size = len(stats_BhCw), logits_SBKhw.shape[3], self.card.num_classes + 1, logits_SBKhw.shape[4]
                 self._features_BhCw = stats_BhCw.new_empty(size)
             stats_BhCw = self._features_BhCw
-        operators.accumulate(
-            logits_SBKhw, stats_BhCw, first=self.num_samples == 0, align_corners=readout.align_corners,
-            temperature=readout.temperature, average_logits=readout.average == "logits",
-        )  # fmt: skip
+        operators.accumulate(logits_SBKhw, stats_BhCw, readout, first=self.num_samples == 0)
         self._flag(logits_SBKhw.transpose(0, 1))
         self.num_samples += len(logits_SBKhw)
 

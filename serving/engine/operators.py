@@ -1,42 +1,25 @@
-"""Four torch operators on batches of windows: each is one call, and in Triton one launch, whatever the batch holds.
+"""Four operators on batches of windows: each is one call, and in Triton one launch, whatever the batch holds.
 
 Triton runs them on CUDA (and on the CPU where TRITON_INTERPRET=1) and compiled C on the CPU; where there is neither,
-the forms of `plain` do. Nothing waits for the device. They are registered by torch.library itself: `custom_op` takes
-nine times as long per call.
+the forms of `plain` do. Nothing waits for the device.
 """
 
 import logging
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from penumbra.models.card import Readout
 from penumbra.serving.engine import kernels, plain
+from penumbra.serving.engine.plain import Norm
 
 log = logging.getLogger("penumbra")
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """A norm is how pixels become what the network sees: pixel * factor + offset, both float32 [C] on the device.
-
-    pad_C: what lies beyond the image, normalised already, unless `mirror`. reversed_channels: channel c is read from
-    the picture's channel C - 1 - c. bounds_2C: least and most of what the network sees, where that is bounded.
-    """
-
-    factor_C: Tensor
-    offset_C: Tensor
-    pad_C: Tensor
-    mirror: bool = False
-    reversed_channels: bool = False
-    bounds_2C: Tensor | None = None
 
 
 def cut(pictures: Sequence[Tensor], windows: Sequence[int], size: tuple[int, int], norm: Norm) -> Tensor:
@@ -50,26 +33,21 @@ def cut(pictures: Sequence[Tensor], windows: Sequence[int], size: tuple[int, int
     for picture, top, y0, _, height, _ in zip(*[iter(windows)] * 6, strict=True):
         strip = pictures[picture]
         assert strip.is_contiguous() and top <= max(y0, 0) and min(y0 + size[0], height) <= top + len(strip)
-    image_Bchw: Tensor = torch.ops.penumbra.cut.default(
-        pictures, windows, size, norm.factor_C, norm.offset_C, norm.pad_C, norm.bounds_2C, norm.mirror,
-        norm.reversed_channels,
-    )  # fmt: skip
+    image_Bchw: Tensor = _form(norm.factor_C, in_c=False).cut(pictures, windows, size, norm)
     return image_Bchw
 
 
-def accumulate(
-    logits_SBKhw: Tensor, stats_BhCw: Tensor, *, first: bool, align_corners: bool, temperature: float,
-    average_logits: bool,
-) -> None:  # fmt: skip
+def accumulate(logits_SBKhw: Tensor, stats_BhCw: Tensor, readout: Readout, *, first: bool) -> None:
     """Add to stats, per pixel, the sum over S of the softmax of resized logits / temperature, and of its entropy.
 
     logits: any float dtype and strides, 1 to 255 classes. stats: float32, contiguous; channels [0, K) take
-    probabilities (logits / temperature where average_logits), channel K nats, the others are left alone. first: store
-    instead of adding. Samples are added in order: chunks of S give the bytes of one call.
+    probabilities (logits / temperature where those are averaged), channel K nats, the others are left alone. first:
+    store instead of adding. Samples are added in order: chunks of S give the bytes of one call.
     """
     assert stats_BhCw.is_contiguous() and stats_BhCw.dtype == torch.float32
     assert stats_BhCw.shape[2] > logits_SBKhw.shape[2] and len(stats_BhCw) == logits_SBKhw.shape[1]
-    torch.ops.penumbra.accumulate.default(logits_SBKhw, stats_BhCw, first, align_corners, temperature, average_logits)
+    form = _form(stats_BhCw, in_c=readout.average == "probabilities")
+    form.accumulate(logits_SBKhw, stats_BhCw, readout, first=first)
 
 
 def blend(
@@ -87,7 +65,7 @@ def blend(
     """
     assert len(windows) == 11 * len(stats_BhCw) and stats_BhCw.is_contiguous()
     assert all(canvas.shape[1] == stats_BhCw.shape[2] and canvas.is_contiguous() for canvas in canvases)
-    torch.ops.penumbra.blend.default(stats_BhCw, canvases, weights, windows, num_sums, scale)
+    _form(stats_BhCw).blend(stats_BhCw, canvases, weights, windows, num_sums=num_sums, scale=scale)
 
 
 def read_out(
@@ -112,17 +90,23 @@ def read_out(
     assert len(segments) * num_classes == (4 + num_planes) * len(thresholds) and out.dtype == torch.uint8
     assert all(canvas.is_contiguous() and canvas.shape[1] == canvases[0].shape[1] for canvas in canvases)
     assert all(void.is_contiguous() and void.dtype == torch.uint8 for void in voids)
-    torch.ops.penumbra.read_out.default(canvases, voids, out, segments, thresholds, num_classes, softmax, channel)
+    _form(out).read_out(
+        canvases, out, segments, thresholds, num_classes=num_classes, softmax=softmax, voids=voids, channel=channel
+    )
 
 
-def _shape_of_cut(pictures: list[Tensor], windows: list[int], size: list[int], *_norm: object) -> Tensor:
-    shape = (len(windows) // 6, pictures[0].shape[2], *size)
-    return torch.empty(shape, device=pictures[0].device, memory_format=torch.channels_last)
+def _form(tensor: Tensor, *, in_c: bool = True) -> ModuleType:
+    """Choose what runs an operator where a tensor lies. in_c: whether C has it; what is rare it has not."""
+    if tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+        return _triton()
+    return kernels if in_c and kernels.COMPILED is not None else plain
 
 
 @cache
 def _triton() -> ModuleType:
     """Import Triton's kernels, which takes its time, with the first batch; the plain forms where it does not run."""
+    if not find_spec("triton"):
+        return plain
     module = import_module("penumbra.serving.engine.gpu.kernels")
     try:
         module.make_ready()
@@ -130,31 +114,3 @@ def _triton() -> ModuleType:
         log.warning("Triton does not run here, and what is round networks on the GPU is slow without it: %s", error)
         return plain
     return module
-
-
-def _in_triton(name: str) -> Callable[..., Any]:
-    return lambda *arguments: getattr(_triton(), name)(*arguments)
-
-
-def _in_c(name: str) -> Callable[..., Any]:
-    """Take the plain form where C is not compiled, and for what is rare: sums of logits."""
-
-    def run(*arguments: Any) -> None:
-        form = plain if kernels.COMPILED is None or (name == "accumulate" and arguments[-1]) else kernels
-        getattr(form, name)(*arguments)
-
-    return run
-
-
-def _register(name: str, changed: tuple[str, ...]) -> None:
-    operator, form = f"penumbra::{name}", getattr(plain, name)
-    schema = torch.library.infer_schema(form, mutates_args=changed)
-    torch.library.define(operator, schema.replace("SymInt", "int"))  # a SymInt takes three times as long per call
-    here = form if name == "cut" else _in_c(name)
-    for device, other, preferred in (("cpu", here, os.environ.get("TRITON_INTERPRET") == "1"), ("cuda", form, True)):
-        torch.library.impl(operator, device, _in_triton(name) if preferred and find_spec("triton") else other)
-    torch.library.register_fake(operator, _shape_of_cut if name == "cut" else lambda *_arguments: None)
-
-
-for _name, _changed in (("cut", ()), ("accumulate", ("stats",)), ("blend", ("canvases",)), ("read_out", ("out",))):
-    _register(_name, _changed)

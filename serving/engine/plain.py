@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from penumbra.models.card import Readout
+
 UNITS = 2.0**24
 """Units of the sums that scores are made of, in one."""
 NUM_SUMS = 3
@@ -19,40 +21,36 @@ MOST = 2.0**15
 
 
 @dataclass(frozen=True, slots=True)
-class OnlySample:
-    """The only sample of a picture's only window: its logits, the network's own maps at the window's size, and how the
-    logits are resized to that.
+class Norm:
+    """A norm is how pixels become what the network sees: pixel * factor + offset, both float32 [C] on the device.
 
-    place, width: the row and the column of the window where the picture begins, and the picture's width.
+    pad_C: what lies beyond the image, normalised already, unless `mirror`. reversed_channels: channel c is read from
+    the picture's channel C - 1 - c. bounds_2C: least and most of what the network sees, where that is bounded.
     """
 
-    logits_Khw: Tensor
-    extras_Ehw: Tensor
-    size: tuple[int, int]
-    place: tuple[int, int]
-    width: int
-    align_corners: bool
-    temperature: float
+    factor_C: Tensor
+    offset_C: Tensor
+    pad_C: Tensor
+    mirror: bool = False
+    reversed_channels: bool = False
+    bounds_2C: Tensor | None = None
 
 
-def cut(
-    pictures: list[Tensor], windows: list[int], size: list[int], factor: Tensor, offset: Tensor, pad: Tensor,
-    bounds: Tensor | None, mirror: bool, reversed_channels: bool,
-) -> Tensor:  # fmt: skip
+def cut(pictures: Sequence[Tensor], windows: Sequence[int], size: tuple[int, int], norm: Norm) -> Tensor:
     """Cut and normalise window by window; see `operators.cut`."""
-    geometries = list(zip(*[iter(windows)] * 6, strict=True))
-    shape = (len(geometries), len(factor), *size)
-    image_Bchw = torch.empty(shape, device=factor.device, memory_format=torch.channels_last)
+    geometries, device = list(zip(*[iter(windows)] * 6, strict=True)), norm.factor_C.device
+    shape = (len(geometries), len(norm.factor_C), *size)
+    image_Bchw = torch.empty(shape, device=device, memory_format=torch.channels_last)
     for image_chw, (picture, top, y0, x0, height, width) in zip(image_Bchw, geometries, strict=True):
-        ys, inside_y = _within(y0, size[0], height, device=factor.device)
-        xs, inside_x = _within(x0, size[1], width, device=factor.device)
+        ys, inside_y = _within(y0, size[0], height, device=device)
+        xs, inside_x = _within(x0, size[1], width, device=device)
         rows = (ys - top).clamp(0, len(pictures[picture]) - 1)
         pixels_hwC = pictures[picture][rows[:, None], xs].float()
-        values = (pixels_hwC.flip(2) if reversed_channels else pixels_hwC) * factor + offset
-        if bounds is not None:
-            values = values.clamp(bounds[0], bounds[1])
-        if not mirror:
-            values = torch.where((inside_y[:, None] & inside_x)[:, :, None], values, pad)
+        values = (pixels_hwC.flip(2) if norm.reversed_channels else pixels_hwC) * norm.factor_C + norm.offset_C
+        if norm.bounds_2C is not None:
+            values = values.clamp(*norm.bounds_2C)
+        if not norm.mirror:
+            values = torch.where((inside_y[:, None] & inside_x)[:, :, None], values, norm.pad_C)
         image_chw.copy_(values.permute(2, 0, 1))
     return image_Bchw
 
@@ -64,19 +62,17 @@ def _within(start: int, size: int, length: int, *, device: torch.device) -> tupl
     return torch.minimum(turned, 2 * length - 1 - turned), (at >= 0) & (at < length)
 
 
-def accumulate(
-    logits: Tensor, stats: Tensor, first: bool, align_corners: bool, temperature: float, average_logits: bool
-) -> None:
+def accumulate(logits: Tensor, stats: Tensor, readout: Readout, *, first: bool) -> None:
     """Accumulate sample by sample; see `operators.accumulate`."""
-    num_classes, size = logits.shape[2], (stats.shape[1], stats.shape[3])
+    num_classes, size, average_logits = logits.shape[2], (stats.shape[1], stats.shape[3]), readout.average == "logits"
     sums, nats = stats[:, :, :num_classes], stats[:, :, num_classes]
     if first:
         stats[:, :, : num_classes + 1] = 0
     for logits_BKhw in logits.float():
         if not average_logits:  # an offset that all have in common would only cost digits
             logits_BKhw = logits_BKhw - logits_BKhw.amax((1, 2, 3), keepdim=True)
-        wide = F.interpolate(logits_BKhw, size=size, mode="bilinear", align_corners=align_corners)
-        wide = wide / temperature
+        wide = F.interpolate(logits_BKhw, size=size, mode="bilinear", align_corners=readout.align_corners)
+        wide = wide / readout.temperature
         log_p = torch.log_softmax(wide, dim=1)
         p = log_p.exp()
         sums += (wide if average_logits else p).transpose(1, 2)
@@ -84,8 +80,9 @@ def accumulate(
 
 
 def blend(
-    stats: Tensor, canvases: list[Tensor], weights: list[Tensor], windows: list[int], num_sums: int, scale: float
-) -> None:
+    stats: Tensor, canvases: Sequence[Tensor], weights: Sequence[Tensor], windows: Sequence[int], *, num_sums: int,
+    scale: float,
+) -> None:  # fmt: skip
     """Blend window by window; see `operators.blend`."""
     geometries = zip(*[iter(windows)] * 11, strict=True)
     for stats_hCw, (index, y0, x0, y1, y2, x1, x2, at_y, at_x, fresh_y, fresh_x) in zip(stats, geometries, strict=True):
@@ -103,8 +100,8 @@ def blend(
 
 
 def read_out(
-    canvases: list[Tensor], voids: list[Tensor], out: Tensor, segments: list[int], thresholds: list[float],
-    num_classes: int, softmax: bool, channel: int,
+    canvases: Sequence[Tensor], out: Tensor, segments: Sequence[int], thresholds: Sequence[float], *,
+    num_classes: int, softmax: bool, voids: Sequence[Tensor], channel: int,
 ) -> None:  # fmt: skip
     """Read out segment by segment; see `operators.read_out`."""
     per_segment = len(segments) * num_classes // len(thresholds)
@@ -138,16 +135,3 @@ def _row_sums(maps: Sequence[Tensor], void: Sequence[Tensor]) -> Tensor:
     for void_hW in void:
         units_hWM = units_hWM.masked_fill(void_hW[:, :, None] != 0, 0)
     return units_hWM.sum(1)
-
-
-def answer(
-    only: OnlySample, out: Tensor, segment: list[int], thresholds: list[float], voids: list[Tensor], channel: int
-) -> None:  # fmt: skip
-    """Read a picture's answer out of logits, by a canvas of all rows; the arguments are those of `read_out`, of one
-    segment."""
-    (height, width), (y0, x0), num_classes = only.size, only.place, len(only.logits_Khw)
-    stats_1hCw = torch.empty((1, height, num_classes + 1 + len(only.extras_Ehw), width))
-    accumulate(only.logits_Khw[None, None], stats_1hCw, True, only.align_corners, only.temperature, False)
-    stats_1hCw[0, :, num_classes + 1 :] = only.extras_Ehw.transpose(0, 1)
-    canvas_hCW = stats_1hCw[0, y0:, :, x0 : x0 + only.width]
-    read_out([canvas_hCW], voids, out, segment, thresholds, num_classes, False, channel)

@@ -145,9 +145,9 @@ class Runtime:
         """Answer windows of one sample on a CPU: those that are all of a picture by their logits, others by moments."""
         size, card, answers = (inputs[0].window.height, inputs[0].window.width), self.card, list[Answer]()
         logits_1BKhw = self._backend.decode(features, noise_1BL)
-        own_BEhw = features[-1] if card.extra_maps else logits_1BKhw[0, :, :0]
-        flags_B = flags_of(logits_1BKhw[0]) + (flags_of(own_BEhw) if card.extra_maps else 0)
-        extras_BEhw = resize(own_BEhw, size, card.readout) if card.extra_maps else own_BEhw
+        flags_B, extras_BEhw = flags_of(logits_1BKhw[0]), torch.empty((len(inputs), 0, *size))
+        if card.extra_maps:
+            flags_B, extras_BEhw = flags_B + flags_of(features[-1]), resize(features[-1], size, card.readout)
         for b, one in enumerate(inputs):
             if flags_B[b] != 0:
                 answers.append(not_finite(card))
@@ -156,7 +156,7 @@ class Runtime:
             else:
                 statistics = Statistics(card, 1, size, self.device)
                 if card.extra_maps:
-                    statistics.set_extras(own_BEhw[b : b + 1])
+                    statistics.set_extras(features[-1][b : b + 1])
                 statistics.add(logits_1BKhw[:, b : b + 1])
                 answers += self._steps.answers(statistics, [one])
         return answers

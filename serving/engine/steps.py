@@ -13,11 +13,10 @@ from torch import Tensor
 
 from penumbra.models.card import Card
 from penumbra.models.errors import ModelFault
-from penumbra.serving.engine import kernels, plain
+from penumbra.serving.engine import kernels
 from penumbra.serving.engine.canvas import Copied, Landing, Surface, Transfers, Wanted, channel_of_novelty, lay_out
 from penumbra.serving.engine.kernels import FloatArray
 from penumbra.serving.engine.moments import Moments, Statistics, not_finite
-from penumbra.serving.engine.plain import OnlySample
 from penumbra.serving.engine.prompts import PromptSource
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.windows import Window, WindowPlan, cut
@@ -77,7 +76,7 @@ class HostSteps(Steps):
     def is_only(self, one: WindowInput) -> bool:
         rule = self.card.readout.softmax_at, self.card.readout.average
         is_one = len(one.noise_SL) == 1 and one.views == "none" and one.wanted is not None
-        return is_one and rule == ("window", "probabilities")
+        return kernels.COMPILED is not None and is_one and rule == ("window", "probabilities")
 
     def answers(self, statistics: Statistics, inputs: Sequence[WindowInput]) -> list[Answer]:
         """Give every window's moments, or the fault that ends it; each request's own thread stitches them."""
@@ -93,16 +92,15 @@ class HostSteps(Steps):
 
 def answer(one: WindowInput, logits_Khw: Tensor, extras_Ehw: Tensor, card: Card) -> Landing:
     """Answer a picture whose only window and sample this is. extras: the network's own maps, at the window's size."""
-    window, readout, (height, width) = one.window, card.readout, one.image_HWC.shape[:2]
+    window, (height, width) = one.window, one.image_HWC.shape[:2]
     assert one.wanted and len(logits_Khw) == card.num_classes
-    place = max(-window.y0, 0), max(-window.x0, 0)
-    rule = readout.align_corners, readout.temperature
-    only = OnlySample(logits_Khw, extras_Ehw, (window.height, window.width), place, width, *rule)
     segment, num_bytes = lay_out(one.wanted, range(height), width, card, 1, start=4)  # behind the float of `is_finite`
     void_hW = one.image_HWC.void(slice(0, height))
-    voids = [] if void_hW is None else [torch.from_numpy(np.ascontiguousarray(void_hW).view(np.uint8))]
     out = torch.empty(num_bytes, dtype=torch.uint8)
     out[:4] = 0
-    table, form = [0, *segment.table(card), len(voids) - 1], plain if kernels.COMPILED is None else kernels
-    form.answer(only, out, table, one.wanted.thresholds(card.num_classes), voids, channel_of_novelty(card))
+    kernels.answer(
+        logits_Khw, extras_Ehw, (max(-window.y0, 0), max(-window.x0, 0)), out, card.readout,
+        segment=[width, *segment.table(card)], thresholds=one.wanted.thresholds(card.num_classes), void_HW=void_hW,
+        channel=channel_of_novelty(card),
+    )  # fmt: skip
     return Landing(1, Copied(out, None), 0, replace(segment, void_hW=(void_hW, None)))

@@ -7,13 +7,16 @@ sizes of a batch.
 
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from penumbra.models.card import Readout
+from penumbra.serving.engine.plain import Norm
 
 BLOCK = 1024
 """Values of a program of `cut`."""
@@ -259,55 +262,52 @@ def _kind_of(dtype: torch.dtype) -> int:
     return -dtype.itemsize if dtype == torch.int16 else dtype.itemsize
 
 
-def _table(numbers: list[int], tensors: list[Tensor]) -> Tensor:
+def _table(numbers: Sequence[int], tensors: Sequence[Tensor]) -> Tensor:
     listed = [n for x in tensors for n in (x.data_ptr(), len(x), x.shape[-1], _kind_of(x.dtype))]
-    table = torch.tensor(numbers + listed, dtype=torch.int64, pin_memory=tensors[0].is_cuda)
+    table = torch.tensor([*numbers, *listed], dtype=torch.int64, pin_memory=tensors[0].is_cuda)
     return table.to(tensors[0].device, non_blocking=True)
 
 
-def cut(
-    pictures: list[Tensor], windows: list[int], size: list[int], factor: Tensor, offset: Tensor, pad: Tensor,
-    bounds: Tensor | None, mirror: bool, reversed_channels: bool,
-) -> Tensor:  # fmt: skip
+def cut(pictures: Sequence[Tensor], windows: Sequence[int], size: tuple[int, int], norm: Norm) -> Tensor:
     """Cut and normalise a batch; see `operators.cut`. Multiply and add round apart, as on the CPU."""
-    (h, w), shape = size, (len(windows) // 6, len(factor), *size)
-    image_Bchw = torch.empty(shape, device=factor.device, memory_format=torch.channels_last)
+    (h, w), num_bands, bounds = size, len(norm.factor_C), norm.bounds_2C
+    shape = (len(windows) // 6, num_bands, h, w)
+    image_Bchw = torch.empty(shape, device=norm.factor_C.device, memory_format=torch.channels_last)
     _launch(
-        _cut, (triton.cdiv(w * len(factor), BLOCK), h, shape[0]), _table(windows, pictures), factor, offset, pad,
-        pad if bounds is None else bounds, image_Bchw, h, w, C=len(factor), MIRROR=mirror, REVERSED=reversed_channels,
-        BOUNDED=bounds is not None, BLOCK=BLOCK, enable_fp_fusion=False,
+        _cut, (triton.cdiv(w * num_bands, BLOCK), h, shape[0]), _table(windows, pictures), norm.factor_C, norm.offset_C,
+        norm.pad_C, norm.pad_C if bounds is None else bounds, image_Bchw, h, w, C=num_bands, MIRROR=norm.mirror,
+        REVERSED=norm.reversed_channels, BOUNDED=bounds is not None, BLOCK=BLOCK, enable_fp_fusion=False,
     )  # fmt: skip
     return image_Bchw
 
 
-def accumulate(
-    logits: Tensor, stats: Tensor, first: bool, align_corners: bool, temperature: float, average_logits: bool
-) -> None:
+def accumulate(logits: Tensor, stats: Tensor, readout: Readout, *, first: bool) -> None:
     """Accumulate a batch; see `operators.accumulate`."""
     (num_samples, num_windows, num_classes, fh, fw), (_, h, channels, w) = logits.shape, stats.shape
     shape = tile(num_classes)
     _launch(
         _accumulate, (triton.cdiv(w, shape["COLUMNS"]), h, num_windows), logits, stats, *logits.stride(), num_samples,
-        channels, fh, fw, h, w, 1 / temperature, int(first), K=num_classes, ALIGN=align_corners, LOGITS=average_logits,
-        **shape,
+        channels, fh, fw, h, w, 1 / readout.temperature, int(first), K=num_classes, ALIGN=readout.align_corners,
+        LOGITS=readout.average == "logits", **shape,
     )  # fmt: skip
 
 
 def blend(
-    stats: Tensor, canvases: list[Tensor], weights: list[Tensor], windows: list[int], num_sums: int, scale: float
-) -> None:
+    stats: Tensor, canvases: Sequence[Tensor], weights: Sequence[Tensor], windows: Sequence[int], *, num_sums: int,
+    scale: float,
+) -> None:  # fmt: skip
     """Blend a batch; see `operators.blend`. Each tile of an image belongs to the first window that touches it."""
     num_windows, h, channels, w = stats.shape
     _launch(
         _blend, (triton.cdiv(channels, CHANNELS) * (triton.cdiv(w, COLUMNS) + 1), h, num_windows),
-        _table(windows, canvases + weights), stats, num_windows, channels, h, w, len(canvases), num_sums, scale,
+        _table(windows, [*canvases, *weights]), stats, num_windows, channels, h, w, len(canvases), num_sums, scale,
         WINDOWS=max(triton.next_power_of_2(num_windows), 64), CHANNELS=CHANNELS, COLUMNS=COLUMNS,
     )  # fmt: skip
 
 
 def read_out(
-    canvases: list[Tensor], voids: list[Tensor], out: Tensor, segments: list[int], thresholds: list[float],
-    num_classes: int, softmax: bool, channel: int,
+    canvases: Sequence[Tensor], out: Tensor, segments: Sequence[int], thresholds: Sequence[float], *,
+    num_classes: int, softmax: bool, voids: Sequence[Tensor], channel: int,
 ) -> None:  # fmt: skip
     """Read out all segments; see `operators.read_out`. Programs beyond a segment's end do nothing."""
     count, shape = len(thresholds) // num_classes, tile(num_classes)
@@ -317,7 +317,7 @@ def read_out(
         for index, num_rows in zip(segments[::per_segment], segments[2::per_segment], strict=True)
     )
     pairs = struct.pack(f"{len(thresholds)}f{len(thresholds) % 2 * 4}x", *thresholds)
-    table = _table([out.data_ptr(), *struct.unpack(f"{len(pairs) // 8}q", pairs), *segments], canvases + voids)
+    table = _table([out.data_ptr(), *struct.unpack(f"{len(pairs) // 8}q", pairs), *segments], [*canvases, *voids])
     _launch(
         _read_out, (tiles, count), table, canvases[0].shape[1], len(canvases), channel, K=num_classes, SOFTMAX=softmax,
         **shape,

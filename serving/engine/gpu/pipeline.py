@@ -14,6 +14,7 @@ from penumbra.models.card import Card
 from penumbra.serving.engine import operators
 from penumbra.serving.engine.canvas import Landing, Surface, read_out, segments_of, stitch
 from penumbra.serving.engine.moments import Statistics
+from penumbra.serving.engine.plain import Norm
 from penumbra.serving.engine.prompts import Boxes, Tags
 from penumbra.serving.engine.steps import Steps, WindowInput
 from penumbra.serving.engine.windows import Window, black, is_black_beyond
@@ -31,7 +32,7 @@ class DeviceSteps(Steps):
         factor, offset = (self.transfers.up(np.array(values, np.float32)) for values in spec.factor_offset)
         bounds = self.transfers.up(np.array(spec.bounds, np.float32)) if spec.clip else None
         self._black_C = self.transfers.up(black(spec))
-        self._norm = operators.Norm(
+        self._norm = Norm(
             factor, offset, torch.zeros_like(offset), card.window.padding == "mirror", spec.order == "BGR", bounds
         )
 

@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from penumbra.serving.engine import operators, windows
 
@@ -49,11 +48,3 @@ def stitched(stats_BhCw: np.ndarray, plan: windows.WindowPlan, num_sums: int, sc
         weights = plan.weights_y[place.row][inside_y, None, None] * plan.weights_x[place.column][inside_x]
         whole[rows, :, columns] += scales * weights * piece_hCw[inside_y, :, inside_x]
     return whole
-
-
-def sums(logits_SKhw: Tensor, size: tuple[int, int], **rule: object) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of one window by the operator, [K, h, w] and [h, w]."""
-    stats = torch.empty(1, size[0], logits_SKhw.shape[1] + 1, size[1])
-    usual: dict[str, object] = {"first": True, "align_corners": True, "temperature": 1.0, "average_logits": False}
-    operators.accumulate(logits_SKhw[:, None], stats, **usual | rule)  # type: ignore[arg-type]
-    return stats[0, :, :-1].transpose(0, 1).numpy(), stats[0, :, -1].numpy()

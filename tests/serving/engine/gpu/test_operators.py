@@ -17,7 +17,7 @@ from torch import Tensor
 
 from penumbra.models.card import InputSpec, Readout, WindowSpec
 from penumbra.serving.engine import kernels, operators, plain, windows
-from penumbra.serving.engine.operators import Norm
+from penumbra.serving.engine.plain import Norm
 from tests.serving.engine import oracles
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -138,24 +138,15 @@ def test_a_strip_that_lacks_rows_of_a_window_is_a_programmers_mistake() -> None:
 
 def accumulated(logits_SBKhw: Tensor, size: tuple[int, int], readout: Readout, *, extras: int = 0) -> Tensor:
     stats = torch.full((logits_SBKhw.shape[1], size[0], logits_SBKhw.shape[2] + 1 + extras, size[1]), math.nan)
-    add(logits_SBKhw, stats, readout, first=True)
+    operators.accumulate(logits_SBKhw, stats, readout, first=True)
     return stats
-
-
-def add(logits_SBKhw: Tensor, stats_BhCw: Tensor, readout: Readout, *, first: bool) -> None:
-    operators.accumulate(
-        logits_SBKhw, stats_BhCw, first=first, align_corners=readout.align_corners, temperature=readout.temperature,
-        average_logits=readout.average == "logits",
-    )  # fmt: skip
 
 
 def same_moments(stats_BhCw: Tensor, logits_SBKhw: Tensor, readout: Readout) -> None:
     """The mean over samples is that of the plain form to 1e-6."""
     num_samples, _, num_classes, *_ = logits_SBKhw.shape
     expected, channels = torch.empty_like(stats_BhCw), slice(num_classes + 1)
-    plain.accumulate(
-        logits_SBKhw, expected, True, readout.align_corners, readout.temperature, readout.average == "logits"
-    )  # fmt: skip
+    plain.accumulate(logits_SBKhw, expected, readout, first=True)
     means = [(x[:, :, channels] / num_samples).numpy() for x in (stats_BhCw, expected)]
     np.testing.assert_allclose(*means, rtol=1e-6, atol=1e-6)
 
@@ -208,7 +199,7 @@ def test_chunks_of_samples_give_the_bytes_of_one_call_and_leave_extra_maps_alone
     stats = torch.full((2, 9, 8, 11), 4.0)
     stats[:, :, :6] = math.nan
     for begin, end in ((0, 1), (1, 3), (3, 7)):
-        add(logits[begin:end], stats, readout, first=begin == 0)
+        operators.accumulate(logits[begin:end], stats, readout, first=begin == 0)
     assert torch.equal(stats[:, :, :6], whole) and (stats[:, :, 6:] == 4).all()
 
 
@@ -460,20 +451,24 @@ def test_an_only_sample_is_answered_with_the_bytes_of_its_moments(
     rng: np.random.Generator, num_classes: int, nats: float, leave: tuple[int, ...]
 ) -> None:
     """A picture of 9 x 301 in the middle of its window, in parts void; by either map of novelty, on a CPU alone."""
-    form = plain if kernels.COMPILED is None else kernels
+    if kernels.COMPILED is None:
+        pytest.skip("only C answers in one pass")
     logits, extras = floats(rng, num_classes, 5, 40, scale=4), floats(rng, 2, 14, 310)
-    void = torch.from_numpy((rng.random((9, 301)) < 0.3).view(np.uint8))
-    only = plain.OnlySample(logits, extras, (14, 310), (3, 2), 301, True, 1.3)
+    void, readout = rng.random((9, 301)) < 0.3, Readout(temperature=1.3)
     stats = torch.empty(1, 14, num_classes + 3, 310)
-    form.accumulate(logits[None, None], stats, True, True, 1.3, False)
+    kernels.accumulate(logits[None, None], stats, readout, first=True)
     stats[0, :, num_classes + 1 :] = extras.transpose(0, 1)
     canvas = stats[0, 3:12, :, 2:303].contiguous()
-    offsets = layout(9, 301, num_classes, 2, start=216, leave=leave)
-    segment, above = [0, 0, 9, *offsets, 0, 0], [nats] * num_classes
+    rows, above = [0, 9, *layout(9, 301, num_classes, 2, start=216, leave=leave), 0], [nats] * num_classes
     for channel in (-1, num_classes + 2):
         expected, out = (torch.zeros(150_000 + 12_000 * num_classes, dtype=torch.uint8) for _ in range(2))
-        form.read_out([canvas], [void], expected, segment, above, num_classes, False, channel)
-        form.answer(only, out, segment, above, [void], channel)
+        kernels.read_out(
+            [canvas], expected, [0, *rows, 0], above, num_classes=num_classes, softmax=False,
+            voids=[torch.from_numpy(void.view(np.uint8))], channel=channel,
+        )  # fmt: skip
+        kernels.answer(
+            logits, extras, (3, 2), out, readout, segment=[301, *rows], thresholds=above, void_HW=void, channel=channel
+        )
         assert torch.equal(out[216:], expected[216:])
         ours, theirs = (x[:216].numpy().view(np.int64).reshape(9, 3) for x in (out, expected))
         assert np.array_equal(ours[:, ::2], theirs[:, ::2])
