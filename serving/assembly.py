@@ -40,10 +40,11 @@ def assemble(
     before = look(settings.store)
     gateway = _gateway(settings, telemetry, trusted_keys=trusted_keys)
     segmenter, build = gateway.segmenter, build_facts(settings.revision)
-    telemetry.add_facts(
-        build, queued_windows=lambda: segmenter.scheduler.queued[0], refused_models=lambda: len(segmenter.refused),
-        resident=lambda: segmenter.residency.resident,
-    )  # fmt: skip
+    telemetry.name_build(build)
+    telemetry.follow("queue_windows", lambda: segmenter.scheduler.queued[0])
+    telemetry.follow("models_refused", lambda: len(segmenter.refused))
+    telemetry.follow("models_in_memory", lambda: segmenter.residency.resident[0])
+    telemetry.follow("model_bytes", lambda: segmenter.residency.resident[1])
     inference = Inference(
         gateway, store=settings.store if settings.model_control else None, find=_find_in(settings)
     )  # fmt: skip

@@ -253,7 +253,7 @@ bound_heads(SETTINGS.limit_head_bytes)
 if CERTIFICATE:
     serve_securely(CERTIFICATE)
     newest = CERTIFICATE.now
-    TELEMETRY.certificate_ends.set_function(lambda: newest().ends)
+    TELEMETRY.follow("tls_not_after_seconds", lambda: newest().ends)
 Penumbra.add_asgi_middleware(  # type: ignore[attr-defined]
     Guard, routes=APP, telemetry=TELEMETRY, keys=KEYS, settings=SETTINGS, bodies=BODIES
 )

@@ -113,7 +113,7 @@ class Shadow:
             self._num_waiting += is_taken
             candidate.figures.num_dropped += not is_taken
         if not is_taken:
-            return self._telemetry.shadow.count((card.name, candidate.directory.name), "dropped")
+            return self._telemetry.shadowed((card.name, candidate.directory.name), "dropped")
         with suppress(RuntimeError):  # the server is ending
             self._thread.submit(self._work, candidate, Question(candidate.served, candidate.directory, image, options))
 
@@ -153,9 +153,9 @@ class Shadow:
             if isinstance(reply, Failed) and reply.is_refused:
                 del self._candidates[name]
         if isinstance(reply, Compared):
-            self._telemetry.shadow.count((name, version), "compared", reply)
+            self._telemetry.shadowed((name, version), "compared", reply)
         elif isinstance(reply, Failed):
-            self._telemetry.shadow.count((name, version), "failed")
+            self._telemetry.shadowed((name, version), "failed")
             log.warning("%s failed in the shadow of version %s: %s", candidate, candidate.served.name, reply.why)
             if reply.is_refused:
                 self._segmenter.refuse(candidate.directory, BadArtifact(reply.why))

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from penumbra.serving.compare import Compared
     from penumbra.serving.engine.answer import Prediction
 
-log = logging.getLogger("penumbra.access")
-
 CURRENT: ContextVar["Request | None"] = ContextVar("request", default=None)
 """The request that this task works for."""
 ID, TRACE = "x-request-id", "traceparent"
@@ -44,12 +42,48 @@ CANCELLED = 499
 """Status of a request whose caller went away before an answer began."""
 QUIET = {*HEALTH, METRICS_PATH, *OPEN_CALLS}
 """Paths that machines ask every few seconds: their lines are at level DEBUG where they are answered."""
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
-NATS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3)
-ABSTAINED = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1)
-NOVELTY = (0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1)
-RATIO = (0.1, 0.25, 0.5, 0.75, 0.9, 1)
-POWERS = (1, 2, 4, 8, 16, 32, 64)
+SECONDS = partial(
+    Histogram, buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+)
+NATS = partial(Histogram, buckets=(0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3))
+ABSTAINED = partial(Histogram, buckets=(0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1))
+NOVELTY = partial(Histogram, buckets=(0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1))
+RATIO = partial(Histogram, buckets=(0.1, 0.25, 0.5, 0.75, 0.9, 1))
+POWERS = partial(Histogram, buckets=(1, 2, 4, 8, 16, 32, 64))
+ONE, TWO = ("model",), ("model", "version")
+METRICS: dict[str, tuple[Callable[..., Any], str, tuple[str, ...]]] = {
+    "request_seconds": (SECONDS, "From a request's body to its answer.", (*ONE, "protocol", "status")),
+    "phase_seconds": (SECONDS, "Time of a request in a phase.", ("phase",)),
+    "batch_windows": (POWERS, "Windows per batch.", ONE),
+    "batch_fill_ratio": (RATIO, "Share of a batch's capacity used.", ONE),
+    "queue_windows": (Gauge, "Windows accepted and not yet answered.", ()),
+    "inflight": (Gauge, "Requests being worked on.", ()),
+    "rejected": (Counter, "Requests refused or failed, by kind of error.", ("reason",)),
+    "cancelled": (Counter, "Requests whose caller went away.", ()),
+    "cache_hits": (Counter, "Requests answered with an answer that was kept.", ()),
+    "cache_misses": (Counter, "Requests whose answer was not kept, where answers are.", ()),
+    "oom": (Counter, "Batches that did not fit and were run in halves.", ONE),
+    "windows": (Counter, "Windows run.", ONE),
+    "samples": (Counter, "Samples drawn: windows x S.", ONE),
+    "model_load_seconds": (Gauge, "Time to open, check and warm up.", ONE),
+    "model_loads": (Counter, "Loads of a model, the first and those after it was evicted.", ONE),
+    "model_evictions": (Counter, "Times that a model left memory for another.", ONE),
+    "models_in_memory": (Gauge, "Models in memory.", ()),
+    "model_bytes": (Gauge, "Bytes of the files of the models in memory.", ()),
+    "models_refused": (Gauge, "Models whose newest version in the store is refused.", ()),
+    "entropy_mean": (NATS, "Mean entropy of an answer, nats.", ONE),
+    "abstain_ratio": (ABSTAINED, "Share of pixels withheld.", ONE),
+    "expected_error": (ABSTAINED, "Share of an answer's pixels that is wrong, as far as the model can tell.", ONE),
+    "novelty": (NOVELTY, "Share of the model's reference pictures that were less strange than an answer's.", ONE),
+    "tls_not_after_seconds": (Gauge, "When the certificate ends, seconds since 1970; 0 without TLS.", ()),
+    "shadow_requests": (Counter, "Live requests taken for a version in the shadow.", (*TWO, "outcome")),
+    "shadow_pixels": (Counter, "Pixels whose labels were compared.", TWO),
+    "shadow_flipped_pixels": (Counter, "Those with another label than served.", TWO),
+    "shadow_entropy_shift": (Gauge, "Sum of the pictures' shifts of mean entropy, nats.", TWO),
+    "shadow_seconds": (Counter, "Processor time for pictures.", (*TWO, "of")),
+    "build": (Info, "The server's version and commit.", ()),
+}
+"""Every metric: its kind, what it says, and its labels."""
 
 
 @dataclass(slots=True)
@@ -82,17 +116,16 @@ class Request:
         if isinstance(error, PenumbraError):
             self.status, self.key = error.http_status, self.key or error.caller
 
-    def fields(self, milliseconds: float) -> dict[str, str | int | float]:
-        """What the log's line has of the request, by name and in its order; what is not known is not there."""
-        known: dict[str, str | int | float] = {
+    def fields(self, milliseconds: float) -> dict[str, object]:
+        """What the log's line has of the request, by name and in its order."""
+        known: dict[str, object] = {
             "method": self.method, "path": self.path, "status": self.status, "ms": round(milliseconds, 1),
             "model": self.model, "size": "x".join(map(str, reversed(self.size))), "windows": self.num_windows or "",
         }  # fmt: skip
         if spent_ms := self.timing_ms:
             known["queue_ms"] = round(spent_ms.get("wait", 0.0) + spent_ms.get("queue", 0.0), 1)
             known["run_ms"] = round(spent_ms.get("run", 0.0), 1)
-        known |= {"error": self.error, "key": self.key, "request_id": self.id, "trace_id": self.trace}
-        return {name: value for name, value in known.items() if value != ""}
+        return known | {"error": self.error, "key": self.key, "request_id": self.id, "trace_id": self.trace}
 
 
 def begin(method: str, path: str, headers: Mapping[str, str]) -> Request:
@@ -113,22 +146,25 @@ def logged(request: Request) -> Iterator[Request]:
         yield request
     finally:
         CURRENT.reset(before)
-        fields = request.fields(1e3 * (time.perf_counter() - began))
         is_quiet = request.path in QUIET and request.status not in (401, 403, 500)
-        line = " ".join(f"{name}={value}" for name, value in fields.items())
-        log.log(logging.DEBUG if is_quiet else logging.INFO, "%s", line, extra={"fields": fields})
+        fields = request.fields(1e3 * (time.perf_counter() - began))
+        _write_line("access", logging.DEBUG if is_quiet else logging.INFO, fields)
 
 
 def audit(action: str, model: str, *, by: str = "", version: str | int = "", outcome: str = "done") -> None:
     """Write the line of who did what to a model, and how it ended. by: who, where it was no caller."""
     request = CURRENT.get()
-    fields: dict[str, str | int] = {
+    _write_line("audit", logging.INFO, {
         "audit": action, "model": re.sub("[^!-~]", "?", model)[:LONGEST_PATH], "version": version, "outcome": outcome,
         "by": by or (request.key if request else "") or "anybody", "request_id": request.id if request else "",
-    }  # fmt: skip
-    fields = {name: value for name, value in fields.items() if value != ""}
-    line = " ".join(f"{name}={value}" for name, value in fields.items())
-    logging.getLogger("penumbra.audit").info("%s", line, extra={"fields": fields})
+    })  # fmt: skip
+
+
+def _write_line(logger: str, level: int, fields: Mapping[str, object]) -> None:
+    """Write what is known, as text and for `penumbra.serving.process.JsonLines`; what is empty is not there."""
+    known = {name: value for name, value in fields.items() if value != ""}
+    line = " ".join(f"{name}={value}" for name, value in known.items())
+    logging.getLogger(f"penumbra.{logger}").log(level, "%s", line, extra={"fields": known})
 
 
 @contextmanager
@@ -143,34 +179,6 @@ def audited(action: str, model: str, *, by: str = "") -> Iterator[dict[str, int]
     audit(action, model, by=by, **known)  # type: ignore[arg-type]
 
 
-class Shadowed:
-    """What is counted of the versions in a shadow."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        counter = partial(Counter, namespace="penumbra", registry=registry)
-        of_shadow = ["model", "version"]
-        self._requests = counter(
-            "shadow_requests", "Live requests taken for a version in the shadow.", [*of_shadow, "outcome"]
-        )
-        self._pixels = counter("shadow_pixels", "Pixels whose labels were compared.", of_shadow)
-        self._flips = counter("shadow_flipped_pixels", "Those with another label than served.", of_shadow)
-        self._entropy = Gauge(
-            "shadow_entropy_shift", "Sum of the pictures' shifts of mean entropy, nats.", of_shadow,
-            namespace="penumbra", registry=registry,
-        )  # fmt: skip
-        self._seconds = counter("shadow_seconds", "Processor time for pictures.", [*of_shadow, "of"])
-
-    def count(self, candidate: tuple[str, str], outcome: str, compared: "Compared | None" = None) -> None:
-        """Count a request that was taken: compared, failed, or dropped. candidate: the model's name and the version."""
-        self._requests.labels(*candidate, outcome).inc()
-        if compared:
-            self._pixels.labels(*candidate).inc(compared.num_pixels)
-            self._flips.labels(*candidate).inc(compared.num_flipped)
-            self._entropy.labels(*candidate).inc(compared.entropy_nats)
-            for name, seconds in zip(("served", "shadow"), compared.seconds, strict=True):
-                self._seconds.labels(*candidate, name).inc(seconds)
-
-
 class Telemetry:
     """Counts and times; the engine's `Observer`. Safe from any thread.
 
@@ -179,74 +187,53 @@ class Telemetry:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        histogram = partial(Histogram, namespace="penumbra", registry=self.registry)
-        counter = partial(Counter, namespace="penumbra", registry=self.registry)
-        gauge = partial(Gauge, namespace="penumbra", registry=self.registry)
-        self._request_seconds = histogram(
-            "request_seconds", "From a request's body to its answer.", ["model", "protocol", "status"], buckets=SECONDS
-        )
-        self._phase_seconds = histogram("phase_seconds", "Time of a request in a phase.", ["phase"], buckets=SECONDS)
-        self._batch_windows = histogram("batch_windows", "Windows per batch.", ["model"], buckets=POWERS)
-        self._batch_fill = histogram("batch_fill_ratio", "Share of a batch's capacity used.", ["model"], buckets=RATIO)
-        self._queue_windows = gauge("queue_windows", "Windows accepted and not yet answered.")
-        self._inflight = gauge("inflight", "Requests being worked on.")
-        self._rejected = counter("rejected", "Requests refused or failed, by kind of error.", ["reason"])
-        self._cancelled = counter("cancelled", "Requests whose caller went away.")
-        self._cache_hits = counter("cache_hits", "Requests answered with an answer that was kept.")
-        self._cache_misses = counter("cache_misses", "Requests whose answer was not kept, where answers are.")
-        self._oom = counter("oom", "Batches that did not fit and were run in halves.", ["model"])
-        self._windows = counter("windows", "Windows run.", ["model"])
-        self._samples = counter("samples", "Samples drawn: windows x S.", ["model"])
-        self._load_seconds = gauge("model_load_seconds", "Time to open, check and warm up.", ["model"])
-        self._loads = counter("model_loads", "Loads of a model, the first and those after it was evicted.", ["model"])
-        self._evictions = counter("model_evictions", "Times that a model left memory for another.", ["model"])
-        self._models = gauge("models_in_memory", "Models in memory.")
-        self._model_bytes = gauge("model_bytes", "Bytes of the files of the models in memory.")
-        self._refused = gauge("models_refused", "Models whose newest version in the store is refused.")
-        self._entropy = histogram("entropy_mean", "Mean entropy of an answer, nats.", ["model"], buckets=NATS)
-        self._abstained = histogram("abstain_ratio", "Share of pixels withheld.", ["model"], buckets=ABSTAINED)
-        expected = "Share of an answer's pixels that is wrong, as far as the model can tell."
-        strange = "Share of the model's reference pictures that were less strange than an answer's."
-        self._scores = {
-            "expected_error": histogram("expected_error", expected, ["model"], buckets=ABSTAINED),
-            "novelty": histogram("novelty", strange, ["model"], buckets=NOVELTY),
+        self._metrics = {
+            name: kind(name, about, labels, namespace="penumbra", registry=self.registry)
+            for name, (kind, about, labels) in METRICS.items()
         }
-        ends = "When the certificate ends, seconds since 1970; 0 without TLS."
-        self.certificate_ends = gauge("tls_not_after_seconds", ends)
-        self.shadow = Shadowed(self.registry)
-        self._build = Info("build", "The server's version and commit.", namespace="penumbra", registry=self.registry)
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
 
-    def add_facts(
-        self, build: Mapping[str, str], *, queued_windows: Callable[[], int], refused_models: Callable[[], int],
-        resident: Callable[[], tuple[int, int]],
-    ) -> None:  # fmt: skip
-        """Add the facts that are known once the engine stands. resident: models in memory, and their bytes."""
-        self._build.info({"commit": ""} | dict(build))
-        self._queue_windows.set_function(queued_windows)
-        self._refused.set_function(refused_models)
-        self._models.set_function(lambda: resident()[0])
-        self._model_bytes.set_function(lambda: resident()[1])
+    def name_build(self, build: Mapping[str, str]) -> None:
+        """Say which version this is, and which commit if it is known."""
+        self._metrics["build"].info({"commit": ""} | dict(build))
+
+    def follow(self, gauge: str, find: Callable[[], float]) -> None:
+        """Let a gauge have what is found whenever it is read."""
+        self._metrics[gauge].set_function(find)
+
+    def _of(self, name: str, *labels: str) -> Any:
+        return self._metrics[name].labels(*labels)
 
     def batch_done(self, model: str, *, windows: int, capacity: int, samples: int) -> None:
-        self._batch_windows.labels(model).observe(windows)
-        self._batch_fill.labels(model).observe(windows / max(capacity, windows))
-        self._windows.labels(model).inc(windows)
-        self._samples.labels(model).inc(samples)
+        self._of("batch_windows", model).observe(windows)
+        self._of("batch_fill_ratio", model).observe(windows / max(capacity, windows))
+        self._of("windows", model).inc(windows)
+        self._of("samples", model).inc(samples)
 
     def out_of_memory(self, model: str) -> None:
-        self._oom.labels(model).inc()
+        self._of("oom", model).inc()
 
     def model_loaded(self, model: str, *, seconds: float) -> None:
-        self._load_seconds.labels(model).set(seconds)
-        self._loads.labels(model).inc()
+        self._of("model_load_seconds", model).set(seconds)
+        self._of("model_loads", model).inc()
 
     def model_evicted(self, model: str) -> None:
-        self._evictions.labels(model).inc()
+        self._of("model_evictions", model).inc()
 
     def cache_asked(self, *, hit: bool) -> None:
-        (self._cache_hits if hit else self._cache_misses).inc()
+        self._metrics["cache_hits" if hit else "cache_misses"].inc()
+
+    def shadowed(self, candidate: tuple[str, str], outcome: str, compared: "Compared | None" = None) -> None:
+        """Count a request that was taken for a candidate, by the model's name and the version: compared, failed, or
+        dropped."""
+        self._of("shadow_requests", *candidate, outcome).inc()
+        if compared:
+            self._of("shadow_pixels", *candidate).inc(compared.num_pixels)
+            self._of("shadow_flipped_pixels", *candidate).inc(compared.num_flipped)
+            self._of("shadow_entropy_shift", *candidate).inc(compared.entropy_nats)
+            for name, seconds in zip(("served", "shadow"), compared.seconds, strict=True):
+                self._of("shadow_seconds", *candidate, name).inc(seconds)
 
     @contextmanager
     def track(self, protocol: str, *, carrier: Mapping[str, str] | None = None) -> Iterator[Request]:
@@ -259,7 +246,7 @@ class Telemetry:
             request = CURRENT.get() or stack.enter_context(logged(Request(protocol.upper())))
             request.arrived = time.perf_counter()
             request.status, request.error = CANCELLED, "Cancelled"
-            self._inflight.inc()
+            self._metrics["inflight"].inc()
             try:
                 yield request
                 request.status, request.error = 200, ""
@@ -267,30 +254,27 @@ class Telemetry:
                 request.fail(error)
                 raise
             finally:
-                self._inflight.dec()
-                self._ended(request, protocol)
+                self._metrics["inflight"].dec()
+                seconds = time.perf_counter() - request.arrived
+                self._of("request_seconds", request.model, protocol, str(request.status)).observe(seconds)
+                if request.error == "Cancelled":
+                    self._metrics["cancelled"].inc()
+                elif request.error:
+                    self._of("rejected", request.error).inc()
                 recorded = _record_spans(request, protocol, carrier)
                 request.trace = request.trace or recorded
-
-    def _ended(self, request: Request, protocol: str) -> None:
-        seconds = time.perf_counter() - request.arrived
-        self._request_seconds.labels(request.model, protocol, str(request.status)).observe(seconds)
-        if request.error == "Cancelled":
-            self._cancelled.inc()
-        elif request.error:
-            self._rejected.labels(request.error).inc()
 
     def answered(self, prediction: "Prediction", timing_ms: Mapping[str, float]) -> None:
         """Count the phases of an answer, and its own uncertainty: drift of the input shows there first."""
         for phase, milliseconds in timing_ms.items():
             if phase != "total":
-                self._phase_seconds.labels(phase).observe(milliseconds / 1e3)
+                self._of("phase_seconds", phase).observe(milliseconds / 1e3)
         if prediction.scores.means:
-            self._entropy.labels(prediction.card.name).observe(prediction.scores.means[0])
+            self._of("entropy_mean", prediction.card.name).observe(prediction.scores.means[0])
         if prediction.abstained is not None:
-            self._abstained.labels(prediction.card.name).observe(prediction.abstained)
+            self._of("abstain_ratio", prediction.card.name).observe(prediction.abstained)
         for name, score in prediction.shares.items():
-            self._scores[name].labels(prediction.card.name).observe(score)
+            self._of(name, prediction.card.name).observe(score)
 
     def page(self, accept: str) -> tuple[bytes, str]:
         """The metrics page and its content type: OpenMetrics where the scraper asks for it."""

@@ -247,9 +247,8 @@ def test_answers_are_the_same_whether_a_model_was_out_or_not_and_every_surface_s
     image, telemetry = picture(np.random.Generator(np.random.PCG64(0)), 60, 70), Telemetry()
     with Segmenter.open(store, threads=1, device="cpu", tuning=FIXED) as all_in, \
         opened(store, observer=telemetry) as one_in:  # fmt: skip
-        telemetry.add_facts(
-            {}, queued_windows=lambda: 0, refused_models=lambda: 0, resident=lambda: one_in.residency.resident
-        )
+        telemetry.follow("models_in_memory", lambda: one_in.residency.resident[0])
+        telemetry.follow("model_bytes", lambda: one_in.residency.resident[1])
         inference = Inference(Gateway(one_in, telemetry, limit_requests=1, timeout_s=60))
         inference.gateway.state = "ready"
         for name in (*MODELS, *MODELS):
