@@ -50,22 +50,31 @@ class Work:
     tuning: Tuning
 
 
-def connect() -> Any:
-    """Give Ray, connected to the cluster that RAY_ADDRESS names or to one of this machine. Raises BadOption."""
+def import_ray() -> Any:
+    """Give Ray's module. Raises BadOption where it is not installed."""
     try:
         import ray
     except ImportError:
         raise BadOption(
             "the engine ray needs Ray; pip install 'penumbra-serving[ray]', or take the engine local"
         ) from None
+    return ray
+
+
+def connect() -> Any:
+    """Give Ray, connected to the cluster that RAY_ADDRESS names or to one of this machine. Raises BadOption."""
+    ray = import_ray()
     if not ray.is_initialized():
         ray.init()
     return ray
 
 
 def on_ray(artifact: Path) -> Spread:
-    """Make bands on a Ray cluster, with the artifact in this directory, which all nodes have."""
-    connect()
+    """Make bands on a Ray cluster, with the artifact in this directory, which all nodes have.
+
+    The cluster is connected to at the first raster. Raises BadOption.
+    """
+    import_ray()
 
     def spread(segmenter: Segmenter, path: Path, options: SegmentOptions) -> Run:
         runtime = segmenter.find(options.model, options.version)

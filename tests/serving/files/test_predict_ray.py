@@ -19,6 +19,7 @@ from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import find_artifact
 from penumbra.serving.engine.windows import cover
+from penumbra.serving.files import cluster
 from penumbra.serving.files.cluster import Work, answer_part, on_ray, parts_of
 from penumbra.serving.files.predict import IN_MEMORY, predict_file
 from tests.conftest import FIXED, picture
@@ -127,10 +128,13 @@ class TestCluster:
         assert there.prediction.scores == here.prediction.scores and there.classes == here.classes
         assert there.prediction.warnings == here.prediction.warnings
 
-    def test_what_is_no_raster_is_refused(
-        self, segmenter: Segmenter, toy_store: Path, tmp_path: Path, cluster: Any
-    ) -> None:
-        Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
-        spread = on_ray(find_artifact(toy_store, "toy-latent"))
-        with pytest.raises(BadImage, match="it is no TIFF"):
-            predict_file(segmenter, tmp_path / "a.png", OPTIONS, tmp_path / "out", spread=spread)
+
+@ray_is_there
+def test_what_is_no_raster_is_refused_before_a_cluster_is_asked_for(
+    segmenter: Segmenter, toy_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "connect", lambda: pytest.fail("a cluster was asked for"))
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    spread = cluster.on_ray(find_artifact(toy_store, "toy-latent"))
+    with pytest.raises(BadImage, match="it is no TIFF"):
+        predict_file(segmenter, tmp_path / "a.png", OPTIONS, tmp_path / "out", spread=spread)
