@@ -15,7 +15,6 @@ from typing import Any, Generic, Literal, TypeVar, cast
 
 from numpy.typing import NDArray
 
-from penumbra.models.card import Card
 from penumbra.models.errors import Cancelled, DeadlineExceeded, ModelFault, NotReady, PenumbraError, QueueFull
 from penumbra.serving.cache import AnswerCache, Key, key_of
 from penumbra.serving.engine.answer import Follow, Prediction, collect
@@ -164,7 +163,9 @@ class Gateway:
             task.check()
             started = time.perf_counter()
             request.timing_ms = {"wait": 1e3 * (started - request.started)}
-            kept = self._recall(key, card) if key else None
+            kept = self._cache.find(key, card) if self._cache and key else None
+            if key:
+                self.telemetry.cache_asked(hit=kept is not None)
             prediction = replace(kept, timing_ms=request.timing_ms) if kept else self._segment(task, array, take)
             body = task.write(prediction)
             if self._cache and key and not kept:
@@ -186,13 +187,6 @@ class Gateway:
             return nullcontext()
         left_s = task.deadline - time.perf_counter()
         return self._cache.first(key, timeout_s=left_s, cancelled=task.cancelled)
-
-    def _recall(self, key: Key, card: Card) -> Prediction | None:
-        """Look for what is kept of an equal request."""
-        assert self._cache
-        kept = self._cache.find(key, card)
-        self.telemetry.cache_asked(hit=kept is not None)
-        return kept
 
     def _segment(self, task: "Task[T]", array: Raster | None, take: Callable[[int], None]) -> Prediction:
         """Refuse by header and options first: pixels are decoded only for requests that can be answered. take: of the

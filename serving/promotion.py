@@ -72,15 +72,7 @@ class Condition:
 
     text: str
     figure: str
-    comparison: str
-    bound: float
-
-    def holds(self, values: dict[str, float]) -> bool:
-        return COMPARISONS[self.comparison](values[self.figure], self.bound)
-
-
-NO_FAILURES = Condition("failures <= 0 %", "failures", "<=", 0.0)
-"""What has to hold where no condition speaks of failures."""
+    holds: Callable[[float], bool]
 
 
 def read_condition(text: str) -> Condition:
@@ -92,7 +84,8 @@ def read_condition(text: str) -> Condition:
             "'flips < 0.5 %', is wanted"
         )
     figure, comparison, number, percent = found.groups()
-    return Condition(" ".join(text.split()), figure, comparison, float(number) / (100 if percent else 1))
+    bound = float(number) / (100 if percent else 1)
+    return Condition(" ".join(text.split()), figure, lambda value: COMPARISONS[comparison](value, bound))
 
 
 def check_figures(figures: Figures, conditions: Sequence[Condition], what: str) -> None:
@@ -103,9 +96,9 @@ def check_figures(figures: Figures, conditions: Sequence[Condition], what: str) 
             f"because the machine was busy); at least {LEAST_PICTURES:,} pictures with {LEAST_PIXELS:,} pixels are "
             "wanted, so let it run for longer or raise PENUMBRA_SHADOW_SHARE"
         )
-    is_named = any(condition.figure == NO_FAILURES.figure for condition in conditions)
-    for condition in (*conditions, *(() if is_named else (NO_FAILURES,))):
-        if not condition.holds(figures.values):
+    is_named = any(condition.figure == "failures" for condition in conditions)
+    for condition in (*conditions, *(() if is_named else (read_condition("failures <= 0 %"),))):
+        if not condition.holds(figures.values[condition.figure]):
             value = _shown(condition.figure, figures.values[condition.figure])
             raise NotPromoted(
                 f"{what} is not promoted: {condition.text} does not hold, {condition.figure} is {value}, measured on "

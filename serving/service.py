@@ -137,14 +137,9 @@ class Penumbra:
                 loop.call_soon_threadsafe(loop.call_later, delay_s, stop, signum, None)
 
         signal.signal(signal.SIGTERM, drain)
-        await self._start_grpc()
-        warn_if_open(KEYS, model_control=SETTINGS.model_control)
-        threading.Thread(target=self._load, args=(loop,), name="load", daemon=True).start()
-
-    async def _start_grpc(self) -> None:
-        from penumbra.serving.oip.grpc_server import GrpcServer
-
         if SETTINGS.grpc_address:
+            from penumbra.serving.oip.grpc_server import GrpcServer
+
             self.grpc = GrpcServer(
                 address=SETTINGS.grpc_address, message_bytes=SETTINGS.limit_body_bytes, keys=KEYS, telemetry=TELEMETRY,
                 certificate=CERTIFICATE,
@@ -153,6 +148,8 @@ class Penumbra:
                 await self.grpc.start()
             except BadOption as error:
                 give_up(str(error))
+        warn_if_open(KEYS, model_control=SETTINGS.model_control)
+        threading.Thread(target=self._load, args=(loop,), name="load", daemon=True).start()
 
     def _load(self, loop: asyncio.AbstractEventLoop) -> None:
         """Load everything, or end the server, in a thread of its own while the event loop says so."""

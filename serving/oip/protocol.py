@@ -232,8 +232,7 @@ class Inference:
 
     async def load(self, model: str) -> None:
         """Serve the newest version of a model in the store. Raises Restricted where that is off, BadArtifact."""
-        store = self._require_store("load", model)
-        await self._in_turn("load", model, lambda line: line.update(version=self._load(model, store)))
+        await self._in_turn("load", model, lambda line, store: line.update(version=self._load(model, store)))
 
     def load_newest(self, model: str, store: Path) -> Future[int]:
         """Begin to serve the newest version, whether callers may load or not, and return the one that is served then.
@@ -245,16 +244,21 @@ class Inference:
 
         Raises Restricted, BadOption for a condition that is none, NotPromoted, BadArtifact.
         """
-        self._require_store("promote", model)
-        return await self._in_turn("promote", model, lambda line: self._promote(model, conditions, line))
+        return await self._in_turn("promote", model, lambda line, _: self._promote(model, conditions, line))
 
-    async def _in_turn(self, action: str, model: str, work: Callable[[dict[str, int]], T]) -> T:
+    async def _in_turn(self, action: str, model: str, work: Callable[[dict[str, int], Path], T]) -> T:
         """Do something to a model in the thread that loads. The audit line is that thread's: what it has begun it ends,
-        also where the caller has gone."""
+        also where the caller has gone. Raises Restricted where there is no store to load from."""
+        store = self._store
+        if store is None:
+            audit(action, model, outcome=Restricted.__name__)
+            raise Restricted(
+                "loading and unloading models is off; start the server with PENUMBRA_MODEL_CONTROL=true to allow it"
+            )
 
         def audited_work() -> T:
             with audited(action, model) as line:
-                return work(line)
+                return work(line, store)
 
         future = self._loading.submit(copy_context().run, audited_work)
         try:
@@ -305,21 +309,12 @@ class Inference:
     async def unload(self, model: str) -> None:
         """Serve no version of a model any longer, after the loads that were asked for before; one that is not served is
         no error. Raises Restricted."""
-        self._require_store("unload", model)
-        await self._in_turn("unload", model, lambda _: self._unload(model))
+        await self._in_turn("unload", model, lambda *_: self._unload(model))
 
     def _unload(self, model: str) -> None:
         self.gateway.segmenter.unload(model)
         if self.gateway.shadow:
             self.gateway.shadow.forget(model)
-
-    def _require_store(self, action: str, model: str) -> Path:
-        if self._store is None:
-            audit(action, model, outcome=Restricted.__name__)
-            raise Restricted(
-                "loading and unloading models is off; start the server with PENUMBRA_MODEL_CONTROL=true to allow it"
-            )
-        return self._store
 
 
 def read_options(parameters: Mapping[str, object]) -> SegmentOptions:

@@ -111,7 +111,8 @@ def _measure(
     count = len(outlines) + 1
     pixels = np.zeros(count, np.int64)
     areas_m2, sums = np.zeros(count), {name: np.zeros(count) for name in prediction.maps}
-    spans = [_span(outline) for outline in outlines]
+    rings = [[y for _, y in outline["coordinates"][0]] for outline in outlines]
+    spans = [(min(ring), max(ring)) for ring in rings]
     for rows in blocks(height) if outlines else ():
         painted = [
             (outline, number)
@@ -132,8 +133,3 @@ def _measure(
         placed = {"area_m2": float(areas_m2[number])} if ground else {}
         means = means_of({name: float(total[number] / num) for name, total in sums.items()})
         yield {"pixels": int(pixels[number]), **placed, **means}
-
-
-def _span(outline: dict[str, Any]) -> tuple[float, float]:
-    rows = [y for _, y in outline["coordinates"][0]]
-    return min(rows), max(rows)
