@@ -8,9 +8,7 @@ more than that is stitching: reading windows, blending, and labels at the end.
 """
 
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.rounds import forget_peak, peak_memory
+from benchmarks.rounds import forget_peak, measure, peak_memory
 
 ROUNDS = 3
 MEBI = 2**20
@@ -36,14 +34,8 @@ def run(whole: Callable[[], np.ndarray], bare: dict[str, Callable[[], object]], 
     """Peak memory of the first run, then median seconds of everything and of the bare loops, taking turns."""
     before = forget_peak()
     np.save(labels, whole())
-    figures: dict[str, Any] = {"peak MB": (peak_memory() - before) / MEBI}
-    seconds: dict[str, list[float]] = {"total": [], **{name: [] for name in bare}}
-    for _ in range(ROUNDS):
-        for name, work in {"total": whole, **bare}.items():
-            started = time.perf_counter()
-            work()
-            seconds[name].append(time.perf_counter() - started)
-    return figures | {f"{name} s": statistics.median(values) for name, values in seconds.items()}
+    figures = {"peak MB": (peak_memory() - before) / MEBI}
+    return figures | {f"{name} s": taken for name, taken in measure({"total": whole, **bare}, rounds=ROUNDS).items()}
 
 
 def of_penumbra(artifact: Path, side: int, batch: int, buffer: int, labels: Path) -> dict[str, Any]:
@@ -129,5 +121,5 @@ def gaussian(size: tuple[int, int]) -> torch.Tensor:
 
 if __name__ == "__main__":
     name, artifact, side, batch, buffer, labels = sys.argv[1:]
-    measure = {"penumbra": of_penumbra, "monai": of_monai}[name]
-    print(json.dumps(measure(Path(artifact), int(side), int(batch), int(buffer), Path(labels))))
+    side_of = {"penumbra": of_penumbra, "monai": of_monai}[name]
+    print(json.dumps(side_of(Path(artifact), int(side), int(batch), int(buffer), Path(labels))))

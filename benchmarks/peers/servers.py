@@ -14,7 +14,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -81,17 +83,7 @@ def bentoml(task: Task) -> Iterator[Callable[[], Ask]]:
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "bentoml", "serve", "benchmarks.peers.bento:Segment"]
     with _running([*command, "--host", "127.0.0.1", "--port", str(port)], task, ready=f"{url}/readyz"):
-
-        def connect() -> Ask:
-            client = httpx.Client(base_url=url, timeout=300, trust_env=False)
-
-            def ask(jpeg: bytes) -> bytes:
-                given = {"images": [base64.b64encode(jpeg).decode()]}
-                return base64.b64decode(json.loads(_body(client.post("/segment", json=given)))[0])
-
-            return ask
-
-        yield connect
+        yield partial(_connect, f"{url}/segment", lambda jpeg: {"images": [jpeg]}, lambda answer: answer[0])
 
 
 @contextmanager
@@ -99,17 +91,18 @@ def litserve(task: Task) -> Iterator[Callable[[], Ask]]:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     with _running([sys.executable, "-m", "benchmarks.peers.lit", str(port)], task, ready=f"{url}/health"):
+        yield partial(_connect, f"{url}/predict", lambda jpeg: {"image": jpeg}, lambda answer: answer["labels"])
 
-        def connect() -> Ask:
-            client = httpx.Client(base_url=url, timeout=300, trust_env=False)
 
-            def ask(jpeg: bytes) -> bytes:
-                given = {"image": base64.b64encode(jpeg).decode()}
-                return base64.b64decode(json.loads(_body(client.post("/predict", json=given)))["labels"])
+def _connect(url: str, wrap: Callable[[str], object], unwrap: Callable[[Any], str]) -> Ask:
+    """Connect a client that sends and gets files in JSON, in base64."""
+    client = httpx.Client(timeout=300, trust_env=False)
 
-            return ask
+    def ask(jpeg: bytes) -> bytes:
+        answer = client.post(url, json=wrap(base64.b64encode(jpeg).decode()))
+        return base64.b64decode(unwrap(json.loads(_body(answer))))
 
-        yield connect
+    return ask
 
 
 @contextmanager
