@@ -16,6 +16,7 @@ from typing import Any
 import click
 from rich.progress import track
 
+from benchmarks.engines import FORMATS
 from benchmarks.rounds import RESULTS, save
 from penumbra.export.bundle import export_checkpoint
 from penumbra.export.parity import Frame
@@ -23,23 +24,13 @@ from penumbra.export.zoo import ZOO
 from penumbra.models.checkpoint import read_card
 from penumbra.models.errors import PenumbraError
 from penumbra.serving.engine.store import open_artifact
-from penumbra.training.evaluation.run import Question, load_frames
+from penumbra.training.evaluation.run import Question, as_arrays, load_frames
 
-FORMATS = (
-    ("torchscript", "fp32"), ("onnx", "fp32"), ("openvino", "fp32"), ("aot", "fp32"),
-    ("torchscript", "bf16"), ("openvino", "bf16"), ("aot", "bf16"),
-)  # fmt: skip
 COLUMNS = {
     "max_abs": ("largest difference", "{:.1e}"), "label_flips_percent": ("flips, %", "{:.4f}"),
     "entropy_rank_correlation": ("entropy rank", "{:.6f}"), "variance_ratio": ("variance", "{:.4f}"),
     "extras_relative": ("own maps, relative", "{:.1e}"), "miou_change": ("mIoU change", "{:+.3f}"),
 }  # fmt: skip
-
-
-def read_frames(checkpoint: Path, data: Path, every: int) -> list[Frame]:
-    frames = load_frames(Question(checkpoint.stem, data), read_card(checkpoint))
-    chosen = (frames[i] for i in range(0, len(frames), every))
-    return [(image_3HW.permute(1, 2, 0).contiguous().numpy(), label_HW.numpy()) for image_3HW, label_HW in chosen]
 
 
 def figures_of(checkpoint: Path, backend: str, precision: str, frames: list[Frame]) -> dict[str, Any]:
@@ -73,7 +64,9 @@ def main(data: Path, every: int, only: tuple[str, ...], names: tuple[str, ...]) 
     formats = [each for each in FORMATS if not only or each[0] in only]
     for name, (backend, precision) in track([(name, each) for each in formats for name in chosen], "Exporting"):
         checkpoint = ZOO / f"{name}.safetensors"
-        figures = figures_of(checkpoint, backend, precision, read_frames(checkpoint, data, every))
+        card = read_card(checkpoint)
+        frames = as_arrays(load_frames(Question(name, data), card), card.input, every=every)
+        figures = figures_of(checkpoint, backend, precision, frames)
         save("parity", {f"{name} | {backend} {precision}": figures}, keep=True)
     kept = json.loads((RESULTS / "parity.json").read_text())
     print("| model | format |", " | ".join(title for title, _ in COLUMNS.values()), "|")
