@@ -27,7 +27,7 @@ from penumbra.training.conformal import AbstentionLoss, ClassLoss, find_threshol
 from penumbra.training.evaluation.answers import LIMITS, Answer, Question
 from penumbra.training.evaluation.figures import Evaluation
 from penumbra.training.evaluation.run import defined, load_frames, segment_frames
-from penumbra.training.evaluation.temperature import fit_temperature, mean_nll, set_temperature
+from penumbra.training.evaluation.temperature import fit_card
 from penumbra.training.frames import FrameSet
 from penumbra.training.metrics import Doubles
 
@@ -167,11 +167,7 @@ def calibrate(
         """Answer some frames as if the model had this card; to be read to the end before asking anew."""
         return segment_frames(segmenter, question, frames, dict.fromkeys(indices, trial), title=title)
 
-    def nll(temperature: float) -> float:
-        trial = set_temperature(card, temperature)
-        return mean_nll(try_card(trial, split.temperature, title=f"temperature {temperature:.3f}"))
-
-    new_card = set_temperature(card, fit_temperature(nll))
+    new_card = fit_card(segmenter, question, frames, card, split.temperature)
     evidence = Evidence(new_card)
     for answer in try_card(new_card, split.thresholds, title="thresholds"):
         evidence.add(answer)

@@ -21,20 +21,11 @@ from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import GOLDEN, artifact_card, open_artifact, write_version
-from penumbra.training.calibrate import (
-    Calibrated,
-    Evidence,
-    calibrate,
-    check_risks,
-    fit_temperature,
-    frames_in_all,
-    mean_nll,
-    set_temperature,
-    split_frames,
-)
+from penumbra.training.calibrate import Calibrated, Evidence, calibrate, check_risks, frames_in_all, split_frames
 from penumbra.training.conformal import NUM_CANDIDATES, AbstentionLoss, ClassLoss, find_thresholds, least_frames
 from penumbra.training.evaluation.answers import segment_frame
 from penumbra.training.evaluation.run import Question
+from penumbra.training.evaluation.temperature import fit_temperature, mean_nll, set_temperature
 from penumbra.training.frames import Frames, choose
 from tests.conftest import GAIN, picture, toy_card
 

@@ -10,8 +10,9 @@ from scipy.optimize import minimize_scalar
 from penumbra.models.card import Card
 from penumbra.models.errors import BadData, BadOption
 from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.training.evaluation.answers import Answer, Question, segment_frame
+from penumbra.training.evaluation.answers import Answer, Question
 from penumbra.training.evaluation.intervals import find_blocks
+from penumbra.training.evaluation.run import segment_frames
 from penumbra.training.frames import FrameSet
 from penumbra.training.metrics import LEAST_PROBABILITY
 
@@ -50,6 +51,16 @@ def set_temperature(card: Card, temperature: float) -> Card:
     return replace(card, readout=readout, calibration=None, novelty=None)
 
 
+def fit_card(segmenter: Segmenter, question: Question, frames: FrameSet, card: Card, indices: list[int]) -> Card:
+    """Give a card the temperature that fits these frames best, answered as if the model had the card."""
+
+    def nll(temperature: float) -> float:
+        trials = dict.fromkeys(indices, set_temperature(card, temperature))
+        return mean_nll(segment_frames(segmenter, question, frames, trials, title=f"temperature {temperature:.3f}"))
+
+    return set_temperature(card, fit_temperature(nll))
+
+
 def control_cards(segmenter: Segmenter, question: Question, frames: FrameSet, indices: list[int]) -> dict[int, Card]:
     """Give each frame the card of the control: one pass at the mean of the noise, at the temperature that fits the
     other half of the frames. Blocks go to the halves in turns, since a frame's neighbours are nearly itself, and two
@@ -61,25 +72,13 @@ def control_cards(segmenter: Segmenter, question: Question, frames: FrameSet, in
         raise BadOption(f"samples is {question.samples} and the control is a single pass; leave one of both out")
     if len(indices) < 2:
         raise BadOption(f"half of the frames fit the control's temperature, of {len(indices)}; at least 2 are wanted")
-    runtime = segmenter.find(question.name, question.version)
-    card = runtime.card
-
-    def fit(half: list[int]) -> Card:
-        def nll(temperature: float) -> float:
-            runtime.card = set_temperature(single_pass(card), temperature)
-            few = half[:: -(-len(half) // CONTROL_FRAMES)]
-            return mean_nll(segment_frame(segmenter, frames.frame(index), question.options(index)) for index in few)
-
-        return set_temperature(single_pass(card), fit_temperature(nll))
-
+    card = single_pass(segmenter.find(question.name, question.version).card)
     blocks = find_blocks(frames.names, indices)
     if len(blocks) == 1:
         blocks = [blocks[0][: len(indices) // 2], blocks[0][len(indices) // 2 :]]
     halves = [[index for block in blocks[first::2] for index in block] for first in (0, 1)]
-    try:
-        fitted = [fit(half) for half in halves]
-    finally:
-        runtime.card = card
+    few = [half[:: -(-len(half) // CONTROL_FRAMES)] for half in halves]
+    fitted = [fit_card(segmenter, question, frames, card, indices) for indices in few]
     return {index: other for half, other in zip(halves, reversed(fitted), strict=True) for index in half}
 
 
