@@ -8,12 +8,12 @@ from penumbra.models.card import Sampling
 
 
 def conv_norm_act(
-    channels: int, out_channels: int, kernel: int, *, dilation: int = 1, bias: bool = False
+    channels: int, out_channels: int, kernel: int, *, stride: int = 1, dilation: int = 1, bias: bool = False
 ) -> nn.Sequential:
-    """Build a convolution that keeps the size, BatchNorm, ReLU."""
+    """Build a convolution that keeps the size, up to its stride, BatchNorm, ReLU."""
     pad = dilation * (kernel // 2)
     return nn.Sequential(
-        nn.Conv2d(channels, out_channels, kernel, padding=pad, dilation=dilation, bias=bias),
+        nn.Conv2d(channels, out_channels, kernel, stride, pad, dilation, bias=bias),
         nn.BatchNorm2d(out_channels),
         nn.ReLU(),
     )

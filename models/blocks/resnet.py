@@ -10,6 +10,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from penumbra.models.blocks.layers import conv_norm_act
+
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 
@@ -86,15 +88,8 @@ class ResNet(nn.Module):
 
 
 def _deep_stem(width: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(3, width, 3, 2, 1, bias=False),
-        nn.BatchNorm2d(width),
-        nn.ReLU(),
-        nn.Conv2d(width, width, 3, 1, 1, bias=False),
-        nn.BatchNorm2d(width),
-        nn.ReLU(),
-        nn.Conv2d(width, 2 * width, 3, 1, 1, bias=False),
-    )
+    first, second = conv_norm_act(3, width, 3, stride=2), conv_norm_act(width, width, 3)
+    return nn.Sequential(*first, *second, nn.Conv2d(width, 2 * width, 3, padding=1, bias=False))
 
 
 def _dilations(config: ResNetConfig) -> list[list[int]]:

@@ -85,8 +85,7 @@ class FilmHead(nn.Module):
         self.shared = nn.Sequential(
             *conv_norm_act(channels, hidden, 3),
             *conv_norm_act(hidden, hidden, 3),
-            nn.Conv2d(hidden, film_channels, 1, bias=False),
-            nn.BatchNorm2d(film_channels),
+            *conv_norm_act(hidden, film_channels, 1)[:2],
         )
         self.film = VectorLinear(2 * length, 2 * film_channels)
         self.classifier = nn.Conv2d(film_channels, num_classes, 1)

@@ -114,9 +114,9 @@ def _path(channels: Sequence[int], j: int, i: int) -> nn.Module:
     if j == i:
         return nn.Identity()
     if j > i:
-        return nn.Sequential(nn.Conv2d(channels[j], channels[i], 1, bias=False), nn.BatchNorm2d(channels[i]))
-    steps = [_convolve(channels[j], channels[j], stride=2) for _ in range(i - j - 1)]
-    return nn.Sequential(*steps, _convolve(channels[j], channels[i], stride=2)[:2])
+        return conv_norm_act(channels[j], channels[i], 1)[:2]
+    steps = [conv_norm_act(channels[j], channels[j], 3, stride=2) for _ in range(i - j - 1)]
+    return nn.Sequential(*steps, conv_norm_act(channels[j], channels[i], 3, stride=2)[:2])
 
 
 def _stage(modules: int, channels: Sequence[int], blocks: int) -> nn.Sequential:
@@ -126,21 +126,15 @@ def _stage(modules: int, channels: Sequence[int], blocks: int) -> nn.Sequential:
 def _transition(channels: Sequence[int], new_channels: Sequence[int]) -> nn.ModuleList:
     """Keep an old branch, or make a new one from the last of the old, per expected branch."""
     kept = [
-        nn.Identity() if have == want else _convolve(have, want, stride=1)
+        nn.Identity() if have == want else conv_norm_act(have, want, 3)
         for have, want in zip(channels, new_channels, strict=False)
     ]
-    return nn.ModuleList([*kept, nn.Sequential(_convolve(channels[-1], new_channels[-1], stride=2))])
+    return nn.ModuleList([*kept, nn.Sequential(conv_norm_act(channels[-1], new_channels[-1], 3, stride=2))])
 
 
 def _extend(transition: nn.ModuleList, branches: list[Tensor]) -> list[Tensor]:
     """Return the old branches and one more."""
     return [module(x) for module, x in zip(transition, [*branches, branches[-1]], strict=True)]
-
-
-def _convolve(channels: int, out_channels: int, *, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels, out_channels, 3, stride, 1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU()
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +159,7 @@ class DeepLab(nn.Module):
         )
         self.backbone = ResNet(resnet)
         self.aspp = Aspp(resnet.high_channels, config.channels, RATES, project_kernel=3)
-        self.refine = nn.Sequential(
-            nn.Conv2d(config.channels, config.channels, 3, padding=1, bias=False), nn.BatchNorm2d(config.channels)
-        )
+        self.refine = conv_norm_act(config.channels, config.channels, 3)[:2]
 
     def forward(self, image_B3hw: Tensor) -> Tensor:
         _, high = self.backbone(image_B3hw)
