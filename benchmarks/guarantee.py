@@ -84,7 +84,7 @@ def answer_all(segmenter: Segmenter, question: Question, frames: Frames) -> Loss
     candidates_T = ClassLoss(num_classes).candidates_T
     steps_S = (1.01 * np.log(num_classes) / STEPS * np.arange(1, STEPS + 1)).astype(np.float32)
     rows = [
-        lose(segment_frame(segmenter, frames.frame(i), question.options(i)), steps_S, candidates_T)
+        lose(segment_frame(segmenter, frames[i], question.options(i)), steps_S, candidates_T)
         for i in track(range(len(frames)), question.name)
     ]
     wrong, kept, wrong_classes, answered = (np.stack(column) for column in zip(*rows, strict=True))

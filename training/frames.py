@@ -70,12 +70,8 @@ class Frames:
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.image_N3HW[index], self.label_NHW[index]
-
-    def frame(self, index: int) -> Frame:
-        """Give a frame with what its picture says of void pixels."""
-        return Frame(*self[index], self.voids[index] if self.voids else None)
+    def __getitem__(self, index: int) -> Frame:
+        return Frame(self.image_N3HW[index], self.label_NHW[index], self.voids[index] if self.voids else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +87,8 @@ class FrameFiles:
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Read image_3HW and label_HW (IGNORE = void), both uint8. Raises BadData."""
-        return self.frame(index)[:2]
-
-    def frame(self, index: int) -> Frame:
-        """Read a frame with what its picture says of void pixels.
-
-        Raises BadData: a file is unreadable, the mask is of another size or holds an unknown label.
-        """
+    def __getitem__(self, index: int) -> Frame:
+        """Read a frame. Raises BadData: a file is unreadable, the mask is of another size or holds an unknown label."""
         (image_3HW, void_HW), label_HW = read_picture(self.pictures[index]), read_mask(self.masks[index], self.ids)
         if image_3HW.shape[1:] != label_HW.shape:
             raise BadData(f"{self.masks[index]} is {_size(label_HW)}; its picture is {_size(image_3HW)}")
@@ -126,7 +115,7 @@ def hold(files: FrameFiles) -> Frames:
     """Read all frames into memory. Raises BadData, also where a picture's size is not that of those before it."""
     frames: list[Frame] = []
     for i, path in enumerate(files.pictures):
-        frames.append(files.frame(i))
+        frames.append(files[i])
         here, first = frames[-1][0], frames[0][0]
         if here.shape != first.shape:
             raise BadData(f"{path} is {_size(here)}; the pictures before it are {_size(first)}")

@@ -159,7 +159,7 @@ def test_void_pixels_count_in_a_reference_as_little_as_in_what_is_served(
     assert isinstance(first, Frames)
     evidence, framed = Evidence(card), dataclasses.replace(first, voids=tuple(voids))
     for i in range(3):
-        frame = choose(framed, [i]).frame(0)
+        frame = choose(framed, [i])[0]
         evidence.add(segment_frame(segmenter, frame, SegmentOptions(card.name)))
         raster = Raster(np.ascontiguousarray(frame.image_3HW.permute(1, 2, 0)), void_HW=voids[i].numpy())
         served.append(segmenter.segment(raster, SegmentOptions(card.name)).scores.means)

@@ -115,8 +115,8 @@ def test_a_training_can_leave_frames_out_and_classes_void(name: str, tmp_path: P
     (tmp_path / "classes.txt").write_text("\n".join(classes))
     data = find_data(name, tmp_path)
     train, val = load_training(data, tmp_path, void_classes=(classes[3],))
-    assert [int(label_HW[0, 0]) for _, label_HW in (*train, *val)] == [1, 2, IGNORE, 1, 2, IGNORE]
-    assert [int(label_HW[0, 0]) for _, label_HW in load_training(data, tmp_path)[0]] == [1, 2, 3]
+    assert [int(frame.label_HW[0, 0]) for frame in (*train, *val)] == [1, 2, IGNORE, 1, 2, IGNORE]
+    assert [int(frame.label_HW[0, 0]) for frame in load_training(data, tmp_path)[0]] == [1, 2, 3]
     recipe = replace(tiny.recipe("cps", tmp_path, steps=1), labelled_fraction=1.0, leave_out=("0006R0",))
     labelled, rest = choose_split(train, recipe)
     assert labelled.tolist() == rest.tolist() == [0, 2]
@@ -264,14 +264,14 @@ def test_a_frame_is_read_as_the_server_reads_it(name: str, tmp_path: Path) -> No
     served_HW3 = decode_image(path.read_bytes(), Limits())
     Image.new("L", (served_HW3.shape[1], served_HW3.shape[0]), 1).save(tmp_path / "masks" / f"{path.stem}.png")
     frames = load_folder(tmp_path, "val")
-    image_3HW, label_HW, said_HW = frames.frame(0)
+    image_3HW, label_HW, said_HW = frames[0]
     assert image_3HW.permute(1, 2, 0).numpy().tobytes() == served_HW3.tobytes()
     void_HW = (served_HW3 == 0).all(-1) if name == "ground.tif" else np.zeros(served_HW3.shape[:2], bool)
     assert (label_HW.numpy() == np.where(void_HW, IGNORE, 1)).all()
     assert (name == "ground.tif") == (said_HW is not None and void_HW.any())
     assert isinstance(frames, FrameFiles)
     for held in (hold(frames), choose(hold(frames), [0])):
-        again = held.frame(0).void_HW
+        again = held[0].void_HW
         assert said_HW is again is None or (again is not None and (again.numpy() == void_HW).all())
 
 

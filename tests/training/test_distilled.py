@@ -106,7 +106,7 @@ def test_training_writes_a_checkpoint_whose_density_knows_its_labelled_frames(tm
     assert isinstance(network, NpNetwork) and isinstance(network.head, LinearHead)
     assert float(network.head.density.share_K.sum()) == pytest.approx(1, abs=1e-3)
     frames = find_data("shapes").load(tmp_path, "train")
-    image_3HW, _ = frames[0]
+    image_3HW = frames[0].image_3HW
     plain_13HW = (image_3HW[None].float() / 255 - 0.45) / 0.23
     known, strange = (float(network.encode(x)[-1].mean()) for x in (plain_13HW, torch.randn_like(plain_13HW)))
     assert known < strange

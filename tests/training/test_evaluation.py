@@ -227,7 +227,7 @@ def test_a_methods_own_maps_are_judged_too(segmenter: Segmenter, frames: Frames)
 def test_a_frame_without_labels_changes_nothing(segmenter: Segmenter, frames: Frames) -> None:
     card = segmenter.find("toy-pointwise").card
     evaluation = Evaluation(card, 1)
-    image_3HW, label_HW = frames[0]
+    image_3HW, label_HW, _ = frames[0]
     for labels_HW in (label_HW, torch.full_like(label_HW, IGNORE)):
         evaluation.add(segment_frame(segmenter, Frame(image_3HW, labels_HW), SegmentOptions(model=card.name)))
     assert evaluation.num_frames == 1 and evaluation.figures()["seg/pixAcc"] > 0.8
@@ -259,7 +259,7 @@ def test_classes_of_another_number_are_refused_and_of_other_names_warned_of() ->
 
 
 def test_every_frame_has_draws_of_its_own(segmenter: Segmenter, frames: Frames) -> None:
-    image_3HW, label_HW = frames[0]
+    image_3HW, label_HW, _ = frames[0]
     twice = Frames(("a", "b"), torch.stack((image_3HW, image_3HW)), torch.stack((label_HW, label_HW)))
     measured = measure(segmenter, "toy-latent", twice, seed=5)
     again = measure(segmenter, "toy-latent", twice, seed=5)
@@ -289,7 +289,7 @@ def test_what_is_undefined_on_a_few_frames_ends_neither_document_nor_picture(
         row["err/AUROC/entropy"] for row in json.loads((tmp_path / "own.json").read_bytes())["against_samples"]
     } == {None}
     assert {title.partition(": ")[2] for title, _ in typical(measured, segmenter, one)} == {"b"}
-    void = Frame(*frames[0], torch.ones_like(labels[0], dtype=torch.bool))
+    void = Frame(*frames[0][:2], torch.ones_like(labels[0], dtype=torch.bool))
     answer = segment_frame(segmenter, void, SegmentOptions("toy-latent", samples=2))
     axes = contact_sheet([("void", answer)], measured.card).axes
     assert np.isnan(answer.maps["entropy"]).all() and axes[4].images[0].get_clim() == (0, 1e-3)

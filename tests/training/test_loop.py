@@ -10,7 +10,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 from lightning_fabric.plugins.precision import MixedPrecision
-from torch import Tensor
 from torch.nn import functional as F
 
 from penumbra.__main__ import main
@@ -22,7 +21,7 @@ from penumbra.training import loop
 from penumbra.training.augment import normalise
 from penumbra.training.data import find_data
 from penumbra.training.evaluate import measure
-from penumbra.training.frames import Frames
+from penumbra.training.frames import Frame, Frames
 from penumbra.training.loop import Training, schedule, train
 from penumbra.training.recipe import read_recipe
 from tests.models.small import card_of, seeded
@@ -93,7 +92,7 @@ def test_the_time_of_a_validation_is_none_of_the_trainings(tmp_path: Path, monke
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: next(now) + hours[0]))
 
     class Slow(Frames):
-        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        def __getitem__(self, index: int) -> Frame:
             hours[0] += 3600
             return super().__getitem__(index)
 

@@ -129,9 +129,9 @@ def test_void_pixels_stay_void_where_a_frame_is_changed(frames: Frames) -> None:
     void_NHW = torch.zeros_like(frames.label_NHW, dtype=torch.bool)
     void_NHW[:, :, : frames.label_NHW.shape[2] // 2] = True
     void = dataclasses.replace(frames, voids=tuple(void_NHW))
-    assert torch.equal(Changed(void, VARIANTS["darken-1"], 0).frame(3).void_HW, void_NHW[3])
+    assert torch.equal(Changed(void, VARIANTS["darken-1"], 0)[3].void_HW, void_NHW[3])
     for name in SCALES:
-        _, label_HW, void_HW = Changed(void, VARIANTS[name], 0).frame(3)
+        _, label_HW, void_HW = Changed(void, VARIANTS[name], 0)[3]
         assert void_HW is not None and void_HW.shape == label_HW.shape and void_HW.float().mean() == 0.5
 
 

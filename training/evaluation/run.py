@@ -76,7 +76,7 @@ def as_arrays(frames: FrameSet, spec: InputSpec, *, every: int) -> list[tuple[La
         raise BadOption(f"the network reads {', '.join(spec.bands)[:200]} as {spec.dtype}, and labelled frames are "
                         f"{', '.join(RGB)} as uint8; leave --data out, and name --pictures")  # fmt: skip
     chosen = [frames[i] for i in range(0, len(frames), every)]
-    return [(image_3HW.permute(1, 2, 0).contiguous().numpy(), label_HW.numpy()) for image_3HW, label_HW in chosen]
+    return [(image_3HW.permute(1, 2, 0).contiguous().numpy(), label_HW.numpy()) for image_3HW, label_HW, _ in chosen]
 
 
 def check_unseen(card: Card, data: DataSet, split: str) -> str:
@@ -107,7 +107,7 @@ def segment_frames(
     try:
         for index in follow(list(cards), title):
             runtime.card = cards[index]
-            yield segment_frame(segmenter, frames.frame(index), question.options(index))
+            yield segment_frame(segmenter, frames[index], question.options(index))
     finally:
         runtime.card = own
 
@@ -155,7 +155,7 @@ def compare_samples(
     evaluations = {count: Evaluation(card, card.num_members(count, question.views)) for count in counts}
     seconds = dict.fromkeys(counts, 0.0)
     for index in follow(indices, "comparing numbers of samples"):
-        frame, options = frames.frame(index), question.options(index)
+        frame, options = frames[index], question.options(index)
         for count in counts:
             answer = segment_frame(segmenter, frame, dataclasses.replace(options, samples=count))
             evaluations[count].add(answer)

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from penumbra.models.card import IGNORE, Card
@@ -46,12 +45,9 @@ class Changed:
     def __len__(self) -> int:
         return len(self.frames)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.frame(index)[:2]
-
-    def frame(self, index: int) -> Frame:
+    def __getitem__(self, index: int) -> Frame:
         """Give a frame as it is changed; its void pixels stay where they were."""
-        image_3HW, label_HW, void_HW = self.frames.frame(index)
+        image_3HW, label_HW, void_HW = self.frames[index]
         rng = np.random.Generator(np.random.PCG64([self.seed, index]))
         image_HW3, new_label_HW = self.change(image_3HW.permute(1, 2, 0).contiguous().numpy(), label_HW.numpy(), rng)
         if void_HW is not None:
@@ -141,7 +137,7 @@ def find_strange(
     rankings: dict[str, Ranking] = {}
     answers = segment_frames(segmenter, clean.question, changed, clean.cards, title="strange pixels")
     for index, answer in zip(clean.cards, answers, strict=True):
-        counted_HW = frames[index][1].numpy() != IGNORE
+        counted_HW = frames[index].label_HW.numpy() != IGNORE
         for name, score_HW in answer.uncertainties.items():
             ranking = rankings.setdefault(name, Ranking())
             ranking.add(score_HW[counted_HW], ~answer.known_HW[counted_HW])
