@@ -30,6 +30,8 @@ SUMS = "row.sums"
 """Stands for the sums that scores are made of among the outputs by name; no map has a dot in its name."""
 STRIP_BYTES = 2**24
 """Rows of a picture go up in strips of so many bytes, unless the windows at hand need more."""
+PIECE_PIXELS = 2**20
+"""An answer of another size than its canvas is resized and read out in pieces of so many pixels on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +173,11 @@ class Surface:
             void_hW = None if void_hW is None else void_hW[rows.start - self._top : rows.stop - self._top]
         return void_hW, None if void_hW is None else self._transfers.up(void_hW.view(np.uint8))
 
+    def lay_out(self, rows: range, card: Card, num_samples: int, start: int = 0) -> "tuple[Segment, int]":
+        """Lay out what is wanted of finished rows; see `lay_out`."""
+        segment, end = lay_out(self.wanted, rows, self.plan.size[1], card, num_samples, start)
+        return replace(segment, void_hW=self.void(rows)), end
+
     def finished(self, window: Window) -> range:
         """Give the rows that no window after this one touches; none unless it is the last of its row of windows, nor
         those above the first that is asked for."""
@@ -179,6 +186,12 @@ class Surface:
             return range(0)
         end = plan.height if window.row + 1 == len(plan.starts_y) else plan.starts_y[window.row + 1]
         return range(plan.rows_above(first), plan.rows_above(end))
+
+    def pieces(self, window: Window) -> list[range]:
+        """Cut the rows that a window finishes into pieces as large as are read out at once."""
+        rows = self.finished(window)
+        step = max(1, PIECE_PIXELS // self.plan.size[1] if self.plan.answer else len(rows))
+        return [rows[first : first + step] for first in range(0, len(rows), step)]
 
     def rows_of(self, rows: range, card: Card) -> Tensor:
         """Give a ring that has these rows of the answer: the canvas, or where that is of another size a part of it,
@@ -190,19 +203,29 @@ class Surface:
         """
         if not self.plan.answer:
             return self.canvas_RCW
-        resized_hCW, k = self._resized(self.canvas_RCW, rows), card.num_classes
+        canvas_RCw, k = self._near(rows), card.num_classes
+        resized_hCW = self._resized(canvas_RCw, rows)
         if {"expected_entropy", "mutual_information", "seam"} & {*self.wanted.outputs}:
-            disagreement_R1W = entropy_of(self.canvas_RCW, card) - self.canvas_RCW[:, k : k + 1]
-            resized_hCW[:, k : k + 1] = entropy_of(resized_hCW, card) - self._resized(disagreement_R1W, rows)
+            disagreement_R1w = entropy_of(canvas_RCw, card) - canvas_RCw[:, k : k + 1]
+            resized_hCW[:, k : k + 1] = entropy_of(resized_hCW, card) - self._resized(disagreement_R1w, rows)
         return resized_hCW
 
-    def _resized(self, canvas_RCW: Tensor, rows: range) -> Tensor:
-        plan, (height, width), device = self.plan, self.plan.size, canvas_RCW.device
+    def _near(self, rows: range) -> Tensor:
+        """Give the rows of the canvas between which these of the answer lie."""
+        first, last = (self._above(y) for y in (rows.start, rows.stop - 1))
+        ys = torch.arange(first, min(last + 2, self.plan.height), device=self.canvas_RCW.device)
+        return self.canvas_RCW[ys % len(self.canvas_RCW)]
+
+    def _above(self, y: int) -> int:
+        return int(max((y + 0.5) * (self.plan.height / self.plan.size[0]) - 0.5, 0))
+
+    def _resized(self, near_RCw: Tensor, rows: range) -> Tensor:
+        plan, (height, width), device = self.plan, self.plan.size, near_RCw.device
         ys = torch.arange(rows.start, rows.stop, device=device).roll(rows.start)
         above, below, part_h = between(ys, plan.height, height)
         left, right, part_W = between(torch.arange(width, device=device), plan.width, width)
-        num_rows, part_h11 = len(canvas_RCW), part_h[:, None, None]
-        rows_hCw = torch.lerp(canvas_RCW[above % num_rows], canvas_RCW[below % num_rows], part_h11)
+        top, part_h11 = self._above(rows.start), part_h[:, None, None]
+        rows_hCw = torch.lerp(near_RCw[above - top], near_RCw[below - top], part_h11)
         return torch.lerp(rows_hCw[..., left], rows_hCw[..., right], part_W)
 
 
@@ -310,8 +333,7 @@ def segments_of(
     for surface, window in pairs:
         rows, segment = surface.finished(window), None
         if rows:
-            segment, end = lay_out(surface.wanted, rows, surface.plan.size[1], card, num_samples, end)
-            segment = replace(segment, void_hW=surface.void(rows))
+            segment, end = surface.lay_out(rows, card, num_samples, end)
         segments.append(segment)
     return segments, end
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from penumbra.models.card import NUM_VIEWS, Card, Sampling
 from penumbra.models.errors import BadOption, TooLarge
-from penumbra.serving.engine.canvas import Wanted, ring_height
+from penumbra.serving.engine.canvas import PIECE_PIXELS, Wanted, ring_height
 from penumbra.serving.engine.layout import Place
 from penumbra.serving.engine.moments import channels
 from penumbra.serving.engine.noise import NoiseSource, SeededNoise
@@ -66,15 +66,17 @@ class RequestPlan:
     def num_bytes(self, lanes: int) -> int:
         """Predict the memory that the request takes beside its body: the picture, the answer, the canvas, and windows
         that wait to be stitched, of which a single one is the canvas. Samples take none of their own, for they are
-        added up as they come. Rows of an answer of another size are resized a band at a time, by way of two others."""
+        added up as they come. Rows of an answer of another size are resized a piece at a time, by way of two others."""
         windows, card = self.windows, self.card
         floats = len(self.options.maps(card)) + (card.num_classes if PROBABILITIES in self.options.outputs else 0)
         pixel_bytes = card.input.num_bands * np.dtype(card.input.dtype).itemsize + 1 + 4 * floats
         waiting = min(windows.num_windows, (lanes + 1) * self.runtime.windows_per_batch + 1)
         canvas = ring_height(windows, 1) * windows.width if windows.num_windows > 1 else 0
         stats = waiting * windows.window_height * windows.window_width + canvas
-        resized = 3 * _band_bytes(windows, card) if windows.answer else 0
-        return windows.size[0] * windows.size[1] * pixel_bytes + 4 * channels(card) * stats + resized
+        if windows.answer:
+            width = windows.size[1]
+            stats += 3 * min(_most_rows(windows) * width, max(PIECE_PIXELS, width))
+        return windows.size[0] * windows.size[1] * pixel_bytes + 4 * channels(card) * stats
 
     @property
     def is_usual(self) -> bool:
@@ -128,7 +130,8 @@ def plan_request(
     windows = cover(*run, card.window, options.overlap)
     if run != (height, width):
         windows = replace(windows, answer=(height, width))
-        _check_band(windows, card)
+        if runtime.stays_on_device:
+            _check_band(windows, card)
     share = min(windows.num_windows, limits.large_share)
     return RequestPlan(runtime, options, windows, noise, prompt, of_scale, share)
 
@@ -162,8 +165,8 @@ def _check_windows(height: int, width: int, card: Card, options: SegmentOptions,
 
 
 def _check_band(windows: WindowPlan, card: Card) -> None:
-    """Raise TooLarge where rows that are resized together would fill the memory."""
-    size = _band_bytes(windows, card)
+    """Raise TooLarge where rows that a GPU resizes together would fill its memory."""
+    size = 4 * _most_rows(windows) * windows.size[1] * channels(card)
     if size > MOST_BAND_BYTES:
         raise TooLarge(
             f"the image is run at another scale, and a band of its answer at {windows.size[1]}x{windows.size[0]} px "
@@ -171,9 +174,10 @@ def _check_band(windows: WindowPlan, card: Card) -> None:
         )
 
 
-def _band_bytes(windows: WindowPlan, card: Card) -> int:
-    most = max(b - a for a, b in pairwise((*windows.starts_y, windows.height))) * windows.size[0] / windows.height
-    return int(4 * most * windows.size[1] * channels(card))
+def _most_rows(windows: WindowPlan) -> int:
+    """Count the rows of an answer of another size that a row of windows finishes, at most."""
+    ends = [windows.rows_above(y) for y in (*windows.starts_y[1:], windows.height)]
+    return max(b - a for a, b in pairwise((0, *ends)))
 
 
 def _check_probabilities(height: int, width: int, card: Card, *, limits: Limits) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from penumbra.models.errors import Cancelled, DeadlineExceeded, PenumbraError
-from penumbra.serving.engine.canvas import Landing, Surface, read_out, segments_of, stitch
+from penumbra.serving.engine.canvas import Landing, Surface, read_out, stitch
 from penumbra.serving.engine.moments import Moments
 from penumbra.serving.engine.plan import NORMAL, RequestPlan
 from penumbra.serving.engine.raster import Raster
@@ -141,7 +141,7 @@ class QueuedRequest:
         self.timing_ms["run"] = 1e3 * self.run_s
 
     def _stitch(self, window: Window, answer: Moments | Landing) -> Iterator[Band]:
-        """Yield the band that a window finishes, if any. What a GPU answers with was stitched there."""
+        """Yield the bands that a window finishes. What a GPU answers with was stitched there."""
         if isinstance(answer, Landing):
             yield from answer.bands()
             return
@@ -157,11 +157,11 @@ class QueuedRequest:
                     answer.stats_hCw.numpy()[:, : card.num_classes + 1] *= np.float32(1 / answer.num_samples)
             else:
                 stitch(answer.stats_hCw[None], pairs, card, answer.num_samples)
-        (segment,), num_bytes = segments_of(pairs, card, answer.num_samples)
-        if segment:
+        for rows in self.surface.pieces(window):
             with self.clock("read_out"):
+                segment, num_bytes = self.surface.lay_out(rows, card, answer.num_samples)
                 out = torch.zeros(num_bytes, dtype=torch.uint8)
-                read_out([(self.surface.rows_of(segment.rows, card), segment, wanted)], out, card)
+                read_out([(self.surface.rows_of(rows, card), segment, wanted)], out, card)
                 band = segment.band(out.numpy())
             yield band
 

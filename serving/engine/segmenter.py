@@ -78,12 +78,14 @@ class Segmenter:
         )  # fmt: skip
 
     @classmethod
-    def open(cls, store: Path, *, find: Callable[[Path, str], Path] = find_artifact, **options: object) -> "Segmenter":
+    def open(
+        cls, store: str | Path, *, find: Callable[[Path, str], Path] = find_artifact, **options: object
+    ) -> "Segmenter":
         """Make a segmenter with one version of every model in a store, the newest unless `find` finds another.
 
         A broken artifact is logged, listed in `refused` with the reason, and does not keep the others away.
         """
-        segmenter = cls(**options)  # type: ignore[arg-type]
+        segmenter, store = cls(**options), Path(store)  # type: ignore[arg-type]
         for name, numbers in versions(store).items():
             directory = store / name / str(numbers[-1])
             try:
@@ -107,9 +109,10 @@ class Segmenter:
         with self._tables:
             self.refused = {known: why for known, why in self.refused.items() if known != name}
 
-    def load(self, directory: Path) -> Card:
+    def load(self, directory: str | Path) -> Card:
         """Open an artifact, reproduce its golden window, warm it up, then make it available. Raises BadArtifact."""
         started = time.perf_counter()
+        directory = Path(directory)
         artifact = open_artifact(directory, trusted_keys=self._trusted_keys)
 
         def make_ready() -> Runtime:

@@ -18,6 +18,7 @@ from penumbra.export.bundle import export_network
 from penumbra.models.card import InputSpec, ScaleRule, WindowSpec
 from penumbra.models.errors import BadOption, TooLarge
 from penumbra.models.toy.cards import INPUT
+from penumbra.serving.engine import canvas
 from penumbra.serving.engine.options import PROBABILITIES, SegmentOptions, parse_options
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.scale import ScaledRaster, metres_of
@@ -215,8 +216,33 @@ def test_what_a_scale_cannot_be_is_refused(segmenter: Segmenter) -> None:
             segmenter.segment(image, SegmentOptions(model="none", scale=scale))
     with pytest.raises(BadOption, match="scale is 'card', and the card of none names none"):
         segmenter.segment(image, SegmentOptions(model="none", scale="card"))
+
+
+def test_a_gpu_refuses_a_band_that_it_cannot_resize(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = SegmentOptions(model="none", scale=0.02)
+    assert segmenter.plan(40_000, 200_000, asked, limits=LONG).windows.size == (40_000, 200_000)
+    monkeypatch.setattr(segmenter.find("none"), "stays_on_device", True)
     with pytest.raises(TooLarge, match="a band of its answer at 200000x40000 px takes"):
-        segmenter.plan(40_000, 200_000, SegmentOptions(model="none", scale=0.02), limits=LONG)
+        segmenter.plan(40_000, 200_000, asked, limits=LONG)
+
+
+@pytest.mark.parametrize("name", ["none", "none-whole"])
+@pytest.mark.parametrize("scale", [0.3, 1.7])
+@pytest.mark.parametrize("piece_pixels", [1, 700])
+def test_an_answer_at_a_factor_is_read_out_in_pieces_of_the_same_bytes(
+    segmenter: Segmenter, name: str, scale: float, piece_pixels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs = (PROBABILITIES, "entropy", "seam", "brightness")
+    image, asked = photo(75, 100), SegmentOptions(model=name, scale=scale, outputs=outputs)
+    whole = segmenter.segment(image, asked)
+    monkeypatch.setattr(canvas, "PIECE_PIXELS", piece_pixels)
+    heights = [len(band.labels) for band in segmenter.bands(image, asked)]
+    assert max(heights) == max(1, piece_pixels // 100) and sum(heights) == 75
+    pieces = segmenter.segment(image, asked)
+    assert pieces.labels_HW.tobytes() == whole.labels_HW.tobytes() and pieces.scores == whole.scores
+    assert pieces.prob_KHW is not None and whole.prob_KHW is not None
+    assert pieces.prob_KHW.tobytes() == whole.prob_KHW.tobytes()
+    assert all(pieces.maps[one].tobytes() == whole.maps[one].tobytes() for one in whole.maps)
 
 
 def test_boxes_are_in_the_pictures_own_pixels(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from rasterio.transform import from_origin
 from penumbra.export.bundle import export_network
 from penumbra.models.card import IGNORE, WindowSpec
 from penumbra.models.errors import BadImage, BadOption, DiskFull
+from penumbra.serving.engine import canvas
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.raster import Raster, open_raster
 from penumbra.serving.engine.runtime import Tuning
@@ -104,10 +105,13 @@ def test_pixels_without_a_measurement_have_no_label(
 
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.7])
 @pytest.mark.parametrize("size", [(200, 90), (31, 47), (33, 49)])
+@pytest.mark.parametrize("scale", [None, 1.7])
 def test_from_any_row_on_the_bytes_are_those_of_one_run(
-    segmenter: Segmenter, rng: np.random.Generator, overlap: float, size: tuple[int, int]
-) -> None:
-    image, options = picture(rng, *size), SegmentOptions(model="toy-latent", overlap=overlap, samples=3)
+    segmenter: Segmenter, rng: np.random.Generator, overlap: float, size: tuple[int, int], scale: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(canvas, "PIECE_PIXELS", 500)
+    image, options = picture(rng, *size), SegmentOptions(model="toy-latent", overlap=overlap, samples=3, scale=scale)
     whole = {band.y0: band for band in segmenter.bands(image, options)}
     for y in {0, 1, size[0] // 3, size[0] // 2, size[0] - 1}:
         rest = list(segmenter.bands_from(y, image, options, limits=LONG, cancelled=threading.Event()))
