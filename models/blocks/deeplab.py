@@ -58,8 +58,8 @@ class DeepLab(nn.Module):
         channels, decoder = config.aspp_channels, config.decoder_channels
         self.align_corners = align_corners
         self.backbone = build_backbone(config.backbone)
-        self.aspp = aspp(config.backbone.high_channels, channels, config.aspp_rates)
-        self.low = conv_norm_act(config.backbone.low_channels, config.low_channels, 1)
+        self.aspp = aspp(config.backbone.stage_channels[-1], channels, config.aspp_rates)
+        self.low = conv_norm_act(config.backbone.stage_channels[0], config.low_channels, 1)
         self.fuse = nn.Sequential(
             *conv_norm_act(channels + config.low_channels, decoder, 3),
             *conv_norm_act(decoder, decoder, 3),

@@ -68,16 +68,6 @@ class EfficientNetConfig:
         """Channels of what `EfficientNet.stages` returns."""
         return [self.channels[stage] for stage in self.taps]
 
-    @property
-    def low_channels(self) -> int:
-        """Channels of the stride-4 feature map."""
-        return self.stage_channels[0]
-
-    @property
-    def high_channels(self) -> int:
-        """Channels of the last feature map."""
-        return self.stage_channels[-1]
-
 
 class EfficientNet(nn.Module):
     """image_B3hw -> (low_BDhw at stride 4, high_BDhw at stride 16), of any size, rounded up.

@@ -40,17 +40,7 @@ class ResNetConfig:
     @property
     def stage_channels(self) -> list[int]:
         """Channels of what `ResNet.stages` returns."""
-        return [self.low_channels * 2**stage for stage in range(4)]
-
-    @property
-    def low_channels(self) -> int:
-        """Channels of the stride-4 feature map."""
-        return self.width * self.expansion
-
-    @property
-    def high_channels(self) -> int:
-        """Channels of the last feature map."""
-        return 8 * self.width * self.expansion
+        return [self.width * self.expansion * 2**stage for stage in range(4)]
 
 
 class ResNet(nn.Module):

@@ -73,10 +73,10 @@ class NpNetwork(Network):
         super().__init__()
         self.config, self.sampling = config, sampling_of(config)
         self.encoder = build_backbone(config.backbone)
-        self.aspp = Aspp(config.backbone.high_channels, config.aspp_channels, config.aspp_rates)
+        self.aspp = Aspp(config.backbone.stage_channels[-1], config.aspp_channels, config.aspp_rates)
         joined = config.aspp_channels * (len(config.aspp_rates) + 2)
         self.fuse = conv_norm_act(joined, config.aspp_channels, config.fuse_kernel)
-        self.low = conv_norm_act(config.backbone.low_channels, config.low_channels, 1, bias=True)
+        self.low = conv_norm_act(config.backbone.stage_channels[0], config.low_channels, 1, bias=True)
         channels = config.low_channels + config.aspp_channels
         shape = {"length": config.latent_length, "hidden": config.hidden}
         self.head: PublishedHead | FilmHead

@@ -158,7 +158,7 @@ class DeepLab(nn.Module):
             config.depth, width=config.width, output_stride=8, multi_grid=(1, 1, 1), ceil_pool=True, dilation="rest"
         )
         self.backbone = ResNet(resnet)
-        self.aspp = Aspp(resnet.high_channels, config.channels, RATES, project_kernel=3)
+        self.aspp = Aspp(resnet.stage_channels[-1], config.channels, RATES, project_kernel=3)
         self.refine = conv_norm_act(config.channels, config.channels, 3)[:2]
 
     def forward(self, image_B3hw: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ class Ancillary(nn.Module):
     def __init__(self, config: SelfCorrectingConfig) -> None:
         super().__init__()
         self.deeplab = DeepLab(config, align_corners=False)
-        self.low_gate = BoxGate(config.num_classes, config.backbone.low_channels)
+        self.low_gate = BoxGate(config.num_classes, config.backbone.stage_channels[0])
         self.high_gate = BoxGate(config.num_classes, config.aspp_channels)
 
     def forward(self, image_B3hw: Tensor, boxes_BKhw: Tensor) -> Tensor:
