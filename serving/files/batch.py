@@ -10,8 +10,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from penumbra.models.errors import BadOption, reason_of
 from penumbra.serving.engine.answer import Prediction
@@ -42,7 +42,7 @@ class BatchRequest:
     model: str
     version: int
     format: str
-    fields: Mapping[str, str]
+    fields: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,21 +145,6 @@ def run_here(request: BatchRequest, output: str, items: Sequence[BatchItem]) -> 
         answerer.close()
 
 
-class RayAnswerer:
-    """An actor of Ray Data takes blocks of items, and gives what became of them."""
-
-    def __init__(self, request: BatchRequest, output: str, threads: int) -> None:
-        self._answerer = Answerer(request, output, threads=threads)
-        self._threads = ThreadPoolExecutor(AT_ONCE)
-
-    def __call__(self, block: Mapping[str, Any]) -> dict[str, list[str]]:
-        items = [
-            BatchItem(str(source), str(target)) for source, target in zip(block["source"], block["target"], strict=True)
-        ]
-        result = [asdict(one) for one in self._threads.map(self._answerer.answer, items)]
-        return {name: [one[name] for one in result] for name in Result.__dataclass_fields__}
-
-
 def run_on_ray(request: BatchRequest, output: str, items: Sequence[BatchItem], *, cpus: int = 1) -> Iterator[Result]:
     """Answer images on the cluster that RAY_ADDRESS names, or one of this machine; `cpus` of it per engine.
 
@@ -167,16 +152,21 @@ def run_on_ray(request: BatchRequest, output: str, items: Sequence[BatchItem], *
     it had is kept, so nothing is done twice. Raises BadOption where Ray is not installed.
     """
     ray = connect()
-    from ray.data import from_items
+    answer, size = ray.remote(num_cpus=cpus, max_retries=-1)(answer_items), 2 * AT_ONCE
+    for made in [answer.remote(request, output, cpus, items[i : i + size]) for i in range(0, len(items), size)]:
+        yield from ray.get(made)
 
-    engines = max(1, int(ray.cluster_resources().get("CPU", 1)) // (cpus + 1))  # one more for Ray's own tasks
-    blocks = min(len(items), 4 * engines)
-    answers = from_items([asdict(item) for item in items], override_num_blocks=blocks).map_batches(
-        RayAnswerer, fn_constructor_args=(request, output, cpus), batch_size=2 * AT_ONCE, num_cpus=cpus,
-        concurrency=(1, engines), max_restarts=-1, max_task_retries=-1,
-    )  # fmt: skip
-    for row in answers.iter_rows():
-        yield Result(**row)
+
+def answer_items(request: BatchRequest, output: str, threads: int, items: Sequence[BatchItem]) -> list[Result]:
+    """Answer images on a node."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(_answerer(request, output, threads).answer, items))
+
+
+@lru_cache(maxsize=1)
+def _answerer(request: BatchRequest, output: str, threads: int) -> Answerer:
+    """Load an engine once in each of a node's processes, which answer many images."""
+    return Answerer(request, output, threads=threads)
 
 
 ENGINES = {"local": run_here, "ray": run_on_ray}
@@ -189,7 +179,7 @@ def parse_batch(store: Path, model: str, kind: str, fields: Mapping[str, str]) -
     card = open_artifact(find_artifact(store, model)).card
     options, _ = parse_request(FORMATS[kind], fields)
     check_options(options, card, IN_MEMORY)
-    return BatchRequest(str(store.resolve()), card.name, card.version, kind, dict(fields))
+    return BatchRequest(str(store.resolve()), card.name, card.version, kind, tuple(fields.items()))
 
 
 def run_batch(request: BatchRequest, source: str, output: str, *, engine: str) -> tuple[dict[str, int], list[Result]]:
