@@ -21,7 +21,7 @@ from rasterio.transform import from_origin
 from benchmarks.rounds import save
 from penumbra.export.bundle import export_network
 from penumbra.models.card import WindowSpec
-from penumbra.models.toy.cards import toy_card
+from tests.toys import toy_card
 
 ROWS = 512
 

@@ -15,11 +15,11 @@ import torch
 
 from benchmarks.rounds import forget_peak, peak_memory, save
 from penumbra.models.card import ClassInfo, WindowSpec
-from penumbra.models.toy.cards import toy_card
 from penumbra.serving.engine.canvas import Surface, Transfers, Wanted, read_out, segments_of
 from penumbra.serving.engine.canvas import stitch as blend
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.windows import cover
+from tests.toys import toy_card
 
 WIDTH, CLASSES, HEIGHTS = 8192, 11, (1024, 2048, 4096, 8192)
 CARD = replace(toy_card("pointwise")[0], classes=tuple(ClassInfo(str(k), (k, k, k)) for k in range(CLASSES)))

@@ -26,7 +26,6 @@ from penumbra.export.bundle import export_checkpoint
 from penumbra.export.zoo import ZOO
 from penumbra.models.card import ExtraMap
 from penumbra.models.checkpoint import read_card
-from penumbra.models.toy.cards import toy_card
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.training.calibrate import Evidence, split_frames
@@ -34,6 +33,7 @@ from penumbra.training.data import load_camvid
 from penumbra.training.evaluation.shift import SCALES, VARIANTS
 from penumbra.training.frames import FrameSet
 from penumbra.training.metrics import Doubles
+from tests.toys import toy_card
 
 KEPT = RESULTS / "novelty.json"
 LEFT_OUT = "0001TP"

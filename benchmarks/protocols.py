@@ -20,11 +20,11 @@ import tritonclient.http as triton_http
 from benchmarks.rounds import measure, save
 from penumbra.export.bundle import export_network
 from penumbra.models.card import WindowSpec
-from penumbra.models.toy.cards import toy_card
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
 from tests.serving.server import serving
+from tests.toys import toy_card
 
 TOY_ROUNDS, LARGE_ROUNDS = 300, 15
 SMALL, LARGE = (64, 96), (1224, 1634)

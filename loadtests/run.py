@@ -21,8 +21,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from penumbra.export.bundle import export_network
 from penumbra.models.card import WindowSpec
-from penumbra.models.toy.cards import toy_card
 from tests.serving.server import MEASURED, Server, serving, until
+from tests.toys import toy_card
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 SETTLE_S = 30

@@ -8,11 +8,11 @@ import torch
 from hypothesis import settings
 
 from penumbra.export.bundle import export_network
-from penumbra.models.toy.cards import CLASSES, toy_card
 from penumbra.models.toy.net import ToyConfig
 from penumbra.serving.engine.decode import open_image, read_header
 from penumbra.serving.engine.options import Limits
 from penumbra.serving.engine.runtime import Tuning
+from tests.toys import CLASSES, toy_card
 
 # A busy machine is no failure, and what failed here fails everywhere.
 settings.register_profile("penumbra", deadline=None, derandomize=True)

@@ -29,11 +29,11 @@ from PIL import Image
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from penumbra.export.bundle import export_checkpoint, export_network
-from penumbra.models.toy.cards import toy_card
 from penumbra.training.data import find_data
 from penumbra.training.loop import Training
 from penumbra.training.recipe import read_recipe
 from tests.serving.server import ROOT, Server, serving
+from tests.toys import toy_card
 
 TOYS = ("pointwise", "latent", "dropout", "opposed", "boxed", "tagged", "bright", "nan")
 ZOO = ("np_semiseg-camvid", "self_correcting-camvid")

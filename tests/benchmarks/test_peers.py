@@ -14,10 +14,10 @@ from benchmarks.peers.raster import gaussian
 from benchmarks.peers.traffic import CLIENTS, Slices, run_slice
 from penumbra.export.bundle import export_network
 from penumbra.models.card import WindowSpec
-from penumbra.models.toy.cards import toy_card
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.windows import cover
+from tests.toys import toy_card
 
 
 @pytest.mark.parametrize("form", ["pointwise", "latent"])

@@ -21,9 +21,9 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from penumbra.models.checkpoint import save_checkpoint
-from penumbra.models.toy.cards import toy_card
 from tests.serving.server import free_ports
 from tests.test_packaging import wheel  # noqa: F401  (the project's own)
+from tests.toys import toy_card
 
 ROOT = Path(__file__).parents[2]
 ALONE = ["unshare", "--user", "--map-root-user", "--net"]

@@ -23,9 +23,9 @@ from penumbra_client.answers import FACTS, header_of
 from penumbra_client.exchange import Call, Exchanges, Reply, Work
 from PIL import Image
 
-from penumbra.models.toy.cards import CLASSES
 from tests.conftest import picture
 from tests.serving.server import Server, free_port
+from tests.toys import CLASSES
 
 ROOT = Path(__file__).parents[2] / "integrations" / "client"
 LATENT: Options = {"model": "toy-latent", "samples": 4, "seed": 3}

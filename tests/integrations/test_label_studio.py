@@ -15,10 +15,10 @@ from penumbra_client import Client
 from PIL import Image
 
 from penumbra.__main__ import main
-from penumbra.models.toy.cards import CLASSES
 from tests.conftest import picture
 from tests.integrations.tools import ENVIRONMENT, PYTHON, ROOT, needs
 from tests.serving.server import Server, free_port, serving, until
+from tests.toys import CLASSES
 
 pytestmark = [pytest.mark.slow, needs("label_studio_sdk")]
 COMMAND = [PYTHON, ROOT / "integrations" / "label_studio" / "penumbra_label_studio.py"]

@@ -18,13 +18,13 @@ from loadtests.pictures import check, picture
 from loadtests.run import scrape
 from penumbra.export.bundle import export_network
 from penumbra.models.card import WindowSpec
-from penumbra.models.toy.cards import toy_card
 from penumbra.serving.engine.scheduler import Scheduler
 from penumbra.serving.engine.throughput import Cores
 from tests.reliability.load import HEADERS
 from tests.reliability.test_crash import worker_of
 from tests.serving.engine.stepped import runtime, work
 from tests.serving.server import MEASURED, serving, until
+from tests.toys import toy_card
 
 pytestmark = pytest.mark.slow
 BATCH, SAMPLES, WINDOW = 16, 16, WindowSpec(512, 512)

@@ -13,7 +13,6 @@ import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
 from penumbra.export.bundle import export_network
-from penumbra.models.toy.cards import toy_card
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import find_artifact, find_promoted
 from penumbra.serving.gateway import Gateway
@@ -24,6 +23,7 @@ from penumbra.serving.watch import StoreWatch, look
 from tests.conftest import FIXED
 from tests.serving.in_process import in_process
 from tests.serving.server import serving, until
+from tests.toys import toy_card
 
 INFER, ADMIN, REQUEST = "infer-key-0123456789", "admin-key-0123456789", "audited-1"
 

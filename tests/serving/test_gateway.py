@@ -32,7 +32,6 @@ from penumbra.models.errors import (
     TooLarge,
     UnknownModel,
 )
-from penumbra.models.toy.cards import INPUT
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.options import PROBABILITIES, Limits, SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
@@ -47,6 +46,7 @@ from penumbra.serving.settings import Settings
 from penumbra.serving.telemetry import Request, Telemetry
 from tests.conftest import FIXED, picture, toy_card
 from tests.serving.engine.tiffs import tiff
+from tests.toys import INPUT
 
 OPTIONS = SegmentOptions(model="toy-pointwise")
 IMAGE = picture(np.random.Generator(np.random.PCG64(0)), 20, 30)

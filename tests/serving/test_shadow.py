@@ -20,7 +20,6 @@ from penumbra.__main__ import main
 from penumbra.export.bundle import export_network
 from penumbra.models.card import ClassInfo
 from penumbra.models.errors import BadArtifact, BadOption, NotPromoted
-from penumbra.models.toy.cards import CLASSES, toy_card
 from penumbra.models.toy.net import ToyConfig, ToyNetwork
 from penumbra.serving.compare import Compared, Failed, Question, options_for, reply
 from penumbra.serving.engine.options import SegmentOptions
@@ -35,6 +34,7 @@ from tests.serving.http.asking import PICTURE as PICTURE_TYPE
 from tests.serving.http.asking import ask, is_refused, png
 from tests.serving.in_process import in_process
 from tests.serving.server import serving, until
+from tests.toys import CLASSES, toy_card
 
 MODEL = "toy-pointwise"
 PICTURE = picture(np.random.Generator(np.random.PCG64(3)), 90, 120)

@@ -12,7 +12,6 @@ import pytest
 
 from penumbra.export.bundle import export_network
 from penumbra.models.errors import BadArtifact
-from penumbra.models.toy.cards import toy_card
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.oip.protocol import Inference
@@ -21,6 +20,7 @@ from penumbra.serving.watch import StoreWatch, look
 from tests.conftest import FIXED
 from tests.serving.http.asking import PNG
 from tests.serving.server import serving, until
+from tests.toys import toy_card
 
 MODEL = "toy-latent"
 

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from penumbra.export.bundle import export_network
 from penumbra.models.card import InputSpec, ScaleRule, WindowSpec
 from penumbra.models.errors import BadOption, TooLarge
-from penumbra.models.toy.cards import INPUT
 from penumbra.serving.engine import canvas
 from penumbra.serving.engine.options import PROBABILITIES, SegmentOptions, parse_options
 from penumbra.serving.engine.raster import Raster
@@ -26,6 +25,7 @@ from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.spool import LONG
 from tests.conftest import FIXED, GAIN, toy_card
 from tests.serving.engine.tiffs import opened, tiff
+from tests.toys import INPUT
 
 RULES = {"none": ScaleRule(), "frame": ScaleRule("frame", 40), "gsd": ScaleRule("gsd", 10)}
 WHOLE = WindowSpec(0, 0)
