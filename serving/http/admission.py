@@ -3,7 +3,7 @@ may be sent."""
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import ClassVar
 
@@ -46,14 +46,10 @@ def refusal(error: PenumbraError, headers: Mapping[str, str] | None = None) -> J
     return JSONResponse({"error": str(error)}, error.http_status, {**error.headers, **(headers or {})})
 
 
-def health(find: Callable[[], dict[str, object]], *, otherwise: int) -> Callable[[Request], Awaitable[Response]]:
-    """Return a handler that says what is found, with 200 where the first value of it is true, else with `otherwise`."""
-
-    async def answer(_: Request) -> Response:
-        found = find()
-        return JSONResponse(found, 200 if next(iter(found.values())) else otherwise)
-
-    return answer
+async def health(find: Callable[[], dict[str, object]], otherwise: int, _: Request) -> Response:
+    """Say what is found, with 200 where the first value of it is true, else with the status `otherwise`."""
+    found = find()
+    return JSONResponse(found, 200 if next(iter(found.values())) else otherwise)
 
 
 class AccessLog:

@@ -26,7 +26,7 @@ from penumbra.serving.room import Bodies
 def routes(gateway: Gateway, build: Mapping[str, str], *, bodies: Bodies, typed: str = "") -> list[BaseRoute]:
     """The routes over a gateway. build: version and commit of the server. bodies: what lines of answers are counted in.
     typed: what BentoML's typed route does."""
-    alive, described = health(lambda: {"live": gateway.is_alive}, otherwise=503), document(build, typed=typed)
+    alive, described = partial(health, lambda: {"live": gateway.is_alive}, 503), document(build, typed=typed)
     return [
         *playground.routes(),
         Route("/docs", partial(docs_page, described)),
@@ -35,7 +35,7 @@ def routes(gateway: Gateway, build: Mapping[str, str], *, bodies: Bodies, typed:
         Route("/models/{name}", partial(model, gateway)),
         Route("/healthz", alive),
         Route("/livez", alive),
-        Route("/readyz", health(lambda: {"ready": gateway.is_ready, "state": gateway.state}, otherwise=503)),
+        Route("/readyz", partial(health, lambda: {"ready": gateway.is_ready, "state": gateway.state}, 503)),
         Route("/metrics", partial(metrics, gateway)),
         Route("/version", partial(told, build)),
         Route("/docs.json", partial(told, described)),

@@ -26,7 +26,6 @@ from penumbra.serving.oip.request import InferRequest, member, read_request, unk
 from penumbra.serving.oip.tensors import SHOWN, Output, Tensor, join_strings
 from penumbra.serving.room import Bodies
 
-Handler = Callable[[Request], Awaitable[Response]]
 HEADER_LENGTH = "inference-header-content-length"
 WINDOW_BITS = {"gzip": 31, "deflate": 47}
 """zlib's window bits for an encoding; 47 reads deflate with either of the two headers that are in use."""
@@ -43,34 +42,31 @@ def routes(inference: Inference, *, body_bytes: int, json_bytes: int, bodies: Bo
 
     bodies: what decompressed bodies are counted in, beside the compressed ones.
     """
-    rest = Rest(inference, body_bytes=body_bytes, json_bytes=json_bytes, bodies=bodies)
-    model = ("/models/{model}", "/models/{model}/versions/{version}")
-    documents = {
-        "": _document(inference.metadata), "/ready": _document(rest.readiness),
-        "/config": _document(inference.config), "/stats": _document(inference.statistics),
+    model, control = ("/models/{model}", "/models/{model}/versions/{version}"), "/repository/models/{model}"
+    documents: dict[str, Callable[[str, str], Any]] = {
+        "": inference.metadata, "/ready": partial(readiness, inference), "/config": inference.config,
+        "/stats": inference.statistics,
     }  # fmt: skip
+    answer = partial(infer, inference, bodies, body_bytes, json_bytes)
+    list_models = partial(index, inference, json_bytes)
     inner: list[BaseRoute] = [
-        Route("/health/live", health(lambda: {"live": inference.gateway.is_alive}, otherwise=400)),
-        Route("/health/ready", health(lambda: {"ready": inference.gateway.is_ready}, otherwise=400)),
-        Route("/models/stats", documents["/stats"]),
-        *(Route(path + verb, handler) for path in model for verb, handler in documents.items()),
-        *(Route(f"{path}/infer", rest.infer, methods=["POST"]) for path in model),
-        *(Route(f"/repository{path}/index", rest.index, methods=["POST"]) for path in ("", "/{name}")),
-        Route("/repository/models/{model}/load", rest.load, methods=["POST"]),
-        Route("/repository/models/{model}/unload", rest.unload, methods=["POST"]),
-        Route("/repository/models/{model}/promote", rest.promote, methods=["POST"]),
+        Route("/health/live", partial(health, lambda: {"live": inference.gateway.is_alive}, 400)),
+        Route("/health/ready", partial(health, lambda: {"ready": inference.gateway.is_ready}, 400)),
+        Route("/models/stats", partial(tell, inference.statistics)),
+        *(Route(path + verb, partial(tell, find)) for path in model for verb, find in documents.items()),
+        *(Route(f"{path}/infer", answer, methods=["POST"]) for path in model),
+        *(Route(f"/repository{path}/index", list_models, methods=["POST"]) for path in ("", "/{name}")),
+        Route(f"{control}/load", partial(change, inference.load), methods=["POST"]),
+        Route(f"{control}/unload", partial(change, inference.unload), methods=["POST"]),
+        Route(f"{control}/promote", partial(promote, inference, json_bytes), methods=["POST"]),
     ]
-    server = _document(lambda *_: inference.server_document())
+    server = partial(tell, lambda *_: inference.server_document())
     return [Route("/v2", server), Mount("/v2", app=Router(inner, redirect_slashes=False))]
 
 
-def _document(find: Callable[[str, str], Any]) -> Handler:
-    """Return a handler that answers with a document about the model and version in the path."""
-
-    async def answer(request: Request) -> Response:
-        return JSONResponse(find(*_model(request)))
-
-    return answer
+async def tell(find: Callable[[str, str], Any], request: Request) -> Response:
+    """Answer with a document about the model and version in the path."""
+    return JSONResponse(find(*_model(request)))
 
 
 def _model(request: Request) -> tuple[str, str]:
@@ -87,60 +83,54 @@ def _model(request: Request) -> tuple[str, str]:
     return request.path_params["model"], version
 
 
-class Rest:
-    """Handles what is more than a document."""
+def readiness(inference: Inference, model: str, version: str) -> dict[str, Any]:
+    """Say that a model is ready. Raises BadOption for one that is not, which is the protocol's status for it."""
+    if not inference.is_model_ready(model, version):
+        raise BadOption(f"{model[:SHOWN]!r} is not ready; POST /v2/repository/index says which models are")
+    return {"name": model, "ready": True}
 
-    def __init__(self, inference: Inference, *, body_bytes: int, json_bytes: int, bodies: Bodies) -> None:
-        self._inference, self._body_bytes, self._json_bytes = inference, body_bytes, json_bytes
-        self._bodies = bodies
 
-    def readiness(self, model: str, version: str) -> dict[str, Any]:
-        """Say that a model is ready. Raises BadOption for one that is not, which is the protocol's status for it."""
-        if not self._inference.is_model_ready(model, version):
-            raise BadOption(f"{model[:SHOWN]!r} is not ready; POST /v2/repository/index says which models are")
-        return {"name": model, "ready": True}
+async def index(inference: Inference, json_bytes: int, request: Request) -> Response:
+    body = await request.body()
+    document = _parse(body, limit_bytes=json_bytes) if body else {}
+    return JSONResponse(inference.index(ready_only=member(document, "ready", bool, False)))
 
-    async def index(self, request: Request) -> Response:
-        body = await request.body()
-        document = _parse(body, limit_bytes=self._json_bytes) if body else {}
-        return JSONResponse(self._inference.index(ready_only=member(document, "ready", bool, False)))
 
-    async def load(self, request: Request) -> Response:
-        await self._inference.load(request.path_params["model"])
-        return Response(media_type="application/json")
+async def change(act: Callable[[str], Awaitable[None]], request: Request) -> Response:
+    """Load or unload a model."""
+    await act(request.path_params["model"])
+    return Response(media_type="application/json")
 
-    async def unload(self, request: Request) -> Response:
-        await self._inference.unload(request.path_params["model"])
-        return Response(media_type="application/json")
 
-    async def promote(self, request: Request) -> Response:
-        document = _parse(await request.body(), limit_bytes=self._json_bytes)
-        conditions = member(document, "if", list)
-        if not conditions or not all(isinstance(text, str) for text in conditions):
-            raise BadOption('if is a list of conditions, one or more, as in {"if": ["flips < 0.5 %"]}')
-        return JSONResponse({"promoted": await self._inference.promote(request.path_params["model"], conditions)})
+async def promote(inference: Inference, json_bytes: int, request: Request) -> Response:
+    document = _parse(await request.body(), limit_bytes=json_bytes)
+    conditions = member(document, "if", list)
+    if not conditions or not all(isinstance(text, str) for text in conditions):
+        raise BadOption('if is a list of conditions, one or more, as in {"if": ["flips < 0.5 %"]}')
+    return JSONResponse({"promoted": await inference.promote(request.path_params["model"], conditions)})
 
-    async def infer(self, request: Request) -> Response:
-        model, version = _model(request)
-        body, headers = await request.body(), request.headers
-        accepted = _accepted_encoding(headers.get("accept-encoding", ""))
-        encoding = ", ".join(headers.getlist("content-encoding")).strip().lower()
-        unknown = unknown_names(request.query_params, (), "the query") + unknown_above(headers, "the headers")
-        size_bytes = len(body) if encoding in PLAIN else LARGE_BYTES  # which may be a small bomb
 
-        def read() -> InferRequest:
-            self._inference.find(model, version)  # an unknown model is the first thing to say, whatever the body is
-            plain = decompress(body, encoding, limit_bytes=self._body_bytes, take=take)
-            return read_body(
-                plain, model=model, version=version, header_length=headers.get(HEADER_LENGTH),
-                json_bytes=self._json_bytes, unknown=unknown,
-            )  # fmt: skip
+async def infer(inference: Inference, bodies: Bodies, body_bytes: int, json_bytes: int, request: Request) -> Response:
+    model, version = _model(request)
+    body, headers = await request.body(), request.headers
+    accepted = _accepted_encoding(headers.get("accept-encoding", ""))
+    encoding = ", ".join(headers.getlist("content-encoding")).strip().lower()
+    unknown = unknown_names(request.query_params, (), "the query") + unknown_above(headers, "the headers")
+    size_bytes = len(body) if encoding in PLAIN else LARGE_BYTES  # which may be a small bomb
 
-        with self._bodies.room() as take, self._inference.gateway.telemetry.track("v2") as tracked:
-            return await self._inference.infer(
-                read, partial(write_response, encoding=accepted), tracked=tracked, size_bytes=size_bytes,
-                gone=lambda: disconnected(request),
-            )  # fmt: skip
+    def read() -> InferRequest:
+        inference.find(model, version)  # an unknown model is the first thing to say, whatever the body is
+        plain = decompress(body, encoding, limit_bytes=body_bytes, take=take)
+        return read_body(
+            plain, model=model, version=version, header_length=headers.get(HEADER_LENGTH),
+            json_bytes=json_bytes, unknown=unknown,
+        )  # fmt: skip
+
+    with bodies.room() as take, inference.gateway.telemetry.track("v2") as tracked:
+        return await inference.infer(
+            read, partial(write_response, encoding=accepted), tracked=tracked, size_bytes=size_bytes,
+            gone=lambda: disconnected(request),
+        )  # fmt: skip
 
 
 def decompress(
