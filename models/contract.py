@@ -82,14 +82,13 @@ class Views(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One research method: its name, its paper, its configuration type and how to build its network.
+    """One research method: its name, its configuration type and how to build its network. Its README names the paper.
 
     config: a frozen dataclass whose first field is `num_classes`; it is stored in checkpoints as JSON.
     upstream: how its published checkpoints are read; None where nothing is published.
     """
 
     name: str
-    citation: str
     config: type
     build: Callable[[Any], Network]
     upstream: Upstream | None = None

@@ -19,14 +19,4 @@ def build(config: CpalConfig) -> Network:
     return NETWORKS[config.net](config)
 
 
-METHOD = Method(
-    name="cpal",
-    citation=(
-        "Tang et al. Hunting Attributes: Context Prototype-Aware Learning for Weakly Supervised Semantic "
-        "Segmentation. CVPR 2024. Base: Chen, Yang, Lai, Xie. Self-supervised Image-specific Prototype Exploration "
-        "for Weakly Supervised Semantic Segmentation. CVPR 2022."
-    ),
-    config=CpalConfig,
-    build=build,
-    upstream=UPSTREAM,
-)
+METHOD = Method(name="cpal", config=CpalConfig, build=build, upstream=UPSTREAM)

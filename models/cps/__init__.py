@@ -4,10 +4,4 @@ from penumbra.models.contract import Method
 from penumbra.models.cps.net import CpsConfig, CpsNetwork
 from penumbra.models.cps.upstream import UPSTREAM
 
-METHOD = Method(
-    name="cps",
-    citation="Chen, Yuan, Zeng, Wang. Semi-Supervised Semantic Segmentation with Cross Pseudo Supervision. CVPR 2021.",
-    config=CpsConfig,
-    build=CpsNetwork,
-    upstream=UPSTREAM,
-)
+METHOD = Method(name="cps", config=CpsConfig, build=CpsNetwork, upstream=UPSTREAM)

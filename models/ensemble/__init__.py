@@ -3,12 +3,4 @@
 from penumbra.models.contract import Method
 from penumbra.models.ensemble.net import EnsembleConfig, EnsembleNetwork
 
-METHOD = Method(
-    name="ensemble",
-    citation=(
-        "Lakshminarayanan, Pritzel, Blundell. Simple and Scalable Predictive Uncertainty Estimation using Deep "
-        "Ensembles. NeurIPS 2017."
-    ),
-    config=EnsembleConfig,
-    build=EnsembleNetwork,
-)
+METHOD = Method(name="ensemble", config=EnsembleConfig, build=EnsembleNetwork)

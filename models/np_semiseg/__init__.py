@@ -4,13 +4,4 @@ from penumbra.models.contract import Method
 from penumbra.models.np_semiseg.net import NpConfig, NpNetwork
 from penumbra.models.np_semiseg.upstream import UPSTREAM
 
-METHOD = Method(
-    name="np_semiseg",
-    citation=(
-        "Wang, Massiceti, Hu, Pavlovic, Lukasiewicz. NP-SemiSeg: When Neural Processes meet Semi-Supervised "
-        "Semantic Segmentation. ICML 2023."
-    ),
-    config=NpConfig,
-    build=NpNetwork,
-    upstream=UPSTREAM,
-)
+METHOD = Method(name="np_semiseg", config=NpConfig, build=NpNetwork, upstream=UPSTREAM)

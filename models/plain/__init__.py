@@ -3,9 +3,4 @@
 from penumbra.models.contract import Method
 from penumbra.models.plain.net import PlainConfig, PlainNetwork
 
-METHOD = Method(
-    name="plain",
-    citation="None: any network whatever, as its own exporter wrote it.",
-    config=PlainConfig,
-    build=PlainNetwork,
-)
+METHOD = Method(name="plain", config=PlainConfig, build=PlainNetwork)

@@ -4,10 +4,4 @@ from penumbra.models.contract import Method
 from penumbra.models.proto_seg.net import ProtoConfig, build_network
 from penumbra.models.proto_seg.upstream import UPSTREAM
 
-METHOD = Method(
-    name="proto_seg",
-    citation="Zhou, Wang, Konukoglu, Van Gool. Rethinking Semantic Segmentation: A Prototype View. CVPR 2022.",
-    config=ProtoConfig,
-    build=build_network,
-    upstream=UPSTREAM,
-)
+METHOD = Method(name="proto_seg", config=ProtoConfig, build=build_network, upstream=UPSTREAM)

@@ -3,9 +3,4 @@
 from penumbra.models.contract import Method
 from penumbra.models.toy.net import ToyConfig, ToyNetwork
 
-METHOD = Method(
-    name="toy",
-    citation="None: closed forms that make every answer of the server predictable.",
-    config=ToyConfig,
-    build=ToyNetwork,
-)
+METHOD = Method(name="toy", config=ToyConfig, build=ToyNetwork)

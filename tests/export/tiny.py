@@ -68,7 +68,7 @@ def tiny(name: str) -> Method:
     )
     centres = Layout(name=f"{name} centres", markers=("memory",), renames={"memory": "centres"}, containers=())
     upstream = Upstream((main_file, centres), assemble, source="someone/tiny 0123abc")
-    return Method(name=name, citation="", config=TinyConfig, build=TinyNetwork, upstream=upstream)
+    return Method(name=name, config=TinyConfig, build=TinyNetwork, upstream=upstream)
 
 
 def state(name: str = "tiny", *, num_classes: int = 3, seed: int = 0) -> dict[str, Tensor]:
