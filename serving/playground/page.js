@@ -9,7 +9,6 @@ import { hasJob, runJob } from "./jobs.js";
 import { makeLegend } from "./legend.js";
 import { colorsOf, isSafePossible, paintLabels, paintMap } from "./paint.js";
 import { ask, follow, hasKey, infer, keepKey } from "./protocol.js";
-import { drawScene } from "./scene.js";
 import { isFree, mapsOf, offerSettings, promise, readRequest } from "./settings.js";
 import { outcome, sayIn, showBanner, showHover, showPixel, showScale, showTimes } from "./show.js";
 import { makeView } from "./view.js";
@@ -262,7 +261,6 @@ function tell(work, title) {
 }
 
 async function sample(name) {
-  if (name === "street") return new File([await drawScene()], "street.jpg", { type: "image/jpeg" });
   return new File([await (await ask(`playground/${name}`)).blob()], name, { type: "image/jpeg" });
 }
 
