@@ -45,50 +45,45 @@ Doubles = np.ndarray
 @dataclass(frozen=True, slots=True)
 class Losses:
     """What the frames lose. wrong_NS, kept_NS: share of labelled pixels answered and wrong, and answered, up to a step.
-    wrong_NKT, answered_NKT: pixels that are called a class up to a candidate of `ClassLoss`."""
+    pixels_N2KT: as of `ClassLoss`, in each frame alone."""
 
     names: tuple[str, ...]
     wrong_NS: Doubles
     kept_NS: Doubles
-    wrong_NKT: Doubles
-    answered_NKT: Doubles
+    pixels_N2KT: Doubles
     steps_S: Doubles
 
     @property
     def num_classes(self) -> int:
-        return self.wrong_NKT.shape[1]
+        return self.pixels_N2KT.shape[2]
 
     @property
     def share_NKT(self) -> Doubles:
-        return self.wrong_NKT / np.maximum(self.answered_NKT, 1)
+        return self.pixels_N2KT[:, 1] / np.maximum(self.pixels_N2KT[:, 0], 1)
 
     @property
     def called_NK(self) -> Doubles:
-        return self.answered_NKT[:, :, -1] > 0
+        return self.pixels_N2KT[:, 0, :, -1] > 0
 
 
-def lose(answer: Answer, steps_S: Doubles, candidates_T: Doubles) -> tuple[Doubles, ...]:
+def lose(answer: Answer, steps_S: Doubles, num_classes: int) -> tuple[Doubles, ...]:
     """Count one frame's losses."""
-    known_HW = answer.known_HW
+    known_HW, loss = answer.known_HW, ClassLoss(num_classes)
     entropy, wrong, labels = (x[known_HW] for x in (answer.maps["entropy"], answer.wrong_HW, answer.labels_HW))
-    at, length = np.searchsorted(steps_S, entropy), len(candidates_T)
-    cells, everything = labels.astype(np.int64) * length + np.searchsorted(candidates_T, entropy), slice(None)
-    shares = [np.bincount(at[kept], minlength=STEPS).cumsum() / len(at) for kept in (wrong, everything)]
-    counts = [np.bincount(cells[kept], minlength=256 * length).reshape(256, -1) for kept in (wrong, everything)]
-    return (*shares, *(count.cumsum(1) for count in counts))
+    at = np.searchsorted(steps_S, entropy)
+    loss.add(entropy, labels.astype(np.int64), wrong)
+    return *(np.bincount(some, minlength=STEPS).cumsum() / len(at) for some in (at[wrong], at)), loss.pixels_2KT
 
 
 def answer_all(segmenter: Segmenter, question: Question, frames: Frames) -> Losses:
     """Answer every frame once."""
     num_classes = segmenter.find(question.name, None).card.num_classes
-    candidates_T = ClassLoss(num_classes).candidates_T
     steps_S = (1.01 * np.log(num_classes) / STEPS * np.arange(1, STEPS + 1)).astype(np.float32)
     rows = [
-        lose(segment_frame(segmenter, frames[i], question.options(i)), steps_S, candidates_T)
+        lose(segment_frame(segmenter, frames[i], question.options(i)), steps_S, num_classes)
         for i in track(range(len(frames)), question.name)
     ]
-    wrong, kept, wrong_classes, answered = (np.stack(column) for column in zip(*rows, strict=True))
-    return Losses(frames.names, wrong, kept, wrong_classes[:, :num_classes], answered[:, :num_classes], steps_S)
+    return Losses(frames.names, *(np.stack(column) for column in zip(*rows, strict=True)), steps_S)
 
 
 def judge(losses: Losses, calibrating: Doubles, tested: Losses, testing: Doubles) -> dict[str, list[float]]:
@@ -109,16 +104,16 @@ def judge(losses: Losses, calibrating: Doubles, tested: Losses, testing: Doubles
         found[f"{risk:g}"] = [float(x[testing, at].mean()) if at >= 0 else 0.0 for x in rows]
     by_class.losses_KT = np.maximum.accumulate(losses.share_NKT[calibrating], axis=2).sum(0)
     by_class.num_frames_K = losses.called_NK[calibrating].sum(0)
-    by_class.pixels_2KT = np.stack([x[calibrating].sum(0) for x in (losses.answered_NKT, losses.wrong_NKT)])
+    by_class.pixels_2KT = losses.pixels_N2KT[calibrating].sum(0)
     called_K = tested.called_NK[testing].sum(0)
     for risk in CLASS_RISKS:
         for k, nats in enumerate(by_class.thresholds(risk)):
             t = -1 if nats is None else int(np.searchsorted(by_class.candidates_T, nats))
-            columns = (tested.share_NKT, tested.answered_NKT, tested.wrong_NKT)
+            columns = (tested.share_NKT, *tested.pixels_N2KT.swapaxes(0, 1))
             share, answered, wrong = (0.0 if nats is None else float(x[testing, k, t].sum()) for x in columns)
             found[f"class {risk:g} {k}"] = [
                 share / called_K[k] if called_K[k] else np.nan,
-                answered / max(tested.answered_NKT[testing, k, -1].sum(), 1),
+                answered / max(tested.pixels_N2KT[testing, 0, k, -1].sum(), 1),
                 wrong / answered if answered else np.nan,
             ]  # fmt: skip
     return found
