@@ -89,11 +89,6 @@ class Raster:
         """Count the bytes that are held of the image."""
         return sum(held.nbytes for held in (self._pixels, self._void_HW) if held is not None)
 
-    @property
-    def can_be_void(self) -> bool:
-        """Whether the image speaks of pixels that hold no measurement."""
-        return self._void_HW is not None
-
     def void(self, rows: slice) -> NDArray[np.bool_] | None:
         """Say which pixels of these rows hold no measurement; None where the image does not speak of such."""
         return None if self._void_HW is None else self._void_HW[rows]
@@ -181,6 +176,7 @@ class FileRaster(Raster):
 
     @property
     def can_be_void(self) -> bool:
+        """Whether the file speaks of pixels that hold no measurement."""
         return self._is_masked or bool(self._alpha) or self._nodata is not None or self._dtype.kind == "f"
 
     def void(self, rows: slice) -> NDArray[np.bool_] | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from penumbra.models.card import Card
 from penumbra.models.contract import Features
-from penumbra.models.errors import BadArtifact, PenumbraError
+from penumbra.models.errors import BadArtifact
 from penumbra.serving.engine.backends import Backend, load_backend
 from penumbra.serving.engine.canvas import Landing, Surface, Wanted
 from penumbra.serving.engine.device import stays_on
@@ -361,7 +361,7 @@ def _core_seconds(started: float) -> float:
     return (time.perf_counter() - started) * torch.get_num_threads()
 
 
-def settle(answers: Sequence[Answer | PenumbraError]) -> None:
+def settle(answers: Sequence[Answer]) -> None:
     """Wait until a device has computed answers."""
     for one in answers:
         if isinstance(one, Landing):

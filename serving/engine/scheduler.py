@@ -26,7 +26,7 @@ import torch
 
 from penumbra.models.errors import Cancelled, ModelFault, NotReady, PenumbraError, QueueFull
 from penumbra.serving.engine.canvas import Landing
-from penumbra.serving.engine.moments import Moments, not_finite
+from penumbra.serving.engine.moments import not_finite
 from penumbra.serving.engine.request import STRIDES, PriorityClass, QueuedRequest
 from penumbra.serving.engine.residency import Observer, Residency
 from penumbra.serving.engine.runtime import Runtime, is_out_of_memory, settle
@@ -36,8 +36,6 @@ from penumbra.serving.engine.windows import Window
 
 log = logging.getLogger("penumbra")
 T = TypeVar("T")
-WindowResult = Moments | Landing | PenumbraError
-"""What becomes of a window."""
 Run = tuple[int, Callable[[], object]]
 """What a lane runs next, and on how many cores."""
 
@@ -275,7 +273,7 @@ class Scheduler:
             capacity = batch.runtime.windows_per_batch
             self._observer.batch_done(model, windows=num_windows, capacity=capacity, samples=num_samples)
 
-    def _begin(self, batch: Batch) -> list[WindowResult]:
+    def _begin(self, batch: Batch) -> list[Answer]:
         """Run a batch, or have it queued on a GPU; then another one may begin.
 
         Clipped windows are smaller, and run by themselves: what a part that fails runs again is that part.
@@ -289,7 +287,7 @@ class Scheduler:
                 self._beginning = False
                 self._condition.notify_all()
 
-    def _answer(self, batch: Batch, *, is_alone: bool = False) -> list[WindowResult]:
+    def _answer(self, batch: Batch, *, is_alone: bool = False) -> list[Answer]:
         """Run a batch; on failure, in parts: halves when memory is short, at last alone; else request by request."""
         runtime, windows = batch.runtime, batch.windows
         most = runtime.windows_per_batch
@@ -314,7 +312,7 @@ class Scheduler:
             runtime.windows_per_batch = min(runtime.windows_per_batch, len(windows) // 2)
         return self._answer(batch)
 
-    def _answer_alone(self, batch: Batch) -> list[WindowResult]:
+    def _answer_alone(self, batch: Batch) -> list[Answer]:
         """Run one window again with no lane beside it, and one lane less at a time from now on."""
         with self._condition:
             self._most_working = max(1, self._most_working - 1)
@@ -325,16 +323,16 @@ class Scheduler:
             self._working, self._stepped_back = self._working + 1, self._stepped_back - 1
         return self._answer(batch, is_alone=True)
 
-    def _answer_apart(self, batch: Batch) -> list[WindowResult]:
+    def _answer_apart(self, batch: Batch) -> list[Answer]:
         """Run each request's windows by themselves, and put the answers back in the batch's order."""
-        answers: dict[int, WindowResult] = {}
+        answers: dict[int, Answer] = {}
         for one in dict.fromkeys(request for request, _ in batch.windows):
             positions = [i for i, (request, _) in enumerate(batch.windows) if request is one]
             alone = replace(batch, windows=[batch.windows[i] for i in positions])
             answers |= dict(zip(positions, self._answer(alone), strict=True))
         return [answers[i] for i in range(len(batch.windows))]
 
-    def _deliver(self, request: QueuedRequest, window: Window, answer: WindowResult) -> None:
+    def _deliver(self, request: QueuedRequest, window: Window, answer: Answer) -> None:
         if request not in self._requests:
             return
         if isinstance(answer, PenumbraError):
@@ -364,7 +362,7 @@ class Scheduler:
             self._condition.notify_all()
 
 
-def _settled(answers: Sequence[Answer | PenumbraError], runtime: Runtime) -> list[WindowResult]:
+def _settled(answers: Sequence[Answer], runtime: Runtime) -> list[Answer]:
     """Wait for what is on its way from a GPU: a fault where a window's values are not finite, or where it failed."""
     try:
         settle(answers)

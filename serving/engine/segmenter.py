@@ -194,11 +194,8 @@ class Segmenter:
 
     def is_tuned_here(self, card: Card) -> bool:
         """Tell whether a model was tuned, and on the processor and threads that it has here."""
-        tuned = card.tuned
-        return tuned is not None and (tuned.processor, tuned.threads) == (
-            name_hardware(self._device),
-            self.cores.threads,
-        )
+        tuned, here = card.tuned, (name_hardware(self._device), self.cores.threads)
+        return tuned is not None and (tuned.processor, tuned.threads) == here
 
     def unload(self, name: str, version: int | None = None) -> None:
         """Forget a model, or one version: requests that have it are still answered, and the last frees its memory."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from penumbra.models.card import Card
-from penumbra.models.errors import ModelFault
+from penumbra.models.errors import PenumbraError
 from penumbra.serving.engine import kernels
 from penumbra.serving.engine.canvas import Copied, Landing, Surface, Transfers, Wanted, channel_of_novelty, lay_out
 from penumbra.serving.engine.kernels import FloatArray
@@ -21,7 +21,7 @@ from penumbra.serving.engine.prompts import PromptSource
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.windows import Window, WindowPlan, cut
 
-Answer = Moments | Landing | ModelFault
+Answer = Moments | Landing | PenumbraError
 """What becomes of a window."""
 
 

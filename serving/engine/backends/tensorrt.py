@@ -9,6 +9,7 @@ import torch
 from penumbra.models.errors import BadOption
 from penumbra.serving.engine.backends import Graph, flat
 from penumbra.serving.engine.backends.engines import Engine, load_plan
+from penumbra.serving.engine.device import hardware_of
 
 DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -23,11 +24,5 @@ def target(device: torch.device) -> dict[str, str]:
     """Name the GPU, its compute capability, TensorRT and the driver. Raises BadOption where there is no GPU."""
     if device.type != "cuda" or not torch.cuda.is_available():
         raise BadOption(f"TensorRT engines are built for and run on a CUDA GPU, and the device is {device}")
-    major, minor = torch.cuda.get_device_capability(device)
     driver = re.search(r"\d+\.\d+(\.\d+)?", DRIVER.read_text()) if DRIVER.exists() else None
-    return {
-        "gpu": torch.cuda.get_device_name(device),
-        "compute capability": f"{major}.{minor}",
-        "TensorRT": trt.__version__,
-        "driver": driver[0] if driver else "unknown",
-    }
+    return hardware_of(device) | {"TensorRT": trt.__version__, "driver": driver[0] if driver else "unknown"}
