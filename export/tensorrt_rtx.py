@@ -18,7 +18,7 @@ from penumbra.export.parts import Part, cut
 from penumbra.models.card import Card
 from penumbra.models.contract import Network
 from penumbra.models.errors import BadOption
-from penumbra.serving.engine.backends import DTYPES, Backend, Graph, find_format, flat
+from penumbra.serving.engine.backends import Backend, Graph, find_format, flat
 from penumbra.serving.engine.backends.engines import find_log, position_of
 from penumbra.serving.engine.backends.tensorrt_rtx import target
 from penumbra.serving.engine.store import Golden
@@ -54,7 +54,7 @@ def write(
         if device.type == "cpu":
             graphs[part.name] = open_model(model, precision)
     (directory / "engines.txt").write_text(evidence, "utf-8")
-    return Backend(graphs, device=device, dtype=DTYPES[precision], one_at_a_time=True) if graphs else None
+    return Backend(graphs, device=device, one_at_a_time=True) if graphs else None
 
 
 def prepare(program: ONNXProgram, precision: str) -> onnx.ModelProto:

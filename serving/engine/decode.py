@@ -9,7 +9,7 @@ import io
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -64,24 +64,19 @@ def read_header(source: bytes | Path, limits: Limits, reading: Reading = RGB8) -
 
     Raises BadImage, BadOption for bands that were chosen, and TooLarge for pixels over the limit.
     """
-    with _opened(source, limits, reading) as header:
+    with ExitStack() as opened:
+        if raster := open_raster(source, reading):
+            header = Header(raster.shape[:2], raster.place, lambda: raster)
+        elif is_array(source):
+            (height, width, num_bands), array = opened.enter_context(array_header(source))
+            check_pixels(-(-height * num_bands // reading.spec.num_bands), width, limits)  # all bands are unpacked
+            header = Header((height, width), None, lambda: check_array(array(), limits, reading))
+        else:
+            picture, kind, file = opened.enter_context(_header(source, limits))
+            upright = picture.size if FLIPS[_orientation(picture)][0] else picture.size[::-1]
+            header = Header(upright, None, lambda: _decode(picture, kind, file, reading))
         check_pixels(*header.size, limits)
         yield header
-
-
-@contextmanager
-def _opened(source: bytes | Path, limits: Limits, reading: Reading) -> Iterator[Header]:
-    raster = open_raster(source, reading)
-    if raster:
-        yield Header(raster.shape[:2], raster.place, lambda: raster)
-    elif is_array(source):
-        with array_header(source) as ((height, width, num_bands), read):
-            check_pixels(-(-height * num_bands // reading.spec.num_bands), width, limits)  # all bands are unpacked
-            yield Header((height, width), None, lambda: check_array(read(), limits, reading))
-    else:
-        with _header(source, limits) as (picture, kind, file):
-            upright = picture.size if FLIPS[_orientation(picture)][0] else picture.size[::-1]
-            yield Header(upright, None, lambda: _decode(picture, kind, file, reading))
 
 
 @contextmanager

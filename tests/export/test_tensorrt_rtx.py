@@ -37,7 +37,7 @@ from penumbra.models.card import Card, ClassInfo, ExportFacts, InputSpec, Parity
 from penumbra.models.checkpoint import load_checkpoint
 from penumbra.models.contract import Network
 from penumbra.models.errors import BadArtifact, BadOption, ParityFailed
-from penumbra.serving.engine.backends import DTYPES, Backend, load_backend
+from penumbra.serving.engine.backends import Backend, load_backend
 from penumbra.serving.engine.backends.engines import load_plan
 from penumbra.serving.engine.backends.tensorrt_rtx import check_validity, target
 from penumbra.serving.engine.runtime import SIZES
@@ -111,7 +111,7 @@ def build(
             facts[part.name] = read_log(lines)
             check_facts(facts[part.name], part, card, precision)
             graphs[part.name] = rtx.open_model(model, precision)
-        exported = Backend(graphs, device=CPU, dtype=DTYPES[precision], one_at_a_time=True)
+        exported = Backend(graphs, device=CPU, one_at_a_time=True)
         yield Built(precision, facts, measure(card, exported, golden))
 
 

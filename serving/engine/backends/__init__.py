@@ -50,18 +50,16 @@ Graph = Callable[..., Any]
 
 
 class Backend:
-    """A backend has the graphs of a network, on one device in one precision (see `penumbra.models.contract`).
+    """A backend has the graphs of a network, on one device (see `penumbra.models.contract`).
 
     They may be called from any thread. one_at_a_time: for those that bring threads of their own for all cores.
     can_capture: whether `capture` can make CUDA graphs of them.
     """
 
     def __init__(
-        self, graphs: Mapping[str, Graph], *, device: torch.device, dtype: torch.dtype, one_at_a_time: bool,
-        can_capture: bool = False,
-    ) -> None:  # fmt: skip
-        self.device, self.dtype, self._can_capture = device, dtype, can_capture
-        self._graphs = graphs
+        self, graphs: Mapping[str, Graph], *, device: torch.device, one_at_a_time: bool, can_capture: bool = False
+    ) -> None:
+        self.device, self._graphs, self._can_capture = device, graphs, can_capture
         self._alone: AbstractContextManager[object] = threading.Lock() if one_at_a_time else nullcontext()
 
     @torch.inference_mode()
@@ -154,7 +152,7 @@ def open_backend(card: Card, directory: Path, device: torch.device) -> Backend:
             f"{directory} holds {name} graphs that this machine cannot load: {first_words(error)}"
         ) from None
     alone, can_capture = name != "torchscript", device.type == "cuda" and name != "onnx"
-    return Backend(graphs, device=device, dtype=DTYPES[precision], one_at_a_time=alone, can_capture=can_capture)
+    return Backend(graphs, device=device, one_at_a_time=alone, can_capture=can_capture)
 
 
 def first_words(error: Exception) -> str:

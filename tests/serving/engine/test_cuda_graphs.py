@@ -121,7 +121,7 @@ class Counted:
             return run
 
         graphs = {"encode": counted(network.encode), "decode": counted(network.decode)}
-        self.backend = Backend(graphs, device=CPU, dtype=torch.float32, one_at_a_time=False, can_capture=True)
+        self.backend = Backend(graphs, device=CPU, one_at_a_time=False, can_capture=True)
 
     def answer(self, num_windows: int, num_samples: int, *, seed: int = 0) -> Tensor:
         pixels, draws = image(num_windows) + seed, noise(NAME, num_samples, num_windows) + seed

@@ -15,7 +15,7 @@ from penumbra.models.card import Card, ExportFacts
 from penumbra.models.contract import Network
 from penumbra.serving.engine import runtime as runtimes
 from penumbra.serving.engine import segmenter as segmenters
-from penumbra.serving.engine.backends import DTYPES, Backend
+from penumbra.serving.engine.backends import Backend
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import Artifact
@@ -33,7 +33,7 @@ def backend_of(card: Card, network: Network, artifact: Artifact, *, precision: s
     """The parts as they are exported, run eagerly."""
     parts = cut(network, card, artifact.golden, precision=precision, device=torch.device("cpu"))
     graphs: dict[str, Callable[..., object]] = {part.name: part.module for part in parts}
-    return Backend(graphs, device=torch.device("cpu"), dtype=DTYPES[precision], one_at_a_time=False)
+    return Backend(graphs, device=torch.device("cpu"), one_at_a_time=False)
 
 
 @contextmanager

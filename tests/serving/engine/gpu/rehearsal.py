@@ -57,7 +57,7 @@ def runtime_of(name: str, precision: str) -> tuple[Runtime, Watch]:
         return run
 
     graphs = {part: graph(part) for part in PARTS}
-    backend = Backend(graphs, device=CUDA, dtype=dtype, one_at_a_time=False)
+    backend = Backend(graphs, device=CUDA, one_at_a_time=False)
     with watch.on(), patch.object(runtimes, "load_backend", lambda *_: backend):
         return Runtime(Artifact(Path(name), card, None, b""), device=CUDA), watch  # type: ignore[arg-type]
 
