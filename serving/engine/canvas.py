@@ -9,7 +9,6 @@ lane, from a picture whose rows went up once, as they came, and finished rows co
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -120,33 +119,25 @@ class Surface:
         self._first_y, self._first_row = first_y, plan.row_before(first_y)
         self._top = self._end = max(plan.starts_y[self._first_row], 0)
         self._strip_hWC: Tensor | None = None
-        self._void_hW: NDArray[np.bool_] | None = None
         self.weights = transfers.up(np.concatenate((*plan.weights_y, *plan.weights_x)))
         size = ring_height(plan, most), channels, plan.width
         self.canvas_RCW = torch.empty(size, device=transfers.device)
 
     def strip(self, y0: int, y1: int) -> tuple[Tensor, int]:
-        """Give a strip of the picture with its rows [y0, y1), and its first row; rows before y0 are forgotten. Where it
-        is void is read with it and kept here."""
+        """Give a strip of the picture with its rows [y0, y1), and its first row; rows before y0 are forgotten."""
         if y1 > self._end or self._strip_hWC is None:
             height, width, num_bands = self._image_HWC.shape
             end = min(height, max(y1, self._end + STRIP_BYTES // (self._image_HWC.dtype.itemsize * num_bands * width)))
             try:
-                rows_hWC, void_hW = self._read(end)
+                rows_hWC = self._image_HWC[self._end : end, :]
             except BadImage:  # what is sound before the damage is answered first, as on a CPU
                 end = y1
-                rows_hWC, void_hW = self._read(end)
+                rows_hWC = self._image_HWC[self._end : end, :]
             fresh_hWC = self._transfers.up(rows_hWC)
             kept = [] if self._strip_hWC is None else [self._strip_hWC[y0 - self._top :]]
-            if kept and void_hW is not None and self._void_hW is not None:
-                void_hW = np.concatenate((self._void_hW[y0 - self._top :], void_hW))
             self._strip_hWC = torch.cat((*kept, fresh_hWC)) if kept and len(kept[0]) else fresh_hWC
-            self._void_hW, self._top, self._end = void_hW, y0 if kept else self._top, end
+            self._top, self._end = y0 if kept else self._top, end
         return self._strip_hWC, self._top
-
-    def _read(self, end: int) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
-        rows = slice(self._end, end)
-        return self._image_HWC[rows, :], self._image_HWC.void(rows)
 
     def place(self, window: Window) -> list[int]:
         """Say where the canvas takes a window: its origin, the part of it that lies in the image, the places of its
@@ -166,11 +157,7 @@ class Surface:
 
     def void(self, rows: range) -> tuple[NDArray[np.bool_] | None, Tensor | None]:
         """Say where these rows of the picture hold no measurement, [h, W] here and uint8 on the device."""
-        if self._strip_hWC is None or self.plan.answer:
-            void_hW = self._original_HWC.void(slice(rows.start, rows.stop))
-        else:
-            void_hW = self._void_hW
-            void_hW = None if void_hW is None else void_hW[rows.start - self._top : rows.stop - self._top]
+        void_hW = self._original_HWC.void(slice(rows.start, rows.stop))
         return void_hW, None if void_hW is None else self._transfers.up(void_hW.view(np.uint8))
 
     def lay_out(self, rows: range, card: Card, num_samples: int, start: int = 0) -> "tuple[Segment, int]":

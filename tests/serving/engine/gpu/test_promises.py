@@ -330,7 +330,7 @@ class Counted(Raster):
 
 
 @pytest.mark.parametrize("strip_bytes", [1, 3 * 100 * 40, 2**24])
-def test_where_a_picture_is_void_is_read_once_and_with_its_rows(
+def test_where_a_picture_is_void_is_read_once(
     strip_bytes: int, staying: Segmenter, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(surfaces, "STRIP_BYTES", strip_bytes)
