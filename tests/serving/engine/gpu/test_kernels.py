@@ -11,10 +11,12 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed; it comes with torch for CUDA, and with the extra `dev`")
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from penumbra.serving.engine import operators, plain
 from penumbra.serving.engine.gpu import kernels
 
 ROOT = Path(__file__).parents[4]
@@ -129,3 +131,9 @@ def test_one_kernel_of_each_kind_compiles_for_hopper() -> None:
     compiled(kernels._blend, 90, WINDOWS=64, CHANNELS=kernels.CHANNELS, COLUMNS=kernels.COLUMNS)
     compiled(kernels._accumulate, 90, K=19, ALIGN=False, LOGITS=True, **tile)
     compiled(kernels._read_out, 90, K=19, SOFTMAX=True, **tile)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs here")
+def test_where_triton_does_not_run_the_plain_forms_do_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    assert operators._triton.__wrapped__() is plain
+    assert "Triton does not run here" in caplog.text
