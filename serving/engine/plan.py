@@ -19,8 +19,6 @@ from penumbra.serving.engine.windows import WindowPlan, count_windows, cover
 
 MOST_BAND_BYTES = 2**31
 """The rows of an answer that are resized together take at most so many bytes."""
-NORMAL = 2
-"""The priority of a request that names none."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,10 +57,6 @@ class RequestPlan:
     def sampling(self) -> Sampling:
         return self.card.sampling_with(prompt=self.prompt is not None)
 
-    @property
-    def priority(self) -> int:
-        return self.options.priority or NORMAL
-
     def num_bytes(self, lanes: int) -> int:
         """Predict the memory that the request takes beside its body: the picture, the answer, the canvas, and windows
         that wait to be stitched, of which a single one is the canvas. Samples take none of their own, for they are
@@ -89,10 +83,6 @@ class RequestPlan:
     def is_anytime(self) -> bool:
         """Tell whether fewer samples, the same of every window, are better than a missed deadline."""
         return self.options.anytime and self.sampling.is_stochastic
-
-    @property
-    def least_samples(self) -> int:
-        return 2 if "mutual_information" in self.options.outputs and self.num_views == 1 else 1
 
     @property
     def wanted(self) -> Wanted:

@@ -7,7 +7,7 @@ tags    the classes that are in the picture.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +19,6 @@ from penumbra.serving.engine.windows import Window, WindowPlan, clip
 
 PromptArrays = tuple[NDArray[Any], ...]
 """One window's prompt as `penumbra.models.contract.Prompt` has it, without the window axis."""
-
-
-class PromptSource(Protocol):
-    """A checked prompt of one request. Its arrays may be made window by window, in any lane."""
-
-    def cut(self, window: Window, plan: WindowPlan) -> PromptArrays: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +68,10 @@ class Tags:
 
     def cut(self, window: Window, plan: WindowPlan) -> PromptArrays:
         return (self.tags_K,)
+
+
+PromptSource = Boxes | Tags
+"""A checked prompt of one request. Its arrays may be made window by window, in any lane."""
 
 
 def check_prompt(

@@ -18,13 +18,15 @@ import torch
 from penumbra.models.errors import Cancelled, DeadlineExceeded, PenumbraError
 from penumbra.serving.engine.canvas import Landing, Surface, read_out, stitch
 from penumbra.serving.engine.moments import Moments
-from penumbra.serving.engine.plan import NORMAL, RequestPlan
+from penumbra.serving.engine.plan import RequestPlan
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.scale import at_size
 from penumbra.serving.engine.steps import WindowInput
 from penumbra.serving.engine.uncertainty import Band, counted, withhold_classes, withhold_void
 from penumbra.serving.engine.windows import Window
 
+NORMAL = 2
+"""The priority of a request that names none."""
 STRIDES = {1: 1, NORMAL: 4, 3: 16}
 """Priority -> how far a sample moves its virtual time: while all have work, they get 16, 4 and 1 of 21 samples."""
 

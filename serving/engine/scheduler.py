@@ -27,7 +27,7 @@ import torch
 from penumbra.models.errors import Cancelled, ModelFault, NotReady, PenumbraError, QueueFull
 from penumbra.serving.engine.canvas import Landing
 from penumbra.serving.engine.moments import not_finite
-from penumbra.serving.engine.request import STRIDES, PriorityClass, QueuedRequest
+from penumbra.serving.engine.request import NORMAL, STRIDES, PriorityClass, QueuedRequest
 from penumbra.serving.engine.residency import Observer, Residency
 from penumbra.serving.engine.runtime import Runtime, is_out_of_memory, settle
 from penumbra.serving.engine.steps import Answer
@@ -95,7 +95,7 @@ class Scheduler:
                     f"needs {cost}; try again in {self._retry_after_s} s",
                     retry_after_s=self._retry_after_s,
                 )
-            its_class = self._classes[request.plan.priority]
+            its_class = self._classes[request.plan.options.priority or NORMAL]
             its_class.virtual_time = max(its_class.virtual_time, self._virtual_time)
             self._requests.append(request)
             request.enter(its_class, lanes=self._cores.lanes)

@@ -153,7 +153,8 @@ class ThroughputModel:
 
         if request.started and needed_s(request.num_samples, request.untaken) <= left_s:
             return
-        least = request.plan.least_samples
+        has_mutual_information = "mutual_information" in request.plan.options.outputs
+        least = 2 if has_mutual_information and request.plan.num_views == 1 else 1
         choices = range(least, request.num_samples if request.started else request.plan.num_samples + 1)
         fitting = bisect_right(choices, SPARE * left_s, key=lambda s: needed_s(s, request.num_windows))
         if fitting or not request.started:
