@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.rounds import forget_peak, peak_memory, save
 from penumbra.models.card import ClassInfo, WindowSpec
-from penumbra.serving.engine.canvas import Surface, Transfers, Wanted, read_out, segments_of
+from penumbra.serving.engine.canvas import Surface, Transfers, Wanted, read_band, segments_of
 from penumbra.serving.engine.canvas import stitch as blend
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.windows import cover
@@ -39,9 +39,8 @@ def stitch(height: int) -> tuple[int, int, int]:
         blend(stats_BhCw, pairs, CARD, 1)
         (segment,), num_bytes = segments_of(pairs, CARD, 1)
         if segment:
-            out = torch.zeros(num_bytes, dtype=torch.uint8)
-            read_out([(surface.canvas_RCW, segment, surface.wanted)], out, CARD)
-            assert abs(float(segment.band(out.numpy()).maps["confidence"].max()) - 1 / CLASSES) < 1e-4
+            band = read_band(surface.canvas_RCW, segment, num_bytes, CARD)
+            assert abs(float(band.maps["confidence"].max()) - 1 / CLASSES) < 1e-4
     return plan.num_windows, surface.canvas_RCW.nbytes, peak_memory() - before
 
 

@@ -16,7 +16,7 @@ from penumbra.models.confusion import confusion, intersection_over_union
 from penumbra.models.contract import Network
 from penumbra.models.errors import BadOption, ParityFailed
 from penumbra.serving.engine.backends import Backend
-from penumbra.serving.engine.canvas import Wanted, lay_out, read_out
+from penumbra.serving.engine.canvas import Wanted, lay_out, read_band
 from penumbra.serving.engine.moments import Statistics
 from penumbra.serving.engine.noise import SeededNoise
 from penumbra.serving.engine.raster import Pixels, Raster
@@ -232,11 +232,8 @@ def read_window(logits_SKhw: Tensor, card: Card, height: int, width: int, output
     statistics, num_samples = Statistics(card, 1, (height, width), torch.device("cpu")), len(logits_SKhw)
     statistics.add(logits_SKhw[:, None])
     statistics.finish()
-    wanted = Wanted(outputs)
-    segment, num_bytes = lay_out(wanted, range(height), width, card, num_samples)
-    out = torch.zeros(num_bytes, dtype=torch.uint8)
-    read_out([(statistics.stats_BhCw[0] / num_samples, segment, wanted)], out, card)
-    return segment.band(out.numpy())
+    segment, num_bytes = lay_out(Wanted(outputs), range(height), width, card, num_samples)
+    return read_band(statistics.stats_BhCw[0] / num_samples, segment, num_bytes, card)
 
 
 def read_maps(logits_SKhw: Tensor, card: Card, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:

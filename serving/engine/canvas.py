@@ -42,11 +42,6 @@ class Wanted:
     outputs: tuple[str, ...]
     above_nats_K: tuple[float, ...] = ()
 
-    def thresholds(self, num_classes: int) -> list[float]:
-        """Give the entropy of each class above which a label is withheld as it is read out."""
-        above_nats_K = self.above_nats_K or (math.inf,) * num_classes
-        return [math.inf if nats == -math.inf else nats for nats in above_nats_K]
-
     @property
     def withheld(self) -> tuple[int, ...]:
         """The classes that are withheld altogether."""
@@ -245,21 +240,18 @@ def ring_height(plan: WindowPlan, most: int) -> int:
 class Segment:
     """Finished rows, and where their outputs lie in the bytes that come down, by name, with `labels` and `SUMS`.
 
-    void_hW: which of their pixels hold no measurement, here and on the device, as `Surface.void` has it.
+    table, thresholds_K: the rows and places, and the entropy above which the label of each class is withheld, as
+    `operators.read_out` takes them. void_hW: which of their pixels hold no measurement, here and on the device, as
+    `Surface.void` has it.
     """
 
     rows: range
     width: int
-    num_samples: int
     num_classes: int
     places: dict[str, int]
+    table: list[int]
+    thresholds_K: list[float]
     void_hW: tuple[NDArray[np.bool_] | None, Tensor | None] = (None, None)
-
-    def table(self, card: Card) -> list[int]:
-        """Give the rows and the places as `operators.read_out` takes them."""
-        maps = card.maps(self.num_samples)
-        names = ("labels", *maps[:5], PROBABILITIES, *maps[5:], SUMS)
-        return [self.rows.start, len(self.rows), *(self.places.get(name, -1) for name in names)]
 
     def band(self, copied: NDArray[np.uint8]) -> Band:
         """Read the rows of an answer from the bytes."""
@@ -278,14 +270,16 @@ def lay_out(
     wanted: Wanted, rows: range, width: int, card: Card, num_samples: int, start: int = 0
 ) -> tuple[Segment, int]:  # fmt: skip
     """Lay out what is wanted of finished rows in the bytes from `start` on, and say where the next may begin."""
-    places = {SUMS: -(-start // 8) * 8}
+    maps, num_classes, places = card.maps(num_samples), card.num_classes, {SUMS: -(-start // 8) * 8}
     start = places[SUMS] + 8 * NUM_SUMS * len(rows)
-    names = {*card.maps(num_samples), PROBABILITIES} & {*wanted.outputs}
-    for name in sorted(names):
+    for name in sorted({*maps, PROBABILITIES} & {*wanted.outputs}):
         places[name] = start
-        start += 4 * len(rows) * width * (card.num_classes if name == PROBABILITIES else 1)
+        start += 4 * len(rows) * width * (num_classes if name == PROBABILITIES else 1)
     places["labels"] = start
-    return Segment(rows, width, num_samples, card.num_classes, places), start + -(-len(rows) * width // 4) * 4
+    planes = ("labels", *maps[:5], PROBABILITIES, *maps[5:], SUMS)
+    table = [rows.start, len(rows), *(places.get(name, -1) for name in planes)]
+    above_K = [math.inf if nats == -math.inf else nats for nats in wanted.above_nats_K or (math.inf,) * num_classes]
+    return Segment(rows, width, num_classes, places, table, above_K), start + -(-len(rows) * width // 4) * 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,15 +331,22 @@ def stitch(stats_BhCw: Tensor, pairs: Sequence[tuple[Surface, Window]], card: Ca
         surface.blended = window.index
 
 
-def read_out(finished: Sequence[tuple[Tensor, Segment, Wanted]], out: Tensor, card: Card) -> None:
-    """Read finished rows out of canvases into `out`: each with its segment, and what is wanted of it."""
-    kept = list({id(canvas): canvas for canvas, _, _ in finished}.values())
+def read_band(canvas_RCW: Tensor, segment: Segment, num_bytes: int, card: Card) -> Band:
+    """Read finished rows out of a canvas on a CPU."""
+    out = torch.zeros(num_bytes, dtype=torch.uint8)
+    read_out([(canvas_RCW, segment)], out, card)
+    return segment.band(out.numpy())
+
+
+def read_out(finished: Sequence[tuple[Tensor, Segment]], out: Tensor, card: Card) -> None:
+    """Read finished rows out of canvases into `out`."""
+    kept = list({id(canvas): canvas for canvas, _ in finished}.values())
     places = {id(canvas): i for i, canvas in enumerate(kept)}
-    thresholds = [nats for *_, wanted in finished for nats in wanted.thresholds(card.num_classes)]
+    thresholds = [nats for _, segment in finished for nats in segment.thresholds_K]
     table, voids = list[int](), list[Tensor]()
-    for canvas, segment, _ in finished:
+    for canvas, segment in finished:
         void_hW = segment.void_hW[1]
-        table += [places[id(canvas)], *segment.table(card), -1 if void_hW is None else len(voids)]
+        table += [places[id(canvas)], *segment.table, -1 if void_hW is None else len(voids)]
         voids += [] if void_hW is None else [void_hW]
     operators.read_out(
         kept, out, table, thresholds, num_classes=card.num_classes, softmax=card.readout.average == "logits",

@@ -13,10 +13,9 @@ from functools import partial
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from penumbra.models.errors import Cancelled, DeadlineExceeded, PenumbraError
-from penumbra.serving.engine.canvas import Landing, Surface, read_out, stitch
+from penumbra.serving.engine.canvas import Landing, Surface, read_band, stitch
 from penumbra.serving.engine.moments import Moments
 from penumbra.serving.engine.plan import RequestPlan
 from penumbra.serving.engine.raster import Raster
@@ -147,9 +146,9 @@ class QueuedRequest:
         if isinstance(answer, Landing):
             yield from answer.bands()
             return
-        card, wanted = self.plan.card, self.plan.wanted
+        card, plan = self.plan.card, self.plan
         if window.index == self.first_window:
-            self.surface = self.plan.runtime.surface(self.image_HWC, self.plan.windows, wanted, first_y=self.first_y)
+            self.surface = plan.runtime.surface(self.image_HWC, plan.windows, plan.wanted, first_y=self.first_y)
         assert self.surface
         pairs = [(self.surface, window)]
         with self.clock("stitch"):
@@ -162,9 +161,7 @@ class QueuedRequest:
         for rows in self.surface.pieces(window):
             with self.clock("read_out"):
                 segment, num_bytes = self.surface.lay_out(rows, card, answer.num_samples)
-                out = torch.zeros(num_bytes, dtype=torch.uint8)
-                read_out([(self.surface.rows_of(rows, card), segment, wanted)], out, card)
-                band = segment.band(out.numpy())
+                band = read_band(self.surface.rows_of(rows, card), segment, num_bytes, card)
             yield band
 
     def finished(self) -> Iterator[Finished]:

@@ -100,7 +100,7 @@ def answer(one: WindowInput, logits_Khw: Tensor, extras_Ehw: Tensor, card: Card)
     out[:4] = 0
     kernels.answer(
         logits_Khw, extras_Ehw, (max(-window.y0, 0), max(-window.x0, 0)), out, card.readout,
-        segment=[width, *segment.table(card)], thresholds=one.wanted.thresholds(card.num_classes), void_HW=void_hW,
+        segment=[width, *segment.table], thresholds=segment.thresholds_K, void_HW=void_hW,
         channel=channel_of_novelty(card),
     )  # fmt: skip
     return Landing(1, Copied(out, None), 0, replace(segment, void_hW=(void_hW, None)))

@@ -107,11 +107,8 @@ class DeviceSteps(Steps):
         stitch(statistics.stats_BhCw, pairs, card, num_samples)
         assert statistics.flags_B is not None
         there[: 4 * len(pairs)].view(torch.float32).copy_(statistics.flags_B)
-        finished = [
-            (surface.rows_of(segment.rows, card), segment, surface.wanted)
-            for (surface, _), segment in zip(pairs, segments, strict=True) if segment
-        ]  # fmt: skip
-        if finished:
+        placed_segments = zip(pairs, segments, strict=True)
+        if finished := [(surface.rows_of(one.rows, card), one) for (surface, _), one in placed_segments if one]:
             read_out(finished, there, card)
         copied = self.transfers.down(there, host)
         return [Landing(num_samples, copied, b, segment) for b, segment in enumerate(segments)]

@@ -12,7 +12,7 @@ from penumbra.serving.engine.canvas import (
     Surface,
     Transfers,
     Wanted,
-    read_out,
+    read_band,
     ring_height,
     segments_of,
     stitch,
@@ -40,11 +40,7 @@ def add(canvas: Surface, window: Window, stats_hCw: np.ndarray) -> Band | None:
     """Blend one window of two samples in, and read out the band that it finishes."""
     stitch(torch.from_numpy(np.ascontiguousarray(stats_hCw))[None], [(canvas, window)], CARD, 2)
     (segment,), num_bytes = segments_of([(canvas, window)], CARD, 2)
-    if not segment:
-        return None
-    out = torch.zeros(num_bytes, dtype=torch.uint8)
-    read_out([(canvas.canvas_RCW, segment, canvas.wanted)], out, CARD)
-    return segment.band(out.numpy())
+    return read_band(canvas.canvas_RCW, segment, num_bytes, CARD) if segment else None
 
 
 def stitched(image_HW3: np.ndarray, spec: WindowSpec, overlap: float | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ import torch
 from penumbra.export.bundle import export_network
 from penumbra.models.card import Calibration, Novelty
 from penumbra.models.errors import Cancelled
-from penumbra.serving.engine.canvas import Wanted, lay_out, read_out
+from penumbra.serving.engine.canvas import Wanted, lay_out, read_band
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.plain import UNITS
 from penumbra.serving.engine.raster import Raster
@@ -89,9 +89,7 @@ def test_sums_are_the_same_in_whatever_bands_rows_are_read(rng: np.random.Genera
         found = []
         for rows in map(range, edges, edges[1:]):
             segment, num_bytes = lay_out(Wanted(()), rows, 70, LATENT, 2)
-            out = torch.zeros(num_bytes, dtype=torch.uint8)
-            read_out([(canvas, segment, Wanted(()))], out, LATENT)
-            found.append(segment.band(out.numpy()).sums_hN)
+            found.append(read_band(canvas, segment, num_bytes, LATENT).sums_hN)
         return np.concatenate(found)
 
     assert np.array_equal(sums(0, 9), sums(0, 1, 4, 9)) and sums(0, 9)[:, :2].all() and not sums(0, 9)[:, 2].any()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from penumbra.models.card import MAPS, MAPS_OF_ONE, ClassInfo
 from penumbra.serving.engine import kernels
-from penumbra.serving.engine.canvas import Wanted, lay_out, read_out
+from penumbra.serving.engine.canvas import Wanted, lay_out, read_band
 from penumbra.serving.engine.uncertainty import Band
 from tests.conftest import toy_card
 from tests.serving.engine import oracles
@@ -118,11 +118,8 @@ def test_all_maps_equal_their_formulas_in_float64(seed: int, num_classes: int, h
 
     def read(num_samples: int) -> Band:
         """Rows 5 on, which a ring of this height has further round."""
-        wanted, rows = Wanted(card.maps(num_samples)), range(5, 5 + height)
-        segment, num_bytes = lay_out(wanted, rows, width, card, num_samples)
-        out = torch.zeros(num_bytes, dtype=torch.uint8)
-        read_out([(canvas.roll(5, 0).contiguous(), segment, wanted)], out, card)
-        return segment.band(out.numpy())
+        segment, num_bytes = lay_out(Wanted(card.maps(num_samples)), range(5, 5 + height), width, card, num_samples)
+        return read_band(canvas.roll(5, 0).contiguous(), segment, num_bytes, card)
 
     band = read(3)
     ranked = np.sort(mean, axis=1)
