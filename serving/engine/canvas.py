@@ -340,16 +340,15 @@ def read_band(canvas_RCW: Tensor, segment: Segment, num_bytes: int, card: Card) 
 
 def read_out(finished: Sequence[tuple[Tensor, Segment]], out: Tensor, card: Card) -> None:
     """Read finished rows out of canvases into `out`."""
-    kept = list({id(canvas): canvas for canvas, _ in finished}.values())
-    places = {id(canvas): i for i, canvas in enumerate(kept)}
+    canvases = [canvas for canvas, _ in finished]
     thresholds = [nats for _, segment in finished for nats in segment.thresholds_K]
     table, voids = list[int](), list[Tensor]()
-    for canvas, segment in finished:
+    for i, (_, segment) in enumerate(finished):
         void_hW = segment.void_hW[1]
-        table += [places[id(canvas)], *segment.table, -1 if void_hW is None else len(voids)]
+        table += [i, *segment.table, -1 if void_hW is None else len(voids)]
         voids += [] if void_hW is None else [void_hW]
     operators.read_out(
-        kept, out, table, thresholds, num_classes=card.num_classes, softmax=card.readout.average == "logits",
+        canvases, out, table, thresholds, num_classes=card.num_classes, softmax=card.readout.average == "logits",
         channel=channel_of_novelty(card), voids=voids,
     )  # fmt: skip
 
