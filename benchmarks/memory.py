@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.rounds import forget_peak, peak_memory, save
 from penumbra.models.card import ClassInfo, WindowSpec
-from penumbra.serving.engine.canvas import Surface, Transfers, Wanted, read_band, segments_of
+from penumbra.serving.engine.canvas import Surface, Transfers, Wanted, read_band
 from penumbra.serving.engine.canvas import stitch as blend
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.windows import cover
@@ -35,11 +35,9 @@ def stitch(height: int) -> tuple[int, int, int]:
         channels=CLASSES + 1, most=1,
     )  # fmt: skip
     for window in plan:
-        pairs = [(surface, window)]
-        blend(stats_BhCw, pairs, CARD, 1)
-        (segment,), num_bytes = segments_of(pairs, CARD, 1)
-        if segment:
-            band = read_band(surface.canvas_RCW, segment, num_bytes, CARD)
+        blend(stats_BhCw, [(surface, window)], CARD, 1)
+        if rows := surface.finished(window):
+            band = read_band(surface.canvas_RCW, *surface.lay_out(rows, CARD, 1), CARD)
             assert abs(float(band.maps["confidence"].max()) - 1 / CLASSES) < 1e-4
     return plan.num_windows, surface.canvas_RCW.nbytes, peak_memory() - before
 

@@ -306,19 +306,6 @@ class Landing:
             yield self.segment.band(self.copied.wait())
 
 
-def segments_of(
-    pairs: Sequence[tuple[Surface, Window]], card: Card, num_samples: int
-) -> tuple[list[Segment | None], int]:
-    """Lay out the rows that a batch's windows finish; the windows' flags come first, a float32 each."""
-    end, segments = 4 * len(pairs), list[Segment | None]()
-    for surface, window in pairs:
-        rows, segment = surface.finished(window), None
-        if rows:
-            segment, end = surface.lay_out(rows, card, num_samples, end)
-        segments.append(segment)
-    return segments, end
-
-
 def stitch(stats_BhCw: Tensor, pairs: Sequence[tuple[Surface, Window]], card: Card, num_samples: int) -> None:
     """Blend windows into their canvases."""
     surfaces = list(dict.fromkeys(surface for surface, _ in pairs))

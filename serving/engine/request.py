@@ -160,8 +160,8 @@ class QueuedRequest:
                 stitch(answer.stats_hCw[None], pairs, card, answer.num_samples)
         for rows in self.surface.pieces(window):
             with self.clock("read_out"):
-                segment, num_bytes = self.surface.lay_out(rows, card, answer.num_samples)
-                band = read_band(self.surface.rows_of(rows, card), segment, num_bytes, card)
+                laid_out = self.surface.lay_out(rows, card, answer.num_samples)
+                band = read_band(self.surface.rows_of(rows, card), *laid_out, card)
             yield band
 
     def finished(self) -> Iterator[Finished]:

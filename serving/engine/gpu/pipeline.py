@@ -12,7 +12,7 @@ from torch import Tensor
 
 from penumbra.models.card import Card
 from penumbra.serving.engine import operators
-from penumbra.serving.engine.canvas import Landing, Surface, read_out, segments_of, stitch
+from penumbra.serving.engine.canvas import Landing, Segment, Surface, read_out, stitch
 from penumbra.serving.engine.moments import Statistics
 from penumbra.serving.engine.plain import Norm
 from penumbra.serving.engine.prompts import Boxes, Tags
@@ -102,13 +102,17 @@ class DeviceSteps(Steps):
         All memory is asked for before a canvas changes, so that a batch that does not fit can be run again in halves.
         """
         card, num_samples, pairs = statistics.card, statistics.num_samples, placed(inputs)
-        segments, num_bytes = segments_of(pairs, card, num_samples)
+        segments, num_bytes = list[Segment | None](), 4 * len(pairs)  # the windows' flags come first, a float32 each
+        for surface, window in pairs:
+            segments.append(None)
+            if rows := surface.finished(window):
+                segments[-1], num_bytes = surface.lay_out(rows, card, num_samples, num_bytes)
         there, host = self.transfers.room(num_bytes)
         stitch(statistics.stats_BhCw, pairs, card, num_samples)
         assert statistics.flags_B is not None
         there[: 4 * len(pairs)].view(torch.float32).copy_(statistics.flags_B)
-        placed_segments = zip(pairs, segments, strict=True)
-        if finished := [(surface.rows_of(one.rows, card), one) for (surface, _), one in placed_segments if one]:
+        finished = [(its.rows_of(one.rows, card), one) for (its, _), one in zip(pairs, segments, strict=True) if one]
+        if finished:
             read_out(finished, there, card)
         copied = self.transfers.down(there, host)
         return [Landing(num_samples, copied, b, segment) for b, segment in enumerate(segments)]

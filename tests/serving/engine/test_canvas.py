@@ -14,7 +14,6 @@ from penumbra.serving.engine.canvas import (
     Wanted,
     read_band,
     ring_height,
-    segments_of,
     stitch,
 )
 from penumbra.serving.engine.options import PROBABILITIES
@@ -39,8 +38,8 @@ def canvas_of(plan: WindowPlan) -> Surface:
 def add(canvas: Surface, window: Window, stats_hCw: np.ndarray) -> Band | None:
     """Blend one window of two samples in, and read out the band that it finishes."""
     stitch(torch.from_numpy(np.ascontiguousarray(stats_hCw))[None], [(canvas, window)], CARD, 2)
-    (segment,), num_bytes = segments_of([(canvas, window)], CARD, 2)
-    return read_band(canvas.canvas_RCW, segment, num_bytes, CARD) if segment else None
+    rows = canvas.finished(window)
+    return read_band(canvas.canvas_RCW, *canvas.lay_out(rows, CARD, 2), CARD) if rows else None
 
 
 def stitched(image_HW3: np.ndarray, spec: WindowSpec, overlap: float | None = None) -> tuple[np.ndarray, np.ndarray]:
