@@ -13,7 +13,7 @@ from penumbra.export.parts import cut
 from penumbra.models.card import Card
 from penumbra.models.contract import Network
 from penumbra.models.errors import BadOption
-from penumbra.serving.engine.backends.aot import FORMATS, INPUTS
+from penumbra.serving.engine.backends.aot import INPUTS
 from penumbra.serving.engine.store import Golden
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -49,4 +49,5 @@ def _is_channels_last(tensor: Tensor) -> bool:
 def _input_facts(example: Tensor, other: Tensor) -> dict[str, object]:
     """Say what the compiled code takes for granted of an input: sizes (None where free), type and memory format."""
     sizes = [size if size == size_too else None for size, size_too in zip(example.shape, other.shape, strict=True)]
-    return {"sizes": sizes, "dtype": str(example.dtype), "format": FORMATS[_is_channels_last(example)]}
+    layout = "channels_last" if _is_channels_last(example) else "contiguous"
+    return {"sizes": sizes, "dtype": str(example.dtype), "format": layout}

@@ -7,6 +7,7 @@ its metadata, and every call is held against that.
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,45 +16,32 @@ from penumbra.serving.engine.backends import Graph, flat
 from penumbra.serving.engine.device import hardware_of
 
 INPUTS = "penumbra_inputs"
-FORMATS = ("contiguous", "channels_last")
-"""Memory formats, by their names in `torch.memory_format`."""
-
-
-class AotGraph:
-    """A graph is one compiled package."""
-
-    def __init__(self, path: Path, device: torch.device) -> None:
-        index = -1 if device.type == "cpu" else device.index or 0
-        # `aoti_load_package` is this and an import of two seconds. True: for one thread, and asking no event.
-        self._package = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, index)
-        self._inputs = json.loads(self._package.get_metadata()[INPUTS])
-        self._name = path.stem
-
-    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        outputs: list[Tensor] = self._package.run(self._checked(inputs))
-        return outputs
-
-    def _checked(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Put inputs into the memory formats that were compiled. Raises ValueError for what cannot be computed."""
-        if len(inputs) != len(self._inputs):
-            raise ValueError(f"{self._name} is called with {len(inputs)} inputs; it takes {len(self._inputs)}")
-        for i, (tensor, compiled) in enumerate(zip(inputs, self._inputs, strict=True)):
-            fits = len(tensor.shape) == len(compiled["sizes"]) and all(
-                size == fixed for size, fixed in zip(tensor.shape, compiled["sizes"], strict=True) if fixed is not None
-            )
-            if not fits or str(tensor.dtype) != compiled["dtype"]:
-                raise ValueError(
-                    f"input {i} of {self._name} is {tensor.dtype} {list(tensor.shape)}; it was compiled for "
-                    f"{compiled['dtype']} {compiled['sizes']}, where None is any size"
-                )
-        formats = [
-            torch.channels_last if w["format"] == "channels_last" else torch.contiguous_format for w in self._inputs
-        ]
-        return [tensor.contiguous(memory_format=kind) for tensor, kind in zip(inputs, formats, strict=True)]
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def open_graph(path: Path, device: torch.device, _: str) -> Graph:
-    return flat(AotGraph(path, device))
+    """Load one compiled package."""
+    index = -1 if device.type == "cpu" else device.index or 0
+    # `aoti_load_package` is this and an import of two seconds. True: for one thread, and asking no event.
+    package = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, index)
+    compiled = json.loads(package.get_metadata()[INPUTS])
+    return flat(lambda inputs: package.run(_checked(inputs, compiled, path.stem)))
+
+
+def _checked(inputs: Sequence[Tensor], compiled: Sequence[dict[str, Any]], name: str) -> list[Tensor]:
+    """Put inputs into the memory formats that were compiled. Raises ValueError for what cannot be computed."""
+    if len(inputs) != len(compiled):
+        raise ValueError(f"{name} is called with {len(inputs)} inputs; it takes {len(compiled)}")
+    for i, (tensor, one) in enumerate(zip(inputs, compiled, strict=True)):
+        fits = len(tensor.shape) == len(one["sizes"]) and all(
+            size == fixed for size, fixed in zip(tensor.shape, one["sizes"], strict=True) if fixed is not None
+        )
+        if not fits or str(tensor.dtype) != one["dtype"]:
+            raise ValueError(
+                f"input {i} of {name} is {tensor.dtype} {list(tensor.shape)}; it was compiled for "
+                f"{one['dtype']} {one['sizes']}, where None is any size"
+            )
+    return [x.contiguous(memory_format=FORMATS[one["format"]]) for x, one in zip(inputs, compiled, strict=True)]
 
 
 def target(device: torch.device) -> dict[str, str]:
