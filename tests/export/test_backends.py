@@ -252,8 +252,9 @@ def test_half_precision_passes_its_own_gate_and_is_served(
     facts = open_artifact(directory).card.export
     assert facts and facts.precision == precision and 0 < facts.parity.relative < 0.01
     graphs = load(directory)
-    assert graphs.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    assert graphs.decode(graphs.encode(image(1)), noise("toy latent", 2, 1)).dtype == torch.float32
+    features = graphs.encode(image(1))
+    assert features[0].dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert graphs.decode(features, noise("toy latent", 2, 1)).dtype == torch.float32
     assert verify_artifact(directory, "cpu") == facts.parity
     is_served(card, tmp_path)
 
