@@ -19,7 +19,7 @@ from penumbra.models.card import Card
 from penumbra.models.errors import BadImage
 from penumbra.serving.engine import operators
 from penumbra.serving.engine.options import PROBABILITIES
-from penumbra.serving.engine.plain import NUM_SUMS
+from penumbra.serving.engine.plain import NUM_SUMS, Rows
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.scale import at_size
 from penumbra.serving.engine.uncertainty import Band
@@ -328,14 +328,13 @@ def read_band(canvas_RCW: Tensor, segment: Segment, num_bytes: int, card: Card) 
 def read_out(finished: Sequence[tuple[Tensor, Segment]], out: Tensor, card: Card) -> None:
     """Read finished rows out of canvases into `out`."""
     canvases = [canvas for canvas, _ in finished]
-    thresholds = [nats for _, segment in finished for nats in segment.thresholds_K]
-    table, voids = list[int](), list[Tensor]()
+    segments, voids = list[Rows](), list[Tensor]()
     for i, (_, segment) in enumerate(finished):
         void_hW = segment.void_hW[1]
-        table += [i, *segment.table, -1 if void_hW is None else len(voids)]
+        segments.append(([i, *segment.table, -1 if void_hW is None else len(voids)], segment.thresholds_K))
         voids += [] if void_hW is None else [void_hW]
     operators.read_out(
-        canvases, out, table, thresholds, num_classes=card.num_classes, softmax=card.readout.average == "logits",
+        canvases, out, segments, num_classes=card.num_classes, softmax=card.readout.average == "logits",
         channel=channel_of_novelty(card), voids=voids,
     )  # fmt: skip
 

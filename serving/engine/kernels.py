@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from penumbra.models.card import Readout
+from penumbra.serving.engine.plain import Rows
 
 log = logging.getLogger("penumbra")
 FloatArray = NDArray[np.float32]
@@ -101,16 +102,12 @@ def blend(
 
 
 def read_out(
-    canvases: Sequence[Tensor], out: Tensor, segments: Sequence[int], thresholds: Sequence[float], *,
-    num_classes: int, softmax: bool, voids: Sequence[Tensor], channel: int,
+    canvases: Sequence[Tensor], out: Tensor, segments: Sequence[Rows], *, num_classes: int, softmax: bool,
+    voids: Sequence[Tensor], channel: int,
 ) -> None:  # fmt: skip
     """Read out segment by segment."""
     assert COMPILED
-    per_segment = len(segments) * num_classes // len(thresholds)
-    for (index, y, num_rows, *planes, void), threshold_K in zip(
-        zip(*[iter(segments)] * per_segment, strict=True), zip(*[iter(thresholds)] * num_classes, strict=True),
-        strict=True,
-    ):  # fmt: skip
+    for (index, y, num_rows, *planes, void), threshold_K in segments:
         canvas = canvases[index]
         if softmax:  # not in torch, whose threads are for networks
             ring = canvas.numpy()[np.arange(y, y + num_rows) % len(canvas)]

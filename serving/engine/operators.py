@@ -17,7 +17,7 @@ from torch import Tensor
 
 from penumbra.models.card import Readout
 from penumbra.serving.engine import kernels, plain
-from penumbra.serving.engine.plain import Norm
+from penumbra.serving.engine.plain import Norm, Rows
 
 log = logging.getLogger("penumbra")
 
@@ -69,30 +69,30 @@ def blend(
 
 
 def read_out(
-    canvases: Sequence[Tensor], out: Tensor, segments: Sequence[int], thresholds: Sequence[float], *,
-    num_classes: int, softmax: bool, voids: Sequence[Tensor] = (), channel: int = -1,
+    canvases: Sequence[Tensor], out: Tensor, segments: Sequence[Rows], *, num_classes: int, softmax: bool,
+    voids: Sequence[Tensor] = (), channel: int = -1,
 ) -> None:  # fmt: skip
     """Read labels and maps out of finished rows of canvases [R, C, W], into planes of `out` (uint8 [bytes]).
 
-    segments, one after another: canvas, first image row, number of rows, then where in `out` its planes begin: labels
+    segments, each its places: canvas, first image row, number of rows, then where in `out` its planes begin: labels
     (uint8 [rows, W]), confidence, margin, entropy, expected_entropy, disagreement (float32 [rows, W], at multiples of
     four), probabilities (float32 [rows, K, W]), the extra maps (channels K + 1 on), and sums (int64 [rows, 3], at a
     multiple of eight, where `out` holds zeros); -1: not requested. The last number is the segment's of `voids`, or -1.
-    thresholds, K a segment: the label of a pixel is 255 where its entropy is above the threshold of its class. softmax:
-    the channels hold logits.
+    And its K thresholds: the label of a pixel is 255 where its entropy is above that of its class. softmax: the
+    channels hold logits.
 
     Sums are those of a row's 1 - confidence, of its entropy, and of the extra map at `channel` or, where that is -1, 0,
     in units of 2^-24: whole numbers, which add up to the same in any order. Left out is where a void (uint8 [rows, W])
     is not 0, and the map is taken as at most 2^15 from 0. A probability that is no number counts as 0 in all that is
     read out but itself, and such a value of the map as 2^15.
     """
-    num_planes = 8 + canvases[0].shape[1] - num_classes - 1
-    assert len(segments) * num_classes == (4 + num_planes) * len(thresholds) and out.dtype == torch.uint8
+    sizes = 11 + canvases[0].shape[1] - num_classes, num_classes
+    assert (
+        all((len(places), len(threshold_K)) == sizes for places, threshold_K in segments) and out.dtype == torch.uint8
+    )
     assert all(canvas.is_contiguous() and canvas.shape[1] == canvases[0].shape[1] for canvas in canvases)
     assert all(void.is_contiguous() and void.dtype == torch.uint8 for void in voids)
-    _form(out).read_out(
-        canvases, out, segments, thresholds, num_classes=num_classes, softmax=softmax, voids=voids, channel=channel
-    )
+    _form(out).read_out(canvases, out, segments, num_classes=num_classes, softmax=softmax, voids=voids, channel=channel)
 
 
 def _form(tensor: Tensor, *, in_c: bool = True) -> ModuleType:

@@ -19,6 +19,10 @@ NUM_SUMS = 3
 MOST = 2.0**15
 """A pixel's map of novelty counts for at most so much, that no sum of a row overflows."""
 
+Rows = tuple[Sequence[int], Sequence[float]]
+"""Where rows are in a canvas and in what is read out of it, and the thresholds of their classes: `operators.read_out`
+says how."""
+
 
 @dataclass(frozen=True, slots=True)
 class Norm:
@@ -100,15 +104,11 @@ def blend(
 
 
 def read_out(
-    canvases: Sequence[Tensor], out: Tensor, segments: Sequence[int], thresholds: Sequence[float], *,
-    num_classes: int, softmax: bool, voids: Sequence[Tensor], channel: int,
+    canvases: Sequence[Tensor], out: Tensor, segments: Sequence[Rows], *, num_classes: int, softmax: bool,
+    voids: Sequence[Tensor], channel: int,
 ) -> None:  # fmt: skip
     """Read out segment by segment; see `operators.read_out`."""
-    per_segment = len(segments) * num_classes // len(thresholds)
-    for (index, y, num_rows, *offsets, void), threshold_K in zip(
-        zip(*[iter(segments)] * per_segment, strict=True), zip(*[iter(thresholds)] * num_classes, strict=True),
-        strict=True,
-    ):  # fmt: skip
+    for (index, y, num_rows, *offsets, void), threshold_K in segments:
         canvas = canvases[index]
         rows = canvas[torch.arange(y, y + num_rows, device=canvas.device) % len(canvas)]
         merged, expected, extras = rows[:, :num_classes], rows[:, num_classes], rows[:, num_classes + 1 :]

@@ -150,14 +150,13 @@ class QueuedRequest:
         if window.index == self.first_window:
             self.surface = plan.runtime.surface(self.image_HWC, plan.windows, plan.wanted, first_y=self.first_y)
         assert self.surface
-        pairs = [(self.surface, window)]
         with self.clock("stitch"):
             if (window.height, window.width) == self._scaled_HWC.shape[:2]:  # there is nothing to blend it with
                 self.surface.canvas_RCW = answer.stats_hCw
                 if answer.num_samples > 1:
                     answer.stats_hCw.numpy()[:, : card.num_classes + 1] *= np.float32(1 / answer.num_samples)
             else:
-                stitch(answer.stats_hCw[None], pairs, card, answer.num_samples)
+                stitch(answer.stats_hCw[None], [(self.surface, window)], card, answer.num_samples)
         for rows in self.surface.pieces(window):
             with self.clock("read_out"):
                 laid_out = self.surface.lay_out(rows, card, answer.num_samples)

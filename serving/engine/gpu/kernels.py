@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from penumbra.models.card import Readout
-from penumbra.serving.engine.plain import Norm
+from penumbra.serving.engine.plain import Norm, Rows
 
 BLOCK = 1024
 """Values of a program of `cut`."""
@@ -306,19 +306,16 @@ def blend(
 
 
 def read_out(
-    canvases: Sequence[Tensor], out: Tensor, segments: Sequence[int], thresholds: Sequence[float], *,
-    num_classes: int, softmax: bool, voids: Sequence[Tensor], channel: int,
+    canvases: Sequence[Tensor], out: Tensor, segments: Sequence[Rows], *, num_classes: int, softmax: bool,
+    voids: Sequence[Tensor], channel: int,
 ) -> None:  # fmt: skip
     """Read out all segments; see `operators.read_out`. Programs beyond a segment's end do nothing."""
-    count, shape = len(thresholds) // num_classes, tile(num_classes)
-    per_segment = len(segments) // count
-    tiles = max(
-        num_rows * triton.cdiv(canvases[index].shape[2], shape["COLUMNS"])
-        for index, num_rows in zip(segments[::per_segment], segments[2::per_segment], strict=True)
-    )
+    shape, numbers = tile(num_classes), [number for places, _ in segments for number in places]
+    tiles = max(rows * triton.cdiv(canvases[i].shape[2], shape["COLUMNS"]) for (i, _, rows, *_), _ in segments)
+    thresholds = [nats for _, threshold_K in segments for nats in threshold_K]
     pairs = struct.pack(f"{len(thresholds)}f{len(thresholds) % 2 * 4}x", *thresholds)
-    table = _table([out.data_ptr(), *struct.unpack(f"{len(pairs) // 8}q", pairs), *segments], [*canvases, *voids])
+    table = _table([out.data_ptr(), *struct.unpack(f"{len(pairs) // 8}q", pairs), *numbers], [*canvases, *voids])
     _launch(
-        _read_out, (tiles, count), table, canvases[0].shape[1], len(canvases), channel, K=num_classes, SOFTMAX=softmax,
-        **shape,
+        _read_out, (tiles, len(segments)), table, canvases[0].shape[1], len(canvases), channel, K=num_classes,
+        SOFTMAX=softmax, **shape,
     )  # fmt: skip

@@ -31,7 +31,7 @@ def read_out_here(prob_hKw: np.ndarray, expected_hw: np.ndarray) -> Maps:
     size, out = rows * width, torch.empty(20 * rows * width, dtype=torch.uint8)
     offsets = [16 * size, *(4 * size * plane for plane in range(3)), -1, 12 * size, -1, -1, -1]
     operators.read_out(
-        [canvas], out, [0, 0, rows, *offsets], [np.inf] * num_classes, num_classes=num_classes, softmax=False
+        [canvas], out, [([0, 0, rows, *offsets], [np.inf] * num_classes)], num_classes=num_classes, softmax=False
     )
     maps = out.numpy()[: 16 * size].view(np.float32).reshape(4, rows, width)
     return (out.numpy()[16 * size : 17 * size].reshape(rows, width), *maps)  # type: ignore[return-value]

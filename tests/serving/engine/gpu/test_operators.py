@@ -359,11 +359,12 @@ def test_every_plane_of_several_segments_is_the_cpus(rng: np.random.Generator, n
     for index, _, rows, _ in segments:
         geometry.append(layout(rows, canvases[index].shape[2], num_classes, 2, start=start))
         start += 4 * rows * canvases[index].shape[2] * (9 + num_classes)
-    flat = [n for (*numbers, _), offsets in zip(segments, geometry, strict=True) for n in (*numbers, *offsets, -1, -1)]
-    thresholds = [nats for *_, above_K in segments for nats in above_K.tolist()]
+    placed = [
+        ([*numbers, *offsets, -1, -1], above_K.tolist())
+        for (*numbers, above_K), offsets in zip(segments, geometry, strict=True)
+    ]
     operators.read_out(
-        list(map(torch.from_numpy, canvases)), out, flat, thresholds,
-        num_classes=num_classes, softmax=softmax,
+        list(map(torch.from_numpy, canvases)), out, placed, num_classes=num_classes, softmax=softmax
     )  # fmt: skip
     for (index, y, rows, above_K), offsets in zip(segments, geometry, strict=True):
         ring = canvases[index]
@@ -378,8 +379,8 @@ def test_planes_that_are_not_requested_are_not_written(rng: np.random.Generator)
     ring, everything_but = canvas_of(rng, 4, 3, 10, extras=1), (1, 2, 4, 5, 6, 7)
     offsets = layout(4, 10, 3, 1, start=8, leave=everything_but)
     out = torch.full((400,), 77, dtype=torch.uint8)
-    segment = [0, 0, 4, *offsets, -1, -1]
-    operators.read_out([torch.from_numpy(ring)], out, segment, [math.inf] * 3, num_classes=3, softmax=False)
+    segment = [0, 0, 4, *offsets, -1, -1], [math.inf] * 3
+    operators.read_out([torch.from_numpy(ring)], out, [segment], num_classes=3, softmax=False)
     expected = read_by_the_cpu(ring, 3, softmax=False, above_K=np.full(3, math.inf))
     np.testing.assert_array_equal(out[8:48].numpy().reshape(4, 10), expected[0])
     np.testing.assert_allclose(out[48:208].numpy().view(np.float32).reshape(4, 10), expected[3], rtol=1e-6, atol=1e-6)
@@ -398,8 +399,8 @@ def test_what_is_no_number_is_read_as_zero_or_as_the_strangest_in_every_form(
     out = torch.zeros(200, dtype=torch.uint8)
     offsets = [24, 28, 44, 60, 76, 92, 108, 156, 0]  # labels, five maps, probabilities, the model's own map, sums
     operators.read_out(
-        [torch.from_numpy(canvas)], out, [0, 0, 1, *offsets, -1], [math.inf] * 3, num_classes=3, softmax=softmax,
-        channel=channel,
+        [torch.from_numpy(canvas)], out, [([0, 0, 1, *offsets, -1], [math.inf] * 3)], num_classes=3,
+        softmax=softmax, channel=channel,
     )  # fmt: skip
     values = out[28:172].numpy().view(np.float32)
     confidence, margin, entropy, expected, disagreement = values[:20].reshape(5, 4)
@@ -424,11 +425,12 @@ def test_the_sums_of_rows_are_of_what_was_measured_in_any_tile_and_order(
     ring, void = canvas_of(rng, 7, num_classes, 301, extras=2), rng.random((4, 301)) < 0.3
     ring[:, num_classes + 1] = 10.0 ** rng.integers(-3, 6, (7, 301)) * rng.choice((-1, 1), (7, 301))
     none = [-1] * 8  # of the planes between labels and sums
-    segments = [0, 5, 4, 1000, *none, 0, 0, 0, 3, 2, 2204, *none, 96, -1, 0, 0, 1, 2806, *none, -1, -1]
+    segments = [0, 5, 4, 1000, *none, 0, 0], [0, 3, 2, 2204, *none, 96, -1], [0, 0, 1, 2806, *none, -1, -1]
     out = torch.zeros(3200, dtype=torch.uint8)
     operators.read_out(
-        [torch.from_numpy(ring)], out, segments, [0.1] * 3 * num_classes, num_classes=num_classes, softmax=False,
-        voids=[torch.from_numpy(void.view(np.uint8))], channel=channel if channel < 0 else num_classes + channel,
+        [torch.from_numpy(ring)], out, [(one, [0.1] * num_classes) for one in segments], num_classes=num_classes,
+        softmax=False, voids=[torch.from_numpy(void.view(np.uint8))],
+        channel=channel if channel < 0 else num_classes + channel,
     )  # fmt: skip
     above_K = np.full(num_classes, np.inf)
     for place, y, measured in ((0, 5, ~void), (96, 3, np.ones((2, 301), bool))):
@@ -463,7 +465,7 @@ def test_an_only_sample_is_answered_with_the_bytes_of_its_moments(
     for channel in (-1, num_classes + 2):
         expected, out = (torch.zeros(150_000 + 12_000 * num_classes, dtype=torch.uint8) for _ in range(2))
         kernels.read_out(
-            [canvas], expected, [0, *rows, 0], above, num_classes=num_classes, softmax=False,
+            [canvas], expected, [([0, *rows, 0], above)], num_classes=num_classes, softmax=False,
             voids=[torch.from_numpy(void.view(np.uint8))], channel=channel,
         )  # fmt: skip
         kernels.answer(
