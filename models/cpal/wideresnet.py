@@ -8,6 +8,11 @@ from torch.nn import functional as F
 
 STAGES = ((2, 3, 2, 2, 2), (3, 3, 2, 4, 4), (4, 6, 2, 8, 8), (5, 3, 1, 8, 16))
 """Stage, blocks, stride of the first, channels between the convolutions and at the end, in widths."""
+BOTTLENECKS = {"b6": 32, "b7": 64}
+"""Channels at the end, in widths."""
+
+Convolutions = list[tuple[str, int, int, int, int]]
+"""Of a block: in turn the name, the channels, the kernel, the stride and the dilation."""
 
 
 class WideResNet(nn.Module):
@@ -16,74 +21,57 @@ class WideResNet(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv1a = nn.Conv2d(3, width, 3, padding=1, bias=False)
-        channels = width
-        self.blocks = [name for name, *_ in _plan()]
-        for name, stride, dilations, middle, end in _plan():
-            block = WideBlock(channels, middle * width, end * width, stride=stride, dilations=dilations)
-            self.add_module(name, block)
-            channels = end * width
-        self.b6 = WideBottleneck(channels, 2 * channels, dilation=4)
-        self.b7 = WideBottleneck(2 * channels, 4 * channels, dilation=4)
-        self.bn7 = nn.BatchNorm2d(4 * channels)
+        channels, plan = width, _plan(width)
+        for name, convolutions in plan.items():
+            self.add_module(name, WideBlock(channels, convolutions))
+            channels = convolutions[-1][1]
+        self.bn7 = nn.BatchNorm2d(channels)
+        self.blocks = list(plan)
 
     def forward(self, image_B3HW: Tensor) -> Tensor:
         x = self.conv1a(image_B3HW)
         for name in self.blocks:
             x = self.get_submodule(name)(x)
-        return F.relu(self.bn7(self.b7(self.b6(x))))
+        return F.relu(self.bn7(x))
 
 
-def _plan() -> list[tuple[str, int, tuple[int, int], int, int]]:
-    """List every plain block's name, stride, dilations of both convolutions, channels between them and at the end."""
-    plan = []
+def _plan(width: int) -> dict[str, Convolutions]:
+    """List the convolutions of every block: two of 3x3 or, in the bottlenecks, 1x1, a dilated 3x3, and 1x1.
+
+    DEVIATION: the bottlenecks' dropouts (.3, .5), which act in training only, are left out here; MC dropout uses the
+    site before the classifier.
+    """
+    plan: dict[str, Convolutions] = {}
     for stage, count, stride, middle, end in STAGES:
         dilation = 2 if stage == 5 else 1
-        plan.append((f"b{stage}", stride, (1, dilation), middle, end))
-        plan += [(f"b{stage}_{i}", 1, (dilation, dilation), middle, end) for i in range(1, count)]
+        for i in range(count):
+            step = (1, dilation) if i else (stride, 1)
+            convolutions = [("2a", middle * width, 3, *step), ("2b1", end * width, 3, 1, dilation)]
+            plan[f"b{stage}_{i}" if i else f"b{stage}"] = convolutions
+    for name, end in BOTTLENECKS.items():
+        quarter = end * width // 4
+        plan[name] = [("2a", quarter, 1, 1, 1), ("2b1", 2 * quarter, 3, 1, 4), ("2b2", 4 * quarter, 1, 1, 1)]
     return plan
 
 
 class WideBlock(nn.Module):
-    """BatchNorm, ReLU, 3x3, twice. A shortcut that convolves takes the first normalised activation."""
+    """BatchNorm, ReLU and a convolution, several times. A shortcut that convolves takes the first activation."""
 
-    def __init__(
-        self, channels: int, middle: int, out_channels: int, *, stride: int, dilations: tuple[int, int]
-    ) -> None:
+    def __init__(self, channels: int, convolutions: Convolutions) -> None:
         super().__init__()
-        first, second = dilations
-        self.bn_branch2a = nn.BatchNorm2d(channels)
-        self.conv_branch2a = nn.Conv2d(channels, middle, 3, stride, first, first, bias=False)
-        self.bn_branch2b1 = nn.BatchNorm2d(middle)
-        self.conv_branch2b1 = nn.Conv2d(middle, out_channels, 3, 1, second, second, bias=False)
-        same = channels == out_channels and stride == 1
-        self.conv_branch1 = None if same else nn.Conv2d(channels, out_channels, 1, stride, bias=False)
+        self.names, inside, total_stride = [name for name, *_ in convolutions], channels, 1
+        for name, outside, kernel, stride, dilation in convolutions:
+            pad = dilation * (kernel // 2)
+            self.add_module(f"bn_branch{name}", nn.BatchNorm2d(inside))
+            self.add_module(f"conv_branch{name}", nn.Conv2d(inside, outside, kernel, stride, pad, dilation, bias=False))
+            inside, total_stride = outside, total_stride * stride
+        same = channels == inside and total_stride == 1
+        self.conv_branch1 = None if same else nn.Conv2d(channels, inside, 1, total_stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        active = F.relu(self.bn_branch2a(x))
-        y = self.conv_branch2b1(F.relu(self.bn_branch2b1(self.conv_branch2a(active))))
-        return y + (x if self.conv_branch1 is None else self.conv_branch1(active))
-
-
-class WideBottleneck(nn.Module):
-    """1x1, dilated 3x3, 1x1 to channels / 4, / 2, / 1, pre-activated. Its dropouts (.3, .5) act in training only.
-
-    DEVIATION: they are left out here; MC dropout uses the site before the classifier.
-    """
-
-    def __init__(self, channels: int, out_channels: int, *, dilation: int) -> None:
-        super().__init__()
-        self.bn_branch2a = nn.BatchNorm2d(channels)
-        self.conv_branch2a = nn.Conv2d(channels, out_channels // 4, 1, bias=False)
-        self.bn_branch2b1 = nn.BatchNorm2d(out_channels // 4)
-        self.conv_branch2b1 = nn.Conv2d(
-            out_channels // 4, out_channels // 2, 3, padding=dilation, dilation=dilation, bias=False
-        )
-        self.bn_branch2b2 = nn.BatchNorm2d(out_channels // 2)
-        self.conv_branch2b2 = nn.Conv2d(out_channels // 2, out_channels, 1, bias=False)
-        self.conv_branch1 = nn.Conv2d(channels, out_channels, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        active = F.relu(self.bn_branch2a(x))
-        y = self.conv_branch2b1(F.relu(self.bn_branch2b1(self.conv_branch2a(active))))
-        y = self.conv_branch2b2(F.relu(self.bn_branch2b2(y)))
-        return y + self.conv_branch1(active)
+        y, first = x, None
+        for name in self.names:
+            active = F.relu(self.get_submodule(f"bn_branch{name}")(y))
+            first = active if first is None else first
+            y = self.get_submodule(f"conv_branch{name}")(active)
+        return y + (x if self.conv_branch1 is None else self.conv_branch1(first))
