@@ -38,16 +38,15 @@ def assemble(
         own_directory(settings.jobs)  # it is where anybody may make one
     lock(settings.jobs).close()  # a place that cannot be used is told before models are loaded
     before = look(settings.store)
-    gateway = _gateway(settings, telemetry, trusted_keys=trusted_keys)
+    find = find_promoted if settings.shadow_share else find_artifact
+    gateway = _gateway(settings, telemetry, find=find, trusted_keys=trusted_keys)
     segmenter, build = gateway.segmenter, build_facts(settings.revision)
     telemetry.name_build(build)
     telemetry.follow("queue_windows", lambda: segmenter.scheduler.queued[0])
     telemetry.follow("models_refused", lambda: len(segmenter.refused))
     telemetry.follow("models_in_memory", lambda: segmenter.residency.resident[0])
     telemetry.follow("model_bytes", lambda: segmenter.residency.resident[1])
-    inference = Inference(
-        gateway, store=settings.store if settings.model_control else None, find=_find_in(settings)
-    )  # fmt: skip
+    inference = Inference(gateway, store=settings.store if settings.model_control else None, find=find)
     if settings.shadow_share:
         gateway.shadow = Shadow(settings.shadow_share, segmenter, telemetry)
         for card in segmenter.cards():
@@ -63,18 +62,18 @@ def assemble(
     return gateway, inference, jobs, watch
 
 
-def _find_in(settings: Settings) -> Callable[[Path, str], Path]:
-    """The function that finds the version of a model that is served: the newest, unless it has to be promoted."""
-    return find_promoted if settings.shadow_share else find_artifact
+def _gateway(
+    settings: Settings, telemetry: Telemetry, *, find: Callable[[Path, str], Path], trusted_keys: PublicKeys | None
+) -> Gateway:
+    """The engine over the store, and the gateway over the engine. A store without one good model is an error.
 
-
-def _gateway(settings: Settings, telemetry: Telemetry, *, trusted_keys: PublicKeys | None) -> Gateway:
-    """The engine over the store, and the gateway over the engine. A store without one good model is an error."""
+    find: the version of a model that is served, which is the newest unless it has to be promoted.
+    """
     torch.set_num_threads(1)  # only the scheduler's lanes enter parallel regions; others would fight
     fixed = settings.model_dump(include={"windows_per_batch", "samples_per_call", "deterministic", "cuda_graphs"})
     tuning = Tuning(**fixed, target_s=settings.target_ms / 1e3)
     segmenter = Segmenter.open(
-        settings.store, find=_find_in(settings), limits=settings.limits, device=settings.device or None,
+        settings.store, find=find, limits=settings.limits, device=settings.device or None,
         threads=settings.threads or None, lanes=settings.lanes or None, tuning=tuning, observer=telemetry,
         trusted_keys=trusted_keys,
     )  # fmt: skip

@@ -9,7 +9,6 @@ the server runs.
 
 import hashlib
 import hmac
-import logging
 import math
 import re
 import time
@@ -19,8 +18,6 @@ from pathlib import Path
 
 from penumbra.models.errors import BadOption, Forbidden, RateExceeded, Unauthenticated
 from penumbra.serving.following import Followed
-
-log = logging.getLogger("penumbra")
 
 HEALTH = {
     "/healthz": "live",
@@ -128,16 +125,6 @@ def _with_file(text: str, file: Path | None) -> str:
         if not text.split():
             raise BadOption(f"{file} has no API keys; write one to a line, as infer:KEY")
     return text
-
-
-def warn_if_open(keys: Keys, *, model_control: bool) -> None:
-    """Say at the start that there are no keys."""
-    if not keys:
-        also = ", load models and unload them" if model_control else ""
-        log.warning(
-            "NO API KEYS ARE SET: whoever reaches the ports of this server may use it%s; see docs/operate/security.md",
-            also,
-        )
 
 
 def _entries(text: str) -> Iterator[Entry]:

@@ -29,7 +29,6 @@ from starlette.types import ASGIApp
 from penumbra.models.errors import BadImage, BadOption, PenumbraError
 from penumbra.serving.http.admission import AccessLog, Guard, Timeout, refusal
 from penumbra.serving.http.head import bound_heads, serve_securely
-from penumbra.serving.keys import warn_if_open
 from penumbra.serving.process import (
     end_with_parent,
     end_with_workers,
@@ -148,7 +147,10 @@ class Penumbra:
                 await self.grpc.start()
             except BadOption as error:
                 give_up(str(error))
-        warn_if_open(KEYS, model_control=SETTINGS.model_control)
+        if not KEYS:
+            also = ", load models and unload them" if SETTINGS.model_control else ""
+            log.warning("NO API KEYS ARE SET: whoever reaches the ports of this server may use it%s; see "
+                        "docs/operate/security.md", also)  # fmt: skip
         threading.Thread(target=self._load, args=(loop,), name="load", daemon=True).start()
 
     def _load(self, loop: asyncio.AbstractEventLoop) -> None:
