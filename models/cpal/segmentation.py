@@ -4,6 +4,7 @@ DeepLabV2-R101-MSC (Chen et al. 2017; the public code of kazuto1011), whose pass
 DeepLabV1 on WideResNet-38 (Wu et al. 2019; the public code of YudeWang), with a dropout site before its classifier.
 """
 
+from collections import OrderedDict
 from functools import partial
 
 import torch
@@ -59,8 +60,7 @@ class DeepLabV2(nn.Module):
     def __init__(self, config: CpalConfig) -> None:
         super().__init__()
         width = config.width
-        self.layer1 = nn.Sequential()
-        self.layer1.add_module("conv1", ConvNorm(3, width, 7, stride=2, padding=3))
+        self.layer1 = nn.Sequential(OrderedDict(conv1=conv_norm(3, width, 7, stride=2, padding=3)))
         channels = width
         for stage, (stride, dilation) in enumerate(((1, 1), (2, 1), (1, 2), (1, 4))):
             blocks = nn.Sequential()
@@ -92,18 +92,10 @@ class LiteDeepLabV2(nn.Module):
         return self.aspp(torch.cat((middle, resize_like(last, middle)), dim=1))
 
 
-class ConvNorm(nn.Module):
-    """Convolution and BatchNorm under the names of the published files."""
-
-    def __init__(
-        self, channels: int, out_channels: int, kernel: int, *, stride: int = 1, padding: int = 0, dilation: int = 1
-    ) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, out_channels, kernel, stride, padding, dilation, bias=False)
-        self.bn = nn.BatchNorm2d(out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(x))
+def conv_norm(channels: int, out_channels: int, kernel: int, **how: int) -> nn.Sequential:
+    """Build a convolution and a BatchNorm under the names of the published files. how: as `nn.Conv2d` has it."""
+    conv = nn.Conv2d(channels, out_channels, kernel, bias=False, **how)
+    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels)))
 
 
 class CaffeBottleneck(nn.Module):
@@ -111,10 +103,10 @@ class CaffeBottleneck(nn.Module):
 
     def __init__(self, channels: int, planes: int, *, stride: int, dilation: int) -> None:
         super().__init__()
-        self.reduce = ConvNorm(channels, planes, 1, stride=stride)
-        self.conv3x3 = ConvNorm(planes, planes, 3, padding=dilation, dilation=dilation)
-        self.increase = ConvNorm(planes, 4 * planes, 1)
-        self.shortcut = None if channels == 4 * planes else ConvNorm(channels, 4 * planes, 1, stride=stride)
+        self.reduce = conv_norm(channels, planes, 1, stride=stride)
+        self.conv3x3 = conv_norm(planes, planes, 3, padding=dilation, dilation=dilation)
+        self.increase = conv_norm(planes, 4 * planes, 1)
+        self.shortcut = None if channels == 4 * planes else conv_norm(channels, 4 * planes, 1, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.increase(F.relu(self.conv3x3(F.relu(self.reduce(x)))))
