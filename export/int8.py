@@ -13,12 +13,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from onnxruntime.quantization import CalibrationDataReader, QDQQuantizer, QuantType, TensorsData, create_calibrator
+from onnxruntime.quantization import QDQQuantizer, QuantType, TensorsData, create_calibrator
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -175,28 +176,19 @@ def _noise(card: Card, seed: int, *, prompt: bool) -> Tensor:
     return torch.from_numpy(source.draw(0))[:, None]
 
 
-class _Calls(CalibrationDataReader):  # type: ignore[misc]
-    """Calls of a graph, as onnxruntime's tools take them."""
-
-    def __init__(self, model: onnx.ModelProto, calls: Iterable[tuple[Any, ...]]) -> None:
-        self._names, self._calls = [entry.name for entry in inputs_of(model.graph)], iter(calls)
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        call = next(self._calls, None)
-        if call is None:
-            return None
-        tensors = (tensor.contiguous().numpy() for tensor in pytree.tree_leaves(call))
-        return dict(zip(self._names, tensors, strict=True))
-
-
 def _ranges(model: onnx.ModelProto, calls: Iterable[tuple[Any, ...]]) -> TensorsData | None:
     """Find the least and the greatest value of whatever enters or leaves a layer; None where there is no layer."""
     if not any(node.op_type in KINDS for node in model.graph.node):
         return None
+    names = [entry.name for entry in inputs_of(model.graph)]
+    feeds = (
+        {name: tensor.contiguous().numpy() for name, tensor in zip(names, pytree.tree_leaves(call), strict=True)}
+        for call in calls
+    )
     with tempfile.TemporaryDirectory() as folder:
         onnx.save(model, Path(folder) / "graph.onnx")
         calibrator = create_calibrator(
             Path(folder) / "graph.onnx", KINDS, augmented_model_path=str(Path(folder) / "ranges.onnx")
         )
-        calibrator.collect_data(_Calls(model, calls))
+        calibrator.collect_data(SimpleNamespace(get_next=lambda: next(feeds, None)))
         return calibrator.compute_data()
