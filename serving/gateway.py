@@ -202,9 +202,7 @@ class Gateway:
         task.request.size = image.shape[:2]
         task.check()
         before_ms = dict(task.request.timing_ms) | {"decode": 1e3 * (time.perf_counter() - started)}
-        queued = QueuedRequest(
-            self.segmenter.scheduler, plan, image, cancelled=task.cancelled, deadline=task.deadline
-        )  # fmt: skip
+        queued = QueuedRequest(self.segmenter.scheduler, plan, image, cancelled=task.cancelled, deadline=task.deadline)
         prediction = collect(queued, progress=task.progress, follow=task.follow)
         return replace(prediction, timing_ms=before_ms | prediction.timing_ms)
 

@@ -29,12 +29,7 @@ from starlette.types import ASGIApp
 from penumbra.models.errors import BadImage, BadOption, PenumbraError
 from penumbra.serving.http.admission import AccessLog, Guard, Timeout, refusal
 from penumbra.serving.http.head import bound_heads, serve_securely
-from penumbra.serving.process import (
-    end_with_parent,
-    end_with_workers,
-    give_up,
-    set_up_logs,
-)
+from penumbra.serving.process import end_with_parent, end_with_workers, give_up, set_up_logs
 from penumbra.serving.room import Bodies
 from penumbra.serving.settings import check_settings
 from penumbra.serving.telemetry import Telemetry, export_traces, tracer_provider

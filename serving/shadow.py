@@ -166,9 +166,7 @@ class Shadow:
             self._connection, theirs = Pipe()
             code = f"from penumbra.serving.compare import main; main({theirs.fileno()})"
             environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", code], pass_fds=[theirs.fileno()], env=environment
-            )  # fmt: skip
+            self._process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()], env=environment)
             theirs.close()
         self._connection.send(question)
         is_stopped = was_stopped = False

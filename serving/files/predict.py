@@ -83,9 +83,7 @@ def predict_file(
     return predict_picture(segmenter, path, options, files)
 
 
-def predict_picture(
-    segmenter: Segmenter, path: Path, options: SegmentOptions, files: dict[str, Path]
-) -> Outcome:  # fmt: skip
+def predict_picture(segmenter: Segmenter, path: Path, options: SegmentOptions, files: dict[str, Path]) -> Outcome:
     """Segment a picture in memory, and write pictures to look at."""
     started = time.perf_counter()
     image = open_image(path, segmenter.limits, segmenter.reading(options))

@@ -343,9 +343,7 @@ def response_of(prediction: Prediction, request: InferRequest) -> InferResponse:
         "age_s": prediction.age_s, "members": ",".join(prediction.members), "warnings": "; ".join(warnings),
         **prediction.shares,
     }  # fmt: skip
-    arrays: dict[str, Any] = {
-        **prediction.maps, "labels": prediction.labels_HW, PROBABILITIES: prediction.prob_KHW
-    }  # fmt: skip
+    arrays: dict[str, Any] = {**prediction.maps, "labels": prediction.labels_HW, PROBABILITIES: prediction.prob_KHW}
     outputs = []
     usual = ("labels", *(name for name in DEFAULT_MAPS if name in prediction.maps))
     for requested in request.outputs or [RequestedOutput(name, request.binary) for name in usual]:
