@@ -1,8 +1,7 @@
 """The operators in Triton: one launch each for a whole batch. Imported only where Triton is.
 
-What a batch holds goes up as one table of int64: its geometry, and four numbers for each listed tensor: address,
-length, width and bytes per value, which int16 has negative. Only types and constexprs make Triton compile anew, not the
-sizes of a batch.
+What a batch holds goes up as one table of int64: its geometry, and three numbers for each listed tensor: address,
+length and width. Only types and constexprs make Triton compile anew, not the sizes of a batch.
 """
 
 import os
@@ -40,10 +39,10 @@ def _mirror(at, length):
 @_kernel
 def _cut(
     table, factor, offset, pad, bounds, out, h, w, C: tl.constexpr, MIRROR: tl.constexpr, REVERSED: tl.constexpr,
-    BOUNDED: tl.constexpr, BLOCK: tl.constexpr,
+    BOUNDED: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     window = table + tl.program_id(2) * 6
-    picture = table + tl.num_programs(2) * 6 + tl.load(window) * 4
+    picture = table + tl.num_programs(2) * 6 + tl.load(window) * 3
     H, W = tl.load(window + 4), tl.load(window + 5)
     values = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     c = values % C
@@ -55,15 +54,7 @@ def _cut(
     else:
         inside = row & (x >= 0) & (x < tl.where((y >= 0) & (y < H), W, 0))
     at = ((y - tl.load(window + 1)) * W + x) * C + (C - 1 - c if REVERSED else c)
-    kind = tl.load(picture + 3)
-    if kind == 1:
-        pixels = tl.load(tl.load(picture).to(tl.pointer_type(tl.uint8)) + at, mask=inside, other=0).to(tl.float32)
-    elif kind == 2:
-        pixels = tl.load(tl.load(picture).to(tl.pointer_type(tl.uint16)) + at, mask=inside, other=0).to(tl.float32)
-    elif kind == -2:
-        pixels = tl.load(tl.load(picture).to(tl.pointer_type(tl.int16)) + at, mask=inside, other=0).to(tl.float32)
-    else:
-        pixels = tl.load(tl.load(picture).to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0)
+    pixels = tl.load(tl.load(picture).to(tl.pointer_type(TYPE)) + at, mask=inside, other=0).to(tl.float32)
     normal = pixels * tl.load(factor + c) + tl.load(offset + c)
     if BOUNDED:
         normal = tl.minimum(tl.maximum(normal, tl.load(bounds + c)), tl.load(bounds + C + c))
@@ -142,8 +133,8 @@ def _blend(
     touching &= begin < x0 + tl.load(each + 6, mask=real, other=0)
     i = tl.min(tl.where(touching, n, WINDOWS), 0)
     if i == tl.program_id(2):  # no earlier window touches the tile: it is this program's
-        ring = table + B * 11 + tl.load(window) * 4
-        weights = tl.load(ring + num_canvases * 4).to(tl.pointer_type(tl.float32))
+        ring = table + B * 11 + tl.load(window) * 3
+        weights = tl.load(ring + num_canvases * 3).to(tl.pointer_type(tl.float32))
         c = ((tl.program_id(0) % blocks) * CHANNELS + tl.arange(0, CHANNELS))[:, None]
         x = begin + tl.arange(0, COLUMNS)
         here = tl.load(ring).to(tl.pointer_type(tl.float32)) + (y % tl.load(ring + 1) * C + c) * tl.load(ring + 2) + x
@@ -185,7 +176,7 @@ def _add_sums(out, plane, row, void, at, measured, error, entropy, own):
     if tl.load(plane) >= 0:
         index = tl.load(plane + 1)
         if index >= 0:
-            void_hW = tl.load(void + index * 4).to(tl.pointer_type(tl.uint8))
+            void_hW = tl.load(void + index * 3).to(tl.pointer_type(tl.uint8))
             measured &= tl.load(void_hW + at, mask=measured, other=1) == 0
         sums = (out + tl.load(plane)).to(tl.pointer_type(tl.int64)) + row * 3
         tl.atomic_add(sums, _units(error, measured), sem="relaxed")
@@ -202,7 +193,7 @@ def _read_out(
     segments = table + 1 + tl.cdiv(count * K, 2)
     segment = segments + tl.program_id(1) * (11 + C - K)
     tensors, planes = segments + count * (11 + C - K), segment + 3
-    ring, out = tensors + tl.load(segment) * 4, tl.load(table)
+    ring, out = tensors + tl.load(segment) * 3, tl.load(table)
     W = tl.load(ring + 2)
     row, tile = tl.program_id(0) // tl.cdiv(W, COLUMNS), tl.program_id(0) % tl.cdiv(W, COLUMNS)
     if row < tl.load(segment + 2):
@@ -233,7 +224,7 @@ def _read_out(
             _store(out, planes + 6 + extra, at, tl.load(here + (K + extra) * W, mask=real, other=0.0), real)
         own = tl.load(here + tl.maximum(channel, 0) * W, mask=real, other=0.0)
         own = tl.where(channel < 0, 0.0, own)
-        _add_sums(out, planes + 6 + C - K, row, tensors + voids * 4, at, real, 1.0 - confidence, entropy, own)
+        _add_sums(out, planes + 6 + C - K, row, tensors + voids * 3, at, real, 1.0 - confidence, entropy, own)
 
 
 def make_ready() -> None:
@@ -258,12 +249,8 @@ def _launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants:
         kernel[grid](*arguments, **{"num_warps": 4, "enable_fp_fusion": True} | constants)
 
 
-def _kind_of(dtype: torch.dtype) -> int:
-    return -dtype.itemsize if dtype == torch.int16 else dtype.itemsize
-
-
 def _table(numbers: Sequence[int], tensors: Sequence[Tensor]) -> Tensor:
-    listed = [n for x in tensors for n in (x.data_ptr(), len(x), x.shape[-1], _kind_of(x.dtype))]
+    listed = [n for x in tensors for n in (x.data_ptr(), len(x), x.shape[-1])]
     table = torch.tensor([*numbers, *listed], dtype=torch.int64, pin_memory=tensors[0].is_cuda)
     return table.to(tensors[0].device, non_blocking=True)
 
@@ -271,12 +258,13 @@ def _table(numbers: Sequence[int], tensors: Sequence[Tensor]) -> Tensor:
 def cut(pictures: Sequence[Tensor], windows: Sequence[int], size: tuple[int, int], norm: Norm) -> Tensor:
     """Cut and normalise a batch; see `operators.cut`. Multiply and add round apart, as on the CPU."""
     (h, w), num_bands, bounds = size, len(norm.factor_C), norm.bounds_2C
+    kind = getattr(tl, str(pictures[0].dtype).removeprefix("torch."))
     shape = (len(windows) // 6, num_bands, h, w)
     image_Bchw = torch.empty(shape, device=norm.factor_C.device, memory_format=torch.channels_last)
     _launch(
         _cut, (triton.cdiv(w * num_bands, BLOCK), h, shape[0]), _table(windows, pictures), norm.factor_C, norm.offset_C,
         norm.pad_C, norm.pad_C if bounds is None else bounds, image_Bchw, h, w, C=num_bands, MIRROR=norm.mirror,
-        REVERSED=norm.reversed_channels, BOUNDED=bounds is not None, BLOCK=BLOCK, enable_fp_fusion=False,
+        REVERSED=norm.reversed_channels, BOUNDED=bounds is not None, TYPE=kind, BLOCK=BLOCK, enable_fp_fusion=False,
     )  # fmt: skip
     return image_Bchw
 

@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed; it comes with tor
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -88,7 +89,7 @@ def test_cut_compiles_and_rounds_twice_as_the_cpu_does(architecture: int, report
     for mirror in (False, True):
         usage = compiled(
             kernels._cut, architecture, fuse=False, C=3, MIRROR=mirror, REVERSED=True, BOUNDED=mirror,
-            BLOCK=kernels.BLOCK,
+            TYPE=tl.int16, BLOCK=kernels.BLOCK,
         )  # fmt: skip
         report(f"sm_{architecture} cut, mirror {mirror}", usage)
         assert "fma.rn.f32" not in usage.ptx
@@ -127,7 +128,7 @@ def test_accumulate_and_read_out_compile_within_their_registers(
 def test_one_kernel_of_each_kind_compiles_for_hopper() -> None:
     """The quick part of the above."""
     tile = kernels.tile(19)
-    compiled(kernels._cut, 90, fuse=False, C=3, MIRROR=True, REVERSED=False, BLOCK=kernels.BLOCK)
+    compiled(kernels._cut, 90, fuse=False, C=3, MIRROR=True, REVERSED=False, TYPE=tl.uint8, BLOCK=kernels.BLOCK)
     compiled(kernels._blend, 90, WINDOWS=64, CHANNELS=kernels.CHANNELS, COLUMNS=kernels.COLUMNS)
     compiled(kernels._accumulate, 90, K=19, ALIGN=False, LOGITS=True, **tile)
     compiled(kernels._read_out, 90, K=19, SOFTMAX=True, **tile)

@@ -98,8 +98,8 @@ def test_a_window_anywhere_around_an_image_has_numpys_very_bytes(
     np.testing.assert_array_equal(image_1chw[0].permute(1, 2, 0).numpy(), cut_by_numpy(pixels, *at, size, rule))
 
 
-def test_windows_of_several_strips_and_depths_share_a_batch(rng: np.random.Generator) -> None:
-    wide = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+def test_windows_of_several_strips_share_a_batch(rng: np.random.Generator) -> None:
+    wide = rng.integers(0, 65536, (40, 50, 3), dtype=np.uint16)
     deep = rng.integers(0, 65536, (33, 21, 3), dtype=np.uint16)
     strips = [torch.from_numpy(wide[10:30].copy()), torch.from_numpy(deep)]
     places = [(0, 10, 14, 3), (1, 0, -4, -2), (0, 10, 10, 40), (1, 0, 20, 8)]

@@ -81,7 +81,7 @@ def check_bytes(watch: Watch, requests: list[QueuedRequest], num_batches: int) -
     labels_at_least = sum(one.plan.windows.height * one.plan.windows.width for one in requests)
     assert labels_at_least < watch.down_bytes <= bytes_down(requests)
     planes = 7 + len(requests[0].plan.card.extra_maps)
-    numbers = 6 + 11 + (4 + planes + 2) + 4 * 4  # of a window, its piece, a band, and four tensors
+    numbers = 6 + 11 + (4 + planes + 2) + 4 * 3  # of a window, its piece, a band, and four tensors
     assert watch.table_bytes <= 8 * (num_windows * numbers + 4 * num_batches)
 
 

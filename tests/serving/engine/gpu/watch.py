@@ -88,7 +88,7 @@ class Watch(TorchDispatchMode):
         self._borrowed: set[tuple[int, Stream]] = set()
 
     def clear(self) -> None:
-        """Count from zero again. table_bytes: of the lists that operators are given, a tensor being four numbers."""
+        """Count from zero again. table_bytes: of the lists that operators are given, a tensor being three numbers."""
         self.launches: Counter[str] = Counter()
         self.names: Counter[tuple[str, str]] = Counter()
         self.up_bytes: Counter[torch.dtype] = Counter()
@@ -213,7 +213,7 @@ class Watch(TorchDispatchMode):
         given = (*arguments, *named.values())
         assert all(one.device == CUDA for one in tensors(given)), f"{self.part}: {name} mixes host and device"
         listed = pytree.tree_leaves([one for one in given if isinstance(one, list)])
-        self.table_bytes += sum(32 if isinstance(one, Tensor) else 8 for one in listed)
+        self.table_bytes += sum(24 if isinstance(one, Tensor) else 8 for one in listed)
         self._launch(f"penumbra::{name}", given)
 
     def _launch(self, name: str, used: Any) -> None:
