@@ -10,7 +10,7 @@ DEVIATION: the papers' w is constant, since they start from ImageNet weights; ou
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -234,23 +234,16 @@ class PseudoSegObjective(SemiSupervised):
         return supervised, soft_cross_entropy(strong_BKhw, mixed(target_BKhw, batch.mix_B1hw), inside_Bhw)
 
 
-class Kind(NamedTuple):
-    """One objective: how it is built, its options, and the numbers of branches that it can train."""
-
-    build: Callable[..., nn.Module]
-    options: type
-    branches: tuple[int, ...]
-
-
-KINDS = {
-    "cps": Kind(CpsObjective, CpsOptions, (2,)),
-    "cps_plain": Kind(PlainCpsObjective, CpsOptions, (2,)),
-    "supervised": Kind(SemiSupervised, SupervisedOptions, (1, 2)),
-    "cross_probability": Kind(CrossProbabilityObjective, CrossProbabilityOptions, (2,)),
-    "mean_teacher": Kind(MeanTeacherObjective, MeanTeacherOptions, (2,)),
-    "pseudo": Kind(CpsObjective, Ramped, (1,)),
-    "pseudoseg": Kind(PseudoSegObjective, PseudoSegOptions, (1,)),
+KINDS: dict[str, tuple[Callable[..., nn.Module], type, tuple[int, ...]]] = {
+    "cps": (CpsObjective, CpsOptions, (2,)),
+    "cps_plain": (PlainCpsObjective, CpsOptions, (2,)),
+    "supervised": (SemiSupervised, SupervisedOptions, (1, 2)),
+    "cross_probability": (CrossProbabilityObjective, CrossProbabilityOptions, (2,)),
+    "mean_teacher": (MeanTeacherObjective, MeanTeacherOptions, (2,)),
+    "pseudo": (CpsObjective, Ramped, (1,)),
+    "pseudoseg": (PseudoSegObjective, PseudoSegOptions, (1,)),
 }
+"""By name: an objective, its options, and the numbers of branches that it can train."""
 
 
 def build_objective(network: CpsNetwork, average: CpsNetwork, options: Mapping[str, Any]) -> nn.Module:
@@ -263,11 +256,11 @@ def build_objective(network: CpsNetwork, average: CpsNetwork, options: Mapping[s
     name, num_branches = str(rest.pop("kind", "cps")), len(network.names)
     if name not in KINDS:
         raise BadOption(f"recipe.objective.kind is {name!r}; one of {', '.join(KINDS)} is wanted")
-    kind = KINDS[name]
-    if num_branches not in kind.branches:
-        numbers = " or ".join(map(str, kind.branches))
+    objective, kind, branches = KINDS[name]
+    if num_branches not in branches:
+        numbers = " or ".join(map(str, branches))
         raise BadOption(f"recipe.config.branches is {num_branches}; the objective {name!r} trains {numbers}")
-    return kind.build(network, average, read_strict(kind.options, rest, where="recipe.objective"))
+    return objective(network, average, read_strict(kind, rest, where="recipe.objective"))
 
 
 def supervision(logits: Sequence[Tensor], label_Bhw: Tensor) -> Tensor:

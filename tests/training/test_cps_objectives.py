@@ -16,7 +16,7 @@ from penumbra.models.blocks.losses import at_size, cross_entropy, mixed, ramp, s
 from penumbra.models.card import IGNORE
 from penumbra.models.checkpoint import load_checkpoint
 from penumbra.models.cps.objective import (
-    KINDS,
+    CpsObjective,
     MeanTeacherObjective,
     SemiSupervised,
     cross_supervision,
@@ -100,7 +100,7 @@ def test_the_unsupervised_term_waits_for_its_start_and_grows_to_its_weight() -> 
 def test_a_recipe_without_a_kind_trains_cps() -> None:
     network = build_network(recipe_of("cps"), 3)
     objective = build_objective("cps", network, network, {"cps_weight": 1.0, "start": 0.12, "full": 0.4})
-    assert type(objective) is KINDS["cps"].build
+    assert type(objective) is CpsObjective
 
 
 @pytest.mark.parametrize("kind", ["cpss", ["cps"]])
