@@ -1,7 +1,7 @@
 """The server's certificate, for both protocols: who starts them asks for the newest one at every new connection."""
 
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from penumbra.serving.following import Followed
 class Certificate:
     """A certificate with its key. context: for HTTP. key, chain: for gRPC, in PEM. ends: in seconds since 1970."""
 
-    context: ssl.SSLContext
+    context: ssl.SSLContext = field(compare=False)
     key: bytes
     chain: bytes
     ends: float

@@ -121,7 +121,7 @@ def test_what_failed_is_read_again_though_no_file_changes(
     clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As when a certificate's first day comes, or somebody may read it at last."""
-    outcomes: list[int | str] = [1, "it may not be read", "it may not be read", "it is not valid yet", 2]
+    outcomes: list[int | str] = [1, "it may not be read", "it may not be read", "it is not valid yet", 2, 2]
 
     def read() -> int:
         outcome = outcomes.pop(0)
