@@ -11,14 +11,12 @@ import json
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from benchmarks.rounds import forget_peak, peak_memory, save
+from benchmarks.rounds import forget_peak, peak_memory, save, take_turns
 from benchmarks.sampling import decode_plain
 from penumbra.models import find_method
 from penumbra.models.contract import Network, Prompt
@@ -29,7 +27,7 @@ from penumbra.models.np_semiseg.net import NpNetwork, augseg, u2pl
 from penumbra.models.proto_seg.net import ProtoConfig
 from penumbra.models.self_correcting.net import SelfCorrectingConfig
 
-SIZE, MIN_ROUNDS, MAX_ROUNDS, BUDGET_S = 512, 3, 9, 20.0
+SIZE, ROUNDS = 512, 5
 NETWORKS: dict[str, Any] = {
     "np_semiseg U2PL R50": u2pl(21),
     "np_semiseg U2PL R50, MC dropout": replace(u2pl(21), sampling="dropout"),
@@ -58,12 +56,6 @@ def plain_forward(network: Network, image: torch.Tensor, noise_SBL: torch.Tensor
     return network(image, noise_SBL)
 
 
-def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
 @torch.inference_mode()
 def measure_one(name: str) -> dict[str, float]:
     """In this process: one network's figures."""
@@ -86,22 +78,17 @@ def measure_one(name: str) -> dict[str, float]:
     features = encode()
     network.decode(features, noise_SBL)
     peak = peak_memory()
-    plain_forward(network, image, noise_SBL, prompt)
-    rounds: list[tuple[float, float, float]] = []
-    end = time.perf_counter() + BUDGET_S
-    while len(rounds) < MIN_ROUNDS or (len(rounds) < MAX_ROUNDS and time.perf_counter() < end):
-        rounds.append((
-            seconds(encode),
-            seconds(lambda: network.decode(features, noise_SBL)),
-            seconds(lambda: plain_forward(network, image, noise_SBL, prompt)),
-        ))  # fmt: skip
-    encodes, decodes, plains = (statistics.median(column) for column in zip(*rounds, strict=True))
+    seconds = take_turns({
+        "encode": encode, "decode": lambda: network.decode(features, noise_SBL),
+        "plain": lambda: plain_forward(network, image, noise_SBL, prompt),
+    }, rounds=ROUNDS).values()  # fmt: skip
+    encodes, decodes, plains = map(statistics.median, seconds)
     return {
         "parameters, M": sum(p.numel() for p in network.parameters()) / 1e6,
         "encode, ms": 1e3 * encodes,
         "decode, ms per sample": 1e3 * decodes / num_samples,
         "plain forward, ms": 1e3 * plains,
-        "split over plain (bar 1.05)": statistics.median((e + d) / p for e, d, p in rounds),
+        "split over plain (bar 1.05)": statistics.median((e + d) / p for e, d, p in zip(*seconds, strict=True)),
         "peak memory, MB": (peak - before) / 2**20,
     }
 

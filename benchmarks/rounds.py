@@ -18,7 +18,12 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def measure(variants: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
-    """Median seconds of every variant over shuffled rounds, after one unmeasured call each."""
+    """Median seconds of every variant over rounds."""
+    return {name: statistics.median(values) for name, values in take_turns(variants, rounds=rounds).items()}
+
+
+def take_turns(variants: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every variant in each of the shuffled rounds, after one unmeasured call each."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     order = list(variants)
     for name in order:
@@ -30,7 +35,7 @@ def measure(variants: dict[str, Callable[[], object]], *, rounds: int) -> dict[s
             started = time.perf_counter()
             variants[name]()
             seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
 
 
 def machine() -> dict[str, Any]:
