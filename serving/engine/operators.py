@@ -25,13 +25,13 @@ log = logging.getLogger("penumbra")
 def cut(pictures: Sequence[Tensor], windows: Sequence[int], size: tuple[int, int], norm: Norm) -> Tensor:
     """Cut windows out of pictures and normalise them: float32 [B, C, h, w], channels_last.
 
-    pictures: uint8, uint16, int16 or float32 [rows, W, C], contiguous strips of images, all of one type. windows, six
+    pictures: uint8, uint16, int16 or float32 [rows, W, C], contiguous strips of images, all of one type. windows, seven
     numbers each: picture, image row of the strip's first row, y0 and x0 of the window in the image, maybe negative,
-    height and width of the image. The strip has all rows that the window reads. Beyond the image lies norm.pad_C or its
-    mirror (numpy's "symmetric").
+    height and width of the image, and which of norm.pads_PC lies beyond it, if not its mirror (numpy's "symmetric").
+    The strip has all rows that the window reads.
     """
     assert len({strip.dtype for strip in pictures}) == 1
-    for picture, top, y0, _, height, _ in zip(*[iter(windows)] * 6, strict=True):
+    for picture, top, y0, _, height, *_ in zip(*[iter(windows)] * 7, strict=True):
         strip = pictures[picture]
         assert strip.is_contiguous() and top <= max(y0, 0) and min(y0 + size[0], height) <= top + len(strip)
     image_Bchw: Tensor = _form(norm.factor_C, in_c=False).cut(pictures, windows, size, norm)

@@ -28,13 +28,13 @@ says how."""
 class Norm:
     """A norm is how pixels become what the network sees: pixel * factor + offset, both float32 [C] on the device.
 
-    pad_C: what lies beyond the image, normalised already, unless `mirror`. reversed_channels: channel c is read from
+    pads_PC: what may lie beyond images, normalised already, unless `mirror`. reversed_channels: channel c is read from
     the picture's channel C - 1 - c. bounds_2C: least and most of what the network sees, where that is bounded.
     """
 
     factor_C: Tensor
     offset_C: Tensor
-    pad_C: Tensor
+    pads_PC: Tensor
     mirror: bool = False
     reversed_channels: bool = False
     bounds_2C: Tensor | None = None
@@ -42,10 +42,10 @@ class Norm:
 
 def cut(pictures: Sequence[Tensor], windows: Sequence[int], size: tuple[int, int], norm: Norm) -> Tensor:
     """Cut and normalise window by window; see `operators.cut`."""
-    geometries, device = list(zip(*[iter(windows)] * 6, strict=True)), norm.factor_C.device
+    geometries, device = list(zip(*[iter(windows)] * 7, strict=True)), norm.factor_C.device
     shape = (len(geometries), len(norm.factor_C), *size)
     image_Bchw = torch.empty(shape, device=device, memory_format=torch.channels_last)
-    for image_chw, (picture, top, y0, x0, height, width) in zip(image_Bchw, geometries, strict=True):
+    for image_chw, (picture, top, y0, x0, height, width, pad) in zip(image_Bchw, geometries, strict=True):
         ys, inside_y = _within(y0, size[0], height, device=device)
         xs, inside_x = _within(x0, size[1], width, device=device)
         rows = (ys - top).clamp(0, len(pictures[picture]) - 1)
@@ -54,7 +54,7 @@ def cut(pictures: Sequence[Tensor], windows: Sequence[int], size: tuple[int, int
         if norm.bounds_2C is not None:
             values = values.clamp(*norm.bounds_2C)
         if not norm.mirror:
-            values = torch.where((inside_y[:, None] & inside_x)[:, :, None], values, norm.pad_C)
+            values = torch.where((inside_y[:, None] & inside_x)[:, :, None], values, norm.pads_PC[pad])
         image_chw.copy_(values.permute(2, 0, 1))
     return image_Bchw
 

@@ -38,11 +38,11 @@ def _mirror(at, length):
 
 @_kernel
 def _cut(
-    table, factor, offset, pad, bounds, out, h, w, C: tl.constexpr, MIRROR: tl.constexpr, REVERSED: tl.constexpr,
+    table, factor, offset, pads, bounds, out, h, w, C: tl.constexpr, MIRROR: tl.constexpr, REVERSED: tl.constexpr,
     BOUNDED: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    window = table + tl.program_id(2) * 6
-    picture = table + tl.num_programs(2) * 6 + tl.load(window) * 3
+    window = table + tl.program_id(2) * 7
+    picture = table + tl.num_programs(2) * 7 + tl.load(window) * 3
     H, W = tl.load(window + 4), tl.load(window + 5)
     values = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     c = values % C
@@ -58,7 +58,7 @@ def _cut(
     normal = pixels * tl.load(factor + c) + tl.load(offset + c)
     if BOUNDED:
         normal = tl.minimum(tl.maximum(normal, tl.load(bounds + c)), tl.load(bounds + C + c))
-    normal = tl.where(inside, normal, tl.load(pad + c))
+    normal = tl.where(inside, normal, tl.load(pads + tl.load(window + 6) * C + c))
     tl.store(out + (tl.program_id(2).to(tl.int64) * h + tl.program_id(1)) * w * C + values, normal, mask=row)
 
 
@@ -259,11 +259,11 @@ def cut(pictures: Sequence[Tensor], windows: Sequence[int], size: tuple[int, int
     """Cut and normalise a batch; see `operators.cut`. Multiply and add round apart, as on the CPU."""
     (h, w), num_bands, bounds = size, len(norm.factor_C), norm.bounds_2C
     kind = getattr(tl, str(pictures[0].dtype).removeprefix("torch."))
-    shape = (len(windows) // 6, num_bands, h, w)
+    shape = (len(windows) // 7, num_bands, h, w)
     image_Bchw = torch.empty(shape, device=norm.factor_C.device, memory_format=torch.channels_last)
     _launch(
         _cut, (triton.cdiv(w * num_bands, BLOCK), h, shape[0]), _table(windows, pictures), norm.factor_C, norm.offset_C,
-        norm.pad_C, norm.pad_C if bounds is None else bounds, image_Bchw, h, w, C=num_bands, MIRROR=norm.mirror,
+        norm.pads_PC, norm.pads_PC if bounds is None else bounds, image_Bchw, h, w, C=num_bands, MIRROR=norm.mirror,
         REVERSED=norm.reversed_channels, BOUNDED=bounds is not None, TYPE=kind, BLOCK=BLOCK, enable_fp_fusion=False,
     )  # fmt: skip
     return image_Bchw

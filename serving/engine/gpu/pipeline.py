@@ -4,7 +4,6 @@ How many kernels a batch needs does not depend on how many windows, samples or r
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -31,19 +30,11 @@ class DeviceSteps(Steps):
         spec = card.input
         factor, offset = (self.transfers.up(np.array(values, np.float32)) for values in spec.factor_offset)
         bounds = self.transfers.up(np.array(spec.bounds, np.float32)) if spec.clip else None
-        self._black_C = self.transfers.up(black(spec))
-        self._norm = Norm(
-            factor, offset, torch.zeros_like(offset), card.window.padding == "mirror", spec.order == "BGR", bounds
-        )
+        pads_2C = self.transfers.up(np.stack((np.zeros_like(black(spec)), black(spec))))
+        self._norm = Norm(factor, offset, pads_2C, card.window.padding == "mirror", spec.order == "BGR", bounds)
 
     def cut(self, inputs: Sequence[WindowInput]) -> Tensor:
         """Cut the windows as the network takes them, image_B3hw in channels-last."""
-        is_black = [is_black_beyond(one.plan, self.card.window) for one in inputs]
-        order = np.argsort(is_black, kind="stable")
-        parts = [self._cut([inputs[i] for i in order if is_black[i] == kind], kind) for kind in sorted({*is_black})]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)[self.transfers.up(np.argsort(order))]
-
-    def _cut(self, inputs: Sequence[WindowInput], is_black: bool) -> Tensor:
         pairs, table = placed(inputs), list[int]()
         strips = dict[Surface, tuple[Tensor, int]]()
         for surface in dict.fromkeys(surface for surface, _ in pairs):
@@ -53,10 +44,10 @@ class DeviceSteps(Steps):
             strips[surface] = surface.strip(max(windows[0].y0, 0), end)
         for surface, w in pairs:
             plan = surface.plan
-            table += [list(strips).index(surface), strips[surface][1], w.y0, w.x0, plan.height, plan.width]
-        norm = replace(self._norm, pad_C=self._black_C) if is_black else self._norm
+            pad = int(is_black_beyond(plan, self.card.window))
+            table += [list(strips).index(surface), strips[surface][1], w.y0, w.x0, plan.height, plan.width, pad]
         size = inputs[0].window.height, inputs[0].window.width
-        return operators.cut([strip_hWC for strip_hWC, _ in strips.values()], table, size, norm)
+        return operators.cut([strip_hWC for strip_hWC, _ in strips.values()], table, size, self._norm)
 
     def prompts(self, inputs: Sequence[WindowInput]) -> tuple[Tensor, ...]:
         """Stack the prompts, as `penumbra.models.contract.Prompt` has them; nothing where there are none."""

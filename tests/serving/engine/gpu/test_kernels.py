@@ -26,7 +26,7 @@ CLASSES = (1, 2, 11, 19, 21, 81, 150, 255)
 MAX_SPILLED_BYTES = 8
 """Per thread: two registers. ptxas takes that to let one more program run beside the others."""
 POINTERS = {
-    "table": "*i64", "factor": "*fp32", "offset": "*fp32", "pad": "*fp32", "bounds": "*fp32", "out": "*fp32",
+    "table": "*i64", "factor": "*fp32", "offset": "*fp32", "pads": "*fp32", "bounds": "*fp32", "out": "*fp32",
     "stats": "*fp32", "scale": "fp32", "inverse_temperature": "fp32",
 }  # fmt: skip
 

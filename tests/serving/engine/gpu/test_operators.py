@@ -50,10 +50,12 @@ def seeded(seed: int) -> np.random.Generator:
 def norm(channels: int, *, mirror: bool = False, reversed_channels: bool = False, bounded: bool = False) -> Norm:
     factor = torch.linspace(0.01, 0.021, channels)
     bounds = torch.stack((factor - 0.8, factor + 0.3)) if bounded else None
-    return Norm(factor, -3 * factor - 1, factor + 7, mirror, reversed_channels, bounds)
+    return Norm(factor, -3 * factor - 1, torch.stack((factor + 7, factor - 5)), mirror, reversed_channels, bounds)
 
 
-def cut_by_numpy(image_HWC: np.ndarray, y0: int, x0: int, size: tuple[int, int], norm: Norm) -> np.ndarray:
+def cut_by_numpy(
+    image_HWC: np.ndarray, y0: int, x0: int, size: tuple[int, int], norm: Norm, pad: int = 0
+) -> np.ndarray:
     """One window [h, w, C]: the whole image normalised in two roundings, padded far enough, and sliced."""
     pixels = image_HWC[:, :, ::-1] if norm.reversed_channels else image_HWC
     values = pixels.astype(np.float32) * norm.factor_C.numpy() + norm.offset_C.numpy()
@@ -67,7 +69,7 @@ def cut_by_numpy(image_HWC: np.ndarray, y0: int, x0: int, size: tuple[int, int],
     else:
         channels = [
             np.pad(v, around, constant_values=float(p))
-            for v, p in zip(values.T, norm.pad_C, strict=True)
+            for v, p in zip(values.T, norm.pads_PC[pad], strict=True)
             for v in [v.T]
         ]
         padded = np.stack(channels, axis=2)
@@ -93,7 +95,7 @@ def test_a_window_anywhere_around_an_image_has_numpys_very_bytes(
     pixels = seeded(3).integers(0, 65536, (*image, channels)).astype(dtype)
     rule = norm(channels, mirror=mirror, reversed_channels=reversed_channels, bounded=bounded)
     with torch.inference_mode():
-        image_1chw = operators.cut([torch.from_numpy(pixels)], [0, 0, *at, *image], size, rule)
+        image_1chw = operators.cut([torch.from_numpy(pixels)], [0, 0, *at, *image, 0], size, rule)
     assert image_1chw.dtype == torch.float32 and image_1chw.is_contiguous(memory_format=torch.channels_last)
     np.testing.assert_array_equal(image_1chw[0].permute(1, 2, 0).numpy(), cut_by_numpy(pixels, *at, size, rule))
 
@@ -103,10 +105,10 @@ def test_windows_of_several_strips_share_a_batch(rng: np.random.Generator) -> No
     deep = rng.integers(0, 65536, (33, 21, 3), dtype=np.uint16)
     strips = [torch.from_numpy(wide[10:30].copy()), torch.from_numpy(deep)]
     places = [(0, 10, 14, 3), (1, 0, -4, -2), (0, 10, 10, 40), (1, 0, 20, 8)]
-    geometry = [n for i, top, y, x in places for n in (i, top, y, x, *((40, 50), (33, 21))[i])]
+    geometry = [n for i, top, y, x in places for n in (i, top, y, x, *((40, 50), (33, 21))[i], i)]
     image_Bchw = operators.cut(strips, geometry, (16, 17), norm(3))
     for values_chw, (i, _, y, x) in zip(image_Bchw, places, strict=True):
-        expected = cut_by_numpy((wide, deep)[i], y, x, (16, 17), norm(3))
+        expected = cut_by_numpy((wide, deep)[i], y, x, (16, 17), norm(3), i)
         np.testing.assert_array_equal(values_chw.permute(1, 2, 0).numpy(), expected)
 
 
@@ -120,8 +122,8 @@ def test_all_windows_of_a_plan_have_the_bytes_that_the_cpu_cuts(
     card_norm = InputSpec(order=order)  # type: ignore[arg-type]
     plan = windows.cover(13, 50, spec)
     factor, offset = map(torch.tensor, card_norm.factor_offset)
-    rule = Norm(factor, offset, torch.zeros(3), padding == "mirror", order == "BGR")
-    geometry = [n for window in plan for n in (0, 0, window.y0, window.x0, 13, 50)]
+    rule = Norm(factor, offset, torch.zeros(1, 3), padding == "mirror", order == "BGR")
+    geometry = [n for window in plan for n in (0, 0, window.y0, window.x0, 13, 50, 0)]
     image_Bchw = operators.cut([torch.from_numpy(image)], geometry, (16, 24), rule)
     for values_chw, window in zip(image_Bchw, plan, strict=True):
         expected = windows.cut(image, window, plan, spec=spec, norm=card_norm)
@@ -130,7 +132,7 @@ def test_all_windows_of_a_plan_have_the_bytes_that_the_cpu_cuts(
 
 def test_a_strip_that_lacks_rows_of_a_window_is_a_programmers_mistake() -> None:
     with pytest.raises(AssertionError):
-        operators.cut([torch.zeros(8, 9, 3, dtype=torch.uint8)], [0, 4, 2, 0, 40, 9], (4, 4), norm(3))
+        operators.cut([torch.zeros(8, 9, 3, dtype=torch.uint8)], [0, 4, 2, 0, 40, 9, 0], (4, 4), norm(3))
 
 
 # --- accumulate

@@ -204,8 +204,8 @@ class Watch(TorchDispatchMode):
         return result
 
     def _cut(self, pictures: list[Tensor], windows: list[int], size: tuple[int, int], norm: Norm) -> Tensor:
-        self._operate("cut", pictures, windows, (norm.factor_C, norm.offset_C, norm.pad_C, norm.bounds_2C))
-        shape = (len(windows) // 6, len(norm.factor_C), *size)
+        self._operate("cut", pictures, windows, (norm.factor_C, norm.offset_C, norm.pads_PC, norm.bounds_2C))
+        shape = (len(windows) // 7, len(norm.factor_C), *size)
         return torch.empty(shape, device=CUDA, memory_format=torch.channels_last)
 
     def _operate(self, name: str, *arguments: object, **named: object) -> None:
