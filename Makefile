@@ -58,7 +58,8 @@ test-all: test .venv/peers .venv/libraries .venv/charts .venv/tools  # the same,
 	-cd $@ && tar -xzf aws_cdk/*/_jsii/*.tgz package/lib/layer.zip && python3 -m zipfile -e package/lib/layer.zip package && \
 		mv package/helm/helm package/kubectl/kubectl . && chmod +x helm kubectl && rm -r package aws_cdk
 
-manifests: .venv/charts  # write deploy/kubernetes anew from the chart, of which it is what the default values render
+manifests: .venv/charts  # write the dashboard anew from its table, and deploy/kubernetes from the chart with its default values
+	$(PYTHON) deploy/grafana/dashboard.py
 	rm -rf build/manifests
 	.venv/charts/helm template penumbra deploy/helm/penumbra --set monitor.enabled=true --output-dir build/manifests
 	mv build/manifests/penumbra/templates/monitor.yaml deploy/kubernetes/operator/servicemonitor.yaml

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ from penumbra.serving.telemetry import Telemetry
 
 ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "deploy" / "prometheus"
-DASHBOARD = json.loads((ROOT / "deploy" / "grafana" / "penumbra.json").read_text())
+GRAFANA = ROOT / "deploy" / "grafana"
+DASHBOARD = json.loads((GRAFANA / "penumbra.json").read_text())
 SUFFIXES = {"counter": ["_total"], "info": ["_info"], "histogram": ["_bucket", "_sum", "_count"]}
 OF_PROMETHEUS = {"job", "instance", "le"}
 """Labels that scraping and histograms add."""
@@ -64,6 +66,11 @@ def test_the_dashboard_is_whole_in_grafanas_own_schema() -> None:
     kept = json.loads(JSONEncoder().encode(Dashboard.from_json(DASHBOARD)))
     assert not list(lost(DASHBOARD, kept))
     assert list(lost(DASHBOARD | {"colour": "red"}, kept)) == ["/colour: 'red' became None"]
+
+
+def test_the_dashboard_is_what_its_table_says() -> None:
+    written = runpy.run_path(str(GRAFANA / "dashboard.py"))["text"]()
+    assert written == (GRAFANA / "penumbra.json").read_text(), "`make manifests` writes it anew"
 
 
 def test_the_panels_lie_beside_each_other() -> None:
