@@ -12,7 +12,7 @@ BOTTLENECKS = {"b6": 32, "b7": 64}
 """Channels at the end, in widths."""
 
 Convolutions = list[tuple[str, int, int, int, int]]
-"""Of a block: in turn the name, the channels, the kernel, the stride and the dilation."""
+"""The convolutions of a block in turn: name, channels, kernel, stride and dilation of each."""
 
 
 class WideResNet(nn.Module):
