@@ -21,8 +21,8 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -299,7 +299,8 @@ class Jobs:
         save_job(place, job)
         options, style = parse_request(job.media, job.fields)
         options = without_unseen(options, job.media, style)
-        with self._loaded(options):
+        with ExitStack() as held:
+            self._load(options, held)
             image = open_image(place / "image", self._limits, self._gateway.segmenter.reading(options))
             spool = Spool(place / "spool", self._gateway.segmenter, image, options, source=job.id)
             prediction = spool.fill(limits=self._limits, cancelled=self._cancelled, progress=self._note)
@@ -315,32 +316,24 @@ class Jobs:
         if job.target:
             send(place / "result", job.target)
 
-    @contextmanager
-    def _loaded(self, options: SegmentOptions) -> Iterator[None]:
+    def _load(self, options: SegmentOptions, held: ExitStack) -> None:
         """Keep a job's version in memory, and only for the job where a newer one had taken its place."""
         segmenter, model, version = self._gateway.segmenter, options.model, options.version
-        try:
+        with suppress(UnknownModel):
             segmenter.find(model, version)
-        except UnknownModel:
-            assert model and version, "submit has written both"
-            served = max((card.version for card in segmenter.cards() if card.name == model), default=version)
-            if served < version:  # who names no version would be answered by this one
-                raise UnknownModel(
-                    f"{model} version {version}, which the job was taken for, was taken back; send it again"
-                ) from None
-            try:
-                segmenter.load(find_artifact(self.settings.store, model, version))
-            except (UnknownModel, BadArtifact) as error:  # of which the places are none of the caller's business
-                log.error("a job's model cannot be loaded: %s", error)
-                raise UnknownModel(
-                    f"{model} version {version}, which the job was taken for, can be loaded no more; send it again"
-                ) from None
-            try:
-                yield
-            finally:
-                segmenter.unload(model, version)
-        else:
-            yield
+            return
+        assert model and version, "submit has written both"
+        served = max((card.version for card in segmenter.cards() if card.name == model), default=version)
+        if served < version:  # who names no version would be answered by this one
+            raise UnknownModel(f"{model} version {version}, which the job was taken for, was taken back; send it again")
+        try:
+            segmenter.load(find_artifact(self.settings.store, model, version))
+        except (UnknownModel, BadArtifact) as error:  # of which the places are none of the caller's business
+            log.error("a job's model cannot be loaded: %s", error)
+            raise UnknownModel(
+                f"{model} version {version}, which the job was taken for, can be loaded no more; send it again"
+            ) from None
+        held.callback(segmenter.unload, model, version)
 
     def _note(self, num_done: int, num_windows: int) -> None:
         self._progress = (num_done, num_windows)
@@ -355,10 +348,10 @@ class Jobs:
             for name in ("image", "writing"):
                 (place / name).unlink(missing_ok=True)
         with self._changed:  # whoever reads that it is done can have it
-            job.state, job.error, job.finished = ended.state, ended.error, ended.finished
-            removed = job.id not in self._jobs
-        if removed:
-            shutil.rmtree(place, ignore_errors=True)
+            if job.id in self._jobs:
+                self._jobs[job.id] = ended
+                return
+        shutil.rmtree(place, ignore_errors=True)
 
     def _is_old(self, job: Job) -> bool:
         return 0 < job.finished < time.time() - self.settings.job_keep_s
