@@ -257,7 +257,7 @@ def test_the_split_published_head_equals_the_plain_form(size: tuple[int, int]) -
 def test_backbones_run_on_odd_sizes_at_their_strides(depth: int, stem: str, stride: int, ceil_pool: bool) -> None:
     config = ResNetConfig(depth=depth, stem=stem, width=4, output_stride=stride, ceil_pool=ceil_pool)  # type: ignore[arg-type]
     low, high = ResNet(config).eval()(image(1))
-    assert low.shape[1] == config.low_channels and high.shape[1] == config.high_channels
+    assert [low.shape[1], high.shape[1]] == [config.stage_channels[0], config.stage_channels[-1]]
     for feature, factor in ((low, 4), (high, stride)):
         for have, length in zip(feature.shape[2:], SIZE, strict=True):
             assert 0 <= have - math.ceil(length / factor) <= ceil_pool
