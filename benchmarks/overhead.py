@@ -85,7 +85,7 @@ def bare_loop(segmenter: Segmenter, name: str, images: list[np.ndarray]) -> floa
 
 @contextmanager
 def serving_alike(store: Path, checkout: Path = ROOT) -> Iterator[tuple[int, int]]:
-    """A server of a checkout, HTTP and gRPC, with the sizes and threads that the engine has here: its process and port."""
+    """A server of a checkout, gRPC too, with the sizes and threads that the engine has here: its process and port."""
     from tests.serving.server import serving  # not at the top: httpx may be missing where pictures alone are wanted
 
     settings = FIXED | {"threads": 0, "log_level": "WARNING", "predrain_s": 0}
