@@ -4,16 +4,17 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Concatenate, ParamSpec, Self, cast
+from typing import Any, BinaryIO, Self, Unpack, cast
 
 import httpx
 
-from penumbra_client.exchange import Call, Exchange, Exchanges, Reply, T
+from penumbra_client.answers import NPZ, Job, Model, Prediction
+from penumbra_client.exchange import Call, Exchange, Exchanges, Progress, Reply, T
+from penumbra_client.options import Options, Picture
 
 PIECE_BYTES = 2**20
 CONNECT_TRIES = 2
@@ -24,55 +25,9 @@ TIMEOUT_S = 330.0
 
 UNREACHED = (httpx.TransportError, httpx.InvalidURL)
 
-P = ParamSpec("P")
 
-
-def _waited(exchange: Callable[Concatenate[Exchanges, P], Exchange[T]]) -> Callable[Concatenate["Client", P], T]:
-    """Make a method of `Client` that drives an exchange."""
-
-    @wraps(exchange)
-    def method(self: "Client", /, *arguments: P.args, **options: P.kwargs) -> T:
-        steps = exchange(self._exchanges, *arguments, **options)
-        reply: Any = None
-        while True:
-            try:
-                step = steps.send(reply)
-            except StopIteration as end:
-                return cast(T, end.value)
-            if isinstance(step, Call):
-                reply = self._send(step)
-            elif callable(step):
-                reply = step()
-            else:
-                time.sleep(step)
-                reply = None
-
-    return method
-
-
-def _awaited(
-    exchange: Callable[Concatenate[Exchanges, P], Exchange[T]],
-) -> Callable[Concatenate["AsyncClient", P], Coroutine[Any, Any, T]]:
-    """Make a method of `AsyncClient` that drives an exchange."""
-
-    @wraps(exchange)
-    async def method(self: "AsyncClient", /, *arguments: P.args, **options: P.kwargs) -> T:
-        steps = exchange(self._exchanges, *arguments, **options)
-        reply: Any = None
-        while True:
-            try:
-                step = steps.send(reply)
-            except StopIteration as end:
-                return cast(T, end.value)
-            if isinstance(step, Call):
-                reply = await self._send(step)
-            elif callable(step):
-                reply = await asyncio.to_thread(step)
-            else:
-                await asyncio.sleep(step)
-                reply = None
-
-    return method
+def _quiet(_: Job) -> None:
+    """Tell nobody."""
 
 
 class Client:
@@ -90,16 +45,45 @@ class Client:
             transport=transport or httpx.HTTPTransport(retries=CONNECT_TRIES),
         )  # fmt: skip
 
-    segment = _waited(Exchanges.segment)
-    render = _waited(Exchanges.render)
-    submit = _waited(Exchanges.submit)
-    run_job = _waited(Exchanges.run_job)
-    job = _waited(Exchanges.job)
-    wait = _waited(Exchanges.wait)
-    result = _waited(Exchanges.result)
-    download = _waited(Exchanges.download)
-    remove = _waited(Exchanges.remove)
-    models = _waited(Exchanges.models)
+    def segment(self, image: Picture, **options: Unpack[Options]) -> Prediction:
+        """Segment a picture. Raises PenumbraError."""
+        return self._run(self._exchanges.segment(image, options))
+
+    def render(self, image: Picture, media: str, **options: Unpack[Options]) -> bytes:
+        """Give the answer in another form, as bytes: `image/png`, `application/geo+json`, ... Raises PenumbraError."""
+        return self._run(self._exchanges.render(image, media, options))
+
+    def submit(self, image: Picture, media: str = NPZ, **options: Unpack[Options]) -> Job:
+        """Begin work on a picture of any size, which a file is best for. Raises PenumbraError."""
+        return self._run(self._exchanges.submit(image, media, options))
+
+    def run_job(self, image: Picture, progress: Progress = _quiet, **options: Unpack[Options]) -> Prediction:
+        """Submit a picture, wait, fetch the answer and remove the job. Raises PenumbraError."""
+        return self._run(self._exchanges.run_job(image, progress, options))
+
+    def job(self, name: str) -> Job:
+        """Ask how a job stands, by its id. Raises PenumbraError."""
+        return self._run(self._exchanges.job(name))
+
+    def wait(self, job: Job, progress: Progress = _quiet) -> Job:
+        """Wait until a job is done. Raises Failed where it fails."""
+        return self._run(self._exchanges.wait(job, progress))
+
+    def result(self, job: Job) -> Prediction:
+        """Fetch the answer of a job that is done. Raises PenumbraError."""
+        return self._run(self._exchanges.result(job))
+
+    def download(self, job: Job, path: str | Path) -> Path:
+        """Write a job's answer, in the form it was submitted for, to a file, piece by piece. Raises PenumbraError."""
+        return self._run(self._exchanges.download(job, path))
+
+    def remove(self, job: Job) -> None:
+        """Cancel a job, and remove its files from the server. Raises PenumbraError."""
+        return self._run(self._exchanges.remove(job))
+
+    def models(self) -> list[Model]:
+        """List what is served. Raises PenumbraError."""
+        return self._run(self._exchanges.models())
 
     def close(self) -> None:
         self._http.close()
@@ -109,6 +93,21 @@ class Client:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
+
+    def _run(self, exchange: Exchange[T]) -> T:
+        reply: Any = None
+        while True:
+            try:
+                step = exchange.send(reply)
+            except StopIteration as end:
+                return cast(T, end.value)
+            if isinstance(step, Call):
+                reply = self._send(step)
+            elif callable(step):
+                reply = step()
+            else:
+                time.sleep(step)
+                reply = None
 
     def _send(self, call: Call) -> Reply:
         try:
@@ -137,16 +136,35 @@ class AsyncClient:
             transport=transport or httpx.AsyncHTTPTransport(retries=CONNECT_TRIES),
         )  # fmt: skip
 
-    segment = _awaited(Exchanges.segment)
-    render = _awaited(Exchanges.render)
-    submit = _awaited(Exchanges.submit)
-    run_job = _awaited(Exchanges.run_job)
-    job = _awaited(Exchanges.job)
-    wait = _awaited(Exchanges.wait)
-    result = _awaited(Exchanges.result)
-    download = _awaited(Exchanges.download)
-    remove = _awaited(Exchanges.remove)
-    models = _awaited(Exchanges.models)
+    async def segment(self, image: Picture, **options: Unpack[Options]) -> Prediction:
+        return await self._run(self._exchanges.segment(image, options))
+
+    async def render(self, image: Picture, media: str, **options: Unpack[Options]) -> bytes:
+        return await self._run(self._exchanges.render(image, media, options))
+
+    async def submit(self, image: Picture, media: str = NPZ, **options: Unpack[Options]) -> Job:
+        return await self._run(self._exchanges.submit(image, media, options))
+
+    async def run_job(self, image: Picture, progress: Progress = _quiet, **options: Unpack[Options]) -> Prediction:
+        return await self._run(self._exchanges.run_job(image, progress, options))
+
+    async def job(self, name: str) -> Job:
+        return await self._run(self._exchanges.job(name))
+
+    async def wait(self, job: Job, progress: Progress = _quiet) -> Job:
+        return await self._run(self._exchanges.wait(job, progress))
+
+    async def result(self, job: Job) -> Prediction:
+        return await self._run(self._exchanges.result(job))
+
+    async def download(self, job: Job, path: str | Path) -> Path:
+        return await self._run(self._exchanges.download(job, path))
+
+    async def remove(self, job: Job) -> None:
+        return await self._run(self._exchanges.remove(job))
+
+    async def models(self) -> list[Model]:
+        return await self._run(self._exchanges.models())
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -156,6 +174,21 @@ class AsyncClient:
 
     async def __aexit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         await self.close()
+
+    async def _run(self, exchange: Exchange[T]) -> T:
+        reply: Any = None
+        while True:
+            try:
+                step = exchange.send(reply)
+            except StopIteration as end:
+                return cast(T, end.value)
+            if isinstance(step, Call):
+                reply = await self._send(step)
+            elif callable(step):
+                reply = await asyncio.to_thread(step)
+            else:
+                await asyncio.sleep(step)
+                reply = None
 
     async def _send(self, call: Call) -> Reply:
         body = _later(call.body) if isinstance(call.body, Path) else call.body

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, Unpack
+from typing import Any, TypeVar
 
 from penumbra_client.answers import NPZ, Job, Model, Prediction, read_prediction
 from penumbra_client.errors import Failed, PenumbraError, error_of
-from penumbra_client.options import Options, Picture, as_texts, body_of
+from penumbra_client.options import Picture, as_texts, body_of
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 5.0
 """Between two tries where the server does not say when to come again, and between two looks at a job: each is twice
@@ -60,7 +60,7 @@ Progress = Callable[[Job], object]
 
 
 class Exchanges:
-    """All exchanges with one server: the methods of both clients, but for `ask`."""
+    """All exchanges with one server."""
 
     def __init__(self, patience_s: float) -> None:
         """patience_s: how long one call may wait in all for a server that is full, loading or, of a job, away."""
@@ -86,27 +86,22 @@ class Exchanges:
             yield wait_s
             left_s, pause_s = left_s - wait_s, min(2 * pause_s, LONGEST_PAUSE_S)
 
-    def segment(self, image: Picture, **options: Unpack[Options]) -> Exchange[Prediction]:
-        """Segment a picture. Raises PenumbraError."""
-        return (yield from self._read((yield from self.ask(_upload("/segment", image, NPZ, options)))))
+    def segment(self, picture: Picture, options: Mapping[str, Any]) -> Exchange[Prediction]:
+        return (yield from self._read((yield from self.ask(_upload("/segment", picture, NPZ, options)))))
 
-    def render(self, image: Picture, media: str, **options: Unpack[Options]) -> Exchange[bytes]:
-        """Give the answer in another form, as bytes: `image/png`, `application/geo+json`, ... Raises PenumbraError."""
-        reply = yield from self.ask(_upload("/segment", image, media, options))
+    def render(self, picture: Picture, media: str, options: Mapping[str, Any]) -> Exchange[bytes]:
+        reply = yield from self.ask(_upload("/segment", picture, media, options))
         return reply.content
 
-    def submit(self, image: Picture, media: str = NPZ, **options: Unpack[Options]) -> Exchange[Job]:
-        """Begin work on a picture of any size, which a file is best for. Raises PenumbraError."""
-        reply = yield from self.ask(_upload("/jobs", image, media, options))
+    def submit(self, picture: Picture, media: str, options: Mapping[str, Any]) -> Exchange[Job]:
+        reply = yield from self.ask(_upload("/jobs", picture, media, options))
         return Job.of(reply.document)
 
     def job(self, name: str) -> Exchange[Job]:
-        """Ask how a job stands, by its id. Raises PenumbraError."""
         reply = yield from self.ask(Call("GET", f"/jobs/{name}"))
         return Job.of(reply.document)
 
-    def wait(self, job: Job, progress: Progress = lambda _: None) -> Exchange[Job]:
-        """Wait until a job is done. Raises Failed where it fails."""
+    def wait(self, job: Job, progress: Progress) -> Exchange[Job]:
         pause_s = FIRST_PAUSE_S
         progress(job)
         while not job.is_over:
@@ -119,26 +114,20 @@ class Exchanges:
         return job
 
     def result(self, job: Job) -> Exchange[Prediction]:
-        """Fetch the answer of a job that is done. Raises PenumbraError."""
         if job.media_type != NPZ:
             raise ValueError(f"the job's answer is {job.media_type}; download it, or submit with {NPZ}")
         return (yield from self._read((yield from self.ask(Call("GET", f"/jobs/{job.id}/result")))))
 
     def download(self, job: Job, path: str | Path) -> Exchange[Path]:
-        """Write a job's answer, in the form it was submitted for, to a file, piece by piece. Raises PenumbraError."""
         target = Path(path)
         yield from self.ask(Call("GET", f"/jobs/{job.id}/result", target=target))
         return target
 
     def remove(self, job: Job) -> Exchange[None]:
-        """Cancel a job, and remove its files from the server. Raises PenumbraError."""
         yield from self.ask(Call("DELETE", f"/jobs/{job.id}"))
 
-    def run_job(
-        self, image: Picture, progress: Progress = lambda _: None, **options: Unpack[Options]
-    ) -> Exchange[Prediction]:
-        """Submit a picture, wait, fetch the answer and remove the job. Raises PenumbraError."""
-        submitted = yield from self.submit(image, NPZ, **options)
+    def run_job(self, picture: Picture, progress: Progress, options: Mapping[str, Any]) -> Exchange[Prediction]:
+        submitted = yield from self.submit(picture, NPZ, options)
         try:
             done = yield from self.wait(submitted, progress)
             prediction = yield from self.result(done)
@@ -149,7 +138,6 @@ class Exchanges:
         return prediction
 
     def models(self) -> Exchange[list[Model]]:
-        """List what is served. Raises PenumbraError."""
         reply = yield from self.ask(Call("GET", "/models"))
         models = [Model.of(entry) for entry in reply.document["models"]]
         self._classes |= {(model.name, model.version): model.classes for model in models}
