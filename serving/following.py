@@ -40,6 +40,6 @@ class Followed(Generic[T]):
                     log.info("%s changed, and is in use as it is now", names)
             except PenumbraError as error:
                 if (fault := str(error)) != self._fault:
-                    log.error("%s changed, and what was read before stays in use: %s", names, error)
+                    log.error("%s cannot be used, and what was read before stays in use: %s", names, error)
             self._fault = fault
         return self._value

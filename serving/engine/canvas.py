@@ -30,7 +30,7 @@ SUMS = "row.sums"
 STRIP_BYTES = 2**24
 """Rows of a picture go up in strips of so many bytes, unless the windows at hand need more."""
 PIECE_PIXELS = 2**20
-"""An answer of another size than its canvas is resized and read out in pieces of so many pixels on a CPU."""
+"""On a CPU an answer of another size than its canvas is resized in pieces of so many pixels, its and the canvas's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +172,7 @@ class Surface:
     def pieces(self, window: Window) -> list[range]:
         """Cut the rows that a window finishes into pieces as large as are read out at once."""
         rows = self.finished(window)
-        step = max(1, PIECE_PIXELS // self.plan.size[1] if self.plan.answer else len(rows))
+        step = rows_of_piece(self.plan) if self.plan.answer else max(1, len(rows))
         return [rows[first : first + step] for first in range(0, len(rows), step)]
 
     def rows_of(self, rows: range, card: Card) -> Tensor:
@@ -209,6 +209,12 @@ class Surface:
         top, part_h11 = self._above(rows.start), part_h[:, None, None]
         rows_hCw = torch.lerp(near_RCw[above - top], near_RCw[below - top], part_h11)
         return torch.lerp(rows_hCw[..., left], rows_hCw[..., right], part_W)
+
+
+def rows_of_piece(plan: WindowPlan) -> int:
+    """Count the rows of an answer of another size that are read out at once."""
+    height, width = plan.size
+    return max(1, PIECE_PIXELS // max(width, plan.width * plan.height // height))
 
 
 def entropy_of(stats_hCW: Tensor, card: Card) -> Tensor:

@@ -7,7 +7,7 @@ import numpy as np
 
 from penumbra.models.card import NUM_VIEWS, Card, Sampling
 from penumbra.models.errors import BadOption, TooLarge
-from penumbra.serving.engine.canvas import PIECE_PIXELS, Wanted, ring_height
+from penumbra.serving.engine.canvas import Wanted, ring_height, rows_of_piece
 from penumbra.serving.engine.layout import Place
 from penumbra.serving.engine.moments import channels
 from penumbra.serving.engine.noise import NoiseSource, SeededNoise
@@ -60,7 +60,8 @@ class RequestPlan:
     def num_bytes(self, lanes: int) -> int:
         """Predict the memory that the request takes beside its body: the picture, the answer, the canvas, and windows
         that wait to be stitched, of which a single one is the canvas. Samples take none of their own, for they are
-        added up as they come. Rows of an answer of another size are resized a piece at a time, by way of two others."""
+        added up as they come. An answer of another size is resized a piece at a time, by way of two others and of the
+        rows of the canvas that it lies between."""
         windows, card = self.windows, self.card
         floats = len(self.options.maps(card)) + (card.num_classes if PROBABILITIES in self.options.outputs else 0)
         pixel_bytes = card.input.num_bands * np.dtype(card.input.dtype).itemsize + 1 + 4 * floats
@@ -68,8 +69,9 @@ class RequestPlan:
         canvas = ring_height(windows, 1) * windows.width if windows.num_windows > 1 else 0
         stats = waiting * windows.window_height * windows.window_width + canvas
         if windows.answer:
-            width = windows.size[1]
-            stats += 3 * min(_most_rows(windows) * width, max(PIECE_PIXELS, width))
+            (height, width), rows = windows.size, min(_most_rows(windows), rows_of_piece(windows))
+            near = rows * windows.height // height + 2
+            stats += 3 * rows * width + (near + 3 * rows) * windows.width
         return windows.size[0] * windows.size[1] * pixel_bytes + 4 * channels(card) * stats
 
     @property

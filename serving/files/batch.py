@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from penumbra.models.errors import BadOption, reason_of
@@ -19,7 +18,7 @@ from penumbra.serving.engine.decode import open_image
 from penumbra.serving.engine.options import SegmentOptions, check_options
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import find_artifact, open_artifact
-from penumbra.serving.files.cluster import connect
+from penumbra.serving.files.cluster import connect, in_turn
 from penumbra.serving.files.inputs import MANIFEST, canonical, find_images
 from penumbra.serving.files.predict import IN_MEMORY
 from penumbra.serving.files.receipts import Receipts, files_of, put, stamp_of
@@ -151,22 +150,28 @@ def run_on_ray(request: BatchRequest, output: str, items: Sequence[BatchItem], *
     Nodes read the same store, images and output. What a node had not finished when it was lost is done by another; what
     it had is kept, so nothing is done twice. Raises BadOption where Ray is not installed.
     """
-    ray = connect()
-    answer, size = ray.remote(num_cpus=cpus, max_retries=-1)(answer_items), 2 * AT_ONCE
-    for made in [answer.remote(request, output, cpus, items[i : i + size]) for i in range(0, len(items), size)]:
-        yield from ray.get(made)
+    ray, size = connect(), 2 * AT_ONCE
+    task = ray.remote(num_cpus=cpus, num_returns="streaming", max_retries=-1)(answer_items)
+    yield from in_turn(ray, task, ((request, output, cpus, items[i : i + size]) for i in range(0, len(items), size)))
 
 
-def answer_items(request: BatchRequest, output: str, threads: int, items: Sequence[BatchItem]) -> list[Result]:
+def answer_items(request: BatchRequest, output: str, threads: int, items: Sequence[BatchItem]) -> Iterator[Result]:
     """Answer images on a node."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(_answerer(request, output, threads).answer, items))
+        yield from pool.map(_answerer(request, output, threads).answer, items)
 
 
-@lru_cache(maxsize=1)
-def _answerer(request: BatchRequest, output: str, threads: int) -> Answerer:
-    """Load an engine once in each of a node's processes, which answer many images."""
-    return Answerer(request, output, threads=threads)
+_latest: dict[tuple[BatchRequest, str, int], Answerer] = {}
+"""The engine that a node's process answered with, which is loaded once for many images."""
+
+
+def _answerer(*of: *tuple[BatchRequest, str, int]) -> Answerer:
+    if of not in _latest:
+        for other in _latest.values():
+            other.close()
+        _latest.clear()
+        _latest[of] = Answerer(of[0], of[1], threads=of[2])
+    return _latest[of]
 
 
 ENGINES = {"local": run_here, "ray": run_on_ray}

@@ -31,7 +31,7 @@ PARTS_PER_CORE = 4
 ROWS_PER_REPEAT = 4
 """Least rows of windows in a part for each row that its first rows need of the part above, and that runs twice."""
 AHEAD = 2
-"""Parts per core that are under way or done and not yet written: what they hold lies in the cluster's memory."""
+"""Tasks per core that are under way or done and not yet written: what they hold lies in the cluster's memory."""
 
 Spread = Callable[[Segmenter, Path, SegmentOptions], Run]
 """Says of a raster's path and options where its bands are made."""
@@ -65,7 +65,10 @@ def connect() -> Any:
     """Give Ray, connected to the cluster that RAY_ADDRESS names or to one of this machine. Raises BadOption."""
     ray = import_ray()
     if not ray.is_initialized():
-        ray.init()
+        try:
+            ray.init()
+        except ConnectionError as error:
+            raise BadOption(f"Ray cannot be had ({error}); see to RAY_ADDRESS, or take the engine local") from None
     return ray
 
 
@@ -77,6 +80,7 @@ def on_ray(artifact: Path) -> Spread:
     import_ray()
 
     def spread(segmenter: Segmenter, path: Path, options: SegmentOptions) -> Run:
+        connect()
         runtime = segmenter.find(options.model, options.version)
         tuning = Tuning(runtime.windows_per_batch, runtime.samples_per_call)
         work = Work(artifact.resolve(), path.resolve(), options, tuning)
@@ -89,19 +93,26 @@ def run_parts(work: Work, request: QueuedRequest, progress: Progress) -> Generat
     """Yield the bands of a request as the parts of its raster come back, from the top. Raises any PenumbraError."""
     ray = connect()
     part = ray.remote(num_cpus=1, num_returns="streaming", max_retries=RETRIES)(answer_part)
-    windows, running = request.plan.windows, deque[Any]()
-    waiting = deque(parts_of(windows, windows.rows_above(request.first_y), num_parts=PARTS_PER_CORE * _cores(ray)))
+    windows = request.plan.windows
+    parts = parts_of(windows, windows.rows_above(request.first_y), num_parts=PARTS_PER_CORE * _cores(ray))
     progress(request.first_window, windows.num_windows)
+    for band, withheld in in_turn(ray, part, ((work, *rows) for rows in parts)):
+        request.withheld |= withheld
+        end = band.y0 + len(band.labels)
+        progress(windows.num_windows * end // windows.size[0], windows.num_windows)
+        yield band
+
+
+def in_turn(ray: Any, task: Any, asked: Iterator[tuple[Any, ...]]) -> Generator[Any]:
+    """Yield what a task that streams yields, for each of its arguments in turn, with some of them under way for every
+    core. None is left when this ends. Raises what a task raised."""
+    waiting, running = deque(asked), deque[Any]()
     try:
         while waiting or running:
             while waiting and len(running) < AHEAD * _cores(ray):  # nodes come and go
-                running.append(part.remote(work, *waiting.popleft()))
+                running.append(task.remote(*waiting.popleft()))
             for made in running[0]:
-                band, withheld = ray.get(made)
-                request.withheld |= withheld
-                end = band.y0 + len(band.labels)
-                progress(windows.num_windows * end // windows.size[0], windows.num_windows)
-                yield band
+                yield ray.get(made)
             running.popleft()
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None

@@ -214,7 +214,7 @@ def test_a_key_that_is_taken_out_of_the_file_is_refused_soon_and_a_new_one_let_i
             )
         assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
         file.write_text("")
-        kept = "keys changed, and what was read before stays in use"
+        kept = "keys cannot be used, and what was read before stays in use"
         until(lambda: code(LATER) == 200 and kept in keyed.log.read_text(), bound_s=30)
         assert (code(LATER), httpx.get(f"{keyed.url}/models", trust_env=False).status_code) == (200, 401)
         file.write_text(TEXT)

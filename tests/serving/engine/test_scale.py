@@ -237,7 +237,7 @@ def test_an_answer_at_a_factor_is_read_out_in_pieces_of_the_same_bytes(
     whole = segmenter.segment(image, asked)
     monkeypatch.setattr(canvas, "PIECE_PIXELS", piece_pixels)
     heights = [len(band.labels) for band in segmenter.bands(image, asked)]
-    assert max(heights) == max(1, piece_pixels // 100) and sum(heights) == 75
+    assert max(heights) <= max(1, piece_pixels // 100) and len(heights) > 10 and sum(heights) == 75
     pieces = segmenter.segment(image, asked)
     assert pieces.labels_HW.tobytes() == whole.labels_HW.tobytes() and pieces.scores == whole.scores
     assert pieces.prob_KHW is not None and whole.prob_KHW is not None
