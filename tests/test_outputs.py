@@ -134,6 +134,7 @@ def test_an_evaluation_takes_the_place_of_evaluations_alone(toy_store: Path, tmp
         (plots / name).unlink()
 
 
+@pytest.mark.slow
 def test_an_evaluation_draws_over_its_own_pictures(toy_store: Path, tmp_path: Path) -> None:
     command = ("evaluate", "toy-latent", "--data", tmp_path, "--set", "shapes", "--every", 4, "--store", toy_store)
     for _ in range(2):

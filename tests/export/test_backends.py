@@ -110,7 +110,8 @@ def test_compiled_graphs_agree_at_other_batches_refuse_other_inputs_and_are_serv
         assert torch.equal(contiguous, channels_last)
 
 
-@pytest.mark.parametrize("name", ["cps single", pytest.param("cps lite", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cps single", "cps lite"])
 @torch.inference_mode()
 def test_a_model_that_sees_images_whole_takes_any_size_in_onnx(name: str, tmp_path: Path) -> None:
     card = card_of(name)
@@ -121,6 +122,7 @@ def test_a_model_that_sees_images_whole_takes_any_size_in_onnx(name: str, tmp_pa
         assert close(graphs.decode(graphs.encode(pixels), draws), seeded(name)(pixels, draws), EXACTLY)
 
 
+@pytest.mark.slow
 def test_a_network_that_cannot_be_exported_for_every_size_is_refused_in_one_sentence(tmp_path: Path) -> None:
     card = card_of("cpal scales")
     whole = dataclasses.replace(card, window=dataclasses.replace(card.window, height=0, width=0))

@@ -170,7 +170,7 @@ def samples_of(part: Part, card: Card) -> int:
     "name",
     [
         "toy boxed",
-        "np_semiseg film",
+        pytest.param("np_semiseg film", marks=pytest.mark.slow),
         pytest.param("np_semiseg linear", marks=pytest.mark.slow),
         pytest.param("cpal everywhere", marks=pytest.mark.slow),
     ],

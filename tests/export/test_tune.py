@@ -149,6 +149,7 @@ def test_a_version_that_was_calibrated_meanwhile_is_what_is_written_anew(checkpo
     assert (outcome.directory.name, artifact_card(outcome.directory).readout.temperature) == ("3", 1.5)
 
 
+@pytest.mark.slow
 def test_a_version_that_nothing_is_faster_than_stays_and_it_is_said(
     checkpoint: Path, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -334,6 +334,7 @@ def test_the_command_writes_figures_curves_and_pictures(store: Path, tmp_path: P
     assert "seg/mIoU" in result.stdout
 
 
+@pytest.mark.slow
 def test_a_model_without_samples_has_no_picture_of_them(segmenter: Segmenter, frames: Frames, tmp_path: Path) -> None:
     measured = measure(segmenter, "toy-pointwise", frames)
     draw_all(measured.document(), measured.card, typical(measured, segmenter, frames), tmp_path)
