@@ -1,6 +1,6 @@
 """What np_semiseg's linear head costs beside MC dropout and one pass, and what its antithetic pairs are worth; CPU.
 
-    python -m benchmarks.linear ../shared/camvid [--checkpoint models/zoo/np_linear-camvid.safetensors]
+    python -m benchmarks.linear ../shared/camvid [--zoo np_linear-lite2-camvid]
 
 Network time, without reading out, of one window of the zoo's networks. Label flips against the mean of 512 samples, on
 every 20th frame of val and three seeds, for pairs and for independent draws.
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from benchmarks.rounds import measure, save
 from penumbra.models.card import InputSpec, Sampling
-from penumbra.models.checkpoint import load_checkpoint
+from penumbra.models.checkpoint import load_checkpoint, read_card
 from penumbra.models.contract import Features, Network
 from penumbra.serving.engine.noise import SeededNoise
 from penumbra.training.augment import normalise
@@ -43,11 +43,11 @@ def labels(network: Network, features: Features, noise_SBL: Tensor) -> Tensor:
     return sum(logits_1KHW.softmax(1) for logits_1KHW in full)[0].argmax(0)
 
 
-def flips(network: Network, data: Path) -> dict[str, float]:
+def flips(network: Network, spec: InputSpec, data: Path) -> dict[str, float]:
     """Percent of labels that are not those of many samples, by law and number of samples."""
     val, found = load_camvid(data, "val"), {}
     for i in range(0, len(val), EVERY):
-        features = network.encode(normalise(val[i][0][None].float() / 255, InputSpec()))
+        features = network.encode(normalise(val[i][0][None].float() / 255, spec))
         limit = labels(network, features, draw(network.sampling, MANY, 0))
         for law in ("antithetic", "independent"):
             sampling = replace(network.sampling, law=law)  # type: ignore[arg-type]
@@ -61,12 +61,12 @@ def flips(network: Network, data: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--checkpoint", type=Path, default=ZOO / "np_linear-camvid.safetensors")
+    parser.add_argument("--zoo", default="np_linear-camvid", choices=("np_linear-camvid", "np_linear-lite2-camvid"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    linear, film, dropout = map(
-        load, (arguments.checkpoint, ZOO / "np_semiseg-camvid.safetensors", ZOO / "mc_dropout-camvid.safetensors")
-    )
+    path = ZOO / f"{arguments.zoo}.safetensors"
+    kinds = ("np_linear", "np_semiseg", "mc_dropout")
+    linear, film, dropout = (load(path.with_name(path.name.replace("np_linear", kind))) for kind in kinds)
     image = torch.randn(1, 3, *SIZE).contiguous(memory_format=torch.channels_last)
     asked = {"linear, S=5": (linear, 5), "linear, S=8": (linear, 8), "MC dropout, S=5": (dropout, 5)}
     asked |= {"MC dropout, S=8": (dropout, 8), "film, S=1": (film, 1), "film, S=8": (film, 8)}
@@ -75,12 +75,12 @@ def main() -> None:
         {name: lambda name=name, network=network: network(image, noises[name]) for name, (network, _) in asked.items()},  # type: ignore[misc]
         rounds=ROUNDS,
     )
-    save("linear", {
+    save(arguments.zoo.replace("np_linear", "linear").removesuffix("-camvid"), {
         **{f"seconds/{name}": value for name, value in seconds.items()},
         "S=5 over MC dropout's (bar 0.6)": seconds["linear, S=5"] / seconds["MC dropout, S=5"],
         "S=8 over MC dropout's": seconds["linear, S=8"] / seconds["MC dropout, S=8"],
         "S=5 over one pass of the host (bar 1.15)": seconds["linear, S=5"] / seconds["film, S=1"],
-        **flips(linear, arguments.data),
+        **flips(linear, read_card(path).input, arguments.data),
     })  # fmt: skip
 
 
