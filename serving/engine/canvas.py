@@ -30,7 +30,7 @@ SUMS = "row.sums"
 STRIP_BYTES = 2**24
 """Rows of a picture go up in strips of so many bytes, unless the windows at hand need more."""
 PIECE_PIXELS = 2**20
-"""On a CPU an answer of another size than its canvas is resized in pieces of so many pixels, its and the canvas's."""
+"""An answer of another size than its canvas is resized in pieces of so many pixels, its and the canvas's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +299,7 @@ class Landing:
     num_samples: int
     copied: Copied
     index: int
-    segment: Segment | None
+    segments: Sequence[Segment]
 
     @property
     def is_finite(self) -> bool:
@@ -307,9 +307,9 @@ class Landing:
         return bool(self.copied.wait()[4 * self.index :][:4].view(np.float32)[0] == 0)
 
     def bands(self) -> Iterator[Band]:
-        """Yield the finished rows, at most one band."""
-        if self.segment:
-            yield self.segment.band(self.copied.wait())
+        """Yield the finished rows."""
+        for segment in self.segments:
+            yield segment.band(self.copied.wait())
 
 
 def stitch(stats_BhCw: Tensor, pairs: Sequence[tuple[Surface, Window]], card: Card, num_samples: int) -> None:

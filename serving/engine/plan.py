@@ -17,9 +17,6 @@ from penumbra.serving.engine.runtime import Runtime
 from penumbra.serving.engine.scale import CARD, find_scale, size_at
 from penumbra.serving.engine.windows import WindowPlan, count_windows, cover
 
-MOST_BAND_BYTES = 2**31
-"""The rows of an answer that are resized together take at most so many bytes."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RequestPlan:
@@ -122,8 +119,6 @@ def plan_request(
     windows = cover(*run, card.window, options.overlap)
     if run != (height, width):
         windows = replace(windows, answer=(height, width))
-        if runtime.stays_on_device:
-            _check_band(windows, card)
     share = min(windows.num_windows, limits.large_share)
     return RequestPlan(runtime, options, windows, noise, prompt, of_scale, share)
 
@@ -153,16 +148,6 @@ def _check_windows(height: int, width: int, card: Card, options: SegmentOptions,
             f"the image needs {num_windows} windows x {num_samples} samples{views} = {num_windows * num_members:,} "
             f"window-samples and the limit of the queue (limit_queue_samples) is {limits.queue_samples:,}; lower the "
             f"overlap or the samples{', leave out the views' if views else ''}, or send a smaller image or parts of it"
-        )
-
-
-def _check_band(windows: WindowPlan, card: Card) -> None:
-    """Raise TooLarge where rows that a GPU resizes together would fill its memory."""
-    size = 4 * _most_rows(windows) * windows.size[1] * channels(card)
-    if size > MOST_BAND_BYTES:
-        raise TooLarge(
-            f"the image is run at another scale, and a band of its answer at {windows.size[1]}x{windows.size[0]} px "
-            f"takes {size:,} bytes; the limit is {MOST_BAND_BYTES:,}: send a smaller image or parts of it, or scale=1"
         )
 
 

@@ -103,4 +103,4 @@ def answer(one: WindowInput, logits_Khw: Tensor, extras_Ehw: Tensor, card: Card)
         segment=[width, *segment.table], thresholds=segment.thresholds_K, void_HW=void_hW,
         channel=channel_of_novelty(card),
     )  # fmt: skip
-    return Landing(1, Copied(out, None), 0, replace(segment, void_hW=(void_hW, None)))
+    return Landing(1, Copied(out, None), 0, [replace(segment, void_hW=(void_hW, None))])

@@ -93,20 +93,24 @@ class DeviceSteps(Steps):
         All memory is asked for before a canvas changes, so that a batch that does not fit can be run again in halves.
         """
         card, num_samples, pairs = statistics.card, statistics.num_samples, placed(inputs)
-        segments, num_bytes = list[Segment | None](), 4 * len(pairs)  # the windows' flags come first, a float32 each
+        segments, num_bytes = list[list[Segment]](), 4 * len(pairs)  # the windows' flags come first, a float32 each
         for surface, window in pairs:
-            segments.append(None)
-            if rows := surface.finished(window):
-                segments[-1], num_bytes = surface.lay_out(rows, card, num_samples, num_bytes)
+            segments.append([])
+            for rows in surface.pieces(window):
+                segment, num_bytes = surface.lay_out(rows, card, num_samples, num_bytes)
+                segments[-1].append(segment)
         there, host = self.transfers.room(num_bytes)
         stitch(statistics.stats_BhCw, pairs, card, num_samples)
         assert statistics.flags_B is not None
         there[: 4 * len(pairs)].view(torch.float32).copy_(statistics.flags_B)
-        finished = [(its.rows_of(one.rows, card), one) for (its, _), one in zip(pairs, segments, strict=True) if one]
-        if finished:
-            read_out(finished, there, card)
+        finished = [(its, one) for (its, _), own in zip(pairs, segments, strict=True) for one in own]
+        if whole := [(its.canvas_RCW, one) for its, one in finished if not its.plan.answer]:
+            read_out(whole, there, card)
+        for its, one in finished:
+            if its.plan.answer:  # one after another: a piece that is resized takes more than it is read out into
+                read_out([(its.rows_of(one.rows, card), one)], there, card)
         copied = self.transfers.down(there, host)
-        return [Landing(num_samples, copied, b, segment) for b, segment in enumerate(segments)]
+        return [Landing(num_samples, copied, b, own) for b, own in enumerate(segments)]
 
 
 def placed(inputs: Sequence[WindowInput]) -> list[tuple[Surface, Window]]:
