@@ -92,9 +92,8 @@ class Scheduler:
             if cost and reserved and reserved + cost > self._queue_samples:
                 raise QueueFull(
                     f"the queue holds {reserved} of {self._queue_samples} window-samples and this request "
-                    f"needs {cost}; try again in {self._retry_after_s} s",
-                    retry_after_s=self._retry_after_s,
-                )
+                    f"needs {cost}; try again in {self._retry_after_s} s", retry_after_s=self._retry_after_s,
+                )  # fmt: skip
             its_class = self._classes[request.plan.options.priority or NORMAL]
             its_class.virtual_time = max(its_class.virtual_time, self._virtual_time)
             self._requests.append(request)
@@ -297,8 +296,7 @@ class Scheduler:
         try:
             return list(runtime.run([request.input_of(window, batch.num_samples) for request, window in windows]))
         except Exception as error:
-            others = 0 if is_alone else self._working + self._stepped_back - 1
-            short = is_out_of_memory(error) and (len(windows) > 1 or others > 0)
+            short = is_out_of_memory(error) and not is_alone
             if not short and len({request for request, _ in windows}) == 1:
                 return [_fault_of(error, runtime)] * len(windows)
         # Here and not above, where the exception still holds the arrays of the batch that was too large.
@@ -313,15 +311,23 @@ class Scheduler:
         return self._answer(batch)
 
     def _answer_alone(self, batch: Batch) -> list[Answer]:
-        """Run one window again with no lane beside it, and one lane less at a time from now on."""
+        """Run one window again with no lane beside it; where that is what it took, with one lane less from now on.
+
+        Also where none works beside it now: the one that took the memory may have ended just before.
+        """
         with self._condition:
-            self._most_working = max(1, self._most_working - 1)
             self._working, self._stepped_back = self._working - 1, self._stepped_back + 1
             self._condition.notify_all()
             while self._working:
                 self._condition.wait()
-            self._working, self._stepped_back = self._working + 1, self._stepped_back - 1
-        return self._answer(batch, is_alone=True)
+            self._working += 1
+        answers = self._answer(batch, is_alone=True)
+        with self._condition:  # until here none may begin
+            self._stepped_back -= 1
+            if not any(isinstance(one, PenumbraError) for one in answers):
+                self._most_working = max(1, self._most_working - 1)
+            self._condition.notify_all()
+        return answers
 
     def _answer_apart(self, batch: Batch) -> list[Answer]:
         """Run each request's windows by themselves, and put the answers back in the batch's order."""

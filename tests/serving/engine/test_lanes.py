@@ -17,6 +17,7 @@ from penumbra.serving.engine.steps import WindowInput
 from penumbra.serving.engine.throughput import Cores
 from tests.conftest import toy_card
 from tests.serving.engine.stepped import SPEC, WAIT_S, consume, in_threads, runtime, work
+from tests.serving.server import until
 
 THREADS = 4
 
@@ -150,6 +151,25 @@ def test_where_memory_is_short_for_two_windows_at_a_time_they_run_one_by_one(sch
     assert scheduler.queued == (0, 0)
 
 
+def test_memory_that_was_short_beside_a_window_that_has_just_ended_fails_nothing() -> None:
+    scheduler = Scheduler(queue_samples=10_000, cores=Cores(2, lanes=2))
+    both, failed = threading.Barrier(2), threading.Event()
+
+    def meet(samples: int, _: int) -> None:
+        if samples == 2 and not failed.is_set():
+            both.wait(WAIT_S)
+            until(lambda: scheduler._working == 1)
+            failed.set()
+            raise MemoryError
+        if not failed.is_set():
+            both.wait(WAIT_S)
+
+    engine = MetRuntime(meet)
+    asked = [work(scheduler, engine, 1, samples=samples) for samples in (1, 2)]  # type: ignore[arg-type]
+    assert in_threads(*map(scheduler.submit, asked)) == [1, 1]
+    scheduler.close()
+
+
 def test_what_does_not_fit_even_alone_fails_its_own_request(scheduler: Scheduler) -> None:
     def meet(samples: int, _: int) -> None:
         if samples == 2:
@@ -159,6 +179,7 @@ def test_what_does_not_fit_even_alone_fails_its_own_request(scheduler: Scheduler
     asked = [work(scheduler, engine, 5, samples=samples) for samples in (1, 2, 1, 2)]  # type: ignore[arg-type]
     outcomes = in_threads(*map(scheduler.submit, asked))
     assert outcomes[::2] == [5, 5] and all(isinstance(one, ModelFault) for one in outcomes[1::2])
+    assert scheduler._most_working == scheduler._cores.lanes
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
