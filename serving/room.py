@@ -75,4 +75,4 @@ class Memory(Room):
     written."""
 
     one, every = "the picture with its canvas and its answer", "pictures, canvases and answers (limit_memory_bytes)"
-    remedy = "send a smaller image or parts of it, ask for fewer maps, or make it a job"
+    remedy = "send a smaller image or parts of it, run it at a smaller scale, ask for fewer maps, or make it a job"

@@ -26,7 +26,7 @@ RANKED_BY = ("expected_error", "novelty", "mutual_information")
 """Scores that `penumbra rank` looks for; the first if nothing is said."""
 PILLOW_PIXELS = 178_956_970
 """Pillow opens no picture of more pixels."""
-MAX_BOXES = 1000
+MAX_BOXES, LEAST_SCALE, MOST_SCALE = 1000, 0.01, 100.0
 LEVELS = (32, 256, 65536)
 """Levels of grey in a map's picture. 32 are what an eye tells apart, at a tenth of the bytes of 65536."""
 NUM_CANDIDATES = 32
@@ -197,7 +197,7 @@ class SegmentOptions:
         None, lambda name, text: text if text == "card" else _number(name, text, "a number, or card,"),
         "How many of the network's pixels one of the picture's becomes: a factor, or card for the scale "
         "that the model's card names. By default a picture that is far off it is run at the card's.",
-        right="0.01 to 100 is possible, or card", type="string", minimum=0.01, maximum=100,
+        right="0.01 to 100 is possible, or card", type="string", minimum=LEAST_SCALE, maximum=MOST_SCALE,
     )  # fmt: skip
     bands: tuple[str, ...] = _row(
         (), _names, "Which of the picture's bands are the model's, in its order: comma-separated numbers from 1, or "

@@ -12,6 +12,7 @@ from penumbra.models.card import Card
 from penumbra.models.errors import BadOption
 from penumbra.serving.engine.kernels import FloatArray
 from penumbra.serving.engine.layout import PIXELS, Place
+from penumbra.serving.engine.options import LEAST_SCALE, MOST_SCALE
 from penumbra.serving.engine.raster import RASTER_FAULTS, Raster
 
 FAR = 1.25
@@ -29,7 +30,7 @@ def find_scale(
 ) -> tuple[float, tuple[str, ...]]:
     """Find how many of the network's pixels an image's pixel becomes, and what the caller should know of that.
 
-    option: what the caller asks for. Raises BadOption.
+    option: what the caller asks for. Raises BadOption, also where the card's scale is farther off than one may ask for.
     """
     rule = card.input.resolution
     if option is not None and option != CARD:
@@ -47,6 +48,11 @@ def find_scale(
         learned, factor = f"{card.name} learned from pixels of {rule.value:g} m", metres / rule.value
     if not factor:
         return 1.0, (f"{learned}, and the image does not say how large its own are; give scale",)
+    if not LEAST_SCALE <= factor <= MOST_SCALE:
+        raise BadOption(
+            f"{learned}, so this image of {width}x{height} px would be run at {factor:.3g} times its size, and "
+            f"{LEAST_SCALE:g} to {MOST_SCALE:g} is possible; give scale, for example 1"
+        )
     if option == CARD:
         return factor, ()
     if 1 / FAR <= factor <= FAR:

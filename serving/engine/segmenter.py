@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from penumbra.models.card import Card
-from penumbra.models.errors import BadArtifact, BadOption, NotReady, PenumbraError, UnknownModel
+from penumbra.models.errors import BadArtifact, BadOption, NotReady, PenumbraError, TooLarge, UnknownModel
 from penumbra.serving.engine.allocator import keep_freed_memory
 from penumbra.serving.engine.answer import Prediction, collect
 from penumbra.serving.engine.backends import first_words
@@ -251,6 +251,11 @@ class Segmenter:
         image = check_array(image_HWC, self.limits, self.reading(options))
         plan = self.plan(*image.shape[:2], options, place=image.place)
         plan = replace(plan, noise=noise or plan.noise)
+        if (needed := plan.num_bytes(self.cores.lanes)) > (most := self.limits.memory_bytes):
+            raise TooLarge(
+                f"the picture with its canvas and its answer takes {needed:,} bytes and the limit (memory_bytes) is "
+                f"{most:,}; give a smaller image or parts of it, run it at a smaller scale, or ask for fewer maps"
+            )
         return QueuedRequest(self.scheduler, plan, image, cancelled=cancelled, deadline=deadline)
 
     def bands_from(

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from penumbra.export.bundle import export_network
 from penumbra.models.card import InputSpec, ScaleRule, WindowSpec
-from penumbra.models.errors import BadOption
+from penumbra.models.errors import BadOption, TooLarge
 from penumbra.serving.engine import canvas
-from penumbra.serving.engine.options import PROBABILITIES, SegmentOptions, parse_options
+from penumbra.serving.engine.options import PROBABILITIES, Limits, SegmentOptions, parse_options
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.scale import ScaledRaster, metres_of
 from penumbra.serving.engine.segmenter import Segmenter
@@ -216,6 +216,23 @@ def test_what_a_scale_cannot_be_is_refused(segmenter: Segmenter) -> None:
             segmenter.segment(image, SegmentOptions(model="none", scale=scale))
     with pytest.raises(BadOption, match="scale is 'card', and the card of none names none"):
         segmenter.segment(image, SegmentOptions(model="none", scale="card"))
+
+
+@pytest.mark.parametrize("scale", [None, "card"])
+def test_a_picture_too_thin_for_the_cards_frame_is_refused_and_answered_at_a_scale_of_its_own(
+    tmp_path: Path, scale: Any
+) -> None:
+    card, network = toy_card("bright", spec=replace(INPUT, resolution=ScaleRule("frame", 360)))
+    export_network(network, card, tmp_path)
+    limits = Limits(memory_bytes=3_000_000)
+    with Segmenter.open(tmp_path, device="cpu", threads=1, tuning=FIXED, limits=limits) as opened_:
+        for size, named in (((1, 500), "500x1 px"), ((500, 1), "1x500 px"), ((3, 3), "3x3 px")):
+            image = photo(*size)
+            with pytest.raises(BadOption, match=rf"of {named} would be run at \d+ times .* give scale, for example 1"):
+                opened_.segment(image, SegmentOptions(scale=scale))
+            assert opened_.segment(image, SegmentOptions(scale=1.0)).labels_HW.shape == size
+        with pytest.raises(TooLarge, match=r"\(memory_bytes\) is 3,000,000; .* run it at a smaller scale"):
+            opened_.segment(photo(4, 500), SegmentOptions(scale=scale))
 
 
 def test_no_picture_is_refused_for_the_width_of_its_bands(segmenter: Segmenter) -> None:
