@@ -145,10 +145,8 @@ class Jobs:
         with self._changed:
             waiting = len(self._uploads) + sum(not job.finished for job in self._jobs.values())
             if waiting >= self.settings.limit_jobs:
-                raise QueueFull(
-                    f"{waiting} jobs are waiting and the limit is {self.settings.limit_jobs}; try again in 60 s",
-                    retry_after_s=60,
-                )
+                full = f"{waiting} jobs are waiting and the limit is {self.settings.limit_jobs}; try again in 60 s"
+                raise QueueFull(full, retry_after_s=60)
             self._uploads.add(place)
         try:
             with disk():

@@ -19,13 +19,8 @@ from pathlib import Path
 from penumbra.models.errors import BadOption, Forbidden, RateExceeded, Unauthenticated
 from penumbra.serving.following import Followed
 
-HEALTH = {
-    "/healthz": "live",
-    "/livez": "live",
-    "/readyz": "ready",
-    "/v2/health/live": "live",
-    "/v2/health/ready": "ready",
-}
+HEALTH = dict.fromkeys(("/healthz", "/livez", "/v2/health/live"), "live")
+HEALTH |= dict.fromkeys(("/readyz", "/v2/health/ready"), "ready")
 """Paths of health, each with what it says of the server."""
 OPEN_PATHS = {*HEALTH, "/"}
 PAGE = "/playground/"

@@ -87,13 +87,9 @@ class PredictAnswer(BaseModel):
 
 @bentoml.asgi_app(APP, path="/")
 @bentoml.service(
-    name="penumbra",
-    workers=1,
-    traffic={"timeout": SETTINGS.timeout_s + 30},
-    metrics={"enabled": False},
-    tracing=TRACING,
-    logging={"access": {"enabled": False}},
-)
+    name="penumbra", workers=1, traffic={"timeout": SETTINGS.timeout_s + 30}, metrics={"enabled": False},
+    tracing=TRACING, logging={"access": {"enabled": False}},
+)  # fmt: skip
 class Penumbra:
     """Says at once that it lives, loads the store meanwhile, then answers."""
 

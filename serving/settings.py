@@ -98,12 +98,9 @@ class Settings(BaseSettings):
     timeout_s: float = Field(300.0, gt=0, le=LONGEST_S)
     predrain_s: float = Field(2.0, ge=0, le=LONGEST_S)
     otlp_endpoint: str = ""
-    cors_origins: Annotated[
-        str,
-        _fitting(
-            r"\*|(https?://[^\s/]+( +|$))*", "origins as https://app.example with spaces between, or *, are wanted"
-        ),
-    ] = ""
+    cors_origins: Annotated[str, _fitting(
+        r"\*|(https?://[^\s/]+( +|$))*", "origins as https://app.example with spaces between, or *, are wanted"
+    )] = ""  # fmt: skip
     api_keys: SecretStr = SecretStr("")
     api_keys_file: Path | None = None
     trusted_keys_file: Path | None = None

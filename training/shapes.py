@@ -8,11 +8,7 @@ from torch import Tensor
 from penumbra.models.card import IGNORE, ClassInfo
 from penumbra.training.frames import Frames
 
-CLASSES = (
-    ClassInfo("ground", (0, 0, 0)),
-    ClassInfo("disc", (220, 60, 60)),
-    ClassInfo("box", (60, 60, 220)),
-)
+CLASSES = (ClassInfo("ground", (0, 0, 0)), ClassInfo("disc", (220, 60, 60)), ClassInfo("box", (60, 60, 220)))
 HEIGHT, WIDTH = 48, 64
 SEEDS = {"train": 0, "val": 1}
 

@@ -61,8 +61,7 @@ class DeepLab(nn.Module):
         self.aspp = aspp(config.backbone.stage_channels[-1], channels, config.aspp_rates)
         self.low = conv_norm_act(config.backbone.stage_channels[0], config.low_channels, 1)
         self.fuse = nn.Sequential(
-            *conv_norm_act(channels + config.low_channels, decoder, 3),
-            *conv_norm_act(decoder, decoder, 3),
+            *conv_norm_act(channels + config.low_channels, decoder, 3), *conv_norm_act(decoder, decoder, 3)
         )
         self.classifier = nn.Conv2d(decoder, config.num_classes, 1)
 

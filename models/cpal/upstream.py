@@ -28,9 +28,7 @@ SIPE = Layout(
     | {f"newly_added.{i}.": head for i, head in enumerate(HEADS)},
 )
 DEEPLABV2 = Layout(
-    name="deeplabv2",
-    markers=("base.layer1.conv1.conv.weight", "base.aspp.c0.weight"),
-    renames={"base.": "base."},
+    name="deeplabv2", markers=("base.layer1.conv1.conv.weight", "base.aspp.c0.weight"), renames={"base.": "base."}
 )
 WRN38 = Layout(
     name="wrn38",

@@ -11,10 +11,7 @@ from penumbra.models.np_semiseg.net import augseg, u2pl
 
 HOSTS = {512: u2pl, 304: augseg}
 """Hosts by the channels of the decoder feature that the head reduces."""
-MEMORIES = {
-    "latent_memory": "head.latent.context_centres",
-    "deterministic_memory": "head.latent.latent_centres",
-}
+MEMORIES = {"latent_memory": "head.latent.context_centres", "deterministic_memory": "head.latent.latent_centres"}
 HEAD = "decoder.classifier1."
 
 NP = Layout(
@@ -90,7 +87,5 @@ def published_augseg(num_classes: int) -> Protocol:
 
 
 UPSTREAM = Upstream(
-    layouts=(NP, CENTRES),
-    assemble=assemble,
-    source="Jianf-Wang/NP-SemiSeg afd967276c2728c2d7cb03c5f0d6ad0358f6bc96",
+    layouts=(NP, CENTRES), assemble=assemble, source="Jianf-Wang/NP-SemiSeg afd967276c2728c2d7cb03c5f0d6ad0358f6bc96"
 )

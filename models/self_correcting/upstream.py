@@ -30,10 +30,7 @@ DEEPLAB = {
     "decoder.refine.": "fuse.",
     "decoder.classifier.": "classifier.",
 }
-GATES = {
-    "bb_encoder.attn_low.0.": "ancillary.low_gate.conv.",
-    "bb_encoder.attn_high.0.": "ancillary.high_gate.conv.",
-}
+GATES = {"bb_encoder.attn_low.0.": "ancillary.low_gate.conv.", "bb_encoder.attn_high.0.": "ancillary.high_gate.conv."}
 CLASSIFIERS = {
     PRIMARY: "primary.classifier.weight",
     ANCILLARY: "ancillary.deeplab.classifier.weight",

@@ -178,14 +178,9 @@ class GrpcServer:
         self._stopping: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.health = Health(self._stopping)
         self._address, self._door = address, Door(keys, telemetry, self._stopping)
-        self._server = grpc.aio.server(
-            interceptors=[self._door],
-            options=[
-                ("grpc.so_reuseport", 0),  # two servers on one port would share its traffic in silence
-                ("grpc.max_receive_message_length", message_bytes),
-                ("grpc.max_send_message_length", -1),
-            ],
-        )
+        sizes = [("grpc.max_receive_message_length", message_bytes), ("grpc.max_send_message_length", -1)]
+        alone = [("grpc.so_reuseport", 0)]  # two servers on one port would share its traffic in silence
+        self._server = grpc.aio.server(interceptors=[self._door], options=sizes + alone)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 

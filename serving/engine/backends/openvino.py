@@ -25,11 +25,8 @@ def the_core() -> openvino.Core:
 def open_graph(path: Path, _: torch.device, precision: str) -> Graph:
     """Compile one graph, with as many threads as torch has in the thread that loads it."""
     core = the_core()
-    settings = {
-        "INFERENCE_PRECISION_HINT": HINTS[precision],
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-    }
+    hints = {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
+    settings = hints | {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
     request = core.compile_model(core.read_model(path), "CPU", settings).create_infer_request()
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:
