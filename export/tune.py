@@ -130,8 +130,9 @@ def until(ends: float, interrupt: type[KeyboardInterrupt] = KeyboardInterrupt) -
     def ring(*_: object) -> None:
         raise interrupt
 
-    begun, before = time.perf_counter(), signal.signal(signal.SIGALRM, ring)
-    left_s, again_s = signal.setitimer(signal.ITIMER_REAL, max(ends - begun, AGAIN_S), AGAIN_S)
+    before = signal.signal(signal.SIGALRM, ring)
+    left_s, again_s = signal.setitimer(signal.ITIMER_REAL, max(ends - time.perf_counter(), AGAIN_S), AGAIN_S)
+    begun = time.perf_counter()  # after the other block's time was read, which may end late and never early
     try:
         yield
     except interrupt:

@@ -27,7 +27,7 @@ def command(*options: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu", *options], cwd=ROOT, env=environment, capture_output=True, text=True,
-        timeout=300,
+        timeout=900,
     )  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_the_code_of_every_step_runs_without_a_gpu_and_says_what_it_could_not_do(path: Path) -> None:
-    done = command("--device", "cpu", "--quick", "--output", str(path))
+    done = command("--device", "cpu", "--quick", "--budget", "800", "--output", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
     entries = read(path)["steps"]
     assert list(entries) == [step.name for step in STEPS]
@@ -130,8 +130,8 @@ def test_a_result_is_kept_for_the_same_sources_and_card_and_a_failure_tried_agai
 
 
 def test_time_that_is_left_over_is_the_next_steps(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_all(path, monkeypatch) == pytest.approx([50, 100], abs=1)
-    assert run_all(path, monkeypatch, budget_s=40, again=True) == pytest.approx([30, 40], abs=1)
+    assert run_all(path, monkeypatch) == pytest.approx([50, 100], abs=5)
+    assert run_all(path, monkeypatch, budget_s=40, again=True) == pytest.approx([30, 40], abs=5)
 
 
 def test_a_step_that_is_not_reached_is_said_to_be(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -282,7 +282,10 @@ def test_the_command_tunes_a_demo_model_and_verify_measures_it_again(tmp_path: P
     export_checkpoint(ZOO / f"{name}.safetensors", tmp_path / "store")
     store = ["--store", str(tmp_path / "store")]
     asked = [*store, "--pictures", str(photo)]
-    result = CliRunner().invoke(main, ["tune", name, *asked, "--minutes", "0.5", "--always"])
+    for minutes in ("0.5", "5"):  # a busy machine may measure nothing in the shorter time
+        result = CliRunner().invoke(main, ["tune", name, *asked, "--minutes", minutes, "--always"])
+        if result.exit_code == 0:
+            break
     assert result.exit_code == 0, result.output
     assert "chosen" in result.stdout and "the gate was held on 1 picture" in result.stdout
     verified = CliRunner().invoke(main, ["verify", name, *asked])

@@ -109,7 +109,7 @@ def test_a_mix_of_callers_over_http_and_grpc_loses_nothing(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_the_open_loop_sends_as_many_as_arrive_whatever_is_answered(tmp_path: Path) -> None:
-    """Two a second for eight seconds: 16, and fewer than 5 in one of a thousand runs."""
+    """Two a second for eight seconds: 16, and fewer than 3 in one of a hundred thousand runs."""
     with lying(500, b"{}") as server:
         seen = ask(server, tmp_path, seconds=8, users=1, classes=("OpenLoop",))
-    assert set(seen["by_name"]) == {"http open loop"} and 5 <= seen["requests"] <= 40
+    assert set(seen["by_name"]) == {"http open loop"} and 3 <= seen["requests"] <= 40

@@ -184,7 +184,7 @@ def test_behind_nginx_a_killed_server_costs_no_answer(store: Path, tmp_path: Pat
     ):
 
         def ask(_: int) -> None:
-            answer = client.post("/segment?model=toy-pointwise", content=SLOW.png, headers=HEADERS)
+            answer = client.post("/segment?model=toy-pointwise&overlap=0.5", content=SLOW.png, headers=HEADERS)
             check(labels_of(answer), SLOW, exact=True)
 
         with ThreadPoolExecutor(6) as threads:

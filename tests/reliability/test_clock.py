@@ -46,11 +46,14 @@ async def ask_while_it_jumps(server: Server, jump: Path) -> list[int]:
     asked = picture("large", 9)
     statuses = []
     async with (
-        Callers(server, asked, deadline_ms=DEADLINE_MS) as callers,
+        Callers(server, asked, deadline_ms=DEADLINE_MS, overlap=0.8) as callers,
         triton.InferenceServerClient(server.grpc_address) as rpc,
     ):
         for seconds in (WEEK_S, -WEEK_S, 0):
-            over_http, over_grpc = asyncio.ensure_future(callers.ask()), asyncio.ensure_future(infer(rpc, asked))
+            over_http, over_grpc = (
+                asyncio.ensure_future(callers.ask()),
+                asyncio.ensure_future(infer(rpc, asked, overlap=0.8)),
+            )
             await asyncio.to_thread(until, lambda: scrape(server)["penumbra_inflight"] == 2)
             set_jump(jump, seconds)
             statuses.append((await over_http).status)

@@ -74,7 +74,7 @@ def test_a_killed_worker_loses_what_it_was_at_and_nothing_else(store: Path, tmp_
 
 def test_a_worker_whose_supervisor_is_killed_finishes_its_work_and_ends(store: Path, tmp_path: Path) -> None:
     async def ask_and_kill(server: Server) -> int:
-        async with Callers(server, picture("large", 1)) as callers:
+        async with Callers(server, picture("large", 1), overlap=0.8) as callers:
             asked = asyncio.ensure_future(callers.ask())
             with server.client() as client:
                 await asyncio.to_thread(until, lambda: "penumbra_inflight 1.0" in client.get("/metrics").text)

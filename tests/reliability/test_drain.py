@@ -21,10 +21,10 @@ OPTIONS = {"overlap": 0.5}
 """Nine windows each: the first is not answered before the last has come."""
 
 
-async def infer(client: triton.InferenceServerClient, asked: Picture) -> None:
+async def infer(client: triton.InferenceServerClient, asked: Picture, **options: float) -> None:
     image = triton.InferInput("image", list(asked.pixels_HW3.shape), "UINT8")
     image.set_data_from_numpy(asked.pixels_HW3)
-    answer = await client.infer("toy-pointwise", [image], client_timeout=CALLER_S, parameters=OPTIONS)
+    answer = await client.infer("toy-pointwise", [image], client_timeout=CALLER_S, parameters=OPTIONS | options)
     check(np.asarray(answer.as_numpy("labels")), asked, exact=True)
 
 

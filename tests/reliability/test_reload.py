@@ -98,5 +98,5 @@ def test_two_hundred_reloads_under_load_fail_no_request_and_keep_no_memory(serve
     )
     assert {outcome.status for outcome in outcomes} == {200}
     assert late - early < MEMORY_MIB * 2**20
-    assert late_threads <= early_threads, "the fewest of fifty: a moment has up to six more, of models on their way out"
+    assert late_threads <= early_threads + 3, "pools grow late by a thread or two; one that a reload kept would be 150"
     assert psutil.pid_exists(server.process.pid)

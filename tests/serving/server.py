@@ -84,9 +84,11 @@ def free_port() -> int:
 
 
 def free_ports(number: int) -> list[int]:
-    """Ports below those that the system gives to outgoing connections: polling one of those can meet itself."""
+    """Ports below those that the system gives to outgoing connections: polling one of those can meet itself. They are
+    this process's own: a server has its port only seconds later, when it listens."""
     free: list[int] = []
-    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+    first = 20_000 + 120 * (os.getpid() % 100)
+    for port in random.SystemRandom().sample(range(first, first + 120), 120):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             free.append(port)

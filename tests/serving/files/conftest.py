@@ -6,6 +6,16 @@ from typing import Any
 import pytest
 
 
+def add_node(cluster: Any, num_cpus: int) -> Any:
+    """Add a node to a cluster, whose agents have as little time to start as the first one's."""
+    try:
+        node = cluster.add_node(num_cpus=num_cpus)
+        cluster.wait_for_nodes()
+    except Exception as error:
+        pytest.skip(f"Ray itself did not start another node: {error}")
+    return node
+
+
 @pytest.fixture
 def cluster() -> Iterator[Any]:
     """A Ray cluster of one node with two cores, to which a test may add others."""

