@@ -260,6 +260,9 @@ class Scheduler:
         num_windows, model = len(batch.windows), batch.runtime.card.name
         num_samples = num_windows * batch.num_samples * batch.windows[0][0].plan.num_views
         rate = num_samples * self._cores.threads / (seconds * batch.cores)
+        if self._observer:  # before whoever waits for an answer can look at the figures
+            capacity = batch.runtime.windows_per_batch
+            self._observer.batch_done(model, windows=num_windows, capacity=capacity, samples=num_samples)
         with self._condition:
             self._residency.count_batch(batch.runtime, -1)
             self._throughput.learn(batch.windows[0][0], batch.num_samples, num_windows, seconds, cores=batch.cores)
@@ -268,9 +271,6 @@ class Scheduler:
             for (request, window), answer in zip(batch.windows, answers, strict=True):
                 request.run_s += seconds / num_windows
                 self._deliver(request, window, answer)
-        if self._observer:
-            capacity = batch.runtime.windows_per_batch
-            self._observer.batch_done(model, windows=num_windows, capacity=capacity, samples=num_samples)
 
     def _begin(self, batch: Batch) -> list[Answer]:
         """Run a batch, or have it queued on a GPU; then another one may begin.
@@ -318,7 +318,7 @@ class Scheduler:
         with self._condition:
             self._working, self._stepped_back = self._working - 1, self._stepped_back + 1
             self._condition.notify_all()
-            while self._working:
+            while self._working > 0:
                 self._condition.wait()
             self._working += 1
         answers = self._answer(batch, is_alone=True)
@@ -359,7 +359,7 @@ class Scheduler:
     def _abandon(self) -> None:
         """End all lanes with one that ends: nobody may wait for them, whatever ended it."""
         with self._condition:
-            self._stopped = True
+            self._stopped, self._working = True, 0  # a lane that waits to be alone goes on
             for request in list(self._requests):
                 self._end(request, ModelFault("the inference threads ended before this request was answered"))
             for _, future in self._calls:

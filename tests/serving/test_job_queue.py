@@ -164,8 +164,9 @@ def test_only_so_many_finished_jobs_are_kept_and_the_oldest_go(
     store: Path, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("penumbra.serving.jobs.MOST_KEPT", 2)
+    now = time.time()
     for age_s in range(4):
-        left(tmp_path, Job(str(age_s), NPZ, {"model": MODEL}, 1.0, "done", finished=time.time() - age_s), rng)
+        left(tmp_path, Job(str(age_s), NPZ, {"model": MODEL}, 1.0, "done", finished=now - age_s), rng)
     with opened(store, tmp_path) as (jobs, _):
         kept = {jobs.begin().name, "0", "1", "lock"}
         assert {path.name for path in tmp_path.iterdir()} == kept

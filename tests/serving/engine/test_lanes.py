@@ -152,7 +152,7 @@ def test_where_memory_is_short_for_two_windows_at_a_time_they_run_one_by_one(sch
 
 
 def test_memory_that_was_short_beside_a_window_that_has_just_ended_fails_nothing() -> None:
-    scheduler = Scheduler(queue_samples=10_000, cores=Cores(2, lanes=2))
+    scheduler = Scheduler(queue_samples=10_000, cores=Cores(2, lanes=2, widen=False))
     both, failed = threading.Barrier(2), threading.Event()
 
     def meet(samples: int, _: int) -> None:

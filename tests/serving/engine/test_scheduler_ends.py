@@ -71,9 +71,10 @@ def test_a_cancelled_request_is_told_while_a_batch_runs(scheduler: Scheduler, po
 
 
 def test_expired_requests_are_told_while_a_batch_runs(scheduler: Scheduler) -> None:
-    engine, soon = runtime(going=False), time.perf_counter() + 0.01
-    streams = [scheduler.submit(work(scheduler, engine, 2, value=1, deadline=soon))]
+    engine = runtime(going=False)
+    streams = [scheduler.submit(work(scheduler, engine, 2, value=1))]
     assert engine.entered.wait(WAIT_S)
+    streams[0].deadline = soon = time.perf_counter() + 0.01
     streams.append(scheduler.submit(work(scheduler, engine, 2, value=2, deadline=soon)))
     assert told_while_a_batch_runs(scheduler, engine, *streams) == [DeadlineExceeded] * 2
     assert scheduler.queued == (0, 0)

@@ -32,7 +32,6 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
 
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    monkeypatch.setattr(head, "HEAD_S", 0.3)
     monkeypatch.setattr(head, "STALL_S", 2.0)
     monkeypatch.setitem(uvicorn.config.HTTP_PROTOCOLS, "auto", None)
     head.bound_heads(LIMIT)
@@ -137,12 +136,16 @@ def test_a_head_that_does_not_end_is_refused_with_431(port: int, endless: bytes)
 
 
 @pytest.mark.parametrize("parts", [(), (b"GET / HT",), (b"GET / HTTP/1.1\r\nHost: x\r\nX: ",), (post(5), b"GET /")])
-def test_a_connection_whose_head_does_not_come_is_closed(port: int, parts: tuple[bytes, ...]) -> None:
+def test_a_connection_whose_head_does_not_come_is_closed(
+    port: int, parts: tuple[bytes, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "HEAD_S", 0.3)
     said = exchange(port, *parts, answers=2)
     assert said.count(b"HTTP/1.1 ") == (parts[0] == post(5) if parts else 0)
 
 
-def test_a_slow_body_is_no_slow_head(port: int) -> None:
+def test_a_slow_body_is_no_slow_head(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "HEAD_S", 0.3)
     with closing(socket.create_connection(("127.0.0.1", port), timeout=30)) as connection:
         whole = post(10)
         connection.sendall(whole[:-1])

@@ -95,7 +95,9 @@ def test_a_stop_ends_watches_and_idle_streams_at_once_and_gives_a_call_in_flight
     run(scenario)
 
 
-def test_what_a_stream_was_sent_before_the_stop_is_answered() -> None:
+def test_what_a_stream_was_sent_before_the_stop_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penumbra.serving.oip.grpc_server.SENT_S", 20.0)
+
     async def scenario(server: GrpcServer, channel: grpc.aio.Channel) -> None:
         began, finish = asyncio.Event(), asyncio.Event()
 
@@ -110,6 +112,7 @@ def test_what_a_stream_was_sent_before_the_stop_is_answered() -> None:
         streamed = channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")()
         for data in (b"one", b"two", b"three"):
             await streamed.write(data)
+        await streamed.done_writing()
         await began.wait()
         stop = asyncio.ensure_future(server.stop(GRACE_S))
         await asyncio.sleep(0.1)
