@@ -2,10 +2,11 @@
 
 python -m benchmarks.novelty --data DIR [--every N] [NAME | CHECKPOINT ...]
 
-The reference is that of `benchmarks.calibration`: training frames whose masks the recipe did not use. The means of
-every picture are kept in benchmarks/results/novelty.json, and all that are kept are compared. Rules are one map's mean
-by itself, high is strange, or that of both: `ranks`, the larger of the shares of the reference that have less of it;
-`two-sided ranks`, where the density counts from the nearer end; and `both`, what calibrated cards do.
+The reference is that of `benchmarks.calibration`: training frames whose masks the recipe did not use. A drive that it
+leaves out is a set of its own. The means of every picture are kept in benchmarks/results/novelty.json, and all that are
+kept are compared. Rules are one map's mean by itself, high is strange, or that of both: `ranks`, the larger of the
+shares of the reference that have less of it; `two-sided ranks`, where the density counts from the nearer end; and
+`both`, what calibrated cards do.
 """
 
 import json
@@ -20,7 +21,7 @@ import click
 import numpy as np
 from rich.progress import track
 
-from benchmarks.calibration import unseen_masks
+from benchmarks.calibration import RECIPES, unseen_masks
 from benchmarks.rounds import RESULTS, machine
 from penumbra.export.bundle import export_checkpoint
 from penumbra.export.zoo import ZOO
@@ -31,8 +32,9 @@ from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.training.calibrate import Evidence, split_frames
 from penumbra.training.data import load_camvid
 from penumbra.training.evaluation.shift import SCALES, VARIANTS
-from penumbra.training.frames import FrameSet
+from penumbra.training.frames import FrameSet, find_prefixed
 from penumbra.training.metrics import Doubles
+from penumbra.training.recipe import read_recipe
 from tests.toys import toy_card
 
 KEPT = RESULTS / "novelty.json"
@@ -47,10 +49,14 @@ def answer(checkpoint: Path, data: Path, every: int) -> Iterator[tuple[str, list
     card = read_card(checkpoint)
     frames, _ = unseen_masks(card.name, data)
     split, val = split_frames(range(len(frames)), seed=0), load_camvid(data, "val")
-    shown = list(range(0, len(val), every))
+    shown, train = list(range(0, len(val), every)), load_camvid(data, "train")
+    prefixes = read_recipe(RECIPES / f"{card.name}.yaml").leave_out
+    left_out = [row for prefix in prefixes for row in find_prefixed(train, prefix)]
     sets: dict[str, tuple[FrameSet, list[int], Any]] = {
         "reference": (frames, split.thresholds, None), "check": (frames, split.check, None), "val": (val, shown, None),
     } | {name: (val, shown, change) for name, change in VARIANTS.items()}  # fmt: skip
+    if left_out:
+        sets["left out"] = train, left_out, None
     with tempfile.TemporaryDirectory() as folder:
         export_checkpoint(checkpoint, Path(folder))
         with Segmenter.open(Path(folder), threads=1) as segmenter:
@@ -123,7 +129,8 @@ def compare(kept: dict[str, Any]) -> dict[str, dict[str, float]]:
             for title, strange_NM in means.items() if title not in ("reference", "check", "val")
         }  # fmt: skip
         others_NM = reference_NM[~is_out]
-        row[LEFT_OUT] = auroc(*(rule(others_NM, x_NM)[1] for x_NM in (val_NM, reference_NM[is_out])))
+        if is_out.any():
+            row[LEFT_OUT] = auroc(*(rule(others_NM, x_NM)[1] for x_NM in (val_NM, reference_NM[is_out])))
         row |= {f"above 0.99, {title}": above(rule, reference_NM, means[title], 0.99) for title in ("check", "val")}
         rng, halves = np.random.Generator(np.random.PCG64(0)), []
         for _ in range(HALVES):
