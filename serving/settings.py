@@ -1,4 +1,4 @@
-"""How this process runs: every `PENUMBRA_*` variable, read once. Nothing else is read from the environment."""
+"""How this process runs: every `PENUMBRA_*` variable, read once. Else only libraries read the environment."""
 
 import difflib
 import os

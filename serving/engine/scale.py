@@ -1,6 +1,7 @@
 """The scale at which a network sees a picture, and the picture at that scale, read piece by piece."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ FAR = 1.25
 """Times larger or smaller than the card's scale from which on a picture is run at the card's."""
 CARD = "card"
 """The option that asks for the card's scale, however near the picture's is."""
+AT_ONCE = 2**22
+"""Pixels of an image that are held as floats while it is resized."""
 BELOW_HALF = 0.499
 """Added before a value is rounded down: halves, which are many, go one way whatever the last digit of their sum."""
 GEOCENTRIC = "EPSG:4978"
@@ -87,6 +90,14 @@ class ScaledRaster(Raster):
         self._void_HW = None
 
     def __getitem__(self, part: tuple[slice, slice]) -> NDArray[Any]:
+        rows, columns = (range(*one.indices(length)) for one, length in zip(part, self.shape, strict=False))
+        num_read = len(rows) * len(columns) * math.prod(self._image.shape) / math.prod(self.shape)
+        if num_read > AT_ONCE and len(rows) > 1:
+            ends = rows.start, rows[len(rows) // 2], rows.stop
+            return np.concatenate([self[slice(*pair), part[1]] for pair in pairwise(ends)])
+        if num_read > AT_ONCE and len(columns) > 1:
+            ends = columns.start, columns[len(columns) // 2], columns.stop
+            return np.concatenate([self[part[0], slice(*pair)] for pair in pairwise(ends)], axis=1)
         (rows_nT, weights_y), (columns_nT, weights_x) = (self._taps(axis, part[axis]) for axis in (0, 1))
         top, left = rows_nT.min(), columns_nT.min()
         pixels = self._image[top : rows_nT.max() + 1, left : columns_nT.max() + 1].astype(np.float32)

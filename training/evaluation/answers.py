@@ -18,7 +18,7 @@ from penumbra.training.frames import Frame
 from penumbra.training.metrics import Floats, Mask
 
 Labels = NDArray[np.uint8]
-LIMITS = Limits(probability_bytes=2**40)
+LIMITS = Limits(probability_bytes=2**40, memory_bytes=2**40)
 """Probabilities are read band by band."""
 
 

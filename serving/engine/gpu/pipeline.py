@@ -90,7 +90,7 @@ class DeviceSteps(Steps):
     def answers(self, statistics: Statistics, inputs: Sequence[WindowInput]) -> list[Landing]:
         """Stitch the windows into their requests' canvases, and send the rows that they finish on their way down.
 
-        All memory is asked for before a canvas changes, so that a batch that does not fit can be run again in halves.
+        But for answers of another size, all memory is asked for before a canvas changes, so halves can be run again.
         """
         card, num_samples, pairs = statistics.card, statistics.num_samples, placed(inputs)
         segments, num_bytes = list[list[Segment]](), 4 * len(pairs)  # the windows' flags come first, a float32 each

@@ -191,12 +191,15 @@ def test_work_that_goes_on_has_the_bytes_of_one_run(segmenter: Segmenter, scale:
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
 @pytest.mark.parametrize("size", [(40, 50), (13, 90), (150, 201), (7, 3)])
+@pytest.mark.parametrize("at_once", [1, 700, 2**22])
 def test_any_part_of_a_resized_image_has_the_pixels_of_the_whole(
-    rng: np.random.Generator, dtype: str, size: tuple[int, int]
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, dtype: str, size: tuple[int, int], at_once: int
 ) -> None:
     image = rng.integers(0, 250, (100, 120, 2)).astype(dtype)
     scaled = ScaledRaster(Raster(image), size)
     whole = scaled[:, :]
+    monkeypatch.setattr("penumbra.serving.engine.scale.AT_ONCE", at_once)
+    assert scaled[:, :].tobytes() == whole.tobytes()
     assert whole.shape == (*size, 2) and whole.dtype == dtype and scaled.shape == whole.shape
     for rows, columns in ((slice(0, 3), slice(1, 3)), (slice(2, 7), slice(0, 2)), (slice(5, None), slice(None))):
         assert scaled[rows, columns].tobytes() == np.ascontiguousarray(whole[rows, columns]).tobytes()
