@@ -144,8 +144,9 @@ def input_of(facts: Facts, channels: int | None) -> tuple[InputSpec, tuple[str, 
 def classes_of(source: str | None, facts: Facts, count: int) -> tuple[tuple[ClassInfo, ...], tuple[str, ...]]:
     """Name the classes: as the importer says, or the file. Raises BadOption: there are not as many as outputs."""
     names, notes = facts.get("classes"), tuple[str, ...]()
-    if isinstance(names, Mapping):
-        names = [names[key] for key in sorted(names, key=int)]
+    if isinstance(names, Mapping):  # {0: "road"}, or as many write it {"road": 0}
+        by_id = names if all(str(key).isdecimal() for key in names) else {str(k): name for name, k in names.items()}
+        names = [by_id[key] for key in sorted(by_id, key=int)] if all(str(key).isdecimal() for key in by_id) else None
     if source is None and not _is_list(names):
         names, notes = [f"class {k}" for k in range(count)], (
             f"nothing names the network's {count} classes; --classes does, with {', '.join(TABLES)} or a file of one "

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.progress import track
 
 from penumbra import models
+from penumbra.models.errors import BadArtifact
 from penumbra.serving.engine.store import artifact_card, find_artifact, sha256_of, versions
 
 ZOO = Path(models.__file__).parent / "zoo"
@@ -36,7 +37,10 @@ def fill_store(store: Path) -> list[Path]:
 
 def _is_older(store: Path, checkpoint: Path) -> bool:
     """Tell whether the newest version is of the same training as a checkpoint, and of another file."""
-    card = artifact_card(find_artifact(store, checkpoint.stem))
+    try:
+        card = artifact_card(find_artifact(store, checkpoint.stem))
+    except BadArtifact:  # whoever opens the store says why it is refused
+        return False
     if card.export and card.export.checkpoint == sha256_of(checkpoint):
         return False
     from penumbra.models.checkpoint import read_card  # imports torch

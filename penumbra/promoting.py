@@ -3,6 +3,7 @@
 import json
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import quote
 
@@ -25,19 +26,22 @@ def promote(name: str, conditions: tuple[str, ...], url: str, key_file: Path | N
     """Serve the version that a server has in the shadow of another, if what it has shown meets all conditions."""
     if not url.startswith(("http://", "https://")):
         raise BadOption(f"--url is {url[:60]!r}; http://HOST:PORT or https://HOST:PORT is wanted")
-    request = urllib.request.Request(
-        f"{url.rstrip('/')}/v2/repository/models/{quote(name, safe='')}/promote",
-        json.dumps({"if": conditions}).encode(),
-        {"Content-Type": "application/json"}
-        | ({"Authorization": f"Bearer {key_file.read_text().strip()}"} if key_file else {}),
-    )
+    key = key_file.read_text(errors="replace").strip() if key_file else ""
+    if not (key.isascii() and key.isprintable()):
+        raise BadOption(f"{key_file} holds no API key; a line with one key and nothing else is wanted")
     try:
+        request = urllib.request.Request(
+            f"{url.rstrip('/')}/v2/repository/models/{quote(name, safe='')}/promote",
+            json.dumps({"if": conditions}).encode(),
+            {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {}),
+        )
         with urllib.request.urlopen(request, timeout=LONGEST_S) as answer:
             click.echo(json.load(answer)["promoted"])
     except urllib.error.HTTPError as error:
         raise NotPromoted(_sentence_in(error.read(), error.code)) from None
-    except OSError as error:
-        raise NotPromoted(f"no server answers at {url} ({getattr(error, 'reason', error)}); give its --url") from None
+    except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:  # or something else answers
+        why = getattr(error, "reason", error) if isinstance(error, OSError) else type(error).__name__
+        raise NotPromoted(f"no server answers at {url} ({why}); give its --url") from None
 
 
 def _sentence_in(body: bytes, status: int) -> str:

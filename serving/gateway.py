@@ -76,6 +76,8 @@ class Gateway:
         self.state: Literal["starting", "ready", "draining"] = "starting"
         self._limit_requests, self._timeout_s = limit_requests, timeout_s
         self._cache = AnswerCache(cache_bytes) if cache_bytes else None
+        self.lent: set[tuple[str, int]] = set()
+        """Versions that are loaded for a job alone."""
         self.shadow: Shadow | None = None
         """What is offered every request that was worked on and answered."""
         self._memory = Memory(segmenter.limits.memory_bytes)

@@ -175,7 +175,9 @@ class Jobs:
         options, style = self.check(media, fields)
         segmenter = self._gateway.segmenter
         with read_header(place / "image", self._limits, segmenter.reading(options)) as header:
-            card = segmenter.plan(*header.size, options, limits=self._limits, place=header.place).card
+            plan = segmenter.plan(*header.size, options, limits=self._limits, place=header.place)
+        segmenter.check_memory(plan, on_disk=True)
+        card = plan.card
         copies = 4 if media == "image/tiff" else 2  # the rows, and the result of them; of TIFF also tiles and overviews
         needed = copies * spool_bytes(*header.size, without_unseen(options, media, style), card)
         with disk():
@@ -331,7 +333,12 @@ class Jobs:
             raise UnknownModel(
                 f"{model} version {version}, which the job was taken for, can be loaded no more; send it again"
             ) from None
-        held.callback(segmenter.unload, model, version)
+        self._gateway.lent.add((model, version))
+        held.callback(self._give_back, model, version)
+
+    def _give_back(self, model: str, version: int) -> None:
+        if (model, version) in self._gateway.lent:  # else somebody has asked meanwhile for it to be served
+            self._gateway.segmenter.unload(model, version)
 
     def _note(self, num_done: int, num_windows: int) -> None:
         self._progress = (num_done, num_windows)
@@ -366,7 +373,7 @@ class Jobs:
 
     def _recover(self) -> None:
         for place in [path for path in self._directory.iterdir() if path.is_dir() and not path.is_symlink()]:
-            if (place / "job.json").exists():
+            if os.path.exists(place / "job.json"):  # False, too, of a directory that may not be read
                 self._restore(place)
             elif is_upload(place):
                 shutil.rmtree(place, ignore_errors=True)

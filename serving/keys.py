@@ -126,11 +126,11 @@ def _entries(text: str) -> Iterator[Entry]:
     for number, entry in enumerate(text.split(), 1):
         owner, _, key = entry.partition(":")
         known = OWNER.fullmatch(owner)
-        if not known or len(key) < SHORTEST:
+        if not known or len(key) < SHORTEST or not key.isascii():
             raise BadOption(
                 f"entry {number} of the API keys is none; infer:KEY, admin:KEY or metrics:KEY, or one with a name and "
-                f"a rate as infer@NAME=10/s:KEY, with at least {SHORTEST} characters in the key, only letters, digits, "
-                "dots, - and _ in the name, and /s, /min or /h in the rate is wanted"
+                f"a rate as infer@NAME=10/s:KEY, with at least {SHORTEST} ASCII characters in the key, only letters, "
+                "digits, dots, - and _ in the name, and /s, /min or /h in the rate is wanted"
             )
         scope, name, requests, unit = known.groups()
         yield Entry(scope, name or f"{scope}-{number}", _digest(key), int(requests or 0), UNITS_S[unit or "s"])

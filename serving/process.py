@@ -9,6 +9,7 @@ import ctypes
 import errno
 import fcntl
 import ipaddress
+import json
 import logging
 import os
 import signal
@@ -24,7 +25,6 @@ from pathlib import Path
 from typing import IO, Any, Literal, NoReturn
 
 import click
-import orjson
 
 from penumbra.models.errors import BadArtifact, BadOption
 from penumbra.serving import VERSION
@@ -123,7 +123,7 @@ class JsonLines(logging.Formatter):
         line |= getattr(record, "fields", None) or {"message": record.getMessage()}
         if record.exc_info:
             line["stack"] = self.formatException(record.exc_info)
-        return orjson.dumps(line, default=str).decode()
+        return json.dumps(line, default=str)  # also of names that are no UTF-8
 
 
 def set_up_logs(form: Literal["text", "json"], *, framework: str) -> None:

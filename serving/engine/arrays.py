@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any
 
 from numpy.lib import format as npy
@@ -16,7 +17,7 @@ from penumbra.models.errors import BadImage, first_line
 ARCHIVE, ARRAY = b"PK\x03\x04", npy.MAGIC_PREFIX
 NAMES = ("image.npy", "image")
 FAULTS = (OSError, ValueError, SyntaxError, EOFError, KeyError, RuntimeError, NotImplementedError, zipfile.BadZipFile,
-          zlib.error)  # fmt: skip
+          zlib.error, TypeError, IndexError, MemoryError, TokenError)  # fmt: skip
 Shape = tuple[int, int, int]
 
 
@@ -30,7 +31,10 @@ def is_array(source: bytes | Path) -> bool:
 
 @contextmanager
 def array_header(source: bytes | Path) -> Iterator[tuple[Shape, Callable[[], NDArray[Any]]]]:
-    """Give an array's shape, of which only the header is read so far, and what reads it. Raises BadImage, also then."""
+    """Give an array's height, width and bytes a pixel, of which only the header is read so far, and what reads it.
+
+    Raises BadImage, also then.
+    """
     with ExitStack() as opened:
         try:
             file: IO[bytes] = opened.enter_context(
@@ -54,7 +58,7 @@ def array_header(source: bytes | Path) -> Iterator[tuple[Shape, Callable[[], NDA
                 raise BadImage(f"the array is damaged or truncated ({first_line(error)})") from None
             return values
 
-        yield shape, read
+        yield (*shape[:2], shape[2] * dtype.itemsize), read
 
 
 def _member(opened: ExitStack, file: IO[bytes]) -> IO[bytes]:

@@ -68,8 +68,9 @@ def read_header(source: bytes | Path, limits: Limits, reading: Reading = RGB8) -
         if raster := open_raster(source, reading):
             header = Header(raster.shape[:2], raster.place, lambda: raster)
         elif is_array(source):
-            (height, width, num_bands), array = opened.enter_context(array_header(source))
-            check_pixels(-(-height * num_bands // reading.spec.num_bands), width, limits)  # all bands are unpacked
+            (height, width, num_bytes), array = opened.enter_context(array_header(source))
+            usual = reading.spec.num_bands * np.dtype(reading.spec.dtype).itemsize
+            check_pixels(-(-height * num_bytes // usual), width, limits)  # all bands are unpacked, of whatever type
             header = Header((height, width), None, lambda: check_array(array(), limits, reading))
         else:
             picture, kind, file = opened.enter_context(_header(source, limits))

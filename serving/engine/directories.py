@@ -83,10 +83,10 @@ def _walk(file: BinaryIO, header: bytes) -> Iterator[Directory]:
         orientation = tags.get(ORIENTATION, orientation)  # the first one's is that of all
         kind = tags.get(NEW_SUBFILE, 0)
         yield Directory(
-            offset if seen else 0, tags[WIDTH], tags[HEIGHT], tags.get(PHOTOMETRIC, 1),
+            offset if seen else 0, int(tags[WIDTH]), int(tags[HEIGHT]), tags.get(PHOTOMETRIC, 1),
             orientation if orientation in range(1, 9) else 1,
             bool(kind & REDUCED) or tags.get(SUBFILE) == 2, bool(kind & MASK),
         )  # fmt: skip
         seen.add(offset)
         beneath = tags.get(SUB_IFDS, ())
-        offsets = [*(beneath if isinstance(beneath, tuple) else (beneath,)), *offsets, tags.next]
+        offsets = [*(beneath if isinstance(beneath, tuple) else (beneath,))[:NUM_DIRECTORIES], *offsets, tags.next]

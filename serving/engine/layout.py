@@ -54,6 +54,22 @@ class Place:
     rpcs: Any = None
 
 
+def fit_points(place: Place) -> tuple[Affine | None, float, list[GroundControlPoint]]:
+    """Fit a transform to the control points of a place with a system; None for fewer than three, or on one line.
+
+    Gives also how far it misses them at most, and the points with all longitudes on one side of the 180th meridian.
+    """
+    x, y, columns, rows = np.array([(one.x, one.y, one.col, one.row) for one in place.gcps]).reshape(-1, 4).T
+    if place.crs.is_geographic:
+        x = x - 360 * np.rint((x - x[:1]) / 360)
+    pixels, ground = np.column_stack([columns, rows, np.ones(len(x))]), np.column_stack([x, y])
+    fit, _, rank, _ = np.linalg.lstsq(pixels, ground)
+    points = [GroundControlPoint(*values) for values in zip(rows, columns, x, y, strict=True)]
+    if rank < 3:
+        return None, np.inf, points
+    return Affine(*fit.T.ravel()), float(np.abs(pixels @ fit - ground).max()), points
+
+
 def make_upright(values: NDArray[Any], flips: Flips) -> NDArray[Any]:
     """Make stored values [bands, h, w] upright."""
     exchange, rows, columns = flips

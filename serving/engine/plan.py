@@ -54,11 +54,11 @@ class RequestPlan:
     def sampling(self) -> Sampling:
         return self.card.sampling_with(prompt=self.prompt is not None)
 
-    def num_bytes(self, lanes: int) -> int:
+    def num_bytes(self, lanes: int, *, on_disk: bool = False) -> int:
         """Predict the memory that the request takes beside its body: the picture, the answer, the canvas, and windows
         that wait to be stitched, of which a single one is the canvas. Samples take none of their own, for they are
         added up as they come. An answer of another size is resized a piece at a time, by way of two others and of the
-        rows of the canvas that it lies between."""
+        rows of the canvas that it lies between. on_disk: picture and answer are not held."""
         windows, card = self.windows, self.card
         floats = len(self.options.maps(card)) + (card.num_classes if PROBABILITIES in self.options.outputs else 0)
         pixel_bytes = card.input.num_bands * np.dtype(card.input.dtype).itemsize + 1 + 4 * floats
@@ -69,7 +69,7 @@ class RequestPlan:
             (height, width), rows = windows.size, min(_most_rows(windows), rows_of_piece(windows))
             near = rows * windows.height // height + 2
             stats += 3 * rows * width + (near + 3 * rows) * windows.width
-        return windows.size[0] * windows.size[1] * pixel_bytes + 4 * channels(card) * stats
+        return (not on_disk) * windows.size[0] * windows.size[1] * pixel_bytes + 4 * channels(card) * stats
 
     @property
     def is_usual(self) -> bool:

@@ -42,7 +42,7 @@ BLOCK_PIXELS = 2**26
 PIECE_PIXELS = 2**20
 """As many are read together to find white, or to fill the memory."""
 DRIVERS = {"TIFF": "GTiff", "PNG": "PNG"}
-RASTER_FAULTS = (RasterioError, CPLE_BaseError, OSError, ValueError, TypeError, MemoryError, IndexError, OverflowError)
+RASTER_FAULTS = (RasterioError, CPLE_BaseError, OSError, ValueError, TypeError, MemoryError, LookupError, OverflowError)
 
 
 @contextmanager

@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rasterio.transform import from_gcps
 from rasterio.warp import transform
 
 from penumbra.models.card import Card
 from penumbra.models.errors import BadOption
 from penumbra.serving.engine.kernels import FloatArray
-from penumbra.serving.engine.layout import PIXELS, Place
+from penumbra.serving.engine.layout import PIXELS, Place, fit_points
 from penumbra.serving.engine.options import LEAST_SCALE, MOST_SCALE
 from penumbra.serving.engine.raster import RASTER_FAULTS, Raster
 
@@ -67,7 +66,9 @@ def metres_of(place: Place | None, height: int, width: int) -> float:
     """Measure a pixel at an image's centre on the ground: the side of a square as large; 0 where it has no place."""
     if place is None or place.crs is None:
         return 0.0
-    at = from_gcps(place.gcps) if place.transform == PIXELS else place.transform  # of no points one of no size
+    at = fit_points(place)[0] if place.transform == PIXELS else place.transform
+    if not at:
+        return 0.0
     row, column = height / 2, width / 2
     corners = [at * (column + x, row + y) for x, y in ((0, 0), (1, 0), (0, 1))]
     try:

@@ -251,12 +251,17 @@ class Segmenter:
         image = check_array(image_HWC, self.limits, self.reading(options))
         plan = self.plan(*image.shape[:2], options, place=image.place)
         plan = replace(plan, noise=noise or plan.noise)
-        if (needed := plan.num_bytes(self.cores.lanes)) > (most := self.limits.memory_bytes):
+        self.check_memory(plan)
+        return QueuedRequest(self.scheduler, plan, image, cancelled=cancelled, deadline=deadline)
+
+    def check_memory(self, plan: RequestPlan, *, on_disk: bool = False) -> None:
+        """Raise TooLarge for more memory than all may have. on_disk: as in `RequestPlan.num_bytes`."""
+        needed, most = plan.num_bytes(self.cores.lanes, on_disk=on_disk), self.limits.memory_bytes
+        if needed > most:
             raise TooLarge(
                 f"the picture with its canvas and its answer takes {needed:,} bytes and the limit (memory_bytes) is "
                 f"{most:,}; give a smaller image or parts of it, run it at a smaller scale, or ask for fewer maps"
             )
-        return QueuedRequest(self.scheduler, plan, image, cancelled=cancelled, deadline=deadline)
 
     def bands_from(
         self, y: int, image_HWC: Pixels, options: SegmentOptions, *, limits: Limits, cancelled: threading.Event

@@ -149,7 +149,7 @@ def versions(store: Path) -> dict[str, list[int]]:
         return {}
     found: dict[str, list[int]] = {}
     for card in store.glob(f"*/*/{CARD}"):
-        if re.fullmatch("[1-9][0-9]*", card.parent.name):
+        if re.fullmatch("[1-9][0-9]*", card.parent.name) and card.parent.parent.name.isprintable():
             found.setdefault(card.parent.parent.name, []).append(int(card.parent.name))
     return {name: sorted(numbers) for name, numbers in sorted(found.items())}
 

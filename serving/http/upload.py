@@ -13,7 +13,7 @@ from penumbra.models.errors import BadImage, BadOption, UnsupportedMedia
 
 RAW = ("application/octet-stream", "application/x-npz", "application/x-npy")
 """Media types of bodies that are pictures, beside images."""
-MAX_FIELDS, MAX_FIELD_BYTES = 16, 64 * 1024
+MAX_FIELDS, MAX_FIELD_BYTES = 16, 128 * 1024
 
 
 async def read_upload(request: Request) -> tuple[bytes, dict[str, str]]:

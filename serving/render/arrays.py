@@ -100,7 +100,7 @@ def _annotate(target: Any, prediction: Prediction, bands: Sequence[str]) -> None
     target.update_tags(**{f"PENUMBRA_{name.upper()}": fact for name, fact in facts.items()})
     place = prediction.image and prediction.image.place
     if place and place.gcps:
-        target.gcps = (place.gcps, place.crs)
+        target.gcps = (place.gcps, place.crs or rasterio.CRS())
     if place and place.rpcs:
         target.rpcs = place.rpcs
     if bands[0] == "labels":

@@ -14,12 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from rasterio import Affine
 from rasterio._err import CPLE_BaseError
-from rasterio.control import GroundControlPoint
 from rasterio.errors import RasterioError
 from rasterio.transform import GCPTransformer, RPCTransformer
 from rasterio.warp import transform
 
-from penumbra.serving.engine.layout import PIXELS, Place
+from penumbra.serving.engine.layout import PIXELS, Place, fit_points
 from penumbra.serving.engine.raster import Raster, gdal
 from penumbra.serving.render.meridian import Points, cut, shoelace, turned
 
@@ -128,7 +127,7 @@ def _locator(place: Place) -> tuple[Locate, str]:
     if place.gcps:
         if not place.crs:
             raise Unplaced("the raster's ground control points have no reference system")
-        return _by_points(place.gcps, place.crs), ""
+        return _by_points(place), ""
     if place.rpcs:
         height_m = place.rpcs.height_off
         camera = partial(RPCTransformer, place.rpcs, RPC_PIXEL_ERROR_THRESHOLD=0.01)
@@ -153,20 +152,14 @@ def _by_transformer(make: Callable[[], Any], crs: Any, *, height_m: float = 0) -
     return locate
 
 
-def _by_points(gcps: Sequence[GroundControlPoint], crs: Any) -> Locate:
+def _by_points(place: Place) -> Locate:
     """Locate by a transform where that meets all points, else by a thin-plate spline. Raises Unplaced."""
-    x, y, columns, rows = np.array([(point.x, point.y, point.col, point.row) for point in gcps]).T
-    if crs.is_geographic:
-        x = x[0] + turned(x - x[0])  # points on both sides of the 180th meridian
-    pixels, ground = np.column_stack([columns, rows, np.ones(len(gcps))]), np.column_stack([x, y])
-    fit, _, rank, _ = np.linalg.lstsq(pixels, ground)
-    if rank < 3:
+    affine, missed, points = fit_points(place)
+    if not affine:
         raise Unplaced("the raster's ground control points are fewer than three or lie on one line")
-    affine = Affine(*fit.T.ravel())
-    if np.abs(pixels @ fit - ground).max() <= EXACT_PX * math.sqrt(abs(affine.determinant)):
-        return _by_affine(affine, crs)
-    points = [GroundControlPoint(*values) for values in zip(rows, columns, x, y, strict=True)]
-    return _by_transformer(partial(GCPTransformer, points, tps=True), crs)
+    if missed <= EXACT_PX * math.sqrt(abs(affine.determinant)):
+        return _by_affine(affine, place.crs)
+    return _by_transformer(partial(GCPTransformer, points, tps=True), place.crs)
 
 
 def _bends(start: Points, middle: Points, end: Points) -> NDArray[np.float64]:

@@ -318,6 +318,16 @@ def test_what_transformers_saved_beside_the_weights_of_a_module_is_read(tmp_path
     assert (card.window.height, card.window.width, card.input.mean) == (32, 48, (0.5,) * 3)
 
 
+@pytest.mark.parametrize("said", [{"1": "sky", "0": "road"}, {"sky": 1, "road": 0}, ["road", "sky"]])
+def test_names_of_classes_are_read_whichever_way_they_are_written(said: object) -> None:
+    assert [info.name for info in classes_of(None, {"classes": said}, 2)[0]] == ["road", "sky"]
+
+
+def test_names_of_classes_without_numbers_are_none(tmp_path: Path) -> None:
+    named, notes = classes_of(None, {"classes": {"a": "b", "c": "d"}}, 2)
+    assert [info.name for info in named] == ["class 0", "class 1"] and "nothing names" in notes[0]
+
+
 def test_a_file_beside_a_network_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     refused(write(tmp_path, "onnx"), "onnx", f"what {tmp_path / 'config.json'} says of pictures", kind=BadOption)

@@ -50,3 +50,9 @@ def test_a_store_with_other_models_is_no_demo_store(demo: Path, toy_store: Path,
     put(toy_store, tmp_path / "store", NAME, provenance=Provenance(recipe="ours", metrics={"mIoU": 0.5}))
     put(toy_store, tmp_path / "store", "toy-latent")
     assert zoo.fill_store(tmp_path / "store") == []
+
+
+def test_a_demo_that_is_broken_keeps_no_store_from_its_use(demo: Path, toy_store: Path, tmp_path: Path) -> None:
+    put(toy_store, tmp_path / "store", NAME)
+    (tmp_path / "store" / NAME / "1" / "card.json").write_text("{")
+    assert zoo.fill_store(tmp_path / "store") == []

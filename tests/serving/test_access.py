@@ -215,6 +215,8 @@ def test_a_failure_is_one_json_object_with_its_stack_and_a_callers_mistake_is_no
     line = json.loads(JsonLines().format(record("penumbra", ValueError("why"))))
     assert line["message"] == "it\nfailed" and line["stack"] == "ValueError: why" and line["level"] == "ERROR"
     assert "stack" not in json.loads(JsonLines().format(record("penumbra", None)))
+    odd = logging.LogRecord("penumbra", logging.ERROR, "", 0, "%s", ("mod\udce8le",), None)
+    assert json.loads(JsonLines().format(odd))["message"] == "mod\udce8le", "a name that is no UTF-8"
     assert not is_ours(record("bentoml.http", BadInput("what was sent")), framework="bentoml")
     assert is_ours(record("bentoml.http", InternalServerError("why")), framework="bentoml")
     assert is_ours(record("penumbra", BadInput("x")), framework="bentoml")

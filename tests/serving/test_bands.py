@@ -19,8 +19,8 @@ from tritonclient.grpc import service_pb2_grpc
 
 from penumbra.export.bundle import export_network
 from penumbra.models.card import InputSpec
-from penumbra.models.errors import BadImage, BadOption
-from penumbra.serving.engine.decode import check_array, open_image
+from penumbra.models.errors import BadImage, BadOption, TooLarge
+from penumbra.serving.engine.decode import check_array, open_image, read_header
 from penumbra.serving.engine.layout import Reading
 from penumbra.serving.engine.options import Limits
 from penumbra.serving.engine.raster import Raster
@@ -337,6 +337,22 @@ def test_a_bomb_of_an_array_is_refused_by_its_header() -> None:
     np.lib.format.write_array_header_1_0(wide, {"descr": "<u2", "fortran_order": False, "shape": (1000, 1000, 10**6)})  # type: ignore[no-untyped-call]
     with pytest.raises(Exception, match="the limit is 64,000,000"):
         read(wide.getvalue(), SIX)
+
+
+@pytest.mark.parametrize(
+    "header", ["{'descr': '<f4', ", "{[]: 1}", "{'descr': (), 'fortran_order': False, 'shape': ()}"]
+)
+def test_a_header_of_an_array_that_is_none_is_refused_in_a_sentence(header: str) -> None:
+    text = header.ljust(117).encode() + b"\n"
+    with pytest.raises(BadImage, match="the array cannot be read"):
+        read(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text, SIX)
+
+
+def test_an_array_of_wide_values_is_refused_before_it_is_unpacked() -> None:
+    data = io.BytesIO()
+    np.save(data, np.zeros((1, 1, 3000), np.longdouble))
+    with pytest.raises(TooLarge), read_header(data.getvalue(), Limits(pixels=1000)):
+        pass
 
 
 def test_a_png_of_16_bits_is_read_as_it_is() -> None:

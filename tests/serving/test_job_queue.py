@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import os
 import shutil
 import threading
 import time
@@ -18,11 +19,12 @@ from PIL import Image
 from starlette.applications import Starlette
 
 from penumbra.export.bundle import export_network
-from penumbra.models.errors import BadImage, BadOption, DiskFull, QueueFull, UnknownJob
+from penumbra.models.errors import BadImage, BadOption, DiskFull, QueueFull, TooLarge, UnknownJob
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.http.jobs import routes
 from penumbra.serving.jobs import Job, Jobs
+from penumbra.serving.oip.protocol import Inference
 from penumbra.serving.settings import Settings
 from penumbra.serving.telemetry import Telemetry
 from tests.conftest import FIXED, picture, toy_card
@@ -307,6 +309,53 @@ def test_a_directory_that_holds_no_job_is_left_alone(store: Path, tmp_path: Path
     with opened(store, tmp_path):
         assert {path.name for path in tmp_path.iterdir()} == {"photos", "B" * 22, "to come", "lock"}
     assert (tmp_path / "lock").read_text() == "somebody's"
+
+
+def test_a_directory_that_may_not_be_read_keeps_no_server_from_its_start(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lost+found").mkdir()
+    stat = os.stat
+
+    def denied(path: object, **options: object) -> os.stat_result:
+        if str(path).endswith("lost+found/job.json"):
+            raise PermissionError(13, "Permission denied", path)
+        return stat(path, **options)  # type: ignore[call-overload,no-any-return]
+
+    monkeypatch.setattr(os, "stat", denied)
+    with opened(store, tmp_path):
+        assert (tmp_path / "lost+found").is_dir()
+
+
+def test_a_job_whose_canvas_is_too_large_is_refused_at_the_door(
+    store: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    with opened(store, tmp_path) as (jobs, gateway):
+        place = jobs.begin()
+        Image.fromarray(picture(rng, 900, 900)).save(place / "image", "PNG")
+        gateway.segmenter.limits = dataclasses.replace(gateway.segmenter.limits, memory_bytes=2**22)
+        with pytest.raises(TooLarge, match="run it at a smaller scale"):
+            jobs.submit(place, NPZ, {"model": MODEL, "scale": "20"})
+        assert jobs.submit(place, NPZ, {"model": MODEL})["state"] == "queued", "its own pixels are on the disk"
+
+
+def test_a_version_that_is_loaded_while_a_job_has_it_stays(
+    store: Path, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left(tmp_path, Job("waits", NPZ, {"model": MODEL, "version": "3"}, 1.0), rng)
+    with opened(store, tmp_path) as (jobs, gateway):
+        gateway.segmenter.unload(MODEL)
+        inference, loaded = Inference(gateway, store=store), list[int]()
+
+        def load(num_done: int, num_windows: int) -> None:
+            if not loaded:
+                loaded.append(inference._load(MODEL, store))
+
+        monkeypatch.setattr(jobs, "_note", load)
+        jobs.start()
+        assert ended(jobs, "waits")["state"] == "done" and loaded == [3]
+        until(lambda: not jobs._cancelled.is_set())
+        assert [card.version for card in gateway.segmenter.cards()] == [3]
 
 
 def test_a_result_whose_time_is_over_is_gone_also_while_a_job_runs(

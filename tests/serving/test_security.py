@@ -222,6 +222,7 @@ def test_the_bearer_of_a_key_has_its_name_or_else_its_scope_and_place() -> None:
         INFER,
         f"infer:{INFER} admin:x",
         f"infer@:{INFER}",
+        f"infer:{INFER}ü",
         f"infer@a/b:{INFER}",
         f"infer@{'n' * 65}:{INFER}",
         f"@a:{INFER}",

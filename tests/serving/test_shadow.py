@@ -271,9 +271,10 @@ def test_a_new_version_is_listed_and_not_served_and_one_with_swapped_classes_is_
         assert len(client.post("/v2/repository/index").json()) == 1
 
 
-def promoted(url: str, *conditions: str) -> Result:
+def promoted(url: str, *conditions: str, key_file: Path | None = None) -> Result:
+    key = ["--key-file", str(key_file)] if key_file else []
     return CliRunner().invoke(
-        main, ["promote", MODEL, "--url", url, *(part for c in conditions for part in ("--if", c))]
+        main, ["promote", MODEL, "--url", url, *key, *(part for c in conditions for part in ("--if", c))]
     )
 
 
@@ -281,6 +282,14 @@ def test_the_verb_says_what_a_server_says_and_where_there_is_none() -> None:
     for url, words in (("127.0.0.1:1", "--url is '127.0.0.1:1'"), ("http://127.0.0.1:1", "no server answers")):
         result = promoted(url, "flips < 1 %")
         assert result.exit_code != 0 and words in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_the_verb_ends_in_a_sentence_whatever_answers_and_shows_no_key(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("# of the release\na-secret-of-somebodys\n")
+    for url, key_file in (("http://[::1", None), ("http://127.0.0.1:1", keys)):
+        result = promoted(url, "flips < 1 %", key_file=key_file)
+        assert result.exit_code != 0 and result.stderr.count("\n") == 1 and "secret" not in result.output
 
 
 def shadow_processes(parent: int) -> list[int]:

@@ -1,6 +1,8 @@
 """TIFF of every kind that GDAL knows: what its values mean, which of them are measurements, and where they lie."""
 
+import io
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from rasterio.rpc import RPC
 
 from penumbra.models.card import IGNORE
 from penumbra.models.errors import BadImage
+from penumbra.serving.engine.directories import find_directory
 from penumbra.serving.engine.options import Limits, SegmentOptions
 from penumbra.serving.engine.raster import open_raster
 from penumbra.serving.engine.segmenter import Segmenter
@@ -340,3 +343,32 @@ def test_a_damaged_tiff_of_any_kind_is_read_or_refused_in_a_sentence(facts: Any,
         except BadImage as error:
             sentences.append(str(error))
     assert not any("vsimem" in sentence for sentence in sentences)
+
+
+def directory(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """A TIFF of one directory: tag, type, count and four bytes of each entry."""
+    rows = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    return struct.pack("<2sHIH", b"II", 42, 8, len(entries)) + rows + struct.pack("<I", 0)
+
+
+@pytest.mark.parametrize("height", [(257, 4, 1, struct.pack("<I", 2**32 - 1)), (257, 2, 2, b"a\0\0\0")])
+def test_a_width_that_is_a_text_takes_no_memory(height: tuple[int, int, int, bytes]) -> None:
+    with pytest.raises(BadImage):
+        open_raster(directory((256, 2, 2, b"a\0\0\0"), height))
+
+
+def test_a_directory_with_very_many_beneath_it_takes_no_time() -> None:
+    entries = (
+        (256, 4, 1, struct.pack("<I", 5)),
+        (257, 4, 1, struct.pack("<I", 5)),
+        (330, 4, 400_000, struct.pack("<I", 50)),
+    )
+    started = time.perf_counter()
+    assert find_directory(io.BytesIO(directory(*entries).ljust(50, b"\0") + bytes(4 * 400_000)))
+    assert time.perf_counter() - started < 4, "8 s where each is taken from the front of all"
+
+
+def test_coefficients_that_are_not_all_there_are_a_refusal_in_words(rgb: np.ndarray) -> None:
+    said = '<GDALMetadata><Item name="HEIGHT_OFF" domain="RPC">12</Item></GDALMetadata>'
+    with pytest.raises(BadImage):
+        open_raster(pillows(Image.fromarray(rgb), tiffinfo={42112: said}))

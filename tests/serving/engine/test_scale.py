@@ -62,6 +62,14 @@ def points(metres: float) -> list[GroundControlPoint]:
     return [GroundControlPoint(y, x, 5e5 + metres * x, 5.8e6 - metres * y) for y, x in corners]
 
 
+def across(first: float) -> list[GroundControlPoint]:
+    """Corners of pixels of 1e-4 degrees from a longitude on, with those beyond 180 degrees in the west."""
+    return [
+        GroundControlPoint(row, col, (first + col / 1e4 + 180) % 360 - 180, 52.4 - row / 1e4)
+        for row in (0, 60) for col in (0, 80)
+    ]  # fmt: skip
+
+
 def near(found: np.ndarray, expected: np.ndarray) -> None:
     """Equal but for a pixel here and there that is rounded to the next value."""
     difference = np.abs(found - expected)
@@ -148,6 +156,9 @@ def test_a_picture_far_from_the_cards_frame_is_run_at_it_and_says_so(segmenter: 
         ({"crs": "EPSG:4326", "transform": from_origin(3, 52.4, 1e-4, 1e-4)}, 8.7),
         ({"crs": "EPSG:32631", "gcps": points(2.5)}, 2.5),
         ({"crs": "EPSG:32631", "gcps": points(2.5)[:1]}, 0),
+        ({"crs": "EPSG:32631", "gcps": points(2.5)[::3]}, 0),
+        ({"crs": "EPSG:4326", "gcps": across(3.0)}, 8.7),
+        ({"crs": "EPSG:4326", "gcps": across(179.996)}, 8.7),
         ({"crs": None, "transform": from_origin(0, 0, 5, 5)}, 0),
         ({"crs": "EPSG:32631", "transform": from_origin(1e9, 1e9, 5, 5)}, 0),
     ],

@@ -1,6 +1,7 @@
 """The store: an artifact that is not exactly what its card says is refused by a sentence."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -106,6 +107,9 @@ def test_versions_are_numbers_in_ascending_order(tmp_path: Path) -> None:
     (tmp_path / "b" / "11").mkdir()
     assert versions(tmp_path) == {"a": [3], "b": [1, 2, 10]}
     assert versions(tmp_path / "absent") == {}
+    (tmp_path / os.fsdecode(b"mod\xe8le") / "1").mkdir(parents=True)
+    (tmp_path / os.fsdecode(b"mod\xe8le") / "1" / "card.json").touch()
+    assert versions(tmp_path) == {"a": [3], "b": [1, 2, 10]}, "a name that no answer could show"
 
 
 def test_the_newest_version_is_found_unless_one_is_named(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.files.batch import FORMATS, find_items, parse_batch, run_batch
 from penumbra.serving.files.inputs import MANIFEST
-from penumbra.serving.files.receipts import FOLDER
+from penumbra.serving.files.receipts import FOLDER, read_receipts
 from tests.conftest import FIXED, picture
 from tests.serving.server import ROOT, until
 
@@ -91,6 +91,20 @@ def test_only_what_is_missing_is_made_again(toy_store: Path, images: Path, tmp_p
     (out / "deep/c.npz").unlink()
     assert json.loads(run(*command).stdout) == {"made": 1, "kept": 3, "failed": 0, "skipped": 1}
     assert answers(out) == made
+
+
+@pytest.mark.parametrize("name", ["out [v2]", "out*", "what?"])
+def test_an_output_whose_name_looks_like_a_pattern_is_gone_on_with(
+    toy_store: Path, images: Path, tmp_path: Path, name: str
+) -> None:
+    command = [images, tmp_path / name, "--store", toy_store, "-m", "toy-pointwise", "--json"]
+    for counts in ({"made": 4, "kept": 0}, {"made": 0, "kept": 4}):
+        assert counted(run(*command)).items() >= counts.items()
+
+
+def test_an_empty_folder_of_receipts_holds_none(tmp_path: Path) -> None:
+    (tmp_path / FOLDER).mkdir()
+    assert read_receipts(str(tmp_path)) == {}
 
 
 def test_answers_to_another_question_are_not_mixed_in(toy_store: Path, images: Path, tmp_path: Path) -> None:

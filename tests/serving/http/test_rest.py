@@ -1,5 +1,6 @@
 """Parsing of requests, and headers of answers, without a server."""
 
+import json
 from urllib.parse import unquote
 
 import numpy as np
@@ -9,6 +10,7 @@ from starlette.formparsers import MultiPartException
 from starlette.responses import Response
 
 from penumbra.serving.engine.answer import Prediction
+from penumbra.serving.engine.options import MAX_BOXES, parse_options
 from penumbra.serving.http.segment import answer_headers
 from penumbra.serving.http.upload import parse_form
 from tests.conftest import toy_card
@@ -18,6 +20,13 @@ FORM = (
     b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\npixels\r\n'
     b'--x\r\nContent-Disposition: form-data; name="seed"\r\n\r\n77\r\n--x--\r\n'
 )
+
+
+def test_as_many_boxes_as_a_request_may_have_fit_into_a_field() -> None:
+    boxes = json.dumps([[0.1234567890123456 * 1000] * 4 + [3]] * MAX_BOXES).encode()
+    head = b'--x\r\nContent-Disposition: form-data; name="boxes"\r\n\r\n'
+    form = parse_form(Headers({"Content-Type": "multipart/form-data; boundary=x"}), head + boxes + b"\r\n--x--\r\n")
+    assert len(parse_options({"boxes": str(form["boxes"])}).boxes) == MAX_BOXES
 
 
 def test_a_large_upload_is_parsed_without_a_temporary_file() -> None:

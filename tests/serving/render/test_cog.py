@@ -30,6 +30,7 @@ PLACES: dict[str, dict[str, Any]] = {
     },
     "coefficients": {"rpcs": coefficients(4)},
 }
+PLACES["control points of no system"] = PLACES["control points"] | {"crs": rasterio.CRS()}
 KINDS = [("labels",), ("overlay",), ("entropy",), ("confidence", "entropy")]
 TILE_OFFSETS = 324
 
