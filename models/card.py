@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from penumbra.models.errors import BadArtifact
+from penumbra.models.exported import AboveZero, Positive
 from penumbra.models.exported import ExportFacts as ExportFacts
 from penumbra.models.exported import Parity as Parity
-from penumbra.models.exported import Positive
 from penumbra.models.exported import Tuned as Tuned
 from penumbra.models.inputs import RGB as RGB
 from penumbra.models.inputs import InputSpec as InputSpec
@@ -156,7 +156,7 @@ class Readout:
 
     softmax_at: Literal["window", "feature"] = "window"
     align_corners: bool = True
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: AboveZero = 1.0
     average: Literal["probabilities", "logits"] = "probabilities"
 
 

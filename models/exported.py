@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 Positive = Annotated[int, Field(ge=1)]
+AboveZero = Annotated[float, Field(gt=0)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from penumbra import options as shared
 from penumbra.cards import card_forms, models
@@ -213,7 +214,7 @@ def ensemble(checkpoints: tuple[Path, ...], output: Path) -> None:
 @click.option("--data", type=shared.FOLDER,
               help="Labelled pictures, on which the export is measured too.")  # fmt: skip
 @shared.pictures("for the gate's windows, and for int8, which needs them")
-@click.option("--tune", "is_tuned", is_flag=True, help="Then tune it, as penumbra tune does.")
+@click.option("--tune", is_flag=True, help="Then tune it, as penumbra tune does.")
 @MINUTES
 @shared.from_table("views")
 @shared.DATA_SET
@@ -224,7 +225,7 @@ def ensemble(checkpoints: tuple[Path, ...], output: Path) -> None:
 def export(
     checkpoint: Path, target: str, output: Path | None, backend: str | None, precision: str, device: str,
     data: Path | None, pictures: list[Path], data_set: str, split: str, every: int, store: Path, as_json: bool,
-    views: Any, is_tuned: bool, minutes: float,
+    views: Any, tune: bool, minutes: float,
 ) -> None:  # fmt: skip
     """Export a checkpoint into a store, proved against the checkpoint, or not at all."""
     from rich.console import Console
@@ -234,6 +235,10 @@ def export(
     from penumbra.models.errors import BadOption
     from penumbra.serving.engine.store import open_artifact
 
+    own = ("backend", "precision", "device", "data", "pictures", "views", "tune") if target == "triton" else ("output",)
+    context = click.get_current_context()
+    if said := [name for name in own if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]:
+        raise click.UsageError(f"--{said[0]} is not for --target {target}; leave it out")
     if target == "triton":
         return _export_repository(checkpoint, store, output, as_json=as_json)
     if not checkpoint.is_file():
@@ -246,9 +251,9 @@ def export(
             checkpoint, store, backend=backend, precision=precision, device=device, frames=frames, views=views,
             pictures=pictures,
         )  # fmt: skip
-    if not (is_tuned and as_json):  # one document is printed
+    if not (tune and as_json):  # one document is printed
         print_parity(open_artifact(directory).card, directory, as_json=as_json)
-    if is_tuned:
+    if tune:
         tune_model(
             directory.parent.name, store, minutes=minutes, as_json=as_json, data=data, data_set=data_set, split=split,
             every=every, device=device, checkpoint=checkpoint, pictures=pictures,

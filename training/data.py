@@ -149,8 +149,8 @@ def load_folder(folder: Path, split: str) -> FrameSet:
     frames, listed = find_pairs(folder, ids), folder / f"{split}.txt"
     if listed.is_file():
         return choose(frames, find_listed(listed, frames.names))
-    if split == "train":
-        raise BadData(f"{folder} has neither train/ nor train.txt; its training frames are wanted")
+    if split != "val" or (folder / "train.txt").is_file():
+        raise BadData(f"{folder} has neither {split}/ nor {split}.txt; its {split} frames are wanted")
     return frames
 
 

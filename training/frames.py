@@ -209,7 +209,7 @@ def find_listed(path: Path, names: Sequence[str]) -> list[int]:
 def read_list(path: Path) -> list[str]:
     """Read names, one per line. Raises BadData: no such text file, no name in it, or a name twice."""
     try:
-        names = path.read_text("utf-8").split()
+        names = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise BadData(f"the list {path} cannot be read ({error})") from None
     if not names:

@@ -72,6 +72,8 @@ class Training:
         network = build_network(recipe, num_classes).to(memory_format=torch.channels_last)
         average = copy.deepcopy(network).requires_grad_(False).eval()
         self.objective = build_objective(recipe.method, network, average, recipe.objective)
+        if isinstance(self.objective, Finishing) and not len(self.split[0]):
+            raise BadOption("the objective is fitted to labelled frames in the end, and there are none; label some")
         hosts, staged = find_hosts(network), self.objective if isinstance(self.objective, Staged) else None
         self.begins = {host: staged.begin_of(host) if staged else 0.0 for host in hosts}
         if not hosts and (recipe.host_rate, recipe.frozen_share) != (1.0, 0.0):
@@ -98,7 +100,12 @@ class Training:
             host.frozen = progress < begin + self.recipe.frozen_share
         self.objective.train()
         self.average.eval()
-        losses = self.forward(self.fabric.to_device(self.batches.draw()), progress, self.generator)
+        try:
+            losses = self.forward(self.fabric.to_device(self.batches.draw()), progress, self.generator)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise BadOption("one view by itself has no statistics; batches of two or more are wanted") from None
         self.fabric.backward(losses["total"])
         norm: Any = self.fabric.clip_gradients(
             self.forward, self.optimizer, max_norm=MAX_GRADIENT_NORM, error_if_nonfinite=False
@@ -162,7 +169,10 @@ class Training:
         if (begun_on := len(processes)) != self.fabric.world_size:
             raise BadOption(f"{path} was begun on {begun_on} devices, not {self.fabric.world_size}; go on with as many")
         own = processes[self.fabric.global_rank]
-        self.objective.load_state_dict(objective | own["objective"])
+        try:
+            self.objective.load_state_dict(objective | own["objective"])
+        except RuntimeError:  # the classes of the data are no field of the recipe
+            raise BadOption(f"{path} was begun with other classes; remove it to start anew") from None
         self.optimizer.load_state_dict(optimizer)
         if scaler := state.get("precision"):  # a state that is older has none
             self.fabric.strategy.precision.load_state_dict(scaler)

@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 import yaml
 
-from penumbra.models.card import RGB, InputSpec, WindowSpec
+from penumbra.models.card import RGB, Count, InputSpec, WindowSpec
 from penumbra.models.errors import BadOption
+from penumbra.models.exported import AboveZero, Positive
 from penumbra.models.inputs import failures_of_input
 from penumbra.models.strict import read_strict
 
@@ -44,8 +45,8 @@ class Recipe:
     data: str
     checkpoint: str
     window: WindowSpec
-    crop: tuple[int, int]
-    steps: int
+    crop: tuple[Positive, Positive]
+    steps: Positive
     start: str = ""
     labelled_fraction: float = 0.25
     labelled_list: str = ""
@@ -53,13 +54,13 @@ class Recipe:
     void_classes: tuple[str, ...] = ()
     weak_labels: Literal["none", "tags", "boxes"] = "none"
     seed: int = 0
-    scale: tuple[float, float] = (0.5, 1.5)
+    scale: tuple[AboveZero, AboveZero] = (0.5, 1.5)
     jitter: float = 0.25
     strong_jitter: float = 0.5
     corruptions: tuple[str, ...] = ()
-    labelled_batch: int = 4
-    unlabelled_batch: int = 4
-    learning_rate: float = 2e-3
+    labelled_batch: Count = 4
+    unlabelled_batch: Count = 4
+    learning_rate: AboveZero = 2e-3
     weight_decay: float = 0.05
     warmup: float = 0.03
     average_decay: float = 0.995

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from penumbra.models.card import IGNORE, ClassInfo
+from penumbra.models.errors import BadData
 from penumbra.training.frames import Frames
 
 CLASSES = (ClassInfo("ground", (0, 0, 0)), ClassInfo("disc", (220, 60, 60)), ClassInfo("box", (60, 60, 220)))
@@ -15,6 +16,8 @@ SEEDS = {"train": 0, "val": 1}
 
 def draw_split(folder: Path, split: str) -> Frames:
     """Draw 16 training or 8 validation frames; `folder` is not read."""
+    if split not in SEEDS:
+        raise BadData(f"the shapes have no split {split!r}; there are {' and '.join(SEEDS)}")
     generator = torch.Generator().manual_seed(SEEDS[split])
     frames = [_draw(generator) for _ in range(16 if split == "train" else 8)]
     names = tuple(f"{split}{i:02}" for i in range(len(frames)))

@@ -243,6 +243,12 @@ def test_the_command_line_makes_a_repository_of_a_name_and_asks_for_a_directory(
     assert models == sorted(path.name for path in (tmp_path / "repository").iterdir())
     refused = CliRunner().invoke(main, command)
     assert refused.exit_code == 2 and "add -o DIRECTORY" in refused.stderr
+    for option in (["--views", "flip"], ["--precision", "fp16"], ["--tune"]):
+        lost = CliRunner().invoke(main, [*command, "-o", str(tmp_path / "other"), *option])
+        assert lost.exit_code == 2 and f"{option[0]} is not for --target triton" in lost.stderr
+    lost = CliRunner().invoke(main, ["export", "toy.safetensors", "-o", str(tmp_path / "other")])
+    assert lost.exit_code == 2 and "--output is not for --target store" in lost.stderr
+    assert not (tmp_path / "other").exists()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from PIL import Image
 from penumbra.models.card import IGNORE, ClassInfo
 from penumbra.models.errors import BadData
 from penumbra.training.data import CITYSCAPES_IDS, find_data
+from penumbra.training.frames import find_listed, write_split
 
 
 def _save(path: Path, mode: str, color: tuple[int, int, int] | int, *, size: tuple[int, int] = (6, 4)) -> Path:
@@ -118,6 +119,29 @@ def test_a_plain_folder_without_splits_cannot_be_trained_on(tmp_path: Path) -> N
     _folder(tmp_path)
     with pytest.raises(BadData, match=r"has neither train/ nor train\.txt"):
         find_data("folder", tmp_path).load(tmp_path, "train")
+
+
+def test_a_split_that_is_not_there_is_never_all_frames(tmp_path: Path) -> None:
+    _folder(tmp_path)
+    for split in ("vla", "test"):
+        with pytest.raises(BadData, match=rf"has neither {split}/ nor {split}\.txt"):
+            find_data("folder", tmp_path).load(tmp_path, split)
+    (tmp_path / "train.txt").write_text("b\n")
+    with pytest.raises(BadData, match=r"has neither val/ nor val\.txt"):
+        find_data("folder", tmp_path).load(tmp_path, "val")
+    with pytest.raises(BadData, match="no split 'test'; there are train and val"):
+        find_data("shapes").load(tmp_path, "test")
+
+
+def test_a_name_with_a_blank_is_one_name_in_a_list(tmp_path: Path) -> None:
+    _folder(tmp_path)
+    _save(tmp_path / "images" / "a b.png", "RGB", (10, 20, 30))
+    _save(tmp_path / "masks" / "a b.png", "L", 1)
+    (tmp_path / "train.txt").write_bytes(b"\xef\xbb\xbfa b\r\n")
+    frames = find_data("folder", tmp_path).load(tmp_path, "train")
+    assert frames.names == ("a b",)
+    write_split(tmp_path / "labelled.txt", frames, torch.tensor([0]))
+    assert find_listed(tmp_path / "labelled.txt", frames.names) == [0]
 
 
 def test_a_plain_folder_without_class_names_is_refused(tmp_path: Path) -> None:

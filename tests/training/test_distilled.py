@@ -187,3 +187,9 @@ def foreign(folder: Path) -> str:
     card, network = load_checkpoint(Path(save_untrained("cps", folder / "cps.safetensors")))
     save_checkpoint(folder / "foreign.safetensors", dataclasses.replace(card, input=InputSpec(scale=1.0)), network)
     return str(folder / "foreign.safetensors")
+
+
+def test_a_head_that_is_fitted_in_the_end_wants_labelled_frames(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, labelled_fraction=0.0, labelled_batch=0, weak_labels="tags")
+    with pytest.raises(BadOption, match="fitted to labelled frames in the end, and there are none"):
+        Training(recipe, find_data("shapes").load(tmp_path, "train"), 3)

@@ -19,9 +19,10 @@ from penumbra.models.errors import BadData, BadOption
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.training import frames as training_frames
 from penumbra.training.data import find_data
 from penumbra.training.evaluation import run
-from penumbra.training.evaluation.answers import check_classes, segment_frame
+from penumbra.training.evaluation.answers import LIMITS, check_classes, segment_frame
 from penumbra.training.evaluation.figures import ClassAbstention, Evaluation
 from penumbra.training.evaluation.run import (
     SAMPLE_COUNTS,
@@ -383,3 +384,7 @@ def test_augrc_stands_beside_aurc_with_an_interval(segmenter: Segmenter, frames:
         low, high = document["intervals"][name]
         assert low < high and low - 1e-3 <= document["figures"][name] <= high + 1e-3
     assert 0 < document["figures"]["sc/AUGRC/entropy"] < document["figures"]["sc/AURC/entropy"]
+
+
+def test_a_frame_may_be_as_large_as_pillow_opens_and_be_seen_at_twice_its_size() -> None:
+    assert LIMITS.pixels >= 4 * training_frames.LIMITS.pixels

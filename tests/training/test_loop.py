@@ -106,6 +106,31 @@ def test_the_time_of_a_validation_is_none_of_the_trainings(tmp_path: Path, monke
     assert training.step == 3 and hours[0] > 0 and training.elapsed_s < 60
 
 
+def test_a_state_of_other_classes_is_refused_with_a_sentence(tmp_path: Path) -> None:
+    _training("cps", tmp_path).save(tmp_path / "state.ckpt")
+    shapes = find_data("shapes").load(tmp_path, "train")
+    with pytest.raises(BadOption, match=r"state\.ckpt was begun with other classes"):
+        Training(tiny.recipe("cps", tmp_path, steps=8), shapes, 4).resume(tmp_path / "state.ckpt")
+
+
+def test_a_batch_of_one_view_is_refused_with_a_sentence(tmp_path: Path) -> None:
+    shapes = find_data("shapes").load(tmp_path, "train")
+    training = Training(tiny.recipe("cps", tmp_path, steps=8, batch=1), shapes, 3)
+    with pytest.raises(BadOption, match="batches of two or more are wanted"):
+        training.advance(0.5)
+
+
+@pytest.mark.parametrize(
+    "said", ["steps: 0", "steps: -5", "crop: [0, 8]", "scale: [0, 1]", "labelled_batch: -1", "learning_rate: 0"]
+)
+def test_a_recipe_of_no_size_is_refused_by_its_fields_name(said: str, tmp_path: Path) -> None:
+    name = said.partition(":")[0]
+    lines = (RECIPES / "cps-camvid.yaml").read_text().splitlines()
+    (tmp_path / "r.yaml").write_text("\n".join([*(line for line in lines if not line.startswith(f"{name}:")), said]))
+    with pytest.raises(BadOption, match=rf"recipe\.{name}"):
+        read_recipe(tmp_path / "r.yaml")
+
+
 def test_a_state_of_another_recipe_is_refused_with_a_sentence(tmp_path: Path) -> None:
     training = _training("cps", tmp_path)
     training.save(tmp_path / "state.ckpt")

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from penumbra.models.card import IGNORE, Card, ClassInfo
 from penumbra.models.errors import BadData
-from penumbra.serving.engine.options import PROBABILITIES, Limits, SegmentOptions
+from penumbra.serving.engine.options import PILLOW_PIXELS, PROBABILITIES, Limits, SegmentOptions
 from penumbra.serving.engine.plain import NUM_SUMS
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.scores import score
@@ -18,8 +18,8 @@ from penumbra.training.frames import Frame
 from penumbra.training.metrics import Floats, Mask
 
 Labels = NDArray[np.uint8]
-LIMITS = Limits(probability_bytes=2**40, memory_bytes=2**40)
-"""Probabilities are read band by band."""
+LIMITS = Limits(pixels=4 * PILLOW_PIXELS, probability_bytes=2**40, memory_bytes=2**40)
+"""Probabilities are read band by band, and shifts make pictures twice as high and wide."""
 
 
 @dataclass(frozen=True, slots=True)
