@@ -96,11 +96,15 @@ def predict_picture(segmenter: Segmenter, path: Path, options: SegmentOptions, f
         if name in prediction.maps:
             values = prediction.maps[name]
             measured = values[~np.isnan(values)] if prediction.num_void else values
-            brightest = float(np.percentile(measured, BRIGHTEST_PERCENTILE)) if measured.size else 0.0
-            top = 1.0 if name == "confidence" else max(brightest, 1e-3)
+            ends = (
+                np.percentile(measured, (100 - BRIGHTEST_PERCENTILE, BRIGHTEST_PERCENTILE)) if measured.size else (0, 0)
+            )
+            dark = min(float(ends[0]), 0.0)  # below 0 are only a model's own maps
+            top = 1.0 if name == "confidence" else max(float(ends[1]), dark + 1e-3)
             unit = prediction.card.unit_of(name)
-            write_heat(values, buffer, top=top)
-            described[name] += f" (white is {top:.3g}{' ' if unit == 'nats' else '; ' * bool(unit)}{unit})"
+            write_heat(values - np.float32(dark), buffer, top=top - dark)
+            said = f"dark is {dark:.3g}, white {top:.3g}" if dark else f"white is {top:.3g}"
+            described[name] += f" ({said}{' ' if unit == 'nats' else '; ' * bool(unit)}{unit})"
         elif name == "maps":
             buffer.write(render(prediction, "application/x-npz", Style()))
         else:

@@ -22,7 +22,7 @@ from penumbra.serving.engine.uncertainty import Band
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.http.upload import read_upload
 from penumbra.serving.render import parse_request
-from penumbra.serving.render.pictures import GREY, PngWriter, blocks, quantised, top_of
+from penumbra.serving.render.pictures import GREY, PngWriter, blocks, quantised, range_of
 from penumbra.serving.room import Bodies
 
 LINES = "application/x-ndjson"
@@ -54,9 +54,9 @@ class Lines:
     def _add_rows(self, y0: int, labels_hW: NDArray[np.uint8], maps: dict[str, FloatArray]) -> None:
         shown: dict[str, Any] = {}
         for name, values_hW in maps.items():
-            top = top_of(name, self.card, values_hW)
-            grey = quantised(values_hW, slice(None), top=top, levels=self.levels)
-            shown[name] = {"white": top, "png": _png(grey)}
+            black, white = range_of(name, self.card, values_hW)
+            grey = quantised(values_hW, slice(None), black=black, white=white, levels=self.levels)
+            shown[name] = {"white": white, "black": black, "png": _png(grey)}
         self.end_y = y0 + len(labels_hW)
         self._add({"y0": y0, "rows": len(labels_hW), "labels": _png(labels_hW), "maps": shown})
 

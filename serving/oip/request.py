@@ -16,6 +16,7 @@ KINDS: dict[type, str] = {
 REQUEST_MEMBERS = ("id", "parameters", "inputs", "outputs")
 INPUT_MEMBERS = ("name", "datatype", "shape", "parameters", "data", "binary_data_size")
 OUTPUT_MEMBERS = ("name", "datatype", "shape", "parameters", "binary_data", "classification")
+MOST_CLASSES = 1000
 """Names that mean something in a request, and in an input or output or its parameters."""
 T = TypeVar("T")
 
@@ -64,6 +65,8 @@ def read_request(head: Any, raw: ReadRaw, *, model: str, version: str, unknown: 
     for one in member(head, "outputs", list, []):
         name, own = member(one, "name", str), _parameters(one)
         classes = member(own, "classification", int, 0)
+        if classes > MOST_CLASSES:  # each is a string, which no limit of memory counts
+            raise BadOption(f"classification is {classes}; up to {MOST_CLASSES:,} are possible")
         outputs[name] = RequestedOutput(name, member(own, "binary_data", bool, binary), classes)
         names += unknown_names(one | own, OUTPUT_MEMBERS, f"output {name}")
     return InferRequest(

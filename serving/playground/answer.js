@@ -25,13 +25,13 @@ export const useOf = (name, card) => KNOWN[name] ?? card.extra_maps.find((extra)
 /** One band of the whole height, from exact tensors. */
 export function wholeBand({ labels, probabilities, ...maps }) {
   const [height, width] = labels.shape;
-  const own = Object.entries(maps).map(([name, { values }]) => [name, { values, step: 1 }]);
+  const own = Object.entries(maps).map(([name, { values }]) => [name, { values, step: 1, base: 0 }]);
   return { y0: 0, height, width, labels: labels.values, maps: Object.fromEntries(own), probabilities: probabilities?.values };
 }
 
 /** A map's value as it is shown, bright for distrust. NaN where nothing was measured. */
 export function valueIn(band, name, place) {
-  const { values, step } = band.maps[name], value = values[place] * step;
+  const { values, step, base } = band.maps[name], value = values[place] * step + base;
   return isTrust(name) ? 1 - value : value;
 }
 

@@ -7,7 +7,7 @@ const LEVELS = 256;
 const kept = () => sessionStorage.getItem("penumbra-key") ?? "";
 
 /** Asks with this key from now on, in this tab. */
-export const keepKey = (key) => sessionStorage.setItem("penumbra-key", key);
+export const keepKey = (key) => sessionStorage.setItem("penumbra-key", key.replace(/[^!-~]/g, ""));
 
 /** Whether there is a key to ask with. */
 export const hasKey = () => Boolean(kept());
@@ -97,7 +97,7 @@ async function* linesOf(body) {
 }
 
 async function bandOf({ y0, rows, labels, maps }) {
-  const own = await Promise.all(Object.entries(maps).map(async ([name, { white, png }]) => [name, { values: (await grey(png)).values, step: white / 255 }]));
+  const own = await Promise.all(Object.entries(maps).map(async ([name, { white, black, png }]) => [name, { values: (await grey(png)).values, step: (white - black) / 255, base: black }]));
   const { values, width } = await grey(labels);
   return { y0, height: rows, width, labels: values, maps: Object.fromEntries(own) };
 }

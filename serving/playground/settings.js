@@ -8,6 +8,7 @@ export function offerSettings(card) {
   const { width, height } = window, turns = height === width ? ["none", "flip", "d4", "scales"] : ["none", "flip", "scales"];
   $("about").textContent = `${card.method}, version ${card.version}: ${aboutSamples(sampling)}; windows of ${width} × ${height} px, ${card.classes.length} classes`;
   $("samples-row").hidden = $("seed-row").hidden = !isFree(card);
+  $("samples").max = Math.max(32, sampling.default_samples);
   $("samples").value = $("samples-shown").value = sampling.default_samples;
   $("views").replaceChildren(...turns.map((name) => new Option(name)));
   $("views").value = card.views;
@@ -41,7 +42,7 @@ export function promise({ calibration }) {
 
 /** {model, version, options, prompt}, as it is set. boxes: rows. */
 export function readRequest(card, boxes) {
-  const options = { seed: Number($("seed").value), views: $("views").value };
+  const options = { seed: isFree(card) ? Number($("seed").value) : 0, views: $("views").value };
   if (isFree(card)) options.samples = Number($("samples").value);
   for (const [id, name] of [["risk", "max_risk"], ["class-risk", "max_class_risk"]]) if ($(id).value) options[name] = Number($(id).value);
   if ($("scale-to").value.trim()) options.scale = $("scale-to").value.trim();

@@ -63,7 +63,7 @@ export function showPixel(answer, pixel, { classes, colors }) {
   const found = answer && pixel && at(answer, pixel.x, pixel.y);
   if (!found) return $("pixel").replaceChildren(quiet("Click the picture, or move over it with the arrow keys."));
   const { band, place } = found, rows = Object.keys(band.maps).map((name) => row(titleOf(name), valueIn(band, name, place).toFixed(4)));
-  const shares = probabilitiesAt(found, classes.length), bar = (share) => make("span", {}, make("meter", { value: share }), ` ${share.toFixed(4)}`);
+  const shares = probabilitiesAt(found, classes.length), bar = (share) => make("span", {}, make("meter", { value: share || 0 }), ` ${share.toFixed(4)}`);
   if (shares) for (const k of [...shares.keys()].sort((a, b) => shares[b] - shares[a])) rows.push(row(named(k, classes, colors), bar(shares[k])));
   else rows.push(row("probabilities", "not for pictures of this size"));
   $("pixel").replaceChildren(quiet(`x ${pixel.x}, y ${pixel.y}: `, named(band.labels[place], classes, colors)), make("table", {}, ...rows));

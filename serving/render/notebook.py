@@ -7,7 +7,7 @@ from html import escape
 from PIL import Image
 
 from penumbra.serving.engine.answer import Prediction
-from penumbra.serving.render.pictures import heat_picture, overlay, paint, top_of
+from penumbra.serving.render.pictures import heat_picture, overlay, paint, range_of
 from penumbra.serving.render.tables import class_table
 
 LONGEST_PX = 480
@@ -44,7 +44,7 @@ def _pictures(prediction: Prediction) -> dict[str, Image.Image]:
     labels = overlay(prediction) if is_photograph else paint(prediction.labels_HW, prediction.card)
     pictures = {"labels": Image.fromarray(labels)}
     for name in [name for name in SHOWN if name in prediction.maps][:1]:
-        top = top_of(name, prediction.card, prediction.maps[name])
+        _, top = range_of(name, prediction.card, prediction.maps[name])
         caption = f"{name.replace('_', ' ')}, dark 0 to light {top:.2f} nats"
         pictures[caption] = heat_picture(prediction.maps[name], top=top)
     return pictures

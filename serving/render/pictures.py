@@ -90,33 +90,35 @@ def write_png(prediction: Prediction, file: BinaryIO, picture: str, *, levels: i
     elif picture == "overlay":
         png, draw = PngWriter(file, (height, width), color=RGB), partial(overlay, prediction)
     else:
-        top = top_of(picture, prediction.card, prediction.maps[picture])
+        black, white = range_of(picture, prediction.card, prediction.maps[picture])
         png = PngWriter(file, (height, width), color=GREY, depth=16 if levels > 256 else 8)
         unit = "" if picture in UNITLESS else "nats" if picture in KNOWN_MAPS else "the model's"
-        about = {"map": picture, "white": top, "black": 0, "unit": unit}  # turns its grey into values again
-        draw = partial(quantised, prediction.maps[picture], top=top, levels=levels)
+        about = {"map": picture, "white": white, "black": black, "unit": unit}  # turns its grey into values again
+        draw = partial(quantised, prediction.maps[picture], black=black, white=white, levels=levels)
     png.chunk(b"tEXt", b"Penumbra\0" + json.dumps(about | prediction.origin | prediction.scored).encode())
     for rows in blocks(height):
         png.add(draw(rows))
     png.end()
 
 
-def quantised(values_HW: FloatArray, rows: slice, *, top: float, levels: int) -> NDArray[Any]:
-    """Spread rows' 0 to `top` evenly over grey levels from black to white: uint8, or uint16 above 256 levels."""
-    steps = np.rint(np.clip(np.nan_to_num(values_HW[rows]) * np.float32((levels - 1) / top), 0, levels - 1))
+def quantised(values_HW: FloatArray, rows: slice, *, black: float, white: float, levels: int) -> NDArray[Any]:
+    """Spread rows' values evenly over grey levels from black to white: uint8, or uint16 above 256 levels."""
+    above = np.nan_to_num(values_HW[rows] - np.float32(black))
+    steps = np.rint(np.clip(above * np.float32((levels - 1) / (white - black)), 0, levels - 1))
     grey = steps.astype(np.uint16) if levels > 256 else np.rint(steps * (255 / (levels - 1))).astype(np.uint8)
     return cast(NDArray[Any], grey)
 
 
-def top_of(name: str, card: Card, values_HW: FloatArray) -> float:
-    """Find the value of a map that is shown white: 1 for shares, ln K for nats, the largest for a model's own maps."""
-    if name in UNITLESS:
-        return 1.0
+def range_of(name: str, card: Card, values_HW: FloatArray) -> tuple[float, float]:
+    """Find the values of a map that are shown black and white: 0 and 1 for shares, 0 and ln K for nats, and for a
+    model's own maps the least, or 0, and the largest, or 0."""
     if name in KNOWN_MAPS:
-        return math.log(max(card.num_classes, 2))
-    rows_of = blocks(values_HW.shape[0])
-    tops = (np.fmax.reduce(values_HW[rows], axis=None, initial=0) for rows in rows_of)  # passes over NaN
-    return float(max(tops)) or 1.0
+        return 0.0, 1.0 if name in UNITLESS else math.log(max(card.num_classes, 2))
+    black = white = 0.0
+    for values_hW in (values_HW[rows] for rows in blocks(values_HW.shape[0])):  # what follows passes over NaN
+        black = min(black, float(np.fmin.reduce(values_hW, axis=None, initial=0)))
+        white = max(white, float(np.fmax.reduce(values_hW, axis=None, initial=0)))
+    return black, white if white > black else 1.0
 
 
 def palette(card: Card) -> bytes:

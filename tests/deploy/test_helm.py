@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -165,6 +166,8 @@ def test_settings_are_ones_of_the_server_and_the_grace_period_follows_them(monke
     settings = Settings()
     assert (settings.timeout_s, settings.watch_store_s) == (200, 30)
     assert pod["terminationGracePeriodSeconds"] > settings.predrain_s + 2 * settings.timeout_s
+    fractions = pod_of("settings.TIMEOUT_S=90.5", "settings.PREDRAIN_S=2.5")
+    assert fractions["terminationGracePeriodSeconds"] > 2.5 + 2 * 90.5
 
 
 def test_numbers_of_a_values_file_reach_the_server_as_they_are_written(tmp_path: Path) -> None:
@@ -192,6 +195,8 @@ def test_two_releases_in_one_namespace_have_pods_of_their_own() -> None:
 def test_keda_asks_prometheus_for_the_pods_of_this_release() -> None:
     manifests = rendered("autoscaler.kind=keda")
     (trigger,) = manifests["ScaledObject"]["spec"]["triggers"]
-    assert 'penumbra_queue_windows{namespace="vision", pod=~"segment-.*"}' in trigger["metadata"]["query"]
+    assert 'penumbra_queue_windows{namespace="vision", pod=~"segment-' in trigger["metadata"]["query"]
+    pods = re.search('pod=~"(.+?)"', trigger["metadata"]["query"])
+    assert pods and re.fullmatch(pods[1], "segment-7f8d9c-abcde") and not re.fullmatch(pods[1], "segment-gpu-7f8d9c-ab")
     assert "HorizontalPodAutoscaler" not in manifests and "replicas" not in manifests["Deployment"]["spec"]
     assert rendered("autoscaler.kind=none", "autoscaler.min=3")["Deployment"]["spec"]["replicas"] == 3

@@ -77,6 +77,11 @@ def test_a_picture_comes_as_array_bytes_file_or_image(client: Client, image: np.
     assert all(equal(first, other) for other in others)
 
 
+def test_an_image_of_inks_is_sent_as_colours(client: Client, image: np.ndarray) -> None:
+    inks = Image.fromarray(image).convert("CMYK")
+    assert equal(client.segment(inks, **LATENT), client.segment(inks.convert("RGB"), **LATENT))
+
+
 def test_prompts_and_lists_are_written_as_the_server_reads_them(client: Client, image: np.ndarray) -> None:
     assert client.segment(image, **LATENT, views="flip").views == "flip"
     boxes = np.array([[1, 2, 15, 18, 1]])

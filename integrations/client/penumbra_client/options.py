@@ -56,7 +56,7 @@ def _text(value: object) -> str:
         return value
     if isinstance(value, Sequence):
         plain = [_plain(one) for one in value]
-        is_flat = all(isinstance(one, str | int) and "," not in str(one) for one in plain)
+        is_flat = all(isinstance(one, str | int) and not {",", "["} & {*str(one)} for one in plain)
         return ",".join(map(str, plain)) if is_flat else json.dumps(plain)
     return json.dumps(_plain(value))
 
@@ -76,7 +76,10 @@ def body_of(picture: Picture) -> tuple[bytes | Path, str]:
         return picture, "application/octet-stream"
     buffer = io.BytesIO()
     if isinstance(picture, Savable):
-        picture.save(buffer, format="PNG")
+        image: Any = picture
+        if getattr(image, "mode", "") in ("CMYK", "YCbCr", "HSV", "LAB"):  # which PNG has not
+            image = image.convert("RGB")
+        image.save(buffer, format="PNG")
         return buffer.getvalue(), "image/png"
     np.save(buffer, np.ascontiguousarray(picture), allow_pickle=False)
     return buffer.getvalue(), "application/x-npy"

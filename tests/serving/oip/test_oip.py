@@ -243,6 +243,9 @@ def test_classification_answers_the_largest_values_and_their_places(server: Serv
         plain = client.infer("toy-pointwise", _inputs(api, image)).as_numpy("entropy").ravel()
         wanted = [api.InferRequestedOutput("entropy", class_count=3)]
         top = client.infer("toy-pointwise", _inputs(api, image), outputs=wanted).as_numpy("entropy")
+        many = [api.InferRequestedOutput("entropy", class_count=1001)]
+        with pytest.raises(InferenceServerException, match="up to 1,000 are possible"):
+            client.infer("toy-pointwise", _inputs(api, image), outputs=many)
     places = [int(text.decode().split(":")[1]) for text in top]
     assert [f"{plain[i]:f}:{i}".encode() for i in places] == top.tolist()
     assert np.array_equal(plain[places], np.sort(plain)[::-1][:3])

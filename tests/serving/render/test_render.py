@@ -19,7 +19,7 @@ from rasterio.features import rasterize
 from rasterio.transform import from_origin
 from rasterio.warp import transform as move
 
-from penumbra.models.card import IGNORE, Card, ClassInfo
+from penumbra.models.card import IGNORE, Card, ClassInfo, ExtraMap
 from penumbra.models.errors import BadOption, NotAcceptable, TooLarge
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.raster import Raster, open_raster
@@ -115,6 +115,19 @@ def test_a_tall_overlay_comes_back_pixel_by_pixel(rng: np.random.Generator) -> N
     answer = dataclasses.replace(prediction(patches(rng, *TALL), 3), image=image)
     picture = opened(render(answer, "image/png", Style("overlay")))
     assert picture.mode == "RGB" and np.array_equal(np.asarray(picture), overlay(answer))
+
+
+@pytest.mark.parametrize("levels", [256, 65536])
+def test_a_map_of_a_models_own_that_is_below_zero_is_shown_from_its_least_value_on(levels: int) -> None:
+    values = np.array([[-20, -10, np.nan, -5]], np.float32)
+    card, _ = toy_card("pointwise")
+    card = dataclasses.replace(card, extra_maps=(ExtraMap("density", "of pixels", "nats"),))
+    made = dataclasses.replace(prediction(np.zeros((1, 4), np.uint8), 3), card=card, maps={"density": values})
+    picture = Image.open(io.BytesIO(render(made, "image/png", Style("density", levels=levels))))
+    facts, most = json.loads(picture.info["Penumbra"]), 65535 if levels > 256 else 255
+    assert (facts["black"], facts["white"]) == (-20, 0)
+    found = facts["black"] + np.asarray(picture, float) / most * (facts["white"] - facts["black"])
+    np.testing.assert_allclose(found, [[-20, -10, -20, -5]], atol=20 / most)
 
 
 @pytest.mark.parametrize("levels", [32, 256, 65536])
