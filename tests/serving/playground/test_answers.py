@@ -166,6 +166,30 @@ def test_a_clicked_pixel_tells_its_probabilities(page: sync_api.Page, photo: tup
     assert [float(value) for value in re.findall(r"\d\.\d{4}", told)][-3:] == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_transparent_pixel_tells_that_it_has_no_label(page: sync_api.Page, photo: tuple[np.ndarray, bytes]) -> None:
+    alpha = np.full(photo[0].shape[:2], 255, np.uint8)
+    alpha[10, 10] = 0
+    file = io.BytesIO()
+    Image.fromarray(np.dstack([photo[0], alpha])).save(file, "PNG")
+    give(page, file.getvalue(), model="toy-pointwise")
+    for x, y, said in ((17, 23, "x 17, y 23"), (10, 10, "no label")):
+        page.click("#view", position=place(page, x, y))
+        sync_api.expect(page.locator("#pixel")).to_contain_text(said)
+
+
+def test_a_corner_between_two_pixels_keeps_nobody_from_asking(
+    page: sync_api.Page, photo: tuple[np.ndarray, bytes]
+) -> None:
+    give(page, photo[1], model="toy-boxed")
+    page.click("#boxes-row summary")
+    for corner, value in {"x0": 10.5, "y0": 2, "x1": 30, "y1": 20}.items():
+        page.fill(f"#{corner}", str(value))
+    page.click("#box-add")
+    page.click("#boxes-row summary")
+    page.click("#run")
+    sync_api.expect(page.locator("#status")).to_contain_text("plain, boxed, mixed", timeout=WAIT_MS)
+
+
 def test_a_tag_that_is_ticked_leaves_its_class_alone(page: sync_api.Page, photo: tuple[np.ndarray, bytes]) -> None:
     give(page, photo[1], model="toy-tagged")
     present = page.locator("#legend tr:not(.absent)")
