@@ -26,7 +26,7 @@ RANKED_BY = ("expected_error", "novelty", "mutual_information")
 """Scores that `penumbra rank` looks for; the first if nothing is said."""
 PILLOW_PIXELS = 178_956_970
 """Pillow opens no picture of more pixels."""
-MAX_BOXES, LEAST_SCALE, MOST_SCALE = 1000, 0.01, 100.0
+MAX_BOXES, LEAST_SCALE, MOST_SCALE = 1000, 0.01, 100
 LEVELS = (32, 256, 65536)
 """Levels of grey in a map's picture. 32 are what an eye tells apart, at a tenth of the bytes of 65536."""
 NUM_CANDIDATES = 32
