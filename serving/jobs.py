@@ -339,6 +339,7 @@ class Jobs:
     def _give_back(self, model: str, version: int) -> None:
         if (model, version) in self._gateway.lent:  # else somebody has asked meanwhile for it to be served
             self._gateway.segmenter.unload(model, version)
+            self._gateway.lent.discard((model, version))
 
     def _note(self, num_done: int, num_windows: int) -> None:
         self._progress = (num_done, num_windows)

@@ -172,7 +172,9 @@ class Training:
         try:
             self.objective.load_state_dict(objective | own["objective"])
         except RuntimeError:  # the classes of the data are no field of the recipe
-            raise BadOption(f"{path} was begun with other classes; remove it to start anew") from None
+            raise BadOption(
+                f"{path} was begun with other classes or another network; remove it to start anew"
+            ) from None
         self.optimizer.load_state_dict(optimizer)
         if scaler := state.get("precision"):  # a state that is older has none
             self.fabric.strategy.precision.load_state_dict(scaler)

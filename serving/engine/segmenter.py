@@ -259,7 +259,7 @@ class Segmenter:
         needed, most = plan.num_bytes(self.cores.lanes, on_disk=on_disk), self.limits.memory_bytes
         if needed > most:
             raise TooLarge(
-                f"the picture with its canvas and its answer takes {needed:,} bytes and the limit (memory_bytes) is "
+                f"the request takes {needed:,} bytes of memory and the limit of all together (memory_bytes) is "
                 f"{most:,}; give a smaller image or parts of it, run it at a smaller scale, or ask for fewer maps"
             )
 

@@ -16,8 +16,8 @@ KINDS: dict[type, str] = {
 REQUEST_MEMBERS = ("id", "parameters", "inputs", "outputs")
 INPUT_MEMBERS = ("name", "datatype", "shape", "parameters", "data", "binary_data_size")
 OUTPUT_MEMBERS = ("name", "datatype", "shape", "parameters", "binary_data", "classification")
-MOST_CLASSES = 1000
 """Names that mean something in a request, and in an input or output or its parameters."""
+MOST_CLASSES = 1000
 T = TypeVar("T")
 
 

@@ -56,7 +56,7 @@ def _text(value: object) -> str:
         return value
     if isinstance(value, Sequence):
         plain = [_plain(one) for one in value]
-        is_flat = all(isinstance(one, str | int) and not {",", "["} & {*str(one)} for one in plain)
+        is_flat = all(isinstance(one, str | int) and "," not in str(one) and str(one)[:1] != "[" for one in plain)
         return ",".join(map(str, plain)) if is_flat else json.dumps(plain)
     return json.dumps(_plain(value))
 
