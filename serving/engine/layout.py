@@ -55,16 +55,19 @@ class Place:
 
 
 def fit_points(place: Place) -> tuple[Affine | None, float, list[GroundControlPoint]]:
-    """Fit a transform to the control points of a place with a system; None for fewer than three, or on one line.
+    """Fit a transform to the control points of a place with a system; None for fewer than three, or on one line, or
+    where one is not a number.
 
     Gives also how far it misses them at most, and the points with all longitudes on one side of the 180th meridian.
     """
-    x, y, columns, rows = np.array([(one.x, one.y, one.col, one.row) for one in place.gcps]).reshape(-1, 4).T
+    x, y, columns, rows = values = np.array([(one.x, one.y, one.col, one.row) for one in place.gcps]).reshape(-1, 4).T
+    if not np.isfinite(values).all():  # LAPACK may search for ever, and lets no other thread run
+        return None, np.inf, [*place.gcps]
     if place.crs.is_geographic:
         x = x - 360 * np.rint((x - x[:1]) / 360)
     pixels, ground = np.column_stack([columns, rows, np.ones(len(x))]), np.column_stack([x, y])
     fit, _, rank, _ = np.linalg.lstsq(pixels, ground)
-    points = [GroundControlPoint(*values) for values in zip(rows, columns, x, y, strict=True)]
+    points = [GroundControlPoint(*point) for point in zip(rows, columns, x, y, strict=True)]
     if rank < 3:
         return None, np.inf, points
     return Affine(*fit.T.ravel()), float(np.abs(pixels @ fit - ground).max()), points

@@ -156,7 +156,7 @@ def _by_points(place: Place) -> Locate:
     """Locate by a transform where that meets all points, else by a thin-plate spline. Raises Unplaced."""
     affine, missed, points = fit_points(place)
     if not affine:
-        raise Unplaced("the raster's ground control points are fewer than three or lie on one line")
+        raise Unplaced("ground control points of the raster are fewer than three, on one line or not all numbers")
     if missed <= EXACT_PX * math.sqrt(abs(affine.determinant)):
         return _by_affine(affine, place.crs)
     return _by_transformer(partial(GCPTransformer, points, tps=True), place.crs)

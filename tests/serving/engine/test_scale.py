@@ -157,6 +157,7 @@ def test_a_picture_far_from_the_cards_frame_is_run_at_it_and_says_so(segmenter: 
         ({"crs": "EPSG:32631", "gcps": points(2.5)}, 2.5),
         ({"crs": "EPSG:32631", "gcps": points(2.5)[:1]}, 0),
         ({"crs": "EPSG:32631", "gcps": points(2.5)[::3]}, 0),
+        ({"crs": "EPSG:32631", "gcps": [*points(2.5), GroundControlPoint(1, np.inf, 5e5, 5.8e6)]}, 0),
         ({"crs": "EPSG:4326", "gcps": across(3.0)}, 8.7),
         ({"crs": "EPSG:4326", "gcps": across(179.996)}, 8.7),
         ({"crs": None, "transform": from_origin(0, 0, 5, 5)}, 0),

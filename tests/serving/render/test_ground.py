@@ -308,9 +308,18 @@ NOWHERE: dict[str, tuple[dict[str, Any], str]] = {
     "a reference system alone": ({"crs": "EPSG:32631"}, "a reference system and no transform"),
     "points on a line": (
         {"gcps": [GroundControlPoint(k, k, 4 + k, 52 - k) for k in range(4)], "crs": "EPSG:4326"},
-        "lie on one line",
+        "on one line",
     ),
     "one point": ({"gcps": [GroundControlPoint(1, 1, 4, 52)], "crs": "EPSG:4326"}, "fewer than three"),
+    **{
+        f"points at {value} in {part}": (
+            {"gcps": [GroundControlPoint(**{"row": k, "col": k * k, "x": k, "y": 1, part: value}) for k in range(4)]}
+            | {"crs": "EPSG:4326"},
+            "not all numbers",
+        )
+        for part in ("row", "col", "x", "y")
+        for value in (np.inf, -np.inf, np.nan)
+    },
 }  # fmt: skip
 
 
