@@ -150,15 +150,15 @@ def run_on_ray(request: BatchRequest, output: str, items: Sequence[BatchItem], *
     Nodes read the same store, images and output. What a node had not finished when it was lost is done by another; what
     it had is kept, so nothing is done twice. Raises BadOption where Ray is not installed.
     """
-    ray, size = connect(), 2 * AT_ONCE
-    task = ray.remote(num_cpus=cpus, num_returns="streaming", max_retries=-1)(answer_items)
-    yield from in_turn(ray, task, ((request, output, cpus, items[i : i + size]) for i in range(0, len(items), size)))
+    size = 2 * AT_ONCE
+    asked = ((request, output, cpus, items[i : i + size]) for i in range(0, len(items), size))
+    yield from in_turn(connect(), answer_items, asked, cpus=cpus)
 
 
-def answer_items(request: BatchRequest, output: str, threads: int, items: Sequence[BatchItem]) -> Iterator[Result]:
+def answer_items(request: BatchRequest, output: str, threads: int, items: Sequence[BatchItem]) -> list[Result]:
     """Answer images on a node."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        yield from pool.map(_answerer(request, output, threads).answer, items)
+        return [*pool.map(_answerer(request, output, threads).answer, items)]
 
 
 _latest: dict[tuple[BatchRequest, str, int], Answerer] = {}

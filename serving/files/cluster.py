@@ -2,9 +2,11 @@
 
 This process plans, hands out parts of the raster from its top to its bottom, and puts the rows that come back into its
 spool in their order, so that one that is killed goes on where it was. Nodes read artifact and raster by the same paths.
-A part that a lost node had is done again by another; nothing is written anywhere but here.
+A part that a lost node had is done again by another; nothing is written anywhere but here. A task returns all of its
+answer at once: one that streams may never end for its reader after a node was lost (Ray's issues 39109 and 64695).
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -12,9 +14,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, TypeVar
 
-from penumbra.models.errors import BadOption
+from penumbra.models.errors import BadOption, ModelFault, first_line
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.raster import Raster, open_raster
 from penumbra.serving.engine.request import Progress, QueuedRequest, Run
@@ -25,14 +27,17 @@ from penumbra.serving.engine.windows import WindowPlan
 from penumbra.serving.spool import LONG
 
 RETRIES = 10
-"""How often a part whose node is lost is begun again; one that ends every process that takes it must come to an end."""
+"""How often a task whose node is lost is begun again; one that ends every process that takes it must come to an end."""
 PARTS_PER_CORE = 4
 """Parts of a raster for every core of the cluster, so that the last ones end nearly together."""
 ROWS_PER_REPEAT = 4
 """Least rows of windows in a part for each row that its first rows need of the part above, and that runs twice."""
+PIXELS_PER_PART = 2**24
+"""Most pixels of a part, but for those least rows: a node's process holds its labels and maps, some 20 bytes each."""
 AHEAD = 2
 """Tasks per core that are under way or done and not yet written: what they hold lies in the cluster's memory."""
 
+T = TypeVar("T")
 Spread = Callable[[Segmenter, Path, SegmentOptions], Run]
 """Says of a raster's path and options where its bands are made."""
 
@@ -92,33 +97,37 @@ def on_ray(artifact: Path) -> Spread:
 def run_parts(work: Work, request: QueuedRequest, progress: Progress) -> Generator[Band]:
     """Yield the bands of a request as the parts of its raster come back, from the top. Raises any PenumbraError."""
     ray = connect()
-    part = ray.remote(num_cpus=1, num_returns="streaming", max_retries=RETRIES)(answer_part)
     windows = request.plan.windows
     parts = parts_of(windows, windows.rows_above(request.first_y), num_parts=PARTS_PER_CORE * _cores(ray))
     progress(request.first_window, windows.num_windows)
-    for band, withheld in in_turn(ray, part, ((work, *rows) for rows in parts)):
+    for band, withheld in in_turn(ray, answer_part, ((work, *rows) for rows in parts)):
         request.withheld |= withheld
         end = band.y0 + len(band.labels)
         progress(windows.num_windows * end // windows.size[0], windows.num_windows)
         yield band
 
 
-def in_turn(ray: Any, task: Any, asked: Iterator[tuple[Any, ...]]) -> Generator[Any]:
-    """Yield what a task that streams yields, for each of its arguments in turn, with some of them under way for every
-    core. None is left when this ends. Raises what a task raised."""
+def in_turn(
+    ray: Any, answer: Callable[..., list[T]], asked: Iterator[tuple[Any, ...]], *, cpus: int = 1
+) -> Generator[T]:
+    """Yield what a function answers to each of its arguments in turn, on `cpus` of a cluster each, with some of them
+    under way for every core. None is left when this ends. Raises what it raised, and ModelFault where its process was
+    lost each time."""
     waiting, running = deque(asked), deque[Any]()
+    task = ray.remote(num_cpus=cpus, max_retries=RETRIES)(answer)
     try:
         while waiting or running:
             while waiting and len(running) < AHEAD * _cores(ray):  # nodes come and go
                 running.append(task.remote(*waiting.popleft()))
-            for made in running[0]:
-                yield ray.get(made)
+            yield from ray.get(running[0])
             running.popleft()
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise ModelFault(f"the cluster lost each process that took a part of the work: {first_line(error)}") from None
     finally:
         for left in running:
-            ray.cancel(left)
+            ray.cancel(left, force=True)  # an interrupt within a process may keep what others wait for
 
 
 def _cores(ray: Any) -> int:
@@ -132,21 +141,24 @@ def parts_of(windows: WindowPlan, y: int, *, num_parts: int) -> Iterator[tuple[i
     middle = len(windows.starts_y) // 2
     repeats = middle - windows.row_before(max(windows.starts_y[middle], 0))
     starts = [start for start in starts if start >= y]
-    step = max(1, ROWS_PER_REPEAT * repeats, -(-len(starts) // num_parts))
+    most = PIXELS_PER_PART * len(windows.starts_y) // math.prod(windows.size)
+    step = max(1, ROWS_PER_REPEAT * repeats, min(most, -(-len(starts) // num_parts)))
     firsts = starts[::step]
     return zip(firsts, [*firsts[1:], windows.size[0]], strict=True)
 
 
-def answer_part(work: Work, y: int, end: int) -> Iterator[tuple[Band, set[int]]]:
-    """Yield a part's bands on a node, each with the classes withheld altogether that were found so far."""
+def answer_part(work: Work, y: int, end: int) -> list[tuple[Band, set[int]]]:
+    """Answer a part on a node: its bands, each with the classes withheld altogether that the part has."""
     segmenter, image = _open(work)
     request = segmenter.bands_from(y, image, work.options, limits=LONG, cancelled=Event())
     request.withheld.clear()  # what may lie above the part is for others to tell
+    made = list[tuple[Band, set[int]]]()
     with closing(request.bands()) as bands:
         for band in bands:
-            yield replace(band, void_hW=None), request.withheld
+            made.append((replace(band, void_hW=None), request.withheld))
             if band.y0 + len(band.labels) >= end:
-                return
+                break
+    return made
 
 
 @lru_cache(maxsize=1)

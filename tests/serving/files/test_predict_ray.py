@@ -1,6 +1,7 @@
 """`penumbra predict --engine ray`: one raster in parts, on nodes of which one is lost in the middle."""
 
 import dataclasses
+import os
 import threading
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -14,13 +15,13 @@ from PIL import Image
 from rasterio.transform import from_origin
 
 from penumbra.models.card import WindowSpec
-from penumbra.models.errors import BadImage
+from penumbra.models.errors import BadImage, ModelFault
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import find_artifact
 from penumbra.serving.engine.windows import cover
 from penumbra.serving.files import cluster
-from penumbra.serving.files.cluster import Work, answer_part, on_ray, parts_of
+from penumbra.serving.files.cluster import Work, answer_part, connect, in_turn, on_ray, parts_of
 from penumbra.serving.files.predict import IN_MEMORY, predict_file
 from tests.conftest import FIXED, picture
 from tests.serving.files.conftest import add_node
@@ -127,6 +128,13 @@ class TestCluster:
             assert Path(there.files[name]).read_bytes() == Path(here.files[name]).read_bytes(), name
         assert there.prediction.scores == here.prediction.scores and there.classes == here.classes
         assert there.prediction.warnings == here.prediction.warnings
+
+    def test_work_that_ends_every_process_that_takes_it_comes_to_an_end(
+        self, cluster: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("penumbra.serving.files.cluster.RETRIES", 1)
+        with pytest.raises(ModelFault, match="the cluster lost each process that took a part of the work: "):
+            [*in_turn(connect(), lambda code: os._exit(code), iter([(1,), (2,)]))]
 
 
 @ray_is_there
