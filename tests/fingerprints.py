@@ -165,7 +165,8 @@ def ask_grpc(stub: Any, model: str, form: str, image: np.ndarray, file: bytes) -
         if classes:
             output.parameters["classification"].int64_param = classes
     try:
-        answer = next(stub.ModelStreamInfer(iter([request]))) if form == "classes" else stub.ModelInfer(request)
+        ask = stub.ModelInfer if form != "classes" else lambda *of, **how: next(stub.ModelStreamInfer(iter(of), **how))
+        answer = ask(request, timeout=60)
     except grpc.RpcError as error:
         return sha(str(error.code()), error.details())
     return sha(answer.SerializeToString(deterministic=True))

@@ -33,7 +33,7 @@ VARIANTS = (
 )  # fmt: skip
 ROUNDING = 1e-4
 """Relative: the graphs are decomposed into other operators, in float32."""
-DRY_RUN_S = 1800
+DRY_RUN_S = 800
 
 pytestmark = [
     pytest.mark.slow,

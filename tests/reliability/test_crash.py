@@ -33,7 +33,7 @@ async def kill(server: Server) -> tuple[float, float]:
         with server.client() as client:
             return client.get("/readyz").status_code == 200
 
-    dead.wait()
+    dead.wait(60)
     gone = time.perf_counter()
     await asyncio.to_thread(until, is_back)
     return gone, time.perf_counter() - killed

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,7 @@ def _move_in_a_group(rank: int, folder: Path) -> None:
     move_prototypes(prototypes_KMD, pixels[rank], place_P[rank], momentum=0.75)
     torch.save(prototypes_KMD, folder / f"{rank}.pt")
     distributed.destroy_process_group()
+    os._exit(0)  # a thread of gloo may abort or hold a process whose interpreter has ended
 
 
 @pytest.mark.slow

@@ -205,7 +205,7 @@ def test_messages_of_grpc_and_what_unpacks_count_among_the_bodies(toy_store: Pat
             rpc.infer("toy-latent", [tensors[0]], client_timeout=30)
         assert refused.value.status() == "StatusCode.RESOURCE_EXHAUSTED"
         assert rpc.infer("toy-latent", [tensors[1]], client_timeout=30).as_numpy("labels").shape == (20, 20)
-        rpc.start_stream(lambda result, error: answers.append(error or result))
+        rpc.start_stream(lambda result, error: answers.append(error or result), stream_timeout=60)
         for tensor in tensors:
             rpc.async_stream_infer("toy-latent", [tensor])
         until(lambda: len(answers) == 2)
@@ -248,16 +248,19 @@ def unread(address: str) -> Iterator[tuple[str, threading.Event]]:
         pumped.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**18)  # the system's buffers are not to hold it all
 
         def accept() -> None:
-            with suppress(OSError), closing(listening.accept()[0]) as caller, closing(pumped):
+            with suppress(OSError), closing(listening.accept()[0]) as caller:
                 pumps.submit(pump, pumped, caller, num_free=8192)
                 pump(caller, pumped, num_free=2**40)
-                pumped.shutdown(socket.SHUT_RDWR)  # wakes the other pump, which closing does not
+                pumped.shutdown(socket.SHUT_RDWR)
 
         pumps.submit(accept)
         try:
             yield f"127.0.0.1:{listening.getsockname()[1]}", go
         finally:
             go.set()
+            for one in (pumped, listening):  # wakes whoever waits in it, which closing does not
+                with suppress(OSError):
+                    one.shutdown(socket.SHUT_RDWR)
             pumped.close()
 
 

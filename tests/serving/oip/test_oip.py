@@ -122,7 +122,7 @@ def _by_typed_contents(server: Server, image: np.ndarray) -> Arrays:
 def _by_stream(server: Server, image: np.ndarray) -> Arrays:
     answers: queue.Queue[Any] = queue.Queue()
     with triton_grpc.InferenceServerClient(server.grpc_address) as client:
-        client.start_stream(lambda result, error: answers.put(error or result))
+        client.start_stream(lambda result, error: answers.put(error or result), stream_timeout=120)
         client.async_stream_infer("toy-latent", _inputs(triton_grpc, image), parameters=OPTIONS)
         return _arrays(answers.get(timeout=60))
 
@@ -376,7 +376,7 @@ def test_a_stream_answers_in_order_and_outlives_a_bad_request(
     grpc_client: triton_grpc.InferenceServerClient,
 ) -> None:
     answers: queue.Queue[Any] = queue.Queue()
-    grpc_client.start_stream(lambda result, error: answers.put(error or result))
+    grpc_client.start_stream(lambda result, error: answers.put(error or result), stream_timeout=120)
     inputs = _inputs(triton_grpc, WHITE)
     for number, model in enumerate(("toy-latent", "nope", "toy-nan", "toy-pointwise")):
         grpc_client.async_stream_infer(model, inputs, request_id=str(number))

@@ -12,6 +12,11 @@ WIDTH, HEIGHT = 60, 40
 WAIT_MS = 60_000
 sync_api.expect.set_options(timeout=WAIT_MS)
 PNG = {"Content-Type": "image/png", "Accept": "image/png"}
+PAINTED = """new Promise((tell, fail) => {
+  setTimeout(fail, 60_000, Error("nothing was painted for a minute"));
+  requestAnimationFrame(() => requestAnimationFrame(tell));
+})"""
+"""Waits in the page until what was asked for before is painted."""
 
 
 def give(page: sync_api.Page, photo: bytes, *, model: str) -> None:
@@ -31,7 +36,7 @@ def canvas(page: sync_api.Page, layer: str) -> np.ndarray:
         page.select_option(side, layer)
     page.click("#zoom-fit")
     page.click("#zoom-one")
-    page.evaluate("() => new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
+    page.evaluate(PAINTED)
     values = page.locator("#view").evaluate(
         f"c => Array.from(c.getContext('2d').getImageData(c.dataset.left, c.dataset.top, {WIDTH}, {HEIGHT}).data)"
     )
@@ -40,10 +45,8 @@ def canvas(page: sync_api.Page, layer: str) -> np.ndarray:
 
 def place(page: sync_api.Page, x: int, y: int) -> dict[str, float]:
     """Where a pixel of the picture lies in the view."""
-    view = page.locator("#view").evaluate(  # once what was asked for before is painted
-        "c => new Promise((tell) => requestAnimationFrame(() => requestAnimationFrame("
-        "() => tell([c.dataset.left, c.dataset.top, c.dataset.zoom].map(Number)))))"
-    )
+    page.evaluate(PAINTED)
+    view = page.locator("#view").evaluate("c => [c.dataset.left, c.dataset.top, c.dataset.zoom].map(Number)")
     return {"x": view[0] + (x + 0.5) * view[2], "y": view[1] + (y + 0.5) * view[2]}
 
 

@@ -98,7 +98,6 @@ def test_a_second_finger_zooms_and_the_one_that_stays_pans_without_a_jump(
         """Which fingers, by name, do what where."""
         fingers = [{"x": frame["x"] + x, "y": frame["y"] + y, "id": ord(name)} for name, (x, y) in points.items()]
         session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": fingers})
-        page.evaluate("() => new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
         return place(page, 0, 0)
 
     begun = touch("touchStart", a=(100, 200))

@@ -24,8 +24,7 @@ def test_the_engines_tests_hold_where_windows_stay_on_the_device() -> None:
     engine = Path(__file__).parents[1].relative_to(ROOT)
     command = [sys.executable, "-m", "pytest", "-p", "tests.serving.engine.gpu.stays", str(engine), "-m", "not slow"]
     command += [f"--ignore={engine / 'gpu'}", *(f"--deselect={engine / name}" for name in OF_THE_CPU)]
-    ended = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     passed = re.search(r"(\d+) passed", ended.stdout)
     assert ended.returncode == 0 and passed and int(passed[1]) >= LEAST, ended.stdout[-4000:] + ended.stderr[-1000:]
