@@ -85,7 +85,11 @@ def test_a_call_and_every_request_of_a_stream_has_the_same_line_over_grpc(keyed:
         rpc.infer("toy-latent", [tensor()], headers=metadata, client_timeout=30)
         with pytest.raises(InferenceServerException):
             rpc.get_model_metadata("unheard", headers=metadata | {"x-request-id": "shop-19"}, client_timeout=30)
-        rpc.start_stream(lambda result, error: answers.append(error), headers=metadata | {"x-request-id": "shop-20"})
+        rpc.start_stream(
+            lambda result, error: answers.append(error),
+            headers=metadata | {"x-request-id": "shop-20"},
+            stream_timeout=60,
+        )
         for model in ("toy-latent", "unheard"):
             rpc.async_stream_infer(model, [tensor(20, 30)])
         until(lambda: len(answers) == 2, bound_s=30)
