@@ -6,6 +6,7 @@ Protocol files turn their bytes into a call of `answer` and its outcome into the
 import asyncio
 import logging
 import math
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -78,6 +79,8 @@ class Gateway:
         self._cache = AnswerCache(cache_bytes) if cache_bytes else None
         self.lent: set[tuple[str, int]] = set()
         """Versions that are loaded for a job alone."""
+        self.lending = threading.Lock()
+        """Is held by who looks into what is lent and goes by it."""
         self.shadow: Shadow | None = None
         """What is offered every request that was worked on and answered."""
         self._memory = Memory(segmenter.limits.memory_bytes)

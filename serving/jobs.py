@@ -326,6 +326,8 @@ class Jobs:
         served = max((card.version for card in segmenter.cards() if card.name == model), default=version)
         if served < version:  # who names no version would be answered by this one
             raise UnknownModel(f"{model} version {version}, which the job was taken for, was taken back; send it again")
+        self._gateway.lent.add((model, version))
+        held.callback(self._give_back, model, version)
         try:
             segmenter.load(find_artifact(self.settings.store, model, version))
         except (UnknownModel, BadArtifact) as error:  # of which the places are none of the caller's business
@@ -333,13 +335,12 @@ class Jobs:
             raise UnknownModel(
                 f"{model} version {version}, which the job was taken for, can be loaded no more; send it again"
             ) from None
-        self._gateway.lent.add((model, version))
-        held.callback(self._give_back, model, version)
 
     def _give_back(self, model: str, version: int) -> None:
-        if (model, version) in self._gateway.lent:  # else somebody has asked meanwhile for it to be served
-            self._gateway.segmenter.unload(model, version)
-            self._gateway.lent.discard((model, version))
+        with self._gateway.lending:
+            if (model, version) in self._gateway.lent:  # else somebody has asked meanwhile for it to be served
+                self._gateway.segmenter.unload(model, version)
+                self._gateway.lent.discard((model, version))
 
     def _note(self, num_done: int, num_windows: int) -> None:
         self._progress = (num_done, num_windows)

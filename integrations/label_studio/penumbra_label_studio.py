@@ -81,11 +81,13 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(200 if known else 404, {"status": "UP", "model_class": "Penumbra"} if known else {})
 
     def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
         try:
+            asked = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
             status, document = self._reply(asked)
-        except (PenumbraError, ValueError, OSError, KeyError) as error:
+        except (PenumbraError, ValueError, OSError) as error:
             status, document = 502 if isinstance(error, PenumbraError) else 400, {"error": str(error)}
+        except (KeyError, TypeError, AttributeError) as error:
+            status, document = 400, {"error": f"the request is not as Label Studio writes it ({error!r})"}
         self._answer(status, document)
 
     def _reply(self, asked: dict[str, Any]) -> tuple[int, dict[str, Any]]:

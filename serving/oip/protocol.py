@@ -290,8 +290,9 @@ class Inference:
         try:
             directory = newest = find_artifact(store, model)
             directory = served = self._find(store, model)
-            self.gateway.lent.discard((model, int(served.name)))  # what a job had loaded stays from now on
-            loaded = {card.version for card in segmenter.cards() if card.name == model}
+            with self.gateway.lending:
+                self.gateway.lent.discard((model, int(served.name)))  # what a job had loaded stays from now on
+                loaded = {card.version for card in segmenter.cards() if card.name == model}
             if int(served.name) not in loaded:
                 segmenter.load(served)
             if self.gateway.shadow:

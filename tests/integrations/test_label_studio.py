@@ -159,5 +159,8 @@ def test_what_is_wrong_is_said(backend: str, base: Path, pictures: list[Path], t
     (tmp_path / "bad.png").write_bytes(b"no picture")
     bad = ask(backend, base, [tmp_path / "bad.png"])
     assert bad.status_code == 502 and bad.json()["error"]
+    for body, said in ((b"{", "Expecting"), (b"[]", "not as Label Studio writes it"), (b"{}", "label_config")):
+        wrong = httpx.post(f"{backend}/predict", content=body, trust_env=False)
+        assert wrong.status_code == 400 and said in wrong.json()["error"]
     assert httpx.post(f"{backend}/setup", json={}, trust_env=False).json() == {"model_version": "toy-latent 1"}
     assert httpx.post(f"{backend}/webhook", json={}, trust_env=False).status_code == 201

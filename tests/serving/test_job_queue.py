@@ -339,19 +339,24 @@ def test_a_job_whose_canvas_is_too_large_is_refused_at_the_door(
         assert jobs.submit(place, NPZ, {"model": MODEL})["state"] == "queued", "its own pixels are on the disk"
 
 
+@pytest.mark.parametrize("moment", ["it runs", "it has just been loaded for it"])
 def test_a_version_that_is_loaded_while_a_job_has_it_stays(
-    store: Path, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    store: Path, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     left(tmp_path, Job("waits", NPZ, {"model": MODEL, "version": "3"}, 1.0), rng)
     with opened(store, tmp_path) as (jobs, gateway):
         gateway.segmenter.unload(MODEL)
-        inference, loaded = Inference(gateway, store=store), list[int]()
+        inference, asked, loaded = Inference(gateway, store=store), list[str](), list[int]()
+        whole, name = (jobs, "_note") if moment == "it runs" else (gateway.segmenter, "load")
+        before = getattr(whole, name)
 
-        def load(num_done: int, num_windows: int) -> None:
-            if not loaded:
+        def ask_for_it(*given: object) -> None:
+            before(*given)
+            if not asked:
+                asked.append(MODEL)
                 loaded.append(inference._load(MODEL, store))
 
-        monkeypatch.setattr(jobs, "_note", load)
+        monkeypatch.setattr(whole, name, ask_for_it)
         jobs.start()
         assert ended(jobs, "waits")["state"] == "done" and loaded == [3]
         until(lambda: not jobs._cancelled.is_set())
