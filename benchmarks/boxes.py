@@ -73,7 +73,7 @@ def evaluate(checkpoint: Path, data: Path, every: int) -> dict[str, Any]:
         export_checkpoint(checkpoint, Path(folder))
         with Segmenter.open(Path(folder)) as segmenter:
             for i in track(range(0, len(frames), every), checkpoint.stem):
-                image_3HW, label_HW, _ = frames[i]
+                image_3HW, label_HW, *_ = frames[i]
                 image_HW3 = image_3HW.permute(1, 2, 0).contiguous().numpy()
                 for name, value in measure(segmenter, image_HW3, label_HW.numpy(), seed=i).items():
                     sums[name].append(value)

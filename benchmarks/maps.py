@@ -43,7 +43,7 @@ def answer(checkpoint: Path, data: Path, every: int) -> Iterator[tuple[np.ndarra
         export_checkpoint(checkpoint, Path(folder))
         with Segmenter.open(Path(folder)) as segmenter:
             for i in track(range(0, len(frames), every), checkpoint.stem):
-                image_3HW, label_HW, _ = frames[i]
+                image_3HW, label_HW, *_ = frames[i]
                 yield label_HW.numpy(), *scores(segmenter, image_3HW.permute(1, 2, 0).contiguous().numpy(), i)
 
 

@@ -24,7 +24,7 @@ from penumbra.export.zoo import ZOO
 from penumbra.models.checkpoint import read_card
 from penumbra.models.errors import PenumbraError
 from penumbra.serving.engine.store import open_artifact
-from penumbra.training.evaluation.run import Question, as_arrays, load_frames
+from penumbra.training.evaluation.run import Question, as_rasters, load_frames
 
 COLUMNS = {
     "max_abs": ("largest difference", "{:.1e}"), "label_flips_percent": ("flips, %", "{:.4f}"),
@@ -65,7 +65,7 @@ def main(data: Path, every: int, only: tuple[str, ...], names: tuple[str, ...]) 
     for name, (backend, precision) in track([(name, each) for each in formats for name in chosen], "Exporting"):
         checkpoint = ZOO / f"{name}.safetensors"
         card = read_card(checkpoint)
-        frames = as_arrays(load_frames(Question(name, data), card), card.input, every=every)
+        frames = as_rasters(load_frames(Question(name, data), card), card.input, every=every)
         figures = figures_of(checkpoint, backend, precision, frames)
         save("parity", {f"{name} | {backend} {precision}": figures}, keep=True)
     kept = json.loads((RESULTS / "parity.json").read_text())

@@ -35,8 +35,8 @@ NEIGHBOURS = ("config.json", "preprocessor_config.json")
 IMAGENET = {"mean": InputSpec().mean, "std": InputSpec().std}
 SCALES = {"uint8": 255.0, "float32": 1.0}
 """What values are divided by, by their type, where nothing says otherwise."""
-BYTE_MEANS = 2.0
-"""A mean above it is of values 0 to 255, which are then not divided."""
+OF_BYTES = 2.0
+"""A mean or a deviation above it is of values 0 to 255, which are then not divided."""
 DEFAULT_SIZE = (512, 512)
 
 
@@ -85,6 +85,8 @@ def find_facts(content: Any) -> Facts:
         found["scale"] = round(1 / factor, 6)
     if content.get("do_normalize") is False:
         found |= {"mean": 0.0, "std": 1.0}
+    if content.get("do_flip_channel_order"):  # transformers' MobileViT, which knows no mean
+        found = {"mean": 0.0, "std": 1.0} | found | {"order": "BGR"}
     return found
 
 
@@ -116,6 +118,7 @@ def input_of(facts: Facts, channels: int | None) -> tuple[InputSpec, tuple[str, 
     if len(bands) != num:
         raise BadOption(f"{len(bands) or 'no'} bands are named, and the network takes {num}; {how}")
     bands, notes = [str(name).lower() for name in bands], tuple[str, ...]()
+    order = str(facts.get("order", "RGB")).upper()
     given = [name for name in ("mean", "std", "low", "high") if name in facts]
     if given in (["mean"], ["std"]):
         (other,) = {"mean", "std"} - {*given}
@@ -124,17 +127,18 @@ def input_of(facts: Facts, channels: int | None) -> tuple[InputSpec, tuple[str, 
     if not given:
         if num != len(RGB):
             raise BadOption(f"nothing says how values of {', '.join(bands)} become the network's input; {how}")
-        facts, notes = facts | IMAGENET, ("nothing says how pixels become the network's input: ImageNet's mean and "
-                                          "deviation are taken; --input says others",)  # fmt: skip
+        notes = ("nothing says how pixels become the network's input: ImageNet's mean and deviation are taken; --input "
+                 "says others",)  # fmt: skip
+        facts = facts | {name: of[:: -1 if order == "BGR" else 1] for name, of in IMAGENET.items()}
     facts = {"mean": 0.0, "std": 1.0, "low": (), "high": ()} | facts | {"bands": bands}
     data: Facts = {name: _each(facts[name], num) for name in PER_BAND}
     data |= {"scale": 1.0} | {name: facts[name] for name in ("scale", "dtype", "clip") if name in facts}
-    data["order"] = str(facts.get("order", "RGB")).upper()
+    data["order"] = order
     if "resolution" in facts:  # frame:512 or gsd:0.25
         kind, _, value = str(facts["resolution"]).partition(":")
         data["resolution"] = {"kind": kind, "value": parse_value(value)}
     spec = read_strict(InputSpec, data, where="--input")
-    if "scale" in facts or max(map(abs, spec.mean)) > BYTE_MEANS:
+    if "scale" in facts or max(map(abs, (*spec.mean, *spec.std))) > OF_BYTES:
         return spec, notes
     if spec.dtype not in SCALES and not spec.low:
         raise BadOption(f"dtype is {spec.dtype}, and nothing says what its values are divided by; add scale=10000, say")

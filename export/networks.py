@@ -96,7 +96,9 @@ def _import(form: str, source: str, name: str, given: Given) -> tuple[Imported, 
         provenance=Provenance(recipe=f"{IMPORTED}{brought.origin}"),
     )  # fmt: skip
     card = parse_card(dump_card(card))  # checked
-    found = f"one channel, a {kind}, which becomes two classes exactly" if channels == 1 else kind
+    low, high, *_ = (info.name for info in classes)
+    two = f"one channel, a {kind} of {high}, which becomes two classes exactly ({low} where it is low)"
+    found = two if channels == 1 else kind
     found = f"on probes it gives {found} [B, {channels}, {sides[0]}, {sides[1]}] for {seen[0]}x{seen[1]} px"
     alone = (ALONE,) if card.num_members(card.sampling.default_samples) == 1 else ()
     notes = (*read, *brought.notes, found, *cut)

@@ -61,7 +61,7 @@ def read_classes(source: str) -> tuple[ClassInfo, ...]:
     if not entries or "" in entries:
         raise BadOption(f"{source} has an empty line or no classes; one name per line is wanted")
     if len(entries) == 1:
-        raise BadOption(f"{source} names 1 class, which every pixel would have; name the background too")
+        raise BadOption(f"{source} names 1 class, which every pixel would have; name the background before it")
     return tuple(_read_class(entry, k, source) for k, entry in enumerate(entries))
 
 

@@ -263,10 +263,10 @@ def export(
 def _read_frames(checkpoint: Path, every: int, **where: Any) -> list[Any]:
     """Every n-th labelled frame, as `penumbra.export.parity` takes them."""
     from penumbra.models.checkpoint import read_card
-    from penumbra.training.evaluation.run import Question, as_arrays, load_frames
+    from penumbra.training.evaluation.run import Question, as_rasters, load_frames
 
     card = read_card(checkpoint)
-    frames: list[Any] = as_arrays(load_frames(Question(checkpoint.stem, **where), card), card.input, every=every)
+    frames: list[Any] = as_rasters(load_frames(Question(checkpoint.stem, **where), card), card.input, every=every)
     return frames
 
 

@@ -57,7 +57,7 @@ def tune_model(
 
     options = TuneOptions(ends, Load(kind, target_ms or 0.0), pictures, **others)
     if data:
-        from penumbra.training.evaluation.run import Question, as_arrays, evaluate, load_frames
+        from penumbra.training.evaluation.run import Question, as_rasters, evaluate, load_frames
 
         question = Question(name, data, data_set, split, every=every)
         card = artifact_card(find_artifact(store, name))
@@ -67,5 +67,5 @@ def tune_model(
             figures = evaluate(segmenter, question, frames).evaluation.figures()
             return {figure.rpartition("/")[2]: figures[figure] for figure in ("seg/mIoU", "sc/AURC", "cal/ECE")}
 
-        options = replace(options, frames=as_arrays(frames, card.input, every=every), judge=judge)
+        options = replace(options, frames=as_rasters(frames, card.input, every=every), judge=judge)
     print_tuned(tune_artifact(name, store, options, lambda line: click.echo(line, err=True)), as_json=as_json)

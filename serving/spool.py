@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +28,7 @@ from penumbra.serving.engine.options import Limits, SegmentOptions
 from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.request import Progress, QueuedRequest, Run
 from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.serving.engine.uncertainty import NUM_COLUMNS
+from penumbra.serving.engine.uncertainty import NUM_COLUMNS, Band
 
 log = logging.getLogger("penumbra.disk")
 
@@ -36,6 +36,8 @@ LONG = Limits(pixels=2**40, queue_samples=2**40, large_share=1)
 """Limits of work that is bounded by its disk."""
 MARK = "spool.json"
 """File in a spool's directory that says what it is the spool of, and its files. No map has a dot in its name."""
+DAMAGE = "damage.txt"
+"""File in a spool's directory that says what of the image was damaged where it was read, a line each."""
 SCRATCH = "writing.tif"
 """File in a spool's directory for whoever writes the answer in another form, who may put others beside it whose names
 begin so."""
@@ -82,13 +84,14 @@ class Spool:
         """
         self._segmenter, self._image, self._options = segmenter, image, options
         card = segmenter.find(options.model, options.version).card
-        key = hashlib.sha256(f"{source} {options} {NUM_COLUMNS} {dump_card(card)}".encode()).hexdigest()
+        facts = f"{source} {options} {NUM_COLUMNS} {dump_card(card)} {image.place}"
+        key = hashlib.sha256(facts.encode()).hexdigest()
         self._directory = directory
         if _key_in(directory) != key:
             with disk():
                 directory.mkdir(parents=True, exist_ok=True)
                 self._clear()
-                names = ["labels", *options.maps(card), SUMS]
+                names = ["labels", *options.maps(card), SUMS, DAMAGE]
                 (directory / MARK).write_text(json.dumps({"key": key, "files": names}))
         size = (image.shape[0], image.shape[1])
         self._labels = RowFile(directory / "labels", size, np.uint8)
@@ -116,8 +119,18 @@ class Spool:
         first_y = min(self._labels.num_rows, self._labels.shape[0] - 1)  # labels are written last
         request = self._segmenter.bands_from(first_y, self._image, self._options, limits=limits, cancelled=cancelled)
         labels_HW, maps = cast(NDArray[np.uint8], self._labels), cast(dict[str, FloatArray], self._maps)
+        damage = self._directory / DAMAGE
+        self._image.damage |= {*damage.read_text("utf-8").splitlines()} if first_y and damage.exists() else set()
+
+        def noted(request: QueuedRequest, progress: Progress) -> Generator[Band]:
+            """Keep what is known of damage before the rows that it is of."""
+            for band in run(request, progress):
+                if lines := sorted(self._image.damage):
+                    damage.write_text("\n".join(lines), "utf-8")
+                yield band
+
         with disk():
-            return collect(request, labels_HW, maps, cast(NDArray[np.int64], self._sums), progress=progress, run=run)
+            return collect(request, labels_HW, maps, cast(NDArray[np.int64], self._sums), progress=progress, run=noted)
 
 
 def _own(directory: Path) -> tuple[str, set[str]]:

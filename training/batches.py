@@ -106,7 +106,7 @@ class Batches:
     def labelled_frames(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Give every labelled frame whole and as it is: image_13HW, normalised, and label_1HW."""
         for i in self.labelled.tolist():
-            image_3HW, label_HW, _ = self.frames[i]
+            image_3HW, label_HW, *_ = self.frames[i]
             yield normalise(image_3HW[None].float() / 255, self.recipe.input), label_HW[None].long()
 
     def _views(self, indices: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,7 +117,7 @@ class Batches:
             return none_Bhw[:, None].expand(-1, 3, -1, -1), none_Bhw.long(), none_Bhw.bool()
         views = []
         for i in indices[torch.randint(len(indices), (num,), generator=generator)].tolist():
-            image_3HW, label_HW, _ = self.frames[i]
+            image_3HW, label_HW, *_ = self.frames[i]
             planes_2HW = torch.stack((label_HW, torch.zeros_like(label_HW)))  # the second is IGNORE beyond the picture
             views.append(random_view(image_3HW, planes_2HW, size=recipe.crop, scale=recipe.scale, generator=generator))
         image_B3hw, planes_B2hw = (torch.stack(each) for each in zip(*views, strict=True))

@@ -23,7 +23,7 @@ def measure(network: Network, frames: FrameSet, *, card: Card, every: int = 1, s
     device = next(network.parameters()).device
     confusion_KK, nll_nats = torch.zeros(card.num_classes, card.num_classes, dtype=torch.int64), list[float]()
     for i in range(0, len(frames), every):
-        image_3HW, label_HW, _ = frames[i]
+        image_3HW, label_HW, *_ = frames[i]
         if (label_HW == IGNORE).all():
             continue  # its mean over no pixel is NaN, and one NaN would be the mean of all frames
         image_B3hw = normalise(image_3HW[None].float() / 255, card.input).to(device)

@@ -15,7 +15,9 @@ from torch import Tensor
 from penumbra.models.card import IGNORE
 from penumbra.models.errors import BadData, BadImage, BadOption, TooLarge
 from penumbra.serving.engine.decode import open_image
+from penumbra.serving.engine.layout import Place
 from penumbra.serving.engine.options import PILLOW_PIXELS, Limits
+from penumbra.serving.engine.raster import Raster
 
 log = logging.getLogger("penumbra")
 UNKNOWN = -1
@@ -50,28 +52,42 @@ def count_ids(num_classes: int, *, void: int = IGNORE) -> LabelIds:
 
 
 class Frame(NamedTuple):
-    """A picture and its label (IGNORE = void), uint8, and where the picture holds no measurement, if it says so."""
+    """A picture and its label (IGNORE = void), uint8, and where the picture holds no measurement, if it says so.
+
+    place: where it lies on the ground, if it says so. scale: at which it is to be run, whatever else is asked for.
+    """
 
     image_3HW: Tensor
     label_HW: Tensor
     void_HW: Tensor | None = None
+    place: Place | None = None
+    scale: float | None = None
+
+    def raster(self) -> Raster:
+        """Give the picture as the engine takes it."""
+        void_HW = None if self.void_HW is None else self.void_HW.numpy()
+        raster = Raster(np.ascontiguousarray(self.image_3HW.permute(1, 2, 0).numpy()), void_HW=void_HW)
+        raster.place = self.place
+        return raster
 
 
 @dataclass(frozen=True, slots=True)
 class Frames:
     """Frames in memory: image_N3HW and label_NHW (IGNORE = void), uint8, all of one size; names, each once, in the
-    same order; voids: where each picture says that nothing was measured, if any does."""
+    same order; voids, places: of each picture, if it says so."""
 
     names: tuple[str, ...]
     image_N3HW: Tensor
     label_NHW: Tensor
     voids: tuple[Tensor | None, ...] = ()
+    places: tuple[Place | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Frame:
-        return Frame(self.image_N3HW[index], self.label_NHW[index], self.voids[index] if self.voids else None)
+        of_file = (some[index] if some else None for some in (self.voids, self.places))
+        return Frame(self.image_N3HW[index], self.label_NHW[index], *of_file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +105,13 @@ class FrameFiles:
 
     def __getitem__(self, index: int) -> Frame:
         """Read a frame. Raises BadData: a file is unreadable, the mask is of another size or holds an unknown label."""
-        (image_3HW, void_HW), label_HW = read_picture(self.pictures[index]), read_mask(self.masks[index], self.ids)
+        image_3HW, void_HW, place = read_picture(self.pictures[index])
+        label_HW = read_mask(self.masks[index], self.ids)
         if image_3HW.shape[1:] != label_HW.shape:
             raise BadData(f"{self.masks[index]} is {_size(label_HW)}; its picture is {_size(image_3HW)}")
         if void_HW is not None:
             label_HW[void_HW] = IGNORE  # the server answers no class there either
-        return Frame(image_3HW, label_HW, void_HW)
+        return Frame(image_3HW, label_HW, void_HW, place)
 
 
 FrameSet = Frames | FrameFiles
@@ -119,16 +136,16 @@ def hold(files: FrameFiles) -> Frames:
         here, first = frames[-1][0], frames[0][0]
         if here.shape != first.shape:
             raise BadData(f"{path} is {_size(here)}; the pictures before it are {_size(first)}")
-    images, labels, voids = zip(*frames, strict=True)
-    return Frames(files.names, torch.stack(images), torch.stack(labels), voids)
+    images, labels, voids, places, _ = zip(*frames, strict=True)
+    return Frames(files.names, torch.stack(images), torch.stack(labels), voids, places)
 
 
 def choose(frames: FrameSet, rows: Sequence[int]) -> FrameSet:
     """Keep some of the frames, in the order of `rows`."""
     names = tuple(frames.names[i] for i in rows)
     if isinstance(frames, Frames):
-        voids = tuple(frames.voids[i] for i in rows) if frames.voids else ()
-        return Frames(names, frames.image_N3HW[rows], frames.label_NHW[rows], voids)
+        of_files = (tuple(some[i] for i in rows) if some else () for some in (frames.voids, frames.places))
+        return Frames(names, frames.image_N3HW[rows], frames.label_NHW[rows], *of_files)
     pictures, masks = (tuple(paths[i] for i in rows) for paths in (frames.pictures, frames.masks))
     return FrameFiles(names, pictures, masks, frames.ids)
 
@@ -144,8 +161,8 @@ def _hide(labels: Tensor, classes: Sequence[int]) -> Tensor:
     return labels.masked_fill(torch.isin(labels, torch.tensor(classes, dtype=labels.dtype)), IGNORE)
 
 
-def read_picture(path: Path) -> tuple[Tensor, Tensor | None]:
-    """Read image_3HW, RGB, as requests are read, and void_HW where the file has pixels without a measurement.
+def read_picture(path: Path) -> tuple[Tensor, Tensor | None, Place | None]:
+    """Read image_3HW, RGB, as requests are read, void_HW where the file has unmeasured pixels, and its place.
 
     Raises BadData.
     """
@@ -157,7 +174,7 @@ def read_picture(path: Path) -> tuple[Tensor, Tensor | None]:
         raise BadData(f"{path} cannot be read: {error}") from None
     for sentence in image.warnings:
         _warn(path, sentence)
-    return image_3HW, None if void_HW is None else torch.from_numpy(void_HW)
+    return image_3HW, None if void_HW is None else torch.from_numpy(void_HW), image.place
 
 
 @cache

@@ -53,6 +53,11 @@ class Place:
     gcps: Any = ()
     rpcs: Any = None
 
+    def __str__(self) -> str:
+        """Put it as text, which is the same for the same place."""
+        points = [(one.row, one.col, one.x, one.y, one.z) for one in self.gcps]
+        return f"{self.crs and self.crs.to_wkt()} {tuple(self.transform)} {points} {self.rpcs}"
+
 
 def fit_points(place: Place) -> tuple[Affine | None, float, list[GroundControlPoint]]:
     """Fit a transform to the control points of a place with a system; None for fewer than three, or on one line, or

@@ -67,6 +67,8 @@ class Raster:
     ) -> None:
         self._pixels: NDArray[Any] | None = pixels_HWC
         self._void_HW, self._warnings = void_HW, warnings
+        self.damage = set[str]()
+        """What was found damaged so far where pixels were read, in words."""
         self.shape: tuple[int, int, int] = pixels_HWC.shape
         self.dtype = pixels_HWC.dtype
 
@@ -133,15 +135,14 @@ class FileRaster(Raster):
         self.shape = (*size, spec.num_bands)
         self._nodata = dataset.nodata
         self.place, of_place = read_place(dataset, self._flips, source if isinstance(source, Path) else None)
-        self._warnings, self._damage = warnings + of_bands + of_place, set[str]()
+        self._warnings, self.damage = warnings + of_bands + of_place, set()
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What is known so far: damage is found where the file is read."""
         self._find_white()
-        return self._warnings + tuple(
-            f"the {self._kind} image is damaged, and its pixels there are a guess ({what})" for what in self._damage
-        )
+        said = f"the {self._kind} image is damaged, and its pixels there are a guess"
+        return self._warnings + tuple(f"{said} ({what})" for what in sorted(self.damage))
 
     def __getitem__(self, part: tuple[slice, slice]) -> NDArray[Any]:
         if self._pixels is not None:
@@ -230,7 +231,7 @@ class FileRaster(Raster):
     def _read_stored(self, frame: Frame, bands: list[int], *, masks: bool = False) -> NDArray[Any]:
         read = self._dataset.read_masks if masks else self._dataset.read
         try:
-            with self._lock, gdal(), _noting_repairs(self._damage):
+            with self._lock, gdal(), _noting_repairs(self.damage):
                 values: NDArray[Any] = read(bands, window=frame)
         except RASTER_FAULTS as error:
             raise BadImage(f"the {self._kind} image is damaged or truncated ({_reason(error)})") from None

@@ -118,7 +118,7 @@ class Runtime:
             features = self._backend.encode(seen_B3hw)
             if prompts:
                 turned = (p for p in prompts if p.dim() == 4 and view != AS_IS)  # masks come first
-                masks = [view.turn(mask_BKhw.float(), aligned=aligned).round() for mask_BKhw in turned]
+                masks = [view.turn_mask(mask_BKhw, aligned=aligned) for mask_BKhw in turned]
                 features = self._backend.take_prompt(seen_B3hw, features, (*masks, *prompts[len(masks) :]))
             yield view, features
 

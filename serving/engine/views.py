@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 SCALES = (1.0, 0.75, 0.5)
 """What `scales` shrinks a window to; beyond it lies its mirror image."""
@@ -22,13 +23,23 @@ class View:
     scale: float = 1.0
 
     def turn(self, x: Tensor, *, aligned: bool) -> Tensor:
-        """Show what belongs to a window, its pixels or masks, as the network sees it [..., h, w].
+        """Show what belongs to a window, as the network sees it [..., h, w].
 
         aligned: whether the network's logits begin at the window's first pixel (`Readout.align_corners`), or as far
         from the border as any two are apart, halved.
         """
         x = _resample(x, 1 / self.scale, aligned=aligned)
         return _flip(x.transpose(-1, -2) if self.transposed else x, self.flipped)
+
+    def turn_mask(self, mask_BKhw: Tensor, *, aligned: bool) -> Tensor:
+        """Show masks of 0 and 1 as the network sees them; what is too thin for a pixel of the view has one still."""
+        mask_BKhw = mask_BKhw.float()
+        seen_BKhw = self.turn(mask_BKhw, aligned=aligned).round()
+        if self.scale == 1:
+            return seen_BKhw
+        near_BKhw = self.turn_back(F.max_pool2d(seen_BKhw, 3, 1, 1), aligned=aligned)
+        lost_BKhw = F.max_pool2d(mask_BKhw * (near_BKhw == 0), 3, 1, 1)
+        return torch.maximum(seen_BKhw, self.turn(lost_BKhw, aligned=aligned).round())
 
     def turn_back(self, x: Tensor, *, aligned: bool) -> Tensor:
         """Bring back what the network says of the view, at the size that it has."""

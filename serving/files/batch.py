@@ -5,6 +5,7 @@ and the next one makes those that are missing (`penumbra.serving.files.receipts`
 is never replaced. Engines differ in where `answer` runs and in nothing else.
 """
 
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from penumbra.models.card import dump_card
 from penumbra.models.errors import BadOption, reason_of
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.decode import open_image
@@ -35,11 +37,12 @@ AT_ONCE = 4
 
 @dataclass(frozen=True, slots=True)
 class BatchRequest:
-    """What is asked of every image: a model of a store, a format and options as text."""
+    """What is asked of every image: a model of a store, whose card has this sum, a format and options as text."""
 
     store: str
     model: str
     version: int
+    card: str
     format: str
     fields: tuple[tuple[str, str], ...]
 
@@ -184,7 +187,8 @@ def parse_batch(store: Path, model: str, kind: str, fields: Mapping[str, str]) -
     card = open_artifact(find_artifact(store, model)).card
     options, _ = parse_request(FORMATS[kind], fields)
     check_options(options, card, IN_MEMORY)
-    return BatchRequest(str(store.resolve()), card.name, card.version, kind, tuple(fields.items()))
+    digest = hashlib.sha256(dump_card(card).encode()).hexdigest()
+    return BatchRequest(str(store.resolve()), card.name, card.version, digest, kind, tuple(fields.items()))
 
 
 def run_batch(request: BatchRequest, source: str, output: str, *, engine: str) -> tuple[dict[str, int], list[Result]]:

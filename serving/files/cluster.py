@@ -100,8 +100,9 @@ def run_parts(work: Work, request: QueuedRequest, progress: Progress) -> Generat
     windows = request.plan.windows
     parts = parts_of(windows, windows.rows_above(request.first_y), num_parts=PARTS_PER_CORE * _cores(ray))
     progress(request.first_window, windows.num_windows)
-    for band, withheld in in_turn(ray, answer_part, ((work, *rows) for rows in parts)):
+    for band, withheld, damage in in_turn(ray, answer_part, ((work, *rows) for rows in parts)):
         request.withheld |= withheld
+        request.image_HWC.damage |= damage
         end = band.y0 + len(band.labels)
         progress(windows.num_windows * end // windows.size[0], windows.num_windows)
         yield band
@@ -147,15 +148,15 @@ def parts_of(windows: WindowPlan, y: int, *, num_parts: int) -> Iterator[tuple[i
     return zip(firsts, [*firsts[1:], windows.size[0]], strict=True)
 
 
-def answer_part(work: Work, y: int, end: int) -> list[tuple[Band, set[int]]]:
-    """Answer a part on a node: its bands, each with the classes withheld altogether that the part has."""
+def answer_part(work: Work, y: int, end: int) -> list[tuple[Band, set[int], set[str]]]:
+    """Answer a part on a node: its bands, each with the part's classes withheld altogether and its image's damage."""
     segmenter, image = _open(work)
     request = segmenter.bands_from(y, image, work.options, limits=LONG, cancelled=Event())
     request.withheld.clear()  # what may lie above the part is for others to tell
-    made = list[tuple[Band, set[int]]]()
+    made = list[tuple[Band, set[int], set[str]]]()
     with closing(request.bands()) as bands:
         for band in bands:
-            made.append((replace(band, void_hW=None), request.withheld))
+            made.append((replace(band, void_hW=None), request.withheld, image.damage))
             if band.y0 + len(band.labels) >= end:
                 break
     return made

@@ -381,6 +381,10 @@ def test_input_is_read_from_fields_and_from_other_libraries_files(tmp_path: Path
     assert find_facts(timm) == {"mean": [0.1] * 3, "std": [0.2] * 3}
     spec, _ = input_of(read_facts("mean=123.675,116.28,103.53 std=58.4,57.1,57.4 order=bgr"), 3)
     assert (spec.scale, spec.order) == (1.0, "BGR")
+    assert input_of(read_facts("mean=0 std=255"), 3)[0] == InputSpec((0.0,) * 3, (255.0,) * 3, 1.0)
+    assert input_of({"order": "bgr"}, 3)[0].mean == InputSpec().mean[::-1]
+    mobilevit = find_facts({"do_rescale": True, "rescale_factor": 1 / 255, "do_flip_channel_order": True})
+    assert input_of(mobilevit, 3) == (InputSpec((0.0,) * 3, (1.0,) * 3, 255.0, order="BGR"), ())
 
 
 @pytest.mark.parametrize(

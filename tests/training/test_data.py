@@ -264,7 +264,7 @@ def test_a_frame_is_read_as_the_server_reads_it(name: str, tmp_path: Path) -> No
     served_HW3 = decode_image(path.read_bytes(), Limits())
     Image.new("L", (served_HW3.shape[1], served_HW3.shape[0]), 1).save(tmp_path / "masks" / f"{path.stem}.png")
     frames = load_folder(tmp_path, "val")
-    image_3HW, label_HW, said_HW = frames[0]
+    image_3HW, label_HW, said_HW, *_ = frames[0]
     assert image_3HW.permute(1, 2, 0).numpy().tobytes() == served_HW3.tobytes()
     void_HW = (served_HW3 == 0).all(-1) if name == "ground.tif" else np.zeros(served_HW3.shape[:2], bool)
     assert (label_HW.numpy() == np.where(void_HW, IGNORE, 1)).all()

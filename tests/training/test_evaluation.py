@@ -8,14 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from rasterio.transform import from_origin
 
 from penumbra.__main__ import main
 from penumbra.export.bundle import export_network
-from penumbra.models.card import IGNORE, Calibration, Readout
+from penumbra.models.card import IGNORE, Calibration, Readout, ScaleRule
 from penumbra.models.errors import BadData, BadOption
+from penumbra.serving.engine.decode import open_image
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
@@ -28,13 +31,14 @@ from penumbra.training.evaluation.run import (
     SAMPLE_COUNTS,
     Measured,
     Question,
+    as_rasters,
     check_hidden,
     check_unseen,
     evaluate,
     load_frames,
 )
 from penumbra.training.evaluation.verb import evaluate_artifact, typical, write_document
-from penumbra.training.frames import Frame, Frames
+from penumbra.training.frames import Frame, Frames, choose, count_ids, hold, pair_files
 from penumbra.training.plots import against_samples, contact_sheet, draw_all
 from tests.conftest import CLASSES, GAIN, picture, toy_card
 
@@ -228,10 +232,29 @@ def test_a_methods_own_maps_are_judged_too(segmenter: Segmenter, frames: Frames)
 def test_a_frame_without_labels_changes_nothing(segmenter: Segmenter, frames: Frames) -> None:
     card = segmenter.find("toy-pointwise").card
     evaluation = Evaluation(card, 1)
-    image_3HW, label_HW, _ = frames[0]
+    image_3HW, label_HW, *_ = frames[0]
     for labels_HW in (label_HW, torch.full_like(label_HW, IGNORE)):
         evaluation.add(segment_frame(segmenter, Frame(image_3HW, labels_HW), SegmentOptions(model=card.name)))
     assert evaluation.num_frames == 1 and evaluation.figures()["seg/pixAcc"] > 0.8
+
+
+def test_a_frame_is_run_at_the_scale_of_its_place_as_it_is_served(tmp_path: Path, rng: np.random.Generator) -> None:
+    card, network = toy_card("pointwise")
+    spec = dataclasses.replace(card.input, resolution=ScaleRule("gsd", 2.0))
+    export_network(network, dataclasses.replace(card, input=spec), tmp_path / "store")
+    pixels_HW3, path = picture(rng, 60, 70), tmp_path / "a.tif"
+    profile = {"driver": "GTiff", "height": 60, "width": 70, "count": 3, "dtype": "uint8", "crs": "EPSG:32631"}
+    with rasterio.open(path, "w", **profile, transform=from_origin(500_000, 5_800_000, 0.5, 0.5)) as target:
+        target.write(pixels_HW3.transpose(2, 0, 1))
+    Image.fromarray(pixels_HW3.argmax(2).astype(np.uint8)).save(tmp_path / "a.png")
+    files = pair_files(["a"], [path], [tmp_path / "a.png"], count_ids(3))
+    with Segmenter.open(tmp_path / "store", threads=1, tuning=Tuning(1, 1)) as segmenter:
+        options = SegmentOptions(model=card.name)
+        served = segmenter.segment(open_image(path, LIMITS), options)
+        assert served.warnings and np.not_equal(served.labels_HW, pixels_HW3.argmax(2)).mean() > 0.3
+        for frames in (files, hold(files), choose(hold(files), [0])):
+            assert np.array_equal(segment_frame(segmenter, frames[0], options).labels_HW, served.labels_HW)
+            assert as_rasters(frames, spec, every=1)[0][0].place == served.image.place
 
 
 def test_data_without_any_label_is_refused_with_a_sentence(segmenter: Segmenter, frames: Frames) -> None:
@@ -260,7 +283,7 @@ def test_classes_of_another_number_are_refused_and_of_other_names_warned_of() ->
 
 
 def test_every_frame_has_draws_of_its_own(segmenter: Segmenter, frames: Frames) -> None:
-    image_3HW, label_HW, _ = frames[0]
+    image_3HW, label_HW, *_ = frames[0]
     twice = Frames(("a", "b"), torch.stack((image_3HW, image_3HW)), torch.stack((label_HW, label_HW)))
     measured = measure(segmenter, "toy-latent", twice, seed=5)
     again = measure(segmenter, "toy-latent", twice, seed=5)

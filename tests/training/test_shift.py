@@ -131,7 +131,7 @@ def test_void_pixels_stay_void_where_a_frame_is_changed(frames: Frames) -> None:
     void = dataclasses.replace(frames, voids=tuple(void_NHW))
     assert torch.equal(Changed(void, VARIANTS["darken-1"], 0)[3].void_HW, void_NHW[3])
     for name in SCALES:
-        _, label_HW, void_HW = Changed(void, VARIANTS[name], 0)[3]
+        _, label_HW, void_HW, *_ = Changed(void, VARIANTS[name], 0)[3]
         assert void_HW is not None and void_HW.shape == label_HW.shape and void_HW.float().mean() == 0.5
 
 
@@ -146,6 +146,18 @@ def errors(frames: Frames, factor: float) -> list[float]:
 
 def probability_above(ours: list[float], theirs: list[float]) -> float:
     return float(np.mean([(a > b) + 0.5 * (a == b) for a in ours for b in theirs]))
+
+
+def test_another_scale_is_another_than_that_at_which_the_card_has_a_frame_run(
+    segmenter: Segmenter, frames: Frames
+) -> None:
+    asked, own = question("bright", every=3), segmenter.find("toy-bright").card
+    ruled = dataclasses.replace(own, input=dataclasses.replace(own.input, resolution=ScaleRule("frame", 25)))
+    clean = evaluate(segmenter, asked, frames, cards=dict.fromkeys(range(0, 12, 3), ruled))
+    rows, half = measure_shift(segmenter, clean, frames)["variants"], dataclasses.replace(asked, scale=0.5)
+    for name, change in SCALES.items():
+        figures = evaluate(segmenter, half, Changed(frames, change, 0)).evaluation.figures()
+        assert rows[name]["figures"]["seg/NLL"] == figures["seg/NLL"]
 
 
 def test_darkness_brings_doubt_and_is_told_from_the_usual(segmenter: Segmenter, frames: Frames) -> None:

@@ -11,7 +11,6 @@ from penumbra.models.card import IGNORE, Card, ClassInfo
 from penumbra.models.errors import BadData
 from penumbra.serving.engine.options import PILLOW_PIXELS, PROBABILITIES, Limits, SegmentOptions
 from penumbra.serving.engine.plain import NUM_SUMS
-from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.scores import score
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.training.frames import Frame
@@ -91,11 +90,11 @@ def segment_frame(segmenter: Segmenter, frame: Frame, options: SegmentOptions) -
 
     Raises any PenumbraError.
     """
-    image_HW3, truth_HW = np.ascontiguousarray(frame.image_3HW.permute(1, 2, 0).numpy()), frame.label_HW.numpy()
-    void_HW = None if frame.void_HW is None else frame.void_HW.numpy()
-    if void_HW is not None:
-        truth_HW = np.where(void_HW, np.uint8(IGNORE), truth_HW)
-    image = Raster(image_HW3, void_HW=void_HW)
+    image, truth_HW = frame.raster(), frame.label_HW.numpy()
+    if frame.void_HW is not None:
+        truth_HW = np.where(frame.void_HW.numpy(), np.uint8(IGNORE), truth_HW)
+    if frame.scale is not None:
+        options = replace(options, scale=frame.scale)
     card = segmenter.find(options.model, options.version).card
     names = (*options.maps(card), *(extra.name for extra in card.extra_maps))
     request = segmenter.bands(image, replace(options, outputs=(*names, PROBABILITIES)))
@@ -118,7 +117,7 @@ def segment_frame(segmenter: Segmenter, frame: Frame, options: SegmentOptions) -
     num = np.count_nonzero(labels_HW != IGNORE)
     totals = [int(total) for total in np.concatenate(sums).sum(0, dtype=object)[:NUM_SUMS]]
     means = score(card, totals, num, num_samples=request.num_samples, is_usual=False).means
-    return Answer(image_HW3, labels_HW, truth_HW, prob_HW, squares_HW, maps, request.timing_ms["total"] / 1e3, means)
+    return Answer(image[:, :], labels_HW, truth_HW, prob_HW, squares_HW, maps, request.timing_ms["total"] / 1e3, means)
 
 
 def check_classes(card: Card, classes: tuple[ClassInfo, ...], *, data: str) -> str:

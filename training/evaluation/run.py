@@ -11,6 +11,7 @@ from rich.progress import track
 
 from penumbra.models.card import RGB, Card, InputSpec
 from penumbra.models.errors import BadData, BadOption
+from penumbra.serving.engine.raster import Raster
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.training.data import DataSet, find_data, find_left_out, has_no_class, has_no_frames, load_split
 from penumbra.training.evaluation.answers import Answer, Labels, Question, check_classes, segment_frame
@@ -70,13 +71,13 @@ def load_frames(question: Question, card: Card, *, hidden: str = "") -> FrameSet
     return load_split(data, question.data, question.split)
 
 
-def as_arrays(frames: FrameSet, spec: InputSpec, *, every: int) -> list[tuple[Labels, Labels]]:
-    """Give every n-th frame as image_HWC and label_HW. Raises BadOption for a network that reads other pictures."""
+def as_rasters(frames: FrameSet, spec: InputSpec, *, every: int) -> list[tuple[Raster, Labels]]:
+    """Give every n-th frame as a raster and label_HW. Raises BadOption for a network that reads other pictures."""
     if (spec.bands, spec.dtype) != (RGB, "uint8"):
         raise BadOption(f"the network reads {', '.join(spec.bands)[:200]} as {spec.dtype}, and labelled frames are "
                         f"{', '.join(RGB)} as uint8; leave --data out, and name --pictures")  # fmt: skip
-    chosen = [frames[i] for i in range(0, len(frames), every)]
-    return [(image_3HW.permute(1, 2, 0).contiguous().numpy(), label_HW.numpy()) for image_3HW, label_HW, _ in chosen]
+    chosen = (frames[i] for i in range(0, len(frames), every))
+    return [(frame.raster(), frame.label_HW.numpy()) for frame in chosen]
 
 
 def check_unseen(card: Card, data: DataSet, split: str) -> str:

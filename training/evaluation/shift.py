@@ -6,7 +6,7 @@ for the pixels of a class that the model has not learnt. A frame's chance depend
 
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from penumbra.models.card import IGNORE, Card
 from penumbra.models.errors import BadOption
+from penumbra.serving.engine.scale import find_scale
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.training.corruptions import CORRUPTIONS, SEVERITIES, Picture, paste_object, rescale
 from penumbra.training.evaluation.figures import Evaluation
@@ -32,11 +33,12 @@ Change = Callable[[Picture, Picture, np.random.Generator], tuple[Picture, Pictur
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """A data set's split whose frames are changed when they are asked for."""
+    """A data set's split whose frames are changed when they are asked for. scale: at which one is then to be run."""
 
     frames: FrameSet
     change: Change
     seed: int
+    scale: Callable[[Frame], float | None] = lambda frame: None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -47,13 +49,14 @@ class Changed:
 
     def __getitem__(self, index: int) -> Frame:
         """Give a frame as it is changed; its void pixels stay where they were."""
-        image_3HW, label_HW, void_HW = self.frames[index]
+        image_3HW, label_HW, void_HW, place, _ = frame = self.frames[index]
         rng = np.random.Generator(np.random.PCG64([self.seed, index]))
         image_HW3, new_label_HW = self.change(image_3HW.permute(1, 2, 0).contiguous().numpy(), label_HW.numpy(), rng)
         if void_HW is not None:
             size = new_label_HW.shape
             void_HW = F.interpolate(void_HW[None, None].float(), size=size, mode="nearest-exact")[0, 0].bool()
-        return Frame(torch.from_numpy(image_HW3).permute(2, 0, 1), torch.from_numpy(new_label_HW), void_HW)
+        new_3HW = torch.from_numpy(image_HW3).permute(2, 0, 1)
+        return Frame(new_3HW, torch.from_numpy(new_label_HW), void_HW, place, self.scale(frame))
 
 
 def paste_objects(image_HW3: Picture, label_HW: Picture, rng: np.random.Generator) -> tuple[Picture, Picture]:
@@ -89,11 +92,14 @@ def measure_shift(
     """
     seen = find_seen(clean.card) if seen is None else seen
     rows, blocks = {"clean": _row(clean.evaluation, clean)}, {}
+
+    def as_before(frame: Frame) -> float:
+        """A card's rule of scale would undo another scale, of which the network is to see all."""
+        return find_scale(clean.card, clean.question.scale, *frame.label_HW.shape, frame.place)[0]
+
     for name, change in VARIANTS.items():
-        changed = Changed(frames, change, clean.question.seed)
-        # a card's rule of scale would undo the change, of which the network is to see all
-        question = replace(clean.question, scale=1.0) if name in SCALES else clean.question
-        measured = evaluate(segmenter, question, changed, cards=clean.cards, title=name)
+        changed = Changed(frames, change, clean.question.seed, *([as_before] if name in SCALES else []))
+        measured = evaluate(segmenter, clean.question, changed, cards=clean.cards, title=name)
         rows[name], blocks[name] = _row(measured.evaluation, clean), np.stack(measured.evaluation.blocks)
     unseen = [kind for kind in CORRUPTIONS if kind not in seen]
     for name, kinds in {"corruptions": list(CORRUPTIONS), "corruptions-unseen": unseen}.items():

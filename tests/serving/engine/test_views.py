@@ -182,6 +182,23 @@ def test_boxes_turn_with_the_view(segmenter: Segmenter, rng: np.random.Generator
         np.testing.assert_allclose(answer.maps[name][inside], without.maps[name][inside], atol=5e-6)
 
 
+@pytest.mark.parametrize("aligned", [False, True])
+def test_a_shrunk_view_loses_no_box_and_lets_none_grow(aligned: bool) -> None:
+    for view in VIEWS["scales"]:
+        for height, width in ((1, 1), (1, 20), (20, 1), (2, 20), (3, 3), (16, 12)):
+            for y, x in ((8, 8), (8, 9), (9, 8), (9, 9), (10, 11)):
+                mask = torch.zeros(1, 1, 40, 50)
+                mask[..., y : y + height, x : x + width] = 1
+                seen = view.turn_mask(mask, aligned=aligned)[0, 0, : int(40 * view.scale), : int(50 * view.scale)]
+                rows, columns = (seen.any(axis).nonzero().flatten() for axis in (1, 0))
+                assert seen.unique().tolist() == [0, 1]
+                for found, length in ((rows, height), (columns, width)):
+                    assert 1 <= len(found) <= view.scale * length + 3, (view, height, width, y, x)
+                if min(height, width) > 2:
+                    turned = view.turn(mask, aligned=aligned)[0, 0, : len(seen), : seen.shape[1]]
+                    assert torch.equal(seen, turned.round())
+
+
 def test_the_networks_own_map_is_that_of_the_window_as_it_is(segmenter: Segmenter, rng: np.random.Generator) -> None:
     image_HW3 = picture(rng, 50, 60)
     answer, without = (

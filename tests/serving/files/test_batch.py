@@ -1,5 +1,6 @@
 """`penumbra batch`: one answer per image, in folders or buckets, once, also when the run is killed."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -18,6 +19,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from penumbra.__main__ import main
+from penumbra.export.bundle import export_network
 from penumbra.models.errors import BadOption
 from penumbra.serving.engine.decode import open_image
 from penumbra.serving.engine.options import SegmentOptions
@@ -25,7 +27,7 @@ from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.files.batch import FORMATS, find_items, parse_batch, run_batch
 from penumbra.serving.files.inputs import MANIFEST
 from penumbra.serving.files.receipts import FOLDER, read_receipts
-from tests.conftest import FIXED, picture
+from tests.conftest import FIXED, picture, toy_card
 from tests.serving.server import ROOT, until
 
 NAMES = ("a.png", "b.jpg", "deep/c.tif", "deep/er/d.webp")
@@ -113,6 +115,10 @@ def test_answers_to_another_question_are_not_mixed_in(toy_store: Path, images: P
     for other in (("--seed", 1), ("-f", "npz"), ("--picture", "entropy")):
         result = run(images, out, "-m", "toy-latent", "--store", toy_store, *other)
         assert result.exit_code == 2 and "other options" in result.stderr
+    card, network = toy_card("pointwise")
+    export_network(network, dataclasses.replace(card, name="toy-latent"), tmp_path / "other")
+    result = run(images, out, "-m", "toy-latent", "--store", tmp_path / "other")
+    assert result.exit_code == 2 and "of another model" in result.stderr
 
 
 def test_a_bad_picture_is_named_and_keeps_no_other_from_its_answer(

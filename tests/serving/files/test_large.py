@@ -12,16 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
+from rasterio.control import GroundControlPoint
+from rasterio.crs import CRS
 from rasterio.transform import from_origin
 
 from penumbra.export.bundle import export_network
 from penumbra.models.card import IGNORE, WindowSpec
 from penumbra.models.errors import BadImage, BadOption, DiskFull
 from penumbra.serving.engine import canvas
+from penumbra.serving.engine.layout import Place
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.raster import Raster, open_raster
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.store import find_artifact
+from penumbra.serving.files.cluster import Work, answer_part
 from penumbra.serving.files.predict import predict_file
 from penumbra.serving.spool import LONG, MARK, SCRATCH, RowFile, Spool, disk
 from tests.conftest import picture, toy_card
@@ -122,12 +127,15 @@ def test_from_any_row_on_the_bytes_are_those_of_one_run(
             assert np.array_equal(band.maps["entropy"], whole[band.y0].maps["entropy"])
 
 
+LINE = Place(CRS.from_epsg(4326), gcps=[GroundControlPoint(k, k, k, k) for k in range(2)])
+
+
 def test_a_spool_of_another_question_is_begun_anew(
     segmenter: Segmenter, tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    image = picture(rng, 90, 60)
-    for seed, source in ((1, "a"), (2, "a"), (2, "b")):
-        options = SegmentOptions(model="toy-latent", seed=seed)
+    image = Raster(picture(rng, 90, 60))
+    for seed, source, place in ((1, "a", None), (2, "a", None), (2, "b", None), (2, "b", Place()), (2, "b", LINE)):
+        options, image.place = SegmentOptions(model="toy-latent", seed=seed), place
         spool = Spool(tmp_path / "spool", segmenter, image, options, source=source)
         assert spool._labels.num_rows == 0
         found = spool.fill(limits=LONG, cancelled=threading.Event())
@@ -139,7 +147,7 @@ def test_a_spool_of_another_question_is_begun_anew(
 def test_a_spool_goes_on_beside_no_file_of_somebodys_and_removes_its_own_alone(
     segmenter: Segmenter, tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    image, place = picture(rng, 90, 60), tmp_path / "spool"
+    image, place = Raster(picture(rng, 90, 60)), tmp_path / "spool"
 
     def spooled(seed: int) -> Spool:
         spool = Spool(place, segmenter, image, SegmentOptions(model="toy-latent", seed=seed), source="a")
@@ -230,6 +238,34 @@ def test_a_raster_that_breaks_off_is_refused_and_what_was_done_is_kept(
     path.write_bytes(data[: len(data) * 2 // 3])
     with pytest.raises(BadImage, match="the TIFF image is damaged or truncated"):
         predict_file(segmenter, path, SegmentOptions(model="toy-latent"), tmp_path / "out")
+
+
+def test_damage_in_rows_that_are_done_is_told_by_whoever_goes_on(
+    segmenter: Segmenter, toy_store: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    facts = {"compress": "jpeg", "tiled": True, "blockxsize": 64, "blockysize": 64, "photometric": "ycbcr"}
+    path = tiff(tmp_path / "a.tif", picture(rng, 400, 190), **facts)
+    with rasterio.open(path) as dataset:
+        at = int(dataset.get_tag_item("BLOCK_OFFSET_1_0", "TIFF", bidx=1))
+        end = at + int(dataset.get_tag_item("BLOCK_SIZE_1_0", "TIFF", bidx=1))
+    data = bytearray(path.read_bytes())
+    data[(at + end) // 2 : (at + end) // 2 + 40] = bytes(40)
+    path.write_bytes(data)
+    whole = predict_file(segmenter, path, SegmentOptions(model="toy-latent"), tmp_path / "whole")
+    (said,) = whole.prediction.warnings
+    assert "is damaged, and its pixels there are a guess" in said
+
+    def stop(num_done: int, num_windows: int) -> None:
+        if num_done > num_windows / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict_file(segmenter, path, SegmentOptions(model="toy-latent"), tmp_path / "out", progress=stop)
+    rest = predict_file(segmenter, path, SegmentOptions(model="toy-latent"), tmp_path / "out")
+    assert rest.prediction.warnings == (said,)
+    work = Work(find_artifact(toy_store, "toy-latent"), path, SegmentOptions(model="toy-latent"), Tuning())
+    found = set[str]().union(*(damage for _, _, damage in answer_part(work, 0, 400)))
+    assert [what in said for what in found] == [True]
 
 
 @pytest.fixture(scope="module")

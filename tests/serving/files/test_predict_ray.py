@@ -73,7 +73,7 @@ def test_bands_of_parts_are_those_of_the_whole(
     parts = list(parts_of(windows, 0, num_parts=100))
     assert len(parts) > 2
     for y, end in parts:
-        bands = [band for band, _ in answer_part(work, y, end)]
+        bands = [band for band, *_ in answer_part(work, y, end)]
         assert bands[0].y0 == y and bands[-1].y0 + len(bands[-1].labels) == end
         assert np.array_equal(np.concatenate([band.labels for band in bands]), whole.labels_HW[y:end])
         for name, values in whole.maps.items():
