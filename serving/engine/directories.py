@@ -1,8 +1,11 @@
 """Which directory of a TIFF file is its picture, and how that lies: what GDAL does not look at.
 
-A file may begin with a thumbnail, and GDAL knows no orientation.
+A file may begin with a thumbnail, and GDAL knows no orientation. Nor does it know an end: what it would read for
+minutes or gigabytes, or fall over, is refused before it is asked.
 """
 
+import re
+import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +25,24 @@ READ = {0: "grey", 1: "grey", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr"}
 NOT_READ = {4: "a mask", 8: "CIELab", 9: "ICCLab", 10: "ITULab", 32803: "the raw mosaic of a camera's sensor",
             32844: "LogL", 32845: "LogLuv", 34892: "linear raw values of a camera's sensor"}  # fmt: skip
 """CIELab is among them because libtiff turns it into colours that are off by up to 90 of 255."""
+
+
+MOST_DIRECTORIES, MOST_ENTRIES, MOST_ENTRIES_IN_ALL = 4096, 256, 2**16
+"""Of a file. libtiff reads all directories at once, and compares every tag that it does not know with all others."""
+SHARED_BYTES = 2**20
+"""By so much what entries point to may be larger together than the file: pages share a resolution or a name."""
+METADATA, MOST_METADATA = 42112, 2**20
+"""The tag of GDAL's own metadata, whose items it compares with all others, and the most bytes of it."""
+GEO_TEXT = 34737
+HOSTILE = re.compile(rb"EXTENSION *\[ *.PROJ4. *,(?! *.\+proj=merc )")
+"""In the text of a GeoTIFF: a projection in PROJ's own words, which may end the process. Old writers put `merc` so."""
+TILE_WIDTH, TILE_HEIGHT = 322, 323
+BLOCK_PIXELS = 2**26
+"""Of one block of a file, which is read whole: a strip of a long scan, or a tile. Beyond it a block is hostile."""
+ROOM = 4
+"""Times as many pixels as the picture has that its tiles may hold, beside one block."""
+SIZES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+"""Bytes of a value by its type, where they are more than one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +68,8 @@ def find_directory(file: BinaryIO) -> tuple[Directory, tuple[str, ...]] | None:
     head = file.read(16)
     if not head.startswith(MAGIC):
         return None
+    with suppress(struct.error):  # it breaks off, and GDAL says where
+        _check(file, head)
     found: list[Directory] = []
     with suppress(Exception):  # a hostile directory may raise anything here, and then GDAL says what is wrong
         found.extend(_walk(file, head if 43 in (head[2], head[3]) else head[:8]))  # keeps those before a broken one
@@ -67,6 +90,53 @@ def find_directory(file: BinaryIO) -> tuple[Directory, tuple[str, ...]] | None:
         warnings.append(f"the file has several images; the first ({first.width}x{first.height}) was read, and the "
                         f"largest is {largest.width}x{largest.height}")  # fmt: skip
     return chosen, tuple(warnings)
+
+
+def _check(file: BinaryIO, head: bytes) -> None:
+    """Check that GDAL can read all directories of a file in a moment. Raises BadImage, and struct.error at its end."""
+    order, is_big = "<" if head[:1] == b"I" else ">", 43 in (head[2], head[3])
+    count, entry, link = (order + kind for kind in (("Q", "HHQQ", "Q") if is_big else ("H", "HHII", "I")))
+    (offset,) = struct.unpack_from(link, head, 8 if is_big else 4)
+    size, seen, num_entries, taken = file.seek(0, 2), set[int](), 0, 0
+    while offset and offset not in seen:
+        seen.add(offset)
+        file.seek(offset)
+        (num,) = struct.unpack(count, file.read(struct.calcsize(count)))
+        num_entries += num
+        if num > MOST_ENTRIES or num_entries > MOST_ENTRIES_IN_ALL or len(seen) > MOST_DIRECTORIES:
+            raise BadImage(
+                f"the TIFF image has more than {MOST_DIRECTORIES:,} directories, {MOST_ENTRIES} tags in one of them or "
+                f"{MOST_ENTRIES_IN_ALL:,} in all; write it anew, with its pixels alone"
+            )
+        table = file.read(num * struct.calcsize(entry))
+        (offset,) = struct.unpack(link, file.read(struct.calcsize(link)))
+        values = dict[int, int]()
+        for tag, kind, length, value in struct.iter_unpack(entry, table):
+            num_bytes, inline = length * (each := SIZES.get(kind, 1)), struct.calcsize(link)
+            taken += num_bytes if num_bytes > inline else 0
+            values[tag] = value >> 8 * max(inline - each, 0) if order == ">" else value % 256**each
+            if tag == METADATA and num_bytes > MOST_METADATA:
+                raise BadImage(f"the TIFF image has {num_bytes:,} bytes of GDAL's metadata; {MOST_METADATA:,} are read")
+            if tag == GEO_TEXT:
+                file.seek(value)
+                if HOSTILE.search(file.read(min(num_bytes, MOST_METADATA))):
+                    raise BadImage("the TIFF image has a projection in PROJ's own words (EXTENSION), which is not "
+                                   "followed; give it a code of EPSG")  # fmt: skip
+        if taken > size + SHARED_BYTES:
+            raise BadImage(f"the tags of the TIFF image hold {taken:,} bytes, and the file has {size:,}; write it anew")
+        _check_tiles(*(values.get(tag, 0) for tag in (WIDTH, HEIGHT, TILE_WIDTH, TILE_HEIGHT)))
+
+
+def _check_tiles(width: int, height: int, tile_width: int, tile_height: int) -> None:
+    if not tile_width or not tile_height:
+        return
+    if tile_width * tile_height > BLOCK_PIXELS:
+        raise BadImage(f"the TIFF image has tiles of {tile_width}x{tile_height} pixels, which are read whole; 512x512 "
+                       "are good")  # fmt: skip
+    tiled = -(-width // tile_width) * -(-height // tile_height) * tile_width * tile_height
+    if tiled > ROOM * width * height + BLOCK_PIXELS:
+        raise BadImage(f"the TIFF image of {width}x{height} pixels has tiles of {tile_width}x{tile_height}, which hold "
+                       f"{tiled:,}; 512x512 are good")  # fmt: skip
 
 
 def _walk(file: BinaryIO, header: bytes) -> Iterator[Directory]:

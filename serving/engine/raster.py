@@ -20,7 +20,7 @@ from rasterio.windows import Window as Frame
 
 from penumbra.models.card import RGB
 from penumbra.models.errors import BadImage
-from penumbra.serving.engine.directories import find_directory
+from penumbra.serving.engine.directories import BLOCK_PIXELS, find_directory
 from penumbra.serving.engine.layout import (
     FLIPS,
     GREY,
@@ -37,8 +37,6 @@ from penumbra.serving.engine.values import brightness, check_type, examine, to_8
 
 CACHE_BYTES = 192 * 2**20
 """GDAL's cache of decoded blocks; by default a twentieth of the memory. It holds a row of windows of 120,000 px."""
-BLOCK_PIXELS = 2**26
-"""Limit of a tile or strip, which is decoded as a whole; no writer of rasters makes larger ones."""
 PIECE_PIXELS = 2**20
 """As many are read together to find white, or to fill the memory."""
 DRIVERS = {"TIFF": "GTiff", "PNG": "PNG"}
@@ -269,7 +267,8 @@ def open_file(
             name = kept if isinstance(kept, Path) else kept.name
             dataset = rasterio.open(f"GTIFF_DIR:off:{at}:{name}" if at else name, driver=DRIVERS[kind])
             height, width = dataset.block_shapes[0]
-            if height * width > BLOCK_PIXELS:
+            together = dataset.count if dataset.profile.get("interleave") == "pixel" else 1
+            if height * width > BLOCK_PIXELS or height * width * together > 4 * BLOCK_PIXELS:
                 raise BadImage(
                     f"the {kind} image has blocks of {width}x{height} pixels, which are read whole; tiles of 512x512 "
                     "are good"

@@ -37,6 +37,11 @@ NODES = 257
 """At most as many on a side of the grid on which pixels' areas are measured; between them areas are interpolated."""
 BATCH = 2**18
 """Points of outlines that are placed at a time."""
+SPLINE_POINTS = 512
+"""Control points that a thin-plate spline takes at most: GDAL, which lets no other thread run meanwhile, needs their
+number's cube to make it, and their number again for every point that is placed."""
+SPLINE_BATCH = 2**20
+"""Pairs of a control point and a placed point for which GDAL is called at a time."""
 FAULTS = (RasterioError, CPLE_BaseError)
 CORNERS = ((-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5))
 
@@ -142,12 +147,15 @@ def _by_affine(affine: Affine, crs: Any) -> Locate:
     return lambda points_N2: np.column_stack(transform(crs, WGS84, *(affine * tuple(points_N2.T))))
 
 
-def _by_transformer(make: Callable[[], Any], crs: Any, *, height_m: float = 0) -> Locate:
+def _by_transformer(make: Callable[[], Any], crs: Any, *, height_m: float = 0, at_once: int = BATCH) -> Locate:
     def locate(points_N2: Points) -> Points:
+        pieces = np.array_split(points_N2, -(-len(points_N2) // at_once) or 1)
         with make() as transformer:
-            heights = np.full(len(points_N2), height_m)
-            x, y = transformer.xy(points_N2[:, 1], points_N2[:, 0], zs=heights, offset="ul")
-        return np.column_stack(transform(crs, WGS84, x, y))
+            placed = [
+                transformer.xy(piece[:, 1], piece[:, 0], zs=np.full(len(piece), height_m), offset="ul")
+                for piece in pieces
+            ]
+        return np.column_stack(transform(crs, WGS84, *map(np.concatenate, zip(*placed, strict=True))))
 
     return locate
 
@@ -159,7 +167,12 @@ def _by_points(place: Place) -> Locate:
         raise Unplaced("ground control points of the raster are fewer than three, on one line or not all numbers")
     if missed <= EXACT_PX * math.sqrt(abs(affine.determinant)):
         return _by_affine(affine, place.crs)
-    return _by_transformer(partial(GCPTransformer, points, tps=True), place.crs)
+    if len(points) > SPLINE_POINTS:
+        raise Unplaced(
+            f"the raster has {len(points):,} ground control points on no plane, and {SPLINE_POINTS} are followed"
+        )
+    spline = partial(GCPTransformer, points, tps=True)
+    return _by_transformer(spline, place.crs, at_once=SPLINE_BATCH // len(points))
 
 
 def _bends(start: Points, middle: Points, end: Points) -> NDArray[np.float64]:

@@ -7,12 +7,12 @@ latitude (RFC 7946) where the image is a raster that has a place on the ground, 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from rasterio import Affine
-from rasterio.features import rasterize, shapes
+from rasterio.features import shapes
 
 from penumbra.models.card import IGNORE
 from penumbra.models.errors import TooLarge
@@ -23,8 +23,9 @@ from penumbra.serving.render.meridian import shoelace
 from penumbra.serving.render.pictures import blocks
 from penumbra.serving.render.tables import means_of
 
-MAX_EDGES = 8_000_000
-"""Pixel borders between classes: all outlines together. More is noise, and a document that nobody opens."""
+MAX_EDGES = 1_000_000
+"""Pixel borders between classes: all outlines together. More is noise, a document that nobody opens, and
+seconds in which GDAL, which finds the outlines, lets no other thread run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,23 +107,14 @@ def _measure(
     prediction: Prediction, outlines: list[dict[str, Any]], ground: Ground | None
 ) -> Iterator[dict[str, float]]:
     """Measure per outline its pixels, square metres where there is a ground, the expected error, and the mean of every
-    map: each block of rows is painted with the outlines' numbers."""
+    map: in each block of rows every pixel is numbered by the outline that it is in."""
     height, width = prediction.labels_HW.shape
     count = len(outlines) + 1
     pixels = np.zeros(count, np.int64)
     areas_m2, sums = np.zeros(count), {name: np.zeros(count) for name in prediction.maps}
-    rings = [[y for _, y in outline["coordinates"][0]] for outline in outlines]
-    spans = [(min(ring), max(ring)) for ring in rings]
+    sides_4N = _sides(outlines)
     for rows in blocks(height) if outlines else ():
-        painted = [
-            (outline, number)
-            for number, (outline, (top, bottom)) in enumerate(zip(outlines, spans, strict=True), 1)
-            if top < rows.stop and bottom > rows.start
-        ]
-        if not painted:
-            continue
-        size = (rows.stop - rows.start, width)
-        numbers = rasterize(painted, size, transform=Affine.translation(0, rows.start), dtype=np.int32).ravel()
+        numbers = _number(sides_4N, rows, width).ravel()
         pixels += np.bincount(numbers, minlength=count)
         if ground:
             areas_m2 += np.bincount(numbers, ground.areas(rows).ravel(), count)
@@ -133,3 +125,30 @@ def _measure(
         placed = {"area_m2": float(areas_m2[number])} if ground else {}
         means = means_of({name: float(total[number] / num) for name, total in sums.items()})
         yield {"pixels": int(pixels[number]), **placed, **means}
+
+
+def _sides(outlines: list[dict[str, Any]]) -> NDArray[np.int32]:
+    """List the vertical sides of all outlines, holes included, from the left: their column, first row, the row after
+    their last, and what the number of a pixel's outline rises by where a row crosses them [4, N]."""
+    rings = [(k, is_hole, ring) for k, of in enumerate(outlines, 1) for is_hole, ring in enumerate(of["coordinates"])]
+    corners = chain.from_iterable(chain.from_iterable(ring for *_, ring in rings))
+    points_N2 = np.fromiter(corners, np.float64).reshape(-1, 2).astype(np.int64)
+    of_point_N = np.repeat(np.arange(len(rings)), [len(ring) for *_, ring in rings])
+    (x, y), (next_x, next_y) = points_N2[:-1].T, points_N2[1:].T
+    of_side, goes_on = of_point_N[:-1], of_point_N[:-1] == of_point_N[1:]
+    doubled_areas = np.bincount(of_side, (x * next_y - next_x * y) * goes_on, len(rings))
+    rises = np.array([k if is_hole else -k for k, is_hole, _ in rings]) * np.sign(doubled_areas).astype(np.int64)
+    sides_4N = np.stack([x, np.minimum(y, next_y), np.maximum(y, next_y), rises[of_side] * np.sign(next_y - y)])
+    return sides_4N[:, goes_on & (y != next_y)].astype(np.int32)
+
+
+def _number(sides_4N: NDArray[np.int32], rows: slice, width: int) -> NDArray[np.int32]:
+    """Number the pixels [h, W] of some rows by their outlines, 0 where there is none."""
+    x, top, bottom, rise = sides_4N
+    top, bottom = (ends.clip(rows.start, rows.stop) - rows.start for ends in (top, bottom))
+    lengths = bottom - top
+    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    steps_hW = np.zeros((rows.stop - rows.start, width + 1), np.int32)
+    np.add.at(steps_hW, (np.repeat(top, lengths) + within, np.repeat(x, lengths)), np.repeat(rise, lengths))
+    numbers: NDArray[np.int32] = steps_hW[:, :width].cumsum(1, dtype=np.int32)
+    return numbers

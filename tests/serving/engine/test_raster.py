@@ -368,6 +368,52 @@ def test_a_directory_with_very_many_beneath_it_takes_no_time() -> None:
     assert time.perf_counter() - started < 4, "8 s where each is taken from the front of all"
 
 
+def number(tag: int, value: int) -> tuple[int, int, int, bytes]:
+    return (tag, 4, 1, struct.pack("<I", value))
+
+
+def geographic(text: bytes) -> bytes:
+    """A directory whose text for GeoTIFF's keys stands behind it."""
+    head = directory(number(256, 5), number(257, 5), (34737, 2, len(text), b"\0\0\0\0"))
+    return directory(number(256, 5), number(257, 5), (34737, 2, len(text), struct.pack("<I", len(head)))) + text
+
+
+def chain(num: int) -> bytes:
+    """As many directories without a tag, each of which names the next."""
+    links = (struct.pack("<HI", 0, 8 + 6 * (k + 1) if k < num - 1 else 0) for k in range(num))
+    return struct.pack("<2sHI", b"II", 42, 8) + b"".join(links)
+
+
+ALBERS = b'PROJCS["a",EXTENSION["PROJ4","+proj=aea +lat_1=90 +lat_2=89.99999999 +ellps=WGS84"]]'
+HOSTILE: dict[str, tuple[bytes, str]] = {
+    "tags that nobody knows": (directory(*(number(50_000 + k, k) for k in range(300))), "256 tags in one of them"),
+    "many directories": (chain(5000), "more than 4,096 directories"),
+    "tags that share": (
+        directory(*((50_000 + k, 1, 2**20, b"\0\0\0\0") for k in range(9))) + bytes(2**20), "hold 9,437,184",
+    ),
+    "metadata": (directory((42112, 2, 2**20 + 1, b"\0\0\0\0")) + bytes(2**20), "1,048,577 bytes of GDAL's metadata"),
+    "a projection in words": (geographic(ALBERS), r"in PROJ's own words \(EXTENSION\)"),
+    "a mask's tile": (
+        directory(number(256, 9), number(257, 9), number(322, 2**14), number(323, 2**14)), "16384x16384 pixels",
+    ),
+    "tiles beyond the picture": (
+        directory(number(256, 2**20), number(257, 1), number(322, 16), number(323, 2**22)), "tiles of 16x4194304",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_what_gdal_would_read_for_minutes_or_fall_over_is_refused_before(kind: str) -> None:
+    source, sentence = HOSTILE[kind]
+    with pytest.raises(BadImage, match=sentence):
+        open_raster(source)
+
+
+def test_the_projection_of_web_maps_may_be_in_words() -> None:
+    assert find_directory(io.BytesIO(geographic(ALBERS.replace(b"+proj=aea", b"+proj=merc"))))
+    assert find_directory(io.BytesIO(geographic(b'ESRI PE String = PROJCS["a",PARAMETER["b",1]]')))
+
+
 def test_coefficients_that_are_not_all_there_are_a_refusal_in_words(rgb: np.ndarray) -> None:
     said = '<GDALMetadata><Item name="HEIGHT_OFF" domain="RPC">12</Item></GDALMetadata>'
     with pytest.raises(BadImage):
