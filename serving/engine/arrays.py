@@ -17,7 +17,9 @@ from penumbra.models.errors import BadImage, first_line
 ARCHIVE, ARRAY = b"PK\x03\x04", npy.MAGIC_PREFIX
 NAMES = ("image.npy", "image")
 FAULTS = (OSError, ValueError, SyntaxError, EOFError, KeyError, RuntimeError, NotImplementedError, zipfile.BadZipFile,
-          zlib.error, TypeError, IndexError, MemoryError, TokenError)  # fmt: skip
+          zlib.error, TypeError, IndexError, MemoryError, OverflowError, TokenError)  # fmt: skip
+HEADER_BYTES = 2**16
+"""Most bytes of an array's header, which numpy reads whole before it looks at how long it is."""
 Shape = tuple[int, int, int]
 
 
@@ -43,11 +45,14 @@ def array_header(source: bytes | Path) -> Iterator[tuple[Shape, Callable[[], NDA
             file = _member(opened, file) if file.read(len(ARCHIVE)) == ARCHIVE else file
             file.seek(0)
             major = npy.read_magic(file)[0]
+            if major > 1 and (num_bytes := int.from_bytes(file.read(4), "little")) > HEADER_BYTES:
+                raise BadImage(f"the array's header has {num_bytes:,} bytes; up to {HEADER_BYTES:,} are read")
+            file.seek(npy.MAGIC_LEN)
             read_header = npy.read_array_header_1_0 if major == 1 else npy.read_array_header_2_0
             shape, _, dtype = read_header(file)
         except FAULTS as error:
             raise BadImage(f"the array cannot be read ({first_line(error)})") from None
-        if len(shape) != 3 or dtype.kind not in "uif":
+        if len(shape) != 3 or not all(shape) or dtype.kind not in "uif":
             raise BadImage(f"the array is {dtype} {list(shape)}; numbers [height, width, bands] are wanted")
 
         def read() -> NDArray[Any]:
@@ -69,5 +74,9 @@ def _member(opened: ExitStack, file: IO[bytes]) -> IO[bytes]:
     if len(found) != 1:
         raise BadImage(
             f"the archive has {len(names)} arrays and none is called image; one alone, or one so called, is read"
+        )
+    if archive.getinfo(found[0]).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # no bound on others
+        raise BadImage(
+            "the archive is packed by another method than numpy's own, deflate; write it with savez_compressed"
         )
     return opened.enter_context(archive.open(found[0]))

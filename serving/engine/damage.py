@@ -28,6 +28,8 @@ SPARE_BYTES = 4
 """Bytes to take off the end of a WebP's pixels: three may be padding; all of 200 whole pictures needed the fourth."""
 FRAMES = (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
 SCAN, END = 0xDA, 0xD9
+MOST_SCANS = 100
+"""Scans of a JPEG at most, each of which is a walk over all pixels; progressive ones have about ten."""
 
 
 def check_png(data: bytes) -> None:
@@ -108,6 +110,9 @@ def read_jpeg(data: bytes, colours: str) -> tuple[NDArray[np.uint8], tuple[str, 
     colours: RGB, or CMYK as stored. A JPEG that lacks only its end marker is whole. Raises BadImage where pixels are
     missing or cannot be guessed.
     """
+    scan = bytes([0xFF, SCAN])
+    if data.count(scan) > MOST_SCANS and sum(marker == SCAN for marker, _ in _segments(data)) > MOST_SCANS:
+        raise BadImage(f"the JPEG image has more than {MOST_SCANS} scans; write it anew, baseline")
     try:
         return simplejpeg.decode_jpeg(data, colours, strict=True), ()
     except ValueError as error:

@@ -10,7 +10,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -70,6 +70,7 @@ def read_header(source: bytes | Path, limits: Limits, reading: Reading = RGB8) -
         elif is_array(source):
             (height, width, num_bytes), array = opened.enter_context(array_header(source))
             usual = reading.spec.num_bands * np.dtype(reading.spec.dtype).itemsize
+            limits = replace(limits, pixels=min(limits.pixels, PILLOW_PIXELS))  # it is held whole, also of a job
             check_pixels(-(-height * num_bytes // usual), width, limits)  # all bands are unpacked, of whatever type
             header = Header((height, width), None, lambda: check_array(array(), limits, reading))
         else:

@@ -28,7 +28,7 @@ NOT_READ = {4: "a mask", 8: "CIELab", 9: "ICCLab", 10: "ITULab", 32803: "the raw
 
 
 MOST_DIRECTORIES, MOST_ENTRIES, MOST_ENTRIES_IN_ALL = 4096, 256, 2**16
-"""Of a file. libtiff reads all directories at once, and compares every tag that it does not know with all others."""
+"""What a file may have. libtiff reads all directories at once, and compares every tag that it does not know with all others."""
 SHARED_BYTES = 2**20
 """By so much what entries point to may be larger together than the file: pages share a resolution or a name."""
 METADATA, MOST_METADATA = 42112, 2**20
@@ -38,7 +38,7 @@ HOSTILE = re.compile(rb"EXTENSION *\[ *.PROJ4. *,(?! *.\+proj=merc )")
 """In the text of a GeoTIFF: a projection in PROJ's own words, which may end the process. Old writers put `merc` so."""
 TILE_WIDTH, TILE_HEIGHT = 322, 323
 BLOCK_PIXELS = 2**26
-"""Of one block of a file, which is read whole: a strip of a long scan, or a tile. Beyond it a block is hostile."""
+"""Most pixels of one block of a file, which is read whole: a tile, or a strip of a long scan."""
 ROOM = 4
 """Times as many pixels as the picture has that its tiles may hold, beside one block."""
 SIZES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}

@@ -40,6 +40,8 @@ class Reading:
     chosen: tuple[str, ...] = ()
 
 
+MOST_NAMED = 12
+"""Bands of a file that a warning names."""
 RGB8 = Reading(InputSpec())
 """Red, green and blue of 8 bits."""
 
@@ -103,7 +105,8 @@ def choose_bands(dataset: Any, reading: Reading = RGB8) -> tuple[list[int], int,
     unused = [i for i in range(1, len(said) + 1) if i != alpha and i not in found]
     if unused and not reading.chosen:
         read_as = {1: GREY, len(INKS): INKS}.get(len(found), RGB) if bands == RGB else bands
-        left = ", ".join(f"{i} ({_shown(said[i - 1])})" for i in unused)
+        left = ", ".join(f"{i} ({_shown(said[i - 1])})" for i in unused[:MOST_NAMED])
+        left += f" and {len(unused) - MOST_NAMED} more" if len(unused) > MOST_NAMED else ""
         warnings.insert(0, f"the image is read as {', '.join(read_as)} from {_numbers(found)}; not used: band {left}")
     if any(dataset.scales[i - 1] != 1 or dataset.offsets[i - 1] != 0 for i in found):
         warnings.append("the file's scale and offset of its values are not applied")

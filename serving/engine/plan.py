@@ -15,7 +15,7 @@ from penumbra.serving.engine.options import PROBABILITIES, Limits, SegmentOption
 from penumbra.serving.engine.prompts import Boxes, PromptSource, check_prompt
 from penumbra.serving.engine.runtime import Runtime
 from penumbra.serving.engine.scale import CARD, find_scale, size_at
-from penumbra.serving.engine.windows import WindowPlan, count_windows, cover
+from penumbra.serving.engine.windows import WindowPlan, count_windows, cover, plan_bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,6 +139,11 @@ def _check_windows(height: int, width: int, card: Card, options: SegmentOptions,
         raise TooLarge(
             f"{card.name} sees an image whole and this one has {width}x{height} = {height * width:,} pixels; the "
             f"limit for that is {limit:,}: send a smaller image or parts of it"
+        )
+    if (needed := plan_bytes(height, width, card.window, options.overlap)) > limits.memory_bytes:
+        raise TooLarge(
+            f"the plan of windows alone takes {needed:,} bytes and the limit of all memory (memory_bytes) is "
+            f"{limits.memory_bytes:,}; lower the scale or the overlap, or send parts of the image"
         )
     num_windows = count_windows(height, width, card.window, options.overlap)
     num_samples, num_members = options.num_samples(card), options.num_members(card)

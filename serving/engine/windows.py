@@ -114,6 +114,14 @@ def count_windows(height: int, width: int, spec: WindowSpec, overlap: float | No
     return _count(height, spec.height, share) * _count(width, spec.width, share)
 
 
+def plan_bytes(height: int, width: int, spec: WindowSpec, overlap: float | None = None) -> int:
+    """Predict the bytes of memory that the plan takes: windows' starts and weights, and those of rows and columns."""
+    share, num_bytes = spec.overlap if overlap is None else overlap, 8 * (height + width)
+    for length, window in ((height, spec.height or height), (width, spec.width or width)):
+        num_bytes += _count(length, window, share) * (4 * window + 150)
+    return num_bytes
+
+
 def _stride(window: int, overlap: float) -> int:
     """ceil(window * (1 - overlap)), at least 1; the epsilon keeps 513 * (1 - 1/3) at 342."""
     return max(1, math.ceil(window * (1 - overlap) - 1e-6))

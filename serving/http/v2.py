@@ -4,6 +4,7 @@ A body is JSON alone; or JSON of `Inference-Header-Content-Length` bytes and beh
 `binary_data_size`, in their order; or, with a length of 0, nothing but an encoded picture.
 """
 
+import math
 import re
 import zlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -33,6 +34,8 @@ PLAIN = ("", "identity")
 """What a body without an encoding is called."""
 PIECE_BYTES = 2**16
 """Bytes of a body that are decompressed at a time, and its growth counted."""
+MOST_NUMBERS = 2**24
+"""Numbers of outputs in JSON at most; to write these takes half a second in which no other thread runs."""
 FAST = 1
 """zlib level: float maps hardly shrink, and higher levels take several times as long for nothing."""
 
@@ -214,6 +217,10 @@ def write_response(response: InferResponse, *, encoding: str) -> Response:
     """Write the response: JSON, and behind it the outputs that were requested in raw form."""
     head: dict[str, Any] = {"id": response.id} if response.id else {}
     head |= {"model_name": response.model, "model_version": response.version, "parameters": response.parameters}
+    num_values = sum(math.prod(output.shape) for output in response.outputs if not output.binary)
+    if num_values > MOST_NUMBERS:
+        raise TooLarge(f"the outputs have {num_values:,} numbers and the limit of JSON is {MOST_NUMBERS:,}; ask for "
+                       "binary_data")  # fmt: skip
     tails = [output.raw if output.binary else None for output in response.outputs]
     head["outputs"] = [_output_document(output, tail) for output, tail in zip(response.outputs, tails, strict=True)]
     text = orjson.dumps(head, option=orjson.OPT_SERIALIZE_NUMPY)

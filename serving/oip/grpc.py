@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 from tritonclient.grpc import service_pb2 as pb
 
-from penumbra.models.errors import UNEXPECTED, BadOption, PenumbraError, Unsupported
+from penumbra.models.errors import UNEXPECTED, BadOption, PenumbraError, TooLarge, Unsupported
 from penumbra.serving import VERSION
 from penumbra.serving.keys import SERVICE, STREAM, Keys
 from penumbra.serving.oip.grpc_server import Context, Handler, begun_call, named_errors
@@ -28,6 +28,9 @@ from penumbra.serving.room import Bodies
 from penumbra.serving.telemetry import Request, logged
 
 log = logging.getLogger("penumbra")
+
+MOST_QUESTION = 2**16
+"""Bytes of a message that asks for no inference."""
 
 DESCRIPTOR = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 CONTENTS = {
@@ -67,6 +70,10 @@ class Calls:
                 take(len(data))
                 if method.name not in self.documents:
                     raise Unsupported(f"{method.name} is not offered by Penumbra {VERSION}")
+                if len(data) > MOST_QUESTION:  # it is read in the event loop
+                    raise TooLarge(
+                        f"the message has {len(data):,} bytes and the limit of {method.name} is {MOST_QUESTION:,}"
+                    )
                 document = self.documents[method.name](parse(question, data))
                 if isawaitable(document):
                     document = await document
@@ -77,7 +84,7 @@ class Calls:
 
     async def infer(self, data: bytes, context: Context) -> bytes:
         """Answer ModelInfer; the answer is counted until the call is over, when the caller has taken it."""
-        answer, held = await self._infer(data, context, write=_alone), ExitStack()
+        answer, held = await self._infer(data, context, write=write_response), ExitStack()
         held.enter_context(self._bodies.holding(len(answer)))
         context.add_done_callback(lambda _: held.close())
         return answer
@@ -106,7 +113,7 @@ class Calls:
             return await asyncio.to_thread(_failed_in_stream, data, sentence)
 
     async def _infer(
-        self, data: bytes, context: Context, *, write: Callable[[Any], bytes], is_paid: bool = True
+        self, data: bytes, context: Context, *, write: Callable[[InferResponse], bytes], is_paid: bool = True
     ) -> bytes:
         metadata = dict(context.invocation_metadata())
         unknown = unknown_above(metadata, "the metadata")
@@ -117,8 +124,7 @@ class Calls:
                     self._keys.check(STREAM, metadata.get("authorization", ""))
                 return await self._inference.infer(
                     lambda: read_message(parse(pb.ModelInferRequest, data), unknown),
-                    lambda response: write(message_of(response)), tracked=tracked, size_bytes=len(data),
-                    timeout_s=context.time_remaining(),
+                    write, tracked=tracked, size_bytes=len(data), timeout_s=context.time_remaining(),
                 )  # fmt: skip
 
 
@@ -184,30 +190,40 @@ def _typed_contents(tensor: Any) -> dict[str, list[Any]]:
     return {"data": list(getattr(tensor.contents, expected, ()))}
 
 
-def message_of(response: InferResponse) -> Any:
-    """Make the response message, in a request thread."""
+def write_response(response: InferResponse) -> bytes:
+    """Write the response message, in a request thread. Its raw contents are put behind the rest: protobuf would copy
+    them three times, and let no other thread run meanwhile."""
     message = pb.ModelInferResponse(model_name=response.model, model_version=response.version, id=response.id)
     for name, value in response.parameters.items():
-        field = {str: "string_param", int: "int64_param", float: "double_param"}[type(value)]
+        field = {str: "string_param", int: "int64_param", float: "double_param", bool: "bool_param"}[type(value)]
         setattr(message.parameters[name], field, value)
     for output in response.outputs:
         message.outputs.add(name=output.name, datatype=output.datatype, shape=output.shape)
-        message.raw_output_contents.append(bytes(output.raw))
-    return message
+    parts: list[bytes | memoryview] = [message.SerializeToString()]
+    for output in response.outputs:
+        parts += [_head(pb.ModelInferResponse, "raw_output_contents", len(output.raw)), output.raw]
+    return b"".join(parts)
 
 
-def _alone(message: Any) -> bytes:
-    data: bytes = message.SerializeToString()
-    return data
+def _in_stream(response: InferResponse) -> bytes:
+    data = write_response(replace(response, parameters={**response.parameters, "triton_final_response": True}))
+    return b"".join([_head(pb.ModelStreamInferResponse, "infer_response", len(data)), data])
 
 
-def _in_stream(message: Any) -> bytes:
-    message.parameters["triton_final_response"].bool_param = True
-    return _alone(pb.ModelStreamInferResponse(infer_response=message))
+def _head(kind: Any, field: str, length: int) -> bytes:
+    """Write what stands before the bytes of a message's field: its number, and how many they are."""
+    written = bytearray()
+    for number in (kind.DESCRIPTOR.fields_by_name[field].number << 3 | 2, length):  # 2: so many bytes follow
+        while number > 127:
+            written.append(number & 127 | 128)
+            number >>= 7
+        written.append(number)
+    return bytes(written)
 
 
 def _failed_in_stream(data: bytes, sentence: str) -> bytes:
     answer = pb.ModelInferResponse()
     with suppress(BadOption):
         answer.id = parse(pb.ModelInferRequest, data).id
-    return _alone(pb.ModelStreamInferResponse(error_message=sentence, infer_response=answer))
+    message: bytes = pb.ModelStreamInferResponse(error_message=sentence, infer_response=answer).SerializeToString()
+    return message

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -339,13 +340,50 @@ def test_a_bomb_of_an_array_is_refused_by_its_header() -> None:
         read(wide.getvalue(), SIX)
 
 
+def array_of(header: str) -> bytes:
+    text = header.ljust(117).encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
 @pytest.mark.parametrize(
     "header", ["{'descr': '<f4', ", "{[]: 1}", "{'descr': (), 'fortran_order': False, 'shape': ()}"]
 )
 def test_a_header_of_an_array_that_is_none_is_refused_in_a_sentence(header: str) -> None:
-    text = header.ljust(117).encode() + b"\n"
     with pytest.raises(BadImage, match="the array cannot be read"):
-        read(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text, SIX)
+        read(array_of(header), SIX)
+
+
+def repacked(source: bytes, method: int) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(source)) as kept, zipfile.ZipFile(file, "w", method) as archive:
+        for name in kept.namelist():
+            archive.writestr(name, kept.read(name))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        (repacked(npz(image=VALUES), zipfile.ZIP_BZIP2), "packed by another method than numpy's own, deflate"),
+        (repacked(npz(image=VALUES), zipfile.ZIP_LZMA), "packed by another method than numpy's own, deflate"),
+        (b"\x93NUMPY\x02\x00" + (2**31).to_bytes(4, "little"), "header has 2,147,483,648 bytes; up to 65,536"),
+        (npy(VALUES[:0]), r"the array is uint16 \[0, 30, 6\]"),
+        (array_of(f"{{'descr': '<u2', 'fortran_order': False, 'shape': ({2**70}, 0, 6)}}"), "the array is uint16"),
+    ],
+)
+def test_what_would_unpack_without_a_bound_or_to_nothing_is_refused(source: bytes, named: str) -> None:
+    with pytest.raises(BadImage, match=named):
+        read(source, SIX)
+    assert (read(repacked(npz(image=VALUES), zipfile.ZIP_STORED), SIX)[:, :] == VALUES).all()
+
+
+def test_an_array_is_held_whole_also_where_rasters_may_be_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penumbra.serving.engine.decode.PILLOW_PIXELS", 599)
+    with (
+        pytest.raises(TooLarge, match="the limit is 599"),
+        read_header(npy(VALUES), Limits(pixels=2**40), Reading(SIX)),
+    ):
+        pass
 
 
 def test_an_array_of_wide_values_is_refused_before_it_is_unpacked() -> None:

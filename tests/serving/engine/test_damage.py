@@ -207,6 +207,14 @@ def test_a_progressive_jpeg_that_ends_between_two_scans_is_refused() -> None:
             decode_image(data[:end], LIMITS)
 
 
+def test_a_jpeg_of_scans_without_end_is_refused_and_one_of_many_thumbnails_is_not() -> None:
+    data = encode(scene(), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    with pytest.raises(BadImage, match="more than 100 scans"):
+        decode_image(data[:-2] + data[last:-2] * 100 + data[-2:], LIMITS)
+    decode_image(data + data * 20, LIMITS)
+
+
 @pytest.mark.parametrize(("mode", "options"), JPEGS)
 def test_most_damage_in_the_scan_of_a_jpeg_is_refused_or_warned_about(mode: str, options: Any) -> None:
     """JPEG has no checksum: what fits by chance cannot be told; Pillow alone tells next to nothing."""

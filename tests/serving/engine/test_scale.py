@@ -248,6 +248,10 @@ def test_a_picture_too_thin_for_the_cards_frame_is_refused_and_answered_at_a_sca
             assert opened_.segment(image, SegmentOptions(scale=1.0)).labels_HW.shape == size
         with pytest.raises(TooLarge, match=r"\(memory_bytes\) is 3,000,000; .* run it at a smaller scale"):
             opened_.segment(photo(4, 500), SegmentOptions(scale=scale))
+        with pytest.raises(TooLarge, match=r"the plan of windows alone takes 17,\d+,\d+ bytes"):
+            opened_.plan(
+                2, 1_000_000, SegmentOptions(scale=1.0), limits=replace(limits, pixels=2**40, queue_samples=2**40)
+            )
 
 
 def test_no_picture_is_refused_for_the_width_of_its_bands(segmenter: Segmenter) -> None:

@@ -8,6 +8,7 @@ import pytest
 import tritonclient.grpc as triton
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from tests.conftest import picture
@@ -92,6 +93,15 @@ def test_boxes_that_are_none_are_refused(
     with pytest.raises(InferenceServerException) as refused:
         triton_client.infer(model, inputs, client_timeout=30)
     assert refused.value.status() == "StatusCode.INVALID_ARGUMENT" and says in refused.value.message()
+
+
+def test_a_question_that_is_read_in_the_event_loop_has_a_limit(server: Server) -> None:
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        with pytest.raises(grpc.RpcError) as refused:
+            stub.RepositoryModelLoad(service_pb2.RepositoryModelLoadRequest(model_name="a" * 2**16), timeout=30)
+    assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "the limit of RepositoryModelLoad is 65,536" in refused.value.details()
 
 
 def test_metadata_names_a_models_prompts_and_maps(triton_client: triton.InferenceServerClient) -> None:

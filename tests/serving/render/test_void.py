@@ -16,6 +16,7 @@ from rasterio.transform import from_origin
 
 from penumbra.export.bundle import export_network
 from penumbra.models.card import IGNORE, Calibration
+from penumbra.models.errors import TooLarge
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.options import PROBABILITIES, SegmentOptions
 from penumbra.serving.engine.raster import Raster, open_raster
@@ -193,6 +194,13 @@ def test_tensors_are_not_a_number_there_and_null_in_json(void: Prediction) -> No
     text = bytes(write_response(answer, encoding="").body)
     data = json.loads(text, parse_constant=pytest.fail)["outputs"][0]["data"]
     assert np.array_equal(np.isnan(np.array(data, np.float32)), VOID.ravel()), "as tritonclient reads it"
+
+
+def test_more_numbers_than_json_is_for_are_refused(void: Prediction, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penumbra.serving.http.v2.MOST_NUMBERS", 10)
+    answer = response_of(void, InferRequest(MODEL, outputs=[RequestedOutput("labels")]))
+    with pytest.raises(TooLarge, match="numbers and the limit of JSON is 10; ask for binary_data"):
+        write_response(answer, encoding="")
 
 
 def test_the_largest_values_of_a_map_are_numbers() -> None:
