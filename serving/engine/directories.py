@@ -28,7 +28,7 @@ NOT_READ = {4: "a mask", 8: "CIELab", 9: "ICCLab", 10: "ITULab", 32803: "the raw
 
 
 MOST_DIRECTORIES, MOST_ENTRIES, MOST_ENTRIES_IN_ALL = 4096, 256, 2**16
-"""What a file may have: libtiff reads all directories at once, and compares tags that it does not know with all others."""
+"""What a file may have: libtiff reads all directories at once, and compares unknown tags with all others."""
 SHARED_BYTES = 2**20
 """By so much what entries point to may be larger together than the file: pages share a resolution or a name."""
 METADATA, MOST_METADATA = 42112, 2**20
