@@ -83,7 +83,10 @@ def judge(seen: dict[str, Any], counted: dict[str, float]) -> list[str]:
     good = seen["requests"] - cancelled - refused - bad
     counted_good = counted.get("answers 200", 0) + counted.get("answers OK", 0)
     if not good <= counted_good <= good + cancelled:
-        wrong.append(f"callers saw {good} answers and cancelled {cancelled}; the server counts {counted_good:g}")
+        by_status = {name.split()[1]: value for name, value in counted.items() if name.startswith("answers ")}
+        wrong.append(
+            f"callers saw {good} answers and cancelled {cancelled}; the server counts {counted_good:g} of {by_status}"
+        )
     left = {gauge: counted.get(gauge, 0) for gauge in ("penumbra_inflight", "penumbra_queue_windows")}
     return wrong + [f"{name} is {value:g} after the last caller has gone" for name, value in left.items() if value]
 

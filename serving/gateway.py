@@ -180,8 +180,7 @@ class Gateway:
             self.shadow.offer(task.image, task.options, card)
         spent_ms = sum(ms for phase, ms in prediction.timing_ms.items() if phase in ("decode", "total"))
         write_ms = 1e3 * (time.perf_counter() - started) - spent_ms
-        request.timing_ms = dict(prediction.timing_ms) | {"write": write_ms}
-        request.size, request.num_windows = prediction.labels_HW.shape, prediction.num_windows
+        request.answered(prediction, dict(prediction.timing_ms) | {"write": write_ms})
         self.telemetry.answered(prediction, request.timing_ms)
         return prediction, body
 

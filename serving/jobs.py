@@ -304,8 +304,7 @@ class Jobs:
             image = open_image(place / "image", self._limits, self._gateway.segmenter.reading(options))
             spool = Spool(place / "spool", self._gateway.segmenter, image, options, source=job.id)
             prediction = spool.fill(limits=self._limits, cancelled=self._cancelled, progress=self._note)
-        request.size, request.num_windows = prediction.labels_HW.shape, prediction.num_windows
-        request.timing_ms = prediction.timing_ms
+        request.answered(prediction, prediction.timing_ms)
         job.state = "writing"
         with (place / "writing").open("wb") as file:
             note = WRITERS[job.media](prediction, style, file)
@@ -313,6 +312,7 @@ class Jobs:
             raise Cancelled("the job was cancelled")
         os.replace(place / "writing", place / "result")
         job.headers = answer_headers(replace(prediction, warnings=prediction.warnings + ((note,) if note else ())))
+        self._gateway.telemetry.answered(prediction, {})  # its phases, of hours, would hide those of others
         if job.target:
             send(place / "result", job.target)
 

@@ -110,6 +110,10 @@ class Request:
     error: str = ""
     status: int = CANCELLED
 
+    def answered(self, prediction: "Prediction", timing_ms: Mapping[str, float]) -> None:
+        """Note what was answered, and how long the phases of that took."""
+        self.size, self.num_windows, self.timing_ms = prediction.labels_HW.shape, prediction.num_windows, timing_ms
+
     def fail(self, error: Exception) -> None:
         """Note what the request ended with."""
         self.status, self.error = 500, type(error).__name__

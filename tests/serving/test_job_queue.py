@@ -359,6 +359,8 @@ def test_a_version_that_is_loaded_while_a_job_has_it_stays(
         monkeypatch.setattr(whole, name, ask_for_it)
         jobs.start()
         assert ended(jobs, "waits")["state"] == "done" and loaded == [3]
+        page = gateway.telemetry.page("")[0].decode()
+        assert f'penumbra_entropy_mean_count{{model="{MODEL}"}} 1.0' in page and "phase_seconds_count{" not in page
         until(lambda: not jobs._cancelled.is_set())
         assert [card.version for card in gateway.segmenter.cards()] == [3]
 
