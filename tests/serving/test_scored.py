@@ -27,7 +27,7 @@ from penumbra.serving.files.report import Outcome, Result, outcome_facts, report
 from penumbra.serving.http.openapi import document
 from penumbra.serving.http.routes import summary
 from penumbra.serving.http.segment import answer_headers
-from penumbra.serving.oip.grpc import message_of
+from penumbra.serving.oip.grpc import pb, write_response
 from penumbra.serving.oip.protocol import response_of
 from penumbra.serving.oip.request import InferRequest
 from penumbra.serving.render import Style, render
@@ -66,7 +66,8 @@ def _text(prediction: Prediction, picture: str) -> dict[str, Any]:
 
 
 def _in_grpc(prediction: Prediction) -> dict[str, float]:
-    answered = message_of(response_of(prediction, InferRequest(prediction.card.name)))
+    written = write_response(response_of(prediction, InferRequest(prediction.card.name)))
+    answered = pb.ModelInferResponse.FromString(written)
     return {name: value.double_param for name, value in answered.parameters.items()}
 
 

@@ -55,7 +55,7 @@ def test_voc_reads_listed_frames_of_any_size_with_palette_masks(tmp_path: Path) 
     data = find_data("voc")
     frames = data.load(tmp_path, "train")
     assert frames.names == ("2007_000032", "2007_000039") and len(frames) == 2
-    image_3HW, label_HW, _ = frames[1]
+    image_3HW, label_HW, *_ = frames[1]
     assert image_3HW.shape == (3, 8, 4) and label_HW.shape == (8, 4)
     assert image_3HW.dtype == label_HW.dtype == torch.uint8
     assert label_HW[0, 0] == IGNORE and (label_HW.flatten()[1:] == 20).all()
