@@ -80,7 +80,7 @@ class Gateway:
         self.lent: set[tuple[str, int]] = set()
         """Versions that are loaded for a job alone."""
         self.lending = threading.Lock()
-        """Is held by who looks into what is lent and goes by it."""
+        """Is held by who loads a version, for a job or to stay, or gives one back."""
         self.shadow: Shadow | None = None
         """What is offered every request that was worked on and answered."""
         self._memory = Memory(segmenter.limits.memory_bytes)
@@ -88,6 +88,13 @@ class Gateway:
         """Threads that a server cannot do without: is each of them alive?"""
         self._inflight = 0
         self._threads = ThreadPoolExecutor(limit_requests, thread_name_prefix="request")
+
+    def give_back(self, model: str, version: int) -> None:
+        """Unload a version that was loaded for a job, unless somebody has asked meanwhile for it to be served."""
+        with self.lending:
+            if (model, version) in self.lent:
+                self.segmenter.unload(model, version)
+                self.lent.discard((model, version))
 
     @property
     def is_ready(self) -> bool:

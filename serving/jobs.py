@@ -114,6 +114,7 @@ class Jobs:
         self._limits = replace(
             LONG, pixels=settings.limit_job_pixels, samples=gateway.segmenter.limits.samples,
             window_pixels=gateway.segmenter.limits.window_pixels, probability_bytes=0,
+            memory_bytes=gateway.segmenter.limits.memory_bytes,
         )  # fmt: skip
         self._lock_file = lock(settings.jobs)
         self._changed = threading.Condition()
@@ -319,28 +320,22 @@ class Jobs:
     def _load(self, options: SegmentOptions, held: ExitStack) -> None:
         """Keep a job's version in memory, and only for the job where a newer one had taken its place."""
         segmenter, model, version = self._gateway.segmenter, options.model, options.version
-        with suppress(UnknownModel):
-            segmenter.find(model, version)
-            return
-        assert model and version, "submit has written both"
-        served = max((card.version for card in segmenter.cards() if card.name == model), default=version)
-        if served < version:  # who names no version would be answered by this one
-            raise UnknownModel(f"{model} version {version}, which the job was taken for, was taken back; send it again")
-        self._gateway.lent.add((model, version))
-        held.callback(self._give_back, model, version)
-        try:
-            segmenter.load(find_artifact(self.settings.store, model, version))
-        except (UnknownModel, BadArtifact) as error:  # of which the places are none of the caller's business
-            log.error("a job's model cannot be loaded: %s", error)
-            raise UnknownModel(
-                f"{model} version {version}, which the job was taken for, can be loaded no more; send it again"
-            ) from None
-
-    def _give_back(self, model: str, version: int) -> None:
         with self._gateway.lending:
-            if (model, version) in self._gateway.lent:  # else somebody has asked meanwhile for it to be served
-                self._gateway.segmenter.unload(model, version)
-                self._gateway.lent.discard((model, version))
+            with suppress(UnknownModel):
+                segmenter.find(model, version)
+                return
+            assert model and version, "submit has written both"
+            served = max((card.version for card in segmenter.cards() if card.name == model), default=version)
+            taken_for = f"{model} version {version}, which the job was taken for,"
+            if served < version:  # who names no version would be answered by this one
+                raise UnknownModel(f"{taken_for} was taken back; send it again")
+            try:
+                segmenter.load(find_artifact(self.settings.store, model, version))
+            except (UnknownModel, BadArtifact) as error:  # of which the places are none of the caller's business
+                log.error("a job's model cannot be loaded: %s", error)
+                raise UnknownModel(f"{taken_for} can be loaded no more; send it again") from None
+            self._gateway.lent.add((model, version))
+            held.callback(self._gateway.give_back, model, version)
 
     def _note(self, num_done: int, num_windows: int) -> None:
         self._progress = (num_done, num_windows)

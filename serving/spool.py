@@ -124,9 +124,14 @@ class Spool:
 
         def noted(request: QueuedRequest, progress: Progress) -> Generator[Band]:
             """Keep what is known of damage before the rows that it is of."""
+            kept = set(self._image.damage) if first_y else set[str]()
             for band in run(request, progress):
-                if lines := sorted(self._image.damage):
-                    damage.write_text("\n".join(lines), "utf-8")
+                if lines := sorted(self._image.damage - kept):
+                    with damage.open("a", encoding="utf-8") as file:
+                        file.writelines(f"{line}\n" for line in lines)
+                        file.flush()
+                        os.fdatasync(file.fileno())
+                    kept |= {*lines}
                 yield band
 
         with disk():

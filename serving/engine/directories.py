@@ -6,6 +6,7 @@ minutes or gigabytes, or fall over, is refused before it is asked.
 
 import re
 import struct
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,16 +28,19 @@ NOT_READ = {4: "a mask", 8: "CIELab", 9: "ICCLab", 10: "ITULab", 32803: "the raw
 """CIELab is among them because libtiff turns it into colours that are off by up to 90 of 255."""
 
 
-MOST_DIRECTORIES, MOST_ENTRIES, MOST_ENTRIES_IN_ALL = 4096, 256, 2**16
-"""What a file may have: libtiff reads all directories at once, and compares unknown tags with all others."""
+MOST_DIRECTORIES, MOST_ENTRIES, MOST_COMPARED = 2**16, 256, 2**26
+"""What a file may have, one directory, and all together in pairs of tags of one directory: libtiff reads them all at
+once, in a second then, and compares unknown tags with all others."""
 SHARED_BYTES = 2**20
 """By so much what entries point to may be larger together than the file: pages share a resolution or a name."""
 METADATA, MOST_METADATA = 42112, 2**20
 """The tag of GDAL's own metadata, whose items it compares with all others, and the most bytes of it."""
 GEO_TEXT = 34737
-HOSTILE = re.compile(rb"EXTENSION *\[ *.PROJ4. *,(?! *.\+proj=merc )")
-"""In the text of a GeoTIFF: a projection in PROJ's own words, which may end the process. Old writers put `merc` so."""
-TILE_WIDTH, TILE_HEIGHT = 322, 323
+HOSTILE = re.compile(rb"extension[\[(].?proj4.?,(?!.?\+proj=(?:merc|geos)\+)")
+"""In the text of a GeoTIFF, small and without blanks: a projection in PROJ's own words, which may end the process. GDAL
+writes those of web maps and of geostationary satellites so."""
+SIZE_TAGS = (WIDTH, HEIGHT, 322, 323)
+"""The tags of a picture's width and height, and of its tiles'."""
 BLOCK_PIXELS = 2**26
 """Most pixels of one block of a file, which is read whole: a tile, or a strip of a long scan."""
 ROOM = 4
@@ -69,7 +73,7 @@ def find_directory(file: BinaryIO) -> tuple[Directory, tuple[str, ...]] | None:
     if not head.startswith(MAGIC):
         return None
     with suppress(struct.error):  # it breaks off, and GDAL says where
-        _check(file, head)
+        _check(Tables(file, head))
     found: list[Directory] = []
     with suppress(Exception):  # a hostile directory may raise anything here, and then GDAL says what is wrong
         found.extend(_walk(file, head if 43 in (head[2], head[3]) else head[:8]))  # keeps those before a broken one
@@ -92,39 +96,90 @@ def find_directory(file: BinaryIO) -> tuple[Directory, tuple[str, ...]] | None:
     return chosen, tuple(warnings)
 
 
-def _check(file: BinaryIO, head: bytes) -> None:
-    """Check that GDAL can read all directories of a file in a moment. Raises BadImage, and struct.error at its end."""
-    order, is_big = "<" if head[:1] == b"I" else ">", 43 in (head[2], head[3])
-    count, entry, link = (order + kind for kind in (("Q", "HHQQ", "Q") if is_big else ("H", "HHII", "I")))
-    (offset,) = struct.unpack_from(link, head, 8 if is_big else 4)
-    size, seen, num_entries, taken = file.seek(0, 2), set[int](), 0, 0
-    while offset and offset not in seen:
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry of a directory. raw: its values, or else where in the file they are."""
+
+    tag: int
+    num_bytes_each: int
+    num_bytes: int
+    raw: bytes
+
+
+class Tables:
+    """The entries of a TIFF's directories as they are written, before anybody makes anything of them."""
+
+    def __init__(self, file: BinaryIO, head: bytes) -> None:
+        """head: the file's first 16 bytes. Raises struct.error where they are not all there."""
+        self._file, self.size = file, file.seek(0, 2)
+        self._order, is_big = "<" if head[:1] == b"I" else ">", 43 in (head[2], head[3])
+        self._count, self._entry, self._link = ("Q", "HHQ8s", "Q") if is_big else ("H", "HHI4s", "I")
+        self.inline = struct.calcsize(self._link)
+        (self.first,) = struct.unpack_from(self._order + self._link, head, 8 if is_big else 4)
+
+    def read(self, offset: int) -> tuple[list[Entry], int]:
+        """Read the entries of a directory, a few more than it may have at most, and where the next directory is."""
+        self._file.seek(offset)
+        (num,) = struct.unpack(self._order + self._count, self._file.read(struct.calcsize("=" + self._count)))
+        each = struct.calcsize("=" + self._entry)
+        table = self._file.read(min(num, MOST_ENTRIES + 1) * each)
+        following = self._file.read(self.inline).ljust(self.inline, b"\0")
+        rows = struct.iter_unpack(self._order + self._entry, table[: len(table) // each * each])
+        entries = [Entry(tag, size := SIZES.get(kind, 1), num * size, raw) for tag, kind, num, raw in rows]
+        return entries, self._number(following)
+
+    def bytes_of(self, entry: Entry, most: int) -> bytes:
+        """Read an entry's values."""
+        if entry.num_bytes <= self.inline:
+            return entry.raw[: entry.num_bytes]
+        if (offset := self._number(entry.raw)) >= self.size:
+            return b""
+        self._file.seek(offset)
+        return self._file.read(min(entry.num_bytes, most))
+
+    def numbers(self, entry: Entry, most: int) -> list[int]:
+        """Read the first of an entry's whole numbers."""
+        data, each = self.bytes_of(entry, most * entry.num_bytes_each), entry.num_bytes_each
+        return [self._number(data[k : k + each]) for k in range(0, len(data), each)]
+
+    def _number(self, data: bytes) -> int:
+        return int.from_bytes(data, "little" if self._order == "<" else "big")
+
+
+def _check(tables: Tables) -> None:
+    """Check that GDAL can read all directories in a moment. Raises BadImage, and struct.error where one breaks off."""
+    offsets, seen, taken, compared = deque([tables.first]), set[int](), 0, 0
+    while offsets:
+        offset = offsets.popleft()
+        if not 0 < offset < tables.size or offset in seen:
+            continue
         seen.add(offset)
-        file.seek(offset)
-        (num,) = struct.unpack(count, file.read(struct.calcsize(count)))
-        num_entries += num
-        if num > MOST_ENTRIES or num_entries > MOST_ENTRIES_IN_ALL or len(seen) > MOST_DIRECTORIES:
+        entries, following = tables.read(offset)
+        compared += len(entries) ** 2
+        if len(entries) > MOST_ENTRIES or len(seen) > MOST_DIRECTORIES or compared > MOST_COMPARED:
+            raise BadImage(f"the TIFF image has more than {MOST_DIRECTORIES:,} directories, {MOST_ENTRIES} tags in one "
+                           "of them, or many in most; write it anew, with its pixels alone")  # fmt: skip
+        taken += sum(entry.num_bytes for entry in entries if entry.num_bytes > tables.inline)
+        if taken > tables.size + SHARED_BYTES:
             raise BadImage(
-                f"the TIFF image has more than {MOST_DIRECTORIES:,} directories, {MOST_ENTRIES} tags in one of them or "
-                f"{MOST_ENTRIES_IN_ALL:,} in all; write it anew, with its pixels alone"
+                f"the tags of the TIFF image hold {taken:,} bytes, and the file has {tables.size:,}; write it anew"
             )
-        table = file.read(num * struct.calcsize(entry))
-        (offset,) = struct.unpack(link, file.read(struct.calcsize(link)))
-        values = dict[int, int]()
-        for tag, kind, length, value in struct.iter_unpack(entry, table):
-            num_bytes, inline = length * (each := SIZES.get(kind, 1)), struct.calcsize(link)
-            taken += num_bytes if num_bytes > inline else 0
-            values[tag] = value >> 8 * max(inline - each, 0) if order == ">" else value % 256**each
-            if tag == METADATA and num_bytes > MOST_METADATA:
-                raise BadImage(f"the TIFF image has {num_bytes:,} bytes of GDAL's metadata; {MOST_METADATA:,} are read")
-            if tag == GEO_TEXT:
-                file.seek(value)
-                if HOSTILE.search(file.read(min(num_bytes, MOST_METADATA))):
-                    raise BadImage("the TIFF image has a projection in PROJ's own words (EXTENSION), which is not "
-                                   "followed; give it a code of EPSG")  # fmt: skip
-        if taken > size + SHARED_BYTES:
-            raise BadImage(f"the tags of the TIFF image hold {taken:,} bytes, and the file has {size:,}; write it anew")
-        _check_tiles(*(values.get(tag, 0) for tag in (WIDTH, HEIGHT, TILE_WIDTH, TILE_HEIGHT)))
+        by_tag = {entry.tag: entry for entry in reversed(entries)}  # of two alike libtiff takes the first
+        _check_texts(tables, by_tag)
+        _check_tiles(*(next(iter(tables.numbers(by_tag[tag], 1)), 0) if tag in by_tag else 0 for tag in SIZE_TAGS))
+        offsets.append(following)
+        if SUB_IFDS in by_tag:
+            offsets.extend(tables.numbers(by_tag[SUB_IFDS], NUM_DIRECTORIES))
+
+
+def _check_texts(tables: Tables, by_tag: dict[int, Entry]) -> None:
+    if METADATA in by_tag and by_tag[METADATA].num_bytes > MOST_METADATA:
+        raise BadImage(f"the TIFF image has {by_tag[METADATA].num_bytes:,} bytes of GDAL's metadata; {MOST_METADATA:,} "
+                       "are read")  # fmt: skip
+    text = tables.bytes_of(by_tag[GEO_TEXT], MOST_METADATA) if GEO_TEXT in by_tag else b""
+    if HOSTILE.search(b"".join(text.split()).lower()):
+        raise BadImage("the TIFF image has a projection in PROJ's own words (EXTENSION), which is not followed; give "
+                       "it a code of EPSG")  # fmt: skip
 
 
 def _check_tiles(width: int, height: int, tile_width: int, tile_height: int) -> None:

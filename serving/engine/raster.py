@@ -270,8 +270,8 @@ def open_file(
             together = dataset.count if dataset.profile.get("interleave") == "pixel" else 1
             if height * width > BLOCK_PIXELS or height * width * together > 4 * BLOCK_PIXELS:
                 raise BadImage(
-                    f"the {kind} image has blocks of {width}x{height} pixels, which are read whole; tiles of 512x512 "
-                    "are good"
+                    f"the {kind} image has blocks of {width}x{height} pixels of {together} bands, which are read "
+                    "whole; tiles of 512x512 are good"
                 )
             return FileRaster(dataset, kept, reading, kind=kind, orientation=orientation, warnings=warnings)
     except RASTER_FAULTS as error:

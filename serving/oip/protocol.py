@@ -293,8 +293,8 @@ class Inference:
             with self.gateway.lending:
                 self.gateway.lent.discard((model, int(served.name)))  # what a job had loaded stays from now on
                 loaded = {card.version for card in segmenter.cards() if card.name == model}
-            if int(served.name) not in loaded:
-                segmenter.load(served)
+                if int(served.name) not in loaded:
+                    segmenter.load(served)
             if self.gateway.shadow:
                 for version in loaded:
                     if version > int(served.name):  # whoever names no version gets the highest

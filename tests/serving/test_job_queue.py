@@ -346,19 +346,22 @@ def test_a_version_that_is_loaded_while_a_job_has_it_stays(
     left(tmp_path, Job("waits", NPZ, {"model": MODEL, "version": "3"}, 1.0), rng)
     with opened(store, tmp_path) as (jobs, gateway):
         gateway.segmenter.unload(MODEL)
-        inference, asked, loaded = Inference(gateway, store=store), list[str](), list[int]()
+        inference, asked, loaded = Inference(gateway, store=store), list[threading.Thread](), list[int]()
         whole, name = (jobs, "_note") if moment == "it runs" else (gateway.segmenter, "load")
         before = getattr(whole, name)
 
         def ask_for_it(*given: object) -> None:
             before(*given)
             if not asked:
-                asked.append(MODEL)
-                loaded.append(inference._load(MODEL, store))
+                asked.append(threading.Thread(target=lambda: loaded.append(inference._load(MODEL, store))))
+                asked[0].start()
+                asked[0].join(30 if moment == "it runs" else 0.2)  # a load waits for the one that is under way
 
         monkeypatch.setattr(whole, name, ask_for_it)
         jobs.start()
-        assert ended(jobs, "waits")["state"] == "done" and loaded == [3]
+        assert ended(jobs, "waits")["state"] == "done"
+        asked[0].join(30)
+        assert loaded == [3]
         page = gateway.telemetry.page("")[0].decode()
         assert f'penumbra_entropy_mean_count{{model="{MODEL}"}} 1.0' in page and "phase_seconds_count{" not in page
         until(lambda: not jobs._cancelled.is_set())

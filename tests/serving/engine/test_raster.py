@@ -372,10 +372,18 @@ def number(tag: int, value: int) -> tuple[int, int, int, bytes]:
     return (tag, 4, 1, struct.pack("<I", value))
 
 
-def geographic(text: bytes) -> bytes:
-    """A directory whose text for GeoTIFF's keys stands behind it."""
-    head = directory(number(256, 5), number(257, 5), (34737, 2, len(text), b"\0\0\0\0"))
-    return directory(number(256, 5), number(257, 5), (34737, 2, len(text), struct.pack("<I", len(head)))) + text
+def geographic(text: bytes, *, link: bytes = b"\0\0\0\0") -> bytes:
+    """A directory at the file's end, whose text for GeoTIFF's keys stands before it."""
+    entries = (number(256, 5), number(257, 5), (34737, 2, len(text), struct.pack("<I", 8)))
+    rows = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    return struct.pack("<2sHI", b"II", 42, 8 + len(text)) + text + struct.pack("<H", len(entries)) + rows + link
+
+
+def beneath(source: bytes) -> bytes:
+    """A thumbnail, and a file's directory beneath it."""
+    first = struct.unpack_from("<I", source, 4)[0]
+    rows = b"".join(struct.pack("<HHI4s", *entry) for entry in (number(254, 1), number(330, first)))
+    return source[:4] + struct.pack("<I", len(source)) + source[8:] + struct.pack("<H", 2) + rows + bytes(4)
 
 
 def chain(num: int) -> bytes:
@@ -387,12 +395,26 @@ def chain(num: int) -> bytes:
 ALBERS = b'PROJCS["a",EXTENSION["PROJ4","+proj=aea +lat_1=90 +lat_2=89.99999999 +ellps=WGS84"]]'
 HOSTILE: dict[str, tuple[bytes, str]] = {
     "tags that nobody knows": (directory(*(number(50_000 + k, k) for k in range(300))), "256 tags in one of them"),
-    "many directories": (chain(5000), "more than 4,096 directories"),
+    "many directories": (chain(2**16 + 1), "more than 65,536 directories"),
     "tags that share": (
         directory(*((50_000 + k, 1, 2**20, b"\0\0\0\0") for k in range(9))) + bytes(2**20), "hold 9,437,184",
     ),
     "metadata": (directory((42112, 2, 2**20 + 1, b"\0\0\0\0")) + bytes(2**20), "1,048,577 bytes of GDAL's metadata"),
-    "a projection in words": (geographic(ALBERS), r"in PROJ's own words \(EXTENSION\)"),
+    **{
+        f"a projection in words, {kind}": (source, r"in PROJ's own words \(EXTENSION\)")
+        for kind, source in {
+            "plain": geographic(ALBERS),
+            "small": geographic(ALBERS.replace(b"EXTENSION[", b"Extension [")),
+            "round": geographic(ALBERS.replace(b"EXTENSION[", b"EXTENSION\n(")),
+            "bare": geographic(ALBERS.replace(b'"PROJ4",', b"PROJ4\t,")),
+            "without an end": geographic(ALBERS, link=b""),
+            "beneath a thumbnail": beneath(geographic(ALBERS)),
+        }.items()
+    },
+    "a tile that is said twice": (
+        directory(number(256, 2**20), number(257, 1), number(322, 16), number(323, 2**22), number(323, 16)),
+        "tiles of 16x4194304",
+    ),
     "a mask's tile": (
         directory(number(256, 9), number(257, 9), number(322, 2**14), number(323, 2**14)), "16384x16384 pixels",
     ),
@@ -409,8 +431,20 @@ def test_what_gdal_would_read_for_minutes_or_fall_over_is_refused_before(kind: s
         open_raster(source)
 
 
-def test_the_projection_of_web_maps_may_be_in_words() -> None:
-    assert find_directory(io.BytesIO(geographic(ALBERS.replace(b"+proj=aea", b"+proj=merc"))))
+@pytest.mark.parametrize("offset", [2**62, 2**63, 2**64 - 1])
+def test_an_offset_beyond_any_file_is_a_refusal(offset: int, tmp_path: Path) -> None:
+    far = struct.pack("<2sHHHQ", b"II", 43, 8, 0, offset)
+    text = struct.pack("<2sHHHQQHHQQQ", b"II", 43, 8, 0, 16, 1, 34737, 2, 99, offset, 0)
+    for source in (far, text):
+        (tmp_path / "a.tif").write_bytes(source)
+        for given in (source, tmp_path / "a.tif"):
+            with pytest.raises(BadImage):
+                open_raster(given)
+
+
+def test_the_projections_of_web_maps_and_satellites_may_be_in_words() -> None:
+    for name in (b"merc", b"geos"):
+        assert find_directory(io.BytesIO(geographic(ALBERS.replace(b"aea", name))))
     assert find_directory(io.BytesIO(geographic(b'ESRI PE String = PROJCS["a",PARAMETER["b",1]]')))
 
 
