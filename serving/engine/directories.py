@@ -72,8 +72,7 @@ def find_directory(file: BinaryIO) -> tuple[Directory, tuple[str, ...]] | None:
     head = file.read(16)
     if not head.startswith(MAGIC):
         return None
-    with suppress(struct.error):  # it breaks off, and GDAL says where
-        _check(Tables(file, head))
+    _check(Tables(file, head))
     found: list[Directory] = []
     with suppress(Exception):  # a hostile directory may raise anything here, and then GDAL says what is wrong
         found.extend(_walk(file, head if 43 in (head[2], head[3]) else head[:8]))  # keeps those before a broken one
@@ -110,20 +109,20 @@ class Tables:
     """The entries of a TIFF's directories as they are written, before anybody makes anything of them."""
 
     def __init__(self, file: BinaryIO, head: bytes) -> None:
-        """head: the file's first 16 bytes. Raises struct.error where they are not all there."""
+        """head: the file's first 16 bytes. What breaks off is read as far as it goes, and GDAL says where."""
         self._file, self.size = file, file.seek(0, 2)
         self._order, is_big = "<" if head[:1] == b"I" else ">", 43 in (head[2], head[3])
         self._count, self._entry, self._link = ("Q", "HHQ8s", "Q") if is_big else ("H", "HHI4s", "I")
         self.inline = struct.calcsize(self._link)
-        (self.first,) = struct.unpack_from(self._order + self._link, head, 8 if is_big else 4)
+        self.first = self._number(head[8:16] if is_big else head[4:8])
 
     def read(self, offset: int) -> tuple[list[Entry], int]:
-        """Read the entries of a directory, a few more than it may have at most, and where the next directory is."""
+        """Read the entries of a directory, one more than it may have at most, and where the next directory is."""
         self._file.seek(offset)
-        (num,) = struct.unpack(self._order + self._count, self._file.read(struct.calcsize("=" + self._count)))
+        num = self._number(self._file.read(struct.calcsize("=" + self._count)))
         each = struct.calcsize("=" + self._entry)
         table = self._file.read(min(num, MOST_ENTRIES + 1) * each)
-        following = self._file.read(self.inline).ljust(self.inline, b"\0")
+        following = self._file.read(self.inline)
         rows = struct.iter_unpack(self._order + self._entry, table[: len(table) // each * each])
         entries = [Entry(tag, size := SIZES.get(kind, 1), num * size, raw) for tag, kind, num, raw in rows]
         return entries, self._number(following)
@@ -147,7 +146,7 @@ class Tables:
 
 
 def _check(tables: Tables) -> None:
-    """Check that GDAL can read all directories in a moment. Raises BadImage, and struct.error where one breaks off."""
+    """Check that GDAL can read all directories in a moment. Raises BadImage."""
     offsets, seen, taken, compared = deque([tables.first]), set[int](), 0, 0
     while offsets:
         offset = offsets.popleft()

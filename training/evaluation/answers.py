@@ -1,7 +1,9 @@
 """Send one labelled frame through the serving engine, and keep band by band what figures are made of."""
 
+import logging
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.training.frames import Frame
 from penumbra.training.metrics import Floats, Mask
 
+log = logging.getLogger("penumbra")
 Labels = NDArray[np.uint8]
 LIMITS = Limits(pixels=4 * PILLOW_PIXELS, probability_bytes=2**40, memory_bytes=2**40)
 """Probabilities are read band by band, and shifts make pictures twice as high and wide."""
@@ -98,6 +101,8 @@ def segment_frame(segmenter: Segmenter, frame: Frame, options: SegmentOptions) -
     card = segmenter.find(options.model, options.version).card
     names = (*options.maps(card), *(extra.name for extra in card.extra_maps))
     request = segmenter.bands(image, replace(options, outputs=(*names, PROBABILITIES)))
+    for sentence in request.plan.of_scale:
+        _warn(sentence)
     labels_HW = np.empty_like(truth_HW)
     maps = {name: np.empty(truth_HW.shape, np.float32) for name in names}
     prob_HW, squares_HW = np.empty((2, *truth_HW.shape), np.float32)
@@ -118,6 +123,12 @@ def segment_frame(segmenter: Segmenter, frame: Frame, options: SegmentOptions) -
     totals = [int(total) for total in np.concatenate(sums).sum(0, dtype=object)[:NUM_SUMS]]
     means = score(card, totals, num, num_samples=request.num_samples, is_usual=False).means
     return Answer(image[:, :], labels_HW, truth_HW, prob_HW, squares_HW, maps, request.timing_ms["total"] / 1e3, means)
+
+
+@cache
+def _warn(sentence: str) -> None:
+    """Log a warning once, of however many frames it is."""
+    log.warning(sentence)
 
 
 def check_classes(card: Card, classes: tuple[ClassInfo, ...], *, data: str) -> str:

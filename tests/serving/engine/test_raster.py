@@ -386,6 +386,11 @@ def beneath(source: bytes) -> bytes:
     return source[:4] + struct.pack("<I", len(source)) + source[8:] + struct.pack("<H", 2) + rows + bytes(4)
 
 
+def broken(source: bytes) -> bytes:
+    """A file whose last bytes name a directory that begins in them."""
+    return source[:-4] + struct.pack("<I", len(source) - 1)
+
+
 def chain(num: int) -> bytes:
     """As many directories without a tag, each of which names the next."""
     links = (struct.pack("<HI", 0, 8 + 6 * (k + 1) if k < num - 1 else 0) for k in range(num))
@@ -409,6 +414,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
             "bare": geographic(ALBERS.replace(b'"PROJ4",', b"PROJ4\t,")),
             "without an end": geographic(ALBERS, link=b""),
             "beneath a thumbnail": beneath(geographic(ALBERS)),
+            "behind one that breaks off": broken(beneath(geographic(ALBERS))),
         }.items()
     },
     "a tile that is said twice": (
