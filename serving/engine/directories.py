@@ -7,12 +7,9 @@ minutes or gigabytes, or fall over, is refused before it is asked.
 import re
 import struct
 from collections import deque
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
-
-from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from penumbra.models.errors import BadImage
 
@@ -21,13 +18,12 @@ MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 NUM_DIRECTORIES = 64
 """As many are looked at; real files that begin with a thumbnail have a handful."""
 NEW_SUBFILE, SUBFILE, WIDTH, HEIGHT, PHOTOMETRIC, ORIENTATION, SUB_IFDS = 254, 255, 256, 257, 262, 274, 330
+TAGS = (NEW_SUBFILE, SUBFILE, WIDTH, HEIGHT, PHOTOMETRIC, ORIENTATION)
 REDUCED, MASK = 1, 4
 READ = {0: "grey", 1: "grey", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr"}
 NOT_READ = {4: "a mask", 8: "CIELab", 9: "ICCLab", 10: "ITULab", 32803: "the raw mosaic of a camera's sensor",
             32844: "LogL", 32845: "LogLuv", 34892: "linear raw values of a camera's sensor"}  # fmt: skip
 """CIELab is among them because libtiff turns it into colours that are off by up to 90 of 255."""
-
-
 MOST_DIRECTORIES, MOST_ENTRIES, MOST_COMPARED = 2**16, 256, 2**26
 """What a file may have, one directory, and all together in pairs of tags of one directory: libtiff reads them all at
 once, in a second then, and compares unknown tags with all others."""
@@ -72,10 +68,9 @@ def find_directory(file: BinaryIO) -> tuple[Directory, tuple[str, ...]] | None:
     head = file.read(16)
     if not head.startswith(MAGIC):
         return None
-    _check(Tables(file, head))
-    found: list[Directory] = []
-    with suppress(Exception):  # a hostile directory may raise anything here, and then GDAL says what is wrong
-        found.extend(_walk(file, head if 43 in (head[2], head[3]) else head[:8]))  # keeps those before a broken one
+    tables = Tables(file, head)
+    _check(tables)
+    found = list(_walk(tables))
     if not found:
         return Directory(0), ()
     first, whole = found[0], [one for one in found if not one.is_reduced and not one.is_mask]
@@ -136,10 +131,13 @@ class Tables:
         self._file.seek(offset)
         return self._file.read(min(entry.num_bytes, most))
 
-    def numbers(self, entry: Entry, most: int) -> list[int]:
-        """Read the first of an entry's whole numbers."""
-        data, each = self.bytes_of(entry, most * entry.num_bytes_each), entry.num_bytes_each
-        return [self._number(data[k : k + each]) for k in range(0, len(data), each)]
+    def numbers_of(self, entries: Sequence[Entry], tag: int) -> list[int]:
+        """Read the first whole numbers of a tag, where the directory has it; of two alike libtiff takes the first."""
+        for entry in entries:
+            if entry.tag == tag:
+                data, each = self.bytes_of(entry, NUM_DIRECTORIES * entry.num_bytes_each), entry.num_bytes_each
+                return [self._number(data[k : k + each]) for k in range(0, len(data), each)]
+        return []
 
     def _number(self, data: bytes) -> int:
         return int.from_bytes(data, "little" if self._order == "<" else "big")
@@ -163,22 +161,21 @@ def _check(tables: Tables) -> None:
             raise BadImage(
                 f"the tags of the TIFF image hold {taken:,} bytes, and the file has {tables.size:,}; write it anew"
             )
-        by_tag = {entry.tag: entry for entry in reversed(entries)}  # of two alike libtiff takes the first
-        _check_texts(tables, by_tag)
-        _check_tiles(*(next(iter(tables.numbers(by_tag[tag], 1)), 0) if tag in by_tag else 0 for tag in SIZE_TAGS))
-        offsets.append(following)
-        if SUB_IFDS in by_tag:
-            offsets.extend(tables.numbers(by_tag[SUB_IFDS], NUM_DIRECTORIES))
+        _check_texts(tables, entries)
+        _check_tiles(*(next(iter(tables.numbers_of(entries, tag)), 0) for tag in SIZE_TAGS))
+        offsets.extend((following, *tables.numbers_of(entries, SUB_IFDS)))
 
 
-def _check_texts(tables: Tables, by_tag: dict[int, Entry]) -> None:
-    if METADATA in by_tag and by_tag[METADATA].num_bytes > MOST_METADATA:
-        raise BadImage(f"the TIFF image has {by_tag[METADATA].num_bytes:,} bytes of GDAL's metadata; {MOST_METADATA:,} "
-                       "are read")  # fmt: skip
-    text = tables.bytes_of(by_tag[GEO_TEXT], MOST_METADATA) if GEO_TEXT in by_tag else b""
-    if HOSTILE.search(b"".join(text.split()).lower()):
-        raise BadImage("the TIFF image has a projection in PROJ's own words (EXTENSION), which is not followed; give "
-                       "it a code of EPSG")  # fmt: skip
+def _check_texts(tables: Tables, entries: Sequence[Entry]) -> None:
+    for entry in entries:
+        if entry.tag == METADATA and entry.num_bytes > MOST_METADATA:
+            raise BadImage(
+                f"the TIFF image has {entry.num_bytes:,} bytes of GDAL's metadata; {MOST_METADATA:,} are read"
+            )
+        text = tables.bytes_of(entry, MOST_METADATA) if entry.tag == GEO_TEXT else b""
+        if HOSTILE.search(b"".join(text.split()).lower()):
+            raise BadImage("the TIFF image has a projection in PROJ's own words (EXTENSION), which is not followed; "
+                           "give it a code of EPSG")  # fmt: skip
 
 
 def _check_tiles(width: int, height: int, tile_width: int, tile_height: int) -> None:
@@ -193,24 +190,23 @@ def _check_tiles(width: int, height: int, tile_width: int, tile_height: int) -> 
                        f"{tiled:,}; 512x512 are good")  # fmt: skip
 
 
-def _walk(file: BinaryIO, header: bytes) -> Iterator[Directory]:
-    """Read the first directory, those beneath it, the second, ...: each once."""
-    offsets, seen, orientation = [ImageFileDirectory_v2(header).next], set[int](), 1
+def _walk(tables: Tables) -> Iterator[Directory]:
+    """Read the first directory, those beneath it, the second, ...: each once, to the first without a size."""
+    offsets, seen, orientation = [tables.first], set[int](), 1
     while offsets and len(seen) < NUM_DIRECTORIES:
         offset = offsets.pop(0)
-        if not offset or offset in seen:
+        if not 0 < offset < tables.size or offset in seen:
             continue
-        tags = ImageFileDirectory_v2(header)
-        tags.next = offset
-        file.seek(offset)
-        tags.load(file)
-        orientation = tags.get(ORIENTATION, orientation)  # the first one's is that of all
-        kind = tags.get(NEW_SUBFILE, 0)
+        entries, following = tables.read(offset)
+        beneath, *values = (tables.numbers_of(entries, tag) for tag in (SUB_IFDS, *TAGS))
+        kind, subfile, width, height, photometric, turned = (next(iter(numbers), None) for numbers in values)
+        if not width or not height:
+            return
+        orientation = turned or orientation  # the first one's is that of all
         yield Directory(
-            offset if seen else 0, int(tags[WIDTH]), int(tags[HEIGHT]), tags.get(PHOTOMETRIC, 1),
+            offset if seen else 0, width, height, 1 if photometric is None else photometric,
             orientation if orientation in range(1, 9) else 1,
-            bool(kind & REDUCED) or tags.get(SUBFILE) == 2, bool(kind & MASK),
+            bool((kind or 0) & REDUCED) or subfile == 2, bool((kind or 0) & MASK),
         )  # fmt: skip
         seen.add(offset)
-        beneath = tags.get(SUB_IFDS, ())
-        offsets = [*(beneath if isinstance(beneath, tuple) else (beneath,))[:NUM_DIRECTORIES], *offsets, tags.next]
+        offsets = [*beneath, *offsets, following]
