@@ -1,6 +1,7 @@
 """TIFFs as rasterio writes them, and how the engine opens them."""
 
 import io
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +47,19 @@ def pillows(image: Image.Image, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "TIFF", **options)
     return buffer.getvalue()
+
+
+def retagged(data: bytes, tag: int, value: int) -> bytes:
+    """A little-endian TIFF with another value of a SHORT tag that it has, or in place of one that no reader needs."""
+    place = struct.unpack_from("<I", data, 4)[0]
+    entries = struct.unpack_from("<H", data, place)[0]
+    changed, spare = bytearray(data), None
+    for entry in range(place + 2, place + 2 + 12 * entries, 12):
+        found = struct.unpack_from("<H", data, entry)[0]
+        if found == tag:
+            struct.pack_into("<HHII", changed, entry, tag, 3, 1, value)
+            return bytes(changed)
+        spare = entry if found == 284 else spare  # planar configuration, 1 by default
+    assert spare is not None
+    struct.pack_into("<HHII", changed, spare, tag, 3, 1, value)
+    return bytes(changed)
