@@ -16,18 +16,20 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import click
+import httpx
 import numpy as np
 from PIL import Image
 
 from benchmarks.overhead import pictures as made_pictures
 from benchmarks.peers import plots
 from benchmarks.peers.artifacts import Tuning, export, tune
-from benchmarks.peers.servers import NEEDS, SERVERS, Server, Task
+from benchmarks.peers.servers import NEEDS, SERVERS, Ask, Server, Task
 from benchmarks.peers.traffic import Slices, run_slice
 from benchmarks.rounds import RESULTS, save
 from penumbra import options as shared
@@ -127,9 +129,9 @@ def take_turns(entries: Entries, kinds: dict[str, list[bytes]], requests: int) -
                 connect[name] = stack.enter_context(server(task))
             except AssertionError as error:  # the others can still be measured
                 click.echo(f"{name} did not start and is left out: {error}", err=True)
-        names = list(connect)
         for kind, jpegs in kinds.items():
-            answers = {name: list(map(labels_of, map(connect[name](), jpegs))) for name in names}
+            answers = first_answers(connect, jpegs, entries)
+            names = list(answers)
             slices = {name: Slices() for name in names}
             for turn in range(ROUNDS):
                 for name in random.Random(turn).sample(names, len(names)):
@@ -140,6 +142,21 @@ def take_turns(entries: Entries, kinds: dict[str, list[bytes]], requests: int) -
                 for name, one in slices.items()
             }
     return results
+
+
+def first_answers(
+    connect: dict[str, Callable[[], Ask]], jpegs: list[bytes], entries: Entries
+) -> dict[str, list[np.ndarray]]:
+    """Label maps of every server; one that fails is left out, so that an hour of the others is not lost."""
+    answers = {}
+    for name, connected in connect.items():
+        try:
+            answers[name] = list(map(labels_of, map(connected(), jpegs)))
+        except (RuntimeError, httpx.HTTPError) as error:
+            click.echo(f"{name} is left out: {error}", err=True)
+            log = entries[name][1].folder / "server.log"
+            click.echo(log.read_text(errors="replace")[-2000:] if log.exists() else "", err=True)
+    return answers
 
 
 def labels_of(png: bytes) -> np.ndarray:
