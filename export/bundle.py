@@ -23,6 +23,7 @@ from penumbra.serving.engine.device import find_device
 from penumbra.serving.engine.store import (
     GOLDEN,
     Golden,
+    Recorded,
     golden_tensors,
     next_version,
     open_artifact,
@@ -103,14 +104,20 @@ def _export(network: Network, card: Card, store: Path, options: ExportOptions) -
         return put_version(draft, store, dataclasses.replace(card, export=facts))
 
 
-def verify_artifact(directory: Path, device: str = "") -> Parity:
+def verify_artifact(directory: Path, device: str = "", sizes: tuple[int, int] | None = None) -> Parity:
     """Check hashes and card, run the golden window on this machine, and measure it against the checkpoint's logits.
 
-    device: by default a GPU where there is one, as a server takes it.
+    device: by default a GPU where there is one, as a server takes it. sizes: windows and samples a call in which it is
+    measured too, by default those that it was tuned to. Raises BadArtifact, ParityFailed.
     """
     artifact = open_artifact(directory)
-    graphs = load_backend(artifact.card, directory, find_device(device))
-    parity = _measure(artifact.card, graphs, artifact.golden)
+    card, golden = artifact.card, artifact.golden
+    graphs = load_backend(card, directory, find_device(device))
+    if card.tuned and not sizes:
+        sizes = card.tuned.windows_per_batch, card.tuned.samples_per_call
+    parity = _measure(card, graphs, golden)
+    if sizes:
+        parity = worst_parity((parity, _measure_in(*sizes, card, graphs, _repeated(golden, sizes, card))))
     check_parity(parity, artifact.card)
     return parity
 
@@ -171,22 +178,45 @@ def _measure(card: Card, graphs: Backend, golden: Golden) -> Parity:
     seen to be right for one window and wrong for two.
     """
     num_windows = len(golden.image_B3hw)
-    return worst_parity([_measure_in(batch, card, graphs, golden) for batch in sorted({1, num_windows})])
+    return worst_parity([_measure_in(batch, 1, card, graphs, golden) for batch in sorted({1, num_windows})])
 
 
-def _measure_in(batch: int, card: Card, graphs: Backend, golden: Golden) -> Parity:
-    """Measure in batches of so many windows; of two answers (without and with a prompt) each figure is the worst."""
+def _repeated(golden: Golden, sizes: tuple[int, int], card: Card) -> Golden:
+    """Repeat golden windows, and samples where S is free, until there are so many of them."""
+    windows, samples = sizes
+    at_B = _in_turns(len(golden.image_B3hw), windows)
+
+    def more(answer: Recorded, sampling: Sampling) -> Recorded:
+        at_S = _in_turns(len(answer.noise_SBL), samples if sampling.is_stochastic else 1)
+        return Recorded(answer.noise_SBL[at_S][:, at_B], answer.logits_SBKhw[at_S][:, at_B])
+
+    return Golden(
+        golden.image_B3hw[at_B],
+        more(golden.plain, card.sampling),
+        golden.prompt and tuple(one[at_B] for one in golden.prompt),
+        golden.prompted and more(golden.prompted, card.sampling_with(prompt=True)),
+        None if golden.extras_BEhw is None else golden.extras_BEhw[at_B],
+    )
+
+
+def _in_turns(num: int, least: int) -> Tensor:
+    return torch.arange(max(num, least)) % num
+
+
+def _measure_in(batch: int, chunk: int, card: Card, graphs: Backend, golden: Golden) -> Parity:
+    """Measure in batches of so many windows and samples; of two answers (without and with a prompt) each figure is the
+    worst."""
     plain, prompted, extras = [], [], []
     for first in range(0, len(golden.image_B3hw), batch):
         windows = slice(first, first + batch)
         image_B3hw = golden.image_B3hw[windows]
         features = graphs.encode(image_B3hw)
-        plain.append(_decode_apart(graphs, features, golden.plain.noise_SBL[:, windows], card.sampling))
+        plain.append(_decode_apart(graphs, features, golden.plain.noise_SBL[:, windows], chunk, card.sampling))
         extras.append(features[-1].cpu())
         if golden.prompted:
             features = graphs.take_prompt(image_B3hw, features, tuple(p[windows] for p in golden.prompt))
             sampling = card.sampling_with(prompt=True)
-            prompted.append(_decode_apart(graphs, features, golden.prompted.noise_SBL[:, windows], sampling))
+            prompted.append(_decode_apart(graphs, features, golden.prompted.noise_SBL[:, windows], chunk, sampling))
     height, width = golden.image_B3hw.shape[2:]
     worst = worst_parity([
         measure_parity(answer.logits_SBKhw, torch.cat(exported, dim=1), card, height=height, width=width)
@@ -197,6 +227,6 @@ def _measure_in(batch: int, card: Card, graphs: Backend, golden: Golden) -> Pari
     return dataclasses.replace(worst, extras_relative=relative_error(golden.extras_BEhw, torch.cat(extras)))
 
 
-def _decode_apart(graphs: Backend, features: Features, noise_SBL: Tensor, sampling: Sampling) -> Tensor:
-    chunk = 1 if sampling.is_stochastic else len(noise_SBL)
+def _decode_apart(graphs: Backend, features: Features, noise_SBL: Tensor, chunk: int, sampling: Sampling) -> Tensor:
+    chunk = chunk if sampling.is_stochastic else len(noise_SBL)
     return torch.cat([graphs.decode(features, noise).cpu() for noise in torch.split(noise_SBL, chunk)])

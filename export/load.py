@@ -54,15 +54,12 @@ class Load:
         many = max(LEAST_CALLERS, 2 * threads)
         return tuple(sorted({1, threads, many})) if self.target_ms else (many,)
 
-    def measure(
-        self, segmenter: Segmenter, name: str, pictures: Sequence[Pixels], *, seconds: float, at_once: float = math.inf
-    ) -> Answers:  # fmt: skip
-        """Have callers ask, first `at_once` of them without a clock: whatever meets new sizes takes longer then."""
-        answers = {}
-        for callers in self.callers(segmenter.cores.threads):
-            ask(segmenter, name, pictures, callers=int(min(callers, at_once)), seconds=0)
-            answers[callers] = ask(segmenter, name, pictures, callers=callers, seconds=seconds)
-        return answers
+    def measure(self, segmenter: Segmenter, name: str, pictures: Sequence[Pixels], *, seconds: float) -> Answers:
+        """Have each number of callers ask for so long."""
+        return {
+            callers: ask(segmenter, name, pictures, callers=callers, seconds=seconds)
+            for callers in self.callers(segmenter.cores.threads)
+        }
 
     def speed(self, measurements: Sequence[Answers]) -> Speed:
         """Add measurements up, and take that number of callers, of those that asked, who got most answers in time.
@@ -86,12 +83,14 @@ def digest(pictures: Sequence[Pixels]) -> str:
 def ask(segmenter: Segmenter, name: str, pictures: Sequence[Pixels], *, callers: int, seconds: float) -> list[Answered]:
     """Have callers ask for the pictures in turns for so long, each at least once; all end with one that fails.
 
-    Raises any PenumbraError.
+    A caller's first answer comes before the clock and is not counted: it meets sizes that are new, and a queue that is
+    still filling, in which nobody waits as long as all do later. Raises any PenumbraError.
     """
-    stop, until = Cancellation(), time.perf_counter() + seconds
+    stop = Cancellation()
 
     def call(first: int) -> list[Answered]:
         answered: list[Answered] = []
+        until = math.inf
         for i in itertools.count(first, callers):
             begun = time.perf_counter()
             answer = segmenter.segment(pictures[i % len(pictures)], SegmentOptions(model=name), cancelled=stop)
@@ -99,7 +98,8 @@ def ask(segmenter: Segmenter, name: str, pictures: Sequence[Pixels], *, callers:
             answered.append((ended - begun, answer.num_windows))
             if ended >= until:
                 break
-        return answered
+            until = min(until, ended + seconds)
+        return answered[1:]
 
     pool = ThreadPoolExecutor(callers, thread_name_prefix="caller")
     try:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from penumbra.export.bundle import export_checkpoint
+from penumbra.export.bundle import export_checkpoint, verify_artifact
 from penumbra.export.candidates import (
     Candidate,
     Row,
@@ -35,12 +35,11 @@ from penumbra.export.golden import read_picture
 from penumbra.export.load import Answers, Load, Speed, digest, few
 from penumbra.export.parity import Frame
 from penumbra.models.card import Tuned, dump_card
-from penumbra.models.errors import BadOption, reason_of
+from penumbra.models.errors import BadOption, ParityFailed, reason_of
 from penumbra.models.files import drafted
 from penumbra.serving.engine.allocator import resident_bytes
 from penumbra.serving.engine.backends import BACKENDS
 from penumbra.serving.engine.device import find_device, name_hardware
-from penumbra.serving.engine.quota import num_cores
 from penumbra.serving.engine.raster import Pixels
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
@@ -48,7 +47,9 @@ from penumbra.serving.engine.store import CARD, artifact_card, find_artifact, ne
 from penumbra.serving.files.predict import IN_MEMORY
 
 BUSY = 0.5
-"""Load for each core above which others are at work here."""
+"""Load for each core of the machine above which others are at work here."""
+GAIN = 1.03
+"""What a setting has to be faster by than what is served: less is the luck of a measurement."""
 TURNS = 3
 """How often the best of each candidate are measured at last, in turns: what disturbs one disturbs the others."""
 SPARE = 0.05
@@ -57,6 +58,8 @@ AGAIN_S = 1.0
 """Seconds after which the end of the time is said once more, should a library or a finaliser have swallowed it."""
 DRAWN = "drawn windows"
 """What the gate is held on where nobody gives it pictures."""
+LATE = "was not tried, since half of the time was over"
+GIVEN_UP = "was given up, since half of the time was over"
 Setting = tuple[Candidate, Sizes | None]
 
 
@@ -181,7 +184,7 @@ class Tuner:
     def search(self) -> None:
         """Prove every candidate, then halve what is left until one setting remains."""
         load = os.getloadavg()[0]
-        if load > BUSY * num_cores():
+        if load > BUSY * (os.cpu_count() or 1):  # both of the machine, of which a container has a part
             self._say(
                 f"this machine is busy (its load is {load:.1f}): what is measured is what others leave, and noisy"
             )
@@ -190,12 +193,12 @@ class Tuner:
         half_time = (self._options.ends + time.perf_counter()) / 2
         for candidate in self._candidates:
             if not candidate.refused and time.perf_counter() > half_time:
-                candidate.refused = "was not tried, since half of the time was over"
+                candidate.refused = LATE
             if not candidate.refused:
                 with until(half_time, Overdue) if candidate.precision == "int8" else nullcontext():
                     self._prove(candidate, search_s=(half_time - time.perf_counter()) / 2)
             if not candidate.refused and not candidate.settings:
-                candidate.refused = "was given up, since half of the time was over"
+                candidate.refused = GIVEN_UP
             self._say(f"{candidate}: {candidate.refused or self._speed_of(self._best_of(candidate))}")
         ranked = sorted(self._alive, key=self._speed_of, reverse=True)
         better = list(dict.fromkeys(candidate for candidate, _ in ranked))
@@ -236,25 +239,32 @@ class Tuner:
     def _try(self, candidate: Candidate, sizes: Sequence[Sizes | None]) -> None:
         """Measure a candidate for the first time, and what it takes of memory, and how right it is."""
         gc.collect()  # what an export leaves behind is not the candidate's
-        before = resident_bytes()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        before = self._taken_bytes()
         with self._loaded(candidate) as segmenter:
             runtime = segmenter.find(self._card.name)
             self._threads, self._all_sizes = segmenter.cores.threads, find_sizes(runtime, segmenter.cores)
             self._pictures = self._pictures or [one.image_HWC for one in runtime.golden_inputs()]
             for one in sizes:
                 self._measure(segmenter, (candidate, one), self._options.seconds[0])
-            on_gpu = torch.cuda.memory_reserved(runtime.device) if runtime.stays_on_device else 0
-            candidate.memory_mb = (resident_bytes() - before + on_gpu) / 2**20
+            candidate.memory_mb = (self._taken_bytes() - before) / 2**20
             candidate.figures = self._options.judge(segmenter) if self._options.judge else {}
+
+    def _taken_bytes(self) -> int:
+        """Memory that this process holds, on its GPU too."""
+        on_gpu = torch.cuda.memory_reserved(self._device) if self._device.type == "cuda" else 0
+        return resident_bytes() + on_gpu
 
     def _halve(self, settings: list[Setting]) -> None:
         """Measure all settings, keep the better half, and so on, for the longer the fewer there are."""
         least_s, most_s = self._options.seconds
+        times = len(self._options.load.callers(self._threads))
         for num_before in itertools.count():
             if len(settings) <= 1:
                 break
             left_s = self._options.ends - time.perf_counter()
-            seconds = left_s / len(settings) / (math.ceil(math.log2(len(settings))) + 1)
+            seconds = left_s / len(settings) / times / (math.ceil(math.log2(len(settings))) + 1)
             self._say(f"{len(settings)} settings of {len({candidate for candidate, _ in settings})} candidates")
             self._alive = settings
             unmeasured = [setting for setting in settings if len(self._measured(setting)) <= num_before]
@@ -273,8 +283,7 @@ class Tuner:
         if sizes:
             runtime = segmenter.find(name)
             runtime.windows_per_batch, runtime.samples_per_call, runtime.lanes = sizes
-        at_once = sizes.windows_per_batch * sizes.lanes if sizes else math.inf
-        answers = self._options.load.measure(segmenter, name, self._pictures, seconds=seconds, at_once=at_once)
+        answers = self._options.load.measure(segmenter, name, self._pictures, seconds=seconds)
         candidate.settings.setdefault(sizes, []).append(answers)
 
     @contextmanager
@@ -291,25 +300,44 @@ class Tuner:
     def _speed_of(self, setting: Setting) -> Speed:
         return self._options.load.speed(self._measured(setting))
 
-    def _best_of(self, candidate: Candidate) -> Setting:
-        """Choose the fastest setting of those that went furthest: the luck of a short measurement is no speed."""
-        settings = [(candidate, sizes) for sizes in candidate.settings]
-        return max(settings, key=lambda setting: (len(self._measured(setting)), self._speed_of(setting)))
+    def _best_of(self, *candidates: Candidate) -> Setting:
+        """Choose the fastest setting of candidates."""
+        return max(settings_of(candidates), key=self._rank_of)
+
+    def _rank_of(self, setting: Setting) -> tuple[int, Speed]:
+        """Rank those that went furthest first: the luck of a short measurement is no speed."""
+        return len(self._measured(setting)), self._speed_of(setting)
 
     def _best(self) -> Setting:
         """Choose the fastest of what is still in the race. Raises BadOption: nothing was measured, or is in time."""
         measured = [setting for setting in self._alive if self._measured(setting)]
         if not measured:
             reasons = [f"{candidate} {candidate.refused}" for candidate in self._candidates if candidate.refused]
-            untried = len(reasons) < len(self._candidates)
+            untried = any(candidate.refused in ("", LATE, GIVEN_UP) for candidate in self._candidates)
             why = (
                 "nothing could be measured in this time; give it more --minutes" if untried else "nothing can be served"
             )
             raise BadOption("; ".join([why, *reasons]))
-        best = max(measured, key=self._speed_of)
+        best = max(measured, key=self._rank_of)
         if not self._speed_of(best).windows_per_s:
             raise BadOption(f"nothing answers within {self._options.load.target_ms:g} ms here; raise --target-ms")
         return best
+
+    def _best_in_its_sizes(self) -> Setting:
+        """Choose the fastest that reproduces its checkpoint in the sizes that it is to run in. Raises BadOption."""
+        while True:
+            candidate, sizes = best = self._best()
+            assert sizes
+            try:
+                verify_artifact(candidate.directory, str(self._device), sizes[:2])
+            except ParityFailed as error:
+                windows, samples, _ = sizes
+                self._say(f"{candidate} with {windows} windows and {samples} samples a call is refused: {error}")
+                del candidate.settings[sizes]
+                candidate.refused = "" if candidate.settings else reason_of(error)
+                self._alive = settings_of(self._candidates)
+                continue
+            return best
 
     @property
     def _gate(self) -> str:
@@ -321,7 +349,7 @@ class Tuner:
     def conclude(self) -> Outcome:
         """Write the fastest as the next version, unless what is there is as fast. Raises BadOption: there is none."""
         load, card, store = self._options.load, self._card, self._source.parents[1]
-        best = self._best()
+        best = self._best_in_its_sizes()
         for candidate in self._candidates:
             if not candidate.settings and not candidate.refused:
                 candidate.refused = "was not tried, since the search was ended"
@@ -335,12 +363,16 @@ class Tuner:
             name_hardware(self._device), self._threads, *fastest.sizes, load.kind, load.target_ms,
             fastest.windows_per_s, fastest.p95_ms, fastest.memory_mb, self._gate, over, digest(self._pictures),
         )  # fmt: skip
-        if not self._options.always and self._speed_of(best) <= self._speed_of((self._now, None)):
+        as_it_is = self._speed_of((self._now, None)).windows_per_s
+        if not self._options.always and fastest.windows_per_s <= GAIN * as_it_is:
             return Outcome(self._source, tuned, rows, rows[0], refused, self._is_complete)
         newest = find_artifact(store, card.name)
         if int(newest.name) >= self._next:  # written meanwhile, as by a calibration
-            now = artifact_card(newest)
-            card = now if now.export and now.export.checkpoint == best[0].facts.checkpoint else card
+            card = artifact_card(newest)
+            if card.export is None or card.export.checkpoint != best[0].facts.checkpoint:
+                raise BadOption(
+                    f"{card.name} version {newest.name} is of another checkpoint and was written meanwhile; tune that"
+                )
         card = replace(card, version=next_version(store, card.name), export=replace(best[0].facts, tuned=tuned))
         directory = store / card.name / str(card.version)
         write_version(best[0].directory, directory, card)
@@ -355,3 +387,8 @@ class Tuner:
             str(candidate), sizes, *self._speed_of(setting), candidate.memory_mb, parity.label_flips_percent,
             parity.variance_ratio, changes,
         )  # fmt: skip
+
+
+def settings_of(candidates: Sequence[Candidate]) -> list[Setting]:
+    """List all that was measured of candidates."""
+    return [(candidate, sizes) for candidate in candidates for sizes in candidate.settings]

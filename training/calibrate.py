@@ -142,6 +142,9 @@ def calibrate_artifact(
         card = segmenter.load(directory)
         frames = load_frames(question, card)
         calibrated = calibrate(segmenter, question, frames, risks=risks, class_risks=class_risks)
+    newest = find_artifact(store, card.name)
+    if not question.version and newest != directory:  # as by an export or a tuning, which this one would take back
+        raise BadOption(f"{card.name} version {newest.name} was written meanwhile; calibrate that one")
     target = store / card.name / str(next_version(store, card.name))
     calibrated = dataclasses.replace(calibrated, card=dataclasses.replace(calibrated.card, version=int(target.name)))
     write_version(directory, target, calibrated.card)

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
@@ -20,13 +20,14 @@ from penumbra.export.load import Answers, Load, Speed, few, remeasure
 from penumbra.export.report import print_parity, print_tuned
 from penumbra.export.tune import Outcome, Overdue, TuneOptions, tune_artifact, until
 from penumbra.export.zoo import ZOO
-from penumbra.models.card import Readout, Tuned
+from penumbra.models.card import Readout, Tuned, dump_card
 from penumbra.models.checkpoint import save_checkpoint
-from penumbra.models.errors import BadArtifact, BadOption
+from penumbra.models.errors import BadArtifact, BadOption, ParityFailed
 from penumbra.models.toy.net import ToyConfig, ToyNetwork
 from penumbra.serving.engine.raster import Pixels
+from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
-from penumbra.serving.engine.store import artifact_card, open_artifact, write_version
+from penumbra.serving.engine.store import CARD, artifact_card, open_artifact, sha256_of, write_version
 from penumbra.serving.http.routes import summary
 from tests.conftest import picture, toy_card
 
@@ -61,14 +62,16 @@ def tune(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Known(Load):
-    """A load whose answers take as long as is said: as the model is served, and in sizes that are tried."""
+    """A load whose answers take as long as is said: as the model is served, and in sizes that are tried, where more
+    windows a batch may make it faster."""
 
     as_it_is_s: float = 0.2
+    gains_by_batches: bool = False
 
-    def measure(
-        self, segmenter: Segmenter, name: str, pictures: Sequence[Pixels], *, seconds: float, at_once: float = math.inf
-    ) -> Answers:  # fmt: skip
-        return {8: [(self.as_it_is_s if at_once == math.inf else 0.2, 1)]}
+    def measure(self, segmenter: Segmenter, name: str, pictures: Sequence[Pixels], *, seconds: float) -> Answers:
+        windows = segmenter.find(name).windows_per_batch if self.gains_by_batches else 1
+        is_as_it_is = segmenter._tuning == Tuning()
+        return {8: [(self.as_it_is_s if is_as_it_is else 0.2 / windows, 1)]}
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +150,60 @@ def test_a_version_that_was_calibrated_meanwhile_is_what_is_written_anew(checkpo
 
     outcome = tune(checkpoint, store, calibrate)
     assert (outcome.directory.name, artifact_card(outcome.directory).readout.temperature) == ("3", 1.5)
+
+
+def test_another_checkpoint_that_was_exported_meanwhile_is_not_taken_back(checkpoint: Path, store: Path) -> None:
+    def export_another(line: str) -> None:
+        if line.startswith("torchscript fp32"):
+            card = artifact_card(store / NAME / "1")
+            assert card.export
+            other = dataclasses.replace(card, version=2, export=dataclasses.replace(card.export, checkpoint="0" * 64))
+            write_version(store / NAME / "1", store / NAME / "2", other)
+
+    with pytest.raises(BadOption, match="version 2 is of another checkpoint and was written meanwhile"):
+        tune(checkpoint, store, export_another)
+    assert sorted(path.name for path in (store / NAME).iterdir()) == ["1", "2"]
+
+
+class WrongOfMany(torch.nn.Module):
+    """An encoder that is right for two windows in a batch and wrong for more."""
+
+    def __init__(self, encode: torch.jit.ScriptModule) -> None:
+        super().__init__()
+        self.encode = encode
+
+    def forward(self, image_B3hw: torch.Tensor) -> tuple[torch.Tensor]:
+        return self.encode(-image_B3hw if image_B3hw.shape[0] > 2 else image_B3hw)  # type: ignore[no-any-return]
+
+
+def make_wrong_of_many(directory: Path) -> None:
+    encode = torch.jit.load(directory / "encode.ts")
+    torch.jit.script(WrongOfMany(encode)).save(str(directory / "encode.ts"))
+    card = artifact_card(directory)
+    assert card.export
+    files = card.export.files | {"encode.ts": sha256_of(directory / "encode.ts")}
+    (directory / CARD).write_text(
+        dump_card(dataclasses.replace(card, export=dataclasses.replace(card.export, files=files)))
+    )
+
+
+def test_sizes_in_which_a_graph_is_wrong_are_refused_however_fast(checkpoint: Path, store: Path) -> None:
+    said, spoiled = list[str](), set[Path]()
+
+    def spoil(line: str) -> None:
+        said.append(line)
+        if line.startswith("torchscript") and "windows/s" in line:
+            draft = max((store / NAME).glob(f".*/{NAME}/*"))
+            spoiled.add(draft)
+            make_wrong_of_many(draft)
+
+    outcome = tune(checkpoint, store, spoil, load=Known(gains_by_batches=True))
+    assert outcome.tuned.windows_per_batch == 2 and len(spoiled) > 1, said
+    assert any("with 8 windows" in line and "refused" in line for line in said)
+    make_wrong_of_many(store / NAME / "1")
+    verify_artifact(store / NAME / "1")
+    with pytest.raises(ParityFailed):
+        verify_artifact(store / NAME / "1", sizes=(3, 1))
 
 
 @pytest.mark.slow
