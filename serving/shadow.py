@@ -89,6 +89,7 @@ class Shadow:
         check_alike(artifact_card(served), candidate.card)
         with self._lock:
             self._candidates[name] = candidate
+        self._telemetry.shadowed((name, newest.name))
         log.info("%s answers %g %% of the requests in the shadow of version %s", candidate, 100 * self._share,
                  served.name)  # fmt: skip
         self._thread.submit(self._work, candidate, Question(served, newest))

@@ -221,6 +221,7 @@ class Telemetry:
     def model_loaded(self, model: str, *, seconds: float) -> None:
         self._of("model_load_seconds", model).set(seconds)
         self._of("model_loads", model).inc()
+        self._of("oom", model).inc(0)  # Prometheus sees no increase in a series that begins with its first shortage
 
     def model_evicted(self, model: str) -> None:
         self._of("model_evictions", model).inc()
@@ -228,10 +229,10 @@ class Telemetry:
     def cache_asked(self, *, hit: bool) -> None:
         self._metrics["cache_hits" if hit else "cache_misses"].inc()
 
-    def shadowed(self, candidate: tuple[str, str], outcome: str, compared: "Compared | None" = None) -> None:
-        """Count a request that was taken for a candidate, by the model's name and the version: compared, failed, or
-        dropped."""
-        self._of("shadow_requests", *candidate, outcome).inc()
+    def shadowed(self, candidate: tuple[str, str], outcome: str = "", compared: "Compared | None" = None) -> None:
+        """Count a request taken for a candidate, by model and version; without an outcome begin all of them at 0."""
+        for known in ("compared", "failed", "dropped"):
+            self._of("shadow_requests", *candidate, known).inc(known == outcome)
         if compared:
             self._of("shadow_pixels", *candidate).inc(compared.num_pixels)
             self._of("shadow_flipped_pixels", *candidate).inc(compared.num_flipped)

@@ -245,6 +245,15 @@ def test_a_question_that_cannot_be_put_keeps_nobodys_place(store: Path, segmente
     shadow.close()
 
 
+def test_the_requests_of_a_candidate_are_counted_from_zero(store: Path, segmenter: Segmenter) -> None:
+    telemetry, newest = Telemetry(), export(store)
+    shadow = Shadow(1.0, segmenter, telemetry)
+    shadow.consider(store / MODEL / "1", newest)
+    shadow.close()
+    labels = {"model": MODEL, "version": newest.name, "outcome": "compared"}
+    assert telemetry.registry.get_sample_value("penumbra_shadow_requests_total", labels) == 0
+
+
 def test_a_server_without_a_shadow_says_how_to_have_one(store: Path, tmp_path: Path) -> None:
     with in_process(store, tmp_path, model_control=True) as client:
         asked = client.post(f"/v2/repository/models/{MODEL}/promote", json={"if": ["flips < 1 %"]})

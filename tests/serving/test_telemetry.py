@@ -167,6 +167,24 @@ def test_what_the_engine_reports_is_counted() -> None:
         assert f"penumbra_{line}\n" in page
 
 
+def test_what_one_event_may_alert_of_begins_at_zero_before_it_for_an_increase_is_seen_of_nothing_else() -> None:
+    telemetry = Telemetry()
+    telemetry.model_loaded("m", seconds=2.5)
+    telemetry.shadowed(("m", "2"))
+
+    def counts() -> list[float | None]:
+        found = telemetry.registry.get_sample_value
+        outcomes = ({"model": "m", "version": "2", "outcome": name} for name in ("compared", "failed", "dropped"))
+        requests = [found("penumbra_shadow_requests_total", labels) for labels in outcomes]
+        return [found("penumbra_oom_total", {"model": "m"}), *requests]
+
+    assert counts() == [0, 0, 0, 0]
+    telemetry.out_of_memory("m")
+    telemetry.model_loaded("m", seconds=2.5)
+    telemetry.shadowed(("m", "2"), "failed")
+    assert counts() == [1, 0, 1, 0]
+
+
 def test_the_documented_metrics_are_exactly_those_there_are() -> None:
     documented = re.findall(
         r"^\| `(penumbra_\w+)", (ROOT / "docs" / "operate" / "metrics.md").read_text(), re.MULTILINE
