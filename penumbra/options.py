@@ -100,7 +100,7 @@ def of_frames(verb: Any) -> Any:
         "For the first frame's noise, and random splits.",
         "How many to draw; the card's by default.",
     )
-    seed = click.option("--seed", type=int, default=0, show_default=True, help=about_seed)
+    seed = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help=about_seed)
     samples = click.option("--samples", type=click.IntRange(min=1), help=about_samples)
     for option in (EVERY, seed, samples, VERSION, SPLIT, DATA_SET, click.option("--data", required=True, type=FOLDER)):
         verb = option(verb)

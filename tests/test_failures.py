@@ -223,6 +223,12 @@ def test_ctrl_c_ends_a_verb_without_a_traceback(checkpoints: list[Path], tmp_pat
     assert process.returncode in (0, 1) and b"Traceback" not in said  # 0 where it had done its work by then
 
 
+@pytest.mark.parametrize("verb", ["calibrate", "evaluate"])
+def test_a_seed_below_zero_is_refused_before_the_work(verb: str, tmp_path: Path) -> None:
+    result = run(verb, "any", "--data", tmp_path, "--seed", -1)
+    assert result.exit_code == 2 and "-1 is not in the range x>=0" in result.output
+
+
 # -- a device ------------------------------------------------------------------------------------
 
 

@@ -147,7 +147,8 @@ def _warnings(request: QueuedRequest) -> tuple[str, ...]:
     if not options.risks or card.calibration is None:
         return warnings
     if withheld := [one.name for k, one in enumerate(card.classes) if k in request.withheld]:
-        warnings += (f"max_class_risk of {options.max_class_risk:g} withholds {', '.join(withheld)} altogether",)
+        asked = " and ".join(f"{name} of {getattr(options, name):g}" for name in options.risks)
+        warnings += (f"{asked} withhold{'s' * (len(options.risks) < 2)} {', '.join(withheld)} altogether",)
     calibrated = card.calibration.num_samples
     in_views = f"views {card.views} " if card.views != plan.views else ""
     if request.num_samples != calibrated or not plan.is_usual:

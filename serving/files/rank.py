@@ -66,11 +66,12 @@ class Ranker:
         samples, reference = check_options(self._options, card, IN_MEMORY), card.novelty
         if by == "novelty" and reference is None:
             raise BadOption(f"{card.name} has no reference for novelty; `penumbra calibrate {card.name}` gives it one")
-        made_of = (reference.num_samples, card.views) if reference and reference.needs_equals else None
-        if by == "novelty" and made_of not in (None, (samples, options.views or card.views)):
+        told = samples, options.views or card.views, card.window.overlap if options.overlap is None else options.overlap
+        made_of = reference and reference.needs_equals and (reference.num_samples, card.views, card.window.overlap)
+        if by == "novelty" and made_of and told != made_of:
             raise BadOption(
-                f"samples is {samples} and views is {options.views or card.views}; {card.name} has a novelty of "
-                f"{made_of[0]} and {made_of[1]}: leave both out"
+                f"samples is {told[0]}, views is {told[1]} and overlap is {told[2]:g}; {card.name} has a novelty of "
+                f"{made_of[0]}, {made_of[1]} and {made_of[2]:g}: leave all three out"
             )
 
     def look_at(self, url: str) -> tuple[Ranked | None, Result]:

@@ -98,6 +98,22 @@ def test_each_class_is_withheld_above_its_own_entropy_and_both_risks_hold_togeth
     assert bool(rest.withheld) == (max_class_risk == 0.1), "what was answered before may have been green"
 
 
+def test_a_class_of_which_no_candidate_is_within_both_risks_is_withheld_for_both(
+    segmenter: Segmenter, rng: np.random.Generator
+) -> None:
+    first = float(class_candidates(3)[0])
+    card = calibrated("pointwise", dataclasses.replace(CALIBRATION, entropy_nats=(first - 0.001, 0.5)))
+    assert abstain_above(card, 0.05, 0.2) == (-math.inf,) * 3
+    runtime = segmenter.find("toy-pointwise")
+    usual, runtime.card = runtime.card, card
+    try:
+        withheld = segmenter.segment(picture(rng, 50, 70), ask(0.05, max_class_risk=0.2))
+    finally:
+        runtime.card = usual
+    assert withheld.abstained == 1
+    assert withheld.warnings == ("max_risk of 0.05 and max_class_risk of 0.2 withhold red, green, blue altogether",)
+
+
 def test_a_risk_of_classes_needs_a_calibration_of_its_own() -> None:
     marginal = dataclasses.replace(CALIBRATION, class_risks=(), class_entropy_nats=())
     with pytest.raises(BadOption, match=r"max_class_risk is 0\.1; toy-pointwise is not calibrated for it"):

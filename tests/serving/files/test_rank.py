@@ -15,6 +15,7 @@ from PIL import Image
 from penumbra.__main__ import main
 from penumbra.export.bundle import export_network
 from penumbra.models.card import Novelty
+from penumbra.models.errors import BadOption
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.files.rank import Ranked, Ranker, look_of, rank_images, spread
@@ -84,8 +85,14 @@ def test_what_is_stranger_than_the_reference_is_first_by_novelty(images: Path, t
     assert (
         Path(listed(result)[0]["image"]).name == "b.png" and novelty == sorted(novelty, reverse=True) and novelty[0] > 0
     )
-    refused = run(images, "--store", tmp_path / "store", "--by", "novelty", "--samples", 5)
-    assert refused.exit_code == 2 and "samples is 5" in refused.stderr
+    with Segmenter.open(tmp_path / "store", threads=1, tuning=FIXED) as segmenter:
+        for option in ({"samples": 5}, {"views": "flip"}, {"overlap": 0.5}):
+            ((name, value),) = option.items()
+            with pytest.raises(
+                BadOption, match=f"{name} is {value}.* has a novelty of 4, none and 0.25: leave all three"
+            ):
+                Ranker(segmenter, SegmentOptions(**option), by="novelty", draws=False)
+        Ranker(segmenter, SegmentOptions(samples=4, views="none", overlap=0.25), by="novelty", draws=False)
 
 
 @pytest.mark.parametrize(
