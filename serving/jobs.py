@@ -13,19 +13,17 @@ cannot be read has failed, and one that has taken the server down with it severa
 left alone.
 """
 
-import json
 import logging
 import os
-import re
 import secrets
 import shutil
 import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -48,6 +46,7 @@ from penumbra.serving.engine.request import Cancellation
 from penumbra.serving.engine.store import find_artifact
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.http.segment import answer_headers
+from penumbra.serving.job import MAX_ATTEMPTS, Job, is_upload, save_job
 from penumbra.serving.objects import Objects, send
 from penumbra.serving.process import lock
 from penumbra.serving.render import WRITERS, Style, parse_request, without_unseen
@@ -57,51 +56,12 @@ from penumbra.serving.telemetry import Request
 
 log = logging.getLogger("penumbra")
 
-MAX_ATTEMPTS = 3
-"""Processes that may end while at a job before it is to blame."""
+PUT_OFF_S = 20.0
+"""How long a job waits whose model is not in memory and cannot be loaded now."""
 SWEEP_S = 30.0
 """How often finished jobs are looked at for their age."""
 MOST_KEPT = 10_000
 """Finished jobs that are kept, of however small pictures: each takes memory and three inodes."""
-UPLOAD = {"image", "job.part"}
-"""What the directory of an upload may hold that has not become a job."""
-State = Literal["queued", "running", "writing", "done", "failed"]
-
-
-@dataclass(slots=True)
-class Job:
-    """One job, as `job.json` has it. Changed under the lock of `Jobs`, or by its thread while it runs.
-
-    fields: the options as text. headers: what its result is sent with. finished: time of day, 0 before. target: an
-    object that its result is copied to, or empty.
-    """
-
-    id: str
-    media: str
-    fields: dict[str, str]
-    created: float
-    state: State = "queued"
-    finished: float = 0.0
-    error: str = ""
-    attempts: int = 0
-    headers: dict[str, str] = field(default_factory=dict)
-    target: str = ""
-
-
-def save_job(place: Path, job: Job) -> None:
-    """Write `job.json`, as a whole or not at all. Raises DiskFull."""
-    with disk():
-        (place / "job.part").write_text(json.dumps(asdict(job)))
-        os.replace(place / "job.part", place / "job.json")
-
-
-def is_upload(place: Path) -> bool:
-    """Whether a directory is an upload that broke off, and nothing that somebody else keeps beside the jobs."""
-    try:
-        names = {path.name for path in place.iterdir()}
-    except OSError:
-        return False
-    return names <= UPLOAD and re.fullmatch(r"[\w-]{22}", place.name) is not None
 
 
 class Jobs:
@@ -262,12 +222,27 @@ class Jobs:
             except Cancelled:
                 if self._interrupted(job):
                     return
+            except NotReady as shortage:
+                if self._put_off(job):
+                    continue
+                error = str(shortage)
             except PenumbraError as refusal:
                 error = str(refusal)
             except BaseException:  # whatever it is, it is this job's: the next ones need this thread
                 log.exception("a job failed unexpectedly")
                 error = "the server failed on this job; its log says why"
             self._finish(job, error)
+
+    def _put_off(self, job: Job) -> bool:
+        """Let a job wait whose model left memory and did not come back, which may pass; what is done of it stays."""
+        if job.attempts >= MAX_ATTEMPTS:
+            return False
+        job.state = "queued"
+        with suppress(DiskFull):
+            save_job(self._directory / job.id, job)
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing, PUT_OFF_S)
+        return True
 
     def _interrupted(self, job: Job) -> bool:
         """Whether a job that was cancelled is to go on in the next server, which is not its fault."""

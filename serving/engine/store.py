@@ -115,9 +115,9 @@ def open_artifact(directory: Path, *, trusted_keys: PublicKeys | None = None) ->
     assert card.export
     for name, expected in card.export.files.items():
         path = directory / name
-        if Path(name).name != name or not path.is_file():
-            raise BadArtifact(f"{directory} lacks the file {name} that its card names; export the checkpoint again")
         try:
+            if Path(name).name != name or not path.is_file():
+                raise BadArtifact(f"{directory} lacks the file {name} that its card names; export the checkpoint again")
             found = sha256_of(path)
         except OSError as error:
             raise BadArtifact(f"{path} cannot be read ({error.strerror}); let this server's user read it") from None

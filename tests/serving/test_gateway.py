@@ -163,10 +163,10 @@ def test_the_memory_that_requests_will_take_is_counted_before_their_pictures_are
             assert go.wait(WAIT_S)
 
     writing, go = threading.Event(), threading.Event()
-    with Segmenter(threads=1, device="cpu", tuning=FIXED, limits=Limits(memory_bytes=60_000)) as opened:
+    with Segmenter(threads=1, device="cpu", tuning=FIXED, limits=Limits(memory_bytes=70_000)) as opened:
         opened.load(toy_store / "toy-pointwise" / "1")
         bounded = gateway(opened)
-        with pytest.raises(TooLarge, match=r"takes 1,865,984 bytes .*limit_memory_bytes\) together is 60,000; send"):
+        with pytest.raises(TooLarge, match=r"takes 1,981,184 bytes .*limit_memory_bytes\) together is 70,000; send"):
             answer(cut_off)
         with ThreadPoolExecutor(1) as threads:
             first = threads.submit(answer, IMAGE)

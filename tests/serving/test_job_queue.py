@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from starlette.applications import Starlette
 
 from penumbra.export.bundle import export_network
 from penumbra.models.errors import BadImage, BadOption, DiskFull, QueueFull, TooLarge, UnknownJob
+from penumbra.serving.engine.options import Limits, SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.http.jobs import routes
@@ -37,9 +39,11 @@ WAIT_S = 30
 
 
 @contextmanager
-def opened(store: Path, directory: Path, *, waiting: int = 5, keep_s: float = 3600) -> Iterator[tuple[Jobs, Gateway]]:
+def opened(
+    store: Path, directory: Path, *, waiting: int = 5, keep_s: float = 3600, model_bytes: int = 0
+) -> Iterator[tuple[Jobs, Gateway]]:
     """The jobs of a directory beside a ready gateway; not yet running."""
-    with Segmenter.open(store, threads=1, tuning=FIXED) as segmenter:
+    with Segmenter.open(store, threads=1, tuning=FIXED, limits=Limits(model_bytes=model_bytes)) as segmenter:
         gateway = Gateway(segmenter, Telemetry(), limit_requests=1, timeout_s=60)
         gateway.state = "ready"
         settings = Settings(jobs=directory, store=store, limit_job_pixels=10**6, limit_jobs=waiting, job_keep_s=keep_s)
@@ -241,6 +245,29 @@ def test_whatever_one_job_runs_into_the_next_one_is_done(
         jobs.start()
         assert ended(jobs, "second")["state"] == "done"
         assert ended(jobs, "first")["state"] == "failed" and gateway.is_ready
+
+
+def test_a_job_whose_model_does_not_come_back_to_memory_waits_and_goes_on(
+    store: Path, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Path) -> str:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    export_network(*reversed(toy_card("pointwise")), tmp_path / "store")
+    shutil.copytree(store / MODEL / "3", tmp_path / "store" / MODEL / "3")
+    monkeypatch.setattr("penumbra.serving.jobs.PUT_OFF_S", 1.0)
+    left(tmp_path / "jobs", Job("patient", NPZ, {"model": MODEL, "version": "3"}, 1.0), rng)
+    left(tmp_path / "jobs", Job("given-up", NPZ, {"model": MODEL, "version": "3"}, 2.0), rng)
+    with opened(tmp_path / "store", tmp_path / "jobs", model_bytes=1) as (jobs, gateway):
+        image = picture(rng, 9, 9)
+        assert gateway.segmenter.segment(image, SegmentOptions("toy-pointwise")).num_windows == 1  # the other leaves
+        with monkeypatch.context() as patch:
+            patch.setattr("penumbra.serving.engine.store.sha256_of", fail)
+            jobs.start()
+            until(lambda: (jobs._jobs["patient"].attempts, jobs._jobs["patient"].state) == (1, "queued"))
+            assert (tmp_path / "jobs/patient/image").exists()
+        assert ended(jobs, "patient")["state"] == "done"
+        assert ended(jobs, "given-up")["state"] == "done"
 
 
 def test_without_its_thread_of_jobs_a_server_is_neither_ready_nor_alive(store: Path, tmp_path: Path) -> None:
