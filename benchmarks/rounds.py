@@ -74,5 +74,10 @@ def save(name: str, results: dict[str, Any], *, keep: bool = False) -> None:
         rows = {f"{key}: {figure}": value for key, result in results.items() for figure, value in result.items()}
     else:
         path.write_text(json.dumps(on | results, indent=2) + "\n")
+    show(rows)
+
+
+def show(rows: dict[str, Any]) -> None:
+    """Print figures by name."""
     for key, value in rows.items():
         print(f"{key:58} {value:.4g}" if isinstance(value, float) else f"{key:58} {value}")

@@ -5,8 +5,8 @@
 
 Every server runs the same TorchScript file as its own guide says; then each runs the file that `penumbra tune` chose
 here, and Penumbra its sizes too. docs/measure/peers.md says how each is set up and what the numbers mean. Figures go to
-benchmarks/results/peers.json with a plot beside them. What is not installed is named and left out (`make .venv/peers`
-fetches it).
+benchmarks/results/peers.json with a plot beside them; those of `--only` or `--model` are printed alone. What is not
+installed is named and left out (`make .venv/peers` fetches it).
 """
 
 import io
@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from benchmarks.peers import plots
 from benchmarks.peers.artifacts import Tuning, export, tune
 from benchmarks.peers.servers import NEEDS, SERVERS, Ask, Server, Task
 from benchmarks.peers.traffic import Slices, run_slice
-from benchmarks.rounds import RESULTS, save
+from benchmarks.rounds import RESULTS, save, show
 from penumbra import options as shared
 from penumbra.models.card import WindowSpec
 from tests.serving.server import ROOT
@@ -76,23 +76,31 @@ def main(
         click.echo(f"{name} is not installed and left out; make .venv/peers fetches it")
     present = [name for name in chosen if name not in missing]
     servers, tuning = [name for name in present if name in SERVERS], Tuning(minutes, pictures)
-    results: Figures = {"requests of a client in a slice": requests, "left out": missing}
+    facts = {"requests of a client in a slice": requests, "left out": missing}
+    results = Figures(facts)
     try:
         with tempfile.TemporaryDirectory() as folder:
             for model in models or MODELS if servers else ():
-                results |= measure_traffic(model, servers, Path(folder) / model, requests, tuning)
+                for kind, figures in measure_traffic(model, servers, Path(folder) / model, requests, tuning):
+                    results[f"{model}, {kind}"] = figures
             if "monai" in present:
                 results["one large picture in windows"] = measure_windows(Path(folder) / "raster", side, tuning)
     finally:  # what was measured is kept, whatever a later server met
-        save("peers", results | against_best(results))
-        plots.draw(results, RESULTS / "peers.png")
+        results |= against_best(results)
+        if only or models or results == facts:
+            show(results)
+        else:
+            save("peers", results)
+            plots.draw(results, RESULTS / "peers.png")
 
 
-def measure_traffic(model: str, servers: list[str], folder: Path, requests: int, tuning: Tuning) -> Figures:
-    """Figures by model, kind of traffic and server; each kind with the servers that are set up for it."""
+def measure_traffic(
+    model: str, servers: list[str], folder: Path, requests: int, tuning: Tuning
+) -> Iterator[tuple[str, Figures]]:
+    """Yield each kind of traffic with its figures by server, of those servers that are set up for it."""
     made = {image.shape[:2]: jpeg for image, jpeg in made_pictures()}
     mixed, uniform = list(made.values()), [made[size] for size in UNIFORM]
-    stitched, results = NEEDS["monai"].exists(), Figures()
+    stitched = NEEDS["monai"].exists()
     in_windows = {"mixed sizes, in windows": mixed} if stitched else {}
     for window, is_whole, kinds in (
         (WHOLE, True, {"mixed sizes, run whole": mixed}),
@@ -106,9 +114,7 @@ def measure_traffic(model: str, servers: list[str], folder: Path, requests: int,
             for name in servers:
                 called = TUNED if name == "penumbra" else f"{name}, {TUNED_FILE}"
                 entries[called] = SERVERS[name], Task(tuned, is_whole, place / f"{name}-tuned")
-        for kind, figures in take_turns(entries, kinds, requests).items():
-            results[f"{model}, {kind}"] = figures
-    return results
+        yield from take_turns(entries, kinds, requests)
 
 
 def written(jpegs: list[bytes], folder: Path) -> list[Path]:
@@ -118,9 +124,11 @@ def written(jpegs: list[bytes], folder: Path) -> list[Path]:
     return paths
 
 
-def take_turns(entries: Entries, kinds: dict[str, list[bytes]], requests: int) -> Figures:
-    """All servers are up at once; slices of their traffic are in shuffled order. The first answers only warm up."""
-    results: Figures = {}
+def take_turns(entries: Entries, kinds: dict[str, list[bytes]], requests: int) -> Iterator[tuple[str, Figures]]:
+    """Yield figures by server of each kind. All servers are up at once; slices of their traffic are in shuffled order.
+
+    The first answers, of one caller and of all at once, only warm up.
+    """
     with ExitStack() as stack:
         connect = {}
         for name, (server, task) in entries.items():
@@ -132,16 +140,20 @@ def take_turns(entries: Entries, kinds: dict[str, list[bytes]], requests: int) -
         for kind, jpegs in kinds.items():
             answers = first_answers(connect, jpegs, entries)
             names = list(answers)
+            for name in names:
+                run_slice(connect[name], jpegs, Slices(), requests=1)
             slices = {name: Slices() for name in names}
             for turn in range(ROUNDS):
                 for name in random.Random(turn).sample(names, len(names)):
                     run_slice(connect[name], jpegs, slices[name], requests=requests)
             first = answers[names[0]]
-            results[kind] = {
-                name: one.figures() | {"labels as the first server's": agreement(answers[name], first)}
-                for name, one in slices.items()
-            }
-    return results
+            yield (
+                kind,
+                {
+                    name: one.figures() | {"labels as the first server's": agreement(answers[name], first)}
+                    for name, one in slices.items()
+                },
+            )
 
 
 def first_answers(
