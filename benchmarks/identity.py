@@ -5,8 +5,6 @@ python -m benchmarks.identity
 
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks.rounds import save
 from penumbra.serving.engine.runtime import Runtime
 from penumbra.serving.engine.segmenter import Segmenter
@@ -32,7 +30,7 @@ def compare(runtime: Runtime) -> dict[str, float]:
 
 def _furthest(together: list, alone: list) -> float:
     pairs = [(moments, alone[i % len(alone)]) for i, moments in enumerate(together)]
-    return float(np.max([np.abs(a.summed_hKw - b.summed_hKw).max() for a, b in pairs]))
+    return max(float((a.stats_hCw - b.stats_hCw).abs().max()) for a, b in pairs)
 
 
 def main() -> None:

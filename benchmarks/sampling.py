@@ -40,13 +40,11 @@ def build(config: NpConfig) -> NpNetwork:
 def decode_all(network: NpNetwork, image: torch.Tensor, noise: torch.Tensor, *, moments: bool = False) -> None:
     """Encode once, decode sample by sample as the runtime does on a CPU, optionally with the moments."""
     features = network.encode(image)
-    stats_BhCw = torch.empty(1, SIZE, CLASSES + 1, SIZE)
+    stats_BhCw = torch.empty(1, image.shape[2], CLASSES + 1, image.shape[3])
     for s, noise_1BL in enumerate(noise.split(1)):
         logits = network.decode(features, noise_1BL)
         if moments:
-            operators.accumulate(
-                logits, stats_BhCw, first=s == 0, align_corners=True, temperature=1.0, average_logits=False
-            )
+            operators.accumulate(logits, stats_BhCw, Readout(), first=s == 0)
 
 
 def decode_plain(head: PublishedHead, x_BDhw: Tensor, noise_SBL: Tensor) -> Tensor:
