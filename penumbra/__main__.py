@@ -331,8 +331,7 @@ main.add_command(promote)
 @click.option("--hidden", default="", metavar="CLASS", help="Also how a class that was void in training stands out.")
 @shared.STORE
 def evaluate(
-    name: str, store: Path, json_file: Path | None, plots: Path | None, control: bool, shift: bool, hidden: str,
-    **options: Any,
+    name: str, store: Path, json_file: Path | None, plots: Path | None, control: bool, shift: bool, **options: Any
 ) -> None:  # fmt: skip
     """Measure a model on labelled pictures as it is served: accuracy, calibration, and its uncertainty."""
     from penumbra.training.evaluation.answers import Question
@@ -343,8 +342,7 @@ def evaluate(
     for folder in (json_file and json_file.parent, plots):
         if folder:
             folder.mkdir(parents=True, exist_ok=True)  # a place that cannot be is told before the work, not after it
-    question = Question(name, **options)
-    measured = evaluate_artifact(question, store, plots=plots, control=control, shift=shift, hidden=hidden)
+    measured = evaluate_artifact(Question(name, **options), store, plots=plots, control=control, shift=shift)
     report(measured)
     if json_file:
         write_document(json_file, measured)

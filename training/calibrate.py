@@ -215,7 +215,7 @@ def frames_in_all(risk: float) -> int:
 
 def figures_of(card: Card, answers: Iterable[Answer], *, num_samples: int) -> dict[str, float]:
     """Measure all figures of the answers, abstention by the card's thresholds among them."""
-    evaluation = Evaluation(card, card.num_members(num_samples))
+    evaluation = Evaluation(card, num_samples)
     for answer in answers:
         evaluation.add(answer)
     if not evaluation.num_frames:

@@ -165,7 +165,7 @@ def shifts(document: dict[str, Any]) -> Figure:
         for axes, key in zip(grid[2 * (i % 2) : 2 * (i % 2) + 2, i // 2], ("seg/mIoU", "cal/ECE"), strict=True):
             values = np.array([row["figures"][key] for row in rows], float)
             ends = np.array([row["intervals"].get(key, (np.nan, np.nan)) for row in rows]).T
-            bars = np.maximum(np.abs(ends - values), 0)
+            bars = np.maximum([values - ends[0], ends[1] - values], 0)
             axes.errorbar((0, *SEVERITIES), values, bars, fmt="o-", markersize=4, capsize=3)
             axes.set(ylabel=key.partition("/")[2], xticks=(0, *SEVERITIES))
             seen = ", seen in training" if kind in document["shift"]["seen"] else ""

@@ -12,12 +12,13 @@ from click.testing import CliRunner
 
 from penumbra.__main__ import main
 from penumbra.export.bundle import export_network
-from penumbra.models.card import IGNORE, ScaleRule, dump_card, parse_card
+from penumbra.models.card import IGNORE, Novelty, ScaleRule, dump_card, parse_card
 from penumbra.models.errors import BadOption
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.training.corruptions import CORRUPTIONS
 from penumbra.training.evaluation.answers import Question
+from penumbra.training.evaluation.figures import Evaluation
 from penumbra.training.evaluation.run import evaluate, segment_frames
 from penumbra.training.evaluation.shift import (
     SCALES,
@@ -32,6 +33,7 @@ from penumbra.training.evaluation.shift import (
 from penumbra.training.evaluation.temperature import control_cards, single_pass
 from penumbra.training.evaluation.verb import tables_of
 from penumbra.training.frames import Frames, hide_classes
+from penumbra.training.plots import shifts
 from tests.conftest import GAIN, picture, toy_card
 
 TRUE_TEMPERATURE = 2.5
@@ -223,6 +225,40 @@ def test_objects_take_labels_away_and_a_hidden_class_too(frames: Frames) -> None
     assert set(hide_classes(frames, [1]).label_NHW.unique().tolist()) == {0, 2, IGNORE}
     with pytest.raises(BadOption, match="hidden is 'Moon'; the classes are red, green, blue"):
         find_class(card, "Moon")
+
+
+def test_a_hidden_class_has_no_iou_though_pixels_of_others_are_called_it(segmenter: Segmenter, frames: Frames) -> None:
+    apart = dataclasses.replace(hide_classes(frames, [1]), names=tuple(f"{i}_drive" for i in range(12)))
+    evaluation = evaluate(segmenter, question("pointwise", hidden="green"), apart).evaluation
+    figures, (low, high) = evaluation.figures(), evaluation.intervals(seed=0)["seg/mIoU"]
+    assert evaluation.confusion_KK[0, 1] > 0 and np.isnan(figures["seg/IoU/green"])
+    assert figures["seg/mIoU"] == pytest.approx((figures["seg/IoU/red"] + figures["seg/IoU/blue"]) / 2)
+    assert low < figures["seg/mIoU"] < high
+
+
+def test_novelty_is_measured_of_answers_made_as_it_is_told_of() -> None:
+    card, _ = toy_card("bright")
+    reference = Novelty("entropy", (0.1, 0.4), num_pictures=2, num_samples=8, data="made up")
+    for asked, is_told in (((8, None), True), ((8, "none"), True), ((4, "flip"), False), ((8, "flip"), False)):
+        for name, expected in (("entropy", is_told), ("brightness", True)):
+            novelty = dataclasses.replace(reference, map=name)
+            evaluation = Evaluation(dataclasses.replace(card, novelty=novelty), *asked)
+            assert ("novelty" in evaluation.pictures) == expected
+
+
+def test_an_interval_that_lies_above_its_figure_is_drawn_above_it_alone() -> None:
+    row = {
+        "figures": {"seg/mIoU": 0.5, "cal/ECE": 0.01},
+        "intervals": {"seg/mIoU": (0.4, 0.7), "cal/ECE": (0.02, 0.03)},
+    }
+    variants = dict.fromkeys(
+        ("clean", *(f"{kind}-{severity}" for kind in ("fog", "dark") for severity in (1, 2, 3))), row
+    )
+    about = dict.fromkeys(("model", "version", "set", "split", "frames", "samples"), 1)
+    of_iou, of_ece, *_ = shifts(about | {"shift": {"variants": variants, "seen": []}}).axes
+    for axes, ends in ((of_iou, (0.4, 0.7)), (of_ece, (0.01, 0.03))):
+        (bars,) = axes.containers[0].lines[2]
+        assert bars.get_segments()[0][:, 1] == pytest.approx(ends)
 
 
 @pytest.mark.parametrize(

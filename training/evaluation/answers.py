@@ -28,7 +28,7 @@ LIMITS = Limits(pixels=4 * PILLOW_PIXELS, probability_bytes=2**40, memory_bytes=
 class Question:
     """The model and frames of an evaluation. version, samples, views, scale: None is the newest, and the card's.
 
-    every: n-th only. seed: the first frame's; the next has one more.
+    every: n-th only. seed: the first frame's; the next has one more. hidden: a class that is void in the frames.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Question:
     every: int = 1
     views: str | None = None
     scale: float | None = None
+    hidden: str = ""
 
     def options(self, index: int) -> SegmentOptions:
         """Return the options of one frame. Every frame has draws of its own, or all would share the luck of one."""

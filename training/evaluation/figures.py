@@ -27,22 +27,23 @@ class Evaluation:
     blocks: the sums of each block of frames.
     """
 
-    def __init__(self, card: Card, num_members: int) -> None:
-        """num_members: what an answer is the mean of, every sample in every view."""
+    def __init__(self, card: Card, num_samples: int, views: str | None = None, *, hidden: str = "") -> None:
+        """views: in which every sample sees the windows, the card's by default. hidden: a class without an IoU."""
         self.card, self.num_frames = card, 0
+        self._hidden = [k for k, info in enumerate(card.classes) if info.name == hidden]
         self.confusion_KK = torch.zeros(card.num_classes, card.num_classes, dtype=torch.int64)
         """Counts [truth, answer] of labelled pixels."""
         self.reliability = Reliability()
-        uncertainties = [name for name in UNCERTAINTIES if name in card.maps(num_members)]
+        uncertainties = [name for name in UNCERTAINTIES if name in card.maps(card.num_members(num_samples, views))]
         extras = tuple(extra.name for extra in card.extra_maps)
         self.rankings = {name: Ranking() for name in ("confidence", *uncertainties, *extras)}
         self.patches = {(name, size): Ranking() for name in uncertainties for size in PATCH_PX}
         self._abstentions: tuple[Abstention | ClassAbstention, ...] = ()
         if card.calibration:
             self._abstentions = Abstention(card.calibration), ClassAbstention(card.calibration, card.classes)
-        self._novelty = (
-            card.novelty if card.novelty and card.num_members(card.novelty.num_samples) == num_members else None
-        )
+        reference, asked = card.novelty, (num_samples, views or card.views)
+        is_told = reference and (not reference.needs_equals or asked == (reference.num_samples, card.views))
+        self._novelty = reference if is_told else None
         scores = ("error", *self.rankings, *(["novelty"] if self._novelty else []))
         self.pictures: dict[str, list[float]] = {name: [] for name in scores}
         self.blocks: list[Doubles] = []
@@ -72,6 +73,7 @@ class Evaluation:
     def end_block(self) -> None:
         """End a block of frames for the intervals."""
         total = flatten_sums(self.confusion_KK, self.reliability, self.rankings["confidence"])
+        total[[k * (self.card.num_classes + 1) for k in self._hidden]] = np.nan  # of its IoU, and of no other
         self.blocks.append(total - np.sum(self.blocks, axis=0))
 
     def intervals(self, *, seed: int) -> dict[str, tuple[float, float]]:
@@ -81,6 +83,7 @@ class Evaluation:
     def figures(self) -> dict[str, float]:
         """Return all figures by name (docs/measure/evaluation.md); NaN where one is undefined."""
         iou_K, hits_K = intersection_over_union(self.confusion_KK), self.confusion_KK.diag().double()
+        iou_K[self._hidden] = np.nan  # what is called it is wrong, and no class of the frames
         return {
             "seg/mIoU": float(iou_K.nanmean()),
             "seg/mAcc": float((hits_K / self.confusion_KK.sum(1)).nanmean()),

@@ -61,11 +61,11 @@ def defined(figures: dict[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
-def load_frames(question: Question, card: Card, *, hidden: str = "") -> FrameSet:
+def load_frames(question: Question, card: Card) -> FrameSet:
     """Load the frames that are asked about, and warn of what they do not fit. Raises BadOption, BadData."""
     data = find_data(question.data_set, question.data)
     of_classes = check_classes(card, data.classes, data=question.data_set)
-    warnings = (of_classes, check_unseen(card, data, question.split), check_hidden(card, data, hidden))
+    warnings = (of_classes, check_unseen(card, data, question.split), check_hidden(card, data, question.hidden))
     for warning in filter(None, warnings):
         Console(stderr=True, markup=False, emoji=False).print(f"warning: {warning}", style="yellow")
     return load_split(data, question.data, question.split)
@@ -114,14 +114,9 @@ def segment_frames(
 
 
 def evaluate(
-    segmenter: Segmenter,
-    question: Question,
-    frames: FrameSet,
-    *,
-    compare: bool = False,
-    cards: Mapping[int, Card] | None = None,
-    title: str = "evaluating",
-) -> Measured:
+    segmenter: Segmenter, question: Question, frames: FrameSet, *, compare: bool = False,
+    cards: Mapping[int, Card] | None = None, title: str = "evaluating",
+) -> Measured:  # fmt: skip
     """Measure a loaded model on its frames in the order of their names. compare: also quality and cost against S, where
     S is free. cards: as which it is to answer these frames, in the place of its own and every n-th. Raises BadData."""
     own = segmenter.find(question.name, question.version).card
@@ -129,7 +124,8 @@ def evaluate(
     blocks = find_blocks(frames.names, cards)
     cards, ends = {index: cards[index] for block in blocks for index in block}, {block[-1] for block in blocks}
     card = cards[min(cards)]
-    evaluation, accuracies = Evaluation(card, question.options(0).num_members(card)), []
+    num_samples = question.options(0).num_samples(card)
+    evaluation, accuracies = Evaluation(card, num_samples, question.views, hidden=question.hidden), []
     answers = segment_frames(segmenter, question, frames, cards, title=f"{title} {card.name}")
     for index, answer in zip(cards, answers, strict=True):
         evaluation.add(answer)
@@ -153,7 +149,7 @@ def compare_samples(
     """
     card = segmenter.find(question.name, question.version).card
     counts = [count for count in SAMPLE_COUNTS if count <= segmenter.limits.samples]
-    evaluations = {count: Evaluation(card, card.num_members(count, question.views)) for count in counts}
+    evaluations = {count: Evaluation(card, count, question.views, hidden=question.hidden) for count in counts}
     seconds = dict.fromkeys(counts, 0.0)
     for index in follow(indices, "comparing numbers of samples"):
         frame, options = frames[index], question.options(index)

@@ -38,17 +38,11 @@ def typical(measured: Measured, segmenter: Segmenter, frames: FrameSet) -> list[
 
 
 def evaluate_artifact(
-    question: Question,
-    store: Path,
-    *,
-    plots: Path | None = None,
-    control: bool = False,
-    shift: bool = False,
+    question: Question, store: Path, *, plots: Path | None = None, control: bool = False, shift: bool = False,
     seen: Collection[str] | None = None,
-    hidden: str = "",
-) -> Measured:
+) -> Measured:  # fmt: skip
     """Load an artifact, measure it, and draw what was measured. control: its single pass at a temperature of its own.
-    shift: `measure_shift` too, of what is `seen`. hidden: a class whose pixels are void, but for how they stand out.
+    shift: `measure_shift` too, of what is `seen`. Of a hidden class it measures how its pixels stand out.
 
     Raises any PenumbraError.
     """
@@ -58,7 +52,7 @@ def evaluate_artifact(
         check_replaceable(plots / f"{name}.{suffix}" for name in PLOTS for suffix in ("png", "svg", "pdf"))
     with Segmenter(limits=LIMITS) as segmenter:
         card = segmenter.load(find_artifact(store, question.name, question.version))
-        whole, beyond = load_frames(question, card, hidden=hidden), {}
+        whole, hidden, beyond = load_frames(question, card), question.hidden, {}
         frames = hide_classes(whole, [find_class(card, hidden)]) if hidden else whole
         indices = list(range(0, len(frames), question.every))
         cards = control_cards(segmenter, question, frames, indices) if control else None
