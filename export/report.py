@@ -14,6 +14,7 @@ from penumbra.export.load import Speed
 from penumbra.export.parity import held
 from penumbra.export.tune import DRAWN, Outcome
 from penumbra.models.card import Card, Parity
+from penumbra.serving.engine.store import artifact_card
 from penumbra.serving.watch import how_to_serve
 
 FEW = 12
@@ -74,7 +75,15 @@ def print_parity(
     if measured is None:
         if card.export.measured == "graph":
             click.echo("  measured on the graph that the engines were built from; a GPU that loads them measures them")
+        _print_origin(card)
         click.echo(how_to_serve(card.name), err=True)
+
+
+def _print_origin(card: Card) -> None:
+    """Print that a version that was just written in half precision or int8 has thresholds of another export, if any."""
+    if card.export and card.export.precision != "fp32" and (card.calibration or card.novelty):
+        remedy = f"`penumbra calibrate {card.name} --data DIR` finds them in {card.export.precision}"
+        click.echo(f"its thresholds and its reference for novelty are of another export; {remedy}")
 
 
 def print_tuned(outcome: Outcome, *, as_json: bool) -> None:
@@ -108,5 +117,7 @@ def print_tuned(outcome: Outcome, *, as_json: bool) -> None:
         click.echo("nothing was faster than the version that is there, so it stays; --always writes the fastest anyway")
     elif outcome.chosen.windows_per_s <= now.windows_per_s:
         click.echo(f"the version before is faster as it is ({now}); remove this one, or tune for longer")
+    if outcome.chosen is not now:
+        _print_origin(artifact_card(outcome.directory))
     click.echo(f"{outcome.directory}: {outcome.chosen}")
     click.echo(how_to_serve(outcome.directory.parent.name), err=True)

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from penumbra.export.bundle import export_checkpoint, export_network, verify_artifact
-from penumbra.models.card import Calibration, Novelty
+from penumbra.export.candidates import Row
+from penumbra.export.report import print_parity, print_tuned
+from penumbra.export.tune import Outcome
+from penumbra.models.card import Calibration, Novelty, Tuned
 from penumbra.models.checkpoint import save_checkpoint
 from penumbra.models.contract import Features
 from penumbra.models.errors import BadArtifact, BadCheckpoint, BadOption, ParityFailed
@@ -32,14 +35,26 @@ def test_the_artifacts_card_says_where_it_comes_from_and_how_near_it_is(tmp_path
     assert facts.parity.label_flips_percent == 0 and facts.parity.variance_ratio == pytest.approx(1)
 
 
-def test_what_answers_are_measured_against_survives_the_export(tmp_path: Path) -> None:
+def test_what_answers_are_measured_against_survives_the_export_and_half_precision_says_whose_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     card, network = toy_card("latent")
     calibration = Calibration((0.1,), (0.3,), num_frames=9, num_samples=2, data="made up")
     novelty = Novelty("entropy", (0.1, 0.4), num_pictures=2, num_samples=2, data="made up")
     card = dataclasses.replace(card, calibration=calibration, novelty=novelty)
     save_checkpoint(tmp_path / "toy.safetensors", card, network)
-    exported = open_artifact(export_checkpoint(tmp_path / "toy.safetensors", tmp_path / "store")).card
-    assert (exported.calibration, exported.novelty) == (calibration, novelty)
+    before = Row("as it is", None, 1.0, 1.0, 1.0, 0.0, 1.0, {})
+    after, tuned = dataclasses.replace(before, windows_per_s=2.0), Tuned("x", 1, 1, 1, 1, "throughput", 0, 1, 1, 1, "")
+    said = "novelty are of another export; `penumbra calibrate toy-latent --data DIR` finds them in bf16"
+    for precision in ("fp32", "bf16"):
+        directory = export_checkpoint(tmp_path / "toy.safetensors", tmp_path / "store", precision=precision)
+        exported = open_artifact(directory).card
+        assert (exported.calibration, exported.novelty) == (calibration, novelty)
+        print_parity(exported, directory, as_json=False)
+        assert (said in capsys.readouterr().out) == (precision == "bf16")
+        for chosen in (before, after):
+            print_tuned(Outcome(directory, tuned, [before, after], chosen, {}, is_complete=True), as_json=False)
+            assert (said in capsys.readouterr().out) == (precision == "bf16" and chosen is after)
 
 
 def test_every_export_is_the_next_version_and_leaves_the_former_alone(tmp_path: Path) -> None:
