@@ -211,8 +211,7 @@ def ensemble(checkpoints: tuple[Path, ...], output: Path) -> None:
               help="Or onnx, openvino, aot, tensorrt, tensorrt_rtx.")  # fmt: skip
 @click.option("--precision", default="fp32", show_default=True, help="Or bf16, fp16, int8, if the backend has it.")
 @click.option("--device", default="cpu", show_default=True, help="Where the graphs are to run: cpu or cuda.")
-@click.option("--data", type=shared.FOLDER,
-              help="Labelled pictures, on which the export is measured too.")  # fmt: skip
+@click.option("--data", type=shared.FOLDER, help="Labelled pictures, on which the export is measured too.")
 @shared.pictures("for the gate's windows, and for int8, which needs them")
 @click.option("--tune", is_flag=True, help="Then tune it, as penumbra tune does.")
 @MINUTES

@@ -28,9 +28,7 @@ from penumbra.serving.engine.raster import PIECE_PIXELS, Pixels, Raster, open_fi
 from penumbra.serving.engine.values import brightness, check_type, examine, to_type
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
-SUFFIXES = (
-    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".tif", ".tiff", ".btf", ".tf8", ".bmp",
-)  # fmt: skip
+SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".tif", ".tiff", ".btf", ".tf8", ".bmp")
 """How their files' names end."""
 STARTS = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"BM": "BMP", b"RIFF": "WEBP"}
 """First bytes -> format, of those that are no TIFF."""

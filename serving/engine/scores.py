@@ -27,9 +27,7 @@ class Scores:
     means: tuple[float, ...] = ()
 
 
-def score(
-    card: Card, sums: Sequence[int], num_measured: int, *, num_samples: int, is_usual: bool
-) -> Scores:  # fmt: skip
+def score(card: Card, sums: Sequence[int], num_measured: int, *, num_samples: int, is_usual: bool) -> Scores:
     """Score a picture by the sums of all of its rows, as `penumbra.serving.engine.operators.read_out` has them."""
     if not num_measured:
         return Scores()

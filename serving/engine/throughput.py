@@ -88,9 +88,7 @@ class ThroughputModel:
         """Find a model's seconds by number of samples, per window and pixel, times cores."""
         return self._by_samples.setdefault(runtime, SecondsBySize())
 
-    def learn(
-        self, request: QueuedRequest, num_samples: int, num_windows: int, seconds: float, *, cores: int
-    ) -> None:  # fmt: skip
+    def learn(self, request: QueuedRequest, num_samples: int, num_windows: int, seconds: float, *, cores: int) -> None:
         """Learn from a batch of windows like those of a request."""
         pixel_s = seconds / request.window_pixels
         self.by_samples(request.plan.runtime).learn(num_samples, cores * pixel_s / num_windows)
