@@ -10,7 +10,9 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from penumbra.models.card import dump_card
@@ -76,7 +78,7 @@ def find_items(source: str, output: str, extension: str) -> tuple[list[BatchItem
             raise BadOption(
                 f"the answer to {item.source} would take the place of the image {there}; name another OUTPUT"
             )
-    return items, [Result(url, "", "skipped", reason) for url, reason in found.skipped.items()]
+    return items, [Result(url, "skipped", reason) for url, reason in found.skipped.items()]
 
 
 def claim(output: str, request: BatchRequest) -> None:
@@ -111,10 +113,10 @@ class Answerer:
         try:
             return self._answer(item)
         except Exception as error:
-            return Result(item.source, item.target, "failed", reason_of(error))
+            return Result(item.source, "failed", reason_of(error))
 
     def _answer(self, item: BatchItem) -> Result:
-        name, kept = item.target.removeprefix(f"{self._output}/"), Result(item.source, item.target, "kept")
+        name, kept = item.target.removeprefix(f"{self._output}/"), Result(item.source, "kept")
         if self._is_there(name, item.source):
             return kept
         stamp = stamp_of(item.source)
@@ -124,7 +126,7 @@ class Answerer:
             return kept
         self._receipts.add(name, data, stamp, answer)
         put(item.target, answer)
-        return Result(item.source, item.target, "made", warnings="\n".join(prediction.warnings + notes))
+        return Result(item.source, "made", warnings="\n".join(prediction.warnings + notes))
 
     def _is_there(self, name: str, source: str) -> bool:
         """Tell whether an image is answered. Raises BadOption where something else is in the answer's place."""
@@ -139,42 +141,31 @@ class Answerer:
 
 def run_here(request: BatchRequest, output: str, items: Sequence[BatchItem]) -> Iterator[Result]:
     """Answer images in this process; yields what became of them in their order."""
-    answerer = Answerer(request, output)
-    try:
-        with ThreadPoolExecutor(AT_ONCE) as threads:
-            yield from threads.map(answerer.answer, items)
-    finally:
-        answerer.close()
+    with closing(Answerer(request, output)) as answerer, ThreadPoolExecutor(AT_ONCE) as threads:
+        yield from threads.map(answerer.answer, items)
 
 
-def run_on_ray(request: BatchRequest, output: str, items: Sequence[BatchItem], *, cpus: int = 1) -> Iterator[Result]:
-    """Answer images on the cluster that RAY_ADDRESS names, or one of this machine; `cpus` of it per engine.
+def run_on_ray(request: BatchRequest, output: str, items: Sequence[BatchItem]) -> Iterator[Result]:
+    """Answer images on the cluster that RAY_ADDRESS names, or one of this machine; each engine takes one processor.
 
     Nodes read the same store, images and output. What a node had not finished when it was lost is done by another; what
     it had is kept, so nothing is done twice. Raises BadOption where Ray is not installed.
     """
     size = 2 * AT_ONCE
-    asked = ((request, output, cpus, items[i : i + size]) for i in range(0, len(items), size))
-    yield from in_turn(connect(), answer_items, asked, cpus=cpus)
+    asked = ((request, output, items[i : i + size]) for i in range(0, len(items), size))
+    yield from in_turn(connect(), answer_items, asked)
 
 
-def answer_items(request: BatchRequest, output: str, threads: int, items: Sequence[BatchItem]) -> list[Result]:
+def answer_items(request: BatchRequest, output: str, items: Sequence[BatchItem]) -> list[Result]:
     """Answer images on a node."""
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        return [*pool.map(_answerer(request, output, threads).answer, items)]
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        return [*threads.map(_answerer(request, output).answer, items)]
 
 
-_latest: dict[tuple[BatchRequest, str, int], Answerer] = {}
-"""The engine that a node's process answered with, which is loaded once for many images."""
-
-
-def _answerer(*of: *tuple[BatchRequest, str, int]) -> Answerer:
-    if of not in _latest:
-        for other in _latest.values():
-            other.close()
-        _latest.clear()
-        _latest[of] = Answerer(of[0], of[1], threads=of[2])
-    return _latest[of]
+@lru_cache(maxsize=1)
+def _answerer(request: BatchRequest, output: str) -> Answerer:
+    """Load the engine once in each of a node's processes, for many images."""
+    return Answerer(request, output, threads=1)
 
 
 ENGINES = {"local": run_here, "ray": run_on_ray}

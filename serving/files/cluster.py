@@ -108,14 +108,12 @@ def run_parts(work: Work, request: QueuedRequest, progress: Progress) -> Generat
         yield band
 
 
-def in_turn(
-    ray: Any, answer: Callable[..., list[T]], asked: Iterator[tuple[Any, ...]], *, cpus: int = 1
-) -> Generator[T]:
-    """Yield what a function answers to each of its arguments in turn, on `cpus` of a cluster each, with some of them
-    under way for every core. None is left when this ends. Raises what it raised, and ModelFault where its process was
-    lost each time."""
+def in_turn(ray: Any, answer: Callable[..., list[T]], asked: Iterator[tuple[Any, ...]]) -> Generator[T]:
+    """Yield what a function answers to each of its arguments in turn, on a processor each, with some of them under way
+    for every core of a cluster. None is left when this ends. Raises what it raised, and ModelFault where its process
+    was lost each time."""
     waiting, running = deque(asked), deque[Any]()
-    task = ray.remote(num_cpus=cpus, max_retries=RETRIES)(answer)
+    task = ray.remote(num_cpus=1, max_retries=RETRIES)(answer)
     try:
         while waiting or running:
             while waiting and len(running) < AHEAD * _cores(ray):  # nodes come and go

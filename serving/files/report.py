@@ -40,7 +40,6 @@ class Result:
     """
 
     source: str
-    target: str
     outcome: str
     error: str = ""
     warnings: str = ""
@@ -61,9 +60,7 @@ def shown_progress(title: str) -> Iterator[Progress]:
 
 def outcome_facts(outcome: Outcome) -> dict[str, Any]:
     """An outcome's facts for `--json`."""
-    return outcome.prediction.facts | {
-        "classes": outcome.classes, "image": str(outcome.path), "files": outcome.files,
-    }  # fmt: skip
+    return outcome.prediction.facts | {"classes": outcome.classes, "image": str(outcome.path), "files": outcome.files}
 
 
 def report(outcome: Outcome) -> None:

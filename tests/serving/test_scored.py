@@ -162,7 +162,7 @@ def test_the_command_line_tells_them_and_groups_what_is_strange(
     warning = scored.warnings[0]
     other = re.sub(r"its mean entropy is \S+", "its mean entropy is 4.5", warning)
     assert other != warning
-    results = [Result(name, "", "made", warnings=text) for name, text in (("a", warning), ("b", other))]
+    results = [Result(name, "made", warnings=text) for name, text in (("a", warning), ("b", other))]
     (line,) = summarise(results)
     assert line.startswith("warning of 2: this picture is stranger than 2 of the 3") and line.endswith(": a, b")
 
