@@ -29,7 +29,7 @@ from penumbra.serving.files.inputs import find_images
 from penumbra.serving.files.predict import IN_MEMORY
 from penumbra.serving.files.receipts import PAGE_MARK
 from penumbra.serving.files.report import Result, progress_bar
-from penumbra.serving.render.pictures import heat_picture, overlay, shown
+from penumbra.serving.render.pictures import heat_picture, overlay, shown, thumbnail
 from penumbra.serving.spool import disk
 
 CELLS, LEVELS = 8, 4
@@ -81,8 +81,8 @@ class Ranker:
             thumbnails = thumbnails_of(prediction, self.by) if self._draws else ()
             ranked = Ranked(url, scores_of(prediction), look_of(prediction), thumbnails)
         except Exception as error:
-            return None, Result(url, "", "failed", reason_of(error))
-        return ranked, Result(url, "", "made", warnings="\n".join(prediction.warnings))
+            return None, Result(url, "failed", reason_of(error))
+        return ranked, Result(url, "made", warnings="\n".join(prediction.warnings))
 
 
 def rank_images(ranker: Ranker, source: str) -> tuple[list[Ranked], list[Result]]:
@@ -91,7 +91,7 @@ def rank_images(ranker: Ranker, source: str) -> tuple[list[Ranked], list[Result]
     Raises BadOption where there is no image.
     """
     found = find_images(source)
-    reported = [Result(url, "", "skipped", reason) for url, reason in found.skipped.items()]
+    reported = [Result(url, "skipped", reason) for url, reason in found.skipped.items()]
     ranked = []
     with ThreadPoolExecutor(AT_ONCE) as threads, progress_bar() as bar:
         work = threads.map(ranker.look_at, found.images)
@@ -129,13 +129,8 @@ def thumbnails_of(prediction: Prediction, by: str) -> tuple[bytes, ...]:
     """Draw the picture under its labels, and beside it where it is unsure, as JPEGs."""
     is_mutual = by == "mutual_information"
     values_HW = prediction.maps[by] if is_mutual else 1 - prediction.maps["confidence"]
-    files = []
-    for drawn in (Image.fromarray(overlay(prediction)), heat_picture(values_HW, top=LIGHTEST)):
-        drawn.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-        file = io.BytesIO()
-        drawn.save(file, "JPEG")
-        files.append(file.getvalue())
-    return tuple(files)
+    pictures = (Image.fromarray(overlay(prediction)), heat_picture(values_HW, top=LIGHTEST))
+    return tuple(thumbnail(picture, THUMBNAIL_PX, "JPEG") for picture in pictures)
 
 
 def spread(ranked: Sequence[Ranked], by: str, budget: int) -> list[Ranked]:

@@ -1,13 +1,12 @@
 """An answer as a notebook shows it: the labels over the picture, where it is unsure, its classes, and its warnings."""
 
-import base64
-import io
+from base64 import b64encode
 from html import escape
 
 from PIL import Image
 
 from penumbra.serving.engine.answer import Prediction
-from penumbra.serving.render.pictures import heat_picture, overlay, paint, range_of
+from penumbra.serving.render.pictures import heat_picture, overlay, paint, range_of, thumbnail
 from penumbra.serving.render.tables import class_table
 
 LONGEST_PX = 480
@@ -24,9 +23,9 @@ def html_of(prediction: Prediction) -> str:
     said += [f"{name.replace('_', ' ')}: {score:.1%}" for name, score in prediction.shares.items()]
     said += [f"<b>Warning:</b> {escape(warning)}" for warning in prediction.warnings]
     figures = "".join(
-        f"<figure style='margin:0 1em 0 0'><img src='data:image/png;base64,{_png(picture)}'>"
+        f"<figure style='margin:0 1em 0 0'><img src='data:image/png;base64,{b64encode(png).decode()}'>"
         f"<figcaption>{escape(caption)}</figcaption></figure>"
-        for caption, picture in _pictures(prediction).items()
+        for caption, png in _pictures(prediction).items()
     )
     rows = "".join(
         f"<tr><td><span style='color:rgb{tuple(card.classes[row['id']].color)}'>&#9632;</span> {escape(row['name'])}"
@@ -38,7 +37,7 @@ def html_of(prediction: Prediction) -> str:
     return f"{'<br>'.join(said)}<div style='display:flex'>{figures}{legend}</div>"
 
 
-def _pictures(prediction: Prediction) -> dict[str, Image.Image]:
+def _pictures(prediction: Prediction) -> dict[str, bytes]:
     image = prediction.image
     is_photograph = image is not None and image.shape[2] == 3 and image.dtype == "uint8"
     labels = overlay(prediction) if is_photograph else paint(prediction.labels_HW, prediction.card)
@@ -47,14 +46,7 @@ def _pictures(prediction: Prediction) -> dict[str, Image.Image]:
         _, top = range_of(name, prediction.card, prediction.maps[name])
         caption = f"{name.replace('_', ' ')}, dark 0 to light {top:.2f} nats"
         pictures[caption] = heat_picture(prediction.maps[name], top=top)
-    return pictures
-
-
-def _png(picture: Image.Image) -> str:
-    picture.thumbnail((LONGEST_PX, LONGEST_PX))
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
+    return {caption: thumbnail(picture, LONGEST_PX, "PNG") for caption, picture in pictures.items()}
 
 
 def _share(share: float | None) -> str:

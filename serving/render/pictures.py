@@ -4,6 +4,7 @@ Our own PNG writer takes rows as they come. It is several times as fast as Pillo
 long runs need no filter and no search for matches, and noise does not get smaller by searching longer.
 """
 
+import io
 import json
 import math
 import struct
@@ -178,3 +179,10 @@ def heat_picture(values_HW: FloatArray, *, top: float) -> Image.Image:
     stops, places = np.array([ImageColor.getrgb(tone) for tone in HEAT]), np.linspace(0, 255, len(HEAT))
     table = np.stack([np.interp(range(256), places, stops[:, band]) for band in range(3)], -1)
     return Image.fromarray(np.rint(table).astype(np.uint8)[grey])
+
+
+def thumbnail(picture: Image.Image, longest_px: int, kind: str) -> bytes:
+    """Shrink a picture in place until no side is longer, and write it in a format of Pillow's."""
+    picture.thumbnail((longest_px, longest_px))
+    picture.save(file := io.BytesIO(), kind)
+    return file.getvalue()
