@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping
 from itertools import chain
-from types import MappingProxyType
 from typing import Any
 
 from penumbra.serving.engine.options import OPTIONS
@@ -14,7 +13,6 @@ from penumbra.serving.oip.tensors import IMAGE, NAMES, PROMPTS
 from penumbra.serving.render import WRITERS
 
 JSON, BINARY = "application/json", "application/octet-stream"
-NONE: Mapping[str, Any] = MappingProxyType({})
 LARGE = {"413": "Over a limit"}
 FAULTS = LARGE | {
     "429": "Queue full; see Retry-After", "500": "The model failed on this request", "503": "Loading or draining",
@@ -101,9 +99,7 @@ def document(build: Mapping[str, str], *, typed: str) -> dict[str, Any]:
             "/docs.json": {"get": _entry("This document.")},
             "/predict": {"post": _predict(typed)},
         } | _paths_v2(),
-        "components": {"schemas": {
-            "Error": _object({"error": TEXT}), "Job": _object(JOB), "Model": _object(MODEL),
-        }},
+        "components": {"schemas": {"Error": _object({"error": TEXT}), "Job": _object(JOB), "Model": _object(MODEL)}},
     }  # fmt: skip
 
 
@@ -236,8 +232,8 @@ def _refusals(faults: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _entry(
-    summary: str, path: str = "", faults: Mapping[str, str] = NONE, *, media: str = JSON, status: str = "200",
-    schema: Mapping[str, Any] = NONE,
+    summary: str, path: str = "", faults: Mapping[str, str] = {}, *, media: str = JSON, status: str = "200",
+    schema: Mapping[str, Any] = {},
 ) -> dict[str, Any]:  # fmt: skip
     """One operation. path: the part of it that has its parameters. faults: why it is refused, by status."""
     content: dict[str, Any] = {} if status == "204" else {"content": {media: {"schema": {**schema}}}}

@@ -10,7 +10,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Match, Route
-from starlette.types import Scope
 
 from penumbra.models.card import Card
 from penumbra.models.errors import ModelFault, PenumbraError
@@ -39,7 +38,7 @@ def routes(gateway: Gateway, build: Mapping[str, str], *, bodies: Bodies, typed:
         Route("/metrics", partial(metrics, gateway)),
         Route("/version", partial(told, build)),
         Route("/docs.json", partial(told, described)),
-        Elsewhere("/{path:path}", elsewhere, methods=["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]),
+        Route("/{path:path}", elsewhere, methods=["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]),
     ]
 
 
@@ -110,14 +109,6 @@ async def docs_page(document: Mapping[str, Any], _: Request) -> Response:
         f"<p>Segmentation that says, per pixel, how sure it is. Machine-readable: <a href=docs.json>docs.json</a>, "
         f"<a href=models>models</a>, <a href=metrics>metrics</a>.</p><table>{''.join(rows)}</table>"
     )
-
-
-class Elsewhere(Route):
-    """A route that matches everything but what BentoML answers, also the wrong methods of known paths."""
-
-    def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        is_bentos = BENTO_PATHS.get(scope["path"], "") == scope.get("method")
-        return (Match.NONE, {}) if is_bentos else super().matches(scope)
 
 
 async def elsewhere(request: Request) -> Response:
