@@ -40,7 +40,7 @@ from penumbra.models.errors import (
     UnknownModel,
 )
 from penumbra.serving.engine.decode import open_image, read_header
-from penumbra.serving.engine.options import SegmentOptions
+from penumbra.serving.engine.options import SegmentOptions, Style
 from penumbra.serving.engine.plan import check_long
 from penumbra.serving.engine.request import Cancellation
 from penumbra.serving.engine.store import find_artifact
@@ -49,7 +49,7 @@ from penumbra.serving.http.segment import answer_headers
 from penumbra.serving.job import MAX_ATTEMPTS, Job, is_upload, save_job
 from penumbra.serving.objects import Objects, send
 from penumbra.serving.process import lock
-from penumbra.serving.render import WRITERS, Style, parse_request, without_unseen
+from penumbra.serving.render import WRITERS, parse_request, without_unseen
 from penumbra.serving.settings import Settings
 from penumbra.serving.spool import LONG, Spool, disk, spool_bytes
 from penumbra.serving.telemetry import Request

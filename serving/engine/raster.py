@@ -20,19 +20,9 @@ from rasterio.windows import Window as Frame
 
 from penumbra.models.card import RGB
 from penumbra.models.errors import BadImage
+from penumbra.serving.engine import layout
 from penumbra.serving.engine.directories import BLOCK_PIXELS, find_directory
-from penumbra.serving.engine.layout import (
-    FLIPS,
-    GREY,
-    INKS,
-    RGB8,
-    Place,
-    Reading,
-    choose_bands,
-    make_upright,
-    palette_of,
-    read_place,
-)  # fmt: skip
+from penumbra.serving.engine.layout import RGB8, Place, Reading
 from penumbra.serving.engine.values import brightness, check_type, examine, to_8_bits, to_type
 
 CACHE_BYTES = 192 * 2**20
@@ -109,7 +99,7 @@ class FileRaster(Raster):
         spec = reading.spec
         self._lock, self._white_lock = threading.Lock(), threading.Lock()
         self._pixels, self._void_HW, self.dtype = None, None, np.dtype(spec.dtype)
-        self._bands, self._alpha, of_bands = choose_bands(dataset, reading)
+        self._bands, self._alpha, of_bands = layout.choose_bands(dataset, reading)
         self._dtype = np.dtype(dataset.dtypes[self._bands[0] - 1])
         if self._dtype.kind not in "uif":
             raise BadImage(f"the {kind} image has {self._dtype} values; whole numbers and floats are read")
@@ -117,9 +107,9 @@ class FileRaster(Raster):
         no_mask = {"all_valid"} if self._alpha else {"all_valid", "alpha"}
         self._is_masked = any(no_mask.isdisjoint(flag.name for flag in flags) for flags in dataset.mask_flag_enums)
         self._is_inverted = dataset.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
-        self._palette = None if self._is_inverted else palette_of(dataset, self._bands[0])
-        self._is_inks = spec.bands == RGB and len(self._bands) == len(INKS)
-        shows_colours = self.dtype == np.uint8 and (self._palette is None or spec.bands in (RGB, GREY))
+        self._palette = None if self._is_inverted else layout.palette_of(dataset, self._bands[0])
+        self._is_inks = spec.bands == RGB and len(self._bands) == len(layout.INKS)
+        shows_colours = self.dtype == np.uint8 and (self._palette is None or spec.bands in (RGB, layout.GREY))
         if not shows_colours and (self._is_inks or self._is_inverted or self._palette is not None):
             raise BadImage(
                 f"the {kind} image is of inks, of a palette, or white where values are least, and the model reads "
@@ -128,11 +118,11 @@ class FileRaster(Raster):
         declared = int(dataset.tags(self._bands[0], ns="IMAGE_STRUCTURE").get("NBITS", 0))
         num_bits = declared if self._dtype.kind == "u" and declared <= 16 else 0
         self._white = 2**num_bits - 1 if num_bits or self._palette is not None else None
-        self._flips = FLIPS[orientation]
+        self._flips = layout.FLIPS[orientation]
         size = (dataset.width, dataset.height) if self._flips[0] else (dataset.height, dataset.width)
         self.shape = (*size, spec.num_bands)
         self._nodata = dataset.nodata
-        self.place, of_place = read_place(dataset, self._flips, source if isinstance(source, Path) else None)
+        self.place, of_place = layout.read_place(dataset, self._flips, source if isinstance(source, Path) else None)
         self._warnings, self.damage = warnings + of_bands + of_place, set()
 
     @property
@@ -224,7 +214,7 @@ class FileRaster(Raster):
         if reverse_columns:
             x0, x1 = self.shape[1] - x1, self.shape[1] - x0
         frame = Frame(y0, x0, y1 - y0, x1 - x0) if exchange else Frame(x0, y0, x1 - x0, y1 - y0)
-        return make_upright(self._read_stored(frame, bands, masks=masks), self._flips)
+        return layout.make_upright(self._read_stored(frame, bands, masks=masks), self._flips)
 
     def _read_stored(self, frame: Frame, bands: list[int], *, masks: bool = False) -> NDArray[Any]:
         read = self._dataset.read_masks if masks else self._dataset.read

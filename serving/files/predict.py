@@ -13,7 +13,7 @@ import numpy as np
 from penumbra.models.errors import BadImage, BadOption
 from penumbra.models.files import write_whole
 from penumbra.serving.engine.decode import open_image
-from penumbra.serving.engine.options import Limits, SegmentOptions
+from penumbra.serving.engine.options import Limits, SegmentOptions, Style
 from penumbra.serving.engine.raster import Raster, open_raster
 from penumbra.serving.engine.request import Progress, QueuedRequest, Run
 from penumbra.serving.engine.segmenter import Segmenter
@@ -21,7 +21,7 @@ from penumbra.serving.files.cluster import Spread
 from penumbra.serving.files.receipts import Identity, check_replaceable, identity
 from penumbra.serving.files.report import Outcome, shown_progress
 from penumbra.serving.objects import local
-from penumbra.serving.render import Style, render
+from penumbra.serving.render import render
 from penumbra.serving.render.arrays import write_tiff
 from penumbra.serving.render.pictures import write_heat
 from penumbra.serving.render.stac import answer_item

@@ -33,17 +33,9 @@ from penumbra.serving.engine.options import DEFAULT, DEFAULT_MAPS, PROBABILITIES
 from penumbra.serving.engine.runtime import Runtime
 from penumbra.serving.engine.store import find_artifact, promote, versions
 from penumbra.serving.gateway import Gateway
+from penumbra.serving.oip import tensors
 from penumbra.serving.oip.request import InferRequest, RequestedOutput
-from penumbra.serving.oip.tensors import (
-    PROMPT_READERS,
-    SHOWN,
-    Output,
-    check_inputs,
-    classify,
-    inputs_of,
-    outputs_of,
-    read_image,
-)
+from penumbra.serving.oip.tensors import SHOWN, Output
 from penumbra.serving.telemetry import Request, audit, audited
 
 EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "model_repository", "parameters",
@@ -159,19 +151,19 @@ class Inference:
         request = read()
         card = self.find(request.model, request.version).card
         options = read_options(request.parameters)
-        given = check_inputs(request.inputs, inputs_of(card, options.bands), model=card.name)
+        given = tensors.check_inputs(request.inputs, tensors.inputs_of(card, options.bands), model=card.name)
         known = ("labels", *KNOWN_MAPS, *(extra.name for extra in card.extra_maps), PROBABILITIES)
         names = [output.name for output in request.outputs]
         if unknown := next((name for name in names if name not in known), None):
             raise BadOption(f"{card.name} has no output {unknown[:SHOWN]!r}; it may have {', '.join(known)}")
-        for name, reader in PROMPT_READERS.items():
+        for name, reader in tensors.PROMPT_READERS.items():
             if name in given and name in request.parameters:
                 raise BadOption(f"{name} is given twice, as input and as parameter; once is enough")
             if name in given:
                 options = replace(options, **{name: reader(given[name])})
         maps = tuple(name for name in names or [DEFAULT] if name != "labels")
         options = replace(options, model=card.name, version=card.version, outputs=maps)
-        return request, card, read_image(given["image"]), options
+        return request, card, tensors.read_image(given["image"]), options
 
     def server_document(self) -> dict[str, Any]:
         return {"name": "penumbra", "version": VERSION, "extensions": list(EXTENSIONS)}
@@ -189,8 +181,8 @@ class Inference:
         loaded = [str(c.version) for c in self.gateway.segmenter.cards() if c.name == card.name]
         return {
             "name": card.name, "versions": loaded, "platform": "penumbra",
-            "inputs": [spec.metadata for spec in inputs_of(card)],
-            "outputs": [spec.metadata for spec in outputs_of(card)],
+            "inputs": [spec.metadata for spec in tensors.inputs_of(card)],
+            "outputs": [spec.metadata for spec in tensors.outputs_of(card)],
         }  # fmt: skip
 
     def config(self, model: str, version: str = "") -> dict[str, Any]:
@@ -200,7 +192,8 @@ class Inference:
         return {
             "name": card.name, "platform": "penumbra", "backend": "penumbra", "max_batch_size": 0,
             "version_policy": {"latest": {"num_versions": 1}},
-            "input": [spec.config for spec in inputs_of(card)], "output": [spec.config for spec in outputs_of(card)],
+            "input": [spec.config for spec in tensors.inputs_of(card)],
+            "output": [spec.config for spec in tensors.outputs_of(card)],
             "parameters": {name: {"string_value": text} for name, text in facts.items()},
         }  # fmt: skip
 
@@ -351,7 +344,7 @@ def response_of(prediction: Prediction, request: InferRequest) -> InferResponse:
     for requested in request.outputs or [RequestedOutput(name, request.binary) for name in usual]:
         datatype = "UINT8" if requested.name == "labels" else "FP32"
         output = Output(requested.name, datatype, arrays[requested.name], requested.binary)
-        outputs.append(classify(output, requested.classes) if requested.classes else output)
+        outputs.append(tensors.classify(output, requested.classes) if requested.classes else output)
     parameters = {name: facts[name] for name in FACTS if facts.get(name) not in (None, "")}
     return InferResponse(
         prediction.card.name, str(prediction.card.version), request.id, parameters, outputs, prediction.timing_ms

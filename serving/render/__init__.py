@@ -14,12 +14,9 @@ from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.options import DEFAULT, PROBABILITIES, SegmentOptions, Style, parse_options, parse_style
 from penumbra.serving.render.arrays import write_npz, write_tiff
 from penumbra.serving.render.geopackage import write_geopackage
-from penumbra.serving.render.pictures import palette, write_png
+from penumbra.serving.render.pictures import write_png
 from penumbra.serving.render.regions import write_geojson
 from penumbra.serving.render.tables import write_json
-
-__all__ = ["WRITERS", "Style", "choose_format", "palette", "parse_request", "parse_style",
-           "render", "render_with_notes", "without_unseen"]  # fmt: skip
 
 Write = Callable[[Prediction, Style, BinaryIO], str | None]
 """It may return a sentence that the answer's reader should know, beside its warnings."""

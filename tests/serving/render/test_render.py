@@ -22,10 +22,11 @@ from rasterio.warp import transform as move
 from penumbra.models.card import IGNORE, Card, ClassInfo, ExtraMap
 from penumbra.models.errors import BadOption, NotAcceptable, TooLarge
 from penumbra.serving.engine.answer import Prediction
+from penumbra.serving.engine.options import Style, parse_style
 from penumbra.serving.engine.raster import Raster, open_raster
-from penumbra.serving.render import WRITERS, Style, choose_format, palette, parse_style, render
+from penumbra.serving.render import WRITERS, choose_format, render
 from penumbra.serving.render.arrays import write_npz, write_tiff
-from penumbra.serving.render.pictures import heat_picture, overlay
+from penumbra.serving.render.pictures import heat_picture, overlay, palette
 from penumbra.serving.render.tables import class_table
 from tests.conftest import toy_card
 
