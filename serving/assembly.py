@@ -73,9 +73,8 @@ def _gateway(
     fixed = settings.model_dump(include={"windows_per_batch", "samples_per_call", "deterministic", "cuda_graphs"})
     tuning = Tuning(**fixed, target_s=settings.target_ms / 1e3)
     segmenter = Segmenter.open(
-        settings.store, find=find, limits=settings.limits, device=settings.device or None,
-        threads=settings.threads or None, lanes=settings.lanes or None, tuning=tuning, observer=telemetry,
-        trusted_keys=trusted_keys,
+        settings.store, find=find, limits=settings.limits, device=settings.device,
+        threads=settings.threads, lanes=settings.lanes, tuning=tuning, observer=telemetry, trusted_keys=trusted_keys,
     )  # fmt: skip
     for card in segmenter.cards():
         audit("load", card.name, by="start", version=card.version)

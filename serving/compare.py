@@ -77,8 +77,7 @@ def main(descriptor: int) -> None:
     settings = read_settings()
     trusted = read_public_keys(settings.trusted_keys_file) if settings.trusted_keys_file else None
     engine = Segmenter(
-        limits=replace(settings.limits, model_bytes=0), device=settings.device or None, threads=1, lanes=1,
-        trusted_keys=trusted,
+        limits=replace(settings.limits, model_bytes=0), device=settings.device, threads=1, lanes=1, trusted_keys=trusted
     )  # fmt: skip
     with Connection(descriptor) as connection, engine as segmenter, suppress(EOFError):
         while True:

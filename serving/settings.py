@@ -4,7 +4,6 @@ import difflib
 import os
 import re
 import tempfile
-from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
@@ -123,15 +122,9 @@ class Settings(BaseSettings):
 
 
 def check_environment() -> None:
-    """Raises ValueError for a variable of the environment that has our prefix and is none of ours."""
+    """Raises ValueError with the nearest known name where a variable has our prefix and is none of ours."""
     known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
-    check_names((f"{name}={value}" for name, value in os.environ.items()), known)
-
-
-def check_names(variables: Iterable[str], known: set[str]) -> None:
-    """Raises ValueError with the nearest known name where a `NAME=value` with our prefix is none of them."""
-    for variable in variables:
-        name, _, value = variable.partition("=")
+    for name, value in os.environ.items():
         is_link = LINK.fullmatch(name) and (not name.endswith("_PORT") or "://" in value or "_SERVICE_" in name)
         if name.upper().startswith(PREFIX) and name.upper() not in known and name not in NO_SETTINGS and not is_link:
             near = difflib.get_close_matches(name.upper(), known, 1, cutoff=0)

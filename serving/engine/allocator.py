@@ -2,28 +2,23 @@
 
 import ctypes
 import os
-import sys
 from contextlib import suppress
 from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory() -> None:
     """Make glibc's malloc keep large freed blocks for the next activation instead of returning them.
 
     By default every activation of some MB is mapped and unmapped anew, at up to 80,000 page faults a call;
     kept blocks made a small net 2.5 times and a ResNet-50 1.4 times as fast on two cores. Call it before
-    torch allocates. The process keeps its peak, which admission bounds. Returns False where libc is not glibc.
+    torch allocates. The process keeps its peak, which admission bounds.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
+    with suppress(OSError, AttributeError):  # where libc is not glibc
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return False
-    largest = 2**31 - 1
-    return all([mallopt(M_MMAP_THRESHOLD, largest), mallopt(M_TRIM_THRESHOLD, largest), mallopt(M_ARENA_MAX, 1)])
+        for setting, value in ((M_MMAP_THRESHOLD, 2**31 - 1), (M_TRIM_THRESHOLD, 2**31 - 1), (M_ARENA_MAX, 1)):
+            mallopt(setting, value)
 
 
 def give_memory_back() -> None:

@@ -150,15 +150,12 @@ class Surface:
         inside = above, window.height - below, left, window.width - right
         return [window.y0, window.x0, *inside, place_y, place_x, fresh_y, fresh_x]
 
-    def void(self, rows: range) -> tuple[NDArray[np.bool_] | None, Tensor | None]:
-        """Say where these rows of the picture hold no measurement, [h, W] here and uint8 on the device."""
-        void_hW = self._original_HWC.void(slice(rows.start, rows.stop))
-        return void_hW, None if void_hW is None else self._transfers.up(void_hW.view(np.uint8))
-
     def lay_out(self, rows: range, card: Card, num_samples: int, start: int = 0) -> "tuple[Segment, int]":
         """Lay out what is wanted of finished rows; see `lay_out`."""
         segment, end = lay_out(self.wanted, rows, self.plan.size[1], card, num_samples, start)
-        return replace(segment, void_hW=self.void(rows)), end
+        void_hW = self._original_HWC.void(slice(rows.start, rows.stop))
+        there_hW = None if void_hW is None else self._transfers.up(void_hW.view(np.uint8))
+        return replace(segment, void_hW=(void_hW, there_hW)), end
 
     def finished(self, window: Window) -> range:
         """Give the rows that no window after this one touches; none unless it is the last of its row of windows, nor
@@ -185,18 +182,14 @@ class Surface:
         """
         if not self.plan.answer:
             return self.canvas_RCW
-        canvas_RCw, k = self._near(rows), card.num_classes
+        first, last = (self._above(y) for y in (rows.start, rows.stop - 1))
+        ys = torch.arange(first, min(last + 2, self.plan.height), device=self.canvas_RCW.device)
+        canvas_RCw, k = self.canvas_RCW[ys % len(self.canvas_RCW)], card.num_classes
         resized_hCW = self._resized(canvas_RCw, rows)
         if {"expected_entropy", "mutual_information", "seam"} & {*self.wanted.outputs}:
             disagreement_R1w = entropy_of(canvas_RCw, card) - canvas_RCw[:, k : k + 1]
             resized_hCW[:, k : k + 1] = entropy_of(resized_hCW, card) - self._resized(disagreement_R1w, rows)
         return resized_hCW
-
-    def _near(self, rows: range) -> Tensor:
-        """Give the rows of the canvas between which these of the answer lie."""
-        first, last = (self._above(y) for y in (rows.start, rows.stop - 1))
-        ys = torch.arange(first, min(last + 2, self.plan.height), device=self.canvas_RCW.device)
-        return self.canvas_RCW[ys % len(self.canvas_RCW)]
 
     def _above(self, y: int) -> int:
         return int(max((y + 0.5) * (self.plan.height / self.plan.size[0]) - 0.5, 0))
@@ -247,8 +240,8 @@ class Segment:
     """Finished rows, and where their outputs lie in the bytes that come down, by name, with `labels` and `SUMS`.
 
     table, thresholds_K: the rows and places, and the entropy above which the label of each class is withheld, as
-    `operators.read_out` takes them. void_hW: which of their pixels hold no measurement, here and on the device, as
-    `Surface.void` has it.
+    `operators.read_out` takes them. void_hW: which of their pixels hold no measurement, here and, uint8, on the
+    device.
     """
 
     rows: range

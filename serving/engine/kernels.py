@@ -58,8 +58,8 @@ def normalise(pixels_hwC: NDArray[Any], norm: Sequence[FloatArray]) -> FloatArra
     assert COMPILED and is_packed(pixels_hwC) and {*map(len, norm)} == {columns * channels}
     out = np.empty((rows, columns, channels), np.float32)
     COMPILED.penumbra_normalise(
-        _pointer(pixels_hwC), *_longs(KINDS.index(pixels_hwC.dtype.name), row_bytes, rows, columns * channels),
-        *map(_pointer, norm), *(None,) * (4 - len(norm)), _pointer(out),
+        pixels_hwC.ctypes, *_longs(KINDS.index(pixels_hwC.dtype.name), row_bytes, rows, columns * channels),
+        *(array.ctypes for array in norm), *(None,) * (4 - len(norm)), out.ctypes,
     )  # fmt: skip
     return out
 
@@ -144,7 +144,7 @@ def answer(
     after = (
         int(readout.align_corners), ctypes.c_float(1 / readout.temperature),
         (ctypes.c_float * num_classes)(*thresholds), _address(out), (ctypes.c_int64 * len(planes))(*planes),
-        None if hidden is None else _pointer(hidden), *_longs(channel),
+        None if hidden is None else hidden.ctypes, *_longs(channel),
     )  # fmt: skip
     _in_bands(COMPILED.penumbra_answer, num_rows, before, after)
 
@@ -162,10 +162,6 @@ def _in_bands(
             raise MemoryError("no memory for the scratch rows of a kernel")
 
     deque((_rows().map if num_bands > 1 else map)(run, edges, edges[1:]), maxlen=0)
-
-
-def _pointer(array: NDArray[Any]) -> ctypes.c_void_p:
-    return ctypes.c_void_p(array.ctypes.data)
 
 
 def _address(tensor: Tensor, first: int = 0) -> ctypes.c_void_p:

@@ -77,9 +77,8 @@ class RequestPlan:
     @property
     def is_usual(self) -> bool:
         """Tell whether the answer is made as in a calibration: with the card's overlap and views, and no prompt."""
-        is_usual = self.options.overlap in (None, self.card.window.overlap) and self.views == self.card.views
-        is_usual = is_usual and self.options.scale in (None, CARD)
-        return is_usual and self.prompt is None
+        is_usual = self.options.overlap in (None, self.card.window.overlap) and self.options.scale in (None, CARD)
+        return is_usual and self.views == self.card.views and self.prompt is None
 
     @property
     def is_anytime(self) -> bool:
@@ -96,9 +95,7 @@ class RequestPlan:
 def resolve(options: SegmentOptions, card: Card, limits: Limits) -> SegmentOptions:
     """Set the model's name, version, samples and views in options. Raises BadOption for what no image mends."""
     samples = check_options(options, card, limits)
-    return replace(
-        options, model=card.name, version=card.version, samples=samples, views=options.views or card.views
-    )  # fmt: skip
+    return replace(options, model=card.name, version=card.version, samples=samples, views=options.views or card.views)
 
 
 def plan_request(
@@ -115,8 +112,12 @@ def plan_request(
     if isinstance(prompt, Boxes):
         prompt = replace(prompt, boxes_N5=prompt.boxes_N5 * ([run[1] / width, run[0] / height] * 2 + [1]))
     _check_windows(*run, card, options, limits=limits)
-    if PROBABILITIES in options.outputs:
-        _check_probabilities(height, width, card, limits=limits)
+    size = 4 * height * width * card.num_classes
+    if PROBABILITIES in options.outputs and size > limits.probability_bytes:
+        raise TooLarge(
+            f"the probabilities of {card.num_classes} classes at {width}x{height} px have {size:,} bytes and the limit "
+            f"is {limits.probability_bytes:,}; send a smaller image or leave out {PROBABILITIES}"
+        )
     sampling = card.sampling_with(prompt=prompt is not None)
     noise = SeededNoise(sampling, seed=options.seed, num_samples=options.num_samples(card))
     windows = cover(*run, card.window, options.overlap)
@@ -163,12 +164,3 @@ def _most_rows(windows: WindowPlan) -> int:
     """Count the rows of an answer of another size that a row of windows finishes, at most."""
     ends = [windows.rows_above(y) for y in (*windows.starts_y[1:], windows.height)]
     return max(b - a for a, b in pairwise((0, *ends)))
-
-
-def _check_probabilities(height: int, width: int, card: Card, *, limits: Limits) -> None:
-    size = 4 * height * width * card.num_classes
-    if size > limits.probability_bytes:
-        raise TooLarge(
-            f"the probabilities of {card.num_classes} classes at {width}x{height} px have {size:,} bytes and the limit "
-            f"is {limits.probability_bytes:,}; send a smaller image or leave out {PROBABILITIES}"
-        )

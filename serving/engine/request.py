@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -86,7 +86,7 @@ class Queue(Protocol):
     def cancel(self, request: "QueuedRequest") -> None: ...
 
 
-class QueuedRequest:
+class QueuedRequest(AbstractContextManager["QueuedRequest"]):
     """A request runs while it is iterated. It enters the queue with the first band, and what has not run leaves
     it when the caller stops, so that nothing stays there that nobody waits for. Iterate once.
 
@@ -207,9 +207,6 @@ class QueuedRequest:
             yield
         finally:
             self.timing_ms[phase] += 1e3 * (time.perf_counter() - started)
-
-    def __enter__(self) -> "QueuedRequest":
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Withdraw what has not run."""

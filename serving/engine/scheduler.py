@@ -254,8 +254,7 @@ class Scheduler:
 
     def _run(self, batch: Batch) -> None:
         started = time.perf_counter()
-        answers = self._begin(batch)
-        answers = _settled(answers, batch.runtime)
+        answers = _settled(self._begin(batch), batch.runtime)
         seconds = time.perf_counter() - started
         num_windows, model = len(batch.windows), batch.runtime.card.name
         num_samples = num_windows * batch.num_samples * batch.windows[0][0].plan.num_views

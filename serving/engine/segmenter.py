@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,7 +44,7 @@ KEPT_VERSIONS = 2
 memory; one that is loaded by its number stays until the next is loaded."""
 
 
-class Segmenter:
+class Segmenter(AbstractContextManager["Segmenter"]):
     """A segmenter has the loaded models and the scheduler that runs them. Methods may be called from any thread."""
 
     def __init__(
@@ -286,9 +287,6 @@ class Segmenter:
     def close(self) -> None:
         """Finish accepted work."""
         self.scheduler.close()
-
-    def __enter__(self) -> "Segmenter":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -5,6 +5,7 @@ SHA-256 of every other file, so it covers the artifact.
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -40,18 +41,12 @@ def check_signature(directory: Path, card_bytes: bytes, trusted_keys: PublicKeys
         raise BadArtifact(
             f"{directory} has no readable {SIGNATURE} and must be signed by a trusted key; `penumbra sign` signs it"
         ) from None
-    if not any(_has_signed(key, card_bytes, signature) for key in trusted_keys):
-        raise BadArtifact(
-            f"{directory} as it is was signed by none of the trusted keys; have one sign it again with `penumbra sign`"
-        )
-
-
-def _has_signed(key: Ed25519PublicKey, card_bytes: bytes, signature: bytes) -> bool:
-    try:
-        key.verify(signature, card_bytes)
-    except InvalidSignature:
-        return False
-    return True
+    for key in trusted_keys:
+        with suppress(InvalidSignature):
+            return key.verify(signature, card_bytes)
+    raise BadArtifact(
+        f"{directory} as it is was signed by none of the trusted keys; have one sign it again with `penumbra sign`"
+    )
 
 
 def read_public_keys(path: Path) -> PublicKeys:

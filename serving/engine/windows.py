@@ -108,10 +108,8 @@ def cover(height: int, width: int, spec: WindowSpec, overlap: float | None = Non
 
 def count_windows(height: int, width: int, spec: WindowSpec, overlap: float | None = None) -> int:
     """Count the windows that `cover` would give, without making the plan."""
-    if spec.height == 0:
-        return 1
     share = spec.overlap if overlap is None else overlap
-    return _count(height, spec.height, share) * _count(width, spec.width, share)
+    return _count(height, spec.height or height, share) * _count(width, spec.width or width, share)
 
 
 def plan_bytes(height: int, width: int, spec: WindowSpec, overlap: float | None = None) -> int:

@@ -4,7 +4,6 @@ import json
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 from pycocotools import mask as coco
 
 from penumbra.serving.engine.answer import Prediction
@@ -37,17 +36,14 @@ def means_of(means: dict[str, float]) -> dict[str, float]:
     return expected | {f"mean_{name}": mean for name, mean in means.items()}
 
 
-def run_length(mask_WH: NDArray[np.bool_]) -> dict[str, Any]:
-    """Encode a mask in COCO's compressed run-length form, which goes by columns; size is [height, width]."""
-    encoded = coco.encode(mask_WH.view(np.uint8).T)
-    return {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
-
-
 def write_json(prediction: Prediction, file: BinaryIO) -> None:
-    """Write the facts, and per class its row of the table and its mask."""
+    """Write the facts, and per class its row of the table and its mask in COCO's compressed run-length form."""
     height, width = prediction.labels_HW.shape
     labels_WH = np.empty((width, height), np.uint8)
     for rows in blocks(height):
         labels_WH[:, rows] = prediction.labels_HW[rows].T
-    classes = [row | {"rle": run_length(labels_WH == row["id"])} for row in class_table(prediction)]
+    classes = class_table(prediction)
+    for row in classes:
+        encoded = coco.encode((labels_WH == row["id"]).view(np.uint8).T)  # it goes by columns
+        row["rle"] = {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
     file.write(json.dumps(prediction.facts | {"classes": classes}, allow_nan=False).encode())
