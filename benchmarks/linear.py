@@ -16,19 +16,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.rounds import measure, save
-from penumbra.models.card import InputSpec, Sampling
+from penumbra.export.golden import noise_of
+from penumbra.models.card import InputSpec
 from penumbra.models.checkpoint import load_checkpoint, read_card
 from penumbra.models.contract import Features, Network
-from penumbra.serving.engine.noise import SeededNoise
 from penumbra.training.augment import normalise
 from penumbra.training.data import load_camvid
 
 ZOO, SIZE, ROUNDS = Path(__file__).parents[1] / "models" / "zoo", (360, 480), 9
 MANY, FEW, SEEDS, EVERY = 512, (2, 4, 5, 8), (1, 2, 3), 20
-
-
-def draw(sampling: Sampling, num_samples: int, seed: int) -> Tensor:
-    return torch.from_numpy(SeededNoise(sampling, seed=seed, num_samples=num_samples).draw(0))[:, None]
 
 
 def load(path: Path) -> Network:
@@ -48,11 +44,11 @@ def flips(network: Network, spec: InputSpec, data: Path) -> dict[str, float]:
     val, found = load_camvid(data, "val"), {}
     for i in range(0, len(val), EVERY):
         features = network.encode(normalise(val[i][0][None].float() / 255, spec))
-        limit = labels(network, features, draw(network.sampling, MANY, 0))
+        limit = labels(network, features, noise_of(network.sampling, num_samples=MANY))
         for law in ("antithetic", "independent"):
             sampling = replace(network.sampling, law=law)  # type: ignore[arg-type]
             for few in FEW:
-                answers = [labels(network, features, draw(sampling, few, seed)) for seed in SEEDS]
+                answers = [labels(network, features, noise_of(sampling, (seed,), num_samples=few)) for seed in SEEDS]
                 found.setdefault(f"{law} S={few}", []).append(np.mean([(a != limit).float().mean() for a in answers]))
     return {f"% of labels flipped against S={MANY}, {name}": 100 * float(np.mean(x)) for name, x in found.items()}
 
@@ -70,7 +66,7 @@ def main() -> None:
     image = torch.randn(1, 3, *SIZE).contiguous(memory_format=torch.channels_last)
     asked = {"linear, S=5": (linear, 5), "linear, S=8": (linear, 8), "MC dropout, S=5": (dropout, 5)}
     asked |= {"MC dropout, S=8": (dropout, 8), "film, S=1": (film, 1), "film, S=8": (film, 8)}
-    noises = {name: draw(network.sampling, few, 0) for name, (network, few) in asked.items()}
+    noises = {name: noise_of(network.sampling, num_samples=few) for name, (network, few) in asked.items()}
     seconds = measure(
         {name: lambda name=name, network=network: network(image, noises[name]) for name, (network, _) in asked.items()},  # type: ignore[misc]
         rounds=ROUNDS,

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from penumbra.export.golden import noise_of
 from penumbra.export.readout import Normalise, check_read_out, moments
 from penumbra.models.card import Card
 from penumbra.models.errors import BadOption
 from penumbra.models.files import write_whole
 from penumbra.serving.engine.backends.torchscript import open_graph
-from penumbra.serving.engine.noise import SeededNoise
 from penumbra.serving.engine.runtime import as_type
 from penumbra.serving.engine.store import Artifact, sha256_of
 
@@ -39,8 +39,7 @@ class Whole(nn.Module):
         card, folder, cpu = artifact.card, artifact.directory, torch.device("cpu")
         self.encode, self.decode = (open_graph(folder / f"{part}.ts", cpu, "") for part in ("encode", "decode"))
         self.readout, self.normalise = card.readout, Normalise(card.input)
-        noise = SeededNoise(card.sampling, seed=0, num_samples=card.sampling.default_samples)
-        self.noise_S1L = torch.from_numpy(noise.draw(0))[:, None]
+        self.noise_S1L = noise_of(card.sampling)
 
     def forward(self, values_BChw: Tensor) -> Tensor:
         seen = self.normalise(values_BChw.permute(0, 2, 3, 1))

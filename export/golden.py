@@ -3,7 +3,7 @@
 They are drawn, or cut out of pictures; the gate holds an export to the answers, and every load of an artifact does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,10 +43,15 @@ def ask(network: Network, card: Card, windows_BChw: Tensor | None = None) -> Gol
 
 def _answer(network: Network, features: Features, sampling: Sampling) -> Recorded:
     fixed = sampling.kind in ("members", "single")
-    num_samples = sampling.default_samples if fixed else GOLDEN_SAMPLES
-    noises = [SeededNoise(sampling, seed=b, num_samples=num_samples).draw(0) for b in range(len(features[0]))]
-    noise_SBL = torch.from_numpy(np.stack(noises, axis=1))
+    noise_SBL = noise_of(sampling, range(len(features[0])), num_samples=0 if fixed else GOLDEN_SAMPLES)
     return Recorded(noise_SBL, network.decode(features, noise_SBL))
+
+
+def noise_of(sampling: Sampling, seeds: Iterable[int] = (0,), *, num_samples: int = 0, window: int = 0) -> Tensor:
+    """Draw noise_SBL as the engine does, for each seed's window of this index; 0 samples are the usual number."""
+    num_samples = num_samples or sampling.default_samples
+    noises = [SeededNoise(sampling, seed=seed, num_samples=num_samples).draw(window) for seed in seeds]
+    return torch.from_numpy(np.stack(noises, axis=1))
 
 
 def example_size(height: int, width: int) -> tuple[int, int]:

@@ -23,14 +23,13 @@ from onnxruntime.quantization import QDQQuantizer, QuantType, TensorsData, creat
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from penumbra.export.golden import golden_prompt, windows_of
+from penumbra.export.golden import golden_prompt, noise_of, windows_of
 from penumbra.export.onnx import anonymous
 from penumbra.export.onnx_program import inputs_of
 from penumbra.export.parity import check_parity, strain
 from penumbra.models.card import Card, Parity
 from penumbra.models.contract import Network
 from penumbra.models.errors import BadOption, ParityFailed
-from penumbra.serving.engine.noise import SeededNoise
 
 RANGE_WINDOWS, PROOF_WINDOWS = 32, 8
 """Windows that ranges are taken from, and others on which the gate is held beside the two golden ones."""
@@ -164,16 +163,10 @@ def _decodes(network: Network, card: Card, windows_BChw: Tensor) -> Iterator[tup
     for i, image_BChw in enumerate(torch.split(windows_BChw, 1)):
         with torch.inference_mode():
             features = network.encode(image_BChw)
-            yield features, _noise(card, i, prompt=False)
+            yield features, noise_of(card.sampling, (i,))
             if card.prompt.kind != "none":
                 prompted = network.take_prompt(image_BChw, features, golden_prompt(card, image_BChw))
-                yield prompted, _noise(card, i, prompt=True)
-
-
-def _noise(card: Card, seed: int, *, prompt: bool) -> Tensor:
-    sampling = card.sampling_with(prompt=prompt)
-    source = SeededNoise(sampling, seed=seed, num_samples=sampling.default_samples)
-    return torch.from_numpy(source.draw(0))[:, None]
+                yield prompted, noise_of(card.sampling_with(prompt=True), (i,))
 
 
 def _ranges(model: onnx.ModelProto, calls: Iterable[tuple[Any, ...]]) -> TensorsData | None:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from penumbra.export.golden import noise_of
 from penumbra.models.card import IGNORE, Card, Parity
 from penumbra.models.confusion import confusion, intersection_over_union
 from penumbra.models.contract import Network
@@ -18,7 +19,6 @@ from penumbra.models.errors import BadOption, ParityFailed
 from penumbra.serving.engine.backends import Backend
 from penumbra.serving.engine.canvas import Wanted, lay_out, read_band
 from penumbra.serving.engine.moments import Statistics
-from penumbra.serving.engine.noise import SeededNoise
 from penumbra.serving.engine.raster import Pixels, Raster
 from penumbra.serving.engine.scale import at_card_scale
 from penumbra.serving.engine.uncertainty import Band
@@ -102,8 +102,7 @@ def measure_frames(network: Network, graphs: Backend, card: Card, frames: Iterab
         label_HW = None if label_HW is None else _nearest(label_HW, raster.shape[:2])
         for window in plan:
             image = torch.from_numpy(cut(raster, window, plan, spec=card.window, norm=card.input)).permute(2, 0, 1)
-            noise = SeededNoise(card.sampling, seed=0, num_samples=card.sampling.default_samples).draw(window.index)
-            noise_SBL = torch.from_numpy(noise)[:, None]
+            noise_SBL = noise_of(card.sampling, window=window.index)
             expected, exported = (half.decode(half.encode(image[None]), noise_SBL).cpu() for half in (network, graphs))
             figures.append(measure_parity(expected, exported, card, height=window.height, width=window.width))
             if label_HW is None:
