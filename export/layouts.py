@@ -70,11 +70,8 @@ def published_name(ours: str, layouts: Sequence[Layout]) -> str:
     renames = {
         here: there for layout in layouts for names in (layout.renames, layout.beside) for there, here in names.items()
     }
-    fitting = [here for here in renames if ours.startswith(here)]
-    if not fitting:
-        return ours
-    prefix = max(fitting, key=len)
-    return renames[prefix] + ours[len(prefix) :]
+    prefix = max(filter(ours.startswith, renames), key=len, default="")
+    return renames.get(prefix, "") + ours[len(prefix) :]
 
 
 def _recognise(content: Any, method: Method, *, where: str) -> Layout:
@@ -127,10 +124,9 @@ def _look_up(name: str, layout: Layout) -> tuple[str, str]:
     table = dict.fromkeys(layout.train_only, ("drop", ""))
     table |= {there: ("copy", original) for there, original in layout.aliases.items()}
     table |= {there: ("rename", ours) for there, ours in layout.renames.items()}
-    fitting = [prefix for prefix in table if name.startswith(prefix)]
-    if not fitting:
+    prefix = max(filter(name.startswith, table), key=len, default=None)
+    if prefix is None:
         return "unknown", ""
-    prefix = max(fitting, key=len)
     action, target = table[prefix]
     return action, target + name[len(prefix) :]
 
