@@ -137,7 +137,7 @@ class PublishedHead(nn.Module):
         num_samples, num_windows = noise_SBL.shape[0], noise_SBL.shape[1]
         z_NL = (mean_BL + sigma_BL * noise_SBL).flatten(0, 1)
         constants_ND33 = region_constants(z_NL, self.conv1.weight[:, : self.length])
-        area_33 = region_areas(shared_BDhw)
+        area_33 = region_sums(torch.ones_like(shared_BDhw[:1, :1]))[0, 0]  # pixels of each region
         num_pixels = area_33.sum()
         # InstanceNorm of shared + constants: mean of the shared part is 0, so the rest is small algebra.
         constants_ND33 = constants_ND33 - (constants_ND33 * area_33).sum((2, 3), keepdim=True) / num_pixels
@@ -146,11 +146,8 @@ class PublishedHead(nn.Module):
         scale_ND11 = torch.rsqrt(variance_ND + NORM_EPS)[:, :, None, None]
         constants_ND33 = constants_ND33 * scale_ND11
         inner_ND11 = constants_ND33[:, :, 1:2, 1:2]
-        y = torch.addcmul(
-            inner_ND11.unflatten(0, (num_samples, num_windows)),
-            shared_BDhw,
-            scale_ND11.unflatten(0, (num_samples, num_windows)),
-        ).flatten(0, 1)
+        inner_SBD11, scale_SBD11 = (x.unflatten(0, (num_samples, num_windows)) for x in (inner_ND11, scale_ND11))
+        y = torch.addcmul(inner_SBD11, shared_BDhw, scale_SBD11).flatten(0, 1)
         y = add_regions(y, constants_ND33 - inner_ND11, edges_only=True)
         y = torch.relu_(instance_norm(self.conv2(torch.relu_(y))))
         return self.classifier(y).unflatten(0, (num_samples, num_windows))
@@ -177,11 +174,6 @@ def region_sums(x_NDhw: Tensor) -> Tensor:
     """Sum x over each of the 9 regions: [N, D, 3, 3]."""
     rows = torch.stack((x_NDhw[:, :, 0], x_NDhw[:, :, 1:-1].sum(2), x_NDhw[:, :, -1]), dim=2)
     return torch.stack((rows[..., 0], rows[..., 1:-1].sum(-1), rows[..., -1]), dim=-1)
-
-
-def region_areas(x_NDhw: Tensor) -> Tensor:
-    """Count the pixels of each region: [3, 3]."""
-    return region_sums(torch.ones_like(x_NDhw[:1, :1]))[0, 0]
 
 
 def add_regions(x_NDhw: Tensor, constants_ND33: Tensor, *, edges_only: bool = False) -> Tensor:

@@ -133,7 +133,10 @@ class NpObjective(DropoutObjective):
         logits_SBKhw, kl_B = self._predict(x_BDhw, query_BLhw, generator)
         kl = kl_B.mean()
         loss_B = picture_loss(logits_SBKhw, pictures, sharpness=self.options.sharpness)
-        return loss_B, self.options.kl_weight * kl, {"kl": kl, "spread": sample_spread(logits_SBKhw.detach())}
+        spread = (
+            logits_SBKhw.detach()[..., ::4, ::4].softmax(2).std(0, correction=0).mean()
+        )  # whether the latent matters
+        return loss_B, self.options.kl_weight * kl, {"kl": kl, "spread": spread}
 
     def _predict(self, x_BDhw: Tensor, query_BLhw: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return logits_SBKhw with z ~ q_target, and KL(q_target || q_context) per picture."""
@@ -232,11 +235,6 @@ def gaussian_kl(q: tuple[Tensor, ...], p: tuple[Tensor, ...]) -> Tensor:
     (mean_q, sigma_q), (mean_p, sigma_p) = q, p
     ratio = (sigma_q / sigma_p).square()
     return 0.5 * (ratio - 1 - ratio.log() + ((mean_q - mean_p) / sigma_p).square()).sum(-1)
-
-
-def sample_spread(logits_SBKhw: Tensor) -> Tensor:
-    """Measure how much the latent matters: standard deviation of p over samples, mean of classes and some pixels."""
-    return logits_SBKhw[..., ::4, ::4].softmax(2).std(0, correction=0).mean()
 
 
 def push(bank_QL: Tensor, count: Tensor, rows_PL: Tensor) -> None:

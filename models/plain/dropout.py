@@ -52,7 +52,9 @@ def mask_dropouts(program: ExportedProgram, image_BChw: Tensor) -> Masked:
     nodes = list(module.graph.nodes)
     (image,) = (node for node in nodes if node.op == "placeholder")
     _check(nodes, image)
-    logits = _find_answer(program, nodes[-1].args[0])
+    by_value = {id(node.meta["val"]): node for node in nodes[-1].args[0]}
+    outputs = tree_unflatten([node.meta["val"] for node in nodes[-1].args[0]], program.call_spec.out_spec)
+    logits = by_value[id(pick(outputs))]
     used = ancestors([logits])
     with module.graph.inserting_after(image):
         noise_BL = module.graph.placeholder("noise_BL")
@@ -84,12 +86,6 @@ def sampling_of(masks: Sequence[tuple[int, float]]) -> Sampling:
     keep = sum(channels * keep for channels, keep in runs) / length if len(runs) > 1 else runs[0][1]
     keeps = tuple(runs) if len(runs) > 1 else ()
     return Sampling("dropout", length, keep=keep, keeps=keeps, default_samples=DEFAULT_SAMPLES)
-
-
-def _find_answer(program: ExportedProgram, outputs: Sequence[fx.Node]) -> fx.Node:
-    by_value = {id(node.meta["val"]): node for node in outputs}
-    answer = pick(tree_unflatten([node.meta["val"] for node in outputs], program.call_spec.out_spec))
-    return by_value[id(answer)]
 
 
 def _check(nodes: Sequence[fx.Node], image: fx.Node) -> None:

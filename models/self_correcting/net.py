@@ -59,7 +59,9 @@ class SelfCorrectingNetwork(Network):
         self.sampling = Sampling(kind="single", members=("primary",))
         self.primary = DeepLab(config, align_corners=False)
         if config.ancillary:
-            self.prompt = _prompt(config)
+            members = ("primary", "ancillary", "corrected")[: 2 if config.correction == "none" else 3]
+            alpha = config.alpha if config.correction == "linear" else None
+            self.prompt = PromptSpec("boxes", members, config.background, alpha, config.partial)
             self.ancillary = Ancillary(config)
             if config.correction == "convolutional":
                 self.correction = nn.Sequential(
@@ -124,13 +126,6 @@ def build(config: SelfCorrectingConfig) -> SelfCorrectingNetwork:
     if config.partial and not config.ancillary:
         raise BadOption("config.partial is of the ancillary, which config.ancillary leaves out; one of both is wanted")
     return DropoutNetwork(config) if config.sampling == "dropout" else SelfCorrectingNetwork(config)
-
-
-def _prompt(config: SelfCorrectingConfig) -> PromptSpec:
-    members: tuple[str, ...] = ("primary", "ancillary")
-    members += () if config.correction == "none" else ("corrected",)
-    alpha = config.alpha if config.correction == "linear" else None
-    return PromptSpec("boxes", members, config.background, alpha, config.partial)
 
 
 def correct_linearly(members_BMKhw: Tensor, alpha_B: Tensor) -> Tensor:
