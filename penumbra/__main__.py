@@ -20,6 +20,7 @@ from penumbra import options as shared
 from penumbra.cards import card_forms, models
 from penumbra.failures import Verbs, sentence_of
 from penumbra.importing import import_files
+from penumbra.models.errors import BadOption, DiskFull, reason_of
 from penumbra.promoting import promote
 from penumbra.ranking import rank
 from penumbra.serving.engine.quota import num_cores
@@ -103,7 +104,6 @@ def predict(
 ) -> None:  # fmt: skip
     """Segment picture files, or s3://..., without a server; writes labels, overlay and uncertainty maps."""
     from penumbra.export.zoo import fill_store
-    from penumbra.models.errors import BadOption, DiskFull, reason_of
     from penumbra.serving.engine.options import DEFAULT, check_options, parse_options
     from penumbra.serving.engine.segmenter import Segmenter
     from penumbra.serving.engine.store import find_artifact
@@ -231,7 +231,6 @@ def export(
 
     from penumbra.export.bundle import export_checkpoint
     from penumbra.export.report import print_parity
-    from penumbra.models.errors import BadOption
     from penumbra.serving.engine.store import open_artifact
 
     own = ("backend", "precision", "device", "data", "pictures", "views", "tune") if target == "triton" else ("output",)
@@ -271,7 +270,6 @@ def _read_frames(checkpoint: Path, every: int, **where: Any) -> list[Any]:
 
 def _export_repository(source: Path, store: Path, repository: Path | None, *, as_json: bool) -> None:
     from penumbra.export.triton import export_repository
-    from penumbra.models.errors import BadOption
 
     if repository is None:
         raise BadOption("a Triton repository needs a directory; add -o DIRECTORY")
@@ -356,7 +354,6 @@ def evaluate(
 @shared.JSON
 def calibrate(name: str, store: Path, risks: str, class_risks: str, as_json: bool, **options: Any) -> None:
     """Fit a model's temperature, abstention thresholds and novelty reference; they become its next version."""
-    from penumbra.models.errors import BadOption
     from penumbra.training.calibrate import calibrate_artifact, report
     from penumbra.training.evaluation.run import Question
 

@@ -96,12 +96,9 @@ def of_answers(verb: Any) -> Any:
 
 def of_frames(verb: Any) -> Any:
     """The options of a verb that asks about labelled frames (`penumbra.training.evaluation.run.Question`)."""
-    about_seed, about_samples = (
-        "For the first frame's noise, and random splits.",
-        "How many to draw; the card's by default.",
-    )
-    seed = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help=about_seed)
-    samples = click.option("--samples", type=click.IntRange(min=1), help=about_samples)
+    about = "For the first frame's noise, and random splits."
+    seed = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help=about)
+    samples = click.option("--samples", type=click.IntRange(min=1), help="How many to draw; the card's by default.")
     for option in (EVERY, seed, samples, VERSION, SPLIT, DATA_SET, click.option("--data", required=True, type=FOLDER)):
         verb = option(verb)
     return from_table("views")(verb)

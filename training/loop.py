@@ -183,15 +183,9 @@ class Training:
 
 
 def train(
-    recipe: Recipe,
-    data_dir: Path,
-    *,
-    runs_dir: Path = Path("runs"),
-    threads: int | None = None,
-    minutes: float | None = None,
-    fabric: Fabric | None = None,
-    report: Report = lambda share, line: None,
-) -> Path:
+    recipe: Recipe, data_dir: Path, *, runs_dir: Path = Path("runs"), threads: int | None = None,
+    minutes: float | None = None, fabric: Fabric | None = None, report: Report = lambda share, line: None,
+) -> Path:  # fmt: skip
     """Train, or go on after an interruption, and return the path of the final checkpoint.
 
     threads: per process. minutes: length of the schedule by the clock, instead of the recipe's steps. fabric: of

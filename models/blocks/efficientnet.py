@@ -19,14 +19,9 @@ OUTPUT_STRIDE = 16
 NORM_EPS = 1e-3
 """BatchNorm's epsilon in TensorFlow, which the weights were trained with."""
 STAGES = (
-    (1, 16, 3, 1, 1),
-    (6, 24, 3, 2, 2),
-    (6, 40, 5, 2, 2),
-    (6, 80, 3, 2, 3),
-    (6, 112, 5, 1, 3),
-    (6, 192, 5, 2, 4),
+    (1, 16, 3, 1, 1), (6, 24, 3, 2, 2), (6, 40, 5, 2, 2), (6, 80, 3, 2, 3), (6, 112, 5, 1, 3), (6, 192, 5, 2, 4),
     (6, 320, 3, 1, 1),
-)
+)  # fmt: skip
 """Expansion, channels, kernel, stride and blocks of every stage of lite0, which width and depth scale."""
 DILATED_FROM = 5
 """Stage that would have stride 32."""
