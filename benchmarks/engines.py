@@ -84,15 +84,11 @@ def load_network(name: str) -> tuple[Card, Network]:
     return card, network.eval().requires_grad_(False)
 
 
-def example(card: Card, num_windows: int) -> tuple[Tensor, Tensor]:
-    """Pixels and noise of as many samples as are usual."""
-    sampling, generator = card.sampling, torch.Generator().manual_seed(0)
-    pixels = torch.randn(num_windows, 3, card.window.height, card.window.width, generator=generator)
-    return pixels, torch.randn(sampling.default_samples, num_windows, sampling.noise_length, generator=generator)
-
-
 def one_call(graphs: Network | Backend, card: Card, num_windows: int) -> Callable[[], Tensor]:
-    image_B3hw, noise_SBL = example(card, num_windows)
+    """Make a call about windows with as many samples as are usual."""
+    sampling, generator = card.sampling, torch.Generator().manual_seed(0)
+    image_B3hw = torch.randn(num_windows, 3, card.window.height, card.window.width, generator=generator)
+    noise_SBL = torch.randn(sampling.default_samples, num_windows, sampling.noise_length, generator=generator)
 
     def call() -> Tensor:
         with torch.inference_mode():

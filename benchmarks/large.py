@@ -40,17 +40,13 @@ def make_raster(path: Path, side: int) -> None:
             target.write(rows, window=rasterio.windows.Window(0, y, side, rows.shape[1]))
 
 
-def export_toy(store: Path) -> None:
-    card, network = toy_card("latent", name="wide", window=WindowSpec(512, 512))
-    export_network(network, card, store)
-
-
 def main() -> None:
     side = int(sys.argv[1]) if len(sys.argv) > 1 else 20_000
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         make_raster(place / "large.tif", side)
-        export_toy(place / "store")
+        card, network = toy_card("latent", name="wide", window=WindowSpec(512, 512))
+        export_network(network, card, place / "store")
         command = [sys.executable, "-m", "penumbra", "predict", str(place / "large.tif"), "-o", str(place / "out")]
         started = time.perf_counter()
         done = subprocess.run(

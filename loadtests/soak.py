@@ -22,7 +22,7 @@ import click
 import numpy as np
 import psutil
 
-from loadtests.run import ask, fill, judge, scrape
+from loadtests.run import SETTLE_S, ask, fill, judge, scrape
 from tests.serving.server import MEASURED, serving, until
 
 SLOPE_MB_PER_MINUTE, STEP_MB = 1.0, 48.0
@@ -34,7 +34,6 @@ done at a time than ever before, which may come late; a thread lost for every th
 WARM_UP = 0.4
 """Share of the run before memory is looked at: pools, caches and the allocator fill up first."""
 EVERY_S = 2.0
-SETTLE_S = 30
 
 
 @dataclass(frozen=True, slots=True)

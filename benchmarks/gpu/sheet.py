@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +13,7 @@ import torch
 
 from benchmarks.rounds import machine
 from penumbra.models.errors import BadOption
+from penumbra.models.files import write_whole
 from penumbra.serving.engine.runtime import is_out_of_memory
 
 Results = dict[str, Any]
@@ -94,10 +94,7 @@ def read(path: Path) -> Results:
 
 def write(path: Path, results: Results) -> None:
     """Replace the file at once: whoever reads it, or is cut off while writing, finds a whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".part")
-    draft.write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(draft, path)
+    write_whole(path, f"{json.dumps(results, indent=2)}\n".encode())
 
 
 def first_line(error: BaseException) -> str:

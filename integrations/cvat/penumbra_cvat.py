@@ -35,13 +35,9 @@ class PenumbraFunction:
         if max_risk:
             self._options["max_risk"] = max_risk
         self._min_pixels = min_pixels
-        self._spec = cvataa.DetectionFunctionSpec(
+        self.spec = cvataa.DetectionFunctionSpec(
             labels=[cvataa.label_spec(name, k) for k, name in enumerate(served[model].classes)]
         )
-
-    @property
-    def spec(self) -> cvataa.DetectionFunctionSpec:
-        return self._spec
 
     def detect(
         self, context: cvataa.DetectionFunctionContext, image: PIL.Image.Image

@@ -111,7 +111,8 @@ class Client:
 
     def _send(self, call: Call) -> Reply:
         try:
-            with self._http.stream(**_request(call), content=_pieces(call.body)) as answer:
+            body = _read(call.body) if isinstance(call.body, Path) else call.body
+            with self._http.stream(**_request(call), content=body) as answer:
                 if call.target is None or not answer.is_success:
                     return Reply(answer.status_code, answer.headers, answer.read())
                 with _whole(call.target) as file:
@@ -216,10 +217,6 @@ def _request(call: Call) -> dict[str, Any]:
     """The arguments of a request but its body; a file's length is said, so that the server can refuse it unread."""
     length = {"Content-Length": str(call.body.stat().st_size)} if isinstance(call.body, Path) else {}
     return {"method": call.method, "url": call.path, "params": call.options, "headers": {**call.headers, **length}}
-
-
-def _pieces(body: bytes | Path | None) -> Iterator[bytes] | bytes | None:
-    return _read(body) if isinstance(body, Path) else body
 
 
 def _read(path: Path) -> Iterator[bytes]:
