@@ -19,7 +19,8 @@ from penumbra.models.contract import Features, Network
 from penumbra.models.errors import BadArtifact, BadOption, first_line
 from penumbra.models.files import drafted, writing
 from penumbra.serving.engine.backends import BACKENDS, Backend, find_format, import_with_extra, load_backend
-from penumbra.serving.engine.device import find_device
+from penumbra.serving.engine.device import find_device, name_hardware
+from penumbra.serving.engine.quota import num_cores
 from penumbra.serving.engine.store import (
     GOLDEN,
     Golden,
@@ -108,12 +109,13 @@ def verify_artifact(directory: Path, device: str = "", sizes: tuple[int, int] | 
     """Check hashes and card, run the golden window on this machine, and measure it against the checkpoint's logits.
 
     device: by default a GPU where there is one, as a server takes it. sizes: windows and samples a call in which it is
-    measured too, by default those that it was tuned to. Raises BadArtifact, ParityFailed.
+    measured too, by default those that it was tuned to on this machine. Raises BadArtifact, ParityFailed.
     """
     artifact = open_artifact(directory)
     card, golden = artifact.card, artifact.golden
     graphs = load_backend(card, directory, find_device(device))
-    if card.tuned and not sizes:
+    here = name_hardware(graphs.device), num_cores()
+    if not sizes and card.tuned and (card.tuned.processor, card.tuned.threads) == here:
         sizes = card.tuned.windows_per_batch, card.tuned.samples_per_call
     parity = _measure(card, graphs, golden)
     if sizes:

@@ -114,7 +114,7 @@ def print_tuned(outcome: Outcome, *, as_json: bool) -> None:
         click.echo("half precision flips far fewer labels on photographs than on drawn windows; tune on --pictures")
     now = outcome.rows[0]
     if outcome.chosen is now:
-        click.echo("nothing was faster than the version that is there, so it stays; --always writes the fastest anyway")
+        click.echo("nothing was faster by 3 % than what is there, so it stays; --always writes the fastest anyway")
     elif outcome.chosen.windows_per_s <= now.windows_per_s:
         click.echo(f"the version before is faster as it is ({now}); remove this one, or tune for longer")
     if outcome.chosen is not now:

@@ -35,7 +35,7 @@ from penumbra.export.golden import read_picture
 from penumbra.export.load import Answers, Load, Speed, digest, few
 from penumbra.export.parity import Frame
 from penumbra.models.card import Tuned, dump_card
-from penumbra.models.errors import BadOption, ParityFailed, reason_of
+from penumbra.models.errors import BadOption, reason_of
 from penumbra.models.files import drafted
 from penumbra.serving.engine.allocator import resident_bytes
 from penumbra.serving.engine.backends import BACKENDS
@@ -163,6 +163,8 @@ class Tuner:
             options.backends or BACKENDS, self._device, machine_code=options.machine_code
         )
         self._alive: list[Setting] = []
+        self._finalists: list[Setting] = []
+        """What was measured in turns at last."""
         self._all_sizes: list[Sizes] = []
         self._threads, self._is_complete = 1, False
         self._files = list(options.pictures) or self._save_frames()
@@ -207,7 +209,7 @@ class Tuner:
         self._alive = [self._best_of(candidate) for candidate in better]
         for _ in range(TURNS):
             self._measure_all([(self._now, None), *self._alive], self._options.seconds[1] / TURNS)
-        self._is_complete = True
+        self._finalists, self._is_complete = self._alive, True
 
     def _prove(self, candidate: Candidate, *, search_s: float) -> None:
         """Export a candidate through the gate, and try it with as many and as few lanes as there are."""
@@ -304,9 +306,10 @@ class Tuner:
         """Choose the fastest setting of candidates."""
         return max(settings_of(candidates), key=self._rank_of)
 
-    def _rank_of(self, setting: Setting) -> tuple[int, Speed]:
-        """Rank those that went furthest first: the luck of a short measurement is no speed."""
-        return len(self._measured(setting)), self._speed_of(setting)
+    def _rank_of(self, setting: Setting) -> tuple[float, Speed]:
+        """Rank finalists first, which were measured in turns, then those that went furthest: the luck of a short
+        measurement is no speed."""
+        return math.inf if setting in self._finalists else len(self._measured(setting)), self._speed_of(setting)
 
     def _best(self) -> Setting:
         """Choose the fastest of what is still in the race. Raises BadOption: nothing was measured, or is in time."""
@@ -330,14 +333,14 @@ class Tuner:
             assert sizes
             try:
                 verify_artifact(candidate.directory, str(self._device), sizes[:2])
-            except ParityFailed as error:
-                windows, samples, _ = sizes
-                self._say(f"{candidate} with {windows} windows and {samples} samples a call is refused: {error}")
-                del candidate.settings[sizes]
-                candidate.refused = "" if candidate.settings else reason_of(error)
-                self._alive = settings_of(self._candidates)
-                continue
-            return best
+                return best
+            except Exception as error:  # whatever a graph raises in a batch that the engine may have halved
+                why, (windows, samples, _) = reason_of(error), sizes
+            self._say(f"{candidate} with {windows} windows and {samples} samples a call is refused: {why}")
+            settings = candidate.settings.items()
+            candidate.settings = {one: measured for one, measured in settings if one and one[:2] != sizes[:2]}
+            candidate.refused = "" if candidate.settings else why
+            self._alive = settings_of(self._candidates)
 
     @property
     def _gate(self) -> str:

@@ -10,7 +10,7 @@ from typing import Literal
 from penumbra.serving.spool import disk
 
 MAX_ATTEMPTS = 3
-"""Processes that may end while at a job before it is to blame, and times that its model may be out of memory."""
+"""Processes that may end while at a job before it is to blame."""
 UPLOAD = {"image", "job.part"}
 """What the directory of an upload may hold that has not become a job."""
 State = Literal["queued", "running", "writing", "done", "failed"]

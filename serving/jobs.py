@@ -82,6 +82,8 @@ class Jobs:
         self._jobs: dict[str, Job] = {}
         self._uploads: set[Path] = set()
         """Places that `begin` gave and that are no jobs yet; they count as waiting."""
+        self._resting: dict[str, float] = {}
+        """Until when jobs wait whose model is not in memory and cannot be loaded now."""
         self._progress = (0, 0)
         """Windows of the job that runs: how many are done, and all."""
         self._cancelled = Cancellation()
@@ -223,9 +225,8 @@ class Jobs:
                 if self._interrupted(job):
                     return
             except NotReady as shortage:
-                if self._put_off(job):
+                if self._put_off(job, str(shortage)):
                     continue
-                error = str(shortage)
             except PenumbraError as refusal:
                 error = str(refusal)
             except BaseException:  # whatever it is, it is this job's: the next ones need this thread
@@ -233,15 +234,17 @@ class Jobs:
                 error = "the server failed on this job; its log says why"
             self._finish(job, error)
 
-    def _put_off(self, job: Job) -> bool:
-        """Let a job wait whose model left memory and did not come back, which may pass; what is done of it stays."""
-        if job.attempts >= MAX_ATTEMPTS:
-            return False
-        job.state = "queued"
-        with suppress(DiskFull):
-            save_job(self._directory / job.id, job)
+    def _put_off(self, job: Job, why: str) -> bool:
+        """Let a job wait whose model left memory and did not come back, which may pass, unless it was removed. What is
+        done of it stays, and others go on."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closing, PUT_OFF_S)
+            if job.id not in self._jobs:
+                return False
+            job.state, job.error = "queued", why
+            job.attempts -= 1
+            self._resting[job.id] = time.monotonic() + PUT_OFF_S
+            with suppress(DiskFull):
+                save_job(self._directory / job.id, job)
         return True
 
     def _interrupted(self, job: Job) -> bool:
@@ -261,17 +264,21 @@ class Jobs:
             with self._changed:
                 if self._closing:
                     return None
-                waiting = [job for job in self._jobs.values() if job.state == "queued"]
+                waiting = [job for job in self._jobs.values() if job.state == "queued" and not self._rests(job)]
                 if waiting:
                     self._progress, self._cancelled = (0, 0), Cancellation()
                     job = min(waiting, key=lambda job: job.created)
                     job.state = "running"
                     return job
-                self._changed.wait(SWEEP_S)
+                self._changed.wait(min(SWEEP_S, PUT_OFF_S))
+
+    def _rests(self, job: Job) -> bool:
+        return self._resting.get(job.id, 0.0) > time.monotonic()
 
     def _run(self, job: Job, request: Request) -> None:
         place = self._directory / job.id
         job.attempts += 1
+        job.error = ""
         save_job(place, job)
         options, style = parse_request(job.media, job.fields)
         options = without_unseen(options, job.media, style)

@@ -137,14 +137,13 @@ def calibrate_artifact(
     question: Question, store: Path, *, risks: Sequence[float] = RISKS, class_risks: Sequence[float] = CLASS_RISKS
 ) -> tuple[Calibrated, Path]:
     """Calibrate a stored model and write its next version. Raises any PenumbraError."""
-    directory = find_artifact(store, question.name, question.version)
+    directory, newest = find_artifact(store, question.name, question.version), find_artifact(store, question.name)
     with Segmenter(limits=LIMITS) as segmenter:
         card = segmenter.load(directory)
         frames = load_frames(question, card)
         calibrated = calibrate(segmenter, question, frames, risks=risks, class_risks=class_risks)
-    newest = find_artifact(store, card.name)
-    if not question.version and newest != directory:  # as by an export or a tuning, which this one would take back
-        raise BadOption(f"{card.name} version {newest.name} was written meanwhile; calibrate that one")
+    if (now := find_artifact(store, card.name)) != newest:  # an export or a tuning, which this one would take back
+        raise BadOption(f"{card.name} version {now.name} was written meanwhile; calibrate that one")
     target = store / card.name / str(next_version(store, card.name))
     calibrated = dataclasses.replace(calibrated, card=dataclasses.replace(calibrated.card, version=int(target.name)))
     write_version(directory, target, calibrated.card)

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import httpx
 import numpy as np
 from PIL import Image
 
@@ -139,9 +138,8 @@ def take_turns(entries: Entries, kinds: dict[str, list[bytes]], requests: int) -
                 click.echo(f"{name} did not start and is left out: {error}", err=True)
         for kind, jpegs in kinds.items():
             answers = first_answers(connect, jpegs, entries)
-            names = list(answers)
-            for name in names:
-                run_slice(connect[name], jpegs, Slices(), requests=1)
+            if not (names := list(answers)):
+                continue
             slices = {name: Slices() for name in names}
             for turn in range(ROUNDS):
                 for name in random.Random(turn).sample(names, len(names)):
@@ -159,12 +157,15 @@ def take_turns(entries: Entries, kinds: dict[str, list[bytes]], requests: int) -
 def first_answers(
     connect: dict[str, Callable[[], Ask]], jpegs: list[bytes], entries: Entries
 ) -> dict[str, list[np.ndarray]]:
-    """Label maps of every server; one that fails is left out, so that an hour of the others is not lost."""
+    """Label maps of every server, which is asked by one caller and then by all; one that fails is left out, so that an
+    hour of the others is not lost."""
     answers = {}
     for name, connected in connect.items():
         try:
-            answers[name] = list(map(labels_of, map(connected(), jpegs)))
-        except (RuntimeError, httpx.HTTPError) as error:
+            answered = list(map(labels_of, map(connected(), jpegs)))
+            run_slice(connected, jpegs, Slices(), requests=1)
+            answers[name] = answered
+        except Exception as error:  # of whichever client
             click.echo(f"{name} is left out: {error}", err=True)
             log = entries[name][1].folder / "server.log"
             click.echo(log.read_text(errors="replace")[-2000:] if log.exists() else "", err=True)

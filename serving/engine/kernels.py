@@ -58,8 +58,8 @@ def normalise(pixels_hwC: NDArray[Any], norm: Sequence[FloatArray]) -> FloatArra
     assert COMPILED and is_packed(pixels_hwC) and {*map(len, norm)} == {columns * channels}
     out = np.empty((rows, columns, channels), np.float32)
     COMPILED.penumbra_normalise(
-        pixels_hwC.ctypes, *_longs(KINDS.index(pixels_hwC.dtype.name), row_bytes, rows, columns * channels),
-        *(array.ctypes for array in norm), *(None,) * (4 - len(norm)), out.ctypes,
+        _pointer(pixels_hwC), *_longs(KINDS.index(pixels_hwC.dtype.name), row_bytes, rows, columns * channels),
+        *map(_pointer, norm), *(None,) * (4 - len(norm)), _pointer(out),
     )  # fmt: skip
     return out
 
@@ -144,7 +144,7 @@ def answer(
     after = (
         int(readout.align_corners), ctypes.c_float(1 / readout.temperature),
         (ctypes.c_float * num_classes)(*thresholds), _address(out), (ctypes.c_int64 * len(planes))(*planes),
-        None if hidden is None else hidden.ctypes, *_longs(channel),
+        None if hidden is None else _pointer(hidden), *_longs(channel),
     )  # fmt: skip
     _in_bands(COMPILED.penumbra_answer, num_rows, before, after)
 
@@ -170,3 +170,8 @@ def _address(tensor: Tensor, first: int = 0) -> ctypes.c_void_p:
 
 def _longs(*values: int) -> tuple[ctypes.c_long, ...]:
     return tuple(map(ctypes.c_long, values))
+
+
+def _pointer(array: NDArray[Any]) -> ctypes.c_void_p:
+    """Point at an array's data; its own `ctypes` would be a cycle, which waits for the collector."""
+    return ctypes.c_void_p(array.ctypes.data)

@@ -58,8 +58,8 @@ class RequestPlan:
         """Predict the memory that the request takes beside its body: the picture, the answer, the canvas, and windows
         that wait to be stitched, of which a single one is the canvas. Samples take none of their own, for they are
         added up as they come. Rows are read out a band at a time, of a single window all at once. An answer of another
-        size is resized a piece at a time, by way of two others and of the rows of the canvas that it lies between.
-        on_disk: picture and answer are not held."""
+        size is resized a piece at a time, by way of two others and of the rows of the canvas that it lies between; on a
+        GPU all pieces of a window leave together. on_disk: picture and answer are not held."""
         windows, card = self.windows, self.card
         floats = len(self.options.maps(card)) + (card.num_classes if PROBABILITIES in self.options.outputs else 0)
         pixel_bytes = card.input.num_bands * np.dtype(card.input.dtype).itemsize + 1 + 4 * floats
@@ -67,11 +67,12 @@ class RequestPlan:
         canvas = ring_height(windows, 1) * windows.width if windows.num_windows > 1 else 0
         stats = waiting * windows.window_height * windows.window_width + canvas
         (height, width), rows = windows.size, _most_rows(windows)
+        band_bytes = rows * width * (1 + 4 * floats)
         if windows.answer:
             rows = min(rows, rows_of_piece(windows))
+            band_bytes = band_bytes if self.runtime.stays_on_device else rows * width * (1 + 4 * floats)
             near = rows * windows.height // height + 2
             stats += 3 * rows * width + (near + 3 * rows) * windows.width
-        band_bytes = rows * width * (1 + 4 * floats)
         return (not on_disk) * height * width * pixel_bytes + band_bytes + 4 * channels(card) * stats
 
     @property

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,11 +117,13 @@ def open_artifact(directory: Path, *, trusted_keys: PublicKeys | None = None) ->
     for name, expected in card.export.files.items():
         path = directory / name
         try:
-            if Path(name).name != name or not path.is_file():
-                raise BadArtifact(f"{directory} lacks the file {name} that its card names; export the checkpoint again")
-            found = sha256_of(path)
+            found = sha256_of(path) if Path(name).name == name and stat.S_ISREG(path.stat().st_mode) else ""
+        except FileNotFoundError:
+            found = ""
         except OSError as error:
             raise BadArtifact(f"{path} cannot be read ({error.strerror}); let this server's user read it") from None
+        if not found:
+            raise BadArtifact(f"{directory} lacks the file {name} that its card names; export the checkpoint again")
         if found != expected:
             raise BadArtifact(f"{path} was changed after its export (sha256 differs from the card); export it again")
     return Artifact(directory, card, _read_golden(directory / GOLDEN), card_bytes)

@@ -164,7 +164,8 @@ def answer_items(request: BatchRequest, output: str, items: Sequence[BatchItem])
 
 @lru_cache(maxsize=1)
 def _answerer(request: BatchRequest, output: str) -> Answerer:
-    """Load the engine once in each of a node's processes, for many images."""
+    """Load the engine once in each of a node's processes, for many images; one that answers another question after
+    this keeps both until it ends."""
     return Answerer(request, output, threads=1)
 
 

@@ -165,6 +165,27 @@ def test_another_checkpoint_that_was_exported_meanwhile_is_not_taken_back(checkp
     assert sorted(path.name for path in (store / NAME).iterdir()) == ["1", "2"]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Turning(Load):
+    """A load under which half precision wins the search, and loses where candidates are measured in turns at last."""
+
+    def measure(self, segmenter: Segmenter, name: str, pictures: Sequence[Pixels], *, seconds: float) -> Answers:
+        export = segmenter.find(name).card.export
+        assert export
+        in_turns = seconds < QUICK[0]
+        if export.precision == "fp32" and segmenter._tuning != Tuning():
+            return {8: [(0.001, 1)] * 100 if in_turns else [(0.2, 1)]}
+        return {8: [(0.3 if export.precision == "bf16" else 0.1, 1)]}
+
+
+def test_the_turns_at_last_decide_between_candidates_however_often_each_was_measured(
+    checkpoint: Path, store: Path
+) -> None:
+    outcome = tune(checkpoint, store, load=Turning(), always=False)
+    assert outcome.is_complete and len(outcome.rows) > 2
+    assert outcome.chosen.name == "torchscript fp32" and outcome.chosen.windows_per_s > 1000
+
+
 class WrongOfMany(torch.nn.Module):
     """An encoder that is right for two windows in a batch and wrong for more."""
 
