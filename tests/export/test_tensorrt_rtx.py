@@ -241,7 +241,7 @@ def published(name: str) -> tuple[Network, Card]:
 @pytest.mark.usefixtures("all_cores")
 def test_networks_of_published_size_build_and_their_graphs_are_right(name: str, precision: str) -> None:
     """Measured with both windows in one batch alone."""
-    for built in build(*published(name), (precision,), partial(_measure_in, 2)):
+    for built in build(*published(name), (precision,), partial(_measure_in, 2, 1)):
         assert built.parity.relative <= RELATIVE[precision], built
 
 
