@@ -302,9 +302,9 @@ class Tuner:
     def _speed_of(self, setting: Setting) -> Speed:
         return self._options.load.speed(self._measured(setting))
 
-    def _best_of(self, *candidates: Candidate) -> Setting:
-        """Choose the fastest setting of candidates."""
-        return max(settings_of(candidates), key=self._rank_of)
+    def _best_of(self, candidate: Candidate) -> Setting:
+        """Choose a candidate's fastest setting."""
+        return max(settings_of([candidate]), key=self._rank_of)
 
     def _rank_of(self, setting: Setting) -> tuple[float, Speed]:
         """Rank finalists first, which were measured in turns, then those that went furthest: the luck of a short

@@ -20,8 +20,8 @@ State = Literal["queued", "running", "writing", "done", "failed"]
 class Job:
     """One job, as `job.json` has it. Changed under the lock of `Jobs`, or by its thread while it runs.
 
-    fields: the options as text. headers: what its result is sent with. finished: time of day, 0 before. target: an
-    object that its result is copied to, or empty.
+    fields: the options as text. headers: what its result is sent with. finished: time of day, 0 before. error: why it
+    failed, or why it waits again. target: an object that its result is copied to, or empty.
     """
 
     id: str

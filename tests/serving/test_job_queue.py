@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import errno
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ from starlette.applications import Starlette
 
 from penumbra.export.bundle import export_network
 from penumbra.models.errors import BadImage, BadOption, DiskFull, QueueFull, TooLarge, UnknownJob
-from penumbra.serving.engine.options import Limits, SegmentOptions
+from penumbra.serving.engine.options import Limits
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.http.jobs import routes
@@ -245,31 +244,6 @@ def test_whatever_one_job_runs_into_the_next_one_is_done(
         jobs.start()
         assert ended(jobs, "second")["state"] == "done"
         assert ended(jobs, "first")["state"] == "failed" and gateway.is_ready
-
-
-def test_a_job_whose_model_does_not_come_back_to_memory_waits_and_goes_on(
-    store: Path, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(_: Path) -> str:
-        raise OSError(errno.EMFILE, "too many open files")
-
-    export_network(*reversed(toy_card("pointwise")), tmp_path / "store")
-    shutil.copytree(store / MODEL / "3", tmp_path / "store" / MODEL / "3")
-    monkeypatch.setattr("penumbra.serving.jobs.PUT_OFF_S", 0.3)
-    left(tmp_path / "jobs", Job("patient", NPZ, {"model": MODEL, "version": "3"}, 1.0), rng)
-    left(tmp_path / "jobs", Job("removed", NPZ, {"model": MODEL, "version": "3"}, 2.0), rng)
-    with opened(tmp_path / "store", tmp_path / "jobs", model_bytes=1) as (jobs, gateway):
-        image = picture(rng, 9, 9)
-        assert gateway.segmenter.segment(image, SegmentOptions("toy-pointwise")).num_windows == 1  # the other leaves
-        with monkeypatch.context() as patch:
-            patch.setattr("penumbra.serving.engine.store.sha256_of", fail)
-            jobs.start()
-            for name in ("patient", "removed"):
-                until(lambda name=name: "cannot be loaded again" in str(jobs.status(name)["error"]))
-                assert jobs.status(name)["state"] == "queued" and (tmp_path / f"jobs/{name}/image").exists()
-            jobs.remove("removed")
-        assert ended(jobs, "patient")["state"] == "done"
-        assert ended(jobs, "patient")["error"] is None and not (tmp_path / "jobs/removed").exists()
 
 
 def test_without_its_thread_of_jobs_a_server_is_neither_ready_nor_alive(store: Path, tmp_path: Path) -> None:
