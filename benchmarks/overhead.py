@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -136,10 +136,7 @@ class Worker:
     @classmethod
     def of(cls, server: int) -> "Worker":
         """The process among a server's that has used most of the processor so far: it has loaded the model."""
-        family = [server]
-        for one in family:
-            family += [int(child) for child in Path(f"/proc/{one}/task/{one}/children").read_text().split()]
-        worker = max(family, key=lambda one: sum(core_seconds(one).values()))
+        worker = max(family_of(server), key=lambda one: sum(core_seconds(one).values()))
         return cls(worker, frozenset(core_seconds(worker)))
 
     def spent(self) -> np.ndarray:
@@ -148,6 +145,16 @@ class Worker:
         for thread, spent_s in core_seconds(self.process).items():
             seconds[0 if thread == self.process else 2 if thread in self.before else 1] += spent_s
         return seconds
+
+
+def family_of(process: int) -> list[int]:
+    """A process and all that it and its own have started, parents first."""
+    family = [process]
+    for one in family:
+        with suppress(OSError):  # one has ended
+            of_threads = Path(f"/proc/{one}/task").glob("*/children")
+            family += [int(child) for children in of_threads for child in children.read_text().split()]
+    return family
 
 
 def core_seconds(process: int) -> dict[int, float]:

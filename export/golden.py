@@ -5,9 +5,11 @@ They are drawn, or cut out of pictures; the gate holds an export to the answers,
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from penumbra.models.card import Card, Sampling
@@ -17,14 +19,16 @@ from penumbra.serving.engine.decode import open_image
 from penumbra.serving.engine.layout import Reading
 from penumbra.serving.engine.noise import SeededNoise
 from penumbra.serving.engine.options import Limits
-from penumbra.serving.engine.raster import Raster
+from penumbra.serving.engine.raster import Pixels, Raster
 from penumbra.serving.engine.scale import at_card_scale
 from penumbra.serving.engine.store import Golden, Recorded
-from penumbra.serving.engine.windows import cover, cut
+from penumbra.serving.engine.windows import cover, cut, normalise
 
 GOLDEN_WINDOWS, GOLDEN_SAMPLES = 2, 3
 WHOLE_IMAGE_EXAMPLE = (128, 160)
-"""Golden size for models whose window is the whole image."""
+"""Golden size for models whose window is the whole image, where it is drawn."""
+WHOLE_IMAGE_MOST = 512
+"""Most of a side of a picture that such a model's golden windows keep."""
 
 
 def ask(network: Network, card: Card, windows_BChw: Tensor | None = None) -> Golden:
@@ -77,13 +81,14 @@ def golden_image(card: Card) -> Tensor:
 def windows_of(pictures: Sequence[Path], card: Card, count: int = GOLDEN_WINDOWS) -> Tensor:
     """Cut golden windows out of pictures, from the first of the first to the last of the last, at the card's scale.
 
+    Of a model that sees pictures whole, each is the middle of a picture, as large as the smallest of these has it.
     Raises BadOption.
     """
+    chosen = [pictures[i * (len(pictures) - 1) // (count - 1)] for i in range(count)]
     if not card.window.height:
-        raise BadOption(f"{card.name} sees pictures whole; its golden windows are drawn, so leave the pictures out")
+        return _middles(chosen, card)
     windows = []
-    for i in range(count):
-        path = pictures[i * (len(pictures) - 1) // (count - 1)]
+    for i, path in enumerate(chosen):
         image = at_card_scale(read_picture(path, card), card)
         plan = cover(*image.shape[:2], card.window)
         size = (card.window.height, card.window.width)
@@ -96,6 +101,23 @@ def windows_of(pictures: Sequence[Path], card: Card, count: int = GOLDEN_WINDOWS
         window = whole[i * (len(whole) - 1) // (count - 1)]
         windows.append(cut(image, window, plan, spec=card.window, norm=card.input).transpose(2, 0, 1))
     return torch.from_numpy(np.stack(windows))
+
+
+def _middles(pictures: Sequence[Path], card: Card) -> Tensor:
+    """Cut the middle of each picture, at the card's scale, as large as all have it."""
+    size = WHOLE_IMAGE_MOST, WHOLE_IMAGE_MOST
+    pixels = [_middle(at_card_scale(read_picture(path, card), card), size) for path in pictures]
+    size = min(len(one) for one in pixels), min(one.shape[1] for one in pixels)
+    return torch.from_numpy(np.stack([normalise(_middle(one, size), card.input).transpose(2, 0, 1) for one in pixels]))
+
+
+def _middle(image_HWC: Pixels, size: tuple[int, int]) -> NDArray[Any]:
+    rows, columns = (
+        slice(max(0, (length - most) // 2), max(0, (length - most) // 2) + most)
+        for length, most in zip(image_HWC.shape[:2], size, strict=True)
+    )
+    pixels_hwC: NDArray[Any] = image_HWC[rows, columns]
+    return pixels_hwC
 
 
 def read_picture(path: Path, card: Card) -> Raster:

@@ -45,8 +45,6 @@ def split(pictures: Sequence[Path], card: Card, device: torch.device) -> tuple[S
     """Split pictures into those of the proof and those of the ranges. Raises BadOption: too few, or no int8."""
     if device.type != "cpu":
         raise BadOption(f"int8 is for the CPU, and {card.name} is to run on {device}; fp16 and bf16 are for it")
-    if not card.window.height:
-        raise BadOption(f"{card.name} sees pictures whole, and int8 is proved on windows of one size; take bf16")
     if len(pictures) < LEAST_PICTURES:
         raise BadOption(
             f"int8 takes the ranges of its values from pictures like those that will be sent, and is proved on others "
@@ -57,11 +55,11 @@ def split(pictures: Sequence[Path], card: Card, device: torch.device) -> tuple[S
 
 def windows_beside(golden_BChw: Tensor, pictures: Sequence[Path], card: Card) -> Tensor:
     """Cut windows for the proof, each once and none that is golden: few and small pictures have fewer, or none."""
-    found = list(golden_BChw)
+    found = list[Tensor]()
     for window_Chw in windows_of(pictures, card, PROOF_WINDOWS + len(golden_BChw)):
-        if not any(torch.equal(window_Chw, one) for one in found):
+        if not any(torch.equal(window_Chw, one) for one in (*golden_BChw, *found)):
             found.append(window_Chw)
-    return torch.stack(found)[len(golden_BChw) :]
+    return torch.stack(found) if found else golden_BChw[:0]
 
 
 class Quantiser:

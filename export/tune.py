@@ -219,7 +219,7 @@ class Tuner:
             candidate.directory = export_checkpoint(
                 options.checkpoint, self._drafts, backend=candidate.backend, precision=candidate.precision,
                 device=str(self._device), frames=self._frames, views=card.views,
-                pictures=self._files if card.window.height else (), search_s=search_s,
+                pictures=self._files, search_s=search_s,
             )  # fmt: skip
             candidate.facts = artifact_card(candidate.directory).export
             # The rest of the card is the store's, which may have been calibrated since.

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from PIL import Image
 from benchmarks.overhead import pictures as made_pictures
 from benchmarks.peers import plots
 from benchmarks.peers.artifacts import Tuning, export, tune
-from benchmarks.peers.servers import NEEDS, SERVERS, Ask, Server, Task
+from benchmarks.peers.servers import NEEDS, SERVERS, Server, Task, Up
 from benchmarks.peers.traffic import Slices, run_slice
 from benchmarks.rounds import RESULTS, save, show
 from penumbra import options as shared
@@ -129,21 +129,24 @@ def take_turns(entries: Entries, kinds: dict[str, list[bytes]], requests: int) -
     The first answers, of one caller and of all at once, only warm up.
     """
     with ExitStack() as stack:
-        connect = {}
+        up = dict[str, Up]()
         for name, (server, task) in entries.items():
             task.folder.mkdir()
             try:
-                connect[name] = stack.enter_context(server(task))
+                up[name] = stack.enter_context(server(task))
             except AssertionError as error:  # the others can still be measured
                 click.echo(f"{name} did not start and is left out: {error}", err=True)
+                continue
+            stack.enter_context(up[name].asleep())
         for kind, jpegs in kinds.items():
-            answers = first_answers(connect, jpegs, entries)
+            answers = first_answers(up, jpegs, entries)
             if not (names := list(answers)):
                 continue
             slices = {name: Slices() for name in names}
             for turn in range(ROUNDS):
                 for name in random.Random(turn).sample(names, len(names)):
-                    run_slice(connect[name], jpegs, slices[name], requests=requests)
+                    with up[name].turn():
+                        run_slice(up[name].connect, jpegs, slices[name], requests=requests)
             first = answers[names[0]]
             yield (
                 kind,
@@ -154,16 +157,15 @@ def take_turns(entries: Entries, kinds: dict[str, list[bytes]], requests: int) -
             )
 
 
-def first_answers(
-    connect: dict[str, Callable[[], Ask]], jpegs: list[bytes], entries: Entries
-) -> dict[str, list[np.ndarray]]:
+def first_answers(up: dict[str, Up], jpegs: list[bytes], entries: Entries) -> dict[str, list[np.ndarray]]:
     """Label maps of every server, which is asked by one caller and then by all; one that fails is left out, so that an
     hour of the others is not lost."""
     answers = {}
-    for name, connected in connect.items():
+    for name, server in up.items():
         try:
-            answered = list(map(labels_of, map(connected(), jpegs)))
-            run_slice(connected, jpegs, Slices(), requests=1)
+            with server.turn():
+                answered = list(map(labels_of, map(server.connect(), jpegs)))
+                run_slice(server.connect, jpegs, Slices(), requests=1)
             answers[name] = answered
         except Exception as error:  # of whichever client
             click.echo(f"{name} is left out: {error}", err=True)

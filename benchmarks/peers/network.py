@@ -47,6 +47,8 @@ class Network:
         self._shift_3 = torch.tensor(norm.mean) / torch.tensor(norm.std)
         self._palette = palette(self.card)
         self._sliding_window = None if whole else sliding_window()
+        assert self.card.export
+        self._is_of_any_size = self.card.export.backend == "torchscript"  # ONNX is of windows, to which MONAI pads
 
     @torch.inference_mode()
     def answer(self, jpegs: Sequence[bytes]) -> list[bytes]:
@@ -63,7 +65,8 @@ class Network:
     def labels(self, images_BHW3: np.ndarray) -> np.ndarray:
         image_B3HW = self.normalised(images_BHW3)
         window = (self.card.window.height, self.card.window.width)
-        fits = all(size <= limit for size, limit in zip(image_B3HW.shape[2:], window, strict=True))
+        pairs = list(zip(image_B3HW.shape[2:], window, strict=True))
+        fits = all(size <= limit if self._is_of_any_size else size == limit for size, limit in pairs)
         if self._sliding_window is None or fits:
             merged_BKHW = self.probabilities(image_B3HW)
         else:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,6 +24,7 @@ import httpx
 import numpy as np
 import tritonclient.grpc as triton
 
+from benchmarks.overhead import family_of
 from benchmarks.peers.network import PEERS, THREADS
 from tests.serving.server import END_S, MEASURED, ROOT, free_port, free_ports, serving, until
 
@@ -62,51 +64,97 @@ class Task:
         }  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Up:
+    """A server that is up. connect: connects one client. While others have their turn its processes are stopped: some
+    ask every moment whether there is work, which the others would pay for."""
+
+    process: int
+    connect: Callable[[], Ask]
+
+    @contextmanager
+    def asleep(self) -> Iterator[None]:
+        """Stop it but for its turns."""
+        self._send(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._send(signal.SIGCONT)  # so that it can end
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        self._send(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self._send(signal.SIGSTOP)
+
+    def _send(self, number: int) -> None:
+        """Signal all its processes; those that are to wake the last first, or a parent would find children asleep."""
+        family = family_of(self.process)
+        for one in reversed(family) if number == signal.SIGCONT else family:
+            with suppress(ProcessLookupError):
+                os.kill(one, number)
+
+
 @contextmanager
-def penumbra(task: Task) -> Iterator[Callable[[], Ask]]:
+def penumbra(task: Task) -> Iterator[Up]:
     store = task.artifact.parents[1]
     settings = MEASURED | {"threads": THREADS, "log_level": "WARNING", "predrain_s": 0}  # sizes as it finds them
     with serving(store, task.folder, **settings) as server:
         path = f"/segment?model={task.artifact.parent.name}"
         headers = {"Content-Type": "image/jpeg", "Accept": "image/png"}
 
-        def connect() -> Ask:
-            client = server.client()
-            return lambda jpeg: _body(client.post(path, content=jpeg, headers=headers))
-
-        yield connect
+        yield Up(server.process.pid, lambda: _connect(server.url, path, headers))
 
 
 @contextmanager
-def bentoml(task: Task) -> Iterator[Callable[[], Ask]]:
+def bentoml(task: Task) -> Iterator[Up]:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "bentoml", "serve", "benchmarks.peers.bento:Segment"]
-    with _running([*command, "--host", "127.0.0.1", "--port", str(port)], task, ready=f"{url}/readyz"):
-        yield partial(_connect, f"{url}/segment", lambda jpeg: {"images": [jpeg]}, lambda answer: answer[0])
+    with _running([*command, "--host", "127.0.0.1", "--port", str(port)], task, ready=f"{url}/readyz") as process:
+        in_json = partial(_in_json, url, "/segment", lambda jpeg: {"images": [jpeg]}, lambda answer: answer[0])
+        yield Up(process, in_json)
 
 
 @contextmanager
-def litserve(task: Task) -> Iterator[Callable[[], Ask]]:
+def litserve(task: Task) -> Iterator[Up]:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    with _running([sys.executable, "-m", "benchmarks.peers.lit", str(port)], task, ready=f"{url}/health"):
-        yield partial(_connect, f"{url}/predict", lambda jpeg: {"image": jpeg}, lambda answer: answer["labels"])
+    with _running([sys.executable, "-m", "benchmarks.peers.lit", str(port)], task, ready=f"{url}/health") as process:
+        in_json = partial(_in_json, url, "/predict", lambda jpeg: {"image": jpeg}, lambda answer: answer["labels"])
+        yield Up(process, in_json)
 
 
-def _connect(url: str, wrap: Callable[[str], object], unwrap: Callable[[Any], str]) -> Ask:
-    """Connect a client that sends and gets files in JSON, in base64."""
-    client = httpx.Client(timeout=300, trust_env=False)
+def _connect(url: str, path: str, headers: dict[str, str]) -> Ask:
+    """Connect a client that costs little: what it takes of the two cores, no server has."""
+    connection = HTTPConnection(str(urlsplit(url).hostname), urlsplit(url).port, timeout=300)
 
-    def ask(jpeg: bytes) -> bytes:
-        answer = client.post(url, json=wrap(base64.b64encode(jpeg).decode()))
-        return base64.b64decode(unwrap(json.loads(_body(answer))))
+    def ask(body: bytes) -> bytes:
+        connection.request("POST", path, body, headers)
+        answer = connection.getresponse()
+        content = answer.read()
+        if answer.status != 200:
+            raise RuntimeError(f"{url}{path} answered {answer.status}: {content[:200]!r}")
+        return content
 
     return ask
 
 
+def _in_json(url: str, path: str, wrap: Callable[[str], object], unwrap: Callable[[Any], str]) -> Ask:
+    """Connect a client that sends and gets files in JSON, in base64."""
+    ask = _connect(url, path, {"Content-Type": "application/json"})
+
+    def in_json(jpeg: bytes) -> bytes:
+        body = json.dumps(wrap(base64.b64encode(jpeg).decode())).encode()
+        return base64.b64decode(unwrap(json.loads(ask(body))))
+
+    return in_json
+
+
 @contextmanager
-def tritonserver(task: Task) -> Iterator[Callable[[], Ask]]:
+def tritonserver(task: Task) -> Iterator[Up]:
     """Its wheel brings the Python backend alone, so the TorchScript files are run by a model of that."""
     model, backends = task.folder / "repository/segment/1", task.folder / "backends"
     model.mkdir(parents=True)
@@ -123,7 +171,8 @@ def tritonserver(task: Task) -> Iterator[Callable[[], Ask]]:
     ]  # fmt: skip
     libraries = [Path(sys.base_prefix) / "lib", PEERS / "nvidia_pytriton.libs"]
     more = {"LD_LIBRARY_PATH": ":".join(map(str, libraries)), "PEER_PATH": f"{SITE}:{ROOT}:{PEERS}"}
-    with _running(list(map(str, command)), task, ready=f"http://127.0.0.1:{http}/v2/health/ready", **more):
+    ready = f"http://127.0.0.1:{http}/v2/health/ready"
+    with _running(list(map(str, command)), task, ready=ready, **more) as process:
 
         def connect() -> Ask:
             client = triton.InferenceServerClient(f"127.0.0.1:{grpc}")
@@ -136,19 +185,19 @@ def tritonserver(task: Task) -> Iterator[Callable[[], Ask]]:
 
             return ask
 
-        yield connect
+        yield Up(process, connect)
 
 
-Server = Callable[[Task], AbstractContextManager[Callable[[], Ask]]]
-"""Starts a server for a task; yields what connects one client."""
+Server = Callable[[Task], AbstractContextManager[Up]]
+"""Starts a server for a task."""
 SERVERS: dict[str, Server] = {"penumbra": penumbra, "bentoml": bentoml, "litserve": litserve, "triton": tritonserver}
 NEEDS = {"litserve": PEERS / "litserve", "triton": TRITON, "monai": PEERS / "monai"}
 """What must be there; the rest is in the environment that Penumbra runs in."""
 
 
 @contextmanager
-def _running(command: list[str], task: Task, *, ready: str, **more: str) -> Iterator[None]:
-    """A process in a session of its own, ready, and ended with all that it started, by its id."""
+def _running(command: list[str], task: Task, *, ready: str, **more: str) -> Iterator[int]:
+    """The id of a process in a session of its own, ready, and ended with all that it started."""
     log = task.folder / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -158,7 +207,7 @@ def _running(command: list[str], task: Task, *, ready: str, **more: str) -> Iter
     try:
         until(lambda: process.poll() is not None or _is_ready(ready), bound_s=START_S)
         assert process.poll() is None, f"{command[0]} ended:\n{log.read_text(errors='replace')[-2000:]}"
-        yield
+        yield process.pid
     finally:
         process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
@@ -174,9 +223,3 @@ def _is_ready(url: str) -> bool:
         return httpx.get(url, timeout=5, trust_env=False).status_code == 200
     except httpx.TransportError:
         return False
-
-
-def _body(answer: httpx.Response) -> bytes:
-    if answer.status_code != 200:
-        raise RuntimeError(f"{answer.url} answered {answer.status_code}: {answer.text[:200]}")
-    return answer.content

@@ -1,6 +1,8 @@
 """What the comparison with peers rests on: they answer as we do, every caller counts, the best is the bar."""
 
 import io
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -8,15 +10,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.overhead import family_of
 from benchmarks.peers.__main__ import against_best, agreement, labels_of
 from benchmarks.peers.network import Network
 from benchmarks.peers.raster import gaussian
+from benchmarks.peers.servers import NEEDS, Up
 from benchmarks.peers.traffic import CLIENTS, Slices, run_slice
 from penumbra.export.bundle import export_network
 from penumbra.models.card import WindowSpec
 from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.windows import cover
+from tests.serving.server import until
 from tests.toys import toy_card
 
 
@@ -34,6 +39,40 @@ def test_what_peers_run_gives_our_labels_for_pictures_of_several_sizes_at_once(
         segmenter.load(artifact)
         ours = [segmenter.segment(image, SegmentOptions()).labels_HW for image in images]
     assert agreement([labels_of(answer) for answer in answers], ours) > 0.999
+
+
+@pytest.mark.parametrize("backend", ["torchscript", "openvino"])
+def test_what_peers_run_in_windows_takes_pictures_that_are_smaller(backend: str, tmp_path: Path) -> None:
+    if not NEEDS["monai"].exists():
+        pytest.skip("needs MONAI; make .venv/peers fetches it")
+    card, network = toy_card("pointwise", name="toy", window=WindowSpec(32, 48))
+    artifact = export_network(network, card, tmp_path, backend=backend)
+    rng = np.random.Generator(np.random.PCG64(0))
+    images = [rng.integers(0, 255, (*size, 3), dtype=np.uint8) for size in ((20, 30), (32, 48), (40, 60))]
+    answers = Network(artifact, whole=False).answer([png_of(image) for image in images])
+    with Segmenter(threads=1) as segmenter:
+        segmenter.load(artifact)
+        ours = [segmenter.segment(image, SegmentOptions()).labels_HW for image in images]
+    assert agreement([labels_of(answer) for answer in answers], ours) > 0.99
+
+
+def test_a_server_and_all_that_it_started_rest_but_for_its_turns() -> None:
+    program = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'], start_new_session=True)"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE) as process:
+        until(lambda: len(family_of(process.pid)) == 2)
+        server, family = Up(process.pid, lambda: bytes), family_of(process.pid)
+        with server.asleep():
+            until(lambda: states(family) == {"T"})
+            with server.turn():
+                until(lambda: states(family) == {"S"})
+            until(lambda: states(family) == {"T"})
+        process.communicate(b"\n", timeout=30)
+    assert process.returncode == 0
+
+
+def states(family: list[int]) -> set[str]:
+    """What the kernel says that processes are at: T is stopped, S sleeps."""
+    return {Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()[0] for one in family}
 
 
 def png_of(image_HW3: np.ndarray) -> bytes:

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from penumbra.export.golden import golden_image, windows_of
+from penumbra.models.card import WindowSpec
 from penumbra.models.errors import BadImage, BadOption
 from penumbra.models.inputs import InputSpec, ScaleRule
 from tests.conftest import picture, toy_card
@@ -42,6 +44,20 @@ def test_golden_windows_are_of_pictures_at_the_cards_scale(tmp_path: Path, rng: 
     card = dataclasses.replace(card, input=dataclasses.replace(card.input, resolution=ScaleRule("frame", 60)))
     asis, halved = (windows_of([tmp_path / f"{name}.png"], card) for name in ("small", "large"))
     assert np.corrcoef(asis.ravel(), halved.ravel())[0, 1] > 0.8
+
+
+def test_golden_windows_of_a_model_that_sees_pictures_whole_are_their_middles_as_large_as_the_smallest_has_it(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    sizes, card = ((60, 90), (700, 601), (41, 600)), toy_card("pointwise", window=WindowSpec(0, 0))[0]
+    shown = [picture(rng, *size) for size in sizes]
+    for i, pixels in enumerate(shown):
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    middles = np.stack([shown[0][9:50], shown[1][329:370, 255:345], shown[2][:, 255:345]])
+    wanted_BChw = torch.from_numpy(middles).permute(0, 3, 1, 2) / 255
+    assert torch.allclose(windows_of(files, card, 3), wanted_BChw, atol=1e-6)
+    assert windows_of(files[1:2], card).shape == (2, 3, 512, 512)
 
 
 @pytest.mark.parametrize(

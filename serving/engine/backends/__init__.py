@@ -52,7 +52,8 @@ Graph = Callable[..., Any]
 class Backend:
     """A backend has the graphs of a network, on one device (see `penumbra.models.contract`).
 
-    They may be called from any thread. one_at_a_time: for those that bring threads of their own for all cores.
+    They may be called from any thread. one_at_a_time: for those whose calls cannot run side by side, or whose
+    threads are for all cores.
     can_capture: whether `capture` can make CUDA graphs of them.
     """
 
@@ -151,7 +152,8 @@ def open_backend(card: Card, directory: Path, device: torch.device) -> Backend:
         raise BadArtifact(
             f"{directory} holds {name} graphs that this machine cannot load: {first_words(error)}"
         ) from None
-    alone, can_capture = name != "torchscript", device.type == "cuda" and name != "onnx"
+    alone = name not in ("torchscript", *(("onnx", "openvino") if device.type == "cpu" else ()))
+    can_capture = device.type == "cuda" and name != "onnx"
     return Backend(graphs, device=device, one_at_a_time=alone, can_capture=can_capture)
 
 

@@ -11,6 +11,7 @@ from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defin
 
 from penumbra.models.errors import BadArtifact
 from penumbra.serving.engine.backends import Graph, anywhere, flat
+from penumbra.serving.engine.backends.lanes import Run, in_lanes
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 DEVICES = ("cpu", "cuda") if CUDA in onnxruntime.get_available_providers() else ("cpu",)
@@ -30,9 +31,16 @@ def provider_of(device: torch.device) -> tuple[str, dict[str, str]]:
 
 
 def open_graph(path: Path, device: torch.device, _: str) -> Graph:
-    """Open one session, with as many threads as torch has in the thread that loads it."""
+    """Open one session, and on a CPU one for every number of cores that a lane has."""
+    if device.type != "cpu":
+        return flat(open_session(path, device, torch.get_num_threads()))
+    # A call of one thread runs in the lane's own, and all others share the threads of one session.
+    return in_lanes(lambda threads, at_a_time: open_session(path, device, threads * at_a_time if threads > 1 else 1))
+
+
+def open_session(path: Path, device: torch.device, threads: int) -> Run:
     options, queued, provider = onnxruntime.SessionOptions(), onnxruntime.RunOptions(), provider_of(device)
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = threads
     options.log_severity_level = 3
     queued.add_run_config_entry("disable_synchronize_execution_providers", "1")
     session = onnxruntime.InferenceSession(path, options, providers=[provider])
@@ -49,4 +57,4 @@ def open_graph(path: Path, device: torch.device, _: str) -> Graph:
         session.run_with_iobinding(binding, queued)
         return [from_dlpack(value) for value in binding.get_outputs()]
 
-    return flat(run)
+    return run
