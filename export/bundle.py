@@ -105,16 +105,19 @@ def _export(network: Network, card: Card, store: Path, options: ExportOptions) -
         return put_version(draft, store, dataclasses.replace(card, export=facts))
 
 
-def verify_artifact(directory: Path, device: str = "", sizes: tuple[int, int] | None = None) -> Parity:
+def verify_artifact(
+    directory: Path, device: str = "", sizes: tuple[int, int] | None = None, threads: int = 0
+) -> Parity:
     """Check hashes and card, run the golden window on this machine, and measure it against the checkpoint's logits.
 
     device: by default a GPU where there is one, as a server takes it. sizes: windows and samples a call in which it is
-    measured too, by default those that it was tuned to on this machine. Raises BadArtifact, ParityFailed.
+    measured too, by default those that it was tuned to on this machine. threads: of the server; 0 is one per core.
+    Raises BadArtifact, ParityFailed.
     """
     artifact = open_artifact(directory)
     card, golden = artifact.card, artifact.golden
     graphs = load_backend(card, directory, find_device(device))
-    here = name_hardware(graphs.device), num_cores()
+    here = name_hardware(find_device(device)), threads or num_cores()  # as `Segmenter.is_tuned_here` has it
     if not sizes and card.tuned and (card.tuned.processor, card.tuned.threads) == here:
         sizes = card.tuned.windows_per_batch, card.tuned.samples_per_call
     parity = _measure(card, graphs, golden)
@@ -135,8 +138,9 @@ def _write(network: Network, card: Card, draft: Path, options: ExportOptions) ->
     if facts.precision == "int8" and len(more_BChw := int8.windows_beside(golden.image_B3hw, pictures, card)):
         proofs.append(ask(network, card, more_BChw))
     writer = find_writer(facts.backend, facts.precision)
+    example = golden if card.window.height else ask(network, card)  # drawn: sizes that are left open are about its own
     try:
-        stand_in = writer.write(network, card, golden, draft, precision=facts.precision, device=device)
+        stand_in = writer.write(network, card, example, draft, precision=facts.precision, device=device)
     except RuntimeError as error:  # of torch's tracers and exporters
         raise BadOption(
             f"{card.name} cannot be written as {facts.backend} ({first_line(error)}); try another --backend"

@@ -3,7 +3,8 @@
 They are drawn, or cut out of pictures; the gate holds an export to the answers, and every load of an artifact does.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from penumbra.models.card import Card, Sampling
 from penumbra.models.contract import Features, Network, Prompt
-from penumbra.models.errors import BadImage, BadOption
+from penumbra.models.errors import BadImage, BadOption, TooLarge
 from penumbra.serving.engine.decode import open_image
 from penumbra.serving.engine.layout import Reading
 from penumbra.serving.engine.noise import SeededNoise
@@ -27,8 +28,8 @@ from penumbra.serving.engine.windows import cover, cut, normalise
 GOLDEN_WINDOWS, GOLDEN_SAMPLES = 2, 3
 WHOLE_IMAGE_EXAMPLE = (128, 160)
 """Golden size for models whose window is the whole image, where it is drawn."""
-WHOLE_IMAGE_MOST = 512
-"""Most of a side of a picture that such a model's golden windows keep."""
+WHOLE_IMAGE_MOST, WHOLE_IMAGE_STEP = 512, 32
+"""Most of a side of a picture that such a model's golden windows keep, and what sides are multiples of."""
 
 
 def ask(network: Network, card: Card, windows_BChw: Tensor | None = None) -> Golden:
@@ -81,7 +82,7 @@ def golden_image(card: Card) -> Tensor:
 def windows_of(pictures: Sequence[Path], card: Card, count: int = GOLDEN_WINDOWS) -> Tensor:
     """Cut golden windows out of pictures, from the first of the first to the last of the last, at the card's scale.
 
-    Of a model that sees pictures whole, each is the middle of a picture, as large as the smallest of these has it.
+    Of a model that sees pictures whole, each is the middle of a picture, about as large as the smallest of these is.
     Raises BadOption.
     """
     chosen = [pictures[i * (len(pictures) - 1) // (count - 1)] for i in range(count)]
@@ -104,28 +105,40 @@ def windows_of(pictures: Sequence[Path], card: Card, count: int = GOLDEN_WINDOWS
 
 
 def _middles(pictures: Sequence[Path], card: Card) -> Tensor:
-    """Cut the middle of each picture, at the card's scale, as large as all have it."""
-    size = WHOLE_IMAGE_MOST, WHOLE_IMAGE_MOST
-    pixels = [_middle(at_card_scale(read_picture(path, card), card), size) for path in pictures]
-    size = min(len(one) for one in pixels), min(one.shape[1] for one in pixels)
+    """Cut the middle of each picture, at the card's scale, as large as all have it. Raises BadOption."""
+    step, size, pixels = WHOLE_IMAGE_STEP, (WHOLE_IMAGE_MOST, WHOLE_IMAGE_MOST), list[NDArray[Any]]()
+    for path in pictures:
+        image = at_card_scale(read_picture(path, card), card)
+        height, width = image.shape[:2]
+        if min(height, width) < step:
+            raise BadOption(
+                f"{path} is run at {width}x{height}; golden windows of {card.name} are cut from pictures of "
+                f"{step}x{step} or more"
+            )
+        size = min(size[0], height // step * step), min(size[1], width // step * step)
+        pixels.append(_middle(image, size).copy())  # the picture itself is let go
     return torch.from_numpy(np.stack([normalise(_middle(one, size), card.input).transpose(2, 0, 1) for one in pixels]))
 
 
 def _middle(image_HWC: Pixels, size: tuple[int, int]) -> NDArray[Any]:
-    rows, columns = (
-        slice(max(0, (length - most) // 2), max(0, (length - most) // 2) + most)
-        for length, most in zip(image_HWC.shape[:2], size, strict=True)
-    )
-    pixels_hwC: NDArray[Any] = image_HWC[rows, columns]
+    y, x = ((length - most) // 2 for length, most in zip(image_HWC.shape[:2], size, strict=True))
+    pixels_hwC: NDArray[Any] = image_HWC[y : y + size[0], x : x + size[1]]
     return pixels_hwC
 
 
 def read_picture(path: Path, card: Card) -> Raster:
-    """Read a picture's pixels as a network takes them. Raises BadImage with the file's name, TooLarge."""
-    try:
+    """Read a picture's pixels as a network takes them. Raises BadImage and TooLarge with the file's name."""
+    with naming(path):
         return open_image(path, Limits(), Reading(card.input)).load()
-    except BadImage as error:
-        raise BadImage(f"{path}: {error}; take it out of the pictures") from None
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have an error of a picture say which one that is."""
+    try:
+        yield
+    except (BadImage, BadOption, TooLarge) as error:
+        raise type(error)(f"{path}: {error}; take it out of the pictures") from None
 
 
 def golden_prompt(card: Card, image_B3hw: Tensor) -> Prompt:

@@ -24,8 +24,8 @@ FEW = 8
 """Pictures that callers ask for and that the gate is held on: more say little more of either, and take their time."""
 LEAST_CALLERS = 8
 """Enough to fill the lanes of a small machine, with others waiting."""
-Answered = tuple[float, int]
-"""Seconds that a caller waited, and windows of the answer."""
+Answered = tuple[float, float]
+"""Seconds that a caller waited, and windows of the answer; pictures that are seen whole count by their pixels."""
 Answers = Mapping[int, Sequence[Answered]]
 """What a measurement gives, by number of callers."""
 
@@ -81,21 +81,23 @@ def digest(pictures: Sequence[Pixels]) -> str:
 
 
 def ask(segmenter: Segmenter, name: str, pictures: Sequence[Pixels], *, callers: int, seconds: float) -> list[Answered]:
-    """Have callers ask for the pictures in turns for so long, each at least once; all end with one that fails.
+    """Have callers ask for the pictures in turns for so long, each from another on; all end with one that fails.
 
     A caller's first answer comes before the clock and is not counted: it meets sizes that are new, and a queue that is
     still filling, in which nobody waits as long as all do later. Raises any PenumbraError.
     """
-    stop = Cancellation()
+    stop, pixels = Cancellation(), np.array([math.prod(one.shape[:2]) for one in pictures])
+    is_whole = not segmenter.find(name).card.window.height
+    sizes = pixels / pixels.mean() if is_whole else np.ones(len(pictures))
 
     def call(first: int) -> list[Answered]:
         answered: list[Answered] = []
         until = math.inf
-        for i in itertools.count(first, callers):
-            begun = time.perf_counter()
-            answer = segmenter.segment(pictures[i % len(pictures)], SegmentOptions(model=name), cancelled=stop)
+        for i in itertools.count(first):
+            begun, which = time.perf_counter(), i % len(pictures)
+            answer = segmenter.segment(pictures[which], SegmentOptions(model=name), cancelled=stop)
             ended = time.perf_counter()
-            answered.append((ended - begun, answer.num_windows))
+            answered.append((ended - begun, answer.num_windows * float(sizes[which])))
             if ended >= until:
                 break
             until = min(until, ended + seconds)
@@ -116,7 +118,7 @@ def few(items: Sequence[Any]) -> list[Any]:
 
 
 def remeasure(
-    directory: Path, paths: Sequence[Path] = (), *, device: str = "", seconds: float = 3.0
+    directory: Path, paths: Sequence[Path] = (), *, device: str = "", seconds: float = 3.0, threads: int = 0
 ) -> tuple[Speed, bool] | None:
     """Measure an artifact that was tuned once more under its load, on pictures or on its golden windows.
 
@@ -126,7 +128,7 @@ def remeasure(
     if not card.tuned:
         return None
     load = Load(card.tuned.load, card.tuned.target_ms)
-    with Segmenter(limits=IN_MEMORY, device=device) as segmenter:
+    with Segmenter(limits=IN_MEMORY, device=device, threads=threads) as segmenter:
         segmenter.load(directory)
         pictures: list[Pixels] = [read_picture(path, card) for path in few(paths)]
         pictures = pictures or [one.image_HWC for one in segmenter.find(card.name).golden_inputs()]

@@ -10,7 +10,6 @@ import gc
 import itertools
 import math
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from penumbra.export.alarm import Overdue, until
 from penumbra.export.bundle import export_checkpoint, verify_artifact
 from penumbra.export.candidates import (
     Candidate,
@@ -31,15 +31,16 @@ from penumbra.export.candidates import (
     find_loadable,
     find_sizes,
 )
-from penumbra.export.golden import read_picture
+from penumbra.export.golden import naming, read_picture
 from penumbra.export.load import Answers, Load, Speed, digest, few
 from penumbra.export.parity import Frame
 from penumbra.models.card import Tuned, dump_card
-from penumbra.models.errors import BadOption, reason_of
+from penumbra.models.errors import BadOption, PenumbraError, reason_of
 from penumbra.models.files import drafted
 from penumbra.serving.engine.allocator import resident_bytes
 from penumbra.serving.engine.backends import BACKENDS
 from penumbra.serving.engine.device import find_device, name_hardware
+from penumbra.serving.engine.options import SegmentOptions
 from penumbra.serving.engine.raster import Pixels
 from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
@@ -54,8 +55,6 @@ TURNS = 3
 """How often the best of each candidate are measured at last, in turns: what disturbs one disturbs the others."""
 SPARE = 0.05
 """Share of the time that is left for ending: a batch at work, the files, the table."""
-AGAIN_S = 1.0
-"""Seconds after which the end of the time is said once more, should a library or a finaliser have swallowed it."""
 DRAWN = "drawn windows"
 """What the gate is held on where nobody gives it pictures."""
 LATE = "was not tried, since half of the time was over"
@@ -71,7 +70,7 @@ class TuneOptions:
     windows. frames: labelled pictures for the gate. judge: measures a loaded model's figures of accuracy, by name.
     checkpoint: None looks for it. backends: of which formats; none stands for all. machine_code: also those that are
     bound to this kind of machine. always: write the fastest of them also where what is there is faster. seconds: for
-    which a setting is measured at first, and at most at a time.
+    which a setting is measured at first, and at most at a time. threads: of the server; 0 is one per core.
     """
 
     ends: float
@@ -85,6 +84,7 @@ class TuneOptions:
     machine_code: bool = False
     always: bool = False
     seconds: tuple[float, float] = (0.3, 4.0)
+    threads: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,34 +121,6 @@ def tune_artifact(name: str, store: Path, options: TuneOptions, say: Say = print
             if left_s > 0:
                 tuner.search()
         return tuner.conclude()
-
-
-@contextmanager
-def until(ends: float, interrupt: type[KeyboardInterrupt] = KeyboardInterrupt) -> Iterator[None]:
-    """End the block with Ctrl-C, or at a time, as if somebody had pressed it then; what follows the block goes on.
-
-    interrupt: what ends it at that time. One block may stand in another that ends later.
-    """
-
-    def ring(*_: object) -> None:
-        raise interrupt
-
-    before = signal.signal(signal.SIGALRM, ring)
-    left_s, again_s = signal.setitimer(signal.ITIMER_REAL, max(ends - time.perf_counter(), AGAIN_S), AGAIN_S)
-    begun = time.perf_counter()  # after the other block's time was read, which may end late and never early
-    try:
-        yield
-    except interrupt:
-        pass
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        if left_s:
-            signal.setitimer(signal.ITIMER_REAL, max(left_s - (time.perf_counter() - begun), 1e-3), again_s)
-
-
-class Overdue(KeyboardInterrupt):
-    """A candidate has taken its share of the time. Like Ctrl-C, no library takes it for a fault of its own."""
 
 
 class Tuner:
@@ -206,7 +178,8 @@ class Tuner:
         better = list(dict.fromkeys(candidate for candidate, _ in ranked))
         better = better[: max(2, -(-len(better) // 2))]
         self._halve([(candidate, sizes) for candidate in better for sizes in self._all_sizes])
-        self._alive = [self._best_of(candidate) for candidate in better]
+        # The best first: where the time ends within a turn, what was measured longest is what is best so far.
+        self._alive = sorted(map(self._best_of, better), key=self._rank_of, reverse=True)
         for _ in range(TURNS):
             self._measure_all([(self._now, None), *self._alive], self._options.seconds[1] / TURNS)
         self._finalists, self._is_complete = self._alive, True
@@ -222,13 +195,18 @@ class Tuner:
                 pictures=self._files, search_s=search_s,
             )  # fmt: skip
             candidate.facts = artifact_card(candidate.directory).export
+            assert card.export and candidate.facts
+            if candidate.facts.checkpoint != card.export.checkpoint:
+                raise BadOption(f"was built from {options.checkpoint}, which has been changed meanwhile")
             # The rest of the card is the store's, which may have been calibrated since.
             own = replace(card, version=int(candidate.directory.name), export=candidate.facts)
             (candidate.directory / CARD).write_text(dump_card(own), "utf-8")
             most = self._all_sizes[-1]
-            self._try(
-                candidate, list(dict.fromkeys(most._replace(windows_per_batch=1, lanes=n) for n in (most.lanes, 1)))
-            )
+            first = [most._replace(windows_per_batch=1, lanes=n) for n in sorted({1, most.lanes}, reverse=True)]
+            try:
+                self._try(candidate, first)
+            except PenumbraError:  # as where there is no memory for so many samples at a time
+                self._try(candidate, [one._replace(samples_per_call=1) for one in first])
         except KeyboardInterrupt:  # what is measured by half is not compared
             candidate.settings.clear()
             raise
@@ -248,6 +226,9 @@ class Tuner:
             runtime = segmenter.find(self._card.name)
             self._threads, self._all_sizes = segmenter.cores.threads, find_sizes(runtime, segmenter.cores)
             self._pictures = self._pictures or [one.image_HWC for one in runtime.golden_inputs()]
+            for path, picture in zip(few(self._files), self._pictures, strict=False) if candidate is self._now else ():
+                with naming(path):  # else one that is too large for the model would end the search at any time
+                    segmenter.segment(picture, SegmentOptions(model=self._card.name))
             for one in sizes:
                 self._measure(segmenter, (candidate, one), self._options.seconds[0])
             candidate.memory_mb = (self._taken_bytes() - before) / 2**20
@@ -271,13 +252,21 @@ class Tuner:
             self._alive = settings
             unmeasured = [setting for setting in settings if len(self._measured(setting)) <= num_before]
             self._measure_all(unmeasured, min(max(seconds, least_s), most_s))
+            settings = [setting for setting in settings if self._measured(setting)]
             self._alive = settings = sorted(settings, key=self._speed_of, reverse=True)[: -(-len(settings) // 2)]
 
     def _measure_all(self, settings: Sequence[Setting], seconds: float) -> None:
+        """Measure settings of candidates; one that fails leaves the race."""
         for candidate, group in itertools.groupby(settings, key=lambda setting: setting[0]):
             with self._loaded(candidate) as segmenter:
                 for setting in group:
-                    self._measure(segmenter, setting, seconds)
+                    try:
+                        self._measure(segmenter, setting, seconds)
+                    except Exception as error:  # whatever a graph raises in sizes that are new to it
+                        self._say(
+                            f"{candidate} fails and is left out in {setting[1] or 'its own sizes'}: {reason_of(error)}"
+                        )
+                        candidate.settings.pop(setting[1], None)
 
     def _measure(self, segmenter: Segmenter, setting: Setting, seconds: float) -> None:
         """Have callers ask of a candidate in sizes."""
@@ -285,6 +274,7 @@ class Tuner:
         if sizes:
             runtime = segmenter.find(name)
             runtime.windows_per_batch, runtime.samples_per_call, runtime.lanes = sizes
+            runtime.prepare(segmenter.cores.least_of(sizes.lanes))
         answers = self._options.load.measure(segmenter, name, self._pictures, seconds=seconds)
         candidate.settings.setdefault(sizes, []).append(answers)
 
@@ -292,7 +282,8 @@ class Tuner:
     def _loaded(self, candidate: Candidate) -> Iterator[Segmenter]:
         """Load a candidate, whose sizes `_measure` sets; what is served now finds its own."""
         tuning = Tuning() if candidate is self._now else Tuning(1, 1)
-        with Segmenter(limits=IN_MEMORY, device=self._options.device, tuning=tuning) as segmenter:
+        options = self._options
+        with Segmenter(limits=IN_MEMORY, device=options.device, tuning=tuning, threads=options.threads) as segmenter:
             segmenter.load(candidate.directory)
             yield segmenter
 
@@ -300,7 +291,8 @@ class Tuner:
         return setting[0].settings.get(setting[1], [])
 
     def _speed_of(self, setting: Setting) -> Speed:
-        return self._options.load.speed(self._measured(setting))
+        measured = self._measured(setting)
+        return self._options.load.speed(measured) if measured else Speed(0.0, math.inf)
 
     def _best_of(self, candidate: Candidate) -> Setting:
         """Choose a candidate's fastest setting."""
@@ -376,6 +368,8 @@ class Tuner:
                 raise BadOption(
                     f"{card.name} version {newest.name} is of another checkpoint and was written meanwhile; tune that"
                 )
+            if card.tuned and card.tuned != self._card.tuned:
+                raise BadOption(f"{card.name} version {newest.name} was tuned meanwhile; tune again to compare with it")
         card = replace(card, version=next_version(store, card.name), export=replace(best[0].facts, tuned=tuned))
         directory = store / card.name / str(card.version)
         write_version(best[0].directory, directory, card)

@@ -294,9 +294,12 @@ def verify(name: str, version: int | None, pictures: list[Path], device: str, st
     from penumbra.export.load import remeasure
     from penumbra.export.report import print_parity
     from penumbra.serving.engine.store import artifact_card, find_artifact
+    from penumbra.serving.settings import read_settings
 
     directory = find_artifact(store, name, version)
-    measured, speed = verify_artifact(directory, device), remeasure(directory, pictures, device=device)
+    threads = read_settings().threads
+    measured = verify_artifact(directory, device, threads=threads)
+    speed = remeasure(directory, pictures, device=device, threads=threads)
     print_parity(artifact_card(directory), directory, as_json=as_json, measured=measured, speed=speed)
 
 

@@ -50,17 +50,20 @@ def tune_model(
 ) -> None:  # fmt: skip
     """Tune a model of the store, on pictures and on labelled data where they are given, and print what was found."""
     ends = time.perf_counter() + 60 * minutes
+    from penumbra.export.candidates import find_loadable
     from penumbra.export.load import Load
     from penumbra.export.report import print_tuned
     from penumbra.export.tune import TuneOptions, tune_artifact
-    from penumbra.serving.engine.store import artifact_card, find_artifact
+    from penumbra.serving.engine.store import artifact_card
+    from penumbra.serving.settings import read_settings
 
-    options = TuneOptions(ends, Load(kind, target_ms or 0.0), pictures, **others)
+    threads = read_settings().threads
+    options = TuneOptions(ends, Load(kind, target_ms or 0.0), pictures, threads=threads, **others)
     if data:
         from penumbra.training.evaluation.run import Question, as_rasters, evaluate, load_frames
 
         question = Question(name, data, data_set, split, every=every)
-        card = artifact_card(find_artifact(store, name))
+        card = artifact_card(find_loadable(store, name, options.device, lambda _: None))
         frames = load_frames(question, card)
 
         def judge(segmenter: "Segmenter") -> dict[str, float]:

@@ -161,9 +161,22 @@ class Runtime:
                 answers += self._steps.answers(statistics, [one])
         return answers
 
-    def check_golden(self) -> None:
+    def check_golden(self, least: int = 0) -> None:
         """Run the golden window, without and with its prompt, and its own maps. Raises BadArtifact when this machine
-        does not reproduce it."""
+        does not reproduce it.
+
+        least: cores of a lane while all are at work; graphs that are opened for that are checked as well.
+        """
+        self._check_golden()
+        if least and self.prepare(least):
+            torch.set_num_threads(least)
+            self._check_golden()
+
+    def prepare(self, cores: int) -> bool:
+        """Have graphs opened for batches of so many cores, where their format wants that, and tell whether any was."""
+        return self._backend.prepare(cores)
+
+    def _check_golden(self) -> None:
         golden, started = self._golden, time.perf_counter()
         features = self._backend.encode(golden.image_B3hw)
         self._check_answer(features, golden.plain)
@@ -249,12 +262,15 @@ class Runtime:
         if self.stays_on_device:
             torch.cuda.empty_cache()
 
-    def come_back(self, artifact: Artifact, tuning: Tuning) -> None:
-        """Load the graphs again, and run as before. Raises BadArtifact where the golden window is not reproduced."""
+    def come_back(self, artifact: Artifact, tuning: Tuning, least: int) -> None:
+        """Load the graphs again, and run as before. least: as `check_golden` has it.
+
+        Raises BadArtifact where the golden window is not reproduced.
+        """
         self._golden = artifact.golden
         self._backend = load_backend(artifact.card, artifact.directory, self.device)
         try:
-            self.check_golden()
+            self.check_golden(least)
             self._capture(tuning, self.golden_inputs())
         except BaseException:
             self.leave_memory()

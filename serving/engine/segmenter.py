@@ -117,11 +117,12 @@ class Segmenter(AbstractContextManager["Segmenter"]):
         artifact = open_artifact(directory, trusted_keys=self._trusted_keys)
 
         def make_ready() -> Runtime:
+            tuning = self._tuning_of(artifact.card)
             torch.set_num_threads(self.cores.threads)  # of those backends that bring their own, too
             runtime = Runtime(artifact, device=self._device)
-            runtime.check_golden()
+            runtime.check_golden(self._least_of(tuning))
             torch.set_num_threads(self.cores.least)  # sizes are chosen for a server that has much to do
-            runtime.warm_up(self._tuning_of(artifact.card))
+            runtime.warm_up(tuning)
             self.scheduler.record_speed(runtime)
             self.residency.add(runtime, directory, load_s=time.perf_counter() - started)
             return runtime
@@ -156,7 +157,8 @@ class Segmenter(AbstractContextManager["Segmenter"]):
             if artifact.card != card:
                 raise BadArtifact(f"{directory} is another artifact than the one that was loaded; load it again")
             torch.set_num_threads(self.cores.threads)
-            runtime.come_back(artifact, self._tuning_of(card))
+            tuning = self._tuning_of(card)
+            runtime.come_back(artifact, tuning, self._least_of(tuning))
             self._note_loaded(card, time.perf_counter() - started)
         except Exception as error:  # whatever a graph raises
             log.error("%s version %d cannot be loaded again", card.name, card.version, exc_info=error)
@@ -174,6 +176,10 @@ class Segmenter(AbstractContextManager["Segmenter"]):
         """Tell whether a model that is served can be run at once; else its first request loads it again."""
         runtime = self._runtimes.get(card.name, {}).get(card.version)
         return runtime is not None and self.residency.is_in(runtime)
+
+    def _least_of(self, tuning: Tuning) -> int:
+        """Count the cores of a model's lane while all are at work; 0 beside a GPU, where calls go one by one."""
+        return 0 if stays_on(self._device) else self.cores.least_of(tuning.lanes)
 
     def _tuning_of(self, card: Card) -> Tuning:
         """Follow what a model was tuned to on this very machine, as far as nothing else is said."""

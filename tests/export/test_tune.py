@@ -14,11 +14,12 @@ from click.testing import CliRunner
 from PIL import Image
 
 from penumbra.__main__ import main
+from penumbra.export.alarm import Overdue, until
 from penumbra.export.bundle import export_checkpoint, verify_artifact
 from penumbra.export.candidates import Row
 from penumbra.export.load import Answers, Load, Speed, few, remeasure
 from penumbra.export.report import print_parity, print_tuned
-from penumbra.export.tune import Outcome, Overdue, TuneOptions, tune_artifact, until
+from penumbra.export.tune import Outcome, TuneOptions, tune_artifact
 from penumbra.export.zoo import ZOO
 from penumbra.models.card import Readout, Tuned, dump_card
 from penumbra.models.checkpoint import save_checkpoint

@@ -27,6 +27,7 @@ from penumbra.models.card import Card
 from penumbra.models.contract import Features, Prompt
 from penumbra.models.errors import BadArtifact, BadOption
 from penumbra.serving.engine.backends.graphs import Recorder
+from penumbra.serving.engine.backends.lanes import LaneGraph
 
 log = logging.getLogger("penumbra")
 
@@ -62,6 +63,11 @@ class Backend:
     ) -> None:
         self.device, self._graphs, self._can_capture = device, graphs, can_capture
         self._alone: AbstractContextManager[object] = threading.Lock() if one_at_a_time else nullcontext()
+
+    def prepare(self, threads: int) -> bool:
+        """Open graphs for calls of so many threads, where a format wants that, and tell whether one was opened."""
+        opened = [graph.open(threads) for graph in self._graphs.values() if isinstance(graph, LaneGraph)]
+        return any(opened)
 
     @torch.inference_mode()
     def encode(self, image_B3hw: Tensor) -> Features:

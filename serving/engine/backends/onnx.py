@@ -11,7 +11,7 @@ from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defin
 
 from penumbra.models.errors import BadArtifact
 from penumbra.serving.engine.backends import Graph, anywhere, flat
-from penumbra.serving.engine.backends.lanes import Run, in_lanes
+from penumbra.serving.engine.backends.lanes import LaneGraph, Run
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 DEVICES = ("cpu", "cuda") if CUDA in onnxruntime.get_available_providers() else ("cpu",)
@@ -31,11 +31,11 @@ def provider_of(device: torch.device) -> tuple[str, dict[str, str]]:
 
 
 def open_graph(path: Path, device: torch.device, _: str) -> Graph:
-    """Open one session, and on a CPU one for every number of cores that a lane has."""
+    """Open one session, and on a CPU another one for the lanes."""
     if device.type != "cpu":
         return flat(open_session(path, device, torch.get_num_threads()))
     # A call of one thread runs in the lane's own, and all others share the threads of one session.
-    return in_lanes(lambda threads, at_a_time: open_session(path, device, threads * at_a_time if threads > 1 else 1))
+    return LaneGraph(lambda threads, at_a_time: open_session(path, device, threads * at_a_time if threads > 1 else 1))
 
 
 def open_session(path: Path, device: torch.device, threads: int) -> Run:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from penumbra.serving.engine.backends import Graph, anywhere
-from penumbra.serving.engine.backends.lanes import Run, in_lanes
+from penumbra.serving.engine.backends.lanes import LaneGraph, Run
 
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
 """Set always: left alone, OpenVINO takes bf16 where the processor has it. Around layers in int8 that is meant."""
@@ -25,9 +25,8 @@ def the_core() -> openvino.Core:
 
 
 def open_graph(path: Path, _: torch.device, precision: str) -> Graph:
-    """Compile one graph, for every number of cores that a lane has."""
+    """Compile one graph."""
     core = the_core()
-    model = core.read_model(path)
 
     def open_for(threads: int, at_a_time: int) -> Run:
         settings = {
@@ -35,7 +34,7 @@ def open_graph(path: Path, _: torch.device, precision: str) -> Graph:
             "INFERENCE_NUM_THREADS": threads * at_a_time,
             "ENABLE_CPU_PINNING": False,  # every process would be bound to the same cores, the first ones
         }  # fmt: skip
-        compiled, idle = core.compile_model(model, "CPU", settings), deque[openvino.InferRequest]()
+        compiled, idle = core.compile_model(core.read_model(path), "CPU", settings), deque[openvino.InferRequest]()
 
         def run(inputs: Sequence[Tensor]) -> list[Tensor]:
             try:
@@ -48,4 +47,4 @@ def open_graph(path: Path, _: torch.device, precision: str) -> Graph:
 
         return run
 
-    return in_lanes(open_for)
+    return LaneGraph(open_for)

@@ -173,10 +173,10 @@ def test_a_model_that_fails_while_it_is_loaded_is_refused_by_name_and_keeps_no_o
 ) -> None:
     check = Runtime.check_golden
 
-    def fail(runtime: Runtime) -> None:
+    def fail(runtime: Runtime, least: int) -> None:
         if runtime.card.name == "toy-latent":
             raise failure
-        check(runtime)
+        check(runtime, least)
 
     monkeypatch.setattr(Runtime, "check_golden", fail)
     with Segmenter(threads=1, device="cpu", tuning=FIXED) as direct, pytest.raises(BadArtifact, match=sentence):
