@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.onnx import ONNXProgram
 
 from penumbra.export.onnx_program import free_batch, inputs_of
 from penumbra.export.parts import Part, cut
-from penumbra.models.card import Card
+from penumbra.models.card import Card, dump_card
 from penumbra.models.contract import Features, Network
 from penumbra.models.ensemble.net import EnsembleNetwork
 from penumbra.models.errors import BadOption, first_line
@@ -23,14 +24,25 @@ from penumbra.models.plain.net import PlainNetwork
 from penumbra.serving.engine.store import Golden
 
 PRECISIONS = ("fp32",)
+_last: dict[tuple[str, str], dict[str, bytes]] = {}
+"""The graphs that were written last, by checkpoint and card: `penumbra tune` writes the same in several formats."""
 
 
 def write(
     network: Network, card: Card, golden: Golden, directory: Path, *, precision: str, device: torch.device
 ) -> None:
     """Save encode.onnx and decode.onnx, and prompt.onnx where the network takes one; in fp32 for every precision."""
-    for part in cut(network, card, golden, precision="fp32", device=torch.device("cpu")):
-        (directory / f"{part.name}.onnx").write_bytes(anonymous(_model(network, part)).SerializeToString())
+    assert card.export
+    key = card.export.checkpoint, dump_card(replace(card, export=None))
+    graphs = _last.get(key)
+    if graphs is None:
+        parts = cut(network, card, golden, precision="fp32", device=torch.device("cpu"))
+        graphs = {part.name: anonymous(_model(network, part)).SerializeToString() for part in parts}
+        _last.clear()
+        if card.export.checkpoint:  # else it is of a network in memory
+            _last[key] = graphs
+    for name, graph in graphs.items():
+        (directory / f"{name}.onnx").write_bytes(graph)
 
 
 def _model(network: Network, part: Part) -> onnx.ModelProto:
