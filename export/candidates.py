@@ -54,6 +54,9 @@ class Candidate:
         return f"{self.backend} {self.precision}".strip()
 
 
+Setting = tuple[Candidate, Sizes | None]
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """A line of the table: a candidate in its fastest sizes. changes: of figures of accuracy, by name."""
@@ -83,12 +86,12 @@ class Row:
         return f"{self.windows_per_s:.1f} windows/s, p95 {self.p95_ms:.0f} ms, {self.label_flips_percent:.3f} % flips"
 
 
-def find_loadable(store: Path, name: str, device: str, say: Say) -> Path:
+def find_loadable(store: Path, name: str, device: str, say: Say, threads: int = 0) -> Path:
     """Find a model's newest version that loads, and say why newer ones do not. Raises UnknownModel, BadArtifact."""
     for version in reversed(versions(store).get(name) or [0]):
         directory = find_artifact(store, name, version or None)
         try:
-            with Segmenter(limits=IN_MEMORY, device=device, tuning=Tuning(1, 1)) as segmenter:
+            with Segmenter(limits=IN_MEMORY, device=device, tuning=Tuning(1, 1), threads=threads) as segmenter:
                 segmenter.load(directory)
             return directory
         except BadArtifact as error:
@@ -137,3 +140,8 @@ def find_sizes(runtime: Runtime, cores: Cores) -> list[Sizes]:
     windows, samples = ([size for size in SIZES if size <= limit] for limit in (MOST_WINDOWS, most))
     windows = [size for size in windows if size in runtime.batch_sizes]
     return [Sizes(*sizes) for sizes in product(windows, samples, sorted(lanes))]
+
+
+def settings_of(candidates: Sequence[Candidate]) -> list[Setting]:
+    """List all that was measured of candidates."""
+    return [(candidate, sizes) for candidate in candidates for sizes in candidate.settings]

@@ -28,8 +28,8 @@ from penumbra.serving.engine.windows import cover, cut, normalise
 GOLDEN_WINDOWS, GOLDEN_SAMPLES = 2, 3
 WHOLE_IMAGE_EXAMPLE = (128, 160)
 """Golden size for models whose window is the whole image, where it is drawn."""
-WHOLE_IMAGE_MOST, WHOLE_IMAGE_STEP = 512, 32
-"""Most of a side of a picture that such a model's golden windows keep, and what sides are multiples of."""
+WHOLE_IMAGE_LEAST, WHOLE_IMAGE_MOST, WHOLE_IMAGE_STEP = 64, 512, 32
+"""Least and most of a side of a picture that such a model's golden windows keep, and what sides are multiples of."""
 
 
 def ask(network: Network, card: Card, windows_BChw: Tensor | None = None) -> Golden:
@@ -110,10 +110,10 @@ def _middles(pictures: Sequence[Path], card: Card) -> Tensor:
     for path in pictures:
         image = at_card_scale(read_picture(path, card), card)
         height, width = image.shape[:2]
-        if min(height, width) < step:
+        if min(height, width) < WHOLE_IMAGE_LEAST:
             raise BadOption(
                 f"{path} is run at {width}x{height}; golden windows of {card.name} are cut from pictures of "
-                f"{step}x{step} or more"
+                f"{WHOLE_IMAGE_LEAST}x{WHOLE_IMAGE_LEAST} or more"
             )
         size = min(size[0], height // step * step), min(size[1], width // step * step)
         pixels.append(_middle(image, size).copy())  # the picture itself is let go

@@ -25,11 +25,13 @@ from penumbra.export.candidates import (
     Candidate,
     Row,
     Say,
+    Setting,
     Sizes,
     find_candidates,
     find_checkpoint,
     find_loadable,
     find_sizes,
+    settings_of,
 )
 from penumbra.export.golden import naming, read_picture
 from penumbra.export.load import Answers, Load, Speed, digest, few
@@ -59,7 +61,6 @@ DRAWN = "drawn windows"
 """What the gate is held on where nobody gives it pictures."""
 LATE = "was not tried, since half of the time was over"
 GIVEN_UP = "was given up, since half of the time was over"
-Setting = tuple[Candidate, Sizes | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ def tune_artifact(name: str, store: Path, options: TuneOptions, say: Say = print
 
     say: takes a line about every step. Raises BadOption: there is no checkpoint, or nothing could be measured.
     """
-    source = find_loadable(store, name, options.device, say)
+    source = find_loadable(store, name, options.device, say, options.threads)
     card = artifact_card(source)
     options = replace(options, checkpoint=find_checkpoint(card, options.checkpoint))
     with drafted(store / name) as drafts:
@@ -179,9 +180,10 @@ class Tuner:
         better = better[: max(2, -(-len(better) // 2))]
         self._halve([(candidate, sizes) for candidate in better for sizes in self._all_sizes])
         # The best first: where the time ends within a turn, what was measured longest is what is best so far.
-        self._alive = sorted(map(self._best_of, better), key=self._rank_of, reverse=True)
+        self._alive = sorted((self._best_of(one) for one in better if one.settings), key=self._rank_of, reverse=True)
         for _ in range(TURNS):
             self._measure_all([(self._now, None), *self._alive], self._options.seconds[1] / TURNS)
+            self._alive = [setting for setting in self._alive if self._measured(setting)]
         self._finalists, self._is_complete = self._alive, True
 
     def _prove(self, candidate: Candidate, *, search_s: float) -> None:
@@ -206,6 +208,10 @@ class Tuner:
             try:
                 self._try(candidate, first)
             except PenumbraError:  # as where there is no memory for so many samples at a time
+                if most.samples_per_call == 1:
+                    raise
+                candidate.settings.clear()
+            if not candidate.settings:  # here and not above, where the exception still holds what was loaded
                 self._try(candidate, [one._replace(samples_per_call=1) for one in first])
         except KeyboardInterrupt:  # what is measured by half is not compared
             candidate.settings.clear()
@@ -226,9 +232,9 @@ class Tuner:
             runtime = segmenter.find(self._card.name)
             self._threads, self._all_sizes = segmenter.cores.threads, find_sizes(runtime, segmenter.cores)
             self._pictures = self._pictures or [one.image_HWC for one in runtime.golden_inputs()]
-            for path, picture in zip(few(self._files), self._pictures, strict=False) if candidate is self._now else ():
+            for path, picture in zip(few(self._files), self._pictures, strict=False):
                 with naming(path):  # else one that is too large for the model would end the search at any time
-                    segmenter.segment(picture, SegmentOptions(model=self._card.name))
+                    segmenter.check_memory(segmenter.plan(*picture.shape[:2], SegmentOptions(model=self._card.name)))
             for one in sizes:
                 self._measure(segmenter, (candidate, one), self._options.seconds[0])
             candidate.memory_mb = (self._taken_bytes() - before) / 2**20
@@ -256,17 +262,24 @@ class Tuner:
             self._alive = settings = sorted(settings, key=self._speed_of, reverse=True)[: -(-len(settings) // 2)]
 
     def _measure_all(self, settings: Sequence[Setting], seconds: float) -> None:
-        """Measure settings of candidates; one that fails leaves the race."""
-        for candidate, group in itertools.groupby(settings, key=lambda setting: setting[0]):
-            with self._loaded(candidate) as segmenter:
+        """Measure settings of candidates; what fails leaves the race."""
+        for candidate, together in itertools.groupby(settings, key=lambda setting: setting[0]):
+            group = list(together)
+            with self._sparing(group), self._loaded(candidate) as segmenter:
                 for setting in group:
-                    try:
+                    with self._sparing([setting]):
                         self._measure(segmenter, setting, seconds)
-                    except Exception as error:  # whatever a graph raises in sizes that are new to it
-                        self._say(
-                            f"{candidate} fails and is left out in {setting[1] or 'its own sizes'}: {reason_of(error)}"
-                        )
-                        candidate.settings.pop(setting[1], None)
+
+    @contextmanager
+    def _sparing(self, settings: Sequence[Setting]) -> Iterator[None]:
+        """Go on where settings of a candidate fail, without them; what is served keeps what was measured before."""
+        try:
+            yield
+        except Exception as error:  # whatever a graph raises in sizes that are new to it
+            (candidate, sizes), *others = settings
+            self._say(f"{candidate} fails{'' if others else f' in {sizes}'}: {reason_of(error)}")
+            for _, one in settings if candidate is not self._now else ():
+                candidate.settings.pop(one, None)
 
     def _measure(self, segmenter: Segmenter, setting: Setting, seconds: float) -> None:
         """Have callers ask of a candidate in sizes."""
@@ -274,14 +287,14 @@ class Tuner:
         if sizes:
             runtime = segmenter.find(name)
             runtime.windows_per_batch, runtime.samples_per_call, runtime.lanes = sizes
-            runtime.prepare(segmenter.cores.least_of(sizes.lanes))
+            runtime.prepare(segmenter.lane_cores(sizes.lanes))
         answers = self._options.load.measure(segmenter, name, self._pictures, seconds=seconds)
         candidate.settings.setdefault(sizes, []).append(answers)
 
     @contextmanager
-    def _loaded(self, candidate: Candidate) -> Iterator[Segmenter]:
+    def _loaded(self, candidate: Candidate, lanes: int = 0) -> Iterator[Segmenter]:
         """Load a candidate, whose sizes `_measure` sets; what is served now finds its own."""
-        tuning = Tuning() if candidate is self._now else Tuning(1, 1)
+        tuning = Tuning() if candidate is self._now else Tuning(1, 1, lanes)
         options = self._options
         with Segmenter(limits=IN_MEMORY, device=options.device, tuning=tuning, threads=options.threads) as segmenter:
             segmenter.load(candidate.directory)
@@ -305,7 +318,7 @@ class Tuner:
 
     def _best(self) -> Setting:
         """Choose the fastest of what is still in the race. Raises BadOption: nothing was measured, or is in time."""
-        measured = [setting for setting in self._alive if self._measured(setting)]
+        measured = [one for one in self._alive if self._measured(one)] or settings_of(self._candidates)
         if not measured:
             reasons = [f"{candidate} {candidate.refused}" for candidate in self._candidates if candidate.refused]
             untried = any(candidate.refused in ("", LATE, GIVEN_UP) for candidate in self._candidates)
@@ -325,7 +338,8 @@ class Tuner:
             assert sizes
             try:
                 verify_artifact(candidate.directory, str(self._device), sizes[:2])
-                return best
+                with self._loaded(candidate, sizes.lanes):  # which proves it on a lane's share of the cores
+                    return best
             except Exception as error:  # whatever a graph raises in a batch that the engine may have halved
                 why, (windows, samples, _) = reason_of(error), sizes
             self._say(f"{candidate} with {windows} windows and {samples} samples a call is refused: {why}")
@@ -384,8 +398,3 @@ class Tuner:
             str(candidate), sizes, *self._speed_of(setting), candidate.memory_mb, parity.label_flips_percent,
             parity.variance_ratio, changes,
         )  # fmt: skip
-
-
-def settings_of(candidates: Sequence[Candidate]) -> list[Setting]:
-    """List all that was measured of candidates."""
-    return [(candidate, sizes) for candidate in candidates for sizes in candidate.settings]

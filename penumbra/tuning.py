@@ -63,7 +63,7 @@ def tune_model(
         from penumbra.training.evaluation.run import Question, as_rasters, evaluate, load_frames
 
         question = Question(name, data, data_set, split, every=every)
-        card = artifact_card(find_loadable(store, name, options.device, lambda _: None))
+        card = artifact_card(find_loadable(store, name, options.device, lambda _: None, threads))
         frames = load_frames(question, card)
 
         def judge(segmenter: "Segmenter") -> dict[str, float]:

@@ -14,6 +14,7 @@ left alone.
 """
 
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -43,13 +44,14 @@ from penumbra.serving.engine.decode import open_image, read_header
 from penumbra.serving.engine.options import SegmentOptions, Style
 from penumbra.serving.engine.plan import check_long
 from penumbra.serving.engine.request import Cancellation
+from penumbra.serving.engine.segmenter import may_pass
 from penumbra.serving.engine.store import find_artifact
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.http.segment import answer_headers
 from penumbra.serving.job import MAX_ATTEMPTS, Job, is_upload, save_job
 from penumbra.serving.objects import Objects, send
 from penumbra.serving.process import lock
-from penumbra.serving.render import WRITERS, parse_request, without_unseen
+from penumbra.serving.render import WITH_MEANS, WRITERS, parse_request, without_unseen
 from penumbra.serving.settings import Settings
 from penumbra.serving.spool import LONG, Spool, disk, spool_bytes
 from penumbra.serving.telemetry import Request
@@ -139,7 +141,8 @@ class Jobs:
         segmenter = self._gateway.segmenter
         with read_header(place / "image", self._limits, segmenter.reading(options)) as header:
             plan = segmenter.plan(*header.size, options, limits=self._limits, place=header.place)
-        segmenter.check_memory(plan, on_disk=True)
+        # Masks and outlines are of all labels at once, by way of a copy of them and of which they are.
+        segmenter.check_memory(plan, on_disk=True, more=2 * math.prod(header.size) if media in WITH_MEANS else 0)
         card = plan.card
         copies = 4 if media == "image/tiff" else 2  # the rows, and the result of them; of TIFF also tiles and overviews
         needed = copies * spool_bytes(*header.size, without_unseen(options, media, style), card)
@@ -174,20 +177,25 @@ class Jobs:
             "finished": job.finished or None,
             "expires": job.finished + self.settings.job_keep_s if job.finished else None,
             "target": job.target or None, "url": f"/jobs/{job.id}",
-            "result": f"/jobs/{job.id}/result" if job.state == "done" else None,
+            "result": f"/jobs/{job.id}/result" if job.state == "done" or self._is_kept(job) else None,
         }  # fmt: skip
 
     def result(self, name: str) -> tuple[Path, Job]:
-        """The finished answer's file. Raises UnknownJob, and JobUnfinished."""
+        """The finished answer's file, also of a job whose target could not be written. Raises UnknownJob, and
+        JobUnfinished."""
         with self._changed:
             job = self._find(name)
-        if job.state != "done":
+        if job.state != "done" and not self._is_kept(job):
             why = f"failed: {job.error}" if job.state == "failed" else f"is {job.state}; ask /jobs/{job.id} how far"
             raise JobUnfinished(f"the job has no result; it {why}")
         path = self._directory / job.id / "result"
         if not path.is_file():
             raise UnknownJob("the job's result was removed from the server's disk; send it again")
         return path, job
+
+    def _is_kept(self, job: Job) -> bool:
+        """Whether a job failed after its answer was written."""
+        return job.state == "failed" and (self._directory / job.id / "result").is_file()
 
     def remove(self, name: str) -> None:
         """Forget a job and its files; one that runs leaves the engine at once. Raises UnknownJob."""
@@ -297,7 +305,10 @@ class Jobs:
         job.headers = answer_headers(replace(prediction, warnings=prediction.warnings + ((note,) if note else ())))
         self._gateway.telemetry.answered(prediction, {})  # its phases, of hours, would hide those of others
         if job.target:
-            send(place / "result", job.target)
+            try:
+                send(place / "result", job.target)
+            except PenumbraError as error:
+                raise type(error)(f"{error}; the answer itself is at /jobs/{job.id}/result") from None
 
     def _load(self, options: SegmentOptions, held: ExitStack) -> None:
         """Keep a job's version in memory, and only for the job where a newer one had taken its place."""
@@ -315,6 +326,8 @@ class Jobs:
                 segmenter.load(find_artifact(self.settings.store, model, version))
             except (UnknownModel, BadArtifact) as error:  # of which the places are none of the caller's business
                 log.error("a job's model cannot be loaded: %s", error)
+                if may_pass(error):
+                    raise NotReady(f"{model} version {version} cannot be loaded at present") from None
                 raise UnknownModel(f"{taken_for} can be loaded no more; send it again") from None
             self._gateway.lent.add((model, version))
             held.callback(self._gateway.give_back, model, version)

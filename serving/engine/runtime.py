@@ -168,13 +168,14 @@ class Runtime:
         least: cores of a lane while all are at work; graphs that are opened for that are checked as well.
         """
         self._check_golden()
-        if least and self.prepare(least):
+        if self.prepare(least):
             torch.set_num_threads(least)
             self._check_golden()
 
     def prepare(self, cores: int) -> bool:
-        """Have graphs opened for batches of so many cores, where their format wants that, and tell whether any was."""
-        return self._backend.prepare(cores)
+        """Have graphs opened for batches of so many cores, where their format wants that, and tell whether any was; 0
+        is none."""
+        return bool(cores) and self._backend.prepare(cores)
 
     def _check_golden(self) -> None:
         golden, started = self._golden, time.perf_counter()

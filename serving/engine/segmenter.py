@@ -44,6 +44,13 @@ KEPT_VERSIONS = 2
 memory; one that is loaded by its number stays until the next is loaded."""
 
 
+def may_pass(error: Exception) -> bool:
+    """Tell whether what kept a model from being loaded may pass: memory is short, or the disk fails."""
+    fault = error.__context__
+    is_disk = isinstance(fault, OSError) and not isinstance(fault, FileNotFoundError)
+    return is_disk or is_out_of_memory(error) or (fault is not None and is_out_of_memory(fault))
+
+
 class Segmenter(AbstractContextManager["Segmenter"]):
     """A segmenter has the loaded models and the scheduler that runs them. Methods may be called from any thread."""
 
@@ -120,8 +127,8 @@ class Segmenter(AbstractContextManager["Segmenter"]):
             tuning = self._tuning_of(artifact.card)
             torch.set_num_threads(self.cores.threads)  # of those backends that bring their own, too
             runtime = Runtime(artifact, device=self._device)
-            runtime.check_golden(self._least_of(tuning))
-            torch.set_num_threads(self.cores.least)  # sizes are chosen for a server that has much to do
+            runtime.check_golden(least := self.lane_cores(tuning.lanes))
+            torch.set_num_threads(least or self.cores.least)  # sizes are chosen for a server that has much to do
             runtime.warm_up(tuning)
             self.scheduler.record_speed(runtime)
             self.residency.add(runtime, directory, load_s=time.perf_counter() - started)
@@ -158,16 +165,16 @@ class Segmenter(AbstractContextManager["Segmenter"]):
                 raise BadArtifact(f"{directory} is another artifact than the one that was loaded; load it again")
             torch.set_num_threads(self.cores.threads)
             tuning = self._tuning_of(card)
-            runtime.come_back(artifact, tuning, self._least_of(tuning))
+            runtime.come_back(artifact, tuning, self.lane_cores(tuning.lanes))
             self._note_loaded(card, time.perf_counter() - started)
         except Exception as error:  # whatever a graph raises
             log.error("%s version %d cannot be loaded again", card.name, card.version, exc_info=error)
-            fault = error.__context__
-            is_passing = isinstance(fault, OSError) and not isinstance(fault, FileNotFoundError)
-            if not (is_passing or is_out_of_memory(error)):
+            if not may_pass(error):
+                is_newest = card.version == max(self._runtimes.get(card.name, {}), default=card.version)
                 self.unload(card.name, card.version)
                 why = first_words(error) if isinstance(error, BadArtifact) else "the server's log says more"
-                self.refuse(directory, BadArtifact(f"{directory} cannot be loaded again: {why}"))
+                if is_newest:  # what is refused by its name is what callers without a version would have
+                    self.refuse(directory, BadArtifact(f"{directory} cannot be loaded again: {why}"))
             raise NotReady(
                 f"{card.name} version {card.version} left memory and cannot be loaded again; ask another replica"
             ) from None
@@ -177,9 +184,10 @@ class Segmenter(AbstractContextManager["Segmenter"]):
         runtime = self._runtimes.get(card.name, {}).get(card.version)
         return runtime is not None and self.residency.is_in(runtime)
 
-    def _least_of(self, tuning: Tuning) -> int:
-        """Count the cores of a model's lane while all are at work; 0 beside a GPU, where calls go one by one."""
-        return 0 if stays_on(self._device) else self.cores.least_of(tuning.lanes)
+    def lane_cores(self, lanes: int) -> int:
+        """Count the cores of a lane while all are at work, of a model that was tuned for so many (`Tuning.lanes`); 0
+        beside a GPU, where calls go one by one."""
+        return 0 if stays_on(self._device) else self.cores.least_of(lanes)
 
     def _tuning_of(self, card: Card) -> Tuning:
         """Follow what a model was tuned to on this very machine, as far as nothing else is said."""
@@ -261,9 +269,10 @@ class Segmenter(AbstractContextManager["Segmenter"]):
         self.check_memory(plan)
         return QueuedRequest(self.scheduler, plan, image, cancelled=cancelled, deadline=deadline)
 
-    def check_memory(self, plan: RequestPlan, *, on_disk: bool = False) -> None:
-        """Raise TooLarge for more memory than all may have. on_disk: as in `RequestPlan.num_bytes`."""
-        needed, most = plan.num_bytes(self.cores.lanes, on_disk=on_disk), self.limits.memory_bytes
+    def check_memory(self, plan: RequestPlan, *, on_disk: bool = False, more: int = 0) -> None:
+        """Raise TooLarge for more memory than all may have. on_disk: as in `RequestPlan.num_bytes`. more: bytes that
+        writing the answer takes beside it."""
+        needed, most = plan.num_bytes(self.cores.lanes, on_disk=on_disk) + more, self.limits.memory_bytes
         if needed > most:
             raise TooLarge(
                 f"the request takes {needed:,} bytes of memory and the limit of all together (memory_bytes) is "

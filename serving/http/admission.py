@@ -96,7 +96,8 @@ class Timeout:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        is_streamed = (scope["method"], scope["path"]) == STREAMED
+        media = Headers(scope=scope).get("content-type", "").lower().strip()
+        is_streamed = (scope["method"], scope["path"]) == STREAMED and not media.startswith("multipart/")
         try:
             async with asyncio.timeout(None if is_streamed else self._timeout_s) as clock:
 

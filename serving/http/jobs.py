@@ -55,6 +55,8 @@ async def create(jobs: Jobs, telemetry: Telemetry, request: Request) -> Response
                 fields = await _receive(jobs, request, place / "image")
                 fields = {name: text for name, text in fields.items() if not (target and name == "target")}
             tracked.arrived = time.perf_counter()  # how long a picture is under way says nothing of the server
+            if target:  # again: another job may have written it while the picture came
+                await run_in_threadpool(jobs.objects.check_target, target)
             job = await run_in_threadpool(jobs.submit, place, media, fields, target)
         except BaseException:  # also when the caller goes away
             await asyncio.shield(asyncio.to_thread(jobs.abandon, place))

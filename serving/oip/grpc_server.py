@@ -74,11 +74,13 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     """Answers `grpc.health.v1` in the event loop; `ServerReady` follows the gateway by itself.
 
     Of the package's own servicers one takes a thread for every Watch, and the other forgets all watches of a service
-    when one of them ends. stopping: is done before the last change, which ends every Watch.
+    when one of them ends. stopping: is done before the last change, which ends every Watch. is_alive: whether the
+    server's threads are; a Watch hears of it at the next change.
     """
 
     def __init__(self, stopping: asyncio.Future[None]) -> None:
         self._is_serving, self._changed, self._stopping = False, asyncio.Event(), stopping
+        self.is_alive: Callable[[], bool] = lambda: True
 
     def set_serving(self, serving: bool) -> None:
         self._changed.set()
@@ -96,7 +98,8 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
             await changed.wait()
 
     def _status(self, service: str) -> Any:
-        status = "SERVICE_UNKNOWN" if service not in HEALTHY else "SERVING" if self._is_serving else "NOT_SERVING"
+        is_serving = self._is_serving and self.is_alive()
+        status = "SERVICE_UNKNOWN" if service not in HEALTHY else "SERVING" if is_serving else "NOT_SERVING"
         return health_pb2.HealthCheckResponse(status=status)
 
 

@@ -31,7 +31,7 @@ from penumbra.serving import VERSION
 from penumbra.serving.engine.answer import Prediction
 from penumbra.serving.engine.options import DEFAULT, DEFAULT_MAPS, PROBABILITIES, SegmentOptions, parse_options
 from penumbra.serving.engine.runtime import Runtime
-from penumbra.serving.engine.store import find_artifact, promote, versions
+from penumbra.serving.engine.store import artifact_card, find_artifact, promote, versions
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.oip import tensors
 from penumbra.serving.oip.request import InferRequest, RequestedOutput
@@ -269,7 +269,11 @@ class Inference:
         if candidate.has_changed:
             self._load(model, directory.parents[1])
             raise NotPromoted(f"{candidate} has changed since it was measured; let it run again")
-        self.gateway.segmenter.load(directory)
+        try:
+            self.gateway.segmenter.load(directory)
+        except BadArtifact as error:
+            why = self.gateway.segmenter.refuse(directory, error)
+            raise BadArtifact(f"failed to load {model!r}: {why}") from None
         try:
             promote(directory)
         except BadArtifact:
@@ -285,8 +289,8 @@ class Inference:
             directory = served = self._find(store, model)
             with self.gateway.lending:
                 self.gateway.lent.discard((model, int(served.name)))  # what a job had loaded stays from now on
-                loaded = {card.version for card in segmenter.cards() if card.name == model}
-                if int(served.name) not in loaded:
+                loaded = {card.version: card for card in segmenter.cards() if card.name == model}
+                if loaded.get(int(served.name)) != artifact_card(served):  # or it was replaced under its number
                     segmenter.load(served)
             if self.gateway.shadow:
                 for version in loaded:

@@ -124,7 +124,7 @@ def answer_item(prediction: Prediction, name: str, files: Mapping[str, str], mod
         found["properties"] |= {
             "proj:code": f"EPSG:{code}" if code else None, "proj:shape": list(prediction.labels_HW.shape),
             "proj:transform": list(place.transform)[:6],
-        } | ({} if code else {"proj:wkt2": place.crs.to_wkt()})  # fmt: skip
+        } | ({} if code else {"proj:wkt2": place.crs.to_wkt(version="WKT2_2019")})  # fmt: skip
     with suppress(Unplaced):
         found |= _outline(prediction)
     return json.dumps(found, allow_nan=False, indent=1).encode()

@@ -50,15 +50,15 @@ def test_golden_windows_of_a_model_that_sees_pictures_whole_are_their_middles_ab
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
     card = toy_card("pointwise", window=WindowSpec(0, 0))[0]
-    shown = [picture(rng, *size) for size in ((60, 90), (700, 601), (41, 600), (31, 600))]
+    shown = [picture(rng, *size) for size in ((70, 100), (700, 601), (65, 600), (63, 600))]
     files = [tmp_path / f"{i}.png" for i in range(4)]
     for path, pixels in zip(files, shown, strict=True):
         Image.fromarray(pixels).save(path)
-    middles = np.stack([shown[0][14:46, 13:77], shown[1][334:366, 268:332], shown[2][4:36, 268:332]])
+    middles = np.stack([shown[0][3:67, 2:98], shown[1][318:382, 252:348], shown[2][:64, 252:348]])
     wanted_BChw = torch.from_numpy(middles).permute(0, 3, 1, 2) / 255
     assert torch.allclose(windows_of(files[:3], card, 3), wanted_BChw, atol=1e-6)
     assert windows_of(files[1:2], card).shape == (2, 3, 512, 512)
-    with pytest.raises(BadOption, match=r"3\.png is run at 600x31; .* are cut from pictures of 32x32 or more"):
+    with pytest.raises(BadOption, match=r"3\.png is run at 600x63; .* are cut from pictures of 64x64 or more"):
         windows_of(files, card, 4)
 
 

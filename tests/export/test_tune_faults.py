@@ -19,7 +19,7 @@ from penumbra.serving.engine.runtime import Tuning
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import CARD, artifact_card, write_version
 from tests.conftest import picture, toy_card
-from tests.export.test_tune import NAME, tune
+from tests.export.test_tune import NAME, QUICK, tune
 
 
 @pytest.fixture
@@ -53,7 +53,43 @@ def test_sizes_that_fail_when_they_are_measured_leave_the_race_and_the_others_go
     said: list[str] = []
     outcome = tune(checkpoint, store, said.append, load=Failing())
     assert outcome.is_complete and outcome.tuned.windows_per_batch == 2
-    assert any("a graph's own reason" in line and "windows_per_batch=4" in line for line in said)
+    assert any("a graph's own reason" in line and "windows_per_batch=4" in line for line in said), said
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FailingInTurns(Load):
+    """A load under which, in the turns at last, either what is served fails or every candidate does."""
+
+    is_served: bool = False
+
+    def measure(self, segmenter: Segmenter, name: str, pictures: Sequence[Pixels], *, seconds: float) -> Answers:
+        is_as_it_is = segmenter._tuning == Tuning()
+        if seconds < QUICK[0] and is_as_it_is == self.is_served:
+            raise RuntimeError("a graph's own reason")
+        return {8: [(0.1 if is_as_it_is else 0.2, 1)]}
+
+
+@pytest.mark.parametrize("is_served", [True, False])
+def test_what_fails_in_the_turns_at_last_neither_ends_the_tuning_nor_decides_it(
+    is_served: bool, checkpoint: Path, store: Path
+) -> None:
+    said: list[str] = []
+    outcome = tune(checkpoint, store, said.append, load=FailingInTurns(is_served=is_served), always=False)
+    assert any("a graph's own reason" in line for line in said)
+    assert outcome.directory.name == "1" and outcome.chosen.name == outcome.rows[0].name == "as it is"
+
+
+def test_a_candidate_that_cannot_be_loaded_again_leaves_the_race(checkpoint: Path, store: Path) -> None:
+    said: list[str] = []
+
+    def spoil(line: str) -> None:
+        said.append(line)
+        if line.startswith("torchscript bf16") and "windows/s" in line:
+            (max((store / NAME).glob(f".*/{NAME}/*")) / "encode.ts").unlink()
+
+    outcome = tune(checkpoint, store, spoil)
+    assert any(line.startswith("torchscript bf16 fails") for line in said)
+    assert outcome.is_complete and outcome.chosen.name in ("torchscript fp32", "torchscript fp16")
 
 
 def test_a_checkpoint_that_is_changed_meanwhile_is_not_written_under_the_old_card(

@@ -19,7 +19,7 @@ FOREVER_S = 10_000
 BEGIN: Message = {"type": "http.response.start", "status": 200, "headers": []}
 
 
-SCOPE = {"type": "http", "method": "POST", "path": "/segment"}
+SCOPE = {"type": "http", "method": "POST", "path": "/segment", "headers": []}
 
 
 class Kept:
@@ -72,6 +72,17 @@ def test_an_upload_has_its_time_from_message_to_message_and_whatever_is_done_bet
         begun["status"] == 504
         and "the rest of the body did not come within 0.04 s" in json.loads(body["body"])["error"]
     )
+
+
+def test_a_form_of_a_job_has_no_more_time_than_any_other_request() -> None:
+    async def reads_slowly(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive())["more_body"]:
+            await asyncio.sleep(0.03)
+
+    piece = {"type": "http.request", "body": b"", "more_body": True}
+    form = [(b"content-type", b"multipart/form-data; boundary=x")]
+    begun, _ = ask(reads_slowly, 0.05, itertools.repeat(piece), path="/jobs", headers=form)
+    assert begun["status"] == 504
 
 
 def test_an_answer_that_has_begun_is_not_cut_off() -> None:

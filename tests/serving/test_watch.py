@@ -13,6 +13,7 @@ import pytest
 from penumbra.export.bundle import export_network
 from penumbra.models.errors import BadArtifact
 from penumbra.serving.engine.segmenter import Segmenter
+from penumbra.serving.engine.store import artifact_card
 from penumbra.serving.gateway import Gateway
 from penumbra.serving.oip.protocol import Inference
 from penumbra.serving.telemetry import Telemetry
@@ -180,3 +181,19 @@ def test_a_store_without_a_watch_is_read_at_the_start_alone(watched: Watched, st
         watched.inference.load_newest("unheard", store).result()
     watched.inference.load_newest(MODEL, store).result()
     assert watched.look() == [(MODEL, 1), (MODEL, 2)], "what a caller has loaded already is not loaded again"
+
+
+def test_an_artifact_that_is_replaced_under_its_number_is_loaded_anew(
+    watched: Watched, store: Path, tmp_path: Path
+) -> None:
+    before = watched.segmenter.cards()[0]
+    card, network = toy_card("latent", name=MODEL)
+    network.requires_grad_(False)
+    for weights in network.parameters():
+        weights += 0.5
+    other = export_network(network, card, tmp_path / "other")
+    rmtree(store / MODEL / "1")
+    copytree(other, store / MODEL / "1")
+    assert watched.look() == [(MODEL, 1)]
+    after = watched.segmenter.cards()[0]
+    assert after != before and after == artifact_card(store / MODEL / "1")

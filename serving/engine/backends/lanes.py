@@ -15,21 +15,22 @@ Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 class LaneGraph:
     """A lane graph runs with as many threads as torch has in the thread that calls it, where it was opened for that
-    number, and else on all cores, those of the thread that made it.
+    number last, and else on all cores, those of the thread that made it.
 
     open_for: opens it for so many threads a call, and so many calls at a time.
     """
 
     def __init__(self, open_for: Callable[[int, int], Run]) -> None:
         self._open_for, self._total = open_for, torch.get_num_threads()
-        self._opened = {self._total: open_for(self._total, 1)}
+        self._opened, self._share = {self._total: open_for(self._total, 1)}, self._total
 
     def open(self, threads: int) -> bool:
         """Open the graph for calls of so many threads, beside one another, and tell whether it was not before."""
         if is_new := threads not in self._opened:
             self._opened[threads] = self._open_for(threads, max(1, self._total // threads))
+        self._share = threads
         return is_new
 
     def __call__(self, *arguments: object) -> Sequence[Tensor]:
-        run = self._opened.get(torch.get_num_threads(), self._opened[self._total])
-        return run(pytree.tree_leaves(arguments))
+        threads = torch.get_num_threads()
+        return self._opened[threads if threads == self._share else self._total](pytree.tree_leaves(arguments))

@@ -2,6 +2,7 @@
 Tensors are shared with torch where they lie, and nothing waits for a GPU."""
 
 from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
 
 import onnxruntime
@@ -34,8 +35,9 @@ def open_graph(path: Path, device: torch.device, _: str) -> Graph:
     """Open one session, and on a CPU another one for the lanes."""
     if device.type != "cpu":
         return flat(open_session(path, device, torch.get_num_threads()))
+    opened = cache(partial(open_session, path, device))
     # A call of one thread runs in the lane's own, and all others share the threads of one session.
-    return LaneGraph(lambda threads, at_a_time: open_session(path, device, threads * at_a_time if threads > 1 else 1))
+    return LaneGraph(lambda threads, at_a_time: opened(threads * at_a_time if threads > 1 else 1))
 
 
 def open_session(path: Path, device: torch.device, threads: int) -> Run:

@@ -13,6 +13,7 @@ from penumbra.export.bundle import export_network
 from penumbra.models.errors import BadArtifact
 from penumbra.serving.engine.backends import load_backend
 from penumbra.serving.engine.backends.lanes import LaneGraph
+from penumbra.serving.engine.runtime import Runtime, Tuning
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import open_artifact
 from tests.toys import toy_card
@@ -74,6 +75,20 @@ def test_both_openings_of_a_loaded_model_reproduce_its_golden_window(
         monkeypatch.setattr(LaneGraph, "open", open_wrongly)
         with pytest.raises(BadArtifact, match="does not reproduce its golden window"):
             segmenter.load(artifact)
+
+
+def test_sizes_and_speed_are_measured_in_the_opening_that_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card, network = toy_card("latent")
+    artifact = export_network(network, card, tmp_path, backend="onnx")
+    seen: list[int] = []
+    warm_up = Runtime.warm_up
+    monkeypatch.setattr(Runtime, "warm_up", lambda *given: (seen.append(torch.get_num_threads()), warm_up(*given))[1])
+    with Segmenter(threads=4, tuning=Tuning(lanes=2)) as segmenter:
+        segmenter.load(artifact)
+        graphs = segmenter.find(card.name)._backend._graphs.values()
+    assert seen == [2] and {graph._share for graph in graphs if isinstance(graph, LaneGraph)} == {2}
 
 
 @pytest.mark.parametrize("backend", ["onnx", "openvino"])

@@ -52,6 +52,13 @@ def test_an_item_is_valid_and_its_files_are_there(
     assert (west, north) == pytest.approx((7.74, 45.14), abs=0.02) and east > west and north > south
 
 
+def test_a_system_without_a_code_is_told_in_the_second_form_of_well_known_text(
+    segmenter: Segmenter, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    found = item_of(segmenter, tmp_path, rng, crs="+proj=laea +lat_0=45 +lon_0=8 +datum=WGS84 +units=m")
+    assert found["properties"]["proj:code"] is None and found["properties"]["proj:wkt2"].startswith("PROJCRS[")
+
+
 def test_an_item_across_the_180th_meridian_has_its_west_in_the_east(
     segmenter: Segmenter, tmp_path: Path, rng: np.random.Generator
 ) -> None:
