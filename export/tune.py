@@ -234,7 +234,8 @@ class Tuner:
             self._pictures = self._pictures or [one.image_HWC for one in runtime.golden_inputs()]
             for path, picture in zip(few(self._files), self._pictures, strict=False):
                 with naming(path):  # else one that is too large for the model would end the search at any time
-                    segmenter.check_memory(segmenter.plan(*picture.shape[:2], SegmentOptions(model=self._card.name)))
+                    where, options = getattr(picture, "place", None), SegmentOptions(model=self._card.name)
+                    segmenter.check_memory(segmenter.plan(*picture.shape[:2], options, place=where))
             for one in sizes:
                 self._measure(segmenter, (candidate, one), self._options.seconds[0])
             candidate.memory_mb = (self._taken_bytes() - before) / 2**20
@@ -242,8 +243,7 @@ class Tuner:
 
     def _taken_bytes(self) -> int:
         """Memory that this process holds, on its GPU too."""
-        on_gpu = torch.cuda.memory_reserved(self._device) if self._device.type == "cuda" else 0
-        return resident_bytes() + on_gpu
+        return resident_bytes() + (torch.cuda.memory_reserved(self._device) if self._device.type == "cuda" else 0)
 
     def _halve(self, settings: list[Setting]) -> None:
         """Measure all settings, keep the better half, and so on, for the longer the fewer there are."""
@@ -276,10 +276,11 @@ class Tuner:
         try:
             yield
         except Exception as error:  # whatever a graph raises in sizes that are new to it
-            (candidate, sizes), *others = settings
-            self._say(f"{candidate} fails{'' if others else f' in {sizes}'}: {reason_of(error)}")
+            candidate, *where = settings[0][0], *(one[1] or "its own sizes" for one in settings)
+            self._say(f"{candidate} fails in {' and '.join(map(str, where))}: {reason_of(error)}")
             for _, one in settings if candidate is not self._now else ():
                 candidate.settings.pop(one, None)
+                candidate.refused = "" if candidate.settings else reason_of(error)
 
     def _measure(self, segmenter: Segmenter, setting: Setting, seconds: float) -> None:
         """Have callers ask of a candidate in sizes."""
@@ -304,8 +305,7 @@ class Tuner:
         return setting[0].settings.get(setting[1], [])
 
     def _speed_of(self, setting: Setting) -> Speed:
-        measured = self._measured(setting)
-        return self._options.load.speed(measured) if measured else Speed(0.0, math.inf)
+        return self._options.load.speed(found) if (found := self._measured(setting)) else Speed(0.0, math.inf)
 
     def _best_of(self, candidate: Candidate) -> Setting:
         """Choose a candidate's fastest setting."""

@@ -194,8 +194,8 @@ class Jobs:
         return path, job
 
     def _is_kept(self, job: Job) -> bool:
-        """Whether a job failed after its answer was written."""
-        return job.state == "failed" and (self._directory / job.id / "result").is_file()
+        """Whether a job failed after its answer was written, where that was to be copied."""
+        return job.state == "failed" and bool(job.headers) and (self._directory / job.id / "result").is_file()
 
     def remove(self, name: str) -> None:
         """Forget a job and its files; one that runs leaves the engine at once. Raises UnknownJob."""

@@ -47,7 +47,7 @@ memory; one that is loaded by its number stays until the next is loaded."""
 def may_pass(error: Exception) -> bool:
     """Tell whether what kept a model from being loaded may pass: memory is short, or the disk fails."""
     fault = error.__context__
-    is_disk = isinstance(fault, OSError) and not isinstance(fault, FileNotFoundError)
+    is_disk = isinstance(fault, OSError) and not isinstance(fault, (FileNotFoundError, PermissionError))
     return is_disk or is_out_of_memory(error) or (fault is not None and is_out_of_memory(fault))
 
 
@@ -169,7 +169,7 @@ class Segmenter(AbstractContextManager["Segmenter"]):
             self._note_loaded(card, time.perf_counter() - started)
         except Exception as error:  # whatever a graph raises
             log.error("%s version %d cannot be loaded again", card.name, card.version, exc_info=error)
-            if not may_pass(error):
+            if not may_pass(error) and self._runtimes.get(card.name, {}).get(card.version) is runtime:
                 is_newest = card.version == max(self._runtimes.get(card.name, {}), default=card.version)
                 self.unload(card.name, card.version)
                 why = first_words(error) if isinstance(error, BadArtifact) else "the server's log says more"

@@ -79,9 +79,9 @@ def test_a_form_of_a_job_has_no_more_time_than_any_other_request() -> None:
         while (await receive())["more_body"]:
             await asyncio.sleep(0.03)
 
-    piece = {"type": "http.request", "body": b"", "more_body": True}
+    piece, last = ({"type": "http.request", "body": b"", "more_body": more} for more in (True, False))
     form = [(b"content-type", b"multipart/form-data; boundary=x")]
-    begun, _ = ask(reads_slowly, 0.05, itertools.repeat(piece), path="/jobs", headers=form)
+    begun, _ = ask(reads_slowly, 0.05, [*[piece] * 10, last], path="/jobs", headers=form)
     assert begun["status"] == 504
 
 

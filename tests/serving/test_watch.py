@@ -1,5 +1,6 @@
 """A server that looks at its store: what appears is served, what is broken is named, and nothing is taken away."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 
 from penumbra.export.bundle import export_network
 from penumbra.models.errors import BadArtifact
+from penumbra.models.toy.net import ToyConfig, ToyNetwork
 from penumbra.serving.engine.segmenter import Segmenter
 from penumbra.serving.engine.store import artifact_card
 from penumbra.serving.gateway import Gateway
@@ -187,11 +189,9 @@ def test_an_artifact_that_is_replaced_under_its_number_is_loaded_anew(
     watched: Watched, store: Path, tmp_path: Path
 ) -> None:
     before = watched.segmenter.cards()[0]
-    card, network = toy_card("latent", name=MODEL)
-    network.requires_grad_(False)
-    for weights in network.parameters():
-        weights += 0.5
-    other = export_network(network, card, tmp_path / "other")
+    config = ToyConfig(3, "latent", 9.0)
+    card = dataclasses.replace(toy_card("latent")[0], config=dataclasses.asdict(config))
+    other = export_network(ToyNetwork(config), card, tmp_path / "other")
     rmtree(store / MODEL / "1")
     copytree(other, store / MODEL / "1")
     assert watched.look() == [(MODEL, 1)]
