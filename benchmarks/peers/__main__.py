@@ -32,6 +32,7 @@ from benchmarks.peers.servers import NEEDS, SERVERS, Server, Task, Up
 from benchmarks.peers.traffic import Slices, run_slice
 from benchmarks.rounds import RESULTS, save, show
 from penumbra import options as shared
+from penumbra.export.load import Load
 from penumbra.models.card import WindowSpec
 from tests.serving.server import ROOT
 
@@ -199,7 +200,7 @@ def measure_windows(folder: Path, side: int, tuning: Tuning) -> Figures:
     }  # fmt: skip
     if not tuning.minutes:
         return figures
-    tuned = tune(artifact, checkpoint, tuning.enlarged(folder), tuning.minutes)
+    tuned = tune(artifact, checkpoint, tuning.enlarged(folder), tuning.minutes, Load("latency"))
     ours, theirs = one_side("penumbra", tuned, side, folder), best_of_monai(tuned, side, folder)
     of_file = min(theirs, key=lambda one: one["total s"])
     return figures | {

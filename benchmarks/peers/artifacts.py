@@ -54,11 +54,11 @@ def export(model: str, window: WindowSpec | None, folder: Path) -> tuple[Path, P
     return export_checkpoint(checkpoint, folder / "store"), checkpoint
 
 
-def tune(artifact: Path, checkpoint: Path, pictures: list[Path], minutes: float) -> Path:
+def tune(artifact: Path, checkpoint: Path, pictures: list[Path], minutes: float, load: Load = Load()) -> Path:  # noqa: B008 (frozen)
     """Tune an artifact in a store of its own; returns the fastest, or the same where nothing is, or can be measured."""
     store = artifact.parents[2] / "tuned"
     shutil.copytree(artifact.parents[1], store)
-    options = TuneOptions(time.perf_counter() + 60 * minutes, Load(), pictures, checkpoint=checkpoint)
+    options = TuneOptions(time.perf_counter() + 60 * minutes, load, pictures, checkpoint=checkpoint)
     try:
         outcome = tune_artifact(artifact.parent.name, store, options, lambda line: click.echo(line, err=True))
     except BadOption as error:  # the servers can still be measured

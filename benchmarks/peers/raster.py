@@ -69,6 +69,7 @@ def of_penumbra(artifact: Path, side: int, batch: int, buffer: int, labels: Path
             "network": loop(lambda: graphs.decode(graphs.encode(image_B3hw), noise_SBL)),
             "moments": loop(lambda: runtime.run(inputs)),
         }
+        bare["network"]()  # its own memory is no stitching's, on either side
         figures = run(lambda: segmenter.segment(image, SegmentOptions(outputs=())).labels_HW, bare, labels)
         return figures | {"batch": len(inputs), "windows": num_batches * len(inputs)}
 
@@ -107,7 +108,7 @@ def of_monai(artifact: Path, side: int, batch: int, buffer: int, labels: Path) -
             network.logits(image_B3hw)
 
     with torch.inference_mode():
-        network.logits(image_B3hw)  # its own memory is no stitching's, on either side
+        network.logits(image_B3hw)  # as above
     figures = run(whole, {"network": bare}, labels)
     of_probabilities = whole(lambda x: network.logits(x).softmax(1), roi_weight_map=gaussian(size))
     figures["labels that its logits and gaussian change"] = float((np.load(labels) != of_probabilities).mean())
