@@ -235,7 +235,7 @@ class Tuner:
             for path, picture in zip(few(self._files), self._pictures, strict=False):
                 with naming(path):  # else one that is too large for the model would end the search at any time
                     where, options = getattr(picture, "place", None), SegmentOptions(model=self._card.name)
-                    segmenter.check_memory(segmenter.plan(*picture.shape[:2], options, place=where))
+                    segmenter.check_memory(segmenter.plan(picture.shape[0], picture.shape[1], options, place=where))
             for one in sizes:
                 self._measure(segmenter, (candidate, one), self._options.seconds[0])
             candidate.memory_mb = (self._taken_bytes() - before) / 2**20
