@@ -13,6 +13,8 @@ OF_THE_CPU = {
     "test_pace.py::test_a_slow_networks_pace_is_known_before_its_first_request": "its clock is moved by the CPU's sums",
     "test_pace.py::test_a_slow_networks_first_answer_is_in_time": "the same",
     "test_cuda_graphs.py::test_warming_up_captures_the_sizes_that_it_found": "it looks into the CPU's moments",
+    "test_backend_lanes.py::test_both_openings_of_a_loaded_model_reproduce_its_golden_window": "lanes share cores",
+    "test_backend_lanes.py::test_sizes_and_speed_are_measured_in_the_opening_that_serves": "the same",
 }
 """Tests that know how the CPU's way is made, and how."""
 LEAST = 900
