@@ -3,8 +3,10 @@
 They are drawn, or cut out of pictures; the gate holds an export to the answers, and every load of an artifact does.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from penumbra.serving.engine.raster import Pixels, Raster
 from penumbra.serving.engine.scale import at_card_scale
 from penumbra.serving.engine.store import Golden, Recorded
 from penumbra.serving.engine.windows import cover, cut, normalise
+
+log = logging.getLogger("penumbra")
 
 GOLDEN_WINDOWS, GOLDEN_SAMPLES = 2, 3
 WHOLE_IMAGE_EXAMPLE = (128, 160)
@@ -83,7 +87,7 @@ def windows_of(pictures: Sequence[Path], card: Card, count: int = GOLDEN_WINDOWS
     """Cut golden windows out of pictures, from the first of the first to the last of the last, at the card's scale.
 
     Of a model that sees pictures whole, each is the middle of a picture, about as large as the smallest of these is.
-    Raises BadOption.
+    Raises BadOption, BadImage and TooLarge.
     """
     chosen = [pictures[i * (len(pictures) - 1) // (count - 1)] for i in range(count)]
     if not card.window.height:
@@ -127,9 +131,21 @@ def _middle(image_HWC: Pixels, size: tuple[int, int]) -> NDArray[Any]:
 
 
 def read_picture(path: Path, card: Card) -> Raster:
-    """Read a picture's pixels as a network takes them. Raises BadImage and TooLarge with the file's name."""
+    """Read a picture's pixels as a network takes them, and log how, where its file does not state it.
+
+    Raises BadImage and TooLarge with the file's name.
+    """
     with naming(path):
-        return open_image(path, Limits(), Reading(card.input)).load()
+        image = open_image(path, Limits(), Reading(card.input)).load()
+    for sentence in image.warnings:
+        _say(path, sentence)
+    return image
+
+
+@cache
+def _say(path: Path, sentence: str) -> None:
+    """Log a sentence about a file, once however often it is read."""
+    log.warning("%s: %s", path, sentence)
 
 
 @contextmanager

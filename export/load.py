@@ -81,7 +81,7 @@ def digest(pictures: Sequence[Pixels]) -> str:
 
 
 def ask(segmenter: Segmenter, name: str, pictures: Sequence[Pixels], *, callers: int, seconds: float) -> list[Answered]:
-    """Have callers ask for the pictures in turns for so long, each from another on; all end with one that fails.
+    """Have callers ask for the pictures in turns for so long, each from another one on; all end with one that fails.
 
     A caller's first answer comes before the clock and is not counted: it meets sizes that are new, and a queue that is
     still filling, in which nobody waits as long as all do later. Raises any PenumbraError.

@@ -276,8 +276,8 @@ class Tuner:
         try:
             yield
         except Exception as error:  # whatever a graph raises in sizes that are new to it
-            candidate, *where = settings[0][0], *(one[1] or "its own sizes" for one in settings)
-            self._say(f"{candidate} fails in {' and '.join(map(str, where))}: {reason_of(error)}")
+            (candidate, sizes), *others = settings
+            self._say(f"{candidate} fails in {'all sizes' if others else sizes or 'its own sizes'}: {reason_of(error)}")
             for _, one in settings if candidate is not self._now else ():
                 candidate.settings.pop(one, None)
                 candidate.refused = "" if candidate.settings else reason_of(error)

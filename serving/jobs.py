@@ -141,7 +141,7 @@ class Jobs:
         segmenter = self._gateway.segmenter
         with read_header(place / "image", self._limits, segmenter.reading(options)) as header:
             plan = segmenter.plan(*header.size, options, limits=self._limits, place=header.place)
-        # Masks and outlines are of all labels at once, by way of a copy of them and of which they are.
+        # Masks and outlines are made of all labels at once, in two bytes a pixel.
         segmenter.check_memory(plan, on_disk=True, more=2 * math.prod(header.size) if media in WITH_MEANS else 0)
         card = plan.card
         copies = 4 if media == "image/tiff" else 2  # the rows, and the result of them; of TIFF also tiles and overviews

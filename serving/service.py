@@ -171,7 +171,7 @@ class Penumbra:
         jobs.start()
         watch.start()
         if self.grpc:
-            self.grpc.health.is_alive = lambda: inference.gateway.is_alive
+            self.grpc.health.is_alive = lambda: gateway.is_alive
             self.grpc.open(service_handlers(Calls(inference, BODIES, KEYS)))
         place = BentoMLContainer.remote_runner_mapping.get().get("penumbra", "http://").partition("//")[2]
         url = f"{'https' if CERTIFICATE else 'http'}://{place}"

@@ -1,6 +1,7 @@
 """Golden windows cut from pictures."""
 
 import dataclasses
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -76,3 +77,12 @@ def test_drawn_golden_windows_have_the_values_that_pictures_have(spec: InputSpec
     image_BChw = golden_image(dataclasses.replace(toy_card("pointwise")[0], input=spec))
     assert float(image_BChw.min()) == pytest.approx(least, abs=0.2 * (most - least))
     assert float(image_BChw.max()) == pytest.approx(most, abs=0.2 * (most - least))
+
+
+def test_how_a_picture_is_read_whose_file_does_not_state_it_is_said_once(
+    tmp_path: Path, rng: np.random.Generator, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.fromarray(rng.integers(0, 4000, (64, 96), dtype=np.uint16)).save(tmp_path / "deep.png")
+    with caplog.at_level(logging.WARNING, "penumbra"):
+        windows_of([tmp_path / "deep.png"], toy_card("pointwise")[0])
+    assert caplog.text.count("deep.png: ") == 1 and "uint16 values are read as 0 (black) to 4095" in caplog.text
